@@ -1,0 +1,75 @@
+"""Typed errors and warnings: what was expected, what came, and where.
+
+Every error derives from `JetplaneError` and, where one fits, from the built-in exception that a
+caller would expect, so that ``except ValueError`` keeps working.
+"""
+
+from __future__ import annotations
+
+
+class JetplaneError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ArgumentError(JetplaneError, ValueError):
+    """An argument is outside its domain: k < 1, a negative rate, no parameters, an unknown name."""
+
+
+class ShapeError(JetplaneError, ValueError):
+    """A tensor does not have the shape that it must have."""
+
+
+class DTypeError(JetplaneError, TypeError):
+    """A tensor has a dtype that cannot be differentiated, or one that differs from its partner's."""
+
+
+class DeviceError(JetplaneError, ValueError):
+    """Tensors that must meet live on different devices."""
+
+
+class LossError(JetplaneError, ValueError):
+    """The closure returned something that is not a scalar floating-point tensor."""
+
+
+class NonFiniteError(JetplaneError, ArithmeticError):
+    """The loss, slope or curvature holds NaN or infinity."""
+
+
+class UnusedParametersError(JetplaneError, RuntimeError):
+    """The loss depends on none of the parameters."""
+
+
+class DerivativeError(JetplaneError, RuntimeError):
+    """Going on would lose a derivative, or the derivative does not exist."""
+
+
+class MissingRuleError(DerivativeError, NotImplementedError):
+    """No rule says how jets pass through an operator."""
+
+
+class SingularPlaneError(JetplaneError, ArithmeticError):
+    """The curvature of a plane is singular beyond the bounded rescue."""
+
+
+class CheckpointError(JetplaneError, RuntimeError):
+    """A checkpoint is damaged, or belongs to another model or configuration."""
+
+
+class DataError(JetplaneError, RuntimeError):
+    """A data file is missing, damaged, or not what its checksum says."""
+
+
+class RunFolderError(JetplaneError, FileExistsError):
+    """A run folder exists already, or cannot be written."""
+
+
+class JetplaneWarning(UserWarning):
+    """Base of every warning that this package issues."""
+
+
+class FallbackWarning(JetplaneWarning):
+    """An operator without a rule is differentiated by reverse over reverse, locally and slowly."""
+
+
+class RescueWarning(JetplaneWarning):
+    """A singular or indefinite plane was made solvable; the message says how and by how much."""
