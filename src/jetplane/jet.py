@@ -1,0 +1,539 @@
+"""Jets: tensors that carry their first and second directional derivatives.
+
+A jet of a value y that depends on parameters moving along K directions holds
+
+- the *primal* ``y`` of shape S,
+- the *first coefficients* ``y_i = dy/da_i``, stacked to shape (K, *S),
+- the *second coefficients* ``y_ij = d²y/(da_i da_j)``, one for each pair of `Space`, (pairs, *S).
+
+Coefficients are derivatives, never Taylor coefficients: there are no factorials. A coefficient that
+is zero by structure is absent (None), and this module alone knows how absence is added, multiplied
+and chained; the rules in `jetplane.rules` are written in terms of `linear`, `chain` and `product`.
+
+The number system is the hyper-dual one of Cobb et al., arXiv 2408.10419, section 2, with all K
+directions in one number so that the primal and the first coefficients are computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import DerivativeError
+
+
+@dataclass(frozen=True)
+class Space:
+    """The directions that jets of one evaluation are expanded along.
+
+    Attributes:
+        k: number of directions.
+        block: directions of one plane. Pairs are kept within planes alone: ``block == k`` keeps all
+            K(K+1)/2 pairs, ``block == 1`` the diagonal.
+        order: 2, or 1 where only the slope is wanted.
+        level: nesting depth. Jets of an outer evaluation have a smaller level and are constants
+            for this one, which is what rules perturbation confusion out.
+    """
+
+    k: int
+    block: int
+    order: int = 2
+    level: int = 0
+
+    @property
+    def planes(self) -> int:
+        """Number of independent planes, k / block."""
+        return self.k // self.block
+
+    @property
+    def plane_pairs(self) -> int:
+        """Pairs (i, j) with i <= j within one plane."""
+        return self.block * (self.block + 1) // 2
+
+    @property
+    def pairs(self) -> int:
+        """Number of second coefficients."""
+        return self.planes * self.plane_pairs
+
+    def indices(self) -> list[tuple[int, int]]:
+        """Directions (i, j) of each second coefficient, in order of storage."""
+        b = self.block
+        return [(q * b + r, q * b + c) for q in range(self.planes) for r in range(b) for c in range(r, b)]
+
+    def rows(self) -> Iterator[tuple[int, slice]]:
+        """For each row r of a plane's upper triangle: r and where its pairs (r, r..block-1) are."""
+        start = 0
+        for r in range(self.block):
+            yield r, slice(start, start + self.block - r)
+            start += self.block - r
+
+
+class Jet(torch.Tensor):
+    """A tensor that shows its primal's shape, dtype and device and carries coefficients beside it.
+
+    Jets are made by an evaluation (`jetplane.evaluate`, `jetplane.jet`) and never seen by its caller.
+    """
+
+    primal: Tensor
+    first: Tensor | None
+    second: Tensor | None
+    space: Space
+    base: Jet | None
+    version: int
+    is_seed: bool
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(
+        cls,
+        primal: Tensor,
+        first: Tensor | None,
+        second: Tensor | None,
+        space: Space,
+        base: Jet | None = None,
+    ) -> Jet:
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            primal.shape,
+            strides=primal.stride(),
+            storage_offset=primal.storage_offset(),
+            dtype=primal.dtype,
+            device=primal.device,
+        )
+
+    def __init__(
+        self,
+        primal: Tensor,
+        first: Tensor | None,
+        second: Tensor | None,
+        space: Space,
+        base: Jet | None = None,
+    ) -> None:
+        self.primal = primal
+        self.first = first
+        self.second = second
+        self.space = space
+        self.base = base  # the jet whose storage a view looks into
+        self.version = 0 if base is None else base.version
+        self.is_seed = False
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Space, bool]]:
+        return [n for n in ("primal", "first", "second") if getattr(self, n) is not None], (
+            self.space,
+            self.is_seed,
+        )
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> Jet:
+        jet = Jet(inner["primal"], inner.get("first"), inner.get("second"), meta[0])
+        jet.is_seed = meta[1]
+        return jet
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        order = 0 if self.first is None else 1 if self.second is None else 2
+        return f"Jet(shape={tuple(self.shape)}, dtype={self.dtype}, k={self.space.k}, carried order={order})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _dispatch(func, args, kwargs or {})
+
+    def __copy__(self) -> Jet:
+        return self.alias(self.primal)
+
+    def __deepcopy__(self, memo: Any) -> Jet:
+        return torch.ops.aten.clone.default(self)
+
+    def root(self) -> Jet:
+        """The jet whose memory this one looks into: itself, unless it is a view."""
+        return self if self.base is None else self.base
+
+    def alias(self, primal: Tensor) -> Jet:
+        """Another jet over the same coefficients."""
+        return Jet(primal, self.first, self.second, self.space, self.root())
+
+
+Dispatcher = Callable[[Any, Sequence[Any], dict[str, Any]], Any]
+_dispatch: Dispatcher
+
+
+def set_dispatcher(dispatcher: Dispatcher) -> None:
+    """Install what carries jets through operators; called once, by `jetplane.rules`."""
+    global _dispatch
+    _dispatch = dispatcher
+
+
+# --- parts: how rules look at an argument ------------------------------------------------
+
+
+def is_jet(x: Any, space: Space) -> bool:
+    """Whether x is a jet of this space; jets of outer spaces are constants here."""
+    return isinstance(x, Jet) and x.space is space
+
+
+def parts(x: Any, space: Space) -> tuple[Any, Tensor | None, Tensor | None]:
+    """Primal, first and second coefficients of anything; a constant has the first part only."""
+    if not (isinstance(x, Jet) and x.space is space):
+        return x, None, None
+    if x.base is not None and x.base.version != x.version:
+        _refresh(x)
+    return x.primal, x.first, x.second
+
+
+def primal(x: Any, space: Space) -> Any:
+    """The primal of a jet of this space; anything else as it is."""
+    return x.primal if isinstance(x, Jet) and x.space is space else x
+
+
+def make(primal: Tensor, first: Tensor | None, second: Tensor | None, space: Space) -> Tensor:
+    """A jet, or the bare primal where no coefficient is left."""
+    if first is None and second is None:
+        return primal
+    dtype = primal.dtype
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return primal
+    if first is not None and first.dtype != dtype:  # 0-dim primals do not promote, (K,) coefficients would
+        first = first.to(dtype)
+    if second is not None and second.dtype != dtype:
+        second = second.to(dtype)
+    return Jet(primal, first, second, space)
+
+
+def lift(c: Tensor, ndim: int) -> Tensor:
+    """Coefficients (n, *S) viewed as (n, 1, …, 1, *S) with ``ndim`` axes after the first.
+
+    Broadcasting aligns shapes at the right, which would let the direction axis meet a data axis.
+    """
+    missing = ndim + 1 - c.dim()
+    if missing <= 0:
+        return c
+    return c.reshape(c.shape[0], *([1] * missing), *c.shape[1:])
+
+
+def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Sum, where None is zero."""
+    if a is None:
+        return b
+    return a if b is None else a + b
+
+
+def scale(factor: Any, c: Tensor | None) -> Tensor | None:
+    """Product with a factor, where None is zero."""
+    return None if c is None else factor * c
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether in-place kernels may be used: no jet of an outer level among the tensors."""
+    return not any(isinstance(t, Jet) for t in tensors)
+
+
+def broadcast(c: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    """Coefficients expanded to a result of the given shape."""
+    if c is None:
+        return None
+    c = lift(c, len(shape))
+    return c if c.shape[1:] == tuple(shape) else c.expand(c.shape[0], *shape)
+
+
+# --- pairs -------------------------------------------------------------------------------
+
+
+def outer(space: Space, a: Tensor, b: Tensor) -> Tensor:
+    """``a_i * b_j`` for each pair i <= j; a and b of shape (K, *S) up to broadcasting."""
+    a, b = _align(a, b)
+    if space.block == 1:
+        return a * b
+    pa, pb = _by_plane(space, a), _by_plane(space, b)
+    if not plain(a, b):
+        return torch.cat([pa[:, r : r + 1] * pb[:, r:] for r, _ in space.rows()], 1).flatten(0, 1)
+    shape = torch.broadcast_shapes(a.shape[1:], b.shape[1:])
+    out = a.new_empty((space.planes, space.plane_pairs, *shape), dtype=torch.result_type(a, b))
+    for r, row in space.rows():
+        torch.mul(pa[:, r : r + 1], pb[:, r:], out=out[:, row])
+    return out.flatten(0, 1)
+
+
+def symmetric(space: Space, a: Tensor, b: Tensor) -> Tensor:
+    """``a_i * b_j + a_j * b_i`` for each pair i <= j, elementwise."""
+    a, b = _align(a, b)
+    if space.block == 1:
+        return 2 * (a * b)
+    if not plain(a, b):
+        return outer(space, a, b) + outer(space, b, a)
+    out = outer(space, a, b)
+    pa, pb, po = _by_plane(space, a), _by_plane(space, b), _by_plane(space, out)
+    for r, row in space.rows():
+        po[:, row].addcmul_(pa[:, r:], pb[:, r : r + 1])
+    return out
+
+
+def gram(space: Space, a: Tensor, b: Tensor) -> Tensor:
+    """``sum(a_i * b_j)`` over all elements, for each pair: (pairs,), without (pairs, *S) in memory.
+
+    ``sum(a_i b_j)`` must be symmetric in i and j, as it is for a Hessian form.
+    """
+    a, b = _align(a, b)
+    shape = torch.broadcast_shapes(a.shape[1:], b.shape[1:])
+    a, b = (c.expand(c.shape[0], *shape).reshape(space.planes, space.block, -1) for c in (a, b))
+    if space.block == 1:
+        return (a * b).sum((1, 2))
+    products = a @ b.transpose(1, 2)
+    return torch.cat([products[:, r, r:] for r, _ in space.rows()], 1).flatten()
+
+
+def _by_plane(space: Space, c: Tensor) -> Tensor:
+    return c.reshape(space.planes, -1, *c.shape[1:])
+
+
+def _align(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    ndim = max(a.dim(), b.dim()) - 1
+    return lift(a, ndim), lift(b, ndim)
+
+
+# --- calculus: every rule is one of these -------------------------------------------------
+
+
+def linear(space: Space, x: Any, f: Callable[[Any], Tensor], on_stack: Callable[[Tensor], Tensor]) -> Tensor:
+    """A linear f: applied to the primal, and to stacks of coefficients (n, *S) by ``on_stack``."""
+    p, first, second = parts(x, space)
+    return make(
+        f(p),
+        None if first is None else on_stack(first),
+        None if second is None else on_stack(second),
+        space,
+    )
+
+
+def chain(space: Space, x: Any, y: Tensor, d1: Tensor | None, d2: Tensor | None) -> Tensor:
+    """Elementwise y = f(x): ``y_i = f' x_i`` and ``y_ij = f' x_ij + f'' x_i x_j``; None is zero."""
+    _, first, second = parts(x, space)
+    y1 = None if d1 is None else scale(d1, first)
+    if space.order == 1:
+        return make(y, y1, None, space)
+    y2 = None if d1 is None else scale(d1, second)
+    if d2 is not None and first is not None:
+        y2 = _accumulate(space, y2, d2 * first, first)
+    return make(y, y1, y2, space)
+
+
+def chain_many(
+    space: Space,
+    xs: Sequence[Any],
+    y: Tensor,
+    gradient: Sequence[Tensor | None],
+    hessian: dict[tuple[int, int], Tensor],
+) -> Tensor:
+    """Elementwise y = f(x_0, x_1, …) by its partial derivatives.
+
+    ``hessian[a, b]`` with a <= b holds the mixed second derivative; an absent one is zero.
+    """
+    shape = y.shape
+    carried = [parts(x, space) for x in xs]
+    firsts = [broadcast(f, shape) for _, f, _ in carried]
+    y1 = y2 = None
+    for g, f, (_, _, s) in zip(gradient, firsts, carried, strict=True):
+        if g is not None:
+            y1 = add(y1, scale(g, f))
+            y2 = add(y2, scale(g, broadcast(s, shape)))
+    if space.order == 2:
+        for (a, b), h in hessian.items():
+            fa, fb = firsts[a], firsts[b]
+            if fa is None or fb is None:
+                continue
+            y2 = add(y2, outer(space, h * fa, fa) if a == b else symmetric(space, h * fa, fb))
+    return make(y, y1, y2, space)
+
+
+def _accumulate(space: Space, into: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """``into + outer(a, b)``, in place where ``into`` is ours to overwrite."""
+    if into is None:
+        return outer(space, a, b)
+    if not plain(into, a, b):
+        return into + outer(space, a, b)
+    target, pa, pb = _by_plane(space, into), _by_plane(space, a), _by_plane(space, b)
+    for r, row in space.rows():
+        target[:, row].addcmul_(pa[:, r : r + 1], pb[:, r:])
+    return into
+
+
+def multiply(space: Space, a: Any, b: Any, y: Tensor | None = None) -> Tensor:
+    """The elementwise product, with broadcasting."""
+    pa, fa, sa = parts(a, space)
+    pb, fb, sb = parts(b, space)
+    y = pa * pb if y is None else y
+    ndim = y.dim()
+    left, right = (lambda c: scale(pb, _lifted(c, ndim))), (lambda c: scale(pa, _lifted(c, ndim)))
+    y1 = add(left(fa), right(fb))
+    if space.order == 1:
+        return make(y, broadcast(y1, y.shape), None, space)
+    y2 = add(left(sa), right(sb))
+    if fa is not None and fb is not None:
+        y2 = add(y2, symmetric(space, lift(fa, ndim), lift(fb, ndim)))
+    return make(y, broadcast(y1, y.shape), broadcast(y2, y.shape), space)
+
+
+def _lifted(c: Tensor | None, ndim: int) -> Tensor | None:
+    return None if c is None else lift(c, ndim)
+
+
+def add_jets(space: Space, a: Any, b: Any, y: Tensor, alpha: Any = 1) -> Tensor:
+    """``a + alpha * b`` with broadcasting; y is the primal result."""
+    _, fa, sa = parts(a, space)
+    _, fb, sb = parts(b, space)
+    return make(y, _add_scaled(fa, fb, alpha, y.shape), _add_scaled(sa, sb, alpha, y.shape), space)
+
+
+def _add_scaled(a: Tensor | None, b: Tensor | None, alpha: Any, shape: Sequence[int]) -> Tensor | None:
+    a, b = broadcast(a, shape), broadcast(b, shape)
+    if b is None:
+        return a
+    if a is None:
+        return b if alpha == 1 else b * alpha
+    return torch.add(a, b, alpha=alpha)
+
+
+# --- storage: views and in-place writes ----------------------------------------------------
+
+
+def storage(x: Tensor) -> torch.UntypedStorage:
+    """The memory that the innermost primal lives in."""
+    while isinstance(x, Jet):
+        x = x.primal
+    return x.untyped_storage()
+
+
+def same_storage(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors look into one memory."""
+    return storage(a)._cdata == storage(b)._cdata
+
+
+def mark_view(result: Any, source: Jet) -> Any:
+    """Record that a result looks into the source's memory, so that later writes reach both."""
+    if isinstance(result, Jet) and result.base is None and same_storage(result, source):
+        base = source.root()
+        result.base, result.version = base, base.version
+    return result
+
+
+def write(target: Jet, value: Any, space: Space) -> Jet:
+    """Overwrite a jet in place, so that everything which looks into its memory sees the change.
+
+    Coefficients are replaced, never written to: other jets may share them. Views read theirs again
+    from the base when its version has moved.
+
+    Raises:
+        DerivativeError: the target is a parameter of the evaluation, or its memory overlaps itself.
+    """
+    base = target.root()
+    if base.is_seed:
+        raise DerivativeError(
+            "a parameter was written to in place inside the closure; expected a closure that leaves the parameters "
+            "of the evaluation as they are. Write to a copy (parameter.clone()), or outside of the closure"
+        )
+    if any(s == 0 and n > 1 for n, s in zip(target.primal.shape, target.primal.stride(), strict=True)):
+        raise DerivativeError(
+            "in-place write to an expanded tensor, whose elements share memory; clone() it first"
+        )
+    if not plain(target.primal, value.primal if is_jet(value, space) else value) and target is not base:
+        raise DerivativeError("in-place write to a view inside nested jets; use the out-of-place operation")
+    p, first, second = parts(value, space)
+    parts(target, space)  # what is left of the old coefficients must be current
+    base.first = _replaced(base, target, base.first, first, space.k)
+    base.second = _replaced(base, target, base.second, second, space.pairs)
+    if p is not target.primal:
+        if plain(target.primal, p):
+            target.primal.copy_(p)
+        else:
+            target.primal = p.expand_as(target.primal)
+    base.version += 1
+    if target is base:
+        return target
+    _refresh(target)
+    return target
+
+
+def _replaced(base: Jet, view: Jet, held: Tensor | None, new: Tensor | None, n: int) -> Tensor | None:
+    """The base's coefficients with those of a view replaced."""
+    if held is None and new is None:
+        return None
+    new = broadcast(new, view.shape)
+    if new is not None and new.dtype != base.dtype:
+        new = new.to(base.dtype)
+    if view is base:
+        return new
+    out = _laid_out(held, n, base.primal)
+    region = _region(base, view.primal, out)
+    region.zero_() if new is None else region.copy_(new)
+    return out
+
+
+def _refresh(view: Jet) -> None:
+    """Read a view's coefficients again after somebody wrote into its base."""
+    base = view.base
+    assert base is not None
+    for name in ("first", "second"):
+        c = getattr(base, name)
+        if c is not None and c.stride()[1:] != base.primal.stride():
+            c = _laid_out(c, c.shape[0], base.primal)
+            setattr(base, name, c)
+        setattr(view, name, None if c is None else _region(base, view.primal, c))
+    view.version = base.version
+
+
+def _region(base: Jet, view: Tensor, c: Tensor) -> Tensor:
+    """The part of the base's coefficients, laid out as its primal, that a view of the primal covers."""
+    start = view.storage_offset() - base.primal.storage_offset()
+    return c.as_strided((c.shape[0], *view.shape), (c.stride(0), *view.stride()), c.storage_offset() + start)
+
+
+def _laid_out(c: Tensor | None, n: int, like: Tensor) -> Tensor:
+    """Coefficients in memory of their own with the primal's strides; None is zero."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
+    out = torch.empty_strided(
+        (n, *like.shape), (extent, *like.stride()), dtype=like.dtype, device=like.device
+    )
+    return out.zero_() if c is None else out.copy_(c)
+
+
+# Plain buffers that a jet was written into: storage -> a flat jet over the whole of it.
+_promoted: dict[int, Jet] = {}
+
+
+def promote(buffer: Tensor, space: Space) -> Jet:
+    """The jet that stands for a plain tensor from now on, since a jet is about to be written into it."""
+    key = storage(buffer)._cdata
+    if key not in _promoted:
+        memory = buffer.untyped_storage()
+        flat = torch.empty(0, dtype=buffer.dtype, device=buffer.device).set_(memory)  # type: ignore[call-overload]
+        flat = flat.as_strided((memory.nbytes() // buffer.element_size(),), (1,), 0)
+        _promoted[key] = Jet(flat, None, None, space)
+    jet = promoted(buffer)
+    assert jet is not None
+    return jet
+
+
+def promoted(x: Tensor) -> Jet | None:
+    """The jet over a plain tensor whose memory a jet was written into, or None."""
+    if isinstance(x, Jet) or not _promoted:
+        return None
+    root = _promoted.get(storage(x)._cdata)
+    if root is None or root.dtype != x.dtype:
+        return None
+    view = Jet(x, None, None, root.space, root)
+    _refresh(view)
+    return view
+
+
+def forget_promoted(space: Space) -> None:
+    """End of an evaluation: its buffers are plain tensors again."""
+    for key in [key for key, jet in _promoted.items() if jet.space is space]:
+        del _promoted[key]
+
+
+def any_promoted() -> bool:
+    """Whether plain arguments need a look at all."""
+    return bool(_promoted)

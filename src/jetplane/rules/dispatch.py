@@ -1,0 +1,268 @@
+"""How an operator meets jets: known, decomposable, or a leaf.
+
+The ladder: the table of rules; the operator's own decomposition; torch's decomposition tables;
+pointwise operators by exact f' and f''; reverse over reverse inside the operator; an error that
+names it. In-place and ``out=`` variants are their functional counterpart and one write.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ..errors import DerivativeError, MissingRuleError
+from ..jet import (
+    Jet,
+    Space,
+    any_promoted,
+    is_jet,
+    mark_view,
+    primal,
+    promote,
+    promoted,
+    set_dispatcher,
+    write,
+)
+from . import fallback
+from .registry import RULES, overload, register
+
+ALIASING = {
+    "reshape",
+    "contiguous",
+    "to",
+    "flatten",
+    "type_as",
+    "resolve_conj",
+    "resolve_neg",
+    "dropout",
+    "ravel",
+}
+METADATA = {
+    "t_",
+    "transpose_",
+    "squeeze_",
+    "unsqueeze_",
+    "swapaxes_",
+    "swapdims_",
+    "as_strided_",
+    "resize_",
+    "set_",
+}
+RANDOM = {
+    "normal_",
+    "uniform_",
+    "bernoulli_",
+    "exponential_",
+    "random_",
+    "geometric_",
+    "cauchy_",
+    "log_normal_",
+}
+
+# Values that depend on the input's shape and dtype alone, or that stop derivatives by definition.
+CONSTANT = (
+    "detach", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like",
+    "randint_like.low_dtype", "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "bernoulli",
+    "bernoulli.p", "bernoulli.Tensor", "_local_scalar_dense", "item", "is_nonzero", "equal", "argmax", "argmin",
+    "argsort", "argsort.stable", "nextafter", "poisson", "binomial", "multinomial",
+    "normal.Tensor_float", "normal.Tensor_Tensor", "normal.float_Tensor",
+)  # fmt: skip
+
+
+def _constant(name: str) -> None:
+    op = overload(name)
+    if op is not None:
+        RULES[op] = lambda space, *args, **kwargs: op(*_primals(space, args), **_primals(space, kwargs))
+
+
+for _name in CONSTANT:
+    _constant(_name)
+
+
+def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Carry jets through one operator call."""
+    original = args
+    if any_promoted():
+        args, kwargs = tree_map(_as_promoted, (tuple(args), kwargs))
+    space = _highest(args, _highest(kwargs.values(), None))
+    if space is None:  # jets that lost their coefficients to promotion cannot occur; plain calls can
+        return func(*args, **kwargs)
+    if func._schema.is_mutable and func not in RULES:
+        return _mutate(func, space, args, kwargs, original)
+    result = carry(func, space, args, kwargs)
+    if _may_alias(func) and args and is_jet(args[0], space):
+        return (
+            tree_map(lambda r: mark_view(r, args[0]), result)
+            if isinstance(result, (list, tuple))
+            else mark_view(result, args[0])
+        )
+    return result
+
+
+def carry(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """A functional operator, down the ladder."""
+    rule = RULES.get(func)
+    if rule is not None:
+        result = rule(space, *args, **kwargs)
+        if result is not NotImplemented:
+            return result
+    result = _decomposed(func, args, kwargs)
+    if result is not NotImplemented:
+        return result
+    if rule is None:
+        value = func(*_primals(space, args), **_primals(space, kwargs))
+        if not any(_differentiable(v) for v in (value if isinstance(value, (list, tuple)) else (value,))):
+            return value
+    result = fallback.pointwise(func, space, args, kwargs)
+    return result if result is not NotImplemented else fallback.reverse(func, space, args, kwargs)
+
+
+def _decomposed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    if _is_composite(func):
+        return func.decompose(*args, **kwargs)
+    table = _tables().get(func)
+    if table is None:
+        return NotImplemented
+    try:
+        return table(*args, **kwargs)
+    except MissingRuleError:  # it leads to primitives that only a compiler knows
+        return NotImplemented
+
+
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    return func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+
+
+@functools.cache
+def _tables() -> dict[Any, Any]:
+    from torch._decomp import decomposition_table  # imports sympy and more: only when needed
+
+    return decomposition_table
+
+
+@functools.cache
+def _may_alias(func: Any) -> bool:
+    packet = func._schema.name.partition("::")[2]
+    return packet in ALIASING or any(r.alias_info is not None for r in func._schema.returns)
+
+
+def _differentiable(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.dtype.is_floating_point or value.dtype.is_complex)
+
+
+def _highest(values: Any, found: Space | None) -> Space | None:
+    for v in values:
+        if isinstance(v, Jet):
+            if found is None or v.space.level > found.level:
+                found = v.space
+        elif isinstance(v, (list, tuple)):
+            found = _highest(v, found)
+    return found
+
+
+def _as_promoted(x: Any) -> Any:
+    if isinstance(x, Tensor) and not isinstance(x, Jet):
+        jet = promoted(x)
+        return x if jet is None else jet
+    return x
+
+
+def _primals(space: Space, values: Any) -> Any:
+    return tree_map(lambda v: primal(v, space), values)
+
+
+# --- in place ---------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _functional(func: Any) -> Any | None:
+    """The functional counterpart of an in-place or ``out=`` overload."""
+    namespace, _, packet = func._schema.name.partition("::")
+    which = func._overloadname
+    names = [packet[:-1] if packet.endswith("_") else packet]
+    if packet.startswith("__i"):
+        names = [packet.replace("__i", "__")]
+    overloads = [which]
+    if which == "out" or which.endswith("_out"):
+        overloads = [which.removesuffix("out").removesuffix("_") or "default", "default"]
+    for name in names:
+        found = getattr(getattr(torch.ops, namespace), name, None)
+        for candidate in overloads if found is not None else ():
+            op = getattr(found, candidate, None)
+            if op is not None and op is not func and not op._schema.is_mutable:
+                return op
+        if found is not None and len(overloads) > 1:  # out= overloads that are named otherwise
+            wanted = [a.name for a in func._schema.arguments if not a.is_out]
+            for candidate in found.overloads():
+                op = getattr(found, candidate)
+                if not op._schema.is_mutable and [a.name for a in op._schema.arguments] == wanted:
+                    return op
+    return None
+
+
+def _mutate(
+    func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any], original: Sequence[Any]
+) -> Any:
+    packet = func._schema.name.partition("::")[2]
+    if packet in METADATA:
+        raise DerivativeError(
+            f"{func} changes the shape of a jet in place, which cannot reach the code that holds it; "
+            f"use the out-of-place {packet.rstrip('_')}"
+        )
+    if packet in ("requires_grad_", "detach_", "rename_"):
+        return args[0]
+    schema = func._schema.arguments
+    outs = {a.name for a in schema if a.is_out}
+    if packet in RANDOM:
+        value = func(primal(args[0], space).clone(), *args[1:], **kwargs)
+        return _store([args[0]], [value], space, original[0])
+    op = _functional(func)
+    if op is None:
+        if _is_composite(func):
+            return func.decompose(*args, **kwargs)
+        raise fallback.missing(func, "it writes in place and has no functional counterpart")
+    if outs:
+        targets = [kwargs[a.name] for a in schema if a.is_out]
+        value = dispatch(op, args, {k: v for k, v in kwargs.items() if k not in outs})
+        values = value if isinstance(value, (list, tuple)) else [value]
+        stored = [_store([t], [v], space, t) for t, v in zip(targets, values, strict=True)]
+        return stored[0] if len(stored) == 1 else tuple(stored)
+    written = [i for i, a in enumerate(schema) if a.alias_info is not None and a.alias_info.is_write]
+    if written != [0]:
+        raise fallback.missing(func, "it writes to several of its arguments in place")
+    return _store([args[0]], [dispatch(op, args, kwargs)], space, original[0])
+
+
+def _store(targets: Sequence[Any], values: Sequence[Any], space: Space, returned: Any) -> Any:
+    target, value = targets[0], values[0]
+    if target.shape != value.shape and value.numel() and target.numel() == 0:
+        raise DerivativeError("out= must have the result's shape already: a jet cannot be resized in place")
+    if isinstance(target, Jet):
+        if target.space is not space:
+            raise DerivativeError("a jet of an inner evaluation was written into a tensor of an outer one")
+        write(target, value, space)
+        return returned
+    if is_jet(value, space) and (target.dtype.is_floating_point or target.dtype.is_complex):
+        write(promote(target, space), value, space)
+        return returned
+    target.copy_(primal(value, space))
+    return returned
+
+
+@register("set_.source_Storage", "resize_")
+def _(space: Space, x: Any, *args: Any, **kwargs: Any) -> Any:
+    raise DerivativeError("a jet's memory cannot be replaced or resized in place")
+
+
+@register("lift_fresh", "lift")
+def _(space: Space, x: Any) -> Any:
+    return x
+
+
+set_dispatcher(dispatch)

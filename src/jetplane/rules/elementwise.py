@@ -1,0 +1,703 @@
+"""Elementwise operators: ``y_i = f' x_i`` and ``y_ij = f' x_ij + f'' x_i x_j``.
+
+A line of `DERIVATIVES` gives, from the primal x and the result y, the pair (f', f''); None is a
+derivative that is zero everywhere. Functions of several tensors give their gradient and Hessian.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..jet import Space, add_jets, broadcast, chain, chain_many, lift, linear, make, multiply, parts, primal
+from .registry import aten, overload, register, RULES
+
+Derivatives = tuple[Tensor | None, Tensor | None]
+
+SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
+TWO_OVER_SQRT_PI = 2 / math.sqrt(math.pi)
+LN2, LN10 = math.log(2), math.log(10)
+
+
+def _tan(x: Tensor, y: Tensor) -> Derivatives:
+    d = 1 + y * y
+    return d, 2 * y * d
+
+
+def _tanh(x: Tensor, y: Tensor) -> Derivatives:
+    d = 1 - y * y
+    return d, -2 * y * d
+
+
+def _sigmoid(x: Tensor, y: Tensor) -> Derivatives:
+    d = y * (1 - y)
+    return d, d * (1 - 2 * y)
+
+
+def _log_sigmoid(x: Tensor, y: Tensor) -> Derivatives:
+    s = torch.sigmoid(-x)
+    return s, s * (s - 1)
+
+
+def _silu(x: Tensor, y: Tensor) -> Derivatives:
+    s = torch.sigmoid(x)
+    d = s * (1 - s)
+    return s + x * d, d * (2 + x * (1 - 2 * s))
+
+
+def _mish(x: Tensor, y: Tensor) -> Derivatives:
+    s, t = torch.sigmoid(x), torch.tanh(torch.nn.functional.softplus(x))
+    u = 1 - t * t  # dt/dx = u s
+    return t + x * s * u, 2 * s * u + x * u * s * (1 - s - 2 * t * s)
+
+
+def _erf(x: Tensor, y: Tensor) -> Derivatives:
+    d = TWO_OVER_SQRT_PI * torch.exp(-x * x)
+    return d, -2 * x * d
+
+
+def _erfinv(x: Tensor, y: Tensor) -> Derivatives:
+    d = torch.exp(y * y) / TWO_OVER_SQRT_PI
+    return d, 2 * y * d * d
+
+
+def _erfcx(x: Tensor, y: Tensor) -> Derivatives:
+    d = 2 * x * y - TWO_OVER_SQRT_PI
+    return d, 2 * y + 2 * x * d
+
+
+def _asin(x: Tensor, y: Tensor) -> Derivatives:
+    d = torch.rsqrt(1 - x * x)
+    return d, x * d * d * d
+
+
+def _acos(x: Tensor, y: Tensor) -> Derivatives:
+    d, dd = _asin(x, y)
+    assert d is not None and dd is not None
+    return -d, -dd
+
+
+def _atan(x: Tensor, y: Tensor) -> Derivatives:
+    d = 1 / (1 + x * x)
+    return d, -2 * x * d * d
+
+
+def _asinh(x: Tensor, y: Tensor) -> Derivatives:
+    d = torch.rsqrt(1 + x * x)
+    return d, -x * d * d * d
+
+
+def _acosh(x: Tensor, y: Tensor) -> Derivatives:
+    d = torch.rsqrt(x - 1) * torch.rsqrt(x + 1)
+    return d, -x * d * d * d
+
+
+def _atanh(x: Tensor, y: Tensor) -> Derivatives:
+    d = 1 / (1 - x * x)
+    return d, 2 * x * d * d
+
+
+def _reciprocal(x: Tensor, y: Tensor) -> Derivatives:
+    d = -y * y
+    return d, -2 * y * d
+
+
+def _sqrt(x: Tensor, y: Tensor) -> Derivatives:
+    d = 0.5 / y
+    return d, -0.5 * d / x
+
+
+def _rsqrt(x: Tensor, y: Tensor) -> Derivatives:
+    d = -0.5 * y / x
+    return d, -1.5 * d / x
+
+
+def _log(x: Tensor, y: Tensor) -> Derivatives:
+    d = 1 / x
+    return d, -d * d
+
+
+def _log1p(x: Tensor, y: Tensor) -> Derivatives:
+    d = 1 / (1 + x)
+    return d, -d * d
+
+
+def _scaled_log(base: float) -> Callable[[Tensor, Tensor], Derivatives]:
+    def derivatives(x: Tensor, y: Tensor) -> Derivatives:
+        d = 1 / (x * base)
+        return d, -d / x
+
+    return derivatives
+
+
+def _exp2(x: Tensor, y: Tensor) -> Derivatives:
+    return y * LN2, y * (LN2 * LN2)
+
+
+def _logit(x: Tensor, y: Tensor, eps: float | None = None) -> Derivatives:
+    d = 1 / (x * (1 - x))
+    dd = d * d * (2 * x - 1)
+    if eps is None:
+        return d, dd
+    inside = (x >= eps) & (x <= 1 - eps)
+    return torch.where(inside, d, 0), torch.where(inside, dd, 0)
+
+
+def _ndtr(x: Tensor, y: Tensor) -> Derivatives:
+    d = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return d, -x * d
+
+
+def _ndtri(x: Tensor, y: Tensor) -> Derivatives:
+    d = math.sqrt(2 * math.pi) * torch.exp(0.5 * y * y)
+    return d, y * d * d
+
+
+def _log_ndtr(x: Tensor, y: Tensor) -> Derivatives:
+    d = TWO_OVER_SQRT_PI / math.sqrt(2) / torch.special.erfcx(-x / math.sqrt(2))
+    return d, -d * (x + d)
+
+
+def _entr(x: Tensor, y: Tensor) -> Derivatives:
+    return -torch.log(x) - 1, -1 / x
+
+
+def _lgamma(x: Tensor, y: Tensor) -> Derivatives:
+    return torch.digamma(x), torch.polygamma(1, x)
+
+
+def _digamma(x: Tensor, y: Tensor) -> Derivatives:
+    return torch.polygamma(1, x), torch.polygamma(2, x)
+
+
+def _i0(x: Tensor, y: Tensor) -> Derivatives:
+    d = torch.special.i1(x)
+    return d, y - torch.where(x == 0, 0.5, d / x)
+
+
+def _i0e(x: Tensor, y: Tensor) -> Derivatives:
+    i1e, sign = torch.special.i1e(x), torch.sgn(x)
+    d = i1e - sign * y
+    return d, (y - torch.where(x == 0, 0.5, i1e / x)) - sign * i1e - sign * d
+
+
+def _i1(x: Tensor, y: Tensor) -> Derivatives:
+    ratio = torch.where(x == 0, 0.5, y / x)
+    d = torch.special.i0(x) - ratio
+    return d, y - torch.where(x == 0, 0.0, (d - ratio) / x)
+
+
+def _sinc(x: Tensor, y: Tensor) -> Derivatives:
+    u = math.pi * x
+    near = u.abs() < 1e-2  # the closed forms cancel there; the series are exact to 1e-16
+    safe = torch.where(near, 1.0, u)
+    d = torch.where(near, -u / 3 + u**3 / 30 - u**5 / 840, (safe.cos() - safe.sin() / safe) / safe)
+    dd = torch.where(
+        near,
+        -1 / 3 + u**2 / 10 - u**4 / 168,
+        -safe.sin() / safe - 2 * (safe.cos() - safe.sin() / safe) / safe**2,
+    )
+    return math.pi * d, math.pi**2 * dd
+
+
+def _gelu(x: Tensor, y: Tensor, approximate: str = "none") -> Derivatives:
+    if approximate == "none":
+        density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+        return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * density, density * (2 - x * x)
+    square = x * x
+    t = torch.tanh(SQRT_2_OVER_PI * x * (1 + 0.044715 * square))
+    u1 = SQRT_2_OVER_PI * (1 + 0.134145 * square)  # derivative of tanh's argument
+    slope = u1 * (1 - t * t)
+    curve = (1 - t * t) * (SQRT_2_OVER_PI * 0.26829 * x) - 2 * t * u1 * slope
+    return 0.5 * (1 + t + x * slope), slope + 0.5 * x * curve
+
+
+def _elu(x: Tensor, y: Tensor, alpha: Any = 1, scale: Any = 1, input_scale: Any = 1) -> Derivatives:
+    e = (alpha * scale * input_scale) * torch.exp(x * input_scale)
+    return torch.where(x > 0, scale, e).to(x.dtype), torch.where(x > 0, 0, e * input_scale).to(x.dtype)
+
+
+def _celu(x: Tensor, y: Tensor, alpha: Any = 1.0) -> Derivatives:
+    return _elu(x, y, alpha, 1, 1 / alpha)
+
+
+def _selu(x: Tensor, y: Tensor) -> Derivatives:
+    return _elu(x, y, 1.6732632423543772, 1.0507009873554805)
+
+
+def _softplus(x: Tensor, y: Tensor, beta: Any = 1, threshold: Any = 20) -> Derivatives:
+    s = torch.sigmoid(x * beta)
+    linear_part = x * beta > threshold
+    return torch.where(linear_part, 1, s).to(x.dtype), torch.where(linear_part, 0, beta * s * (1 - s)).to(
+        x.dtype
+    )
+
+
+def _mask(condition: Tensor, x: Tensor) -> Derivatives:
+    return condition.to(x.dtype), None
+
+
+def _leaky_relu(x: Tensor, y: Tensor, negative_slope: Any = 0.01) -> Derivatives:
+    return torch.where(x > 0, 1.0, negative_slope).to(x.dtype), None
+
+
+def _hardtanh(x: Tensor, y: Tensor, low: Any = -1, high: Any = 1) -> Derivatives:
+    return _mask((x > low) & (x < high), x)
+
+
+def _clamp(x: Tensor, y: Tensor, low: Any = None, high: Any = None) -> Derivatives:
+    inside = torch.ones_like(x, dtype=torch.bool)
+    if low is not None:
+        inside = inside & (x >= low)
+    if high is not None:
+        inside = inside & (x <= high)
+    return _mask(inside, x)
+
+
+def _hardswish(x: Tensor, y: Tensor) -> Derivatives:
+    inside = (x > -3) & (x < 3)
+    d = torch.where(inside, x / 3 + 0.5, (x >= 3).to(x.dtype))
+    return d, torch.where(inside, 1 / 3, 0.0).to(x.dtype)
+
+
+def _power(x: Tensor, y: Tensor, exponent: Any) -> Derivatives:
+    if exponent == 0:
+        return None, None
+    if exponent == 1:
+        return torch.ones_like(x), None
+    if exponent == 2:
+        return 2 * x, torch.full_like(x, 2)
+    return exponent * x ** (exponent - 1), (exponent * (exponent - 1)) * x ** (exponent - 2)
+
+
+def _exponential(x: Tensor, y: Tensor, base: Any) -> Derivatives:
+    """Base to the power x."""
+    log = torch.log(torch.as_tensor(base, dtype=y.dtype, device=y.device))
+    log = torch.where(log.isinf(), 0, log) if not y.is_complex() else log
+    return y * log, y * log * log
+
+
+def _threshold(x: Tensor, y: Tensor, threshold: Any, value: Any) -> Derivatives:
+    return _mask(x > threshold, x)
+
+
+def _zeros(x: Tensor, y: Tensor, *args: Any) -> Derivatives:
+    return None, None
+
+
+DERIVATIVES: dict[str, Callable[..., Derivatives]] = {
+    "neg": lambda x, y: (torch.full_like(x, -1), None),
+    "abs": lambda x, y: (torch.sgn(x), None),
+    "exp": lambda x, y: (y, y),
+    "exp2": _exp2,
+    "expm1": lambda x, y: (y + 1, y + 1),
+    "log": _log,
+    "log1p": _log1p,
+    "log2": _scaled_log(LN2),
+    "log10": _scaled_log(LN10),
+    "sqrt": _sqrt,
+    "rsqrt": _rsqrt,
+    "reciprocal": _reciprocal,
+    "square": lambda x, y: (2 * x, torch.full_like(x, 2)),
+    "sin": lambda x, y: (torch.cos(x), -y),
+    "cos": lambda x, y: (-torch.sin(x), -y),
+    "tan": _tan,
+    "sinh": lambda x, y: (torch.cosh(x), y),
+    "cosh": lambda x, y: (torch.sinh(x), y),
+    "tanh": _tanh,
+    "asin": _asin,
+    "acos": _acos,
+    "atan": _atan,
+    "asinh": _asinh,
+    "acosh": _acosh,
+    "atanh": _atanh,
+    "sinc": _sinc,
+    "sigmoid": _sigmoid,
+    "log_sigmoid": _log_sigmoid,
+    "logit": _logit,
+    "erf": _erf,
+    "erfc": lambda x, y: tuple(-d for d in _erf(x, y)),  # type: ignore[operator,return-value]
+    "erfinv": _erfinv,
+    "special_erfcx": _erfcx,
+    "special_ndtri": _ndtri,
+    "special_log_ndtr": _log_ndtr,
+    "special_entr": _entr,
+    "special_ndtr": _ndtr,
+    "lgamma": _lgamma,
+    "digamma": _digamma,
+    "i0": _i0,
+    "special_i0e": _i0e,
+    "special_i1": _i1,
+    "relu": lambda x, y: _mask(x > 0, x),
+    "relu6": lambda x, y: _mask((x > 0) & (x < 6), x),
+    "leaky_relu": _leaky_relu,
+    "hardtanh": _hardtanh,
+    "threshold": _threshold,
+    "clamp": _clamp,
+    "clamp_min": lambda x, y, low: _clamp(x, y, low),
+    "clamp_max": lambda x, y, high: _clamp(x, y, None, high),
+    "elu": _elu,
+    "celu": _celu,
+    "selu": _selu,
+    "softplus": _softplus,
+    "silu": _silu,
+    "mish": _mish,
+    "gelu": _gelu,
+    "hardswish": _hardswish,
+    "hardsigmoid": lambda x, y: (torch.where((x > -3) & (x < 3), 1 / 6, 0.0).to(x.dtype), None),
+    "hardshrink": lambda x, y, lambd=0.5: _mask((x < -lambd) | (x > lambd), x),
+    "softshrink": lambda x, y, lambd=0.5: _mask((x < -lambd) | (x > lambd), x),
+    "pow.Tensor_Scalar": _power,
+    "deg2rad": lambda x, y: (torch.full_like(x, math.pi / 180), None),
+    "rad2deg": lambda x, y: (torch.full_like(x, 180 / math.pi), None),
+    "frac": lambda x, y: (torch.ones_like(x), None),
+    "fmod.Scalar": lambda x, y, other: (torch.ones_like(x), None),
+    "remainder.Scalar": lambda x, y, other: (torch.ones_like(x), None),
+    "nan_to_num": lambda x, y, *a: _mask(torch.isfinite(x), x),
+    # flat almost everywhere
+    "floor": _zeros,
+    "ceil": _zeros,
+    "round": _zeros,
+    "round.decimals": lambda x, y, decimals=0: (None, None),
+    "trunc": _zeros,
+    "sign": _zeros,
+    "heaviside": _zeros,
+}
+
+# Functions whose value on complex numbers is not holomorphic: the chain rule above does not hold.
+NOT_HOLOMORPHIC = {"abs"}
+
+
+def _unary(name: str, derivatives: Callable[..., Derivatives]) -> None:
+    op = overload(name)
+    if op is None:
+        return
+    packet = name.partition(".")[0]
+
+    def rule(space: Space, x: Any, *args: Any, **kwargs: Any) -> Any:
+        p = primal(x, space)
+        if packet in NOT_HOLOMORPHIC and p.is_complex():
+            return NotImplemented
+        y = op(p, *args, **kwargs)
+        d1, d2 = derivatives(p if p.dtype == y.dtype else p.to(y.dtype), y, *args, **kwargs)
+        return chain(space, x, y, d1, d2 if space.order == 2 else None)
+
+    RULES[op] = rule
+
+
+for _name, _derivatives in DERIVATIVES.items():
+    _unary(_name, _derivatives)
+
+
+@register("pow.Scalar")
+def _(space: Space, base: Any, x: Any) -> Tensor:
+    p = primal(x, space)
+    y = torch.pow(base, p)
+    return chain(space, x, y, *_exponential(p, y, base))
+
+
+@register("polygamma")
+def _(space: Space, n: int, x: Any) -> Tensor:
+    p = primal(x, space)
+    return chain(space, x, torch.polygamma(n, p), torch.polygamma(n + 1, p), torch.polygamma(n + 2, p))
+
+
+@register("special_polygamma")
+def _(space: Space, n: int, x: Any) -> Tensor:
+    return torch.polygamma(n, x)
+
+
+# --- sums and products --------------------------------------------------------------------
+
+
+@register("add.Tensor", "add.Scalar")
+def _(space: Space, a: Any, b: Any, *scalar_alpha: Any, alpha: Any = 1) -> Tensor:
+    alpha = scalar_alpha[0] if scalar_alpha else alpha
+    y = torch.add(primal(a, space), primal(b, space), alpha=alpha)
+    return add_jets(space, a, b, y, alpha)
+
+
+@register("sub.Tensor", "sub.Scalar")
+def _(space: Space, a: Any, b: Any, *scalar_alpha: Any, alpha: Any = 1) -> Tensor:
+    alpha = scalar_alpha[0] if scalar_alpha else alpha
+    y = torch.sub(primal(a, space), primal(b, space), alpha=alpha)
+    return add_jets(space, a, b, y, -alpha)
+
+
+@register("rsub.Tensor", "rsub.Scalar")
+def _(space: Space, a: Any, b: Any, *scalar_alpha: Any, alpha: Any = 1) -> Tensor:
+    alpha = scalar_alpha[0] if scalar_alpha else alpha
+    return aten.add.Tensor(aten.mul.Scalar(a, -alpha), b) if alpha != 1 else aten.add.Tensor(aten.neg(a), b)
+
+
+@register("mul.Tensor", "mul.Scalar")
+def _(space: Space, a: Any, b: Any) -> Tensor:
+    return multiply(space, a, b, torch.mul(primal(a, space), primal(b, space)))
+
+
+@register("div.Tensor", "div.Scalar")
+def _(space: Space, a: Any, b: Any) -> Tensor:
+    y = torch.div(primal(a, space), primal(b, space))
+    _, first, _ = parts(b, space)
+    if first is None:
+        divisor = primal(b, space)
+        return linear(space, a, lambda p: y, lambda c: broadcast(_lift_to(c, y) / divisor, y.shape))  # type: ignore[arg-type,return-value]
+    inverse = torch.reciprocal(b)  # a jet
+    return multiply(space, a, inverse, y)
+
+
+def _lift_to(c: Tensor, y: Tensor) -> Tensor:
+    return lift(c, y.dim())
+
+
+@register("div.Tensor_mode", "div.Scalar_mode")
+def _(space: Space, a: Any, b: Any, *, rounding_mode: str | None) -> Tensor:
+    if rounding_mode is None:
+        return torch.div(a, b)
+    return torch.div(primal(a, space), primal(b, space), rounding_mode=rounding_mode)
+
+
+@register("floor_divide", "floor_divide.Scalar")
+def _(space: Space, a: Any, b: Any) -> Tensor:
+    return torch.floor_divide(primal(a, space), primal(b, space))
+
+
+@register("addcmul")
+def _(space: Space, x: Any, a: Any, b: Any, *, value: Any = 1) -> Tensor:
+    return torch.add(x, torch.mul(a, b), alpha=value)
+
+
+@register("addcdiv")
+def _(space: Space, x: Any, a: Any, b: Any, *, value: Any = 1) -> Tensor:
+    return torch.add(x, torch.div(a, b), alpha=value)
+
+
+@register("lerp.Scalar", "lerp.Tensor")
+def _(space: Space, start: Any, end: Any, weight: Any) -> Tensor:
+    return torch.add(start, torch.mul(torch.sub(end, start), weight))
+
+
+@register("complex")
+def _(space: Space, real: Any, imag: Any) -> Tensor:
+    y = torch.complex(primal(real, space), primal(imag, space))
+    return add_jets(space, real, imag, y, 1j)
+
+
+# --- functions of two tensors --------------------------------------------------------------
+
+
+@register("pow.Tensor_Tensor")
+def _(space: Space, a: Any, b: Any) -> Tensor:
+    x, e = primal(a, space), primal(b, space)
+    y = torch.pow(x, e)
+    log = torch.where((x == 0) & (e >= 0), 0, torch.log(x)) if not y.is_complex() else torch.log(x)
+    x1 = torch.where(e == 0, 0, e * torch.pow(x, e - 1))
+    xx = torch.where((e == 0) | (e == 1), 0, e * (e - 1) * torch.pow(x, e - 2))
+    mixed = torch.where(e == 0, torch.reciprocal(x), torch.pow(x, e - 1) * (1 + e * log))
+    return chain_many(space, (a, b), y, (x1, y * log), {(0, 0): xx, (0, 1): mixed, (1, 1): y * log * log})
+
+
+@register("atan2")
+def _(space: Space, a: Any, b: Any) -> Tensor:
+    y, x = primal(a, space), primal(b, space)
+    n = y * y + x * x
+    n2 = n * n
+    cross = 2 * x * y / n2
+    hessian = {(0, 0): -cross, (0, 1): (y * y - x * x) / n2, (1, 1): cross}
+    return chain_many(space, (a, b), torch.atan2(y, x), (x / n, -y / n), hessian)
+
+
+@register("hypot")
+def _(space: Space, a: Any, b: Any) -> Tensor:
+    x, y = primal(a, space), primal(b, space)
+    r = torch.hypot(x, y)
+    r3 = r**3
+    hessian = {(0, 0): y * y / r3, (0, 1): -x * y / r3, (1, 1): x * x / r3}
+    return chain_many(space, (a, b), r, (x / r, y / r), hessian)
+
+
+@register("xlogy.Tensor", "xlogy.Scalar_Other", "xlogy.Scalar_Self")
+def _(space: Space, a: Any, b: Any) -> Tensor:
+    x, y = primal(a, space), primal(b, space)
+    dtype = torch.result_type(x, y)
+    x, y = (t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=dtype) for t in (x, y))
+    masked = (x == 0) & (y <= 0)  # autograd's convention: 0 log 0 stays 0 under derivatives
+    gradient = torch.where(masked, 0, torch.log(y)), x / y
+    return chain_many(space, (a, b), torch.xlogy(x, y), gradient, {(0, 1): 1 / y, (1, 1): -x / (y * y)})
+
+
+@register("special_xlog1py", "special_xlog1py.other_scalar", "special_xlog1py.self_scalar")
+def _(space: Space, a: Any, b: Any) -> Tensor:
+    x, y = primal(a, space), primal(b, space)
+    dtype = torch.result_type(x, y)
+    x, y = (t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=dtype) for t in (x, y))
+    d = 1 / (1 + y)
+    masked = (x == 0) & (y <= -1)
+    gradient = torch.where(masked, 0, torch.log1p(y)), x * d
+    return chain_many(space, (a, b), torch.special.xlog1py(x, y), gradient, {(0, 1): d, (1, 1): -x * d * d})
+
+
+@register("logaddexp")
+def _(space: Space, a: Any, b: Any) -> Tensor:
+    x, y = primal(a, space), primal(b, space)
+    z = torch.logaddexp(x, y)
+    p, q = torch.exp(x - z), torch.exp(y - z)
+    pq = p * q
+    return chain_many(space, (a, b), z, (p, q), {(0, 0): pq, (0, 1): -pq, (1, 1): pq})
+
+
+@register("logaddexp2")
+def _(space: Space, a: Any, b: Any) -> Tensor:
+    x, y = primal(a, space), primal(b, space)
+    z = torch.logaddexp2(x, y)
+    p, q = torch.exp2(x - z), torch.exp2(y - z)
+    pq = LN2 * p * q
+    return chain_many(space, (a, b), z, (p, q), {(0, 0): pq, (0, 1): -pq, (1, 1): pq})
+
+
+def _modulo(name: str, rounding: str) -> None:
+    op = overload(name)
+
+    def rule(space: Space, a: Any, b: Any) -> Tensor:
+        x, y = primal(a, space), primal(b, space)
+        return chain_many(
+            space, (a, b), op(x, y), (torch.ones_like(x), -torch.div(x, y, rounding_mode=rounding)), {}
+        )
+
+    RULES[op] = rule
+
+
+_modulo("fmod.Tensor", "trunc")
+_modulo("remainder.Tensor", "floor")
+
+
+@register("copysign.Tensor", "copysign.Scalar")
+def _(space: Space, a: Any, b: Any) -> Tensor:
+    x = primal(a, space)
+    y = torch.copysign(x, primal(b, space))
+    ratio = torch.where(x == 0, 0, y / x)
+    return linear(space, a, lambda p: y, lambda c: broadcast(_lift_to(c, y) * ratio, y.shape))  # type: ignore[arg-type,return-value]
+
+
+def _selecting(space: Space, a: Any, b: Any, y: Tensor, left: Tensor) -> Tensor:
+    """a where left is 1, b where it is 0, and the mean where it is 1/2."""
+    left = left.to(y.dtype)
+    return chain_many(space, (a, b), y, (left, 1 - left), {})
+
+
+def _share(x: Tensor, y: Tensor, larger: bool) -> Tensor:
+    ahead = (x > y) if larger else (x < y)
+    return torch.where(x == y, 0.5, ahead.to(torch.float64))
+
+
+@register("maximum")
+def _(space: Space, a: Any, b: Any) -> Tensor:
+    x, y = primal(a, space), primal(b, space)
+    return _selecting(space, a, b, torch.maximum(x, y), _share(x, y, True))
+
+
+@register("minimum")
+def _(space: Space, a: Any, b: Any) -> Tensor:
+    x, y = primal(a, space), primal(b, space)
+    return _selecting(space, a, b, torch.minimum(x, y), _share(x, y, False))
+
+
+@register("fmax")
+def _(space: Space, a: Any, b: Any) -> Tensor:
+    x, y = primal(a, space), primal(b, space)
+    return _selecting(space, a, b, torch.fmax(x, y), (x >= y) | y.isnan())
+
+
+@register("fmin")
+def _(space: Space, a: Any, b: Any) -> Tensor:
+    x, y = primal(a, space), primal(b, space)
+    return _selecting(space, a, b, torch.fmin(x, y), (x <= y) | y.isnan())
+
+
+@register("clamp.Tensor", "clamp_min.Tensor")
+def _(space: Space, x: Any, low: Any = None, high: Any = None) -> Tensor:
+    return _clamped(space, x, low, high)
+
+
+@register("clamp_max.Tensor")
+def _(space: Space, x: Any, high: Any) -> Tensor:
+    return _clamped(space, x, None, high)
+
+
+def _clamped(space: Space, x: Any, low: Any, high: Any) -> Tensor:
+    p = primal(x, space)
+    y = torch.clamp(p, primal(low, space), primal(high, space))
+    bounds = [(b, primal(b, space)) for b in (low, high)]
+    below = torch.zeros_like(y, dtype=torch.bool) if low is None else p < bounds[0][1]
+    above = torch.zeros_like(y, dtype=torch.bool) if high is None else p > bounds[1][1]
+    if low is not None and high is not None:
+        crossed = bounds[0][1] > bounds[1][1]
+        above = above | crossed
+        below = below & ~crossed
+    below = below & ~above
+    inside = ~(below | above)
+    xs, gradient = [x], [inside.to(y.dtype)]
+    for bound, hit in ((low, below), (high, above)):
+        if bound is not None:
+            xs.append(bound)
+            gradient.append(hit.to(y.dtype))
+    return chain_many(space, xs, y, gradient, {})
+
+
+@register("prelu", "_prelu_kernel")
+def _(space: Space, x: Any, weight: Any) -> Tensor:
+    p = primal(x, space)
+    shape = [1] * p.dim()
+    if p.dim() > 1 and weight.dim() == 1:
+        shape[1] = -1
+        weight = weight.reshape(shape)
+    elif p.dim() == weight.dim() + 1:
+        weight = weight.reshape(shape)
+    positive = p > 0
+    return torch.where(positive, x, torch.mul(x, weight))
+
+
+@register("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
+def _(space: Space, condition: Tensor, a: Any, b: Any) -> Tensor:
+    condition = primal(condition, space)
+    pa, fa, sa = parts(a, space)
+    pb, fb, sb = parts(b, space)
+    y = torch.where(condition, pa, pb)
+
+    def pick(ca: Tensor | None, cb: Tensor | None) -> Tensor | None:
+        ca, cb = broadcast(ca, y.shape), broadcast(cb, y.shape)
+        if ca is None and cb is None:
+            return None
+        return torch.where(condition, 0 if ca is None else ca, 0 if cb is None else cb)
+
+    return make(y, pick(fa, fb), pick(sa, sb), space)
+
+
+@register("masked_fill.Scalar", "masked_fill.Tensor")
+def _(space: Space, x: Any, mask: Tensor, value: Any) -> Tensor:
+    return torch.where(primal(mask, space), value, x)
+
+
+@register("glu")
+def _(space: Space, x: Any, dim: int = -1) -> Tensor:
+    a, b = x.chunk(2, dim)
+    return torch.mul(a, torch.sigmoid(b))
+
+
+@register("rrelu")
+def _(
+    space: Space,
+    x: Any,
+    lower: Any = 1 / 8,
+    upper: Any = 1 / 3,
+    training: bool = False,
+    generator: Any = None,
+) -> Any:
+    p = primal(x, space)
+    y = aten.rrelu(p, lower, upper, training, generator)
+    slope = torch.where(p > 0, 1.0, torch.where(p == 0, 1.0, y / p)).to(p.dtype)
+    return chain(space, x, y, slope, None)

@@ -1,0 +1,242 @@
+"""Loss functions: where the reduction is a sum, second coefficients are summed without being formed.
+
+A loss of the form ``sum(l(x))`` has the slope ``sum(l' x_i)``, a matrix-vector product, and the
+curvature ``sum(l' x_ij) + sum(l'' x_i x_j)``, a matrix-vector product and a Gram matrix.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..jet import Space, add, chain, gram, is_jet, make, parts, primal
+from .registry import aten, register
+
+NONE, MEAN, SUM = 0, 1, 2
+
+
+def reduce(y: Any, reduction: int) -> Any:
+    """The reduction that torch's loss functions share."""
+    return y if reduction == NONE else y.mean() if reduction == MEAN else y.sum()
+
+
+def weighted(c: Tensor | None, weight: Tensor) -> Tensor | None:
+    """``sum(weight * c_n)`` for each tensor of a stack."""
+    return None if c is None else c.reshape(c.shape[0], -1) @ weight.reshape(-1)
+
+
+def summed_chain(space: Space, x: Any, y: Tensor, d1: Tensor, d2: Tensor | None, reduction: int) -> Any:
+    """``reduce(l(x))`` for an elementwise l with value y and derivatives d1 and d2."""
+    if reduction == NONE:
+        return chain(space, x, y, d1, d2)
+    _, first, second = parts(x, space)
+    share = 1 / max(y.numel(), 1) if reduction == MEAN else 1
+    slope = weighted(first, d1 * share)
+    curvature = None
+    if space.order == 2:
+        curvature = weighted(second, d1 * share)
+        if d2 is not None and first is not None:
+            curvature = add(curvature, gram(space, first * (d2 * share), first))
+    return make(reduce(y, reduction), slope, curvature, space)
+
+
+# --- functions of the difference of input and target --------------------------------------------
+
+
+@register("mse_loss")
+def _(space: Space, x: Any, target: Any, reduction: int = MEAN) -> Any:
+    d = torch.sub(x, target)
+    p = primal(d, space)
+    return summed_chain(space, d, p * p, 2 * p, torch.full_like(p, 2), reduction)
+
+
+@register("l1_loss")
+def _(space: Space, x: Any, target: Any, reduction: int = MEAN) -> Any:
+    return reduce(torch.abs(torch.sub(x, target)), reduction)
+
+
+@register("huber_loss")
+def _(space: Space, x: Any, target: Any, reduction: int = MEAN, delta: float = 1.0) -> Any:
+    d = torch.sub(x, target)
+    p = primal(d, space)
+    near = p.abs() <= delta
+    y = torch.where(near, 0.5 * p * p, delta * (p.abs() - 0.5 * delta))
+    return summed_chain(space, d, y, torch.where(near, p, delta * torch.sgn(p)), near.to(p.dtype), reduction)
+
+
+@register("smooth_l1_loss")
+def _(space: Space, x: Any, target: Any, reduction: int = MEAN, beta: float = 1.0) -> Any:
+    if beta == 0:
+        return aten.l1_loss(x, target, reduction)
+    d = torch.sub(x, target)
+    p = primal(d, space)
+    near = p.abs() < beta
+    y = torch.where(near, 0.5 * p * p / beta, p.abs() - 0.5 * beta)
+    d1 = torch.where(near, p / beta, torch.sgn(p))
+    return summed_chain(space, d, y, d1, near.to(p.dtype) / beta, reduction)
+
+
+# --- binary ---------------------------------------------------------------------------------------
+
+
+@register("binary_cross_entropy_with_logits")
+def _(
+    space: Space, x: Any, target: Any, weight: Any = None, pos_weight: Any = None, reduction: int = MEAN
+) -> Any:
+    if any(is_jet(t, space) for t in (target, weight, pos_weight)) or target.shape != x.shape:
+        negative = torch.mul(torch.sub(1, target), torch.nn.functional.softplus(x, 1, 1e6))
+        positive = torch.mul(target, torch.nn.functional.softplus(torch.neg(x), 1, 1e6))
+        positive = positive if pos_weight is None else torch.mul(positive, pos_weight)
+        y = torch.add(negative, positive)
+        return reduce(y if weight is None else torch.mul(y, weight), reduction)
+    p = primal(x, space)
+    y = aten.binary_cross_entropy_with_logits(p, target, weight, pos_weight, NONE)
+    s = torch.sigmoid(p)
+    positive = target if pos_weight is None else target * pos_weight
+    total = 1 - target + positive
+    d1, d2 = s * total - positive, s * (1 - s) * total
+    if weight is not None:
+        d1, d2 = d1 * weight, d2 * weight
+    return summed_chain(space, x, y, d1, d2, reduction)
+
+
+@register("binary_cross_entropy")
+def _(space: Space, x: Any, target: Any, weight: Any = None, reduction: int = MEAN) -> Any:
+    p, t = primal(x, space), primal(target, space)
+    if is_jet(target, space) or is_jet(weight, space):
+        y = torch.neg(
+            torch.add(torch.mul(target, torch.log(x)), torch.mul(1 - target, torch.log1p(torch.neg(x))))
+        )
+        return reduce(y if weight is None else torch.mul(y, weight), reduction)
+    y = aten.binary_cross_entropy(p, t, weight, NONE)
+    q = 1 - p
+    d1, d2 = (p - t) / (p * q), t / (p * p) + (1 - t) / (q * q)
+    if weight is not None:
+        d1, d2 = d1 * weight, d2 * weight
+    return summed_chain(space, x, y, d1, d2, reduction)
+
+
+@register("soft_margin_loss")
+def _(space: Space, x: Any, target: Any, reduction: int = MEAN) -> Any:
+    return reduce(torch.nn.functional.softplus(torch.neg(torch.mul(x, target)), 1, 1e6), reduction)
+
+
+# --- classes --------------------------------------------------------------------------------------
+
+
+@register("nll_loss", "nll_loss2d", "nll_loss_nd")
+def _(
+    space: Space, x: Any, target: Tensor, weight: Any = None, reduction: int = MEAN, ignore_index: int = -100
+) -> Any:
+    batched = x if x.dim() > 1 else x.unsqueeze(0)
+    labels = target if x.dim() > 1 else target.reshape(1)
+    kept = labels != ignore_index
+    picked = batched.gather(1, torch.where(kept, labels, 0).unsqueeze(1)).squeeze(1)
+    share = kept.to(x.dtype)
+    if weight is not None:
+        share = torch.mul(share, weight[torch.where(kept, labels, 0)])
+    if reduction == MEAN:
+        y = torch.neg(torch.div(torch.mul(picked, share).sum(), share.sum()))
+    else:
+        y = torch.neg(torch.where(kept, torch.mul(picked, share), 0))
+        y = y.sum() if reduction == SUM else y
+    return y if x.dim() > 1 or reduction != NONE else y.squeeze(0)
+
+
+@register("nll_loss_forward", "nll_loss2d_forward")
+def _(space: Space, x: Any, target: Tensor, weight: Any, reduction: int, ignore_index: int) -> Any:
+    kept = target != ignore_index
+    total = kept.to(x.dtype) if weight is None else weight[torch.where(kept, target, 0)] * kept
+    return aten.nll_loss_nd(x, target, weight, reduction, ignore_index), primal(total, space).sum()
+
+
+@register("cross_entropy_loss")
+def _(
+    space: Space,
+    x: Any,
+    target: Any,
+    weight: Any = None,
+    reduction: int = MEAN,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Any:
+    if reduction == NONE or is_jet(target, space) or is_jet(weight, space) or not is_jet(x, space):
+        return _composed_cross_entropy(space, x, target, weight, reduction, ignore_index, label_smoothing)
+    dim = 0 if x.dim() == 1 else 1
+    p, first, second = parts(x, space)
+    goal, mass = _goal(p, target, weight, reduction, ignore_index, label_smoothing, dim)
+    z = torch.log_softmax(p, dim)
+    y = torch.exp(z)
+    loss = -(goal * torch.where(goal == 0, 0, z)).sum()
+    heavy = y * mass
+    d1 = heavy - goal
+    curvature = None
+    if space.order == 2:
+        curvature = weighted(second, d1)
+        if first is not None:
+            mean = (first * y).sum(dim + 1, keepdim=True)
+            own = gram(space, first * heavy, first) - gram(space, mean * mass, mean)
+            curvature = add(curvature, own)
+    return make(loss, weighted(first, d1), curvature, space)
+
+
+def _goal(
+    p: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    smoothing: float,
+    dim: int,
+) -> tuple[Tensor, Tensor]:
+    """The loss as ``-sum(goal * log_softmax)``: the goal, of the logits' shape, and its sum over classes."""
+    classes = p.shape[dim]
+    shape = [1] * p.dim()
+    shape[dim] = classes
+    per_class = None if weight is None else weight.reshape(shape)
+    if target.dtype.is_floating_point:
+        goal = target * (1 - smoothing) + smoothing / classes
+        goal = goal if per_class is None else goal * per_class
+        if reduction == MEAN:
+            goal = goal / max(p.numel() // classes, 1)
+        return goal, goal.sum(dim, keepdim=True)
+    kept = target != ignore_index
+    labels = torch.where(kept, target, 0)
+    share = kept.to(p.dtype)
+    hard = share if weight is None else share * weight[labels]
+    if reduction == MEAN:
+        total = hard.sum()
+        share, hard = share / total, hard / total
+    goal = torch.zeros_like(p).scatter_(dim, labels.unsqueeze(dim), hard.unsqueeze(dim) * (1 - smoothing))
+    if smoothing:
+        spread = share.unsqueeze(dim) * (smoothing / classes)
+        goal = goal + (spread if per_class is None else spread * per_class)
+    return goal, goal.sum(dim, keepdim=True)
+
+
+def _composed_cross_entropy(
+    space: Space, x: Any, target: Any, weight: Any, reduction: int, ignore_index: int, smoothing: float
+) -> Any:
+    dim = 0 if x.dim() == 1 else 1
+    z = torch.log_softmax(x, dim)
+    p, t = primal(x, space), primal(target, space)
+    if t.dtype.is_floating_point:
+        goal = torch.add(torch.mul(target, 1 - smoothing), smoothing / p.shape[dim])
+    elif reduction == NONE and not smoothing:
+        return aten.nll_loss_nd(z, target, weight, reduction, ignore_index)
+    else:
+        w = primal(weight, space)
+        if is_jet(weight, space):
+            return NotImplemented
+        goal, _ = _goal(p, t, w, reduction, ignore_index, smoothing, dim)
+        y = torch.neg(torch.mul(goal, z)).sum(dim)
+        return y if reduction == NONE else y.sum()
+    shape = [1] * p.dim()
+    shape[dim] = p.shape[dim]
+    goal = goal if weight is None else torch.mul(goal, weight.reshape(shape))
+    y = torch.neg(torch.mul(goal, z)).sum(dim)
+    if reduction == NONE:
+        return y
+    return torch.div(y.sum(), max(p.numel() // p.shape[dim], 1)) if reduction == MEAN else y.sum()

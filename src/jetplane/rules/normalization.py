@@ -1,0 +1,323 @@
+"""Softmax and the normalizations, with their reductions written out at the coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..jet import Space, add, make, multiply, outer, parts, plain, primal, symmetric
+from .registry import aten, register
+from .structure import up
+
+# --- softmax: with y the result and a_i = x_i - sum(y x_i) ------------------------------------
+
+
+def _centred(space: Space, x: Any, y: Tensor, dim: int) -> tuple[Tensor | None, Tensor | None]:
+    """First coefficients a_i of log-softmax, and t_ij - sum(y t_ij) with t_ij = x_ij + a_i a_j."""
+    _, first, second = parts(x, space)
+    dim = up(dim)
+    a = None if first is None else _minus_mean(first, y, dim, first)
+    if space.order == 1:
+        return a, None
+    t = second if a is None else _plus(outer(space, a, a), second)
+    return a, None if t is None else _minus_mean(t, y, dim, second)
+
+
+def _minus_mean(c: Tensor, y: Tensor, dim: int, keep: Tensor | None) -> Tensor:
+    """``c - sum(y c)`` along a dimension; in place unless c is the tensor to keep."""
+    mean = (c * y).sum(dim, keepdim=True)
+    return c.sub_(mean) if c is not keep and plain(c, mean) else c - mean
+
+
+def _plus(total: Tensor, term: Tensor | None) -> Tensor:
+    if term is None:
+        return total
+    return total.add_(term) if plain(total, term) else total + term
+
+
+@register("softmax.int", "_softmax", "special_softmax")
+def _(space: Space, x: Any, dim: int, dtype: Any = None) -> Tensor:
+    if isinstance(dtype, torch.dtype):
+        x = x.to(dtype)
+    p = primal(x, space)
+    if p.dim() == 0:
+        return torch.ones_like(p)
+    y = torch.softmax(p, dim)
+    a, t = _centred(space, x, y, dim)
+    return make(y, None if a is None else a * y, None if t is None else _times(t, y), space)
+
+
+def _times(c: Tensor, y: Tensor) -> Tensor:
+    return c.mul_(y) if plain(c, y) else c * y
+
+
+@register("log_softmax.int", "_log_softmax", "special_log_softmax")
+def _(space: Space, x: Any, dim: int, dtype: Any = None) -> Tensor:
+    if isinstance(dtype, torch.dtype):
+        x = x.to(dtype)
+    p, first, second = parts(x, space)
+    if p.dim() == 0:
+        return torch.zeros_like(p)
+    z = torch.log_softmax(p, dim)
+    y = torch.exp(z)
+    d = up(dim)
+    a = None if first is None else first - (first * y).sum(d, keepdim=True)
+    s = None
+    if space.order == 2:
+        mean = None if second is None else (second * y).sum(d, keepdim=True)
+        if a is not None:
+            mean = add(mean, outer(space, a * y, a).sum(d, keepdim=True))
+        if mean is not None:
+            s = (second - mean) if second is not None else (-mean).expand(space.pairs, *p.shape)
+    return make(z, a, s, space)
+
+
+@register("logsumexp", "special_logsumexp")
+def _(space: Space, x: Any, dim: Sequence[int], keepdim: bool = False) -> Tensor:
+    p, first, second = parts(x, space)
+    if p.dim() == 0:
+        return x
+    dims = [dim] if isinstance(dim, int) else list(dim) or list(range(p.dim()))
+    over = [up(d) for d in dims]
+    z = torch.logsumexp(p, dims, keepdim=True)
+    y = torch.exp(p - torch.where(z.isinf(), 0, z))
+    m = None if first is None else (first * y).sum(over, keepdim=True)
+    s = None
+    if space.order == 2:
+        s = None if second is None else (second * y).sum(over, keepdim=True)
+        if first is not None:
+            a = first - m
+            s = add(s, outer(space, a * y, a).sum(over, keepdim=True))
+    jet = make(z, m, s, space)
+    return jet if keepdim else jet.squeeze(tuple(dims))
+
+
+# --- normalization by mean and variance -------------------------------------------------------
+
+
+def standardize(space: Space, x: Any, dims: Sequence[int], eps: float) -> Tensor:
+    """``(x - mean) / sqrt(var + eps)`` over the given dimensions, variance without correction."""
+    p, first, second = parts(x, space)
+    over = list(dims)  # negative, so that they serve tensors and stacks alike
+    c0 = p - p.mean(over, keepdim=True)
+    r = torch.rsqrt((c0 * c0).mean(over, keepdim=True) + eps)
+    y = c0 * r
+    c1 = None if first is None else first - first.mean(over, keepdim=True)
+    c2 = None if second is None else second - second.mean(over, keepdim=True)
+    # with u = y r: v_i / 2 = mean(c0 c_i), r_i / r = -mean(u c_i)
+    u = y * r
+    m1 = None if c1 is None else (c1 * u).mean(over, keepdim=True)
+    y1 = (
+        None
+        if c1 is None or m1 is None
+        else torch.addcmul(c1 * r, y, m1, value=-1)
+        if plain(c1, m1)
+        else c1 * r - y * m1
+    )
+    if space.order == 1:
+        return make(y, y1, None, space)
+    m2 = None if c2 is None else (c2 * u).mean(over, keepdim=True)
+    y2 = None if c2 is None else c2 * r
+    if c1 is not None and m1 is not None:
+        g = outer(space, c1, c1).mean(over, keepdim=True) * (r * r)
+        w = g - 3 * outer(space, m1, m1)  # -r_ij / r, but for the second coefficients' own part
+        m2 = w if m2 is None else m2 + w
+        cross = c1 * r
+        y2 = _minus_symmetric(space, y2, cross, m1)
+    if y2 is not None and m2 is not None:
+        y2 = torch.addcmul(y2, y, m2, value=-1) if plain(y2, m2, y) else y2 - y * m2
+    return make(y, y1, y2, space)
+
+
+def _minus_symmetric(space: Space, into: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """``into - (a_i b_j + a_j b_i)``."""
+    s = symmetric(space, a, -b)
+    return s if into is None else _plus(s, into)
+
+
+def _affine(space: Space, y: Any, weight: Any, bias: Any) -> Any:
+    if weight is not None:
+        y = multiply(space, y, weight)
+    return y if bias is None else torch.add(y, bias)
+
+
+@register("layer_norm")
+def _(
+    space: Space,
+    x: Any,
+    shape: Sequence[int],
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    y = standardize(space, x, range(-len(shape), 0), eps)
+    return _affine(space, y, weight, bias)
+
+
+@register("native_layer_norm")
+def _(space: Space, x: Any, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Any:
+    dims = list(range(-len(shape), 0))
+    y = torch.layer_norm(x, list(shape), weight, bias, eps)
+    mean = x.mean(dims, keepdim=True)
+    return y, mean, torch.rsqrt(torch.square(x - mean).mean(dims, keepdim=True) + eps)
+
+
+@register("rms_norm")
+def _(space: Space, x: Any, shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Tensor:
+    dims = list(range(-len(shape), 0))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    y = torch.mul(x, torch.rsqrt(torch.add(torch.square(x).mean(dims, keepdim=True), eps)))
+    return y if weight is None else torch.mul(y, weight)
+
+
+def _channels(c: Any, rank: int) -> Any:
+    return None if c is None else c.reshape(-1, *([1] * (rank - 2)))
+
+
+def _update_running(p: Tensor, mean: Tensor | None, var: Tensor | None, momentum: float) -> None:
+    """BatchNorm's running statistics, by the primal alone; the variance unbiased, as torch keeps it."""
+    dims = [0, *range(2, p.dim())]
+    if mean is not None:
+        mean.mul_(1 - momentum).add_(p.mean(dims), alpha=momentum)
+    if var is not None:
+        var.mul_(1 - momentum).add_(p.var(dims, correction=1), alpha=momentum)
+
+
+@register("batch_norm")
+def _(
+    space: Space,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = True,
+) -> Any:
+    rank = x.dim()
+    if training or running_mean is None:
+        y = standardize(space, x, [-rank, *range(2 - rank, 0)], eps)
+        if training and running_mean is not None:
+            _update_running(_innermost(x), running_mean, running_var, momentum)
+    else:
+        inverse = torch.rsqrt(torch.add(running_var, eps))
+        y = torch.mul(torch.sub(x, _channels(running_mean, rank)), _channels(inverse, rank))
+    return _affine(space, y, _channels(weight, rank), _channels(bias, rank))
+
+
+def _innermost(x: Any) -> Tensor:
+    while hasattr(x, "primal"):
+        x = x.primal
+    return x
+
+
+@register("native_batch_norm")
+def _(
+    space: Space,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Any:
+    y = torch.batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, False)
+    dims = [0, *range(2, x.dim())]
+    mean = x.mean(dims)
+    centred = torch.sub(x, _channels(mean, x.dim()))
+    return y, mean, torch.rsqrt(torch.add(torch.square(centred).mean(dims), eps))
+
+
+@register("instance_norm")
+def _(
+    space: Space,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = True,
+) -> Any:
+    rank = x.dim()
+    if use_input_stats:
+        y = standardize(space, x, range(2 - rank, 0), eps)
+        if running_mean is not None:
+            p = _innermost(x)
+            dims = list(range(2, rank))
+            running_mean.mul_(1 - momentum).add_(p.mean(dims).mean(0), alpha=momentum)
+            running_var.mul_(1 - momentum).add_(p.var(dims, correction=1).mean(0), alpha=momentum)
+    else:
+        inverse = torch.rsqrt(torch.add(running_var, eps))
+        y = torch.mul(torch.sub(x, _channels(running_mean, rank)), _channels(inverse, rank))
+    return _affine(space, y, _channels(weight, rank), _channels(bias, rank))
+
+
+@register("group_norm")
+def _(
+    space: Space,
+    x: Any,
+    groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Any:
+    grouped = x.reshape(x.shape[0], groups, -1)
+    y = standardize(space, grouped, [-1], eps).reshape(x.shape)
+    return _affine(space, y, _channels(weight, x.dim()), _channels(bias, x.dim()))
+
+
+@register("_weight_norm", "_weight_norm_interface")
+def _(space: Space, v: Any, g: Any, dim: int = 0) -> Any:
+    dims = [d for d in range(v.dim()) if d != dim % v.dim()] if dim != -1 else list(range(v.dim()))
+    norm = torch.sqrt(torch.square(v).sum(dims, keepdim=True))
+    return torch.mul(v, torch.div(g, norm))
+
+
+# --- variance and norms ------------------------------------------------------------------------
+
+
+def _dims(x: Any, dim: Any) -> list[int]:
+    if dim is None or (not isinstance(dim, int) and len(dim) == 0):
+        return list(range(x.dim()))
+    return [dim] if isinstance(dim, int) else list(dim)
+
+
+@register("var.correction")
+def _(space: Space, x: Any, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Any:
+    dims = _dims(x, dim)
+    centred = x - x.mean(dims, keepdim=True) if dims else x - x
+    n = 1
+    for d in dims:
+        n *= x.shape[d]
+    degrees = max(n - (1 if correction is None else correction), 0)
+    total = torch.square(centred).sum(dims, keepdim=keepdim) if dims else torch.square(centred)
+    return torch.div(total, degrees)
+
+
+@register("std.correction")
+def _(space: Space, x: Any, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Any:
+    return torch.sqrt(torch.var(x, dim, correction=1 if correction is None else correction, keepdim=keepdim))
+
+
+@register("var_mean.correction")
+def _(space: Space, x: Any, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Any:
+    var = aten.var.correction(x, dim, correction=correction, keepdim=keepdim)
+    return var, x.mean(_dims(x, dim), keepdim=keepdim)
+
+
+@register("std_mean.correction")
+def _(space: Space, x: Any, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Any:
+    std = aten.std.correction(x, dim, correction=correction, keepdim=keepdim)
+    return std, x.mean(_dims(x, dim), keepdim=keepdim)

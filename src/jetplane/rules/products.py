@@ -1,0 +1,396 @@
+"""Bilinear operators: matrix products and convolutions, where nearly all of the time goes.
+
+    y_i  = f(a_i, b) + f(a, b_i)
+    y_ij = f(a_ij, b) + f(a, b_ij) + f(a_i, b_j) + f(a_j, b_i)
+
+`bilinear` knows this formula and which products to batch; an operator brings a `Form`, its product
+of two plain tensors. Where both sides have first coefficients the cross terms and the first-order
+terms are interpolated from products of sums (see `_interpolated`): 1 + K + K(K+1)/2 products
+instead of 1 + 2K + K², the number of coefficients that the result has.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..jet import Space, add, broadcast, make, parts, plain, primal
+from .registry import aten, register
+
+
+class Form(ABC):
+    """A bilinear map of two plain tensors, and how stacks of n tensors pass through it."""
+
+    @abstractmethod
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """The product."""
+
+    def left(self, a: Tensor, b: Tensor) -> Tensor:
+        """Products of each tensor of the stack a with the tensor b."""
+        return torch.stack([self(t, b) for t in a.unbind(0)])
+
+    def right(self, a: Tensor, b: Tensor) -> Tensor:
+        """Products of the tensor a with each tensor of the stack b."""
+        return torch.stack([self(a, t) for t in b.unbind(0)])
+
+    def into(self, out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
+        """Write the product to ``out``, or add it to what is there."""
+        y = self(a, b)
+        if keep:
+            out.add_(y)
+        else:
+            out.copy_(y)
+
+    def pays(self, a: Tensor, b: Tensor) -> bool:
+        """Whether a product costs so much more than sums of its factors that interpolation pays."""
+        return False
+
+
+def bilinear(space: Space, form: Form, a: Any, b: Any, y: Tensor | None = None) -> Tensor:
+    """The jet of ``form(a, b)``; ``y`` is its primal where that is known already."""
+    pa, fa, sa = parts(a, space)
+    pb, fb, sb = parts(b, space)
+    y = form(pa, pb) if y is None else y
+    if fa is not None and fb is not None and space.order == 2:
+        if plain(pa, fa, pb, fb):
+            if form.pays(pa, pb):
+                first, second = _interpolated(space, form, pa, fa, pb, fb, y)
+            else:
+                first, second = _direct(space, form, pa, fa, pb, fb, y)
+        else:
+            first = form.left(fa, pb) + form.right(pa, fb)
+            second = torch.stack([form(fa[i], fb[j]) + form(fa[j], fb[i]) for i, j in space.indices()])
+    else:
+        first = add(
+            None if fa is None else form.left(fa, pb),
+            None if fb is None else form.right(pa, fb),
+        )
+        second = None
+    if space.order == 2:
+        if sa is not None:
+            second = _plus(second, form.left(sa, pb))
+        if sb is not None:
+            second = _plus(second, form.right(pa, sb))
+    return make(y, first, second, space)
+
+
+def _plus(total: Tensor | None, term: Tensor) -> Tensor:
+    if total is None:
+        return term
+    return total.add_(term) if plain(total, term) else total + term
+
+
+def _direct(
+    space: Space, form: Form, pa: Tensor, fa: Tensor, pb: Tensor, fb: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """First and second coefficients, product by product."""
+    first = form.left(fa, pb)
+    for i in range(space.k):
+        form.into(first[i], pa, fb[i], True)
+    second = y.new_empty((space.pairs, *y.shape))
+    for n, (i, j) in enumerate(space.indices()):
+        form.into(second[n], fa[i], fb[j], False)
+        if i == j:
+            second[n].mul_(2)
+        else:
+            form.into(second[n], fa[j], fb[i], True)
+    return first, second
+
+
+def _interpolated(
+    space: Space, form: Form, pa: Tensor, fa: Tensor, pb: Tensor, fb: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """First and second coefficients from products of sums, as Karatsuba multiplies polynomials.
+
+    With directions scaled by s_i so that all products are of one size (which keeps cancellation at
+    the rounding error of the terms themselves) and D_i = s_i² f(a_i, b_i):
+
+        y_ii           = 2 D_i / s_i²
+        s_i y_i        = f(a + s_i a_i, b + s_i b_i) - f(a, b) - D_i
+        s_i s_j y_ij   = f(s_i a_i + s_j a_j, s_i b_i + s_j b_j) - D_i - D_j
+    """
+    k = space.k
+    size = (_norms(fa) * _norms(fb)).clamp_min(torch.finfo(fa.dtype).tiny)
+    whole = (pa.norm() * pb.norm()).clamp_min(torch.finfo(fa.dtype).tiny)
+    s = torch.sqrt(whole / size).tolist()
+    first, second = y.new_empty((k, *y.shape)), y.new_empty((space.pairs, *y.shape))
+    where = {pair: n for n, pair in enumerate(space.indices())}
+    left, right = torch.empty_like(pa), torch.empty_like(pb)
+    for i in range(k):
+        own = second[where[i, i]]
+        form.into(own, fa[i], fb[i], False)
+        torch.add(pa, fa[i], alpha=s[i], out=left)
+        torch.add(pb, fb[i], alpha=s[i], out=right)
+        form.into(first[i], left, right, False)
+        first[i].sub_(y).div_(s[i]).sub_(own, alpha=s[i])
+    for (i, j), n in where.items():
+        if i != j:
+            ratio = s[j] / s[i]
+            torch.add(fa[i], fa[j], alpha=ratio, out=left)
+            torch.add(fb[i], fb[j], alpha=ratio, out=right)
+            form.into(second[n], left, right, False)
+            second[n].sub_(second[where[i, i]]).div_(ratio).sub_(second[where[j, j]], alpha=ratio)
+    for i in range(k):
+        second[where[i, i]].mul_(2)
+    return first, second
+
+
+def _norms(c: Tensor) -> Tensor:
+    return c.flatten(1).norm(dim=1)
+
+
+# --- matrix products -------------------------------------------------------------------------
+
+
+class Rows(Form):
+    """``x @ w.T`` for a matrix x of n rows and a weight w as `torch.nn.Linear` keeps it."""
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        return a @ b.t()
+
+    def left(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a.reshape(-1, a.shape[-1]) @ b.t()).view(*a.shape[:-1], b.shape[0])
+
+    def right(self, a: Tensor, b: Tensor) -> Tensor:
+        if not plain(a, b):
+            return torch.matmul(a, b.transpose(1, 2))
+        out = a.new_empty((b.shape[0], a.shape[0], b.shape[1]))
+        for i in range(b.shape[0]):
+            torch.mm(a, b[i].t(), out=out[i])
+        return out
+
+    def into(self, out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
+        if keep:
+            out.addmm_(a, b.t())
+        else:
+            torch.mm(a, b.t(), out=out)
+
+    def pays(self, a: Tensor, b: Tensor) -> bool:
+        return a.shape[0] >= 96 and b.shape[0] >= 96
+
+
+class Batched(Form):
+    """``a @ b`` for batches of matrices, (m, r, s) and (m, s, t)."""
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.bmm(a, b)
+
+    def left(self, a: Tensor, b: Tensor) -> Tensor:
+        if not plain(a, b):
+            return torch.matmul(a, b)
+        out = a.new_empty((a.shape[0], a.shape[1], a.shape[2], b.shape[2]))
+        for i in range(a.shape[0]):
+            torch.bmm(a[i], b, out=out[i])
+        return out
+
+    def right(self, a: Tensor, b: Tensor) -> Tensor:
+        if not plain(a, b):
+            return torch.matmul(a, b)
+        out = b.new_empty((b.shape[0], a.shape[0], a.shape[1], b.shape[3]))
+        for i in range(b.shape[0]):
+            torch.bmm(a, b[i], out=out[i])
+        return out
+
+    def into(self, out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
+        if keep:
+            out.baddbmm_(a, b)
+        else:
+            torch.bmm(a, b, out=out)
+
+
+ROWS, BATCHED = Rows(), Batched()
+
+
+@register("linear")
+def _(space: Space, x: Any, weight: Any, bias: Any = None) -> Tensor:
+    if weight.dim() == 1:
+        y = torch.mv(x, weight) if x.dim() == 2 else torch.matmul(x, weight)
+        return y if bias is None else torch.add(y, bias)
+    lead = x.shape[:-1]
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y = F.linear(primal(rows, space), primal(weight, space), primal(bias, space))
+    product = (
+        bilinear(space, ROWS, rows, weight, y) if bias is None else _biased(space, rows, weight, bias, y)
+    )
+    return product if x.dim() == 2 else product.reshape(*lead, weight.shape[0])
+
+
+def _biased(space: Space, rows: Any, weight: Any, bias: Any, y: Tensor) -> Tensor:
+    unbiased = y
+    _, fx, _ = parts(rows, space)
+    _, fw, _ = parts(weight, space)
+    pb, fb, sb = parts(bias, space)
+    if fx is not None and fw is not None and space.order == 2:
+        unbiased = y - pb  # interpolation needs the product itself
+    product = bilinear(space, ROWS, rows, weight, unbiased)
+    _, first, second = parts(product, space)
+    return make(y, _onto(first, fb, y), _onto(second, sb, y), space)
+
+
+def _onto(c: Tensor | None, bias: Tensor | None, y: Tensor) -> Tensor | None:
+    """Coefficients of the product plus those of the bias, in place: the product's are ours."""
+    if bias is None or c is None:
+        return c if bias is None else broadcast(bias, y.shape)
+    b = bias[:, None]
+    return c.add_(b) if plain(c, b) else c + b
+
+
+@register("mm")
+def _(space: Space, a: Any, b: Any) -> Tensor:
+    return bilinear(space, ROWS, a, b.t())
+
+
+@register("addmm")
+def _(space: Space, c: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    return _affine(c, torch.mm(a, b), beta, alpha)
+
+
+@register("bmm")
+def _(space: Space, a: Any, b: Any) -> Tensor:
+    return bilinear(space, BATCHED, a, b)
+
+
+@register("baddbmm")
+def _(space: Space, c: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    return _affine(c, torch.bmm(a, b), beta, alpha)
+
+
+@register("addbmm")
+def _(space: Space, c: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    return _affine(c, torch.bmm(a, b).sum(0), beta, alpha)
+
+
+@register("mv")
+def _(space: Space, a: Any, b: Any) -> Tensor:
+    return torch.mm(a, b.unsqueeze(1)).squeeze(1)
+
+
+@register("addmv")
+def _(space: Space, c: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    return _affine(c, torch.mv(a, b), beta, alpha)
+
+
+@register("addr")
+def _(space: Space, c: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    return _affine(c, torch.mul(a.unsqueeze(1), b.unsqueeze(0)), beta, alpha)
+
+
+@register("dot")
+def _(space: Space, a: Any, b: Any) -> Tensor:
+    return torch.mul(a, b).sum()
+
+
+@register("vdot")
+def _(space: Space, a: Any, b: Any) -> Tensor:
+    return torch.mul(a.conj(), b).sum()
+
+
+def _affine(c: Any, product: Any, beta: Any, alpha: Any) -> Any:
+    if alpha != 1:
+        product = torch.mul(product, alpha)
+    if beta == 0:
+        return product
+    return torch.add(product, c if beta == 1 else torch.mul(c, beta))
+
+
+@register("matmul")
+def _(space: Space, a: Any, b: Any) -> Tensor:
+    if b.dim() == 1:
+        return torch.dot(a, b) if a.dim() == 1 else torch.matmul(a, b.unsqueeze(1)).squeeze(-1)
+    if a.dim() == 1:
+        return torch.matmul(a.unsqueeze(0), b).squeeze(-2)
+    if b.dim() == 2:
+        rows = a.reshape(-1, a.shape[-1])
+        return torch.mm(rows, b) if a.dim() == 2 else torch.mm(rows, b).reshape(*a.shape[:-1], b.shape[1])
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    left = a.expand(*batch, *a.shape[-2:]).reshape(-1, *a.shape[-2:])
+    right = b.expand(*batch, *b.shape[-2:]).reshape(-1, *b.shape[-2:])
+    return torch.bmm(left, right).reshape(*batch, a.shape[-2], b.shape[-1])
+
+
+# --- convolutions -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Convolution(Form):
+    """A convolution of batched images with a kernel, with the settings of ``aten.convolution``."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    transposed: bool
+    output_padding: Sequence[int]
+    groups: int
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        return aten.convolution(
+            a,
+            b,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
+        )
+
+    def left(self, a: Tensor, b: Tensor) -> Tensor:
+        y = self(a.flatten(0, 1), b)
+        return y.reshape(*a.shape[:2], *y.shape[1:])
+
+    def right(self, a: Tensor, b: Tensor) -> Tensor:
+        if self.groups > 1 or self.transposed:
+            return super().right(a, b)
+        y = self(a, b.flatten(0, 1))  # one convolution with n times the output channels
+        return y.unflatten(1, b.shape[:2]).movedim(1, 0)
+
+    def pays(self, a: Tensor, b: Tensor) -> bool:
+        return True
+
+
+@register("convolution")
+def _(
+    space: Space,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    n = weight.dim() - 2
+    full = [list(v) * n if len(v) == 1 else list(v) for v in (stride, padding, dilation, output_padding)]
+    form = Convolution(full[0], full[1], full[2], transposed, full[3], groups)
+    y = bilinear(space, form, x, weight)
+    return y if bias is None else torch.add(y, bias.reshape(-1, *([1] * n)))
+
+
+@register("_trilinear")
+def _(
+    space: Space,
+    a: Any,
+    b: Any,
+    c: Any,
+    ea: Sequence[int],
+    eb: Sequence[int],
+    ec: Sequence[int],
+    summed: Sequence[int],
+    unroll: int = 1,
+) -> Tensor:
+    for d in ea:
+        a = a.unsqueeze(d)
+    for d in eb:
+        b = b.unsqueeze(d)
+    for d in ec:
+        c = c.unsqueeze(d)
+    return torch.mul(torch.mul(a, b), c).sum(list(summed))

@@ -1,0 +1,233 @@
+"""Operators that choose elements by value: maxima, sorting, pooling, dropout.
+
+The choice is the primal's; coefficients are gathered with the same indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..jet import Space, linear, make, mark_view, parts, primal
+from .registry import RULES, aten, overload, register
+from .structure import up
+
+
+def _gathered(space: Space, x: Any, y: Tensor, index: Tensor, dim: int, keepdim: bool = True) -> Tensor:
+    """The jet of elements of x picked along a dimension."""
+    _, first, second = parts(x, space)
+
+    def pick(c: Tensor | None) -> Tensor | None:
+        if c is None or c.dim() == 1:
+            return c
+        at = index if keepdim else index.unsqueeze(dim)
+        picked = c.gather(up(dim), at.expand(c.shape[0], *at.shape))
+        return picked if keepdim else picked.squeeze(up(dim))
+
+    return make(y, pick(first), pick(second), space)
+
+
+def _by_index(name: str) -> None:
+    """Operators that return (values, indices) along a dimension and may drop it."""
+    op = overload(name)
+    if op is None:
+        return
+
+    def rule(space: Space, x: Any, *args: Any, **kwargs: Any) -> Any:
+        names = [a.name for a in op._schema.arguments[1:]]
+        bound = dict(zip(names, args, strict=False)) | kwargs
+        values, index = op(primal(x, space), *args, **kwargs)
+        keepdim = bound.get("keepdim", "keepdim" not in names)
+        return _gathered(space, x, values, index, bound.get("dim", -1), keepdim), index
+
+    RULES[op] = rule
+
+
+for _name in (
+    "max.dim",
+    "min.dim",
+    "sort",
+    "sort.stable",
+    "topk",
+    "kthvalue",
+    "median.dim",
+    "nanmedian.dim",
+    "mode",
+    "cummax",
+    "cummin",
+):
+    _by_index(_name)
+
+
+def _extremum(name: str) -> None:
+    """Maxima that share the derivative equally among ties, as autograd does."""
+    op = overload(name)
+    if op is None:
+        return
+
+    def rule(space: Space, x: Any, dim: Any = (), keepdim: bool = False) -> Any:
+        p = primal(x, space)
+        if p.dim() == 0:
+            return x
+        dims = [dim] if isinstance(dim, int) else list(dim) or list(range(p.dim()))
+        y = torch.amax(p, dims, True) if "max" in name else torch.amin(p, dims, True)
+        hit = (p == y) | (p.isnan() & y.isnan())
+        share = hit.to(p.dtype)
+        share = share / share.sum(dims, keepdim=True)
+        over = [up(d) for d in dims]
+        value = y if keepdim else y.squeeze(dims)  # type: ignore[arg-type]
+        return linear(space, x, lambda _: value, lambda c: (c * share).sum(over, keepdim=keepdim))
+
+    RULES[op] = rule
+
+
+for _name in ("amax", "amin", "max", "min"):
+    _extremum(_name)
+
+
+@register("aminmax")
+def _(space: Space, x: Any, *, dim: int | None = None, keepdim: bool = False) -> Any:
+    dims = [] if dim is None else [dim]
+    return torch.amin(x, dims, keepdim), torch.amax(x, dims, keepdim)
+
+
+def _middle(name: str) -> None:
+    op = overload(name)
+
+    def rule(space: Space, x: Any) -> Any:
+        p = primal(x, space)
+        y = op(p)
+        flat = p.flatten()
+        index = ((flat == y) | (flat.isnan() & y.isnan())).to(torch.int8).argmax()
+        return linear(space, x, lambda _: y, lambda c: c.reshape(c.shape[0], -1)[:, index])
+
+    RULES[op] = rule
+
+
+_middle("median")
+_middle("nanmedian")
+
+
+# --- pooling ----------------------------------------------------------------------------------------
+
+
+def _pooled(space: Space, x: Any, y: Tensor, index: Tensor, spatial: int) -> Tensor:
+    """Gather the chosen pixels; indices count within the flattened spatial axes."""
+
+    def on_stack(c: Tensor) -> Tensor:
+        at = index.flatten(-spatial).expand(c.shape[0], *index.shape[:-spatial], -1)
+        return c.flatten(-spatial).gather(-1, at).reshape(c.shape[0], *y.shape)
+
+    return linear(space, x, lambda _: y, on_stack)
+
+
+def _max_pool(name: str, with_indices: str, spatial: int, returns_indices: bool) -> None:
+    op, indexed = overload(name), overload(with_indices)
+    if op is None or indexed is None:
+        return
+
+    def rule(space: Space, x: Any, *args: Any, **kwargs: Any) -> Any:
+        y, index = indexed(primal(x, space), *args, **kwargs)
+        jet = _pooled(space, x, y, index, spatial)
+        return (jet, index) if returns_indices else jet
+
+    RULES[op] = rule
+
+
+for _n in (2, 3):
+    _max_pool(f"max_pool{_n}d", f"max_pool{_n}d_with_indices", _n, False)
+    _max_pool(f"max_pool{_n}d_with_indices", f"max_pool{_n}d_with_indices", _n, True)
+for _n in (1, 2, 3):
+    _max_pool(f"adaptive_max_pool{_n}d", f"adaptive_max_pool{_n}d", _n, True)
+for _n in (2, 3):
+    _max_pool(f"fractional_max_pool{_n}d", f"fractional_max_pool{_n}d", _n, True)
+
+
+@register("max_pool1d")
+def _(
+    space: Space,
+    x: Any,
+    kernel: Any,
+    stride: Any = (),
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+) -> Any:
+    return max_pool1d(x, kernel, stride, padding, dilation, ceil_mode)[0]
+
+
+@register("max_pool1d_with_indices")
+def _(
+    space: Space,
+    x: Any,
+    kernel: Any,
+    stride: Any = (),
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+) -> Any:
+    return max_pool1d(x, kernel, stride, padding, dilation, ceil_mode)
+
+
+def max_pool1d(
+    x: Any, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
+) -> tuple[Any, Tensor]:
+    """Pooling of a line as that of an image of height one."""
+    k, s, p, d = (
+        v[0] if isinstance(v, Sequence) and len(v) else v for v in (kernel, stride, padding, dilation)
+    )
+    s = k if isinstance(s, Sequence) else s
+    y, index = aten.max_pool2d_with_indices(x.unsqueeze(-2), [1, k], [1, s], [0, p], [1, d], ceil_mode)
+    return y.squeeze(-2), index.squeeze(-2)
+
+
+def _max_unpool(name: str, spatial: int) -> None:
+    op = overload(name)
+    if op is None:
+        return
+
+    def rule(space: Space, x: Any, index: Tensor, size: Any, *rest: Any) -> Any:
+        y = op(primal(x, space), index, size, *rest)
+
+        def on_stack(c: Tensor) -> Tensor:
+            at = index.flatten(-spatial).expand(c.shape[0], *index.shape[:-spatial], -1)
+            out = c.new_zeros(c.shape[0], *y.flatten(-spatial).shape)
+            return out.scatter(-1, at, c.flatten(-spatial)).reshape(c.shape[0], *y.shape)
+
+        return linear(space, x, lambda _: y, on_stack)
+
+    RULES[op] = rule
+
+
+_max_unpool("max_unpool2d", 2)
+_max_unpool("max_unpool3d", 3)
+
+
+# --- dropout: one mask for the primal and all directions ---------------------------------------------
+
+
+@register("dropout")
+def _(space: Space, x: Any, p: float, train: bool) -> Any:
+    if not train or p == 0:
+        return mark_view(x.alias(primal(x, space)), x)
+    mask = F.dropout(torch.ones_like(primal(x, space)), p, True)
+    return torch.mul(x, mask)
+
+
+@register("feature_dropout")
+def _(space: Space, x: Any, p: float, train: bool) -> Any:
+    if not train or p == 0:
+        return mark_view(x.alias(primal(x, space)), x)
+    shape = [*x.shape[:2], *([1] * (x.dim() - 2))]
+    mask = F.dropout(torch.ones(shape, dtype=x.dtype, device=x.device), p, True)
+    return torch.mul(x, mask)
+
+
+@register("native_dropout")
+def _(space: Space, x: Any, p: float, train: bool | None) -> Any:
+    y, mask = torch.native_dropout(torch.ones_like(primal(x, space)), p, train)
+    return torch.mul(x, y), mask

@@ -1,0 +1,568 @@
+"""Linear operators that move, pick, sum or spread elements.
+
+A line of `LINEAR` says how the operator acts on a stack of n tensors, that is on coefficients of
+shape (n, *S): mostly the operator itself with its dimensions shifted past the direction axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import DerivativeError
+from ..jet import Jet, Space, broadcast, lift, linear, make, mark_view, parts, plain, primal
+from .registry import RULES, aten, overload, register
+
+
+def up(dim: int) -> int:
+    """A dimension of the tensor as one of the stack."""
+    return dim + 1 if dim >= 0 else dim
+
+
+def ups(dims: Sequence[int] | int | None, c: Tensor) -> list[int]:
+    """Dimensions of the tensor as those of the stack; none given means all of them."""
+    if c.dim() == 1:
+        return []
+    if dims is None:
+        return list(range(1, c.dim()))
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    return [up(d) for d in dims] if dims else list(range(1, c.dim()))
+
+
+def fold(op: Callable[[Tensor], Tensor], batched_rank: int) -> Callable[[Tensor], Tensor]:
+    """Act on a stack through the operator's own batch axis.
+
+    ``batched_rank`` is the rank of a batched argument; a tensor of smaller rank has no batch axis.
+    """
+
+    def on_stack(c: Tensor) -> Tensor:
+        if c.dim() == batched_rank:  # an unbatched tensor: the stack is the batch
+            return op(c)
+        y = op(c.flatten(0, 1))
+        return y.reshape(c.shape[0], c.shape[1], *y.shape[1:])
+
+    return on_stack
+
+
+def each(op: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Act on a stack one tensor after the other."""
+    return lambda c: torch.stack([op(t) for t in c.unbind(0)])
+
+
+def _expand(c: Tensor, size: Sequence[int], implicit: bool = False) -> Tensor:
+    return lift(c, len(size)).expand(c.shape[0], *size)
+
+
+def _sum(c: Tensor, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
+    dims = ups(dim, c)
+    return c.sum(dims, keepdim, dtype=dtype) if dims else c.to(dtype or c.dtype)
+
+
+def _mean(c: Tensor, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
+    dims = ups(dim, c)
+    return c.mean(dims, keepdim, dtype=dtype) if dims else c.to(dtype or c.dtype)
+
+
+def _squeeze(c: Tensor, dim: Any = None) -> Tensor:
+    if c.dim() == 1:
+        return c
+    dims = range(1, c.dim()) if dim is None else [up(d) for d in ([dim] if isinstance(dim, int) else dim)]
+    return c.squeeze([d for d in dims if c.shape[d] == 1])  # type: ignore[call-overload]
+
+
+def _diagonal(c: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
+    return c.diagonal(offset, up(dim1), up(dim2))
+
+
+def _flip(c: Tensor, dims: Sequence[int]) -> Tensor:
+    return c.flip([up(d) for d in dims]) if len(dims) and c.dim() > 1 else c
+
+
+def _roll(c: Tensor, shifts: Any, dims: Any = ()) -> Tensor:
+    if dims is None or len(dims) == 0:
+        return c.flatten(1).roll(shifts, 1).reshape(c.shape)
+    return c.roll(shifts, [up(d) for d in dims])
+
+
+def _cumsum(c: Tensor, dim: int, dtype: Any = None) -> Tensor:
+    return c.to(dtype or c.dtype) if c.dim() == 1 else c.cumsum(up(dim), dtype=dtype)
+
+
+def _gather(c: Tensor, dim: int, index: Tensor, sparse_grad: bool = False) -> Tensor:
+    if c.dim() == 1:
+        return (
+            c.expand(c.shape[0]) if index.dim() == 0 else c[:, None].gather(1, index.expand(c.shape[0], -1))
+        )
+    if index.dim() == 0:
+        index = index[None]
+    return c.gather(up(dim), index.expand(c.shape[0], *index.shape))
+
+
+def _index(c: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
+    y = aten.index.Tensor(c, [None, *indices])
+    used = [i for i, index in enumerate(indices) if index is not None]
+    if used != list(range(used[0], used[-1] + 1)):  # separated indices put their axes in front of ours
+        rank = max(_index_rank(indices[i]) for i in used)
+        y = y.movedim(rank, 0)
+    return y
+
+
+def _index_rank(index: Any) -> int:
+    return 1 if index.dtype in (torch.bool, torch.uint8) else index.dim()
+
+
+def _constant_pad(c: Tensor, pad: Sequence[int], value: Any = 0) -> Tensor:
+    return F.pad(c, list(pad))
+
+
+def _permute(c: Tensor, dims: Sequence[int]) -> Tensor:
+    return c.permute(0, *[d % (c.dim() - 1) + 1 for d in dims])
+
+
+def _repeat(c: Tensor, repeats: Sequence[int]) -> Tensor:
+    return lift(c, len(repeats)).repeat(1, *repeats)
+
+
+def _transposed(c: Tensor) -> Tensor:
+    return c.permute(0, *range(c.dim() - 1, 0, -1))
+
+
+def _unfold(c: Tensor, dim: int, size: int, step: int) -> Tensor:
+    return c[:, None].unfold(1, size, step)[:, 0] if c.dim() == 1 else c.unfold(up(dim), size, step)
+
+
+def _index_select(c: Tensor, dim: int, index: Tensor) -> Tensor:
+    return c if c.dim() == 1 else c.index_select(up(dim), index)
+
+
+def _take(c: Tensor, index: Tensor) -> Tensor:
+    return c.flatten(1)[:, index.flatten()].reshape(c.shape[0], *index.shape)
+
+
+def _trace(c: Tensor) -> Tensor:
+    return c.diagonal(0, 1, 2).sum(-1)
+
+
+def _fft(c: Tensor, dims: Sequence[int], *args: Any, op: Any) -> Tensor:
+    return op(c, [up(d) for d in dims], *args)
+
+
+def _view(c: Tensor, size: Any) -> Tensor:
+    return c.reshape(c.shape[0], *size)
+
+
+# operator -> how it acts on a stack of coefficients, with the operator's own further arguments
+LINEAR: dict[str, Callable[..., Any]] = {
+    # views and copies
+    "view": _view,
+    "reshape": _view,
+    "_unsafe_view": _view,
+    "view_as": lambda c, other: _view(c, other.shape),
+    "reshape_as": lambda c, other: _view(c, other.shape),
+    "expand": lambda c, size, implicit=False, *, shape=None: _expand(c, size),
+    "clone": lambda c, memory_format=None: c,
+    "contiguous": lambda c, memory_format=None: c,
+    "alias": lambda c: c,
+    "t": lambda c: c.transpose(-1, -2) if c.dim() == 3 else c,
+    "transpose.int": lambda c, a, b: c if c.dim() == 1 else c.transpose(up(a), up(b)),
+    "permute": _permute,
+    "numpy_T": _transposed,
+    "unsqueeze": lambda c, dim: c.unsqueeze(up(dim)),
+    "squeeze": _squeeze,
+    "squeeze.dim": _squeeze,
+    "squeeze.dims": _squeeze,
+    "select.int": lambda c, dim, index: c.select(up(dim), index),
+    "slice.Tensor": lambda c, dim=0, start=None, end=None, step=1: aten.slice.Tensor(
+        c, up(dim), start, end, step
+    ),
+    "narrow": lambda c, dim, start, length: c.narrow(up(dim), start, length),
+    "diagonal": _diagonal,
+    "unfold": _unfold,
+    "flip": _flip,
+    "roll": _roll,
+    "rot90": lambda c, k=1, dims=(0, 1): torch.rot90(c, k, [up(d) for d in dims]),
+    "repeat": _repeat,
+    "tril": lambda c, diagonal=0: c.tril(diagonal),
+    "triu": lambda c, diagonal=0: c.triu(diagonal),
+    "diag_embed": lambda c, offset=0, dim1=-2, dim2=-1: torch.diag_embed(
+        c, offset, dim1 if dim1 < 0 else dim1 + 1, dim2 if dim2 < 0 else dim2 + 1
+    ),
+    "trace": _trace,
+    "view_as_real": torch.view_as_real,
+    "view_as_complex": torch.view_as_complex,
+    "real": torch.real,
+    "imag": torch.imag,
+    "conj": torch.conj,
+    "_conj": torch.conj,
+    "_conj_physical": torch.conj_physical,
+    "conj_physical": torch.conj_physical,
+    "resolve_conj": torch.resolve_conj,
+    "resolve_neg": torch.resolve_neg,
+    "_neg_view": torch.neg,
+    # sums
+    "sum": lambda c, *, dtype=None: _sum(c, dtype=dtype),
+    "sum.dim_IntList": _sum,
+    "mean": lambda c, *, dtype=None: _mean(c, dtype=dtype),
+    "mean.dim": _mean,
+    "cumsum": _cumsum,
+    # picking
+    "gather": _gather,
+    "index.Tensor": _index,
+    "_unsafe_index.Tensor": _index,
+    "index_select": _index_select,
+    "take": _take,
+    "constant_pad_nd": _constant_pad,
+    "embedding": lambda c, index, *rest: c[:, index],
+    # Fourier
+    "_fft_r2c": lambda c, dim, *rest: _fft(c, dim, *rest, op=aten._fft_r2c),
+    "_fft_c2c": lambda c, dim, *rest: _fft(c, dim, *rest, op=aten._fft_c2c),
+    "_fft_c2r": lambda c, dim, *rest: _fft(c, dim, *rest, op=aten._fft_c2r),
+}
+
+# operators that act on images: rank of a batched argument
+FOLDED: dict[str, int] = {
+    "reflection_pad1d": 3,
+    "reflection_pad2d": 4,
+    "reflection_pad3d": 5,
+    "replication_pad1d": 3,
+    "replication_pad2d": 4,
+    "replication_pad3d": 5,
+    "avg_pool1d": 3,
+    "avg_pool2d": 4,
+    "avg_pool3d": 5,
+    "adaptive_avg_pool1d": 3,
+    "adaptive_avg_pool2d": 4,
+    "adaptive_avg_pool3d": 5,
+    "_adaptive_avg_pool2d": 4,
+    "_adaptive_avg_pool3d": 5,
+    "upsample_nearest1d": 3,
+    "upsample_nearest2d": 4,
+    "upsample_nearest3d": 5,
+    "_upsample_nearest_exact1d": 3,
+    "_upsample_nearest_exact2d": 4,
+    "_upsample_nearest_exact3d": 5,
+    "upsample_linear1d": 3,
+    "upsample_bilinear2d": 4,
+    "upsample_trilinear3d": 5,
+    "upsample_bicubic2d": 4,
+    "_upsample_bilinear2d_aa": 4,
+    "_upsample_bicubic2d_aa": 4,
+    "im2col": 4,
+    "col2im": 3,
+    "channel_shuffle": 4,
+    "pixel_shuffle": 4,
+    "pixel_unshuffle": 4,
+}
+
+
+def _enter_linear(name: str, on_stack: Callable[..., Any]) -> None:
+    op = overload(name)
+    if op is None:
+        return
+
+    def rule(space: Space, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return linear(space, x, lambda p: op(p, *args, **kwargs), lambda c: on_stack(c, *args, **kwargs))
+
+    RULES[op] = rule
+
+
+def _enter_folded(name: str, rank: int) -> None:
+    op = overload(name)
+    if op is None:
+        return
+
+    def rule(space: Space, x: Any, *args: Any, **kwargs: Any) -> Any:
+        def act(c: Tensor) -> Tensor:
+            return op(c, *args, **kwargs)
+
+        if name.startswith("pixel"):  # any number of leading axes
+            return linear(space, x, act, act)
+        return linear(space, x, act, fold(act, rank))
+
+    RULES[op] = rule
+
+
+for _name, _on_stack in LINEAR.items():
+    _enter_linear(_name, _on_stack)
+for _name, _rank in FOLDED.items():
+    _enter_folded(_name, _rank)
+
+
+# --- dtype and device ---------------------------------------------------------------------
+
+
+def _cast(space: Space, x: Any, y: Tensor) -> Any:
+    _, first, second = parts(x, space)
+    if not (y.dtype.is_floating_point or y.dtype.is_complex):
+        return y
+    return make(
+        y,
+        None if first is None else first.to(y.device, y.dtype),
+        None if second is None else second.to(y.device, y.dtype),
+        space,
+    )
+
+
+def _enter_cast(name: str) -> None:
+    op = overload(name)
+    if op is None:
+        return
+
+    def rule(space: Space, x: Any, *args: Any, **kwargs: Any) -> Any:
+        args = tuple(primal(a, space) for a in args)
+        return _cast(space, x, op(primal(x, space), *args, **kwargs))
+
+    RULES[op] = rule
+
+
+for _name in ("to.dtype", "to.device", "to.other", "to.dtype_layout", "_to_copy", "type_as"):
+    _enter_cast(_name)
+
+
+# --- several tensors at once ----------------------------------------------------------------
+
+
+def jointly(
+    space: Space,
+    xs: Sequence[Any],
+    y: Any,
+    on_stacks: Callable[..., Any],
+) -> Any:
+    """A function that is linear in several tensors together: absent coefficients become zeros."""
+    carried = [parts(x, space) for x in xs]
+
+    def act(which: int) -> Any:
+        held = [c[which] for c in carried]
+        present = [c for c in held if c is not None]
+        if not present:
+            return None
+        n = present[0].shape[0]
+        filled = [
+            c if c is not None else torch.zeros((), dtype=y.dtype, device=y.device).expand(n, *_shape(p))
+            for c, (p, _, _) in zip(held, carried, strict=True)
+        ]
+        return on_stacks(*filled)
+
+    return make(y, act(1), act(2), space)
+
+
+def _shape(x: Any) -> Sequence[int]:
+    return x.shape if isinstance(x, Tensor) else ()
+
+
+@register("cat")
+def _(space: Space, tensors: Sequence[Any], dim: int = 0) -> Any:
+    tensors = [t for t in tensors if not (t.dim() == 1 and t.shape[0] == 0)] or list(tensors)
+    y = torch.cat([primal(t, space) for t in tensors], dim)
+    return jointly(space, tensors, y, lambda *cs: torch.cat(cs, up(dim)))
+
+
+@register("stack")
+def _(space: Space, tensors: Sequence[Any], dim: int = 0) -> Any:
+    y = torch.stack([primal(t, space) for t in tensors], dim)
+    return jointly(space, tensors, y, lambda *cs: torch.stack(cs, up(dim)))
+
+
+def _split_rule(op: Any) -> Callable[..., Any]:
+    def rule(space: Space, x: Any, sizes: Any, dim: int = 0) -> Any:
+        p, first, second = parts(x, space)
+        ys = op(p, sizes, dim)
+        firsts = [None] * len(ys) if first is None else op(first, sizes, up(dim))
+        seconds = [None] * len(ys) if second is None else op(second, sizes, up(dim))
+        return [mark_view(make(y, f, s, space), x) for y, f, s in zip(ys, firsts, seconds, strict=True)]
+
+    return rule
+
+
+for _name in (
+    "split.Tensor",
+    "split_with_sizes",
+    "chunk",
+    "unsafe_split.Tensor",
+    "unsafe_split_with_sizes",
+    "unsafe_chunk",
+):
+    if overload(_name) is not None:
+        RULES[overload(_name)] = _split_rule(overload(_name))
+
+
+@register("unbind.int")
+def _(space: Space, x: Any, dim: int = 0) -> Any:
+    p, first, second = parts(x, space)
+    ys = p.unbind(dim)
+    firsts = [None] * len(ys) if first is None else first.unbind(up(dim))
+    seconds = [None] * len(ys) if second is None else second.unbind(up(dim))
+    return [mark_view(make(y, f, s, space), x) for y, f, s in zip(ys, firsts, seconds, strict=True)]
+
+
+@register("as_strided")
+def _(space: Space, x: Any, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> Any:
+    p, first, second = parts(x, space)
+    y = p.as_strided(size, stride, offset)
+    base = x.root()
+    if not plain(p):
+        raise DerivativeError("as_strided inside nested jets")
+    view = Jet(y, None, None, space, base)
+    if first is None and second is None:
+        return y
+    view.version = base.version - 1  # read the coefficients through the base's layout
+    parts(view, space)
+    return view
+
+
+def _stacked_index(index: Tensor, n: int) -> Tensor:
+    return index.expand(n, *index.shape)
+
+
+def _enter_scatter(name: str, set_value: bool) -> None:
+    op = overload(name)
+    if op is None:
+        return
+
+    def rule(space: Space, x: Any, dim: int, index: Tensor, src: Any) -> Any:
+        y = op(primal(x, space), dim, index, primal(src, space))
+
+        def on_stacks(cx: Tensor, cs: Tensor) -> Tensor:
+            if cx.dim() == 1:
+                cx = cx[:, None]
+                cs = cs.reshape(cs.shape[0], 1) if cs.dim() == 1 else cs
+                i = _stacked_index(index.reshape(1), cx.shape[0])
+                return (cx.scatter_add if "add" in name else cx.scatter)(1, i, cs.expand(i.shape)).squeeze(1)
+            i = _stacked_index(index, cx.shape[0])
+            if set_value:
+                return cx.scatter(up(dim), i, 0)
+            return (
+                aten.scatter_add(cx, up(dim), i, cs)
+                if "add" in name
+                else aten.scatter.src(cx, up(dim), i, cs)
+            )
+
+        return jointly(
+            space, (x,) if set_value else (x, src), y, (lambda c: on_stacks(c, c)) if set_value else on_stacks
+        )
+
+    RULES[op] = rule
+
+
+_enter_scatter("scatter.src", False)
+_enter_scatter("scatter_add", False)
+_enter_scatter("scatter.value", True)
+
+
+@register("index_add")
+def _(space: Space, x: Any, dim: int, index: Tensor, source: Any, *, alpha: Any = 1) -> Any:
+    y = torch.index_add(primal(x, space), dim, index, primal(source, space), alpha=alpha)
+    if y.dim() == 0:
+        return NotImplemented
+    return jointly(space, (x, source), y, lambda cx, cs: torch.index_add(cx, up(dim), index, cs, alpha=alpha))
+
+
+@register("index_copy")
+def _(space: Space, x: Any, dim: int, index: Tensor, source: Any) -> Any:
+    y = torch.index_copy(primal(x, space), dim, index, primal(source, space))
+    if y.dim() == 0:
+        return NotImplemented
+    return jointly(space, (x, source), y, lambda cx, cs: torch.index_copy(cx, up(dim), index, cs))
+
+
+@register("index_fill.int_Scalar")
+def _(space: Space, x: Any, dim: int, index: Tensor, value: Any) -> Any:
+    y = torch.index_fill(primal(x, space), dim, index, value)
+    if y.dim() == 0:
+        return y
+    return jointly(space, (x,), y, lambda c: torch.index_fill(c, up(dim), index, 0))
+
+
+@register("index_put", "_unsafe_index_put")
+def _(space: Space, x: Any, indices: Sequence[Tensor | None], values: Any, accumulate: bool = False) -> Any:
+    y = torch.index_put(primal(x, space), tuple(indices), primal(values, space), accumulate)  # type: ignore[arg-type]
+    target = aten.index.Tensor(primal(x, space), list(indices)).shape
+
+    def on_stacks(cx: Tensor, cv: Tensor) -> Tensor:
+        cv = broadcast(cv, target)
+        assert cv is not None
+        return torch.stack(
+            [torch.index_put(a, tuple(indices), b, accumulate) for a, b in zip(cx, cv, strict=True)]  # type: ignore[arg-type]
+        )
+
+    return jointly(space, (x, values), y, on_stacks)
+
+
+@register("masked_scatter")
+def _(space: Space, x: Any, mask: Tensor, source: Any) -> Any:
+    y = torch.masked_scatter(primal(x, space), mask, primal(source, space))
+
+    def on_stacks(cx: Tensor, cs: Tensor) -> Tensor:
+        return torch.stack([a.expand(y.shape).masked_scatter(mask, b) for a, b in zip(cx, cs, strict=True)])
+
+    return jointly(space, (x, source), y, on_stacks)
+
+
+@register("masked_select")
+def _(space: Space, x: Any, mask: Tensor) -> Any:
+    shape = torch.broadcast_shapes(x.shape, mask.shape)
+    mask = mask.expand(shape)
+
+    def on_stack(c: Tensor) -> Tensor:
+        full = broadcast(c, shape)
+        assert full is not None
+        return full[:, mask] if shape else full.reshape(-1, 1)[:, mask.reshape(1)]
+
+    return linear(space, x, lambda p: torch.masked_select(p, mask), on_stack)
+
+
+@register("slice_scatter")
+def _(space: Space, x: Any, src: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    y = aten.slice_scatter(primal(x, space), primal(src, space), dim, start, end, step)
+    return jointly(space, (x, src), y, lambda a, b: aten.slice_scatter(a, b, up(dim), start, end, step))
+
+
+@register("select_scatter")
+def _(space: Space, x: Any, src: Any, dim: int, index: int) -> Any:
+    y = aten.select_scatter(primal(x, space), primal(src, space), dim, index)
+    return jointly(space, (x, src), y, lambda a, b: aten.select_scatter(a, b, up(dim), index))
+
+
+@register("diagonal_scatter")
+def _(space: Space, x: Any, src: Any, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Any:
+    y = aten.diagonal_scatter(primal(x, space), primal(src, space), offset, dim1, dim2)
+    return jointly(space, (x, src), y, lambda a, b: aten.diagonal_scatter(a, b, offset, up(dim1), up(dim2)))
+
+
+@register("repeat_interleave.self_int", "repeat_interleave.self_Tensor")
+def _(space: Space, x: Any, repeats: Any, dim: int | None = None, *, output_size: Any = None) -> Any:
+    def on_stack(c: Tensor) -> Tensor:
+        if dim is None:
+            return torch.repeat_interleave(c.flatten(1), repeats, 1)
+        return torch.repeat_interleave(c, repeats, up(dim))
+
+    return linear(space, x, lambda p: torch.repeat_interleave(p, repeats, dim), on_stack)
+
+
+@register("copy")
+def _(space: Space, x: Any, source: Any, non_blocking: bool = False) -> Any:
+    """What x holds after x.copy_(source)."""
+    target = primal(x, space)
+    return _cast(space, source, primal(source, space).to(target.device, target.dtype).expand(target.shape))
+
+
+@register("fill.Tensor")
+def _(space: Space, x: Any, value: Any) -> Any:
+    target = primal(x, space)
+    y = primal(value, space).to(target.dtype).expand(target.shape)
+    _, first, second = parts(value, space)
+    return make(y, broadcast(first, y.shape), broadcast(second, y.shape), space)
+
+
+@register("fill.Scalar")
+def _(space: Space, x: Any, value: Any) -> Any:
+    return torch.full_like(primal(x, space), value)
+
+
+@register("zero")
+def _(space: Space, x: Any) -> Any:
+    return torch.zeros_like(primal(x, space))
