@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..jet import Space, add_jets, broadcast, chain, chain_many, lift, linear, make, multiply, parts, primal
+from ..jet import Space, add_jets, broadcast, chain, chain_many, lift, linear, make, multiply, parts, plain, primal
 from .registry import aten, overload, register, RULES
 
 Derivatives = tuple[Tensor | None, Tensor | None]
@@ -332,7 +332,6 @@ DERIVATIVES: dict[str, Callable[..., Derivatives]] = {
     "i0": _i0,
     "special_i0e": _i0e,
     "special_i1": _i1,
-    "relu": lambda x, y: _mask(x > 0, x),
     "relu6": lambda x, y: _mask((x > 0) & (x < 6), x),
     "leaky_relu": _leaky_relu,
     "hardtanh": _hardtanh,
@@ -391,6 +390,14 @@ def _unary(name: str, derivatives: Callable[..., Derivatives]) -> None:
 
 for _name, _derivatives in DERIVATIVES.items():
     _unary(_name, _derivatives)
+
+
+@register("relu")
+def _(space: Space, x: Any) -> Tensor:
+    p = primal(x, space)
+    if not plain(p):
+        return chain(space, x, torch.relu(p), *_mask(p > 0, p))
+    return linear(space, x, torch.relu, lambda c: aten.threshold_backward(c, p, 0))  # one pass, no mask in memory
 
 
 @register("pow.Scalar")

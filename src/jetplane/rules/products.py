@@ -24,6 +24,9 @@ from ..jet import Space, add, broadcast, make, parts, plain, primal
 from .registry import aten, register
 
 
+BLOCK = 1 << 17  # elements of a sum of weights that are held at a time
+
+
 class Form(ABC):
     """A bilinear map of two plain tensors, and how stacks of n tensors pass through it."""
 
@@ -47,9 +50,29 @@ class Form(ABC):
         else:
             out.copy_(y)
 
+    def of_sums(self, out: Tensor, a: Tensor, da: Tensor, b: Tensor, db: Tensor, scale: float, work: Work) -> None:
+        """Write ``f(a + scale da, b + scale db)``."""
+        left = torch.add(a, da, alpha=scale, out=work("left", a))
+        right = torch.add(b, db, alpha=scale, out=work("right", b))
+        self.into(out, left, right, False)
+
     def pays(self, a: Tensor, b: Tensor) -> bool:
         """Whether a product costs so much more than sums of its factors that interpolation pays."""
         return False
+
+
+class Work:
+    """Buffers that the products of one operator share: fresh memory costs as much as the sums."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, like: Tensor) -> Tensor:
+        """The buffer of this name, shaped as a tensor."""
+        held = self._held.get(name)
+        if held is None or held.shape != like.shape:
+            held = self._held[name] = torch.empty_like(like, memory_format=torch.contiguous_format)
+        return held
 
 
 def bilinear(space: Space, form: Form, a: Any, b: Any, y: Tensor | None = None) -> Tensor:
@@ -115,30 +138,30 @@ def _interpolated(
         s_i y_i        = f(a + s_i a_i, b + s_i b_i) - f(a, b) - D_i
         s_i s_j y_ij   = f(s_i a_i + s_j a_j, s_i b_i + s_j b_j) - D_i - D_j
     """
-    k = space.k
-    size = (_norms(fa) * _norms(fb)).clamp_min(torch.finfo(fa.dtype).tiny)
-    whole = (pa.norm() * pb.norm()).clamp_min(torch.finfo(fa.dtype).tiny)
-    s = torch.sqrt(whole / size).tolist()
-    first, second = y.new_empty((k, *y.shape)), y.new_empty((space.pairs, *y.shape))
+    s = _scales(pa, fa, pb, fb)
+    first, second = y.new_empty((space.k, *y.shape)), y.new_empty((space.pairs, *y.shape))
     where = {pair: n for n, pair in enumerate(space.indices())}
-    left, right = torch.empty_like(pa), torch.empty_like(pb)
-    for i in range(k):
+    work = Work()
+    for i in range(space.k):
         own = second[where[i, i]]
         form.into(own, fa[i], fb[i], False)
-        torch.add(pa, fa[i], alpha=s[i], out=left)
-        torch.add(pb, fb[i], alpha=s[i], out=right)
-        form.into(first[i], left, right, False)
+        form.of_sums(first[i], pa, fa[i], pb, fb[i], s[i], work)
         first[i].sub_(y).div_(s[i]).sub_(own, alpha=s[i])
     for (i, j), n in where.items():
         if i != j:
             ratio = s[j] / s[i]
-            torch.add(fa[i], fa[j], alpha=ratio, out=left)
-            torch.add(fb[i], fb[j], alpha=ratio, out=right)
-            form.into(second[n], left, right, False)
+            form.of_sums(second[n], fa[i], fa[j], fb[i], fb[j], ratio, work)
             second[n].sub_(second[where[i, i]]).div_(ratio).sub_(second[where[j, j]], alpha=ratio)
-    for i in range(k):
+    for i in range(space.k):
         second[where[i, i]].mul_(2)
     return first, second
+
+
+def _scales(pa: Tensor, fa: Tensor, pb: Tensor, fb: Tensor) -> list[float]:
+    """s_i with ``|a_i| |b_i| s_i² = |a| |b|``."""
+    tiny = torch.finfo(fa.dtype).tiny
+    sizes = (_norms(fa) * _norms(fb)).clamp_min(tiny)
+    return torch.sqrt((pa.norm() * pb.norm()).clamp_min(tiny) / sizes).tolist()
 
 
 def _norms(c: Tensor) -> Tensor:
@@ -170,6 +193,14 @@ class Rows(Form):
             out.addmm_(a, b.t())
         else:
             torch.mm(a, b.t(), out=out)
+
+    def of_sums(self, out: Tensor, a: Tensor, da: Tensor, b: Tensor, db: Tensor, scale: float, work: Work) -> None:
+        left = torch.add(a, da, alpha=scale, out=work("left", a))
+        step = max(1, BLOCK // max(b.shape[1], 1))
+        for start in range(0, b.shape[0], step):  # weights in blocks that stay in the cache
+            rows = slice(start, start + step)
+            right = torch.add(b[rows], db[rows], alpha=scale, out=work("right", b[rows]))
+            torch.mm(left, right.t(), out=out[:, rows])
 
     def pays(self, a: Tensor, b: Tensor) -> bool:
         return a.shape[0] >= 96 and b.shape[0] >= 96
