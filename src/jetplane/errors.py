@@ -6,6 +6,8 @@ caller would expect, so that ``except ValueError`` keeps working.
 
 from __future__ import annotations
 
+import traceback
+
 
 class JetplaneError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -45,6 +47,25 @@ class DerivativeError(JetplaneError, RuntimeError):
 
 class MissingRuleError(DerivativeError, NotImplementedError):
     """No rule says how jets pass through an operator."""
+
+
+def located(error: DerivativeError) -> None:
+    """Add to an error which line of the user's code it arose in, and in which module."""
+    if getattr(error, "_located", False):
+        return
+    error._located = True  # type: ignore[attr-defined]
+    line, module = None, None
+    for frame, lineno in traceback.walk_tb(error.__traceback__):
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        owner = frame.f_locals.get("self")
+        if package not in ("torch", "jetplane"):
+            line = f"{frame.f_code.co_filename}:{lineno} in {frame.f_code.co_name}"
+        if frame.f_code.co_name == "_call_impl" and owner is not None:
+            module = type(owner).__name__
+    where = [f"at {line}"] if line else []
+    where += [f"inside module {module}"] if module else []
+    if where and error.args:
+        error.args = (f"{error.args[0]}\n  {', '.join(where)}", *error.args[1:])
 
 
 class SingularPlaneError(JetplaneError, ArithmeticError):

@@ -62,7 +62,7 @@ def jet(
 
 
 def _call(f: Callable[..., Any], xs: Sequence[Tensor], vs: Sequence[Tensor], space: Space) -> Any:
-    with Interception(space, {}):
+    with Interception(space, {}).running():
         return f(
             *[
                 Jet(x if isinstance(x, Jet) else x.detach(), v, None, space)

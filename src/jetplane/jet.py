@@ -25,8 +25,10 @@ from torch import Tensor
 
 from .errors import DerivativeError
 
+PARAMETER, MODEL, LOSS = 0, 1, 2  # kinds of jets: see Space.gauss_newton
 
-@dataclass(frozen=True)
+
+@dataclass(eq=False)
 class Space:
     """The directions that jets of one evaluation are expanded along.
 
@@ -34,7 +36,11 @@ class Space:
         k: number of directions.
         block: directions of one plane. Pairs are kept within planes alone: ``block == k`` keeps all
             K(K+1)/2 pairs, ``block == 1`` the diagonal.
-        order: 2, or 1 where only the slope is wanted.
+        order: 2 where operators make second coefficients, 1 where they only pass on those that are there.
+        gauss_newton: second coefficients are made by loss functions and by functions of the parameters
+            alone (regularizers), not by the model between them. Jets then have a kind: PARAMETER (a
+            function of parameters alone), MODEL (of data too), LOSS (what a loss function made).
+        kind: the kind of what the operator being carried makes.
         level: nesting depth. Jets of an outer evaluation have a smaller level and are constants
             for this one, which is what rules perturbation confusion out.
     """
@@ -43,6 +49,8 @@ class Space:
     block: int
     order: int = 2
     level: int = 0
+    gauss_newton: bool = False
+    kind: int = PARAMETER
 
     @property
     def planes(self) -> int:
@@ -85,11 +93,12 @@ class Jet(torch.Tensor):
     base: Jet | None
     version: int
     is_seed: bool
+    kind: int
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @staticmethod
-    def __new__(
+    def __new__(  # noqa: D102
         cls,
         primal: Tensor,
         first: Tensor | None,
@@ -121,6 +130,7 @@ class Jet(torch.Tensor):
         self.base = base  # the jet whose storage a view looks into
         self.version = 0 if base is None else base.version
         self.is_seed = False
+        self.kind = space.kind
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Space, bool]]:
         return [n for n in ("primal", "first", "second") if getattr(self, n) is not None], (
@@ -157,7 +167,7 @@ class Jet(torch.Tensor):
         return Jet(primal, self.first, self.second, self.space, self.root())
 
 
-Dispatcher = Callable[[Any, Sequence[Any], dict[str, Any]], Any]
+Dispatcher = Callable[[Any, Any, dict[str, Any]], Any]
 _dispatch: Dispatcher
 
 
@@ -181,6 +191,8 @@ def parts(x: Any, space: Space) -> tuple[Any, Tensor | None, Tensor | None]:
         return x, None, None
     if x.base is not None and x.base.version != x.version:
         _refresh(x)
+    if x.kind < space.kind == MODEL:  # Gauss-Newton: the model is linear in what the parameters are
+        return x.primal, x.first, None
     return x.primal, x.first, x.second
 
 
@@ -231,12 +243,15 @@ def plain(*tensors: Tensor | None) -> bool:
     return not any(isinstance(t, Jet) for t in tensors)
 
 
-def broadcast(c: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+def expand(c: Tensor, shape: Sequence[int]) -> Tensor:
     """Coefficients expanded to a result of the given shape."""
-    if c is None:
-        return None
     c = lift(c, len(shape))
     return c if c.shape[1:] == tuple(shape) else c.expand(c.shape[0], *shape)
+
+
+def broadcast(c: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    """The same, where None stays None."""
+    return None if c is None else expand(c, shape)
 
 
 # --- pairs -------------------------------------------------------------------------------
@@ -312,10 +327,8 @@ def chain(space: Space, x: Any, y: Tensor, d1: Tensor | None, d2: Tensor | None)
     """Elementwise y = f(x): ``y_i = f' x_i`` and ``y_ij = f' x_ij + f'' x_i x_j``; None is zero."""
     _, first, second = parts(x, space)
     y1 = None if d1 is None else scale(d1, first)
-    if space.order == 1:
-        return make(y, y1, None, space)
     y2 = None if d1 is None else scale(d1, second)
-    if d2 is not None and first is not None:
+    if d2 is not None and first is not None and space.order == 2:
         y2 = _accumulate(space, y2, d2 * first, first)
     return make(y, y1, y2, space)
 
@@ -360,24 +373,24 @@ def _accumulate(space: Space, into: Tensor | None, a: Tensor, b: Tensor) -> Tens
     return into
 
 
-def multiply(space: Space, a: Any, b: Any, y: Tensor | None = None) -> Tensor:
+def multiply(space: Space, a: Any, b: Any) -> Tensor:
     """The elementwise product, with broadcasting."""
     pa, fa, sa = parts(a, space)
     pb, fb, sb = parts(b, space)
-    y = pa * pb if y is None else y
+    y = torch.mul(pa, pb)
     ndim = y.dim()
-    left, right = (lambda c: scale(pb, _lifted(c, ndim))), (lambda c: scale(pa, _lifted(c, ndim)))
+
+    def left(c: Tensor | None) -> Tensor | None:
+        return None if c is None else pb * lift(c, ndim)
+
+    def right(c: Tensor | None) -> Tensor | None:
+        return None if c is None else pa * lift(c, ndim)
+
     y1 = add(left(fa), right(fb))
-    if space.order == 1:
-        return make(y, broadcast(y1, y.shape), None, space)
     y2 = add(left(sa), right(sb))
-    if fa is not None and fb is not None:
+    if fa is not None and fb is not None and space.order == 2:
         y2 = add(y2, symmetric(space, lift(fa, ndim), lift(fb, ndim)))
     return make(y, broadcast(y1, y.shape), broadcast(y2, y.shape), space)
-
-
-def _lifted(c: Tensor | None, ndim: int) -> Tensor | None:
-    return None if c is None else lift(c, ndim)
 
 
 def add_jets(space: Space, a: Any, b: Any, y: Tensor, alpha: Any = 1) -> Tensor:
@@ -431,8 +444,8 @@ def write(target: Jet, value: Any, space: Space) -> Jet:
     base = target.root()
     if base.is_seed:
         raise DerivativeError(
-            "a parameter was written to in place inside the closure; expected a closure that leaves the parameters "
-            "of the evaluation as they are. Write to a copy (parameter.clone()), or outside of the closure"
+            "a parameter was written to in place inside the closure; expected a closure that leaves the "
+            "parameters of the evaluation as they are. Write to a copy (parameter.clone()), or outside of it"
         )
     if any(s == 0 and n > 1 for n, s in zip(target.primal.shape, target.primal.stride(), strict=True)):
         raise DerivativeError(
@@ -441,6 +454,7 @@ def write(target: Jet, value: Any, space: Space) -> Jet:
     if not plain(target.primal, value.primal if is_jet(value, space) else value) and target is not base:
         raise DerivativeError("in-place write to a view inside nested jets; use the out-of-place operation")
     p, first, second = parts(value, space)
+    base.kind = target.kind = max(base.kind, value.kind if is_jet(value, space) else base.kind)
     parts(target, space)  # what is left of the old coefficients must be current
     base.first = _replaced(base, target, base.first, first, space.k)
     base.second = _replaced(base, target, base.second, second, space.pairs)
@@ -508,7 +522,8 @@ def promote(buffer: Tensor, space: Space) -> Jet:
     key = storage(buffer)._cdata
     if key not in _promoted:
         memory = buffer.untyped_storage()
-        flat = torch.empty(0, dtype=buffer.dtype, device=buffer.device).set_(memory)  # type: ignore[call-overload]
+        flat = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
+        flat = flat.set_(memory)  # type: ignore[call-overload]
         flat = flat.as_strided((memory.nbytes() // buffer.element_size(),), (1,), 0)
         _promoted[key] = Jet(flat, None, None, space)
     jet = promoted(buffer)

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from . import rules as rules  # installs the dispatcher of jets
@@ -26,12 +29,16 @@ from .errors import (
     DerivativeError,
     DeviceError,
     DTypeError,
+    JetplaneWarning,
     LossError,
     NonFiniteError,
     ShapeError,
     UnusedParametersError,
+    located,
 )
-from .jet import Jet, Space, any_promoted, forget_promoted, parts, promoted
+from .jet import MODEL, PARAMETER, Jet, Space, any_promoted, forget_promoted, parts, promoted
+from .rules.custom import intercept_functions
+from .rules.dispatch import loss as mark_loss
 
 Pairs = Literal["all", "diagonal"] | int
 Curvature = Literal["hessian", "ggn", "none"]
@@ -69,10 +76,10 @@ class PlaneModel:
 
 
 @contextlib.contextmanager
-def expansion(k: int, block: int, order: int) -> Iterator[Space]:
+def expansion(k: int, block: int, order: int, gauss_newton: bool = False) -> Iterator[Space]:
     """The space of one evaluation; evaluations inside of it get a higher level."""
     token = _depth.set(_depth.get() + 1)
-    space = Space(k, block, order, _depth.get())
+    space = Space(k, block, order, _depth.get(), gauss_newton)
     try:
         yield space
     finally:
@@ -96,6 +103,29 @@ _EXITS = {
 }
 _REVERSE = {torch.autograd.grad: "torch.autograd.grad", torch.Tensor.backward: "backward()"}
 
+_LOSSES = {
+    getattr(F, name)
+    for name in dir(F)
+    if name.endswith("_loss") or name in ("cross_entropy", "kl_div", "nll_loss")
+    or name.startswith("binary_cross_entropy")
+}  # fmt: skip
+
+
+def _warn_if_flat(func: Any, result: Any, space: Space) -> Any:
+    _, first, second = parts(result, space)
+    if first is not None and second is None:
+        hint = {
+            "nll_loss": "; cross_entropy of the logits has one",
+            "kl_div": "; mark log_softmax and kl_div",
+        }
+        warnings.warn(
+            f"{func.__name__} has no curvature in its input: its part of the Gauss-Newton curvature is zero"
+            + hint.get(func.__name__, ""),
+            JetplaneWarning,
+            stacklevel=2,
+        )
+    return result
+
 
 class Interception(TorchFunctionMode):
     """Replaces parameters by jets in the arguments of every torch function, and guards the exits."""
@@ -106,19 +136,34 @@ class Interception(TorchFunctionMode):
         self.seeds = seeds
         self.jets: dict[int, Jet] = {}
 
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Intercept whatever a user's function calls; errors say where in it they arose."""
+        thread = threading.get_ident()
+        with intercept_functions(self._seeded, lambda: threading.get_ident() == thread), self:
+            try:
+                yield
+            except DerivativeError as error:
+                located(error)
+                raise
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args = tuple(self._seeded(a) for a in args)
         kwargs = {name: self._seeded(a) for name, a in kwargs.items()} if kwargs else {}
         if func in _EXITS and args and isinstance(args[0], Jet):
             raise DerivativeError(
-                f"{_EXITS[func]} on a tensor of shape {tuple(args[0].shape)} that depends on the parameters: its "
-                "derivatives would be lost. Stay in torch, or detach() the tensor first if they are not wanted"
+                f"{_EXITS[func]} on a tensor of shape {tuple(args[0].shape)} that depends on the "
+                "parameters: its derivatives would be lost. Stay in torch, or detach() the tensor first "
+                "if they are not wanted"
             )
         if func in _REVERSE:
             raise DerivativeError(
                 f"{_REVERSE[func]} inside a forward-only evaluation. Use jetplane.jet, jetplane.hvp or "
                 "jetplane.laplacian there: they nest"
             )
+        if self.space.gauss_newton and func in _LOSSES:
+            with mark_loss():
+                return _warn_if_flat(func, func(*args, **kwargs), self.space)
         return func(*args, **kwargs)
 
     def _seeded(self, x: Any) -> Any:
@@ -155,7 +200,9 @@ def evaluate(
         closure: returns a scalar loss, computed by torch functions of the parameters.
         params: the tensors that move; others are constants.
         directions: `jetplane.Directions`, or one tensor of shape (K, *param.shape) for each parameter.
-        curvature: "hessian" for the exact one, "none" for the slope alone.
+        curvature: "hessian" for the exact one; "ggn" for the Gauss-Newton one, ``J^T Hess(l) J`` with J
+            the model's Jacobian and l the loss function, which costs linearly many products in K; "none"
+            for the slope alone.
         pairs: "all" K(K+1)/2 pairs, "diagonal", or an int b for independent planes of b consecutive
             directions each.
 
@@ -184,16 +231,16 @@ def evaluate(
     params = list(params)
     k, draw = _check_directions(params, directions)
     block = _block(pairs, k)
-    if curvature not in ("hessian", "none"):
-        raise ArgumentError(f"curvature must be 'hessian' or 'none', got {curvature!r}")
-    order = 1 if curvature == "none" else 2
-    with torch.inference_mode(), expansion(k, block, order) as space:
+    if curvature not in ("hessian", "ggn", "none"):
+        raise ArgumentError(f"curvature must be 'hessian', 'ggn' or 'none', got {curvature!r}")
+    order = 2 if curvature == "hessian" else 1
+    with torch.inference_mode(), expansion(k, block, order, curvature == "ggn") as space:
         seeds = {id(p): _seed(p, i, draw, space) for i, p in enumerate(params)}
         mode = Interception(space, seeds)
-        with mode:
+        with mode.running():
             loss = closure()
         value, first, second = _scalar_parts(loss, space, bool(mode.jets))
-        if second is None and order == 2:
+        if second is None and curvature != "none":
             second = value.new_zeros(space.pairs)
         if first is None:
             first = value.new_zeros(k)
@@ -208,7 +255,7 @@ def _seed(
 ) -> Callable[[], Jet]:
     def seed() -> Jet:
         jet = Jet(param.detach(), draw(index, param), None, space)
-        jet.is_seed = True
+        jet.is_seed, jet.kind = True, PARAMETER
         return jet
 
     return seed
@@ -229,10 +276,15 @@ def _scalar_parts(loss: Any, space: Space, touched: bool) -> tuple[Tensor, Tenso
             + (
                 "they were used, but every path to the loss was cut (detach(), item(), a comparison)"
                 if touched
-                else "the closure uses none of them; expected a closure that computes the loss from these very tensors"
+                else "the closure uses none of them; expected a loss computed from these very tensors"
             )
         )
     value, first, second = parts(loss, space)
+    if space.gauss_newton and loss.kind == MODEL:
+        raise LossError(
+            "curvature='ggn' met no loss function: it needs one of torch.nn.functional's losses on the way "
+            "to the result, or your own marked with jetplane.loss(), as a decorator or in a with statement"
+        )
     return (
         value.reshape(()),
         None if first is None else first.reshape(space.k),

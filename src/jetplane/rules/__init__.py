@@ -1,7 +1,8 @@
 """How jets pass through operators: tables of rules, and the ladder for operators without one."""
 
 from . import attention, elementwise, losses, normalization, products, recurrent, selection, structure
-from .dispatch import dispatch
+from .custom import register_rule
+from .dispatch import dispatch, loss
 from .fallback import strict
 from .registry import RULES
 
@@ -10,10 +11,12 @@ __all__ = [
     "attention",
     "dispatch",
     "elementwise",
+    "loss",
     "losses",
     "normalization",
     "products",
     "recurrent",
+    "register_rule",
     "selection",
     "strict",
     "structure",

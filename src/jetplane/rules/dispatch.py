@@ -7,8 +7,10 @@ names it. In-place and ``out=`` variants are their functional counterpart and on
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from torch.utils._pytree import tree_map
 
 from ..errors import DerivativeError, MissingRuleError
 from ..jet import (
+    LOSS,
+    MODEL,
+    PARAMETER,
     Jet,
     Space,
     any_promoted,
@@ -66,10 +71,11 @@ RANDOM = {
 
 # Values that depend on the input's shape and dtype alone, or that stop derivatives by definition.
 CONSTANT = (
-    "detach", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like",
-    "randint_like.low_dtype", "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "bernoulli",
-    "bernoulli.p", "bernoulli.Tensor", "_local_scalar_dense", "item", "is_nonzero", "equal", "argmax", "argmin",
-    "argsort", "argsort.stable", "nextafter", "poisson", "binomial", "multinomial",
+    "detach", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like",
+    "randint_like", "randint_like.low_dtype", "new_zeros", "new_ones", "new_full", "new_empty",
+    "new_empty_strided", "bernoulli", "bernoulli.p", "bernoulli.Tensor", "_local_scalar_dense", "item",
+    "is_nonzero", "equal", "argmax", "argmin", "argsort", "argsort.stable", "nextafter", "poisson",
+    "binomial", "multinomial",
     "normal.Tensor_float", "normal.Tensor_Tensor", "normal.float_Tensor",
 )  # fmt: skip
 
@@ -92,6 +98,15 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     space = _highest(args, _highest(kwargs.values(), None))
     if space is None:  # jets that lost their coefficients to promotion cannot occur; plain calls can
         return func(*args, **kwargs)
+    if space.gauss_newton:
+        with _kind_of_call(func, space, (*args, *kwargs.values())):
+            return _dispatch(func, space, args, kwargs, original)
+    return _dispatch(func, space, args, kwargs, original)
+
+
+def _dispatch(
+    func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any], original: Sequence[Any]
+) -> Any:
     if func._schema.is_mutable and func not in RULES:
         return _mutate(func, space, args, kwargs, original)
     result = carry(func, space, args, kwargs)
@@ -150,6 +165,71 @@ def _tables() -> dict[Any, Any]:
 def _may_alias(func: Any) -> bool:
     packet = func._schema.name.partition("::")[2]
     return packet in ALIASING or any(r.alias_info is not None for r in func._schema.returns)
+
+
+# --- Gauss-Newton: which operators make second coefficients -----------------------------------------
+
+_inside_loss: contextvars.ContextVar[bool] = contextvars.ContextVar("jetplane_loss", default=False)
+
+
+@contextlib.contextmanager
+def loss() -> Iterator[None]:
+    """Marks code as a loss function for ``curvature="ggn"``; a context manager and a decorator.
+
+    What runs inside is differentiated twice in what enters it, the model's outputs, exactly. The losses of
+    ``torch.nn.functional`` are marked already.
+
+    >>> import torch, jetplane as jp
+    >>> w, x = torch.tensor([2.0]), torch.tensor([3.0])
+    >>> @jp.loss()
+    ... def squared(output, target):
+    ...     return ((output - target) ** 2).sum()
+    >>> jp.evaluate(lambda: squared(w * x, 1.0), [w], [torch.ones(1, 1)], curvature="ggn").curvature
+    tensor([[18.]])
+    """
+    token = _inside_loss.set(True)
+    try:
+        yield
+    finally:
+        _inside_loss.reset(token)
+
+
+@contextlib.contextmanager
+def _kind_of_call(func: Any, space: Space, args: Sequence[Any]) -> Iterator[None]:
+    before = space.order, space.kind
+    kinds, data = _kinds(args, space)
+    if _inside_loss.get():
+        kind = LOSS
+    elif LOSS in kinds:
+        if MODEL in kinds:
+            raise DerivativeError(
+                f"{func} combines the result of a loss function with another output of the model, whose part "
+                "of the Gauss-Newton curvature is not defined; mark what makes it a loss with jetplane.loss()"
+            )
+        kind = LOSS
+    else:
+        kind = MODEL if data or MODEL in kinds else PARAMETER
+    space.order, space.kind = (1 if kind == MODEL else 2), kind
+    try:
+        yield
+    finally:
+        space.order, space.kind = before
+
+
+def _kinds(values: Any, space: Space) -> tuple[set[int], bool]:
+    """Kinds of the jets among the values, and whether there are data: other tensors than scalars."""
+    kinds: set[int] = set()
+    data = False
+    for v in values:
+        if is_jet(v, space):
+            kinds.add(v.kind)
+        elif isinstance(v, Tensor):
+            data = data or v.dim() > 0
+        elif isinstance(v, (list, tuple)):
+            inner, more = _kinds(v, space)
+            kinds |= inner
+            data = data or more
+    return kinds, data
 
 
 def _differentiable(value: Any) -> bool:

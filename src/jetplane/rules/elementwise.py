@@ -13,8 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..jet import Space, add_jets, broadcast, chain, chain_many, lift, linear, make, multiply, parts, plain, primal
-from .registry import aten, overload, register, RULES
+from ..jet import (
+    Space,
+    add_jets,
+    broadcast,
+    chain,
+    chain_many,
+    expand,
+    lift,
+    linear,
+    make,
+    multiply,
+    parts,
+    plain,
+    primal,
+)
+from .registry import RULES, aten, overload, register
 
 Derivatives = tuple[Tensor | None, Tensor | None]
 
@@ -397,7 +411,9 @@ def _(space: Space, x: Any) -> Tensor:
     p = primal(x, space)
     if not plain(p):
         return chain(space, x, torch.relu(p), *_mask(p > 0, p))
-    return linear(space, x, torch.relu, lambda c: aten.threshold_backward(c, p, 0))  # one pass, no mask in memory
+    return linear(
+        space, x, torch.relu, lambda c: aten.threshold_backward(c, p, 0)
+    )  # one pass, no mask in memory
 
 
 @register("pow.Scalar")
@@ -443,7 +459,7 @@ def _(space: Space, a: Any, b: Any, *scalar_alpha: Any, alpha: Any = 1) -> Tenso
 
 @register("mul.Tensor", "mul.Scalar")
 def _(space: Space, a: Any, b: Any) -> Tensor:
-    return multiply(space, a, b, torch.mul(primal(a, space), primal(b, space)))
+    return multiply(space, a, b)
 
 
 @register("div.Tensor", "div.Scalar")
@@ -452,13 +468,9 @@ def _(space: Space, a: Any, b: Any) -> Tensor:
     _, first, _ = parts(b, space)
     if first is None:
         divisor = primal(b, space)
-        return linear(space, a, lambda p: y, lambda c: broadcast(_lift_to(c, y) / divisor, y.shape))  # type: ignore[arg-type,return-value]
-    inverse = torch.reciprocal(b)  # a jet
-    return multiply(space, a, inverse, y)
-
-
-def _lift_to(c: Tensor, y: Tensor) -> Tensor:
-    return lift(c, y.dim())
+        return linear(space, a, lambda _: y, lambda c: expand(lift(c, y.dim()) / divisor, y.shape))
+    product = multiply(space, a, torch.reciprocal(b))
+    return make(y, *parts(product, space)[1:], space)
 
 
 @register("div.Tensor_mode", "div.Scalar_mode")
@@ -566,8 +578,7 @@ def _(space: Space, a: Any, b: Any) -> Tensor:
     return chain_many(space, (a, b), z, (p, q), {(0, 0): pq, (0, 1): -pq, (1, 1): pq})
 
 
-def _modulo(name: str, rounding: str) -> None:
-    op = overload(name)
+def _modulo(op: Any, rounding: str) -> None:
 
     def rule(space: Space, a: Any, b: Any) -> Tensor:
         x, y = primal(a, space), primal(b, space)
@@ -578,8 +589,8 @@ def _modulo(name: str, rounding: str) -> None:
     RULES[op] = rule
 
 
-_modulo("fmod.Tensor", "trunc")
-_modulo("remainder.Tensor", "floor")
+_modulo(aten.fmod.Tensor, "trunc")
+_modulo(aten.remainder.Tensor, "floor")
 
 
 @register("copysign.Tensor", "copysign.Scalar")
@@ -587,11 +598,11 @@ def _(space: Space, a: Any, b: Any) -> Tensor:
     x = primal(a, space)
     y = torch.copysign(x, primal(b, space))
     ratio = torch.where(x == 0, 0, y / x)
-    return linear(space, a, lambda p: y, lambda c: broadcast(_lift_to(c, y) * ratio, y.shape))  # type: ignore[arg-type,return-value]
+    return linear(space, a, lambda _: y, lambda c: expand(lift(c, y.dim()) * ratio, y.shape))
 
 
 def _selecting(space: Space, a: Any, b: Any, y: Tensor, left: Tensor) -> Tensor:
-    """a where left is 1, b where it is 0, and the mean where it is 1/2."""
+    """The first where left is 1, the second where it is 0, and the mean where it is 1/2."""
     left = left.to(y.dtype)
     return chain_many(space, (a, b), y, (left, 1 - left), {})
 

@@ -34,11 +34,9 @@ def summed_chain(space: Space, x: Any, y: Tensor, d1: Tensor, d2: Tensor | None,
     _, first, second = parts(x, space)
     share = 1 / max(y.numel(), 1) if reduction == MEAN else 1
     slope = weighted(first, d1 * share)
-    curvature = None
-    if space.order == 2:
-        curvature = weighted(second, d1 * share)
-        if d2 is not None and first is not None:
-            curvature = add(curvature, gram(space, first * (d2 * share), first))
+    curvature = weighted(second, d1 * share)
+    if d2 is not None and first is not None and space.order == 2:
+        curvature = add(curvature, gram(space, first * (d2 * share), first))
     return make(reduce(y, reduction), slope, curvature, space)
 
 
@@ -172,13 +170,11 @@ def _(
     loss = -(goal * torch.where(goal == 0, 0, z)).sum()
     heavy = y * mass
     d1 = heavy - goal
-    curvature = None
-    if space.order == 2:
-        curvature = weighted(second, d1)
-        if first is not None:
-            mean = (first * y).sum(dim + 1, keepdim=True)
-            own = gram(space, first * heavy, first) - gram(space, mean * mass, mean)
-            curvature = add(curvature, own)
+    curvature = weighted(second, d1)
+    if first is not None and space.order == 2:
+        mean = (first * y).sum(dim + 1, keepdim=True)
+        own = gram(space, first * heavy, first) - gram(space, mean * mass, mean)
+        curvature = add(curvature, own)
     return make(loss, weighted(first, d1), curvature, space)
 
 

@@ -20,9 +20,7 @@ def _centred(space: Space, x: Any, y: Tensor, dim: int) -> tuple[Tensor | None, 
     _, first, second = parts(x, space)
     dim = up(dim)
     a = None if first is None else _minus_mean(first, y, dim, first)
-    if space.order == 1:
-        return a, None
-    t = second if a is None else _plus(outer(space, a, a), second)
+    t = second if a is None or space.order == 1 else _plus(outer(space, a, a), second)
     return a, None if t is None else _minus_mean(t, y, dim, second)
 
 
@@ -66,12 +64,11 @@ def _(space: Space, x: Any, dim: int, dtype: Any = None) -> Tensor:
     d = up(dim)
     a = None if first is None else first - (first * y).sum(d, keepdim=True)
     s = None
-    if space.order == 2:
-        mean = None if second is None else (second * y).sum(d, keepdim=True)
-        if a is not None:
-            mean = add(mean, outer(space, a * y, a).sum(d, keepdim=True))
-        if mean is not None:
-            s = (second - mean) if second is not None else (-mean).expand(space.pairs, *p.shape)
+    mean = None if second is None else (second * y).sum(d, keepdim=True)
+    if a is not None and space.order == 2:
+        mean = add(mean, outer(space, a * y, a).sum(d, keepdim=True))
+    if mean is not None:
+        s = (second - mean) if second is not None else (-mean).expand(space.pairs, *p.shape)
     return make(z, a, s, space)
 
 
@@ -80,17 +77,15 @@ def _(space: Space, x: Any, dim: Sequence[int], keepdim: bool = False) -> Tensor
     p, first, second = parts(x, space)
     if p.dim() == 0:
         return x
-    dims = [dim] if isinstance(dim, int) else list(dim) or list(range(p.dim()))
+    dims: list[int] = [dim] if isinstance(dim, int) else list(dim) or list(range(p.dim()))
     over = [up(d) for d in dims]
     z = torch.logsumexp(p, dims, keepdim=True)
     y = torch.exp(p - torch.where(z.isinf(), 0, z))
     m = None if first is None else (first * y).sum(over, keepdim=True)
-    s = None
-    if space.order == 2:
-        s = None if second is None else (second * y).sum(over, keepdim=True)
-        if first is not None:
-            a = first - m
-            s = add(s, outer(space, a * y, a).sum(over, keepdim=True))
+    s = None if second is None else (second * y).sum(over, keepdim=True)
+    if first is not None and m is not None and space.order == 2:
+        a = first - m
+        s = add(s, outer(space, a * y, a).sum(over, keepdim=True))
     jet = make(z, m, s, space)
     return jet if keepdim else jet.squeeze(tuple(dims))
 
@@ -117,11 +112,9 @@ def standardize(space: Space, x: Any, dims: Sequence[int], eps: float) -> Tensor
         if plain(c1, m1)
         else c1 * r - y * m1
     )
-    if space.order == 1:
-        return make(y, y1, None, space)
     m2 = None if c2 is None else (c2 * u).mean(over, keepdim=True)
     y2 = None if c2 is None else c2 * r
-    if c1 is not None and m1 is not None:
+    if c1 is not None and m1 is not None and space.order == 2:
         g = outer(space, c1, c1).mean(over, keepdim=True) * (r * r)
         w = g - 3 * outer(space, m1, m1)  # -r_ij / r, but for the second coefficients' own part
         m2 = w if m2 is None else m2 + w

@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from ..jet import Space, add, broadcast, make, parts, plain, primal
 from .registry import aten, register
 
-
 BLOCK = 1 << 17  # elements of a sum of weights that are held at a time
 
 
@@ -50,7 +49,9 @@ class Form(ABC):
         else:
             out.copy_(y)
 
-    def of_sums(self, out: Tensor, a: Tensor, da: Tensor, b: Tensor, db: Tensor, scale: float, work: Work) -> None:
+    def of_sums(
+        self, out: Tensor, a: Tensor, da: Tensor, b: Tensor, db: Tensor, scale: float, work: Work
+    ) -> None:
         """Write ``f(a + scale da, b + scale db)``."""
         left = torch.add(a, da, alpha=scale, out=work("left", a))
         right = torch.add(b, db, alpha=scale, out=work("right", b))
@@ -95,11 +96,10 @@ def bilinear(space: Space, form: Form, a: Any, b: Any, y: Tensor | None = None) 
             None if fb is None else form.right(pa, fb),
         )
         second = None
-    if space.order == 2:
-        if sa is not None:
-            second = _plus(second, form.left(sa, pb))
-        if sb is not None:
-            second = _plus(second, form.right(pa, sb))
+    if sa is not None:
+        second = _plus(second, form.left(sa, pb))
+    if sb is not None:
+        second = _plus(second, form.right(pa, sb))
     return make(y, first, second, space)
 
 
@@ -171,7 +171,7 @@ def _norms(c: Tensor) -> Tensor:
 # --- matrix products -------------------------------------------------------------------------
 
 
-class Rows(Form):
+class _Rows(Form):
     """``x @ w.T`` for a matrix x of n rows and a weight w as `torch.nn.Linear` keeps it."""
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
@@ -194,7 +194,9 @@ class Rows(Form):
         else:
             torch.mm(a, b.t(), out=out)
 
-    def of_sums(self, out: Tensor, a: Tensor, da: Tensor, b: Tensor, db: Tensor, scale: float, work: Work) -> None:
+    def of_sums(
+        self, out: Tensor, a: Tensor, da: Tensor, b: Tensor, db: Tensor, scale: float, work: Work
+    ) -> None:
         left = torch.add(a, da, alpha=scale, out=work("left", a))
         step = max(1, BLOCK // max(b.shape[1], 1))
         for start in range(0, b.shape[0], step):  # weights in blocks that stay in the cache
@@ -206,7 +208,7 @@ class Rows(Form):
         return a.shape[0] >= 96 and b.shape[0] >= 96
 
 
-class Batched(Form):
+class _Batched(Form):
     """``a @ b`` for batches of matrices, (m, r, s) and (m, s, t)."""
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
@@ -235,7 +237,7 @@ class Batched(Form):
             torch.bmm(a, b, out=out)
 
 
-ROWS, BATCHED = Rows(), Batched()
+ROWS, BATCHED = _Rows(), _Batched()
 
 
 @register("linear")
@@ -349,7 +351,7 @@ def _(space: Space, a: Any, b: Any) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Convolution(Form):
+class _Convolution(Form):
     """A convolution of batched images with a kernel, with the settings of ``aten.convolution``."""
 
     stride: Sequence[int]
@@ -401,7 +403,7 @@ def _(
 ) -> Tensor:
     n = weight.dim() - 2
     full = [list(v) * n if len(v) == 1 else list(v) for v in (stride, padding, dilation, output_padding)]
-    form = Convolution(full[0], full[1], full[2], transposed, full[3], groups)
+    form = _Convolution(full[0], full[1], full[2], transposed, full[3], groups)
     y = bilinear(space, form, x, weight)
     return y if bias is None else torch.add(y, bias.reshape(-1, *([1] * n)))
 

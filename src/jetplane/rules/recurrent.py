@@ -1,4 +1,4 @@
-"""LSTM, GRU and plain recurrent layers, unrolled: torch's own are single operators without a decomposition."""
+"""LSTM, GRU and plain recurrent layers, unrolled: torch has them as operators without a decomposition."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 
 def overload(name: str) -> Any | None:
-    """An ATen overload by name, ``"sum.dim_IntList"`` or ``"sin"`` for its default; None if torch lacks it."""
+    """An ATen overload by name, ``"sum.dim_IntList"`` or ``"sin"``; None if this torch lacks it."""
     packet, _, which = name.partition(".")
     return getattr(getattr(aten, packet, None), which or "default", None)
 

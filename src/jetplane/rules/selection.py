@@ -95,8 +95,7 @@ def _(space: Space, x: Any, *, dim: int | None = None, keepdim: bool = False) ->
     return torch.amin(x, dims, keepdim), torch.amax(x, dims, keepdim)
 
 
-def _middle(name: str) -> None:
-    op = overload(name)
+def _middle(op: Any) -> None:
 
     def rule(space: Space, x: Any) -> Any:
         p = primal(x, space)
@@ -108,8 +107,8 @@ def _middle(name: str) -> None:
     RULES[op] = rule
 
 
-_middle("median")
-_middle("nanmedian")
+_middle(aten.median.default)
+_middle(aten.nanmedian.default)
 
 
 # --- pooling ----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import DerivativeError
-from ..jet import Jet, Space, broadcast, lift, linear, make, mark_view, parts, plain, primal
+from ..jet import Jet, Space, broadcast, expand, lift, linear, make, mark_view, parts, plain, primal
 from .registry import RULES, aten, overload, register
 
 
@@ -483,8 +483,7 @@ def _(space: Space, x: Any, indices: Sequence[Tensor | None], values: Any, accum
     target = aten.index.Tensor(primal(x, space), list(indices)).shape
 
     def on_stacks(cx: Tensor, cv: Tensor) -> Tensor:
-        cv = broadcast(cv, target)
-        assert cv is not None
+        cv = expand(cv, target)
         return torch.stack(
             [torch.index_put(a, tuple(indices), b, accumulate) for a, b in zip(cx, cv, strict=True)]  # type: ignore[arg-type]
         )
@@ -508,8 +507,7 @@ def _(space: Space, x: Any, mask: Tensor) -> Any:
     mask = mask.expand(shape)
 
     def on_stack(c: Tensor) -> Tensor:
-        full = broadcast(c, shape)
-        assert full is not None
+        full = expand(c, shape)
         return full[:, mask] if shape else full.reshape(-1, 1)[:, mask.reshape(1)]
 
     return linear(space, x, lambda p: torch.masked_select(p, mask), on_stack)
