@@ -41,6 +41,8 @@ class Space:
             alone (regularizers), not by the model between them. Jets then have a kind: PARAMETER (a
             function of parameters alone), MODEL (of data too), LOSS (what a loss function made).
         kind: the kind of what the operator being carried makes.
+        keys: torch's dispatch keys as they are for user code. Inside ``__torch_dispatch__`` more of them
+            are off, lazy conjugation and view tracking among them, which rules and autograd rely on.
         level: nesting depth. Jets of an outer evaluation have a smaller level and are constants
             for this one, which is what rules perturbation confusion out.
     """
@@ -51,6 +53,7 @@ class Space:
     level: int = 0
     gauss_newton: bool = False
     kind: int = PARAMETER
+    keys: tuple[Any, Any] | None = None
 
     @property
     def planes(self) -> int:
@@ -293,7 +296,7 @@ def gram(space: Space, a: Tensor, b: Tensor) -> Tensor:
     """
     a, b = _align(a, b)
     shape = torch.broadcast_shapes(a.shape[1:], b.shape[1:])
-    a, b = (c.expand(c.shape[0], *shape).reshape(space.planes, space.block, -1) for c in (a, b))
+    a, b = (c.expand(c.shape[0], *shape).reshape(space.planes, space.block, shape.numel()) for c in (a, b))
     if space.block == 1:
         return (a * b).sum((1, 2))
     products = a @ b.transpose(1, 2)
@@ -301,7 +304,7 @@ def gram(space: Space, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _by_plane(space: Space, c: Tensor) -> Tensor:
-    return c.reshape(space.planes, -1, *c.shape[1:])
+    return c.reshape(space.planes, c.shape[0] // space.planes, *c.shape[1:])
 
 
 def _align(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -426,8 +429,12 @@ def same_storage(a: Tensor, b: Tensor) -> bool:
 
 def mark_view(result: Any, source: Jet) -> Any:
     """Record that a result looks into the source's memory, so that later writes reach both."""
-    if isinstance(result, Jet) and result.base is None and same_storage(result, source):
-        base = source.root()
+    if not isinstance(result, Tensor) or not same_storage(result, source):
+        return result
+    base = source.root()
+    if not isinstance(result, Jet):  # a part of a buffer that has no coefficients yet
+        return Jet(result, None, None, source.space, base) if source.first is source.second is None else result
+    if result.base is None:
         result.base, result.version = base, base.version
     return result
 
@@ -500,7 +507,12 @@ def _refresh(view: Jet) -> None:
 
 def _region(base: Jet, view: Tensor, c: Tensor) -> Tensor:
     """The part of the base's coefficients, laid out as its primal, that a view of the primal covers."""
-    start = view.storage_offset() - base.primal.storage_offset()
+    origin = base.primal.storage_offset()
+    if base.dtype.is_complex and not view.dtype.is_complex:  # real parts lie at every second number
+        c, origin = torch.view_as_real(c), 2 * origin
+    if view.dtype != c.dtype or view.is_conj() != base.primal.is_conj() or view.is_neg():
+        raise DerivativeError("an in-place write through, or under, a conjugate view of complex numbers")
+    start = view.storage_offset() - origin
     return c.as_strided((c.shape[0], *view.shape), (c.stride(0), *view.stride()), c.storage_offset() + start)
 
 
@@ -546,6 +558,17 @@ def promoted(x: Tensor) -> Jet | None:
 def forget_promoted(space: Space) -> None:
     """End of an evaluation: its buffers are plain tensors again."""
     for key in [key for key, jet in _promoted.items() if jet.space is space]:
+        del _promoted[key]
+
+
+def promotions() -> set[int]:
+    """The buffers that are jets now."""
+    return set(_promoted)
+
+
+def forget_promotions(but: set[int]) -> None:
+    """Take back promotions that were made since ``but`` was read."""
+    for key in set(_promoted) - but:
         del _promoted[key]
 
 

@@ -80,6 +80,8 @@ def expansion(k: int, block: int, order: int, gauss_newton: bool = False) -> Ite
     """The space of one evaluation; evaluations inside of it get a higher level."""
     token = _depth.set(_depth.get() + 1)
     space = Space(k, block, order, _depth.get(), gauss_newton)
+    if not torch.compiler.is_compiling():
+        space.keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     try:
         yield space
     finally:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_map
 
 from ..errors import DerivativeError, MissingRuleError
@@ -25,11 +26,13 @@ from ..jet import (
     Jet,
     Space,
     any_promoted,
+    forget_promotions,
     is_jet,
     mark_view,
     primal,
     promote,
     promoted,
+    promotions,
     set_dispatcher,
     write,
 )
@@ -47,17 +50,6 @@ ALIASING = {
     "dropout",
     "ravel",
 }
-METADATA = {
-    "t_",
-    "transpose_",
-    "squeeze_",
-    "unsqueeze_",
-    "swapaxes_",
-    "swapdims_",
-    "as_strided_",
-    "resize_",
-    "set_",
-}
 RANDOM = {
     "normal_",
     "uniform_",
@@ -74,16 +66,26 @@ CONSTANT = (
     "detach", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like",
     "randint_like", "randint_like.low_dtype", "new_zeros", "new_ones", "new_full", "new_empty",
     "new_empty_strided", "bernoulli", "bernoulli.p", "bernoulli.Tensor", "_local_scalar_dense", "item",
-    "is_nonzero", "equal", "argmax", "argmin", "argsort", "argsort.stable", "nextafter", "poisson",
+    "is_nonzero", "equal", "argmax", "argmin", "argsort", "argsort.stable", "poisson",
     "binomial", "multinomial",
     "normal.Tensor_float", "normal.Tensor_Tensor", "normal.float_Tensor",
 )  # fmt: skip
 
 
+# Fresh memory that composites may write jets into: a jet from the start, though without coefficients.
+BUFFERS = ("zeros_like", "empty_like", "new_zeros", "new_empty", "new_empty_strided", "new_full", "full_like")
+
+
 def _constant(name: str) -> None:
     op = overload(name)
-    if op is not None:
-        RULES[op] = lambda space, *args, **kwargs: op(*_primals(space, args), **_primals(space, kwargs))
+    if op is None:
+        return
+
+    def rule(space: Space, *args: Any, **kwargs: Any) -> Any:
+        y = op(*_primals(space, args), **_primals(space, kwargs))
+        return Jet(y, None, None, space) if name in BUFFERS and _differentiable(y) else y
+
+    RULES[op] = rule
 
 
 for _name in CONSTANT:
@@ -98,6 +100,11 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     space = _highest(args, _highest(kwargs.values(), None))
     if space is None:  # jets that lost their coefficients to promotion cannot occur; plain calls can
         return func(*args, **kwargs)
+    with torch._C._ForceDispatchKeyGuard(*space.keys) if space.keys else contextlib.nullcontext():
+        return _on_keys(func, space, args, kwargs, original)
+
+
+def _on_keys(func: Any, space: Space, args: Any, kwargs: dict[str, Any], original: Sequence[Any]) -> Any:
     if space.gauss_newton:
         with _kind_of_call(func, space, (*args, *kwargs.values())):
             return _dispatch(func, space, args, kwargs, original)
@@ -139,7 +146,13 @@ def carry(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) 
 
 def _decomposed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if _is_composite(func):
-        return func.decompose(*args, **kwargs)
+        before = promotions()
+        result = func.decompose(*args, **kwargs)
+        if promotions() == before:
+            return result
+        # It moved jets through plain memory of its own, where no operator of ours sees them: not trusted.
+        forget_promotions(before)
+        return NotImplemented
     table = _tables().get(func)
     if table is None:
         return NotImplemented
@@ -290,11 +303,8 @@ def _mutate(
     func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any], original: Sequence[Any]
 ) -> Any:
     packet = func._schema.name.partition("::")[2]
-    if packet in METADATA:
-        raise DerivativeError(
-            f"{func} changes the shape of a jet in place, which cannot reach the code that holds it; "
-            f"use the out-of-place {packet.rstrip('_')}"
-        )
+    if torch.Tag.inplace_view in func.tags:
+        return _reshape_in_place(func, args, kwargs)
     if packet in ("requires_grad_", "detach_", "rename_"):
         return args[0]
     schema = func._schema.arguments
@@ -317,6 +327,19 @@ def _mutate(
     if written != [0]:
         raise fallback.missing(func, "it writes to several of its arguments in place")
     return _store([args[0]], [dispatch(op, args, kwargs)], space, original[0])
+
+
+def _reshape_in_place(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """``x.t_()`` and its like: x becomes a view of what it was."""
+    op = _functional(func)
+    x = args[0]
+    if op is None or not isinstance(x, Jet) or x.is_seed:
+        raise DerivativeError(f"{func} changes the shape of a jet in place in a way that cannot be followed")
+    view = dispatch(op, args, kwargs)
+    with no_dispatch():
+        func(*args, **kwargs)  # the wrapper's own shape
+    x.primal, x.first, x.second = view.primal, view.first, view.second
+    return x
 
 
 def _store(targets: Sequence[Any], values: Sequence[Any], space: Space, returned: Any) -> Any:

@@ -502,8 +502,28 @@ def _(space: Space, start: Any, end: Any, weight: Any) -> Tensor:
 
 @register("complex")
 def _(space: Space, real: Any, imag: Any) -> Tensor:
-    y = torch.complex(primal(real, space), primal(imag, space))
-    return add_jets(space, real, imag, y, 1j)
+    pr, *re = parts(real, space)
+    pi, *im = parts(imag, space)
+    y = torch.complex(pr, pi)
+
+    def joined(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        a, b = broadcast(a, y.shape), broadcast(b, y.shape)
+        if a is None or b is None:
+            return (a.to(y.dtype) if a is not None else None) if b is None else b * 1j
+        return torch.complex(a, b)
+
+    return make(y, joined(re[0], im[0]), joined(re[1], im[1]), space)
+
+
+@register("polar")
+def _(space: Space, magnitude: Any, angle: Any) -> Tensor:
+    return torch.complex(torch.mul(magnitude, torch.cos(angle)), torch.mul(magnitude, torch.sin(angle)))
+
+
+@register("nextafter")
+def _(space: Space, a: Any, b: Any) -> Tensor:
+    y = torch.nextafter(primal(a, space), primal(b, space))
+    return linear(space, a, lambda _: y, lambda c: expand(c, y.shape))
 
 
 # --- functions of two tensors --------------------------------------------------------------

@@ -178,7 +178,7 @@ class _Rows(Form):
         return a @ b.t()
 
     def left(self, a: Tensor, b: Tensor) -> Tensor:
-        return (a.reshape(-1, a.shape[-1]) @ b.t()).view(*a.shape[:-1], b.shape[0])
+        return (a.flatten(0, 1) @ b.t()).view(*a.shape[:-1], b.shape[0])
 
     def right(self, a: Tensor, b: Tensor) -> Tensor:
         if not plain(a, b):
@@ -246,7 +246,7 @@ def _(space: Space, x: Any, weight: Any, bias: Any = None) -> Tensor:
         y = torch.mv(x, weight) if x.dim() == 2 else torch.matmul(x, weight)
         return y if bias is None else torch.add(y, bias)
     lead = x.shape[:-1]
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(lead.numel(), x.shape[-1])
     y = F.linear(primal(rows, space), primal(weight, space), primal(bias, space))
     product = (
         bilinear(space, ROWS, rows, weight, y) if bias is None else _biased(space, rows, weight, bias, y)
@@ -339,11 +339,11 @@ def _(space: Space, a: Any, b: Any) -> Tensor:
     if a.dim() == 1:
         return torch.matmul(a.unsqueeze(0), b).squeeze(-2)
     if b.dim() == 2:
-        rows = a.reshape(-1, a.shape[-1])
+        rows = a.reshape(a.shape[:-1].numel(), a.shape[-1])
         return torch.mm(rows, b) if a.dim() == 2 else torch.mm(rows, b).reshape(*a.shape[:-1], b.shape[1])
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    left = a.expand(*batch, *a.shape[-2:]).reshape(-1, *a.shape[-2:])
-    right = b.expand(*batch, *b.shape[-2:]).reshape(-1, *b.shape[-2:])
+    left = a.expand(*batch, *a.shape[-2:]).reshape(batch.numel(), *a.shape[-2:])
+    right = b.expand(*batch, *b.shape[-2:]).reshape(batch.numel(), *b.shape[-2:])
     return torch.bmm(left, right).reshape(*batch, a.shape[-2], b.shape[-1])
 
 

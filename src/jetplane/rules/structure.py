@@ -140,7 +140,7 @@ def _index_select(c: Tensor, dim: int, index: Tensor) -> Tensor:
 
 
 def _take(c: Tensor, index: Tensor) -> Tensor:
-    return c.flatten(1)[:, index.flatten()].reshape(c.shape[0], *index.shape)
+    return c.reshape(c.shape[0], -1)[:, index.flatten()].reshape(c.shape[0], *index.shape)
 
 
 def _trace(c: Tensor) -> Tensor:
@@ -149,6 +149,19 @@ def _trace(c: Tensor) -> Tensor:
 
 def _fft(c: Tensor, dims: Sequence[int], *args: Any, op: Any) -> Tensor:
     return op(c, [up(d) for d in dims], *args)
+
+
+def _embedding(
+    c: Tensor, index: Tensor, padding: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
+) -> Tensor:
+    if scale_grad_by_freq:
+        raise DerivativeError("embedding with scale_grad_by_freq has a gradient that is not its derivative")
+    y = c[:, index]
+    return y if padding < 0 else y * (index != padding).unsqueeze(-1)  # torch keeps that row out of training
+
+
+def _as_real(c: Tensor) -> Tensor:
+    return torch.view_as_real(c.resolve_conj())
 
 
 def _view(c: Tensor, size: Any) -> Tensor:
@@ -192,7 +205,7 @@ LINEAR: dict[str, Callable[..., Any]] = {
         c, offset, dim1 if dim1 < 0 else dim1 + 1, dim2 if dim2 < 0 else dim2 + 1
     ),
     "trace": _trace,
-    "view_as_real": torch.view_as_real,
+    "view_as_real": _as_real,
     "view_as_complex": torch.view_as_complex,
     "real": torch.real,
     "imag": torch.imag,
@@ -216,7 +229,7 @@ LINEAR: dict[str, Callable[..., Any]] = {
     "index_select": _index_select,
     "take": _take,
     "constant_pad_nd": _constant_pad,
-    "embedding": lambda c, index, *rest: c[:, index],
+    "embedding": lambda c, index, *rest: _embedding(c, index, *rest),
     # Fourier
     "_fft_r2c": lambda c, dim, *rest: _fft(c, dim, *rest, op=aten._fft_r2c),
     "_fft_c2c": lambda c, dim, *rest: _fft(c, dim, *rest, op=aten._fft_c2c),
@@ -265,6 +278,7 @@ def _enter_linear(name: str, on_stack: Callable[..., Any]) -> None:
         return
 
     def rule(space: Space, x: Any, *args: Any, **kwargs: Any) -> Any:
+        args = tuple(primal(a, space) for a in args)
         return linear(space, x, lambda p: op(p, *args, **kwargs), lambda c: on_stack(c, *args, **kwargs))
 
     RULES[op] = rule
@@ -535,7 +549,9 @@ def _(space: Space, x: Any, src: Any, offset: int = 0, dim1: int = 0, dim2: int 
 def _(space: Space, x: Any, repeats: Any, dim: int | None = None, *, output_size: Any = None) -> Any:
     def on_stack(c: Tensor) -> Tensor:
         if dim is None:
-            return torch.repeat_interleave(c.flatten(1), repeats, 1)
+            return torch.repeat_interleave(c.reshape(c.shape[0], -1), repeats, 1)
+        if c.dim() == 1:
+            return torch.repeat_interleave(c[:, None], repeats, 1)
         return torch.repeat_interleave(c, repeats, up(dim))
 
     return linear(space, x, lambda p: torch.repeat_interleave(p, repeats, dim), on_stack)
