@@ -433,7 +433,9 @@ def mark_view(result: Any, source: Jet) -> Any:
         return result
     base = source.root()
     if not isinstance(result, Jet):  # a part of a buffer that has no coefficients yet
-        return Jet(result, None, None, source.space, base) if source.first is source.second is None else result
+        return (
+            Jet(result, None, None, source.space, base) if source.first is source.second is None else result
+        )
     if result.base is None:
         result.base, result.version = base, base.version
     return result

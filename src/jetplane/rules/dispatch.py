@@ -290,7 +290,7 @@ def _functional(func: Any) -> Any | None:
             op = getattr(found, candidate, None)
             if op is not None and op is not func and not op._schema.is_mutable:
                 return op
-        if found is not None and len(overloads) > 1:  # out= overloads that are named otherwise
+        if found is not None:  # overloads that are named otherwise
             wanted = [a.name for a in func._schema.arguments if not a.is_out]
             for candidate in found.overloads():
                 op = getattr(found, candidate)

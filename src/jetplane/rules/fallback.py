@@ -92,7 +92,7 @@ def reverse(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
     try:
         with torch.inference_mode(False), torch.enable_grad():
             outputs, a = _along(func, space, leaves, carried, spec)
-            results = [_coefficients(y, a, space) if isinstance(y, Tensor) else y for y in outputs[0]]
+            found = [_coefficients(y, a, space) if isinstance(y, Tensor) else (y,) for y in outputs[0]]
     except (RuntimeError, NotImplementedError) as error:
         raise missing(
             func, f"autograd cannot differentiate it twice either ({str(error).splitlines()[0]})"
@@ -105,7 +105,8 @@ def reverse(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
             FallbackWarning,
             stacklevel=2,
         )
-    return tree_unflatten(results, outputs[1])
+    # jets are made here, under inference mode again, where all others are made
+    return tree_unflatten([make(*f, space) if len(f) == 3 else f[0] for f in found], outputs[1])
 
 
 def _along(
@@ -134,10 +135,10 @@ def _along(
     return tree_flatten(func(*inner_args, **inner_kwargs)), a
 
 
-def _coefficients(y: Tensor, a: Tensor, space: Space) -> Any:
-    """The jet of one output y(a)."""
+def _coefficients(y: Tensor, a: Tensor, space: Space) -> tuple[Any, ...]:
+    """Primal, first and second coefficients of one output y(a); the primal alone where it is constant."""
     if not y.requires_grad:
-        return y.detach()
+        return (y.detach(),)
     real = torch.view_as_real(y) if y.is_complex() else y
     try:
         first, second = _by_cotangent(real, a, space)
@@ -148,7 +149,7 @@ def _coefficients(y: Tensor, a: Tensor, space: Space) -> Any:
     if y.is_complex():
         first = torch.view_as_complex(first.contiguous())
         second = None if second is None else torch.view_as_complex(second.contiguous())
-    return make(y.detach(), first, second, space)
+    return y.detach(), first, second
 
 
 def _grad(y: Tensor, x: Tensor, u: Tensor | None = None, create: bool = False) -> Tensor:
@@ -159,7 +160,7 @@ def _grad(y: Tensor, x: Tensor, u: Tensor | None = None, create: bool = False) -
 
 
 def _by_cotangent(y: Tensor, a: Tensor, space: Space) -> tuple[Tensor, Tensor | None]:
-    u = torch.ones_like(y, requires_grad=True)
+    u = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=_generator(y), requires_grad=True)
     g = _grad(y, a, u, create=True)
     first = torch.stack([_grad(g[i], u) for i in range(space.k)])
     if space.order == 1:
@@ -170,7 +171,26 @@ def _by_cotangent(y: Tensor, a: Tensor, space: Space) -> tuple[Tensor, Tensor | 
         if i not in rows:
             rows[i] = _grad(g[i], a, create=True)
         second.append(_grad(rows[i][j], u))
-    return first.detach(), torch.stack(second).detach()
+    curvature = torch.stack(second).detach()
+    # Both are linear in u, so contracting with u gives back what they are derivatives of. Where a formula
+    # of torch forgets its cotangent it does not, and the result must not be trusted.
+    expected = torch.stack([rows[i][j].detach() for i, j in space.indices()])
+    if not (_contracts(first, u, g) and _contracts(curvature, u, expected)):
+        raise RuntimeError("its double backward is not linear in the cotangent")
+    return first.detach(), curvature
+
+
+def _contracts(c: Tensor, u: Tensor, expected: Tensor) -> bool:
+    found = c.reshape(c.shape[0], u.numel()) @ u.detach().reshape(-1)
+    tolerance = 1e-3 if c.dtype == torch.float32 else 1e-8
+    return torch.allclose(
+        found, expected.detach().to(found.dtype), rtol=tolerance, atol=tolerance, equal_nan=True
+    )
+
+
+def _generator(y: Tensor) -> torch.Generator:
+    """A stream of our own: the user's random numbers stay as they are."""
+    return torch.Generator(y.device).manual_seed(0)
 
 
 def _by_element(y: Tensor, a: Tensor, space: Space) -> tuple[Tensor, Tensor | None]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..jet import Space, add, make, multiply, outer, parts, plain, primal, symmetric
+from ..jet import Space, add, chain, make, multiply, outer, parts, plain, primal, symmetric
 from .registry import aten, register
 from .structure import up
 
@@ -276,6 +277,37 @@ def _(space: Space, v: Any, g: Any, dim: int = 0) -> Any:
     dims = [d for d in range(v.dim()) if d != dim % v.dim()] if dim != -1 else list(range(v.dim()))
     norm = torch.sqrt(torch.square(v).sum(dims, keepdim=True))
     return torch.mul(v, torch.div(g, norm))
+
+
+@register("linalg_vector_norm")
+def _(
+    space: Space, x: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Any:
+    x = x if dtype is None else x.to(dtype)
+    dims = _dims(x, dim)
+    size = torch.abs(x)
+    if not dims:
+        return size if ord != 0 else torch.ne(primal(x, space), 0).to(size.dtype)
+    if ord == 0:
+        return torch.ne(primal(x, space), 0).to(size.dtype).sum(dims, keepdim=keepdim)
+    if ord in (math.inf, -math.inf):
+        return (torch.amax if ord > 0 else torch.amin)(size, dims, keepdim)
+    if ord == 1:
+        return size.sum(dims, keepdim=keepdim)
+    if ord == 2:
+        real = torch.square(size) if x.is_complex() else torch.square(x)
+        return _root(space, real.sum(dims, keepdim=keepdim), 0.5)
+    return _root(space, torch.pow(size, ord).sum(dims, keepdim=keepdim), 1 / ord)
+
+
+def _root(space: Space, x: Any, power: float) -> Any:
+    """``x ** power`` with derivative zero at zero: the subgradient that torch takes for norms."""
+    p = primal(x, space)
+    y = torch.sqrt(p) if power == 0.5 else torch.pow(p, power)
+    at_zero = torch.eq(p, 0)
+    safe = torch.where(at_zero, 1, p)
+    d1 = torch.where(at_zero, 0, power * torch.where(at_zero, 1, y) / safe)
+    return chain(space, x, y, d1, (power - 1) * d1 / safe)
 
 
 # --- variance and norms ------------------------------------------------------------------------

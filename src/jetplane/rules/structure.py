@@ -580,3 +580,37 @@ def _(space: Space, x: Any, value: Any) -> Any:
 @register("zero")
 def _(space: Space, x: Any) -> Any:
     return torch.zeros_like(primal(x, space))
+
+
+@register("_embedding_bag", "_embedding_bag_forward_only")
+def _(
+    space: Space,
+    weight: Any,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Any = None,
+    include_last_offset: bool = False,
+    padding_idx: int = -1,
+) -> Any:
+    if scale_grad_by_freq:
+        raise DerivativeError(
+            "embedding_bag with scale_grad_by_freq has a gradient that is not its derivative"
+        )
+    if mode == 2:
+        return NotImplemented
+    starts = offsets[:-1] if include_last_offset else offsets
+    bag = torch.bucketize(torch.arange(indices.numel(), device=indices.device), starts, right=True) - 1
+    kept = (indices != padding_idx) if padding_idx >= 0 else torch.ones_like(indices, dtype=torch.bool)
+    rows = torch.mul(weight[indices], kept.unsqueeze(1))
+    if per_sample_weights is not None:
+        rows = torch.mul(rows, per_sample_weights.unsqueeze(1))
+    bags = torch.zeros(starts.numel(), rows.shape[1], dtype=rows.dtype, device=rows.device).index_add(
+        0, bag, rows
+    )
+    count = torch.zeros_like(starts).index_add(0, bag, kept.to(starts.dtype))
+    if mode == 1:
+        bags = torch.div(bags, count.clamp(min=1).unsqueeze(1))
+    return bags, bag, count, starts
