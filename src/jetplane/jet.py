@@ -16,6 +16,7 @@ directions in one number so that the primal and the first coefficients are compu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,9 @@ from torch import Tensor
 from .errors import DerivativeError
 
 PARAMETER, MODEL, LOSS = 0, 1, 2  # kinds of jets: see Space.gauss_newton
+
+
+Key = tuple[int, int, int, int]  # k, block, order, level of a space
 
 
 @dataclass(eq=False)
@@ -54,6 +58,17 @@ class Space:
     gauss_newton: bool = False
     kind: int = PARAMETER
     keys: tuple[Any, Any] | None = None
+
+    @property
+    def key(self) -> Key:
+        """What a compiler may hold of a space: plain numbers."""
+        return self.k, self.block, self.order, self.level
+
+    @staticmethod
+    @functools.cache
+    def of(key: Key) -> Space:
+        """The one space with this key, for compiled code."""
+        return Space(*key)
 
     @property
     def planes(self) -> int:
@@ -106,7 +121,7 @@ class Jet(torch.Tensor):
         primal: Tensor,
         first: Tensor | None,
         second: Tensor | None,
-        space: Space,
+        space: Space | Key,
         base: Jet | None = None,
     ) -> Jet:
         return torch.Tensor._make_wrapper_subclass(
@@ -123,9 +138,10 @@ class Jet(torch.Tensor):
         primal: Tensor,
         first: Tensor | None,
         second: Tensor | None,
-        space: Space,
+        space: Space | Key,
         base: Jet | None = None,
     ) -> None:
+        space = space if isinstance(space, Space) else Space.of(space)
         self.primal = primal
         self.first = first
         self.second = second
@@ -135,17 +151,13 @@ class Jet(torch.Tensor):
         self.is_seed = False
         self.kind = space.kind
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Space, bool]]:
-        return [n for n in ("primal", "first", "second") if getattr(self, n) is not None], (
-            self.space,
-            self.is_seed,
-        )
+    def __tensor_flatten__(self) -> tuple[list[str], Key]:
+        parts(self, self.space)  # a compiler sees coefficients as they are now
+        return [n for n in ("primal", "first", "second") if getattr(self, n) is not None], self.space.key
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> Jet:
-        jet = Jet(inner["primal"], inner.get("first"), inner.get("second"), meta[0])
-        jet.is_seed = meta[1]
-        return jet
+        return Jet(inner["primal"], inner.get("first"), inner.get("second"), meta)
 
     def __repr__(self) -> str:  # type: ignore[override]
         order = 0 if self.first is None else 1 if self.second is None else 2
@@ -242,8 +254,11 @@ def scale(factor: Any, c: Tensor | None) -> Tensor | None:
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether in-place kernels may be used: no jet of an outer level among the tensors."""
-    return not any(isinstance(t, Jet) for t in tensors)
+    """Whether in-place kernels may be used: no jet of an outer level and no compiler's stand-in among them."""
+    return all(t is None or type(t) in _PLAIN for t in tensors)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def expand(c: Tensor, shape: Sequence[int]) -> Tensor:

@@ -11,7 +11,6 @@ pass.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from . import rules as rules  # installs the dispatcher of jets
 from .errors import (
@@ -43,7 +43,7 @@ from .rules.dispatch import loss as mark_loss
 Pairs = Literal["all", "diagonal"] | int
 Curvature = Literal["hessian", "ggn", "none"]
 
-_depth: contextvars.ContextVar[int] = contextvars.ContextVar("jetplane_depth", default=0)
+_active = threading.local()  # depth: how many evaluations are under way in this thread
 
 
 class Drawn(Protocol):
@@ -78,20 +78,20 @@ class PlaneModel:
 @contextlib.contextmanager
 def expansion(k: int, block: int, order: int, gauss_newton: bool = False) -> Iterator[Space]:
     """The space of one evaluation; evaluations inside of it get a higher level."""
-    token = _depth.set(_depth.get() + 1)
-    space = Space(k, block, order, _depth.get(), gauss_newton)
-    if not torch.compiler.is_compiling():
-        space.keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    depth = getattr(_active, "depth", 0) + 1
+    space = Space(k, block, order, depth, gauss_newton)
+    space.keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    _active.depth = depth
     try:
         yield space
     finally:
-        _depth.reset(token)
+        _active.depth = depth - 1
         forget_promoted(space)
 
 
 def nested() -> bool:
     """Whether an evaluation is under way in this context."""
-    return _depth.get() > 0
+    return getattr(_active, "depth", 0) > 0
 
 
 # Ways out of torch on which a jet's coefficients would be lost.
@@ -236,6 +236,8 @@ def evaluate(
     if curvature not in ("hessian", "ggn", "none"):
         raise ArgumentError(f"curvature must be 'hessian', 'ggn' or 'none', got {curvature!r}")
     order = 2 if curvature == "hessian" else 1
+    if torch.compiler.is_compiling():
+        return _traced(closure, params, draw, Space.of((k, block, order, 1)), curvature)
     with torch.inference_mode(), expansion(k, block, order, curvature == "ggn") as space:
         seeds = {id(p): _seed(p, i, draw, space) for i, p in enumerate(params)}
         mode = Interception(space, seeds)
@@ -250,6 +252,42 @@ def evaluate(
     if space.level > 1:
         return PlaneModel(value, first, second)
     return _finished(value, first, second)
+
+
+class _Seeding(TorchFunctionMode):
+    """What is left of `Interception` in compiled code: parameters become jets."""
+
+    def __init__(self, jets: dict[int, Jet]) -> None:
+        super().__init__()
+        self.jets = jets
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args = tree_map(lambda x: self.jets.get(id(x), x), args)
+        kwargs = tree_map(lambda x: self.jets.get(id(x), x), kwargs or {})
+        return func(*args, **kwargs)
+
+
+def _traced(
+    closure: Callable[[], Tensor],
+    params: Sequence[Tensor],
+    draw: Callable[[int, Tensor], Tensor],
+    space: Space,
+    curvature: Curvature,
+) -> PlaneModel:
+    """`evaluate` as a compiler can follow it: jets are made in the graph, and nothing is checked."""
+    if curvature == "ggn":
+        raise ArgumentError("curvature='ggn' cannot be compiled; use 'hessian' or 'none', or run it eagerly")
+    key = space.key
+    with torch.no_grad():
+        jets = {id(p): Jet(p.detach(), draw(i, p), None, key) for i, p in enumerate(params)}
+        with _Seeding(jets):
+            loss = closure()
+        value, first, second = loss.primal, loss.first, loss.second  # type: ignore[attr-defined]
+        if curvature == "none":
+            return PlaneModel(value, first, None)
+        if second is None:
+            second = value.new_zeros(space.pairs)
+        return PlaneModel(value, first, _matrix(second, space))
 
 
 def _seed(

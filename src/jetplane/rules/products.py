@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..jet import Space, add, broadcast, make, parts, plain, primal
+from ..jet import Jet, Space, add, broadcast, make, parts, plain, primal
 from .registry import aten, register
 
 BLOCK = 1 << 17  # elements of a sum of weights that are held at a time
@@ -82,14 +82,12 @@ def bilinear(space: Space, form: Form, a: Any, b: Any, y: Tensor | None = None) 
     pb, fb, sb = parts(b, space)
     y = form(pa, pb) if y is None else y
     if fa is not None and fb is not None and space.order == 2:
-        if plain(pa, fa, pb, fb):
-            if form.pays(pa, pb):
-                first, second = _interpolated(space, form, pa, fa, pb, fb, y)
-            else:
-                first, second = _direct(space, form, pa, fa, pb, fb, y)
-        else:
-            first = form.left(fa, pb) + form.right(pa, fb)
-            second = torch.stack([form(fa[i], fb[j]) + form(fa[j], fb[i]) for i, j in space.indices()])
+        way = (
+            (_interpolated if plain(pa, fa, pb, fb) else _interpolated_apart)
+            if form.pays(pa, pb)
+            else _direct
+        )
+        first, second = way(space, form, pa, fa, pb, fb, y)
     else:
         first = add(
             None if fa is None else form.left(fa, pb),
@@ -113,6 +111,9 @@ def _direct(
     space: Space, form: Form, pa: Tensor, fa: Tensor, pb: Tensor, fb: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor]:
     """First and second coefficients, product by product."""
+    if not plain(pa, fa, pb, fb):
+        first = form.left(fa, pb) + form.right(pa, fb)
+        return first, torch.stack([form(fa[i], fb[j]) + form(fa[j], fb[i]) for i, j in space.indices()])
     first = form.left(fa, pb)
     for i in range(space.k):
         form.into(first[i], pa, fb[i], True)
@@ -157,11 +158,42 @@ def _interpolated(
     return first, second
 
 
+def _interpolated_apart(
+    space: Space, form: Form, pa: Tensor, fa: Tensor, pb: Tensor, fb: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same without writing in place: for jets of jets, and for compilers, which fuse the sums."""
+    s = _sizes(pa, fa, pb, fb)
+    own = [form(fa[i], fb[i]) for i in range(space.k)]
+    first, second = [], []
+    for i in range(space.k):
+        whole = form(pa + s[i] * fa[i], pb + s[i] * fb[i])
+        first.append((whole - y) / s[i] - s[i] * own[i])
+    for i, j in space.indices():
+        if i == j:
+            second.append(2 * own[i])
+        else:
+            ratio = s[j] / s[i]
+            both = form(fa[i] + ratio * fa[j], fb[i] + ratio * fb[j])
+            second.append((both - own[i]) / ratio - ratio * own[j])
+    return torch.stack(first), torch.stack(second)
+
+
 def _scales(pa: Tensor, fa: Tensor, pb: Tensor, fb: Tensor) -> list[float]:
-    """s_i with ``|a_i| |b_i| s_i² = |a| |b|``."""
+    return _sizes(pa, fa, pb, fb).tolist()
+
+
+def _sizes(pa: Tensor, fa: Tensor, pb: Tensor, fb: Tensor) -> Tensor:
+    """s_i with ``|a_i| |b_i| s_i² = |a| |b|``; constants for outer levels, whose values do not matter."""
+    pa, fa, pb, fb = (_innermost(t) for t in (pa, fa, pb, fb))
     tiny = torch.finfo(fa.dtype).tiny
     sizes = (_norms(fa) * _norms(fb)).clamp_min(tiny)
-    return torch.sqrt((pa.norm() * pb.norm()).clamp_min(tiny) / sizes).tolist()
+    return torch.sqrt((pa.norm() * pb.norm()).clamp_min(tiny) / sizes)
+
+
+def _innermost(x: Tensor) -> Tensor:
+    while isinstance(x, Jet):
+        x = x.primal
+    return x
 
 
 def _norms(c: Tensor) -> Tensor:
