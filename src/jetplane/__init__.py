@@ -1,6 +1,7 @@
 """Jetplane: forward-only, second-order training of PyTorch models."""
 
-from . import errors
+from . import descent, errors, optim
+from .directions import Directions
 from .errors import (
     ArgumentError,
     DerivativeError,
@@ -26,6 +27,7 @@ __all__ = [
     "DTypeError",
     "DerivativeError",
     "DeviceError",
+    "Directions",
     "FallbackWarning",
     "JetplaneError",
     "JetplaneWarning",
@@ -37,6 +39,7 @@ __all__ = [
     "ShapeError",
     "SingularPlaneError",
     "UnusedParametersError",
+    "descent",
     "errors",
     "evaluate",
     "hessian",
@@ -44,6 +47,7 @@ __all__ = [
     "jet",
     "laplacian",
     "loss",
+    "optim",
     "quadratic_form",
     "register_rule",
     "strict",

@@ -254,7 +254,7 @@ def scale(factor: Any, c: Tensor | None) -> Tensor | None:
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether in-place kernels may be used: no jet of an outer level and no compiler's stand-in among them."""
+    """Whether in-place kernels may be used: no outer jet and no compiler's stand-in among them."""
     return all(t is None or type(t) in _PLAIN for t in tensors)
 
 

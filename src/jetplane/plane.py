@@ -54,6 +54,10 @@ class Drawn(Protocol):
         """Number of directions."""
         ...
 
+    def prepare(self, params: Sequence[Tensor]) -> None:
+        """Called with all parameters before any tangent is drawn."""
+        ...
+
     def draw(self, index: int, param: Tensor) -> Tensor:
         """The tangents (K, *param.shape) of the parameter at this index."""
         ...
@@ -382,6 +386,7 @@ def _check_directions(
     if not isinstance(directions, (list, tuple)):
         if directions.k < 1:  # type: ignore[union-attr]
             raise ArgumentError(f"k must be at least 1, got {directions.k}")  # type: ignore[union-attr]
+        directions.prepare(params)  # type: ignore[union-attr]
         return directions.k, directions.draw  # type: ignore[union-attr]
     if len(directions) != len(params):
         raise ShapeError(

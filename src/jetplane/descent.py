@@ -1,0 +1,207 @@
+"""From slope and curvature of a plane to the coefficients of a step in it.
+
+A descent is a pure function: slope (K,), or (planes, K) for independent planes, and the curvature that
+belongs to it, to coefficients kappa of the slope's shape. The step is ``sum_k kappa_k v_k``: the minus
+sign is in kappa, and planes are averaged. All of it is done in double precision.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import ArgumentError, RescueWarning, ShapeError, SingularPlaneError
+
+
+class Descent(ABC):
+    """What turns a plane model into a step.
+
+    Attributes:
+        needs: the curvature to evaluate: "none", "diagonal" or "all".
+    """
+
+    needs: str = "all"
+
+    @abstractmethod
+    def __call__(self, slope: Tensor, curvature: Tensor | None) -> Tensor:
+        """Coefficients kappa, in float64 and of the slope's shape."""
+
+
+@dataclass(frozen=True)
+class ForwardGradient(Descent):
+    """``kappa_k = -F_k / K``: the forward gradient, mean of ``F_k v_k`` (Baydin et al., arXiv 2202.08587).
+
+    >>> import torch
+    >>> ForwardGradient()(torch.tensor([2.0, 4.0]), None)
+    tensor([-1., -2.], dtype=torch.float64)
+    """
+
+    needs = "none"
+
+    def __call__(self, slope: Tensor, curvature: Tensor | None) -> Tensor:
+        """See `Descent`."""
+        return -slope.double() / slope.numel()
+
+
+@dataclass(frozen=True)
+class CurvatureScaled(Descent):
+    """``kappa_k = -F_k / ((|H_kk| + eps) K)``: FoMoH, each direction on its own line (arXiv 2408.10419).
+
+    >>> import torch
+    >>> CurvatureScaled(eps=0.0)(torch.tensor([2.0, 4.0]), torch.tensor([1.0, -2.0]))
+    tensor([-1., -1.], dtype=torch.float64)
+    """
+
+    eps: float = 1e-5
+    needs = "diagonal"
+
+    def __post_init__(self) -> None:
+        if not self.eps >= 0:
+            raise ArgumentError(f"eps must be at least 0, got {self.eps}")
+
+    def __call__(self, slope: Tensor, curvature: Tensor | None) -> Tensor:
+        """See `Descent`; the curvature is the diagonal, of the slope's shape.
+
+        Raises:
+            SingularPlaneError: a curvature is zero and eps too.
+        """
+        h = _matching(slope, curvature, slope.shape).abs() + self.eps
+        if not bool((h > 0).all()):
+            raise SingularPlaneError("a line has no curvature, and eps is 0")
+        return -slope.double() / h / slope.numel()
+
+
+class _Spectral(Descent):
+    """Newton-like steps in the eigenvectors of each plane's curvature."""
+
+    def __call__(self, slope: Tensor, curvature: Tensor | None) -> Tensor:
+        """See `Descent`; the curvature is (K, K), or (planes, K, K).
+
+        Raises:
+            SingularPlaneError: a plane has no curvature at all.
+        """
+        k = slope.shape[-1]
+        h = _matching(slope, curvature, (*slope.shape, k))
+        values, vectors = torch.linalg.eigh(h)
+        largest = values.abs().amax(-1, keepdim=True)
+        if not bool((largest > 0).all()):
+            raise SingularPlaneError(
+                f"the curvature of a plane of {k} directions is zero: no length of a step follows from it"
+            )
+        assert curvature is not None
+        along = (vectors.mT @ slope.double().unsqueeze(-1)).squeeze(-1)
+        inverse = self._inverse(values, largest, curvature.dtype)
+        kappa = -(vectors @ (inverse * along).unsqueeze(-1)).squeeze(-1)
+        return kappa / (1 if slope.dim() == 1 else slope.shape[0])
+
+    @abstractmethod
+    def _inverse(self, values: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+        """What each eigenvalue is divided by, inverted."""
+
+
+@dataclass(frozen=True)
+class Newton(_Spectral):
+    """``kappa = -H^-1 F``: FoMoH-KD as the paper has it, Newton's method where K is the number of parameters.
+
+    A singular plane is rescued: eigenvectors whose eigenvalue is rounding, below ``tolerance`` times
+    the largest, are left out of the step. An indefinite plane is not changed: the step goes to its saddle
+    point, uphill along negative curvature. Both are announced by a `RescueWarning`; `SaddleFree` never goes uphill.
+
+    Attributes:
+        tolerance: None takes 10 K times the rounding of the curvature's dtype.
+
+    >>> import torch
+    >>> Newton()(torch.tensor([2.0, 4.0]), torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
+    tensor([-1., -4.], dtype=torch.float64)
+    """
+
+    tolerance: float | None = None
+
+    def _inverse(self, values: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+        k = values.shape[-1]
+        tolerance = 10 * k * torch.finfo(dtype).eps if self.tolerance is None else self.tolerance
+        lost = values.abs() <= tolerance * largest
+        if bool(lost.any()):
+            warnings.warn(
+                f"singular plane: {int(lost.sum())} of {lost.numel()} eigenvalues are below {tolerance:.1e} "
+                "times the largest; the step leaves their directions out",
+                RescueWarning,
+                stacklevel=4,
+            )
+        if bool(((values < 0) & ~lost).any()):
+            warnings.warn(
+                f"indefinite plane: the Newton step goes uphill along {int(((values < 0) & ~lost).sum())} of "
+                f"{lost.numel()} directions; descent='saddle-free' does not",
+                RescueWarning,
+                stacklevel=4,
+            )
+        return torch.where(lost, 0, 1 / torch.where(lost, 1, values))
+
+
+@dataclass(frozen=True)
+class SaddleFree(_Spectral):
+    """``kappa = -|H|^-1 F``, eigenvalues by absolute value and at least ``floor`` times the largest.
+
+    Source: Dauphin et al., arXiv 1406.2572, in a plane.
+
+    >>> import torch
+    >>> SaddleFree()(torch.tensor([2.0, 4.0]), torch.tensor([[2.0, 0.0], [0.0, -1.0]]))
+    tensor([-1., -4.], dtype=torch.float64)
+    """
+
+    floor: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not 0 < self.floor <= 1:
+            raise ArgumentError(f"floor must be in (0, 1], got {self.floor}")
+
+    def _inverse(self, values: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+        return 1 / torch.maximum(values.abs(), self.floor * largest)
+
+
+@dataclass(frozen=True)
+class Damped(_Spectral):
+    """``kappa = -(H + damping * |H|_max I)^-1 F`` (Levenberg, Marquardt); negative eigenvalues count as zero.
+
+    >>> import torch
+    >>> Damped(damping=1.0)(torch.tensor([2.0, 4.0]), torch.eye(2))
+    tensor([-1., -2.], dtype=torch.float64)
+    """
+
+    damping: float = 1e-2
+
+    def __post_init__(self) -> None:
+        if not self.damping > 0:
+            raise ArgumentError(f"damping must be positive, got {self.damping}")
+
+    def _inverse(self, values: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+        return 1 / (values.clamp_min(0) + self.damping * largest)
+
+
+NAMED: dict[str, type[Descent]] = {"newton": Newton, "saddle-free": SaddleFree, "damped": Damped}
+
+
+def named(descent: str | Descent) -> Descent:
+    """A descent by its name, with default settings; a `Descent` is passed through.
+
+    Raises:
+        ArgumentError: the name is unknown.
+    """
+    if isinstance(descent, Descent):
+        return descent
+    if descent not in NAMED:
+        raise ArgumentError(f"unknown descent {descent!r}; expected one of {', '.join(NAMED)}, or a Descent")
+    return NAMED[descent]()
+
+
+def _matching(slope: Tensor, curvature: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    if curvature is None or tuple(curvature.shape) != tuple(shape):
+        got = None if curvature is None else tuple(curvature.shape)
+        raise ShapeError(
+            f"for a slope of shape {tuple(slope.shape)}: expected curvature {tuple(shape)}, got {got}"
+        )
+    return curvature.double()

@@ -1,0 +1,207 @@
+"""Random numbers as a function of where they stand: laws over a counter-based generator.
+
+A generator with a state cannot be traced, split over machines or asked for one direction alone.
+Here the number at a place is computed from the place, in plain tensor operations on int64:
+
+* A *lane* is 64 random bits. Lane ``i`` of a stream with the key ``(start, twist)`` is the i-th output
+  of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014;
+  finalizer by Stafford), begun at ``start``, with ``twist`` xored in between its two multiplications.
+  The twist tells directions apart; the work before it is shared by all of them.
+* A *law* turns each lane into a few numbers of mean zero and variance one.
+
+The n numbers of a stream fill a grid of ``lanes`` columns, one a lane, row by row; so any range of lanes can
+be drawn alone, and every result is written to contiguous memory. Numbers are float32; they are the same on every
+device up to the rounding of log, sin, cos and sqrt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Word = TypeVar("Word", int, Tensor)
+
+
+def _signed(word: int) -> int:
+    """The 64 low bits of `word`, read as a two's complement number."""
+    return ((word + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63)
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_FIRST = _signed(0xBF58476D1CE4E5B9)
+_SECOND = _signed(0x94D049BB133111EB)
+_HALF_TURN = math.pi * 2.0**-31
+
+# Lanes that one operation handles: its few buffers stay in a processor's cache, while the cost of
+# starting an operation is spread thin. An accelerator wants long vectors instead.
+_CHUNK_CPU = 1 << 17
+_CHUNK_OTHER = 1 << 24
+
+
+def _shift_xor(word: Word, bits: int) -> Word:
+    """``word ^ (word >>> bits)``: torch shifts arithmetically, so the sign bits are masked away."""
+    if isinstance(word, Tensor):
+        return (word >> bits).bitwise_and_((1 << (64 - bits)) - 1).bitwise_xor_(word)
+    return word ^ ((word >> bits) & ((1 << (64 - bits)) - 1))
+
+
+def _times(word: Word, factor: int) -> Word:
+    return word.mul_(factor) if isinstance(word, Tensor) else _signed(word * factor)
+
+
+def _mix(word: Word, twist: Word | int = 0) -> Word:
+    """SplitMix64's finalizer; `twist` is xored in half way."""
+    return _finish(_begin(word), twist)
+
+
+def _begin(word: Word) -> Word:
+    return _times(_shift_xor(word, 30), _FIRST)
+
+
+def _finish(word: Word, twist: Word | int) -> Word:
+    return _shift_xor(_times(_shift_xor(word ^ twist, 27), _SECOND), 31)
+
+
+def key(*words: int | Tensor) -> int | Tensor:
+    """Fold integers (a seed, a step, an index, ...) into one 64-bit key; the order counts.
+
+    A word may be an int64 tensor without dimensions: then so is the key, and a traced program need not be
+    traced anew when the word changes.
+    """
+    folded: int | Tensor = 0
+    for word in words:
+        word = word if isinstance(word, Tensor) else _signed(word)
+        mixed = (folded ^ word) + _GOLDEN
+        folded = _mix(mixed) if isinstance(mixed, Tensor) else _mix(_signed(mixed))
+    return folded
+
+
+# ---------------------------------------------------------------------------------------------------
+# Laws. Each takes lanes (m, c) and yields (first row, values (m, rows, c)) in the order of the rows.
+
+Rows = Iterator[tuple[int, Tensor]]
+
+
+def _low(lanes: Tensor) -> Tensor:
+    """The low 32 bits of each lane, as a float in [-2³¹, 2³¹]."""
+    return lanes.to(torch.int32).to(torch.float32)
+
+
+def _high(lanes: Tensor) -> Tensor:
+    """The high 32 bits of each lane, as a float in [-2³¹, 2³¹]."""
+    return (lanes >> 32).to(torch.float32)
+
+
+def _fraction(lanes: Tensor) -> Tensor:
+    """Each lane as a float in (0, 1], dense near 0, led by its high bits."""
+    return lanes.to(torch.float32).abs_().clamp_min_(1.0).mul_(2.0**-63)
+
+
+def _gaussian(lanes: Tensor) -> Rows:
+    # Box and Muller: the high bits of a lane set the radius, its low half the angle.
+    radius = _fraction(lanes).log_().mul_(-2.0).sqrt_()
+    angle = _low(lanes).mul_(_HALF_TURN)
+    yield 0, torch.cos(angle).mul_(radius).unsqueeze(1)
+    yield 1, angle.sin_().mul_(radius).unsqueeze(1)
+
+
+def _rademacher(lanes: Tensor) -> Rows:
+    # One bit a number: bit j of a half is shifted up to the sign, which -1 | 1 and 0 | 1 turn into a factor.
+    together = max(1, _chunk(lanes.device) // lanes.numel())
+    for half in (0, 1):
+        bits = (lanes >> 32 if half else lanes).to(torch.int32).unsqueeze(1)
+        for row in range(0, 32, together):
+            shift = torch.arange(
+                31 - row, max(31 - row - together, -1), -1, dtype=torch.int32, device=lanes.device
+            )
+            signs = (bits << shift.unsqueeze(1)).bitwise_right_shift_(31).bitwise_or_(1)
+            yield 32 * half + row, signs.to(torch.float32)
+
+
+def _uniform(lanes: Tensor) -> Rows:
+    for row, half in enumerate((_low, _high)):
+        yield row, half(lanes).add_(0.5).mul_(math.sqrt(3.0) * 2.0**-31).unsqueeze(1)
+
+
+def _laplace(lanes: Tensor) -> Rows:
+    for row, half in enumerate((_low, _high)):
+        side = half(lanes).add_(0.5)
+        size = side.abs().mul_(2.0**-31).log_().mul_(-math.sqrt(0.5))
+        yield row, size.copysign_(side).unsqueeze(1)
+
+
+def _semicircle(lanes: Tensor) -> Rows:
+    # One coordinate of a point spread evenly over the disc of radius 2.
+    radius = _fraction(lanes).sqrt_().mul_(2.0)
+    yield 0, _low(lanes).mul_(_HALF_TURN).cos_().mul_(radius).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Law:
+    """A distribution of mean zero and variance one.
+
+    Attributes:
+        rows: how many numbers one lane gives.
+        draw: lanes to numbers.
+        kurtosis: the fourth moment of one number.
+    """
+
+    rows: int
+    draw: Callable[[Tensor], Rows]
+    kurtosis: float
+
+
+LAWS: dict[str, Law] = {
+    "gaussian": Law(2, _gaussian, 3.0),
+    "rademacher": Law(64, _rademacher, 1.0),
+    "uniform": Law(2, _uniform, 9.0 / 5.0),
+    "laplace": Law(2, _laplace, 6.0),
+    "semicircle": Law(1, _semicircle, 2.0),
+}
+
+
+# ---------------------------------------------------------------------------------------------------
+
+
+def _chunk(device: torch.device) -> int:
+    return _CHUNK_CPU if device.type == "cpu" else _CHUNK_OTHER
+
+
+def pieces(law: Law, start: int | Tensor, twists: Tensor, size: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Draw `size` numbers for each of the streams ``(start, twists[k])``, a piece at a time.
+
+    Yields:
+        (which streams, which of the numbers, their values (streams, numbers) in float32). A piece is
+        scratch of the size of a cache: use it before asking for the next.
+    """
+    device, streams = twists.device, twists.numel()
+    lanes = -(-size // law.rows)
+    width = min(_chunk(device), lanes)
+    height = max(1, _chunk(device) // width)
+    steps = torch.arange(1, width + 1, device=device).mul_(_GOLDEN)
+    for left in range(0, lanes, width):
+        offset = key_offset(start, left)
+        begun = _begin(steps[: lanes - left] + offset)
+        for top in range(0, streams, height):
+            block = slice(top, min(top + height, streams))
+            for row, values in law.draw(_finish(begun, twists[block].unsqueeze(1))):
+                if row * lanes + left >= size:
+                    break
+                # Rows that hold all their lanes lie one behind the other; others are written one by one.
+                group = [values.flatten(1)] if values.shape[2] == lanes else values.unbind(1)
+                for i, piece in enumerate(group):
+                    first = (row + i) * lanes + left
+                    last = min(first + piece.shape[1], size)
+                    if first < last:
+                        yield block, slice(first, last), piece[:, : last - first]
+
+
+def key_offset(start: int | Tensor, lanes: int) -> int | Tensor:
+    """The state of SplitMix64, begun at `start`, after that many outputs."""
+    moved = start + _signed(lanes * _GOLDEN)
+    return moved if isinstance(moved, Tensor) else _signed(moved)

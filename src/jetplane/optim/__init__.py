@@ -1,0 +1,7 @@
+"""Optimizers that run forward passes only. Each is a `torch.optim.Optimizer`."""
+
+from .fgd import FGD
+from .fomoh import FoMoH, FoMoHBP
+from .fomoh_kd import FoMoHKD
+
+__all__ = ["FGD", "FoMoH", "FoMoHBP", "FoMoHKD"]

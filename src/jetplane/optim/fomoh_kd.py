@@ -1,0 +1,57 @@
+"""Second-order search in a plane of K directions."""
+
+from __future__ import annotations
+
+from typing import final
+
+from ..descent import Descent, named
+from .base import Params, PlaneOptimizer
+
+
+@final
+class FoMoHKD(PlaneOptimizer):
+    """FoMoH-KD: Newton's method in the plane of K random directions.
+
+        kappa = -H^-1 F,    theta <- theta + lr * sum_k kappa_k v_k
+
+    with ``F_i = grad(L) . v_i`` and ``H_ij = v_i^T Hess(L) v_j``, both exact and from one
+    forward pass. Where K is the number of parameters this is Newton's method itself.
+
+    Args:
+        params: parameters or groups of them, as for any torch optimizer. Groups may set ``lr`` and
+            ``weight_decay``. Frozen parameters are left alone.
+        lr: the rate; 1 is the plain Newton step in the plane.
+        k: directions of a plane, at most the number of parameters.
+        descent: "newton" as above, "saddle-free" (eigenvalues of H by absolute value and bounded away from
+            zero), "damped", or a `jetplane.descent.Descent`.
+        law: of the tangents; see `jetplane.Directions`.
+        planes: independent planes of one evaluation, whose steps are averaged.
+        clip: largest Euclidean norm of a step over all parameters, or None.
+        weight_decay: decoupled: ``theta <- theta - lr * weight_decay * theta`` beside the step.
+        seed: of the directions. Seed and step counter are part of ``state_dict()``.
+
+    Raises:
+        ArgumentError, DTypeError, DeviceError: settings or parameters that cannot be.
+
+    >>> import torch, jetplane as jp
+    >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    >>> opt = jp.optim.FoMoHKD([w], k=2)
+    >>> loss = opt.step(lambda: (w[0] - 3) ** 2 + 5 * (w[0] + w[1]) ** 2)
+    >>> w.detach().round(decimals=6)
+    tensor([ 3., -3.], dtype=torch.float64)
+
+    Source: Cobb et al., arXiv 2408.10419, section 3 (FoMoH-KD).
+    """
+
+    def __init__(
+        self, params: Params, lr: float = 1.0, k: int = 3, *, descent: str | Descent = "newton",
+        law: str = "gaussian", planes: int = 1, clip: float | None = None, weight_decay: float = 0.0,
+        seed: int = 0,
+    ) -> None:  # fmt: skip
+        self._descent = named(descent)
+        super().__init__(params, lr, k, law, planes, clip, weight_decay, seed)
+
+    @property
+    def descent(self) -> Descent:
+        """What solves the plane."""
+        return self._descent

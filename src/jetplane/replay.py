@@ -1,0 +1,58 @@
+"""Run a closure more than once with the effects of once: random numbers and buffers are set back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class _Journal(TorchDispatchMode):
+    """Keeps a copy of every tensor before it is first written to in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.saved: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        schema = func._schema
+        if schema.is_mutable:
+            for argument, value in [*zip(schema.arguments, args, strict=False), *_named(schema, kwargs)]:
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self._keep(value)
+        elif "batch_norm" in schema.name:  # writes running statistics without saying so
+            for argument, value in zip(schema.arguments, args, strict=False):
+                if argument.name in ("running_mean", "running_var"):
+                    self._keep(value)
+        return func(*args, **kwargs)
+
+    def _keep(self, value: Any) -> None:
+        if type(value) in (Tensor, torch.nn.Parameter) and id(value) not in self.saved:
+            self.saved[id(value)] = value, value.detach().clone()
+
+
+def _named(schema: Any, kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:
+    return [(a, kwargs[a.name]) for a in schema.arguments if a.name in kwargs]
+
+
+@contextlib.contextmanager
+def rehearsal() -> Iterator[None]:
+    """What runs inside leaves no trace: buffers written in place and torch's random state are set back.
+
+    Dropout draws the same masks again afterwards, and BatchNorm's running statistics move once.
+    """
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    journal = _Journal()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            with journal:
+                yield
+        finally:
+            with torch.no_grad():
+                for tensor, before in journal.saved.values():
+                    tensor.detach().copy_(before)
