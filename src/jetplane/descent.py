@@ -107,9 +107,9 @@ class _Spectral(Descent):
 class Newton(_Spectral):
     """``kappa = -H^-1 F``: FoMoH-KD as the paper has it, Newton's method where K is the number of parameters.
 
-    A singular plane is rescued: eigenvectors whose eigenvalue is rounding, below ``tolerance`` times
-    the largest, are left out of the step. An indefinite plane is not changed: the step goes to its saddle
-    point, uphill along negative curvature. Both are announced by a `RescueWarning`; `SaddleFree` never goes uphill.
+    A singular plane is rescued: eigenvectors whose eigenvalue is rounding, below ``tolerance`` times the
+    largest, are left out of the step. An indefinite plane is not changed: the step goes to its saddle point,
+    uphill along negative curvature. Both are announced by a `RescueWarning`; `SaddleFree` never goes uphill.
 
     Attributes:
         tolerance: None takes 10 K times the rounding of the curvature's dtype.

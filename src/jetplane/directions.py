@@ -1,182 +1,233 @@
-"""Directions: what the tangents are, drawn on demand from where they stand.
+"""Directions: K tangents for every parameter, drawn where they are needed.
 
-A tangent is a function of (seed, step, parameter, direction, element), computed by the counter-based
-generator of `jetplane.laws`. So any of them can be drawn again alone: at the update, in another chunk,
-on another rank; nothing has to be stored or sent.
+Nothing is stored. The tangents of a parameter are a function of (seed, step, index of the parameter, direction,
+element), so any of them can be drawn again: at the update, in another process, on another device.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError, DTypeError
-from .laws import LAWS, key, pieces
+from .errors import ArgumentError, DTypeError, ShapeError
+from .laws import LAWS, key, pieces, twists
 
 Structure = Literal["dense", "rank-one"]
 
+# The fourth moment of one entry, for rules that set the step size by it. "sphere": 3 P / (P + 2) for P
+# parameters, here its limit.
+KURTOSIS: dict[str, float] = {name: law.kurtosis for name, law in LAWS.items()} | {"sphere": 3.0}
 
-class Directions:
-    """K directions in the space of all parameters, every coordinate of mean zero and variance one.
+_MATRIX, _DIRECTION = 1, 2  # what a key is for
+
+
+class AbstractDirections(ABC):
+    """K directions in the space of all parameters: what a plane is spanned by."""
+
+    k: int
+
+    @abstractmethod
+    def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
+        """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
+
+    @abstractmethod
+    def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
+        """``sum_k kappa[k] v_k`` for one parameter, in its shape."""
+
+    def tangents(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """The tangents of all parameters: one tensor (K, *param.shape) for each."""
+        return [self.draw(index, param) for index, param in enumerate(params)]
+
+
+class Directions(AbstractDirections):
+    """K random directions, each entry of mean zero and variance one.
 
     Args:
-        k: how many directions.
-        law: "gaussian", "rademacher", "uniform", "laplace", "semicircle", or "sphere" (Gaussian, scaled so
-            that each direction has norm sqrt(P) over all P parameters together).
-        tangents: "dense", or "rank-one": ``a b^T`` for each parameter of two or more dimensions, seen as a
-            matrix of its first dimension by all others; vectors stay dense.
-        seed: of the stream.
-        step: which draw of the stream; an attribute that may be moved on.
+        k: how many.
+        law: "gaussian", "rademacher" (signs), "uniform", "laplace", "semicircle" (Wigner's) or "sphere"
+            (Gaussian, then scaled to norm sqrt(P) over all P parameters together).
+        tangents: "dense", or "rank-one": the tangent of a parameter with two or more dimensions, read as a
+            matrix (shape[0], everything else), is ``a b^T``, with the entries of a and b drawn from the law;
+            vectors stay dense.
+        seed: any integer of 64 bits.
 
-    Raises:
-        ArgumentError: k < 1, or an unknown law or structure.
+    Attributes:
+        step: which draw this is. Whoever owns the directions moves it on; equal steps give equal numbers.
+
+    The numbers do not depend on torch's generators, on the device (up to the rounding of log, sin and cos),
+    on the dtype (they are drawn in float32 and cast), nor on which part is asked for. They do
+    depend on the parameter's number of elements.
 
     >>> import torch, jetplane as jp
-    >>> directions = jp.Directions(3, law="rademacher", seed=1)
-    >>> [t.shape for t in directions.materialize([torch.zeros(2, 4), torch.zeros(5)])]
-    [torch.Size([3, 2, 4]), torch.Size([3, 5])]
-
-    Source: Cobb et al., arXiv 2408.10419 (Gaussian); Shukla and Shin, arXiv 2310.14168 (other laws).
+    >>> w = torch.zeros(3, 2)
+    >>> directions = jp.Directions(4, seed=1)
+    >>> v = directions.draw(0, w)
+    >>> v.shape
+    torch.Size([4, 3, 2])
+    >>> torch.equal(directions.draw(0, w, slice(2, 3)), v[2:3])
+    True
     """
 
     def __init__(
-        self, k: int, law: str = "gaussian", tangents: Structure = "dense", seed: int = 0, step: int = 0
+        self, k: int, law: str = "gaussian", tangents: Structure = "dense", seed: int = 0
     ) -> None:
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ArgumentError(f"k must be an integer of at least 1, got {k!r}")
-        if law not in LAWS and law != "sphere":
-            raise ArgumentError(f"unknown law {law!r}; expected one of {', '.join([*LAWS, 'sphere'])}")
+            raise ArgumentError(f"k, the number of directions, must be an integer of at least 1, got {k!r}")
+        if law not in KURTOSIS:
+            raise ArgumentError(f"law must be one of {', '.join(KURTOSIS)}; got {law!r}")
         if tangents not in ("dense", "rank-one"):
             raise ArgumentError(f"tangents must be 'dense' or 'rank-one', got {tangents!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ArgumentError(f"seed must be an integer, got {seed!r}")
         self.k = k
         self.law = law
         self.structure: Structure = tangents
         self.seed = seed
-        self.step = step
-        self._norms: tuple[tuple[int, int], Tensor] | None = None
+        self.step: int | Tensor = 0
+        self._scales: tuple[object, Tensor] | None = None  # of the sphere, and what they belong to
 
     def __repr__(self) -> str:
-        return (
-            f"Directions(k={self.k}, law={self.law!r}, tangents={self.structure!r}, "
-            f"seed={self.seed}, step={self.step})"
-        )
+        return f"Directions(k={self.k}, law={self.law!r}, tangents={self.structure!r}, seed={self.seed})"
 
-    def prepare(self, params: Sequence[Tensor]) -> None:
-        """Look at all parameters before tangents of single ones are drawn; only "sphere" needs it."""
-        if self.law != "sphere" or (self._norms is not None and self._norms[0] == (self.seed, self.step)):
-            return
-        total = torch.zeros(self.k, dtype=torch.float64)
-        for i, p in enumerate(params):
-            total += self._draw(i, p, None).double().pow(2).flatten(1).sum(1).cpu()
-        size = sum(p.numel() for p in params)
-        self._norms = (self.seed, self.step), torch.sqrt(size / total)
+    def is_rank_one(self, param: Tensor) -> bool:
+        """Whether this parameter's tangents are products ``a b^T``."""
+        return self.structure == "rank-one" and param.dim() > 1
 
     def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
-        """Tangents of one parameter, (K, *param.shape) or those of a slice of the directions.
+        """The tangents of one parameter.
 
-        Raises:
-            DTypeError: the parameter is not of a floating dtype.
-            ArgumentError: the law is "sphere" and `prepare` has not seen all parameters.
+        Args:
+            index: the parameter's place among all parameters.
+            param: gives shape, dtype and device; its values are not looked at.
+            directions: which of the K; all by default.
+
+        Returns:
+            A tensor of shape (directions, *param.shape).
         """
-        values = self._draw(index, param, directions)
-        if self.law == "sphere":
-            values.mul_(self._scale(directions, values).reshape(-1, *([1] * param.dim())))
-        return values.to(param.dtype)
+        if self.is_rank_one(param):
+            a, b = self.factors(index, param, directions)
+            return (a.unsqueeze(2) * b.unsqueeze(1)).reshape(-1, *param.shape)
+        flat = self._numbers(index, param, param.numel(), directions)
+        return self._scaled(flat, directions).reshape(-1, *param.shape)
 
     def factors(
         self, index: int, param: Tensor, directions: slice | None = None
-    ) -> tuple[Tensor, Tensor] | None:
-        """The factors a (K, m) and b (K, n) of a rank-one tangent, or None where tangents are dense.
+    ) -> tuple[Tensor, Tensor]:
+        """The factors of rank-one tangents: a (directions, rows) and b (directions, columns).
 
-        The tangent is ``a b^T`` reshaped to the parameter, an (m, *rest) tensor with n = prod(rest).
+        The tangent is ``a b^T``, shaped as the parameter.
+
+        Raises:
+            ArgumentError: the tangents of this parameter are dense.
         """
-        if self.structure == "dense" or param.dim() < 2:
-            return None
-        m = param.shape[0]
-        a = self._stream(index, 1, m, param.device, directions)
-        b = self._stream(index, 2, param.numel() // max(m, 1), param.device, directions)
-        if self.law == "sphere" and self._norms is not None:
-            a.mul_(self._scale(directions, a).reshape(-1, 1))
-        return a.to(param.dtype), b.to(param.dtype)
+        if not self.is_rank_one(param):
+            raise ArgumentError(
+                f"parameter {index} of shape {tuple(param.shape)} has no factors: its tangents are dense"
+            )
+        rows = param.shape[0]
+        columns = param.numel() // max(rows, 1)
+        numbers = self._numbers(index, param, rows + columns, directions)
+        return self._scaled(numbers[:, :rows], directions), numbers[:, rows:]
+
+    def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
+        """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype.
+
+        The tangents are drawn again, a few thousand elements at a time, and never held.
+        """
+        kappa = kappa.to(param.device, torch.float32 if param.dtype.itemsize < 4 else param.dtype)
+        if kappa.shape != (self.k,):
+            raise ShapeError(f"kappa: expected shape {(self.k,)}, got {tuple(kappa.shape)}")
+        if self.is_rank_one(param):
+            a, b = self.factors(index, param.new_empty((), dtype=kappa.dtype).expand(param.shape))
+            return ((a.mT * kappa) @ b).reshape(param.shape).to(param.dtype)
+        kappa = self._scaled(kappa.unsqueeze(1)).squeeze(1)
+        total = torch.zeros(param.numel(), dtype=kappa.dtype, device=param.device)
+        for streams, place, values in self._pieces(index, param, param.numel()):
+            total[place].addmv_(values.to(kappa.dtype).mT, kappa[streams])
+        return total.reshape(param.shape).to(param.dtype)
 
     def tangents(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """All tangents: one tensor of shape (K, *param.shape) for each parameter."""
+        """The tangents of all parameters: one tensor (K, *param.shape) for each."""
         self.prepare(params)
-        return [self.draw(i, p) for i, p in enumerate(params)]
+        return super().tangents(params)
 
     materialize = tangents
 
-    def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
-        """``sum_k kappa_k v_k`` for one parameter, drawn piece by piece: (K, *shape) is never held."""
-        kappa = kappa.to(torch.float32).to(param.device)
-        if self.law == "sphere":
-            kappa = kappa * self._scale(None, kappa)
-        factors = self.factors(index, param) if self.law != "sphere" else self._raw_factors(index, param)
-        if factors is not None:
-            a, b = factors
-            return ((a * kappa.to(a.dtype)[:, None]).T @ b).reshape(param.shape)
-        out = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
-        for streams, where, values in self._pieces(index, 0, param.numel(), param.device, None):
-            out[where] += kappa[streams] @ values
-        return out.reshape(param.shape).to(param.dtype)
+    def prepare(self, params: Sequence[Tensor]) -> None:
+        """Find what the draws of one step have in common: for the law "sphere", the norms.
 
-    def _raw_factors(self, index: int, param: Tensor) -> tuple[Tensor, Tensor] | None:
-        if self.structure == "dense" or param.dim() < 2:
-            return None
-        m = param.shape[0]
-        return (
-            self._stream(index, 1, m, param.device, None),
-            self._stream(index, 2, param.numel() // max(m, 1), param.device, None),
-        )
+        `tangents` calls it. Before a `draw` from the sphere it must have been called in the same step, with
+        all the parameters; other laws do without.
+        """
+        if self.law != "sphere" or self._ready():
+            return
+        squares = torch.zeros(self.k, dtype=torch.float64, device=params[0].device if params else None)
+        for index, param in enumerate(params):
+            rows = param.shape[0] if self.is_rank_one(param) else param.numel()
+            columns = param.numel() // max(rows, 1)
+            parts = torch.zeros(2, self.k, dtype=torch.float64, device=param.device)
+            for streams, place, values in self._pieces(index, param, rows + columns * (columns > 1)):
+                inside = max(0, min(rows - place.start, values.shape[1]))
+                for part, piece in zip(parts, (values[:, :inside], values[:, inside:]), strict=True):
+                    part[streams] += piece.double().square_().sum(1)
+            squares += (parts[0] * parts[1] if self.is_rank_one(param) else parts[0]).to(squares.device)
+        size = sum(param.numel() for param in params)
+        self._scales = (self._moment(), (size / squares).sqrt_())
 
-    def _draw(self, index: int, param: Tensor, directions: slice | None) -> Tensor:
-        if not param.dtype.is_floating_point:
-            raise DTypeError(f"parameter {index} must be of a floating dtype, got {param.dtype}")
-        if self.structure == "rank-one" and param.dim() >= 2:
-            m = param.shape[0]
-            a = self._stream(index, 1, m, param.device, directions)
-            b = self._stream(index, 2, param.numel() // max(m, 1), param.device, directions)
-            return (a[:, :, None] * b[:, None, :]).reshape(-1, *param.shape)
-        return self._stream(index, 0, param.numel(), param.device, directions).reshape(-1, *param.shape)
+    def _moment(self) -> object:
+        return (self.seed, int(self.step))
 
-    def _stream(
-        self, index: int, factor: int, size: int, device: torch.device, directions: slice | None
-    ) -> Tensor:
+    def _ready(self) -> bool:
+        return self._scales is not None and self._scales[0] == self._moment()
+
+    def _scaled(self, numbers: Tensor, directions: slice | None = None) -> Tensor:
+        if self.law != "sphere":
+            return numbers
+        if not self._ready():
+            raise ArgumentError(
+                "the law 'sphere' is scaled over all parameters together: call prepare(params) or "
+                "tangents(params) in this step before drawing for one of them"
+            )
+        assert self._scales is not None
+        scales = self._scales[1][directions or slice(None)]
+        return numbers.mul_(scales.to(numbers.device, numbers.dtype).unsqueeze(1))
+
+    def _numbers(self, index: int, param: Tensor, size: int, directions: slice | None) -> Tensor:
+        """`size` numbers for each direction, in the parameter's dtype."""
         count = len(range(self.k)[directions or slice(None)])
-        out = torch.empty(count, size, dtype=torch.float32, device=device)
-        for streams, where, values in self._pieces(index, factor, size, device, directions):
-            out[streams, where] = values
-        return out
+        numbers = torch.empty(count, size, dtype=param.dtype, device=param.device)
+        for streams, place, values in self._pieces(index, param, size, directions):
+            numbers[streams, place] = values
+        return numbers
 
-    def _pieces(self, index: int, factor: int, size: int, device: torch.device, directions: slice | None):  # noqa: ANN202
-        chosen = range(self.k)[directions or slice(None)]
-        start = key(self.seed, self.step, index, factor)
-        twists = torch.tensor([key(self.seed, self.step, d, 3) for d in chosen], device=device)
+    def _pieces(
+        self, index: int, param: Tensor, size: int, directions: slice | None = None
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        if not param.dtype.is_floating_point:
+            raise DTypeError(f"parameter {index}: expected a floating dtype, got {param.dtype}")
         law = LAWS["gaussian" if self.law == "sphere" else self.law]
-        return pieces(law, start, twists, size) if size else iter(())
-
-    def _scale(self, directions: slice | None, like: Tensor) -> Tensor:
-        if self._norms is None or self._norms[0] != (self.seed, self.step):
-            raise ArgumentError("the law 'sphere' needs prepare(params) before single tangents are drawn")
-        return self._norms[1][directions or slice(None)].to(like)
+        stream = key(self.seed, self.step, index)
+        chosen = range(self.k)[directions or slice(None)]
+        return pieces(law, key(stream, _MATRIX), twists(key(stream, _DIRECTION), chosen, param.device), size)
 
 
-def variance_rate(dimension: int, law: str) -> float:
-    """The variance of tangents at which forward gradients decrease a quadratic fastest.
+class HeldDirections(AbstractDirections):
+    """Directions whose tangents, once drawn, are kept: one copy, and no second drawing at the update.
 
-        sigma² = 1 / (d + kurtosis - 1)
-
-    with d the dimension and the kurtosis that of one coordinate. Source: Shukla and Shin, arXiv 2310.14168.
-
-    >>> round(variance_rate(10, "gaussian"), 4), round(variance_rate(10, "rademacher"), 4)
-    (0.0833, 0.1)
+    Args:
+        source: where tangents come from; None if all are given.
+        tangents: by index of the parameter, each (K, *param.shape): gradients, previous steps, ...
+        k: their number, if there is no source.
     """
-    if law not in LAWS:
-        raise ArgumentError(f"unknown law {law!r}; expected one of {', '.join(LAWS)}")
-    if dimension < 1 or not math.isfinite(dimension):
-        raise ArgumentError(f"the dimension must be at least 1, got {dimension}")
-    return 1 / (dimension + LAWS[law].kurtosis - 1)
+
+    def __init__(
+        self,
+        source: AbstractDirections | None = None,
+        tangents: Sequence[Tensor] = (),
+        k: int | None = None,
+    ) -> None:
+        ...

@@ -9,9 +9,9 @@ Here the number at a place is computed from the place, in plain tensor operation
   The twist tells directions apart; the work before it is shared by all of them.
 * A *law* turns each lane into a few numbers of mean zero and variance one.
 
-The n numbers of a stream fill a grid of ``lanes`` columns, one a lane, row by row; so any range of lanes can
-be drawn alone, and every result is written to contiguous memory. Numbers are float32; they are the same on every
-device up to the rounding of log, sin, cos and sqrt.
+The n numbers of a stream fill a grid of ``lanes`` columns, one a lane, row by row; so any range of lanes
+can be drawn alone, and every result is written to contiguous memory. Numbers are float32; they are the
+same on every device up to the rounding of log, sin, cos and sqrt.
 """
 
 from __future__ import annotations
@@ -169,6 +169,8 @@ LAWS: dict[str, Law] = {
 
 
 def _chunk(device: torch.device) -> int:
+    if torch.compiler.is_compiling():
+        return 1 << 62  # a compiler blocks its loops itself
     return _CHUNK_CPU if device.type == "cpu" else _CHUNK_OTHER
 
 
@@ -181,12 +183,13 @@ def pieces(law: Law, start: int | Tensor, twists: Tensor, size: int) -> Iterator
     """
     device, streams = twists.device, twists.numel()
     lanes = -(-size // law.rows)
+    if lanes == 0:
+        return
     width = min(_chunk(device), lanes)
     height = max(1, _chunk(device) // width)
     steps = torch.arange(1, width + 1, device=device).mul_(_GOLDEN)
     for left in range(0, lanes, width):
-        offset = key_offset(start, left)
-        begun = _begin(steps[: lanes - left] + offset)
+        begun = _begin(steps[: lanes - left] + _moved(start, left))
         for top in range(0, streams, height):
             block = slice(top, min(top + height, streams))
             for row, values in law.draw(_finish(begun, twists[block].unsqueeze(1))):
@@ -199,9 +202,3 @@ def pieces(law: Law, start: int | Tensor, twists: Tensor, size: int) -> Iterator
                     last = min(first + piece.shape[1], size)
                     if first < last:
                         yield block, slice(first, last), piece[:, : last - first]
-
-
-def key_offset(start: int | Tensor, lanes: int) -> int | Tensor:
-    """The state of SplitMix64, begun at `start`, after that many outputs."""
-    moved = start + _signed(lanes * _GOLDEN)
-    return moved if isinstance(moved, Tensor) else _signed(moved)
