@@ -22,7 +22,7 @@ Structure = Literal["dense", "rank-one"]
 # parameters, here its limit.
 KURTOSIS: dict[str, float] = {name: law.kurtosis for name, law in LAWS.items()} | {"sphere": 3.0}
 
-_MATRIX, _DIRECTION = 1, 2  # what a key is for
+_ELEMENT, _DIRECTION = 1, 2  # what a key is for
 
 
 class AbstractDirections(ABC):
@@ -36,10 +36,14 @@ class AbstractDirections(ABC):
 
     @abstractmethod
     def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
-        """``sum_k kappa[k] v_k`` for one parameter, in its shape."""
+        """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""
+
+    def prepare(self, params: Sequence[Tensor]) -> None:  # noqa: B027 (most have nothing to prepare)
+        """Called with all the parameters before one step's draws."""
 
     def tangents(self, params: Sequence[Tensor]) -> list[Tensor]:
         """The tangents of all parameters: one tensor (K, *param.shape) for each."""
+        self.prepare(params)
         return [self.draw(index, param) for index, param in enumerate(params)]
 
 
@@ -88,7 +92,8 @@ class Directions(AbstractDirections):
         self.structure: Structure = tangents
         self.seed = seed
         self.step: int | Tensor = 0
-        self._scales: tuple[object, Tensor] | None = None  # of the sphere, and what they belong to
+        self._scales = torch.empty(0)  # of the sphere
+        self._norms_of: tuple[int, int | Tensor] | None = None  # the seed and step they belong to
 
     def __repr__(self) -> str:
         return f"Directions(k={self.k}, law={self.law!r}, tangents={self.structure!r}, seed={self.seed})"
@@ -107,16 +112,15 @@ class Directions(AbstractDirections):
 
         Returns:
             A tensor of shape (directions, *param.shape).
+
+        Raises:
+            DTypeError: the parameter is not of a floating dtype.
+            ArgumentError: the law is "sphere", and `prepare` was not called in this step.
         """
-        if self.is_rank_one(param):
-            a, b = self.factors(index, param, directions)
-            return (a.unsqueeze(2) * b.unsqueeze(1)).reshape(-1, *param.shape)
-        flat = self._numbers(index, param, param.numel(), directions)
+        flat = self._flat(index, param, directions)
         return self._scaled(flat, directions).reshape(-1, *param.shape)
 
-    def factors(
-        self, index: int, param: Tensor, directions: slice | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def factors(self, index: int, param: Tensor, directions: slice | None = None) -> tuple[Tensor, Tensor]:
         """The factors of rank-one tangents: a (directions, rows) and b (directions, columns).
 
         The tangent is ``a b^T``, shaped as the parameter.
@@ -128,106 +132,159 @@ class Directions(AbstractDirections):
             raise ArgumentError(
                 f"parameter {index} of shape {tuple(param.shape)} has no factors: its tangents are dense"
             )
-        rows = param.shape[0]
-        columns = param.numel() // max(rows, 1)
-        numbers = self._numbers(index, param, rows + columns, directions)
-        return self._scaled(numbers[:, :rows], directions), numbers[:, rows:]
+        a, b = self._factors(index, param, directions)
+        return self._scaled(a, directions), b
 
     def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
         """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype.
 
-        The tangents are drawn again, a few thousand elements at a time, and never held.
+        The tangents are drawn again, a cache's size at a time, and never held.
         """
-        kappa = kappa.to(param.device, torch.float32 if param.dtype.itemsize < 4 else param.dtype)
-        if kappa.shape != (self.k,):
-            raise ShapeError(f"kappa: expected shape {(self.k,)}, got {tuple(kappa.shape)}")
+        work = _working_dtype(param)
+        kappa = self._scaled(_checked(kappa, self.k).to(param.device, work, copy=True).unsqueeze(1)).squeeze(1)
         if self.is_rank_one(param):
-            a, b = self.factors(index, param.new_empty((), dtype=kappa.dtype).expand(param.shape))
-            return ((a.mT * kappa) @ b).reshape(param.shape).to(param.dtype)
-        kappa = self._scaled(kappa.unsqueeze(1)).squeeze(1)
-        total = torch.zeros(param.numel(), dtype=kappa.dtype, device=param.device)
-        for streams, place, values in self._pieces(index, param, param.numel()):
-            total[place].addmv_(values.to(kappa.dtype).mT, kappa[streams])
+            a, b = self._factors(index, param, None)
+            total = (a.to(work).mT * kappa) @ b.to(work)
+        else:
+            total = torch.zeros(param.numel(), dtype=work, device=param.device)
+            for streams, place, values in self._pieces(index, param, param.numel(), None):
+                total[place].addmv_(values.to(work).mT, kappa[streams])
         return total.reshape(param.shape).to(param.dtype)
 
-    def tangents(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """The tangents of all parameters: one tensor (K, *param.shape) for each."""
-        self.prepare(params)
-        return super().tangents(params)
-
-    materialize = tangents
+    def materialize(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """The same as `tangents`: what a plane would be spanned by in this step."""
+        return self.tangents(params)
 
     def prepare(self, params: Sequence[Tensor]) -> None:
-        """Find what the draws of one step have in common: for the law "sphere", the norms.
-
-        `tangents` calls it. Before a `draw` from the sphere it must have been called in the same step, with
-        all the parameters; other laws do without.
-        """
-        if self.law != "sphere" or self._ready():
+        """Find what the draws of one step share: for the law "sphere", the norms; else nothing."""
+        if self.law != "sphere" or self._norms_of == (self.seed, self.step):
             return
-        squares = torch.zeros(self.k, dtype=torch.float64, device=params[0].device if params else None)
+        squares = torch.zeros(self.k, dtype=torch.float64)
         for index, param in enumerate(params):
-            rows = param.shape[0] if self.is_rank_one(param) else param.numel()
-            columns = param.numel() // max(rows, 1)
-            parts = torch.zeros(2, self.k, dtype=torch.float64, device=param.device)
-            for streams, place, values in self._pieces(index, param, rows + columns * (columns > 1)):
-                inside = max(0, min(rows - place.start, values.shape[1]))
-                for part, piece in zip(parts, (values[:, :inside], values[:, inside:]), strict=True):
-                    part[streams] += piece.double().square_().sum(1)
-            squares += (parts[0] * parts[1] if self.is_rank_one(param) else parts[0]).to(squares.device)
-        size = sum(param.numel() for param in params)
-        self._scales = (self._moment(), (size / squares).sqrt_())
-
-    def _moment(self) -> object:
-        return (self.seed, int(self.step))
-
-    def _ready(self) -> bool:
-        return self._scales is not None and self._scales[0] == self._moment()
+            norms = torch.linalg.vector_norm(self._flat(index, param, None), dim=1, dtype=torch.float64)
+            squares += norms.square().cpu()
+        self._scales = (sum(param.numel() for param in params) / squares).sqrt_()
+        self._norms_of = (self.seed, self.step)
 
     def _scaled(self, numbers: Tensor, directions: slice | None = None) -> Tensor:
         if self.law != "sphere":
             return numbers
-        if not self._ready():
+        if self._norms_of != (self.seed, self.step):
             raise ArgumentError(
                 "the law 'sphere' is scaled over all parameters together: call prepare(params) or "
                 "tangents(params) in this step before drawing for one of them"
             )
-        assert self._scales is not None
-        scales = self._scales[1][directions or slice(None)]
+        scales = self._scales[directions or slice(None)]
         return numbers.mul_(scales.to(numbers.device, numbers.dtype).unsqueeze(1))
+
+    def _flat(self, index: int, param: Tensor, directions: slice | None) -> Tensor:
+        """Tangents (directions, elements) before the sphere's scaling."""
+        if self.is_rank_one(param):
+            a, b = self._factors(index, param, directions)
+            return (a.unsqueeze(2) * b.unsqueeze(1)).flatten(1)
+        return self._numbers(index, param, param.numel(), directions)
+
+    def _factors(self, index: int, param: Tensor, directions: slice | None) -> tuple[Tensor, Tensor]:
+        rows = param.shape[0]
+        columns = param.numel() // max(rows, 1)
+        numbers = self._numbers(index, param, rows + columns, directions)
+        return numbers[:, :rows], numbers[:, rows:]
 
     def _numbers(self, index: int, param: Tensor, size: int, directions: slice | None) -> Tensor:
         """`size` numbers for each direction, in the parameter's dtype."""
-        count = len(range(self.k)[directions or slice(None)])
+        count = len(self._chosen(directions))
         numbers = torch.empty(count, size, dtype=param.dtype, device=param.device)
         for streams, place, values in self._pieces(index, param, size, directions):
             numbers[streams, place] = values
         return numbers
 
     def _pieces(
-        self, index: int, param: Tensor, size: int, directions: slice | None = None
+        self, index: int, param: Tensor, size: int, directions: slice | None
     ) -> Iterator[tuple[slice, slice, Tensor]]:
         if not param.dtype.is_floating_point:
             raise DTypeError(f"parameter {index}: expected a floating dtype, got {param.dtype}")
         law = LAWS["gaussian" if self.law == "sphere" else self.law]
         stream = key(self.seed, self.step, index)
-        chosen = range(self.k)[directions or slice(None)]
-        return pieces(law, key(stream, _MATRIX), twists(key(stream, _DIRECTION), chosen, param.device), size)
+        apart = twists(key(stream, _DIRECTION), self._chosen(directions), param.device)
+        return pieces(law, key(stream, _ELEMENT), apart, size)
+
+    def _chosen(self, directions: slice | None) -> range:
+        return range(self.k)[directions or slice(None)]
+
+
+class StoredDirections(AbstractDirections):
+    """Directions that are given: a gradient, previous steps, a guess.
+
+    Args:
+        tangents: one tensor (K, *param.shape) for each parameter, in their order.
+    """
+
+    def __init__(self, tangents: Sequence[Tensor]) -> None:
+        counts = {len(t) if t.dim() else 0 for t in tangents}
+        if len(counts) != 1 or 0 in counts:
+            raise ShapeError(
+                "expected one tensor (K, *param.shape) for each parameter, with one K of at least 1; got "
+                f"shapes {[tuple(t.shape) for t in tangents]}"
+            )
+        self.k = counts.pop()
+        self._tangents = list(tangents)
+
+    def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
+        """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
+        return self._tangents[index][directions or slice(None)]
+
+    def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
+        """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""
+        return weighted_sum(_checked(kappa, self.k), self._tangents[index])
 
 
 class HeldDirections(AbstractDirections):
-    """Directions whose tangents, once drawn, are kept: one copy, and no second drawing at the update.
+    """Directions drawn from others once, and kept until this object goes.
+
+    One copy of the tangents in memory spares the second drawing at the update. A parameter for which
+    nothing was drawn takes no part in the step: it is not in `held`.
 
     Args:
-        source: where tangents come from; None if all are given.
-        tangents: by index of the parameter, each (K, *param.shape): gradients, previous steps, ...
-        k: their number, if there is no source.
+        source: where tangents come from.
     """
 
-    def __init__(
-        self,
-        source: AbstractDirections | None = None,
-        tangents: Sequence[Tensor] = (),
-        k: int | None = None,
-    ) -> None:
-        ...
+    def __init__(self, source: AbstractDirections) -> None:
+        self.k = source.k
+        self.source = source
+        self.held: dict[int, Tensor] = {}
+
+    def prepare(self, params: Sequence[Tensor]) -> None:
+        """Prepare the source."""
+        self.source.prepare(params)
+
+    def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
+        """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
+        if index not in self.held:
+            self.held[index] = self.source.draw(index, param)
+        return self.held[index][directions or slice(None)]
+
+    def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
+        """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""
+        return weighted_sum(_checked(kappa, self.k), self.draw(index, param))
+
+
+def weighted_sum(weights: Tensor, tensors: Tensor) -> Tensor:
+    """``sum_k weights[k] tensors[k]``, summed in single precision at least, without a copy of them all."""
+    work = _working_dtype(tensors)
+    weights = weights.to(tensors.device, work)
+    if work == tensors.dtype:
+        return torch.tensordot(weights, tensors, 1)
+    total = torch.zeros(tensors.shape[1:], dtype=work, device=tensors.device)
+    for weight, tensor in zip(weights, tensors, strict=True):
+        total.addcmul_(tensor, weight)
+    return total.to(tensors.dtype)
+
+
+def _working_dtype(param: Tensor) -> torch.dtype:
+    return torch.float32 if param.dtype.itemsize < 4 else param.dtype
+
+
+def _checked(kappa: Tensor, k: int) -> Tensor:
+    if kappa.shape != (k,):
+        raise ShapeError(f"kappa: expected shape {(k,)}, got {tuple(kappa.shape)}")
+    return kappa

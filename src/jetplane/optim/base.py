@@ -117,7 +117,8 @@ class PlaneOptimizer(torch.optim.Optimizer):
 
     def _tangents(self, moving: list[tuple[Tensor, dict[str, Any], int]]) -> list[Tensor]:
         own = self.state[STATE]  # type: ignore[index]
-        directions = Directions(self.k * self.planes, self.law, seed=own["seed"], step=own["step"])
+        directions = Directions(self.k * self.planes, self.law, seed=own["seed"])
+        directions.step = own["step"]
         directions.prepare([p for p, _, _ in moving])
         return [directions.draw(i, p) for p, _, i in moving]
 
