@@ -1,7 +1,7 @@
 """Directions: K tangents for every parameter, drawn where they are needed.
 
-Nothing is stored. The tangents of a parameter are a function of (seed, step, index of the parameter, direction,
-element), so any of them can be drawn again: at the update, in another process, on another device.
+Nothing is stored. The tangents of a parameter are a function of (seed, step, index of the parameter,
+direction, element), so any of them can be drawn again: at the update, in another process, on another device.
 """
 
 from __future__ import annotations
@@ -76,9 +76,7 @@ class Directions(AbstractDirections):
     True
     """
 
-    def __init__(
-        self, k: int, law: str = "gaussian", tangents: Structure = "dense", seed: int = 0
-    ) -> None:
+    def __init__(self, k: int, law: str = "gaussian", tangents: Structure = "dense", seed: int = 0) -> None:
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ArgumentError(f"k, the number of directions, must be an integer of at least 1, got {k!r}")
         if law not in KURTOSIS:
@@ -141,7 +139,8 @@ class Directions(AbstractDirections):
         The tangents are drawn again, a cache's size at a time, and never held.
         """
         work = _working_dtype(param)
-        kappa = self._scaled(_checked(kappa, self.k).to(param.device, work, copy=True).unsqueeze(1)).squeeze(1)
+        kappa = _checked(kappa, self.k).to(param.device, work, copy=True)
+        kappa = self._scaled(kappa.unsqueeze(1)).squeeze(1)
         if self.is_rank_one(param):
             a, b = self._factors(index, param, None)
             total = (a.to(work).mT * kappa) @ b.to(work)

@@ -19,12 +19,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-
-Word = TypeVar("Word", int, Tensor)
 
 
 def _signed(word: int) -> int:
@@ -43,28 +41,37 @@ _CHUNK_CPU = 1 << 17
 _CHUNK_OTHER = 1 << 24
 
 
-def _shift_xor(word: Word, bits: int) -> Word:
-    """``word ^ (word >>> bits)``: torch shifts arithmetically, so the sign bits are masked away."""
-    if isinstance(word, Tensor):
-        return (word >> bits).bitwise_and_((1 << (64 - bits)) - 1).bitwise_xor_(word)
-    return word ^ ((word >> bits) & ((1 << (64 - bits)) - 1))
+# A word is an int, for keys, or an int64 tensor, which wraps around by itself: both take the same functions.
 
 
-def _times(word: Word, factor: int) -> Word:
-    return word.mul_(factor) if isinstance(word, Tensor) else _signed(word * factor)
+def _wrapped(word: Any) -> Any:
+    return word if isinstance(word, Tensor) else _signed(word)
 
 
-def _mix(word: Word, twist: Word | int = 0) -> Word:
-    """SplitMix64's finalizer; `twist` is xored in half way."""
-    return _finish(_begin(word), twist)
+def _shift_xor(word: Any, bits: int) -> Any:
+    """``word ^ (word >>> bits)``: shifts are arithmetic, so the signs that come in are masked away."""
+    shifted = word >> bits
+    shifted &= (1 << (64 - bits)) - 1
+    shifted ^= word
+    return shifted
 
 
-def _begin(word: Word) -> Word:
+def _times(word: Any, factor: int) -> Any:
+    word *= factor
+    return _wrapped(word)
+
+
+def _begin(word: Any) -> Any:
     return _times(_shift_xor(word, 30), _FIRST)
 
 
-def _finish(word: Word, twist: Word | int) -> Word:
+def _finish(word: Any, twist: Any) -> Any:
     return _shift_xor(_times(_shift_xor(word ^ twist, 27), _SECOND), 31)
+
+
+def _mix(word: Any) -> Any:
+    """SplitMix64's finalizer."""
+    return _finish(_begin(word), 0)
 
 
 def key(*words: int | Tensor) -> int | Tensor:
@@ -75,9 +82,7 @@ def key(*words: int | Tensor) -> int | Tensor:
     """
     folded: int | Tensor = 0
     for word in words:
-        word = word if isinstance(word, Tensor) else _signed(word)
-        mixed = (folded ^ word) + _GOLDEN
-        folded = _mix(mixed) if isinstance(mixed, Tensor) else _mix(_signed(mixed))
+        folded = _mix(_wrapped((folded ^ _wrapped(word)) + _GOLDEN))
     return folded
 
 
@@ -174,6 +179,12 @@ def _chunk(device: torch.device) -> int:
     return _CHUNK_CPU if device.type == "cpu" else _CHUNK_OTHER
 
 
+def twists(start: int | Tensor, streams: range, device: torch.device) -> Tensor:
+    """What tells the streams of one key apart: int64, one a stream."""
+    places = torch.arange(streams.start, streams.stop, streams.step, device=device)
+    return _mix((places + 1).mul_(_GOLDEN).add_(start))
+
+
 def pieces(law: Law, start: int | Tensor, twists: Tensor, size: int) -> Iterator[tuple[slice, slice, Tensor]]:
     """Draw `size` numbers for each of the streams ``(start, twists[k])``, a piece at a time.
 
@@ -202,3 +213,8 @@ def pieces(law: Law, start: int | Tensor, twists: Tensor, size: int) -> Iterator
                     last = min(first + piece.shape[1], size)
                     if first < last:
                         yield block, slice(first, last), piece[:, : last - first]
+
+
+def _moved(start: int | Tensor, lanes: int) -> int | Tensor:
+    """The state of SplitMix64, begun at `start`, after that many outputs."""
+    return _wrapped(start + _signed(lanes * _GOLDEN))
