@@ -1,6 +1,6 @@
 """Jetplane: forward-only, second-order training of PyTorch models."""
 
-from . import descent, errors, optim
+from . import descent, errors, optim, testing
 from .directions import Directions
 from .errors import (
     ArgumentError,
@@ -51,4 +51,5 @@ __all__ = [
     "quadratic_form",
     "register_rule",
     "strict",
+    "testing",
 ]

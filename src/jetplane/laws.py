@@ -179,10 +179,17 @@ def _chunk(device: torch.device) -> int:
     return _CHUNK_CPU if device.type == "cpu" else _CHUNK_OTHER
 
 
+def _outputs(places: range, device: torch.device) -> Tensor:
+    """How far SplitMix64's state has moved when it gives the outputs at these places, from 0."""
+    first, last, by = places.start + 1, places.stop + 1, places.step
+    # A compiler that sees numbers in sequence takes them for indices and multiplies those in its own
+    # arithmetic, which overflows (torch 2.13 on CPU then writes out of bounds): xor hides the sequence.
+    return torch.arange(first, last, by, device=device).bitwise_xor_(0).mul_(_GOLDEN)
+
+
 def twists(start: int | Tensor, streams: range, device: torch.device) -> Tensor:
     """What tells the streams of one key apart: int64, one a stream."""
-    places = torch.arange(streams.start, streams.stop, streams.step, device=device)
-    return _mix((places + 1).mul_(_GOLDEN).add_(start))
+    return _mix(_outputs(streams, device) + start)
 
 
 def pieces(law: Law, start: int | Tensor, twists: Tensor, size: int) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -198,7 +205,7 @@ def pieces(law: Law, start: int | Tensor, twists: Tensor, size: int) -> Iterator
         return
     width = min(_chunk(device), lanes)
     height = max(1, _chunk(device) // width)
-    steps = torch.arange(1, width + 1, device=device).mul_(_GOLDEN)
+    steps = _outputs(range(width), device)
     for left in range(0, lanes, width):
         begun = _begin(steps[: lanes - left] + _moved(start, left))
         for top in range(0, streams, height):

@@ -107,6 +107,19 @@ _EXITS = {
     torch.Tensor.__dlpack__: "DLPack",
     torch.Tensor.untyped_storage: "untyped_storage()",
 }
+# Questions about a parameter itself, which its jet would answer differently or no faster.
+_ASKING = {
+    torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.grad.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.grad_fn.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.device.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.size,
+    torch.Tensor.dim,
+    torch.Tensor.numel,
+}
 _REVERSE = {torch.autograd.grad: "torch.autograd.grad", torch.Tensor.backward: "backward()"}
 
 _LOSSES = {
@@ -154,6 +167,8 @@ class Interception(TorchFunctionMode):
                 raise
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _ASKING:
+            return func(*args, **(kwargs or {}))
         args = tuple(self._seeded(a) for a in args)
         kwargs = {name: self._seeded(a) for name, a in kwargs.items()} if kwargs else {}
         if func in _EXITS and args and isinstance(args[0], Jet):
@@ -241,7 +256,7 @@ def evaluate(
         raise ArgumentError(f"curvature must be 'hessian', 'ggn' or 'none', got {curvature!r}")
     order = 2 if curvature == "hessian" else 1
     if torch.compiler.is_compiling():
-        return _traced(closure, params, draw, Space.of((k, block, order, 1)), curvature)
+        return _traced(closure, params, draw, Space(k, block, order, 1), curvature)
     with torch.inference_mode(), expansion(k, block, order, curvature == "ggn") as space:
         seeds = {id(p): _seed(p, i, draw, space) for i, p in enumerate(params)}
         mode = Interception(space, seeds)
@@ -337,14 +352,14 @@ def _scalar_parts(loss: Any, space: Space, touched: bool) -> tuple[Tensor, Tenso
 
 
 def _matrix(pairs: Tensor, space: Space) -> Tensor:
-    """Second coefficients as (k,), (k, k) or (planes, b, b)."""
+    """Second coefficients (pairs, *S) as (k, *S), (k, k, *S) or (planes, b, b, *S)."""
     if space.block == 1:
         return pairs
     b = space.block
     rows = torch.triu_indices(b, b, device=pairs.device)
     index = torch.empty((b, b), dtype=torch.long, device=pairs.device)
     index[rows[0], rows[1]] = index[rows[1], rows[0]] = torch.arange(space.plane_pairs, device=pairs.device)
-    full = pairs.reshape(space.planes, -1)[:, index]
+    full = pairs.reshape(space.planes, space.plane_pairs, *pairs.shape[1:])[:, index]
     return full[0] if space.planes == 1 else full
 
 

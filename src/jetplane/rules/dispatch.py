@@ -37,7 +37,7 @@ from ..jet import (
     write,
 )
 from . import fallback
-from .registry import RULES, overload, register
+from .registry import RULES, overload
 
 ALIASING = {
     "reshape",
@@ -356,16 +356,6 @@ def _store(targets: Sequence[Any], values: Sequence[Any], space: Space, returned
         return returned
     target.copy_(primal(value, space))
     return returned
-
-
-@register("set_.source_Storage", "resize_")
-def _(space: Space, x: Any, *args: Any, **kwargs: Any) -> Any:
-    raise DerivativeError("a jet's memory cannot be replaced or resized in place")
-
-
-@register("lift_fresh", "lift")
-def _(space: Space, x: Any) -> Any:
-    return x
 
 
 set_dispatcher(dispatch)
