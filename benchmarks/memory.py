@@ -1,0 +1,230 @@
+"""Peak memory of one evaluation, each case in a fresh process.
+
+    python -m benchmarks.memory                      # every section
+    python -m benchmarks.memory --sections depth --k 3
+
+Measured is the growth of the process's resident memory while one evaluation runs, on top of what it holds
+before: the interpreter, the model, the batch and the tangents (in "drawn" rows the tangents are part of
+the growth). The process is warmed up by an evaluation on a small batch, so that code and thread pools
+are there already. Two settings keep the C library's allocator from hiding anything: every block above
+64 KiB is mapped and given back on its own, and free memory is handed back before the measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import jetplane as jp
+
+from .measuring import ROOT, environment, machine
+from .problems import BATCH, BUILD, CLASSES, GPT, INPUTS, Block, make, mlp
+
+SMALL = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+DEPTHS = (4, 16, 64)
+WIDE = 512  # width of the MLPs of the depth section
+
+
+def resident(field: str = "VmRSS") -> int:
+    """Bytes of this process in memory now, or at most so far (VmHWM)."""
+    with open("/proc/self/status") as f:
+        line = next(line for line in f if line.startswith(field + ":"))
+    return 1024 * int(line.split()[1])
+
+
+def peak_growth(run: Callable[[], Any]) -> int:
+    """Bytes by which the resident memory grows at most while run runs."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = resident()
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")  # the highest mark so far becomes what is resident now
+    result = run()
+    highest = resident("VmHWM")
+    del result
+    return highest - before
+
+
+# --- what is measured -------------------------------------------------------------------------
+
+
+def build(case: dict[str, Any]) -> nn.Module:
+    """The model of a case, with as many layers as it asks for."""
+    if case["model"] == "mlp":
+        return mlp([INPUTS] + [WIDE] * (case["layers"] - 1) + [CLASSES])
+    if case["model"] == "gpt":
+        return GPT(case["layers"])
+    return BUILD[case["model"]]()
+
+
+class Checkpointed(nn.Module):
+    """A model that keeps the inputs of its blocks alone and runs each block again in the backward pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        model = self.model
+        if isinstance(model, GPT):
+            h = model.token(x) + model.position
+            for block in model.blocks:
+                assert isinstance(block, Block)
+                h = checkpoint(block, h, model.mask, use_reentrant=False)
+            return checkpoint(lambda h: model.head(model.norm(h)).flatten(0, 1), h, use_reentrant=False)
+        assert isinstance(model, nn.Sequential)
+        parts, part = [], []
+        for layer in model:  # a segment ends where a convolution or linear layer would begin
+            if part and isinstance(layer, (nn.Conv2d, nn.Linear)):
+                parts.append(nn.Sequential(*part))
+                part = []
+            part.append(layer)
+        for segment in [*parts, nn.Sequential(*part)]:
+            x = checkpoint(segment, x, use_reentrant=False)
+        return x
+
+
+def evaluation(case: dict[str, Any], batch: int) -> Callable[[], Any]:
+    """The function that a case measures."""
+    way, k = case["way"], case["k"]
+    given = way.startswith("ours") and not way.endswith("drawn")
+    problem = make(case["model"], k if given else 1, batch, model=build(case))
+    params = list(problem.params.values())
+    tangents = list(problem.tangents.values())
+    if not given:
+        problem.tangents.clear()
+        tangents.clear()
+    if way == "inference":
+
+        def run() -> Any:
+            with torch.inference_mode():
+                return problem.loss()
+    elif way in ("backprop", "backprop, checkpointed"):
+        model = Checkpointed(problem.model) if way.endswith("checkpointed") else problem.model
+
+        def run() -> Any:
+            loss = F.cross_entropy(model(problem.x), problem.y)
+            return torch.autograd.grad(loss, params)
+    else:
+        directions = jp.Directions(k) if way.endswith("drawn") else tangents
+        curvature = "ggn" if "ggn" in way else "none" if "slope" in way else "hessian"
+
+        def run() -> Any:
+            return jp.evaluate(problem.loss, params, directions, curvature=curvature)
+
+    return run
+
+
+def measured(case: dict[str, Any]) -> dict[str, int]:
+    """In the measured process: bytes of the parameters and of the peak above all that is held."""
+    torch.set_num_threads(case["threads"])
+    evaluation(case, 2)()
+    run = evaluation(case, case["batch"])
+    peak = peak_growth(run)
+    return {"parameters": sum(4 * p.numel() for p in build(case).parameters()), "peak": peak}
+
+
+# --- sections -----------------------------------------------------------------------------------
+
+
+def in_fresh_process(case: dict[str, Any]) -> dict[str, int]:
+    """Measure a case in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", "--case", json.dumps(case)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment(case["threads"], **SMALL),
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"{case} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def mib(count: float) -> str:
+    """Bytes as MiB."""
+    return f"{count / 2**20:.1f}"
+
+
+def depth(args: argparse.Namespace) -> str:
+    """MLPs that differ in depth alone."""
+    lines = [
+        f"MLPs of width {WIDE}, batch 512, K = {args.k}: peak above parameters, batch and tangents, MiB",
+        "",
+        "| layers | parameters | tangents | inference | ours | ours, drawn, above its tangents | backprop |",
+        "|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for layers in DEPTHS:
+        cells = []
+        base = {"model": "mlp", "layers": layers, "k": args.k, "batch": 512, "threads": args.threads}
+        parameters = 0
+        for way in ("inference", "ours", "ours, drawn", "backprop"):
+            result = in_fresh_process(base | {"way": way})
+            parameters = result["parameters"]
+            cells.append(result["peak"] - (args.k * parameters if way == "ours, drawn" else 0))
+        figures = [parameters, args.k * parameters, *cells]
+        lines.append(f"| {layers} | " + " | ".join(mib(c) for c in figures) + " |")
+    return "\n".join(lines)
+
+
+def against(args: argparse.Namespace) -> str:
+    """The paper's CNN and GPT-style stacks against inference and backpropagation."""
+    ways = ("inference", "ours", "ours, ggn", "ours, slope", "backprop", "backprop, checkpointed")
+    lines = [
+        f"K = {args.k}: peak above parameters, batch and tangents, MiB (backprop includes its gradients)",
+        "",
+        "| model | batch | parameters | tangents | " + " | ".join(ways) + " |",
+        "|---|--:|--:|--:|" + "--:|" * len(ways),
+    ]
+    cases = [("cnn", 0, BATCH["cnn"])] + [("gpt", layers, BATCH["gpt"]) for layers in args.layers]
+    for model, layers, batch in cases:
+        base = {"model": model, "layers": layers, "k": args.k, "batch": batch, "threads": args.threads}
+        results = [in_fresh_process(base | {"way": way}) for way in ways]
+        parameters = results[0]["parameters"]
+        name = f"{model}, {layers} layers" if layers else model
+        figures = " | ".join(mib(c) for c in (parameters, args.k * parameters, *(r["peak"] for r in results)))
+        lines.append(f"| {name} | {batch} | {figures} |")
+    return "\n".join(lines)
+
+
+SECTIONS = {"depth": depth, "against": against}
+
+
+def main() -> None:
+    """Measure, print and write the tables."""
+    summary = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=summary)
+    add = parser.add_argument
+    add("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
+    add("--k", type=int, default=2)
+    add("--layers", nargs="+", type=int, default=[4, 16], help="of the GPT-style stacks")
+    add("--threads", type=int, default=2)
+    add("--out", type=Path, help="write the tables here too")
+    add("--case", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(measured(json.loads(args.case))))
+        return
+    text = machine(args.threads) + "\n"
+    for name in args.sections:
+        text += "\n" + SECTIONS[name](args) + "\n"
+        if args.out:
+            args.out.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
