@@ -144,7 +144,6 @@ BY_HAND = {
     "_to_copy": lambda f, x: f(x) * x,
     "copysign.Scalar": lambda f, x: f(x, -1.0) * x,
     "div.Scalar_mode": lambda f, x: f(x, 0.3, rounding_mode="floor") * x,
-    "floor_divide.Scalar": lambda f, x: times(f, x, 0.3),
     "remainder.Scalar": lambda f, x: f(x, 0.3) * x,
     "clamp_max": lambda f, x: f(x, 0.5) * x,
     "pow.Scalar": lambda f, x: f(2.5, x),
@@ -201,13 +200,19 @@ BY_HAND = {
     "rnn_relu_cell": cell(1, 1),
     # without a derivative of their own
     "rand_like": times,
-    "bernoulli.p": lambda f, x: f(x, 0.5) * x,
     "bernoulli.Tensor": lambda f, x: f(x, x) * x,
     "poisson": times,
-    "binomial": lambda f, x: f(x.detach() * 9, x) * x,
     "normal.float_Tensor": lambda f, x: f(0.0, x) * x,
     "is_nonzero": lambda f, x: x * f(x[0, 0]),
     "_local_scalar_dense": lambda f, x: x * f(x[0, 0]),
+}
+
+
+# Autograd has no word for these: their derivative is zero.
+FLAT = {
+    "floor_divide.Scalar": lambda f, x: f(x, 0.3),
+    "bernoulli.p": lambda f, x: f(x, 0.5),
+    "binomial": lambda f, x: f(10 * x.round(), x),
 }
 
 
@@ -232,7 +237,7 @@ def test_every_rule_is_reached_by_a_sample(monkeypatch):
             if torch.float64 not in op.dtypes or op.name in ("torch._scaled_mm", "torch._scaled_mm_v2"):
                 continue
             for n, sample in enumerate(op.sample_inputs("cpu", torch.float64, requires_grad=False)):
-                if n >= 8:
+                if n >= 6:
                     break
                 loss, leaves = scalar_loss(op, (sample.input, *sample.args), sample.kwargs)
                 if leaves and not sample_is_slow(op):
@@ -240,7 +245,7 @@ def test_every_rule_is_reached_by_a_sample(monkeypatch):
                         jp.evaluate(loss, leaves, [torch.ones_like(x).unsqueeze(0) for x in leaves])
                     except (jp.JetplaneError, RuntimeError, TypeError, AttributeError, AssertionError):
                         pass
-    missing = set(RULES) - reached - {overload(name) for name in BY_HAND}
+    missing = set(RULES) - reached - {overload(name) for name in BY_HAND | FLAT}
     assert not missing, " ".join(sorted(map(str, missing)))
 
 
@@ -251,3 +256,9 @@ def sample_is_slow(op) -> bool:
 @pytest.mark.parametrize("name", BY_HAND)
 def test_by_hand(name):
     jp.testing.check_rule(lambda x: BY_HAND[name](overload(name), x), A)
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_flat(name):
+    value, first, _ = jp.jet(lambda x: FLAT[name](overload(name), x), A, torch.ones(1, 3, 4).double())
+    assert value.shape == A.shape and not first.any()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
@@ -38,8 +38,10 @@ class AbstractDirections(ABC):
     def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
         """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""
 
-    def prepare(self, params: Sequence[Tensor]) -> None:  # noqa: B027 (most have nothing to prepare)
-        """Called with all the parameters before one step's draws."""
+    def prepare(  # noqa: B027 (most have nothing to prepare)
+        self, params: Sequence[Tensor], places: Sequence[int] | None = None
+    ) -> None:
+        """Called before one step's draws with all its parameters, and their indices if not 0, 1, 2, ..."""
 
     def tangents(self, params: Sequence[Tensor]) -> list[Tensor]:
         """The tangents of all parameters: one tensor (K, *param.shape) for each."""
@@ -47,6 +49,7 @@ class AbstractDirections(ABC):
         return [self.draw(index, param) for index, param in enumerate(params)]
 
 
+@final
 class Directions(AbstractDirections):
     """K random directions, each entry of mean zero and variance one.
 
@@ -154,12 +157,12 @@ class Directions(AbstractDirections):
         """The same as `tangents`: what a plane would be spanned by in this step."""
         return self.tangents(params)
 
-    def prepare(self, params: Sequence[Tensor]) -> None:
+    def prepare(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> None:
         """Find what the draws of one step share: for the law "sphere", the norms; else nothing."""
         if self.law != "sphere" or self._norms_of == (self.seed, self.step):
             return
         squares = torch.zeros(self.k, dtype=torch.float64)
-        for index, param in enumerate(params):
+        for index, param in zip(places or range(len(params)), params, strict=True):
             norms = torch.linalg.vector_norm(self._flat(index, param, None), dim=1, dtype=torch.float64)
             squares += norms.square().cpu()
         self._scales = (sum(param.numel() for param in params) / squares).sqrt_()
@@ -211,6 +214,7 @@ class Directions(AbstractDirections):
         return range(self.k)[directions or slice(None)]
 
 
+@final
 class StoredDirections(AbstractDirections):
     """Directions that are given: a gradient, previous steps, a guess.
 
@@ -237,30 +241,46 @@ class StoredDirections(AbstractDirections):
         return weighted_sum(_checked(kappa, self.k), self._tangents[index])
 
 
-class HeldDirections(AbstractDirections):
-    """Directions drawn from others once, and kept until this object goes.
+@final
+class HeldDirections(AbstractDirections, Sequence[Tensor]):
+    """The tangents of given parameters, drawn when first asked for and kept until this object goes.
 
-    One copy of the tangents in memory spares the second drawing at the update. A parameter for which
-    nothing was drawn takes no part in the step: it is not in `held`.
+    One copy of the tangents in memory spares the second drawing at the update. As a sequence: the tangents of
+    each parameter.
 
     Args:
         source: where tangents come from.
+        params: all the parameters of a step.
+        places: the index by which the source knows each of them; 0, 1, 2, ... by default.
     """
 
-    def __init__(self, source: AbstractDirections) -> None:
+    def __init__(
+        self, source: AbstractDirections, params: Sequence[Tensor], places: Sequence[int] | None = None
+    ) -> None:
         self.k = source.k
-        self.source = source
-        self.held: dict[int, Tensor] = {}
+        self._source = source
+        self._params = list(params)
+        self._places = range(len(params)) if places is None else places
+        self._held: dict[int, Tensor] = {}
+        source.prepare(params, places)
 
-    def prepare(self, params: Sequence[Tensor]) -> None:
-        """Prepare the source."""
-        self.source.prepare(params)
+    def __len__(self) -> int:
+        return len(self._params)
+
+    def __getitem__(self, index: Any) -> Any:
+        index = range(len(self))[index]
+        return [self[i] for i in index] if isinstance(index, range) else self.draw(index, self._params[index])
+
+    @property
+    def used(self) -> set[int]:
+        """The indices of the parameters for which tangents were drawn: those that the loss made use of."""
+        return set(self._held)
 
     def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
         """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
-        if index not in self.held:
-            self.held[index] = self.source.draw(index, param)
-        return self.held[index][directions or slice(None)]
+        if index not in self._held:
+            self._held[index] = self._source.draw(self._places[index], param)
+        return self._held[index][directions or slice(None)]
 
     def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
         """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""

@@ -55,7 +55,7 @@ def jet(
     xs, vs, k = _checked(primals, tangents)
     with torch.inference_mode(), expansion(k, _block(pairs, k), order) as space:
         result = _call(f, xs, vs, space)
-        value, first, second = (tree_map(lambda y, n=n: _part(y, space, n), result) for n in range(3))
+        value, first, second = (tree_map(lambda y, n=n: _part(y, space, n, pairs), result) for n in range(3))
     if space.level > 1:
         return value, first, second
     return _released(value), _released(first), _released(second)
@@ -71,7 +71,7 @@ def _call(f: Callable[..., Any], xs: Sequence[Tensor], vs: Sequence[Tensor], spa
         )
 
 
-def _part(y: Any, space: Space, n: int) -> Any:
+def _part(y: Any, space: Space, n: int, pairs: Pairs) -> Any:
     """Value, first or second derivatives of one result, zeros where there is no dependence."""
     if not isinstance(y, Tensor):
         return y if n == 0 else None
@@ -85,7 +85,7 @@ def _part(y: Any, space: Space, n: int) -> Any:
         return None
     if second is None:
         second = torch.zeros_like(p).expand(space.pairs, *p.shape)
-    return _matrix(second, space)
+    return _matrix(second, space, pairs)
 
 
 def _released(tree: Any) -> Any:
@@ -212,7 +212,7 @@ def hvp(f: Callable[..., Tensor], primals: Primals, v: Primals) -> Any:
     # planes (e_d, v) of two directions each: pairs e_d e_d, e_d v, v v
     paired = [torch.stack([e, t.expand_as(e)], 1).flatten(0, 1) for e, t in zip(_basis(xs), vs, strict=True)]
     second = jet(f, xs, paired, pairs=2)[2]
-    column = second[..., 0, 1] if second.dim() == 3 else second[None, 0, 1]
+    column = second[..., 0, 1]
     sizes = [x.numel() for x in xs]
     out = tuple(c.reshape(x.shape) for c, x in zip(column.split(sizes), xs, strict=True))
     return out[0] if isinstance(primals, Tensor) else out

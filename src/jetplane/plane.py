@@ -256,7 +256,7 @@ def evaluate(
         raise ArgumentError(f"curvature must be 'hessian', 'ggn' or 'none', got {curvature!r}")
     order = 2 if curvature == "hessian" else 1
     if torch.compiler.is_compiling():
-        return _traced(closure, params, draw, Space(k, block, order, 1), curvature)
+        return _traced(closure, params, draw, Space(k, block, order, 1), curvature, pairs)
     with torch.inference_mode(), expansion(k, block, order, curvature == "ggn") as space:
         seeds = {id(p): _seed(p, i, draw, space) for i, p in enumerate(params)}
         mode = Interception(space, seeds)
@@ -267,7 +267,7 @@ def evaluate(
             second = value.new_zeros(space.pairs)
         if first is None:
             first = value.new_zeros(k)
-        second = None if second is None else _matrix(second, space)
+        second = None if second is None else _matrix(second, space, pairs)
     if space.level > 1:
         return PlaneModel(value, first, second)
     return _finished(value, first, second)
@@ -292,6 +292,7 @@ def _traced(
     draw: Callable[[int, Tensor], Tensor],
     space: Space,
     curvature: Curvature,
+    pairs: Pairs,
 ) -> PlaneModel:
     """`evaluate` as a compiler can follow it: jets are made in the graph, and nothing is checked."""
     if curvature == "ggn":
@@ -306,7 +307,7 @@ def _traced(
             return PlaneModel(value, first, None)
         if second is None:
             second = value.new_zeros(space.pairs)
-        return PlaneModel(value, first, _matrix(second, space))
+        return PlaneModel(value, first, _matrix(second, space, pairs))
 
 
 def _seed(
@@ -351,16 +352,16 @@ def _scalar_parts(loss: Any, space: Space, touched: bool) -> tuple[Tensor, Tenso
     )
 
 
-def _matrix(pairs: Tensor, space: Space) -> Tensor:
+def _matrix(second: Tensor, space: Space, pairs: Pairs) -> Tensor:
     """Second coefficients (pairs, *S) as (k, *S), (k, k, *S) or (planes, b, b, *S)."""
-    if space.block == 1:
-        return pairs
+    if pairs == "diagonal":
+        return second
     b = space.block
-    rows = torch.triu_indices(b, b, device=pairs.device)
-    index = torch.empty((b, b), dtype=torch.long, device=pairs.device)
-    index[rows[0], rows[1]] = index[rows[1], rows[0]] = torch.arange(space.plane_pairs, device=pairs.device)
-    full = pairs.reshape(space.planes, space.plane_pairs, *pairs.shape[1:])[:, index]
-    return full[0] if space.planes == 1 else full
+    rows = torch.triu_indices(b, b, device=second.device)
+    index = torch.empty((b, b), dtype=torch.long, device=second.device)
+    index[rows[0], rows[1]] = index[rows[1], rows[0]] = torch.arange(space.plane_pairs, device=second.device)
+    full = second.reshape(space.planes, space.plane_pairs, *second.shape[1:])[:, index]
+    return full[0] if pairs == "all" else full
 
 
 def _finished(value: Tensor, slope: Tensor, curvature: Tensor | None) -> PlaneModel:

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class _Journal(TorchDispatchMode):
-    """Keeps a copy of every tensor before it is first written to in place."""
+    """Keeps a copy of every tensor that was there before, made when it is first written to in place."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.fresh: set[int] = set()  # memory that came to be meanwhile
         self.saved: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -29,10 +31,14 @@ class _Journal(TorchDispatchMode):
             for argument, value in zip(schema.arguments, args, strict=False):
                 if argument.name in ("running_mean", "running_var"):
                     self._keep(value)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if not any(r.alias_info for r in schema.returns):
+            self.fresh.update(t.untyped_storage()._cdata for t in tree_leaves(result) if type(t) is Tensor)
+        return result
 
     def _keep(self, value: Any) -> None:
-        if type(value) in (Tensor, torch.nn.Parameter) and id(value) not in self.saved:
+        known = type(value) in (Tensor, torch.nn.Parameter) and value.untyped_storage()._cdata in self.fresh
+        if isinstance(value, Tensor) and not known and id(value) not in self.saved:
             self.saved[id(value)] = value, value.detach().clone()
 
 

@@ -128,17 +128,14 @@ class PlaneOptimizer(torch.optim.Optimizer):
         needs = self.descent.needs
         if needs == "none":
             return evaluate(closure, params, tangents, curvature="none")
-        return evaluate(closure, params, tangents, pairs="diagonal" if needs == "diagonal" else self.k)
+        pairs = "diagonal" if needs == "diagonal" else "all" if self.planes == 1 else self.k
+        return evaluate(closure, params, tangents, pairs=pairs)
 
     def _coefficients(self, plane: PlaneModel) -> Tensor:
-        slope, curvature = plane.slope, plane.curvature
+        slope = plane.slope
         if self.planes > 1 and self.descent.needs == "all":
             slope = slope.reshape(self.planes, self.k)
-            if self.k == 1 and curvature is not None:
-                curvature = curvature.reshape(self.planes, 1, 1)
-        elif self.k == 1 and self.descent.needs == "all" and curvature is not None:
-            curvature = curvature.reshape(1, 1)
-        return self.descent(slope, curvature).flatten()
+        return self.descent(slope, plane.curvature).flatten()
 
     def _update(
         self, moving: list[tuple[Tensor, dict[str, Any], int]], tangents: list[Tensor], kappa: Tensor

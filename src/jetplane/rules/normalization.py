@@ -272,11 +272,17 @@ def _(
     return _affine(space, y, _channels(weight, x.dim()), _channels(bias, x.dim()))
 
 
-@register("_weight_norm", "_weight_norm_interface")
+@register("_weight_norm_interface")
 def _(space: Space, v: Any, g: Any, dim: int = 0) -> Any:
-    dims = [d for d in range(v.dim()) if d != dim % v.dim()] if dim != -1 else list(range(v.dim()))
+    # torch's own second derivative of this operator is wrong (2.13), so its decomposition is not used either
+    dims = list(range(v.dim())) if dim == -1 else [d for d in range(v.dim()) if d != dim % v.dim()]
     norm = torch.sqrt(torch.square(v).sum(dims, keepdim=True))
-    return torch.mul(v, torch.div(g, norm))
+    return torch.mul(v, torch.div(g, norm)), norm
+
+
+@register("_weight_norm")
+def _(space: Space, v: Any, g: Any, dim: int = 0) -> Any:
+    return aten._weight_norm_interface(v, g, dim)[0]
 
 
 @register("linalg_vector_norm")

@@ -185,9 +185,8 @@ def _scales(pa: Tensor, fa: Tensor, pb: Tensor, fb: Tensor) -> list[float]:
 def _sizes(pa: Tensor, fa: Tensor, pb: Tensor, fb: Tensor) -> Tensor:
     """s_i with ``|a_i| |b_i| s_i² = |a| |b|``; constants for outer levels, whose values do not matter."""
     pa, fa, pb, fb = (_innermost(t) for t in (pa, fa, pb, fb))
-    tiny = torch.finfo(fa.dtype).tiny
-    sizes = (_norms(fa) * _norms(fb)).clamp_min(tiny)
-    return torch.sqrt((pa.norm() * pb.norm()).clamp_min(tiny) / sizes)
+    ratio = torch.sqrt(_norms(pa[None]) * _norms(pb[None]) / (_norms(fa) * _norms(fb)))
+    return torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1)  # a zero factor needs no scale
 
 
 def _innermost(x: Tensor) -> Tensor:
@@ -197,7 +196,8 @@ def _innermost(x: Tensor) -> Tensor:
 
 
 def _norms(c: Tensor) -> Tensor:
-    return c.flatten(1).norm(dim=1)
+    """Norms of a stack, in single precision at least: half precision would overflow."""
+    return torch.linalg.vector_norm(c.flatten(1), dim=1, dtype=torch.promote_types(c.dtype, torch.float32))
 
 
 # --- matrix products -------------------------------------------------------------------------

@@ -1,0 +1,61 @@
+"""Imports go down only, and the core needs torch alone."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "src" / "jetplane"
+
+# From the bottom to the top; modules of one line may not import each other, except within `rules`.
+LAYERS = [
+    {"errors", "laws"},
+    {"jet"},
+    {"rules", "descent", "replay"},
+    {"plane", "directions"},
+    {"functions", "testing", "search"},
+    {"optim"},
+    {""},  # the package itself
+    {"experiments"},
+    {"cli"},
+    {"__main__"},
+]
+LEVEL = {name: n for n, names in enumerate(LAYERS) for name in names}
+OUTSIDE_CORE = {"experiments", "cli", "__main__"}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+STANDARD = set(__import__("sys").stdlib_module_names)
+
+
+def unit(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return "" if parts == ("__init__",) else parts[0]
+
+
+def imports(path: Path):
+    """(unit of this package or None, top-level name of another package)."""
+    package = path.relative_to(PACKAGE.parent).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            module = base + (node.module.split(".") if node.module else [])
+            names = [module] if node.module else [[*module, alias.name] for alias in node.names]
+        else:
+            continue
+        for name in names:
+            yield (name[1] if len(name) > 1 else "", None) if name[0] == "jetplane" else (None, name[0])
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down(path: Path):
+    own = unit(path)
+    for inner, outer in imports(path):
+        if inner is not None and inner != own:
+            assert LEVEL[inner] < LEVEL[own], f"{own} imports {inner}"
+        if outer is not None and own not in OUTSIDE_CORE:
+            assert outer in STANDARD | {"torch"}, f"{own} imports {outer}"
+
+
+def test_every_module_has_a_layer():
+    assert {unit(p) for p in MODULES} <= set(LEVEL)

@@ -1,0 +1,42 @@
+"""The examples in README, docs and docstrings run as they stand."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import jetplane
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODULES = [
+    m.name
+    for m in pkgutil.walk_packages(jetplane.__path__, "jetplane.")
+    if "experiments" not in m.name and not m.name.endswith(("cli", "__main__"))
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.filterwarnings("ignore::jetplane.RescueWarning")
+def test_page(page: Path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
+        exec(compile(block, page.name, "exec"), scope)  # noqa: S102
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.filterwarnings("ignore::jetplane.FallbackWarning")
+def test_docstrings(name: str):
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0

@@ -1,0 +1,289 @@
+"""Optimizers: what a step is, what stays when it fails, and resuming bit for bit."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from cases import rosenbrock
+from torch import nn
+from torch.nn import functional as F
+
+import jetplane as jp
+from jetplane.descent import CurvatureScaled, Damped, ForwardGradient, Newton, SaddleFree
+
+ALL = {
+    "fgd": lambda p, **k: jp.optim.FGD(p, lr=0.01, k=2, **k),
+    "fomoh": lambda p, **k: jp.optim.FoMoH(p, lr=0.1, k=2, **k),
+    "fomoh-kd": lambda p, **k: jp.optim.FoMoHKD(p, lr=0.1, k=2, descent="saddle-free", **k),
+    "fomoh-bp": lambda p, **k: jp.optim.FoMoHBP(
+        p, lr=0.1, **{n: v for n, v in k.items() if n not in ("seed", "planes")}
+    ),
+}
+X, Y = torch.randn(16, 4), torch.randint(0, 3, (16,))
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3))
+
+
+def closure(net):
+    return lambda: F.cross_entropy(net(X), Y)
+
+
+def snapshot(net, opt):
+    return [t.clone() for t in net.state_dict().values()], copy.deepcopy(opt.state_dict())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_trains(name):
+    net = nn.Linear(4, 3)
+    opt = ALL[name](net.parameters())
+    losses = [opt.step(closure(net)).item() for _ in range(200)]
+    assert losses[-1] < 0.95 * losses[0]
+    assert opt.plane.value.item() == losses[-1]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_loss_is_a_plain_tensor_and_schedulers_drive_the_rate(name):
+    net = network()
+    opt = ALL[name](net.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, 0.5)
+    loss = opt.step(closure(net))
+    assert type(loss) is torch.Tensor and loss.shape == () and not loss.requires_grad
+    rate = opt.param_groups[0]["lr"]
+    scheduler.step()
+    assert opt.param_groups[0]["lr"] == rate / 2
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_resumes_bit_for_bit(name):
+    net = network()
+    opt = ALL[name](net.parameters())
+    for _ in range(3):
+        opt.step(closure(net))
+    other = network()
+    other.load_state_dict(net.state_dict())
+    again = ALL[name](other.parameters())
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for model, optimizer in ((net, opt), (other, again)):
+        torch.manual_seed(5)
+        for _ in range(3):
+            optimizer.step(closure(model))
+    for a, b in zip(net.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("fails", "error"),
+    [
+        (lambda net: 1 / 0, ZeroDivisionError),
+        (lambda net: net(X), jp.LossError),
+        (lambda net: net(X).sum() * float("nan"), jp.NonFiniteError),
+        (lambda net: torch.zeros((), requires_grad=True) * 1, jp.UnusedParametersError),
+    ],
+)
+def test_a_failing_closure_changes_nothing(name, fails, error):
+    net = network()
+    opt = ALL[name](net.parameters())
+    opt.step(closure(net))
+    net.eval()
+    before, state = snapshot(net, opt)
+    with pytest.raises((error, RuntimeError) if name == "fomoh-bp" else error):
+        opt.step(lambda: fails(net))
+    after, state_after = snapshot(net, opt)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert str(state) == str(state_after)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_frozen_parameters_stay_and_groups_have_their_own_rate(name):
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    net[0].weight.requires_grad_(False)
+    opt = ALL[name]([{"params": net[0].parameters()}, {"params": net[2].parameters(), "lr": 0.0}])
+    before = [p.detach().clone() for p in net.parameters()]
+    opt.step(closure(net))
+    moved = [not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True)]
+    assert moved == [False, True, False, False]
+
+
+def test_freezing_does_not_change_the_directions_of_others():
+    nets = [nn.Linear(4, 3), nn.Linear(4, 3)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    nets[1].weight.requires_grad_(False)
+    opts = [jp.optim.FGD(net.parameters(), lr=0.1) for net in nets]
+    tangents = [opt._tangents(opt._moving())[-1] for opt in opts]
+    assert torch.equal(*tangents)
+
+
+def test_tied_weights_move_once():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    net = Tied().double()
+    w = net.a.weight
+    opt = jp.optim.FoMoHKD(net.parameters(), k=16)
+    plain = w.detach().clone()
+    x = X.double()
+    loss = lambda v: (x @ v.T @ v.T).square().mean() + v.square().sum()  # noqa: E731
+    gradient, hessian = torch.func.grad(loss)(plain), torch.func.hessian(loss)(plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opt.step(lambda: net(x).square().mean() + net.a.weight.square().sum())
+    step = torch.linalg.solve(hessian.reshape(16, 16), gradient.reshape(16)).reshape(4, 4)
+    torch.testing.assert_close(w.detach(), plain - step, rtol=1e-6, atol=1e-8)
+
+
+def test_newton_reaches_the_minimum_of_a_quadratic_in_one_step():
+    d = 6
+    a = torch.randn(d, d).double()
+    a, b = a @ a.T + torch.eye(d), torch.randn(d).double()
+    w = nn.Parameter(torch.randn(d).double())
+    jp.optim.FoMoHKD([w], k=d).step(lambda: 0.5 * w @ a @ w - b @ w)
+    torch.testing.assert_close(w.detach(), torch.linalg.solve(a, b), rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("d", [2, 10])
+@pytest.mark.filterwarnings("ignore::jetplane.RescueWarning")
+def test_newton_iterates_on_rosenbrock(d):
+    w = nn.Parameter(torch.full((d,), -0.5).double())
+    x = w.detach().clone()
+    opt = jp.optim.FoMoHKD([w], k=d)
+    for _ in range(12):
+        gradient, hessian = torch.func.grad(rosenbrock)(x), torch.func.hessian(rosenbrock)(x)
+        x = x - torch.linalg.solve(hessian, gradient)
+        opt.step(lambda: rosenbrock(w))
+        torch.testing.assert_close(w.detach(), x, rtol=1e-6, atol=1e-8)
+
+
+def test_more_directions_descend_faster_on_rosenbrock():
+    ends = []
+    for k in (2, 5, 10):
+        w = nn.Parameter(torch.zeros(10).double())
+        opt = jp.optim.FoMoHKD([w], k=k, descent="saddle-free")
+        for _ in range(60):
+            opt.step(lambda w=w: rosenbrock(w))
+        ends.append(rosenbrock(w).item())
+    assert ends[0] > ends[1] > ends[2]
+
+
+def test_planes_are_averaged():
+    net = nn.Linear(4, 3).double()
+    x = X.double()
+    loss = lambda: F.cross_entropy(net(x), Y)  # noqa: E731
+    before = [p.detach().clone() for p in net.parameters()]
+    opt = jp.optim.FoMoHKD(net.parameters(), k=2, planes=3, descent="saddle-free")
+    tangents = opt._tangents(opt._moving())
+    expected = [torch.zeros_like(b) for b in before]
+    for n in range(3):
+        part = [t[2 * n : 2 * n + 2] for t in tangents]
+        plane = jp.evaluate(loss, list(net.parameters()), part)
+        kappa = SaddleFree()(plane.slope, plane.curvature) / 3
+        expected = [e + torch.tensordot(kappa, t, 1) for e, t in zip(expected, part, strict=True)]
+    opt.step(loss)
+    for p, b, e in zip(net.parameters(), before, expected, strict=True):
+        torch.testing.assert_close(p.detach() - b, e)
+
+
+def test_clipping_and_decoupled_weight_decay():
+    w = nn.Parameter(torch.ones(5).double())
+    jp.optim.FGD([w], lr=1e3, clip=0.25).step(lambda: w.square().sum())
+    assert abs((w.detach() - 1).norm().item() - 0.25) < 1e-9
+    w = nn.Parameter(torch.ones(5).double())
+    jp.optim.FoMoH([w], lr=0.1, weight_decay=0.5, clip=1e-12).step(lambda: w.square().sum())
+    torch.testing.assert_close(w.detach(), torch.full((5,), 0.95).double())
+
+
+def test_bp_moves_buffers_once_and_sees_one_dropout_mask():
+    net, plain = network(), network()
+    opt = jp.optim.FoMoHBP(net.parameters(), lr=0.0)
+    torch.manual_seed(3)
+    loss = opt.step(closure(net))
+    torch.manual_seed(3)
+    expected = closure(plain)()
+    torch.testing.assert_close(loss, expected.detach())
+    for a, b in zip(net.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    gradient = torch.autograd.grad(
+        closure(plain)(), list(plain.parameters())
+    )  # another mask: only sizes match
+    assert opt.plane.slope.item() > 0 and len(gradient) == 6
+
+
+W = [nn.Parameter(torch.ones(3))]
+BAD = {
+    "k 0": (lambda: jp.optim.FGD(W, k=0), jp.ArgumentError, "k"),
+    "k too large": (lambda: jp.optim.FoMoHKD(W, k=4), jp.ArgumentError, "exceed"),
+    "negative lr": (lambda: jp.optim.FGD(W, lr=-1.0), jp.ArgumentError, "lr"),
+    "nan lr": (lambda: jp.optim.FGD(W, lr=float("nan")), jp.ArgumentError, "lr"),
+    "negative decay": (lambda: jp.optim.FoMoH(W, weight_decay=-1.0), jp.ArgumentError, "weight_decay"),
+    "negative eps": (lambda: jp.optim.FoMoH(W, eps=-1.0), jp.ArgumentError, "eps"),
+    "clip 0": (lambda: jp.optim.FGD(W, clip=0.0), jp.ArgumentError, "clip"),
+    "planes 0": (lambda: jp.optim.FGD(W, planes=0), jp.ArgumentError, "planes"),
+    "law": (lambda: jp.optim.FGD(W, law="cauchy"), jp.ArgumentError, "law"),
+    "descent": (lambda: jp.optim.FoMoHKD(W, descent="downhill"), jp.ArgumentError, "descent"),
+    "empty": (lambda: jp.optim.FGD([]), jp.ArgumentError, "no parameters"),
+    "integers": (lambda: jp.optim.FGD([torch.ones(3, dtype=torch.int64)]), jp.DTypeError, "int64"),
+    "devices": (lambda: jp.optim.FGD([*W, torch.ones(3, device="meta")]), jp.DeviceError, "one device"),
+    "no closure": (lambda: jp.optim.FGD(W).step(), jp.ArgumentError, "closure"),
+    "all frozen": (
+        lambda: jp.optim.FGD([nn.Parameter(torch.ones(3), requires_grad=False)], k=1),
+        jp.ArgumentError,
+        "parameters",
+    ),
+    "foreign state": (
+        lambda: jp.optim.FGD(W).load_state_dict(torch.optim.SGD(W).state_dict()),
+        jp.ShapeError,
+        "Jetplane",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_settings(name):
+    build, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        build()
+
+
+class TestDescents:
+    slope = torch.tensor([1.0, -2.0, 3.0])
+
+    def test_newton_leaves_null_directions_out_and_says_so(self):
+        h = torch.diag(torch.tensor([2.0, 0.0, 1.0]))
+        with pytest.warns(jp.RescueWarning, match="1 of 3"):
+            kappa = Newton()(self.slope, h)
+        torch.testing.assert_close(kappa, torch.tensor([-0.5, 0.0, -3.0]).double())
+
+    def test_newton_announces_an_indefinite_plane(self):
+        with pytest.warns(jp.RescueWarning, match="indefinite"):
+            kappa = Newton()(self.slope, torch.diag(torch.tensor([2.0, -1.0, 1.0])))
+        torch.testing.assert_close(kappa, torch.tensor([-0.5, -2.0, -3.0]).double())
+
+    @pytest.mark.parametrize("descent", [Newton(), SaddleFree(), Damped()])
+    def test_no_curvature_at_all(self, descent):
+        with pytest.raises(jp.SingularPlaneError):
+            descent(self.slope, torch.zeros(3, 3))
+
+    @pytest.mark.parametrize("descent", [SaddleFree(), Damped()])
+    def test_never_uphill(self, descent):
+        h = torch.randn(3, 3)
+        kappa = descent(self.slope, h + h.T)
+        assert kappa @ self.slope.double() < 0
+
+    def test_means(self):
+        torch.testing.assert_close(ForwardGradient()(self.slope, None), -self.slope.double() / 3)
+        kappa = CurvatureScaled(0.0)(self.slope, torch.tensor([1.0, -2.0, 4.0]))
+        torch.testing.assert_close(kappa, torch.tensor([-1.0, 1.0, -0.75]).double() / 3)
+        with pytest.raises(jp.SingularPlaneError):
+            CurvatureScaled(0.0)(self.slope, torch.zeros(3))
+        with pytest.raises(jp.ShapeError, match=r"\(3, 3\)"):
+            Newton()(self.slope, torch.zeros(2, 2))

@@ -1,0 +1,127 @@
+"""Random small programs, and properties that every plane has."""
+
+import pytest
+import torch
+from cases import CASES
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import jetplane as jp
+from jetplane.testing import check_plane
+
+N = 4  # all intermediate values are N x N matrices
+
+OUT_OF_PLACE = {
+    "matmul": lambda x, y: x @ y / N,
+    "product": lambda x, y: x * y,
+    "sum": lambda x, y: x + 2 * y,
+    "tanh": lambda x, y: x.tanh(),
+    "sin": lambda x, y: x.sin() + y,
+    "softmax": lambda x, y: x.softmax(-1) - y,
+    "transpose": lambda x, y: x.T,
+    "flip": lambda x, y: x.flip(0),
+    "reshape": lambda x, y: x.T.reshape(N, N),
+    "where": lambda x, y: torch.where(x > 0, x, y),
+    "cat": lambda x, y: torch.cat([x[:2], y[2:]]),
+    "rows": lambda x, y: x[torch.tensor([2, 0, 1, 1])],
+    "norm": lambda x, y: x / (1 + x.norm()),
+    "layer_norm": lambda x, y: torch.nn.functional.layer_norm(x, (N,)) + y,
+}
+
+# Each gets a value of its own, x, and writes to it through a view or directly.
+IN_PLACE = {
+    "add_": lambda x, y: x.add_(y),
+    "mul_": lambda x, y: x.mul_(y.sin()),
+    "relu_": lambda x, y: x.relu_(),
+    "row": lambda x, y: x[1].add_(y[0]),
+    "column": lambda x, y: x[:, 2].mul_(y[:, 1]),
+    "block": lambda x, y: x[1:3, :2].copy_(y[:2, 2:]),
+    "transposed": lambda x, y: x.T[0].sub_(y[3]),
+    "flat": lambda x, y: x.view(-1)[3:7].mul_(2.5),
+    "diagonal": lambda x, y: x.diagonal().add_(y.diagonal()),
+    "setitem": lambda x, y: x.__setitem__((slice(None), 0), y[:, 3]),
+    "mask": lambda x, y: x.__setitem__(y > 0, y.sum()),
+    "zero": lambda x, y: x[2].zero_(),
+    "index_add_": lambda x, y: x.index_add_(0, torch.tensor([3, 1]), y[:2]),
+}
+
+FRESH = {
+    "buffer": lambda x: torch.zeros(N, N, dtype=x.dtype),
+    "clone": lambda x: x.clone(),
+    "like": torch.zeros_like,
+}
+
+step = st.one_of(
+    st.tuples(st.just("out"), st.sampled_from(sorted(OUT_OF_PLACE)), st.integers(0, 9), st.integers(0, 9)),
+    st.tuples(st.just("in"), st.sampled_from(sorted(IN_PLACE)), st.integers(0, 9), st.integers(0, 9)),
+    st.tuples(st.just("new"), st.sampled_from(sorted(FRESH)), st.integers(0, 9), st.integers(0, 9)),
+)
+
+
+def run(program, w, data):
+    """Values are kept in a list; in-place steps write to values that no other step reads by autograd."""
+    values = [w * 1, w.exp() / 3, data * 1]
+    for kind, name, i, j in program:
+        x, y = values[i % len(values)], values[j % len(values)]
+        if kind == "out":
+            values.append(OUT_OF_PLACE[name](x, y))
+        elif kind == "new":
+            values.append(FRESH[name](x))
+        else:
+            target = x.clone()  # autograd forbids overwriting what it has saved
+            view = target.view(N, N)
+            IN_PLACE[name](target, y.clone())
+            values += [target, view * 1]
+    return torch.stack([v.square().sum().tanh() + v.sum() / 9 for v in values]).sum()
+
+
+@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(step, min_size=1, max_size=7))
+def test_programs_of_views_and_writes(program):
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(N, N, dtype=torch.float64, generator=g).requires_grad_()
+    data = torch.randn(N, N, dtype=torch.float64, generator=g)
+    tangents = [torch.randn(2, N, N, dtype=torch.float64, generator=g)]
+    check_plane(lambda: run(program, w, data), [w], tangents, 1e-8)
+
+
+NAMES = ["mlp gelu", "causal attention, tied", "resnet train"]
+
+
+def plane(name, directions):
+    torch.manual_seed(1)
+    case = CASES[name](torch.float64)
+    return jp.evaluate(case.loss, case.params, directions)
+
+
+def tangents(name, k=3):
+    torch.manual_seed(1)
+    return CASES[name](torch.float64).tangents(k)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rotation_of_the_directions_rotates_the_plane(name):
+    v = tangents(name)
+    q = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
+    a, b = plane(name, v), plane(name, [torch.tensordot(q, t, 1) for t in v])
+    torch.testing.assert_close(b.slope, q @ a.slope)
+    torch.testing.assert_close(b.curvature, q @ a.curvature @ q.T)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_polarisation(name):
+    v = tangents(name, 2)
+    a = plane(name, v)
+    b = plane(name, [torch.stack([t[0] + t[1], t[0] - t[1]]) for t in v])
+    torch.testing.assert_close(a.curvature[0, 1], (b.curvature[0, 0] - b.curvature[1, 1]) / 4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_zero_direction_stays_zero(name):
+    v = tangents(name)
+    for t in v:
+        t[1] = 0
+    a = plane(name, v)
+    assert a.slope[1] == 0
+    rounding = 1e-13 * a.curvature.abs().max()
+    assert a.curvature[1].abs().max() <= rounding and a.curvature[:, 1].abs().max() <= rounding
