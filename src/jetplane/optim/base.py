@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..descent import Descent
-from ..directions import Directions
-from ..errors import ArgumentError, DeviceError, DTypeError, ShapeError
+from ..directions import Directions, HeldDirections, weighted_sum
+from ..errors import ArgumentError, DeviceError, DTypeError, NonFiniteError, ShapeError
 from ..plane import PlaneModel, evaluate
 from ..search import clipped
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+Moving = list[tuple[Tensor, dict[str, Any], int]]  # parameters that may move, their groups and places
+Closure = Callable[[], Any]
 STATE = "jetplane"  # where an optimizer's own state lies among that of the parameters
+
+
+_OWN = ("k", "law", "planes", "clip", "plane", "_descent")  # beside what every torch optimizer has
 
 
 class PlaneOptimizer(torch.optim.Optimizer):
@@ -37,6 +43,10 @@ class PlaneOptimizer(torch.optim.Optimizer):
         if isinstance(planes, bool) or not isinstance(planes, int) or planes < 1:
             raise ArgumentError(f"planes must be an integer of at least 1, got {planes!r}")
         Directions(k, law)  # checks k and the law
+        if isinstance(params, Tensor):
+            raise ArgumentError(
+                "params must be an iterable of tensors or groups, got one tensor: put it in a list"
+            )
         params = list(params)  # type: ignore[arg-type]
         if not params:
             raise ArgumentError("no parameters: expected at least one, such as model.parameters()")
@@ -47,9 +57,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         self.clip = clip
         self.plane: PlaneModel | None = None
         self.state[STATE] = {"seed": seed, "step": 0}  # type: ignore[index]
-        size = sum(p.numel() for p, _, _ in self._moving())
-        if k > size:
-            raise ArgumentError(f"k = {k} directions exceed the number of parameters, {size}")
+        self._check_size(self._moving())
 
     @property
     @abstractmethod
@@ -79,7 +87,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
         """Evaluate the closure once on a fresh plane and move the parameters.
 
         Args:
@@ -100,31 +108,43 @@ class PlaneOptimizer(torch.optim.Optimizer):
         moving = self._moving()
         if not moving:
             raise ArgumentError("no parameter requires gradients, so none may move; unfreeze some of them")
+        self._check_size(moving)
         params = [p for p, _, _ in moving]
         with torch.no_grad():
-            tangents = self._tangents(moving)
+            tangents = self._tangents(moving, closure)
             plane = self._evaluate(closure, params, tangents)
             kappa = self._coefficients(plane)
+            if not bool(torch.isfinite(kappa.float()).all()):
+                raise NonFiniteError(
+                    f"the step is not finite: slope {plane.slope}, curvature {plane.curvature}"
+                )
             self._update(moving, tangents, kappa)
         self.plane = plane
-        self.state[STATE]["step"] += 1  # type: ignore[index]
+        # A new record: one that state_dict() has handed out must not move on.
+        own = self.state[STATE]  # type: ignore[index]
+        self.state[STATE] = own | {"step": own["step"] + 1}  # type: ignore[index]
         return plane.value
 
-    def _moving(self) -> list[tuple[Tensor, dict[str, Any], int]]:
+    def _check_size(self, moving: Moving) -> None:
+        size = sum(p.numel() for p, _, _ in moving)
+        if self.k > size:
+            raise ArgumentError(
+                f"k = {self.k} directions exceed the number of parameters that may move, {size}"
+            )
+
+    def _moving(self) -> Moving:
         """Parameters that may move, each with its group and its place among all."""
         every = [(p, group) for group in self.param_groups for p in group["params"]]
         return [(p, group, i) for i, (p, group) in enumerate(every) if p.requires_grad]
 
-    def _tangents(self, moving: list[tuple[Tensor, dict[str, Any], int]]) -> list[Tensor]:
+    def _tangents(self, moving: Moving, closure: Closure) -> Sequence[Tensor]:
+        """What spans the plane of this step: for each parameter a tensor (K, *param.shape)."""
         own = self.state[STATE]  # type: ignore[index]
         directions = Directions(self.k * self.planes, self.law, seed=own["seed"])
         directions.step = own["step"]
-        directions.prepare([p for p, _, _ in moving])
-        return [directions.draw(i, p) for p, _, i in moving]
+        return HeldDirections(directions, [p for p, _, _ in moving], [i for _, _, i in moving])
 
-    def _evaluate(
-        self, closure: Callable[[], Any], params: list[Tensor], tangents: list[Tensor]
-    ) -> PlaneModel:
+    def _evaluate(self, closure: Closure, params: list[Tensor], tangents: Sequence[Tensor]) -> PlaneModel:
         needs = self.descent.needs
         if needs == "none":
             return evaluate(closure, params, tangents, curvature="none")
@@ -137,17 +157,28 @@ class PlaneOptimizer(torch.optim.Optimizer):
             slope = slope.reshape(self.planes, self.k)
         return self.descent(slope, plane.curvature).flatten()
 
-    def _update(
-        self, moving: list[tuple[Tensor, dict[str, Any], int]], tangents: list[Tensor], kappa: Tensor
-    ) -> None:
-        """``theta <- theta - lr * weight_decay * theta + lr * sum_k kappa_k v_k``, the last term clipped."""
-        steps = (_combined(t, kappa, g["lr"]) for t, (_, g, _) in zip(tangents, moving, strict=True))
+    def _update(self, moving: Moving, tangents: Sequence[Tensor], kappa: Tensor) -> None:
+        """``theta <- theta - lr * weight_decay * theta + lr * sum_k kappa_k v_k``, the last term clipped.
+
+        Parameters that the loss makes no use of are left alone, as those without ``.grad`` are in torch.
+        """
+        used = tangents.used if isinstance(tangents, HeldDirections) else range(len(moving))
+        moving = [moving[i] for i in used]
+        steps = (
+            weighted_sum(group["lr"] * kappa, tangents[i])
+            for i, (_, group, _) in zip(used, moving, strict=True)
+        )
         if self.clip is not None:
             steps = clipped(list(steps), self.clip)
         for (p, group, _), step in zip(moving, steps, strict=True):
             if group["weight_decay"]:
                 p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(step)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps the groups and the state alone, which a copy could not step with.
+        own = {name: value for name, value in vars(self).items() if name in _OWN}
+        return super().__getstate__() | own  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state, seed and step counter included, so that training goes on bit for bit.
@@ -164,12 +195,6 @@ class PlaneOptimizer(torch.optim.Optimizer):
         self.state[STATE] = dict(self.state[STATE])  # type: ignore[index]
 
 
-def _combined(tangents: Tensor, kappa: Tensor, lr: float) -> Tensor:
-    weights = (lr * kappa).to(tangents.device, torch.promote_types(tangents.dtype, torch.float32))
-    flat = tangents.reshape(tangents.shape[0], -1)
-    return (weights.to(flat.dtype) @ flat).reshape(tangents.shape[1:])
-
-
 def _check_rate(name: str, value: Any) -> None:
-    if not (isinstance(value, (int, float)) or isinstance(value, Tensor)) or not value >= 0:
-        raise ArgumentError(f"{name} must be at least 0, got {value!r}")
+    if not (isinstance(value, (int, float)) or isinstance(value, Tensor)) or not 0 <= value < math.inf:
+        raise ArgumentError(f"{name} must be finite and at least 0, got {value!r}")

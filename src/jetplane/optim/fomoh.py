@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, final
+from collections.abc import Sequence
+from typing import final
 
 import torch
 from torch import Tensor
 
 from ..descent import CurvatureScaled, Descent
-from ..plane import PlaneModel, evaluate
+from ..errors import LossError, UnusedParametersError
 from ..replay import rehearsal
-from .base import Params, PlaneOptimizer
+from .base import Closure, Moving, Params, PlaneOptimizer
 
 
 @final
@@ -98,14 +98,14 @@ class FoMoHBP(PlaneOptimizer):
         """The slope over the curvature along the gradient."""
         return self._descent
 
-    def _tangents(self, moving: list[tuple[Tensor, dict[str, Any], int]]) -> list[Tensor]:
-        return []  # the gradient needs the closure
-
-    def _evaluate(
-        self, closure: Callable[[], Any], params: list[Tensor], tangents: list[Tensor]
-    ) -> PlaneModel:
+    def _tangents(self, moving: Moving, closure: Closure) -> Sequence[Tensor]:
         with rehearsal(), torch.enable_grad():
             loss = closure()
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise LossError(f"the closure must return a scalar loss, got {got}")
+            if not loss.requires_grad:
+                raise UnusedParametersError("the loss does not depend on the parameters")
+            params = [p for p, _, _ in moving]
             gradient = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
-        tangents.extend(g.detach().unsqueeze(0) for g in gradient)
-        return evaluate(closure, params, tangents, pairs="diagonal")
+        return [g.unsqueeze(0) for g in gradient]
