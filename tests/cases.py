@@ -95,9 +95,7 @@ class Attention(nn.Module):
         h = self.embed(tokens)
         b, t, d = h.shape
         q, k, v = self.qkv(self.norm(h)).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        h = h + self.out(
-            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, d)
-        )
+        h = h + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, d))
         h = h + self.down(F.gelu(self.up(self.norm2(h)), approximate="tanh"))
         return h @ self.embed.weight.T
 

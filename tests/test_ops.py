@@ -97,9 +97,7 @@ def recurrent(gates: int):
 def layer(gates: int, states: int):
     def run(f, x):
         h = tuple(cut(70 + n, 1, 1, 2) * x[1, 1] for n in range(states))
-        return f(
-            x.unsqueeze(1), h if states == 2 else h[0], recurrent(gates)(x), True, 1, 0.0, True, False, False
-        )
+        return f(x.unsqueeze(1), h if states == 2 else h[0], recurrent(gates)(x), True, 1, 0.0, True, False, False)
 
     return run
 

@@ -1,6 +1,7 @@
 """Optimizers: what a step is, what stays when it fails, and resuming bit for bit."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import jetplane as jp
+from jetplane import replay
 from jetplane.descent import CurvatureScaled, Damped, ForwardGradient, Newton, SaddleFree
 
 ALL = {
@@ -212,14 +214,75 @@ def test_bp_moves_buffers_once_and_sees_one_dropout_mask():
     torch.testing.assert_close(loss, expected.detach())
     for a, b in zip(net.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, b)
-    gradient = torch.autograd.grad(
-        closure(plain)(), list(plain.parameters())
-    )  # another mask: only sizes match
+    gradient = torch.autograd.grad(closure(plain)(), list(plain.parameters()))  # another mask: only sizes match
     assert opt.plane.slope.item() > 0 and len(gradient) == 6
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_go_on_as_the_original(name, how):
+    net = nn.Linear(4, 3)
+    opt = ALL[name](net.parameters(), clip=0.5)
+    opt.step(closure(net))
+    twin, again = how((net, opt))
+    for model, optimizer in ((net, opt), (twin, again)):
+        optimizer.step(closure(model))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_state_that_was_handed_out_does_not_move_on():
+    net = nn.Linear(4, 3)
+    opt = jp.optim.FGD(net.parameters())
+    state = opt.state_dict()
+    opt.step(closure(net))
+    assert state["state"]["jetplane"]["step"] == 0
+    assert opt.state_dict()["state"]["jetplane"]["step"] == 1
+
+
+@pytest.mark.parametrize("name", ["fgd", "fomoh", "fomoh-kd"])
+def test_parameters_without_a_part_in_the_loss_stay(name):
+    net, idle = nn.Linear(4, 3), nn.Parameter(torch.ones(5))
+    ALL[name]([idle, *net.parameters()], weight_decay=0.1).step(closure(net))
+    assert torch.equal(idle.detach(), torch.ones(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtypes_may_differ(dtype):
+    a, b = nn.Parameter(torch.ones(3, dtype=dtype)), nn.Parameter(torch.ones(3))
+    opt = jp.optim.FoMoH([a, b], lr=0.5, k=4)
+    losses = [opt.step(lambda: (a.float() * b + a.float() ** 2 + b**2).sum()).item() for _ in range(30)]
+    assert losses[-1] < 0.1 * losses[0] and a.dtype == dtype
+
+
+def test_freezing_later_counts():
+    w, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    opt = jp.optim.FoMoHKD([w, other], k=3, descent="saddle-free")
+    opt.step(lambda: (w**2 + other**2).sum())
+    w.requires_grad_(False)
+    with pytest.raises(jp.ArgumentError, match="exceed"):
+        opt.step(lambda: (w**2 + other**2).sum())
+
+
+def test_a_step_beyond_the_numbers_is_refused():
+    w = nn.Parameter(torch.ones(3))
+    opt = jp.optim.FoMoH([w], eps=1e-42)
+    with pytest.raises(jp.NonFiniteError, match="step"):
+        opt.step(lambda: w.sum())
+    assert torch.equal(w.detach(), torch.ones(3)) and opt.state_dict()["state"]["jetplane"]["step"] == 0
+
+
+def test_a_rehearsal_keeps_no_activations():
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(inplace=True), nn.Dropout(0.5))
+    with replay.rehearsal() as journal:
+        net(X).sum().backward()
+    kept = {id(tensor) for tensor, _ in journal.saved.values()}
+    assert kept == {id(buffer) for buffer in net.buffers()}
 
 
 W = [nn.Parameter(torch.ones(3))]
 BAD = {
+    "one tensor": (lambda: jp.optim.FGD(W[0]), jp.ArgumentError, "list"),
+    "infinite lr": (lambda: jp.optim.FGD(W, lr=float("inf")), jp.ArgumentError, "lr"),
     "k 0": (lambda: jp.optim.FGD(W, k=0), jp.ArgumentError, "k"),
     "k too large": (lambda: jp.optim.FoMoHKD(W, k=4), jp.ArgumentError, "exceed"),
     "negative lr": (lambda: jp.optim.FGD(W, lr=-1.0), jp.ArgumentError, "lr"),

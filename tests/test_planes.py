@@ -174,8 +174,8 @@ def test_compiled_without_graph_breaks():
     case = build("wide mlp", torch.float32)
     tangents = case.tangents(2)
     eager = jp.evaluate(case.loss, case.params, tangents)
-    compiled = torch.compile(
-        lambda t: jp.evaluate(case.loss, case.params, t), fullgraph=True, backend="aot_eager"
-    )(tangents)
+    compiled = torch.compile(lambda t: jp.evaluate(case.loss, case.params, t), fullgraph=True, backend="aot_eager")(
+        tangents
+    )
     torch.testing.assert_close(compiled.slope, eager.slope, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(compiled.curvature, eager.curvature, rtol=1e-4, atol=1e-5)

@@ -201,7 +201,5 @@ def named(descent: str | Descent) -> Descent:
 def _matching(slope: Tensor, curvature: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     if curvature is None or tuple(curvature.shape) != tuple(shape):
         got = None if curvature is None else tuple(curvature.shape)
-        raise ShapeError(
-            f"for a slope of shape {tuple(slope.shape)}: expected curvature {tuple(shape)}, got {got}"
-        )
+        raise ShapeError(f"for a slope of shape {tuple(slope.shape)}: expected curvature {tuple(shape)}, got {got}")
     return curvature.double()

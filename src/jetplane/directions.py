@@ -119,7 +119,7 @@ class Directions(AbstractDirections):
             ArgumentError: the law is "sphere", and `prepare` was not called in this step.
         """
         flat = self._flat(index, param, directions)
-        return self._scaled(flat, directions).reshape(-1, *param.shape)
+        return self._scaled(flat, directions).reshape(len(flat), *param.shape)
 
     def factors(self, index: int, param: Tensor, directions: slice | None = None) -> tuple[Tensor, Tensor]:
         """The factors of rank-one tangents: a (directions, rows) and b (directions, columns).

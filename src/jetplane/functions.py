@@ -63,12 +63,7 @@ def jet(
 
 def _call(f: Callable[..., Any], xs: Sequence[Tensor], vs: Sequence[Tensor], space: Space) -> Any:
     with Interception(space, {}).running():
-        return f(
-            *[
-                Jet(x if isinstance(x, Jet) else x.detach(), v, None, space)
-                for x, v in zip(xs, vs, strict=True)
-            ]
-        )
+        return f(*[Jet(x if isinstance(x, Jet) else x.detach(), v, None, space) for x, v in zip(xs, vs, strict=True)])
 
 
 def _part(y: Any, space: Space, n: int, pairs: Pairs) -> Any:
@@ -161,10 +156,7 @@ def hessian(f: Callable[..., Any], primals: Primals) -> Any:
         h = h.movedim((0, 1), (-2, -1))
         lead = h.shape[:-2]
         rows = [
-            tuple(
-                part.reshape(*lead, *x.shape, *y.shape)
-                for part, y in zip(row.split(sizes, -1), xs, strict=True)
-            )
+            tuple(part.reshape(*lead, *x.shape, *y.shape) for part, y in zip(row.split(sizes, -1), xs, strict=True))
             for row, x in zip(h.split(sizes, -2), xs, strict=True)
         ]
         return rows[0][0] if isinstance(primals, Tensor) else tuple(rows)

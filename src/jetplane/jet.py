@@ -448,9 +448,7 @@ def mark_view(result: Any, source: Jet) -> Any:
         return result
     base = source.root()
     if not isinstance(result, Jet):  # a part of a buffer that has no coefficients yet
-        return (
-            Jet(result, None, None, source.space, base) if source.first is source.second is None else result
-        )
+        return Jet(result, None, None, source.space, base) if source.first is source.second is None else result
     if result.base is None:
         result.base, result.version = base, base.version
     return result
@@ -472,9 +470,7 @@ def write(target: Jet, value: Any, space: Space) -> Jet:
             "parameters of the evaluation as they are. Write to a copy (parameter.clone()), or outside of it"
         )
     if any(s == 0 and n > 1 for n, s in zip(target.primal.shape, target.primal.stride(), strict=True)):
-        raise DerivativeError(
-            "in-place write to an expanded tensor, whose elements share memory; clone() it first"
-        )
+        raise DerivativeError("in-place write to an expanded tensor, whose elements share memory; clone() it first")
     if not plain(target.primal, value.primal if is_jet(value, space) else value) and target is not base:
         raise DerivativeError("in-place write to a view inside nested jets; use the out-of-place operation")
     p, first, second = parts(value, space)
@@ -536,9 +532,7 @@ def _region(base: Jet, view: Tensor, c: Tensor) -> Tensor:
 def _laid_out(c: Tensor | None, n: int, like: Tensor) -> Tensor:
     """Coefficients in memory of their own with the primal's strides; None is zero."""
     extent = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
-    out = torch.empty_strided(
-        (n, *like.shape), (extent, *like.stride()), dtype=like.dtype, device=like.device
-    )
+    out = torch.empty_strided((n, *like.shape), (extent, *like.stride()), dtype=like.dtype, device=like.device)
     return out.zero_() if c is None else out.copy_(c)
 
 

@@ -121,9 +121,7 @@ def _rademacher(lanes: Tensor) -> Rows:
     for half in (0, 1):
         bits = (lanes >> 32 if half else lanes).to(torch.int32).unsqueeze(1)
         for row in range(0, 32, together):
-            shift = torch.arange(
-                31 - row, max(31 - row - together, -1), -1, dtype=torch.int32, device=lanes.device
-            )
+            shift = torch.arange(31 - row, max(31 - row - together, -1), -1, dtype=torch.int32, device=lanes.device)
             signs = (bits << shift.unsqueeze(1)).bitwise_right_shift_(31).bitwise_or_(1)
             yield 32 * half + row, signs.to(torch.float32)
 

@@ -310,9 +310,7 @@ def _traced(
         return PlaneModel(value, first, _matrix(second, space, pairs))
 
 
-def _seed(
-    param: Tensor, index: int, draw: Callable[[int, Tensor], Tensor], space: Space
-) -> Callable[[], Jet]:
+def _seed(param: Tensor, index: int, draw: Callable[[int, Tensor], Tensor], space: Space) -> Callable[[], Jet]:
     def seed() -> Jet:
         jet = Jet(param.detach(), draw(index, param), None, space)
         jet.is_seed, jet.kind = True, PARAMETER
@@ -374,9 +372,7 @@ def _finished(value: Tensor, slope: Tensor, curvature: Tensor | None) -> PlaneMo
     curvature = None if curvature is None else plain(curvature)
     for name, t in (("loss", value), ("slope", slope), ("curvature", curvature)):
         if t is not None and not bool(torch.isfinite(t).all()):
-            raise NonFiniteError(
-                f"the {name} is not finite: {t.tolist() if t.numel() <= 9 else 'NaN or inf inside'}"
-            )
+            raise NonFiniteError(f"the {name} is not finite: {t.tolist() if t.numel() <= 9 else 'NaN or inf inside'}")
     return PlaneModel(value, slope, curvature)
 
 
@@ -405,9 +401,7 @@ def _check_directions(
         directions.prepare(params)  # type: ignore[union-attr]
         return directions.k, directions.draw  # type: ignore[union-attr]
     if len(directions) != len(params):
-        raise ShapeError(
-            f"expected one tensor of tangents for each of {len(params)} parameters, got {len(directions)}"
-        )
+        raise ShapeError(f"expected one tensor of tangents for each of {len(params)} parameters, got {len(directions)}")
     k = directions[0].shape[0] if directions[0].dim() else 0
     if k < 1:
         raise ArgumentError("k must be at least 1: tangents are of shape (k, *param.shape)")

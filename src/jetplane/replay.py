@@ -47,7 +47,7 @@ def _named(schema: Any, kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:
 
 
 @contextlib.contextmanager
-def rehearsal() -> Iterator[None]:
+def rehearsal() -> Iterator[_Journal]:
     """What runs inside leaves no trace: buffers written in place and torch's random state are set back.
 
     Dropout draws the same masks again afterwards, and BatchNorm's running statistics move once.
@@ -57,7 +57,7 @@ def rehearsal() -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         try:
             with journal:
-                yield
+                yield journal
         finally:
             with torch.no_grad():
                 for tensor, before in journal.saved.values():

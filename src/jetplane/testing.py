@@ -19,9 +19,7 @@ from .errors import DerivativeError
 from .plane import PlaneModel, evaluate
 
 
-def grad_of_grad(
-    closure: Callable[[], Tensor], params: Sequence[Tensor], tangents: Sequence[Tensor]
-) -> PlaneModel:
+def grad_of_grad(closure: Callable[[], Tensor], params: Sequence[Tensor], tangents: Sequence[Tensor]) -> PlaneModel:
     """Loss, slope and curvature on a plane by reverse over reverse: the oracle, not the method.
 
     Args:
@@ -112,9 +110,7 @@ def check_plane(
     if failures and params[0].dtype == torch.float64:
         failures = _differences(found, central_differences(closure, params, tangents), 1e-5)
     if failures:
-        raise AssertionError(
-            "jets disagree with reverse mode and with central differences:\n" + "\n".join(failures)
-        )
+        raise AssertionError("jets disagree with reverse mode and with central differences:\n" + "\n".join(failures))
     return found
 
 
@@ -132,9 +128,7 @@ def _differences(found: PlaneModel, expected: PlaneModel, tolerance: float) -> l
     return failures
 
 
-def check_rule(
-    f: Callable[..., Any], *inputs: Any, k: int = 2, seed: int = 0, tolerance: float = 1e-7
-) -> None:
+def check_rule(f: Callable[..., Any], *inputs: Any, k: int = 2, seed: int = 0, tolerance: float = 1e-7) -> None:
     """Check how jets pass through a function or operator, your own included.
 
     Every real floating tensor among the inputs moves along ``k`` random directions; the results are

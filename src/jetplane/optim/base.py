@@ -44,9 +44,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
             raise ArgumentError(f"planes must be an integer of at least 1, got {planes!r}")
         Directions(k, law)  # checks k and the law
         if isinstance(params, Tensor):
-            raise ArgumentError(
-                "params must be an iterable of tensors or groups, got one tensor: put it in a list"
-            )
+            raise ArgumentError("params must be an iterable of tensors or groups, got one tensor: put it in a list")
         params = list(params)  # type: ignore[arg-type]
         if not params:
             raise ArgumentError("no parameters: expected at least one, such as model.parameters()")
@@ -115,9 +113,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
             plane = self._evaluate(closure, params, tangents)
             kappa = self._coefficients(plane)
             if not bool(torch.isfinite(kappa.float()).all()):
-                raise NonFiniteError(
-                    f"the step is not finite: slope {plane.slope}, curvature {plane.curvature}"
-                )
+                raise NonFiniteError(f"the step is not finite: slope {plane.slope}, curvature {plane.curvature}")
             self._update(moving, tangents, kappa)
         self.plane = plane
         # A new record: one that state_dict() has handed out must not move on.
@@ -128,9 +124,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
     def _check_size(self, moving: Moving) -> None:
         size = sum(p.numel() for p, _, _ in moving)
         if self.k > size:
-            raise ArgumentError(
-                f"k = {self.k} directions exceed the number of parameters that may move, {size}"
-            )
+            raise ArgumentError(f"k = {self.k} directions exceed the number of parameters that may move, {size}")
 
     def _moving(self) -> Moving:
         """Parameters that may move, each with its group and its place among all."""
@@ -164,10 +158,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         """
         used = tangents.used if isinstance(tangents, HeldDirections) else range(len(moving))
         moving = [moving[i] for i in used]
-        steps = (
-            weighted_sum(group["lr"] * kappa, tangents[i])
-            for i, (_, group, _) in zip(used, moving, strict=True)
-        )
+        steps = (weighted_sum(group["lr"] * kappa, tangents[i]) for i, (_, group, _) in zip(used, moving, strict=True))
         if self.clip is not None:
             steps = clipped(list(steps), self.clip)
         for (p, group, _), step in zip(moving, steps, strict=True):

@@ -69,14 +69,10 @@ def register_rule(
             return func(*[primal(a, space) for a in args], **kwargs)
         x, *others = args
         if any(isinstance(a, Jet) and a.space is space for a in others):
-            raise missing(
-                func, "its rule covers the first argument alone, and another one carries derivatives"
-            )
+            raise missing(func, "its rule covers the first argument alone, and another one carries derivatives")
         if linear is not None:
             act = linear
-            return linear_jet(
-                space, x, lambda p: func(p, *others, **kwargs), lambda c: act(c, *others, **kwargs)
-            )
+            return linear_jet(space, x, lambda p: func(p, *others, **kwargs), lambda c: act(c, *others, **kwargs))
         assert elementwise is not None
         p = primal(x, space)
         y = func(p, *others, **kwargs)

@@ -111,9 +111,7 @@ def _on_keys(func: Any, space: Space, args: Any, kwargs: dict[str, Any], origina
     return _dispatch(func, space, args, kwargs, original)
 
 
-def _dispatch(
-    func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any], original: Sequence[Any]
-) -> Any:
+def _dispatch(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any], original: Sequence[Any]) -> Any:
     if func._schema.is_mutable and func not in RULES:
         return _mutate(func, space, args, kwargs, original)
     result = carry(func, space, args, kwargs)
@@ -299,9 +297,7 @@ def _functional(func: Any) -> Any | None:
     return None
 
 
-def _mutate(
-    func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any], original: Sequence[Any]
-) -> Any:
+def _mutate(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any], original: Sequence[Any]) -> Any:
     packet = func._schema.name.partition("::")[2]
     if torch.Tag.inplace_view in func.tags:
         return _reshape_in_place(func, args, kwargs)

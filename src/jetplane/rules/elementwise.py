@@ -246,9 +246,7 @@ def _selu(x: Tensor, y: Tensor) -> Derivatives:
 def _softplus(x: Tensor, y: Tensor, beta: Any = 1, threshold: Any = 20) -> Derivatives:
     s = torch.sigmoid(x * beta)
     linear_part = x * beta > threshold
-    return torch.where(linear_part, 1, s).to(x.dtype), torch.where(linear_part, 0, beta * s * (1 - s)).to(
-        x.dtype
-    )
+    return torch.where(linear_part, 1, s).to(x.dtype), torch.where(linear_part, 0, beta * s * (1 - s)).to(x.dtype)
 
 
 def _mask(condition: Tensor, x: Tensor) -> Derivatives:
@@ -411,9 +409,7 @@ def _(space: Space, x: Any) -> Tensor:
     p = primal(x, space)
     if not plain(p):
         return chain(space, x, torch.relu(p), *_mask(p > 0, p))
-    return linear(
-        space, x, torch.relu, lambda c: aten.threshold_backward(c, p, 0)
-    )  # one pass, no mask in memory
+    return linear(space, x, torch.relu, lambda c: aten.threshold_backward(c, p, 0))  # one pass, no mask in memory
 
 
 @register("pow.Scalar")
@@ -602,9 +598,7 @@ def _modulo(op: Any, rounding: str) -> None:
 
     def rule(space: Space, a: Any, b: Any) -> Tensor:
         x, y = primal(a, space), primal(b, space)
-        return chain_many(
-            space, (a, b), op(x, y), (torch.ones_like(x), -torch.div(x, y, rounding_mode=rounding)), {}
-        )
+        return chain_many(space, (a, b), op(x, y), (torch.ones_like(x), -torch.div(x, y, rounding_mode=rounding)), {})
 
     RULES[op] = rule
 

@@ -55,11 +55,7 @@ def missing(func: Any, why: str) -> MissingRuleError:
 def pointwise(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """An elementwise operator of one jet, by exact f' and f'' from autograd of its sum."""
     jets = [a for a in args if isinstance(a, Jet) and a.space is space]
-    if (
-        torch.Tag.pointwise not in func.tags
-        or len(jets) != 1
-        or any(isinstance(a, (list, tuple)) for a in args)
-    ):
+    if torch.Tag.pointwise not in func.tags or len(jets) != 1 or any(isinstance(a, (list, tuple)) for a in args):
         return NotImplemented
     p = parts(jets[0], space)[0]
     if not plain(p) or not p.dtype.is_floating_point:
@@ -94,9 +90,7 @@ def reverse(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
             outputs, a = _along(func, space, leaves, carried, spec)
             found = [_coefficients(y, a, space) if isinstance(y, Tensor) else (y,) for y in outputs[0]]
     except (RuntimeError, NotImplementedError) as error:
-        raise missing(
-            func, f"autograd cannot differentiate it twice either ({str(error).splitlines()[0]})"
-        ) from error
+        raise missing(func, f"autograd cannot differentiate it twice either ({str(error).splitlines()[0]})") from error
     if func not in _announced:
         _announced.add(func)
         warnings.warn(
@@ -109,14 +103,10 @@ def reverse(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
     return tree_unflatten([make(*f, space) if len(f) == 3 else f[0] for f in found], outputs[1])
 
 
-def _along(
-    func: Any, space: Space, leaves: Sequence[Any], carried: Sequence[Any], spec: Any
-) -> tuple[Any, Tensor]:
+def _along(func: Any, space: Space, leaves: Sequence[Any], carried: Sequence[Any], spec: Any) -> tuple[Any, Tensor]:
     """The operator's outputs as functions of a, at a = 0."""
     reals = [t for _, *cs in carried for t in cs if t is not None]
-    dtype = (
-        torch.float64 if any(t.dtype in (torch.float64, torch.complex128) for t in reals) else torch.float32
-    )
+    dtype = torch.float64 if any(t.dtype in (torch.float64, torch.complex128) for t in reals) else torch.float32
     a = torch.zeros(space.k, dtype=dtype, device=reals[0].device, requires_grad=True)
     half = torch.stack([a[i] * a[j] * (0.5 if i == j else 1.0) for i, j in space.indices()])
 
@@ -183,9 +173,7 @@ def _by_cotangent(y: Tensor, a: Tensor, space: Space) -> tuple[Tensor, Tensor | 
 def _contracts(c: Tensor, u: Tensor, expected: Tensor) -> bool:
     found = c.reshape(c.shape[0], u.numel()) @ u.detach().reshape(-1)
     tolerance = 1e-3 if c.dtype == torch.float32 else 1e-8
-    return torch.allclose(
-        found, expected.detach().to(found.dtype), rtol=tolerance, atol=tolerance, equal_nan=True
-    )
+    return torch.allclose(found, expected.detach().to(found.dtype), rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def _generator(y: Tensor) -> torch.Generator:

@@ -80,9 +80,7 @@ def _(space: Space, x: Any, target: Any, reduction: int = MEAN, beta: float = 1.
 
 
 @register("binary_cross_entropy_with_logits")
-def _(
-    space: Space, x: Any, target: Any, weight: Any = None, pos_weight: Any = None, reduction: int = MEAN
-) -> Any:
+def _(space: Space, x: Any, target: Any, weight: Any = None, pos_weight: Any = None, reduction: int = MEAN) -> Any:
     if any(is_jet(t, space) for t in (target, weight, pos_weight)) or target.shape != x.shape:
         negative = torch.mul(torch.sub(1, target), torch.nn.functional.softplus(x, 1, 1e6))
         positive = torch.mul(target, torch.nn.functional.softplus(torch.neg(x), 1, 1e6))
@@ -104,9 +102,7 @@ def _(
 def _(space: Space, x: Any, target: Any, weight: Any = None, reduction: int = MEAN) -> Any:
     p, t = primal(x, space), primal(target, space)
     if is_jet(target, space) or is_jet(weight, space):
-        y = torch.neg(
-            torch.add(torch.mul(target, torch.log(x)), torch.mul(1 - target, torch.log1p(torch.neg(x))))
-        )
+        y = torch.neg(torch.add(torch.mul(target, torch.log(x)), torch.mul(1 - target, torch.log1p(torch.neg(x)))))
         return reduce(y if weight is None else torch.mul(y, weight), reduction)
     y = aten.binary_cross_entropy(p, t, weight, NONE)
     q = 1 - p
@@ -125,9 +121,7 @@ def _(space: Space, x: Any, target: Any, reduction: int = MEAN) -> Any:
 
 
 @register("nll_loss", "nll_loss2d", "nll_loss_nd")
-def _(
-    space: Space, x: Any, target: Tensor, weight: Any = None, reduction: int = MEAN, ignore_index: int = -100
-) -> Any:
+def _(space: Space, x: Any, target: Tensor, weight: Any = None, reduction: int = MEAN, ignore_index: int = -100) -> Any:
     batched = x if x.dim() > 1 else x.unsqueeze(0)
     labels = target if x.dim() > 1 else target.reshape(1)
     kept = labels != ignore_index

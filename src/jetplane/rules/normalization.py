@@ -286,9 +286,7 @@ def _(space: Space, v: Any, g: Any, dim: int = 0) -> Any:
 
 
 @register("linalg_vector_norm")
-def _(
-    space: Space, x: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
-) -> Any:
+def _(space: Space, x: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     x = x if dtype is None else x.to(dtype)
     dims = _dims(x, dim)
     size = torch.abs(x)

@@ -49,9 +49,7 @@ class Form(ABC):
         else:
             out.copy_(y)
 
-    def of_sums(
-        self, out: Tensor, a: Tensor, da: Tensor, b: Tensor, db: Tensor, scale: float, work: Work
-    ) -> None:
+    def of_sums(self, out: Tensor, a: Tensor, da: Tensor, b: Tensor, db: Tensor, scale: float, work: Work) -> None:
         """Write ``f(a + scale da, b + scale db)``."""
         left = torch.add(a, da, alpha=scale, out=work("left", a))
         right = torch.add(b, db, alpha=scale, out=work("right", b))
@@ -82,11 +80,7 @@ def bilinear(space: Space, form: Form, a: Any, b: Any, y: Tensor | None = None) 
     pb, fb, sb = parts(b, space)
     y = form(pa, pb) if y is None else y
     if fa is not None and fb is not None and space.order == 2:
-        way = (
-            (_interpolated if plain(pa, fa, pb, fb) else _interpolated_apart)
-            if form.pays(pa, pb)
-            else _direct
-        )
+        way = (_interpolated if plain(pa, fa, pb, fb) else _interpolated_apart) if form.pays(pa, pb) else _direct
         first, second = way(space, form, pa, fa, pb, fb, y)
     else:
         first = add(
@@ -226,9 +220,7 @@ class _Rows(Form):
         else:
             torch.mm(a, b.t(), out=out)
 
-    def of_sums(
-        self, out: Tensor, a: Tensor, da: Tensor, b: Tensor, db: Tensor, scale: float, work: Work
-    ) -> None:
+    def of_sums(self, out: Tensor, a: Tensor, da: Tensor, b: Tensor, db: Tensor, scale: float, work: Work) -> None:
         left = torch.add(a, da, alpha=scale, out=work("left", a))
         step = max(1, BLOCK // max(b.shape[1], 1))
         for start in range(0, b.shape[0], step):  # weights in blocks that stay in the cache
@@ -280,9 +272,7 @@ def _(space: Space, x: Any, weight: Any, bias: Any = None) -> Tensor:
     lead = x.shape[:-1]
     rows = x if x.dim() == 2 else x.reshape(lead.numel(), x.shape[-1])
     y = F.linear(primal(rows, space), primal(weight, space), primal(bias, space))
-    product = (
-        bilinear(space, ROWS, rows, weight, y) if bias is None else _biased(space, rows, weight, bias, y)
-    )
+    product = bilinear(space, ROWS, rows, weight, y) if bias is None else _biased(space, rows, weight, bias, y)
     return product if x.dim() == 2 else product.reshape(*lead, weight.shape[0])
 
 

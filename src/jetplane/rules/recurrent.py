@@ -68,9 +68,7 @@ def _run(
         state = tuple(s[: sizes[-1]] for s in initial)
         for t in range(len(sizes) - 1, -1, -1):
             if sizes[t] > state[0].shape[0]:  # sequences that end here join
-                state = tuple(
-                    torch.cat([s, i[s.shape[0] : sizes[t]]]) for s, i in zip(state, initial, strict=True)
-                )
+                state = tuple(torch.cat([s, i[s.shape[0] : sizes[t]]]) for s, i in zip(state, initial, strict=True))
             state = cell(gates[t], state, w)
             outputs[t] = state[0]
         return torch.cat(outputs), state

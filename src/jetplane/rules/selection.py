@@ -172,13 +172,9 @@ def _(
     return max_pool1d(x, kernel, stride, padding, dilation, ceil_mode)
 
 
-def max_pool1d(
-    x: Any, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
-) -> tuple[Any, Tensor]:
+def max_pool1d(x: Any, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> tuple[Any, Tensor]:
     """Pooling of a line as that of an image of height one."""
-    k, s, p, d = (
-        v[0] if isinstance(v, Sequence) and len(v) else v for v in (kernel, stride, padding, dilation)
-    )
+    k, s, p, d = (v[0] if isinstance(v, Sequence) and len(v) else v for v in (kernel, stride, padding, dilation))
     s = k if isinstance(s, Sequence) else s
     y, index = aten.max_pool2d_with_indices(x.unsqueeze(-2), [1, k], [1, s], [0, p], [1, d], ceil_mode)
     return y.squeeze(-2), index.squeeze(-2)

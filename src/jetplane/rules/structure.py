@@ -94,9 +94,7 @@ def _cumsum(c: Tensor, dim: int, dtype: Any = None) -> Tensor:
 
 def _gather(c: Tensor, dim: int, index: Tensor, sparse_grad: bool = False) -> Tensor:
     if c.dim() == 1:
-        return (
-            c.expand(c.shape[0]) if index.dim() == 0 else c[:, None].gather(1, index.expand(c.shape[0], -1))
-        )
+        return c.expand(c.shape[0]) if index.dim() == 0 else c[:, None].gather(1, index.expand(c.shape[0], -1))
     if index.dim() == 0:
         index = index[None]
     return c.gather(up(dim), index.expand(c.shape[0], *index.shape))
@@ -189,9 +187,7 @@ LINEAR: dict[str, Callable[..., Any]] = {
     "squeeze.dim": _squeeze,
     "squeeze.dims": _squeeze,
     "select.int": lambda c, dim, index: c.select(up(dim), index),
-    "slice.Tensor": lambda c, dim=0, start=None, end=None, step=1: aten.slice.Tensor(
-        c, up(dim), start, end, step
-    ),
+    "slice.Tensor": lambda c, dim=0, start=None, end=None, step=1: aten.slice.Tensor(c, up(dim), start, end, step),
     "narrow": lambda c, dim, start, length: c.narrow(up(dim), start, length),
     "diagonal": _diagonal,
     "unfold": _unfold,
@@ -449,11 +445,7 @@ def _enter_scatter(name: str, set_value: bool) -> None:
             i = _stacked_index(index, cx.shape[0])
             if set_value:
                 return cx.scatter(up(dim), i, 0)
-            return (
-                aten.scatter_add(cx, up(dim), i, cs)
-                if "add" in name
-                else aten.scatter.src(cx, up(dim), i, cs)
-            )
+            return aten.scatter_add(cx, up(dim), i, cs) if "add" in name else aten.scatter.src(cx, up(dim), i, cs)
 
         return jointly(
             space, (x,) if set_value else (x, src), y, (lambda c: on_stacks(c, c)) if set_value else on_stacks
@@ -596,9 +588,7 @@ def _(
     padding_idx: int = -1,
 ) -> Any:
     if scale_grad_by_freq:
-        raise DerivativeError(
-            "embedding_bag with scale_grad_by_freq has a gradient that is not its derivative"
-        )
+        raise DerivativeError("embedding_bag with scale_grad_by_freq has a gradient that is not its derivative")
     if mode == 2:
         return NotImplemented
     starts = offsets[:-1] if include_last_offset else offsets
@@ -607,9 +597,7 @@ def _(
     rows = torch.mul(weight[indices], kept.unsqueeze(1))
     if per_sample_weights is not None:
         rows = torch.mul(rows, per_sample_weights.unsqueeze(1))
-    bags = torch.zeros(starts.numel(), rows.shape[1], dtype=rows.dtype, device=rows.device).index_add(
-        0, bag, rows
-    )
+    bags = torch.zeros(starts.numel(), rows.shape[1], dtype=rows.dtype, device=rows.device).index_add(0, bag, rows)
     count = torch.zeros_like(starts).index_add(0, bag, kept.to(starts.dtype))
     if mode == 1:
         bags = torch.div(bags, count.clamp(min=1).unsqueeze(1))

@@ -1,0 +1,20 @@
+"""``python -m jetplane``: the command line, or word of what it needs."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        from .cli import main as run
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("torch", "jetplane"):
+            raise
+        sys.exit(f"the command line needs {error.name}: pip install 'jetplane[experiments]'")
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Training runs on real data: what the command line is made of. Needs the extra ``jetplane[experiments]``."""

@@ -1,0 +1,83 @@
+"""The demonstration: two models on real digits, every method, each run in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import JetplaneError
+from .config import Config
+
+EPOCHS = {"logreg": 60, "cnn": 60}
+METHODS: dict[str, list[dict[str, Any]]] = {
+    "logreg": [
+        {"method": "sgd", "lr": 0.5},
+        {"method": "fgd", "lr": 0.02, "k": 1},
+        {"method": "fomoh", "lr": 0.1362, "k": 1},
+        {"method": "fomoh-kd", "lr": 0.3, "k": 10},
+    ],
+    "cnn": [
+        {"method": "sgd", "lr": 0.2},
+        {"method": "fgd", "lr": 0.002, "k": 1},
+        {"method": "fomoh", "lr": 0.544, "k": 1},
+        {"method": "fomoh-kd", "lr": 0.3, "k": 10},
+    ],
+}
+
+
+def plan(seed: int = 0) -> list[Config]:
+    """The runs of the demonstration."""
+    return [
+        Config(data="digits", model=model, epochs=EPOCHS[model], seed=seed, schedule="cosine", **settings)
+        for model, methods in METHODS.items()
+        for settings in methods
+    ]
+
+
+def run_apart(config: Config, folder: Path, observe: Callable[[int, int, float], None]) -> None:
+    """Train in a fresh process, so that its peak memory is its own.
+
+    Raises:
+        JetplaneError: the process failed; its message is passed on.
+    """
+    context = multiprocessing.get_context("spawn")
+    messages: Any = context.Queue()
+    process = context.Process(target=_work, args=(config, folder, messages), daemon=True)
+    process.start()
+    try:
+        while True:
+            try:
+                kind, *content = messages.get(timeout=0.5)
+            except queue.Empty:
+                if process.is_alive():
+                    continue
+                raise JetplaneError(f"the run in {folder} ended with exit code {process.exitcode}") from None
+            if kind == "step":
+                observe(*content)
+            elif kind == "error":
+                raise JetplaneError(content[0])
+            else:
+                break
+    finally:
+        process.join(timeout=5)
+        if process.is_alive():
+            process.kill()
+
+
+def _work(config: Config, folder: Path, messages: Any) -> None:
+    from .train import Run
+
+    try:
+        run = Run(config, folder)
+
+        def observe(done: int, total: int, loss: float) -> None:
+            if done % 4 == 0 or done == total:
+                messages.put(("step", done, total, loss))
+
+        run.train(observe)
+        messages.put(("done",))
+    except Exception as error:  # noqa: BLE001 - it crosses a process boundary as a message
+        messages.put(("error", f"{config.label} on {config.model}: {type(error).__name__}: {error}"))

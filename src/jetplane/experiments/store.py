@@ -1,0 +1,80 @@
+"""Files of a run: written whole or not at all, read without running code."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+
+MAGIC = b"jetplane-checkpoint-1 "
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace a file in one move, so that a crash leaves the old one or the new one."""
+    scratch = path.with_suffix(path.suffix + ".part")
+    with open(scratch, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Tensors and plain values, behind a line with their checksum."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getvalue()
+    write_whole(path, MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What `save_checkpoint` wrote.
+
+    Raises:
+        CheckpointError: the file is missing, is no checkpoint, or is damaged.
+    """
+    try:
+        head, _, payload = path.read_bytes().partition(b"\n")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    if not head.startswith(MAGIC):
+        raise CheckpointError(f"{path}: not a checkpoint of Jetplane")
+    if hashlib.sha256(payload).hexdigest().encode() != head[len(MAGIC) :]:
+        raise CheckpointError(f"{path}: damaged: its checksum does not match its content")
+    try:
+        return torch.load(io.BytesIO(payload), weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """One more line of metrics, on disk before this returns."""
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of metrics; a last one that was cut off is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def keep_rows(path: Path, epochs: int) -> None:
+    """Drop the metrics of epochs that no checkpoint covers."""
+    rows = [row for row in read_rows(path) if row["epoch"] <= epochs]
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

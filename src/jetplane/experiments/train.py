@@ -1,0 +1,234 @@
+"""A training run: one loop for all methods, a folder that holds everything, resumable after any end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import optim
+from ..errors import ArgumentError, CheckpointError, NonFiniteError, RunFolderError, SingularPlaneError
+from . import data, models, store
+from .config import Config
+
+Observer = Callable[[int, int, float], None]  # (steps done, steps in all, loss of the last one)
+
+
+def optimizer(config: Config, params: list[Tensor]) -> torch.optim.Optimizer:
+    """The optimizer that a configuration names."""
+    lr, k = config.lr, config.k
+    assert lr is not None and k is not None
+    shared: dict[str, Any] = {"lr": lr, "clip": config.clip, "weight_decay": config.weight_decay}
+    if config.method == "sgd":
+        return torch.optim.SGD(params, lr=lr, weight_decay=config.weight_decay)
+    if config.method == "fomoh-bp":
+        return optim.FoMoHBP(params, **shared)
+    if config.method == "fomoh-kd":
+        return optim.FoMoHKD(params, k=k, descent=config.descent, seed=config.seed, **shared)
+    kind = optim.FGD if config.method == "fgd" else optim.FoMoH
+    return kind(params, k=k, seed=config.seed, **shared)
+
+
+def scheduler(config: Config, opt: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """The schedule of the rate, one step an epoch."""
+    if config.schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(opt, config.epochs)
+    milestones = [] if config.schedule == "constant" else [int(config.epochs * f) for f in (0.6, 0.85)]
+    return torch.optim.lr_scheduler.MultiStepLR(opt, milestones, 0.1)
+
+
+class Run:
+    """A run and its folder.
+
+    The folder holds ``config.json``, ``metrics.jsonl`` (a line an epoch), ``checkpoint.pt`` (the last whole
+    epoch), ``result.json``, TensorBoard events and, drawn by the command line, ``curves.png``.
+
+    Raises:
+        RunFolderError: the folder exists and ``resume`` was not asked for.
+        CheckpointError: the folder to resume has no checkpoint of this very model.
+        ArgumentError: the device does not exist.
+    """
+
+    def __init__(self, config: Config, folder: Path, resume: bool = False, data_dir: Path | None = None) -> None:
+        self.config = config
+        self.folder = folder
+        self.data = data.load(config.data, data_dir)
+        device = _device(config.device)
+        torch.manual_seed(config.seed)
+        self.model = models.build(config.model, self.data.side).to(device)
+        self.opt = optimizer(config, list(self.model.parameters()))
+        self.schedule = scheduler(config, self.opt)
+        self.train_split, self.test_split = (
+            data.Split(s.images.to(device), s.labels.to(device)) for s in (self.data.train, self.data.test)
+        )
+        self.epoch, self.seconds = 0, 0.0
+        if resume:
+            self._restore()
+        else:
+            if folder.exists() and any(folder.iterdir()):
+                raise RunFolderError(f"{folder} exists; name another folder, or go on with --resume {folder}")
+            folder.mkdir(parents=True, exist_ok=True)
+            config.save(folder / "config.json")
+
+    @staticmethod
+    def resume(folder: Path, data_dir: Path | None = None) -> Run:
+        """Go on where the folder's last checkpoint stands."""
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: there is no such run folder")
+        return Run(Config.load(folder / "config.json"), folder, resume=True, data_dir=data_dir)
+
+    def train(self, observe: Observer = lambda done, total, loss: None) -> dict[str, Any]:
+        """Train the remaining epochs.
+
+        Returns:
+            What ``result.json`` holds: status "finished" or "diverged" with a message, the last metrics and the
+            peak of memory above what was held at the start, in bytes.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        baseline = _reset_peak()
+        batches = -(-len(self.train_split.labels) // self.config.batch_size)
+        total = batches * self.config.epochs
+        status: dict[str, Any] = {"status": "finished"}
+        with SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.epoch + 1) as events:
+            while self.epoch < self.config.epochs:
+                try:
+                    row = self._epoch(lambda done, loss: observe(self.epoch * batches + done, total, loss))
+                except (NonFiniteError, SingularPlaneError) as error:
+                    status = {"status": "diverged", "message": f"epoch {self.epoch + 1}: {error}"}
+                    break
+                self.epoch += 1
+                self.schedule.step()
+                row = {"epoch": self.epoch, **row, **self._evaluate(), "seconds": round(self.seconds, 4)}
+                store.append_row(self.folder / "metrics.jsonl", row)
+                self._save()
+                for name, value in row.items():
+                    if name != "epoch":
+                        events.add_scalar(name, value, self.epoch)
+        result = status | {"last": self.rows()[-1:], "peak_memory": max(_peak() - baseline, 0)}
+        store.write_whole(self.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+        return result
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The metrics so far."""
+        return store.read_rows(self.folder / "metrics.jsonl")
+
+    def _epoch(self, observe: Callable[[int, float], None]) -> dict[str, float]:
+        """One pass; its batches are a function of the seed and the epoch alone."""
+        self.model.train()
+        torch.manual_seed((self.config.seed << 20) + self.epoch)
+        images, labels = self.train_split.images, self.train_split.labels
+        total, start = 0.0, time.perf_counter()
+        rate = self.opt.param_groups[0]["lr"]
+        for n, batch in enumerate(torch.randperm(len(labels)).split(self.config.batch_size)):
+            x, y = images[batch], labels[batch]
+            loss = self._step(lambda x=x, y=y: F.cross_entropy(self.model(x), y)).item()
+            total += loss * len(batch)
+            observe(n + 1, loss)
+        self.seconds += time.perf_counter() - start
+        return {"train_loss": total / len(labels), "lr": rate}
+
+    def _step(self, closure: Callable[[], Tensor]) -> Tensor:
+        if self.config.method != "sgd":
+            return self.opt.step(closure)  # type: ignore[return-value,arg-type]
+        self.opt.zero_grad()
+        loss = closure()
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError(f"the loss is not finite: {loss.item()}")
+        loss.backward()
+        self.opt.step()
+        return loss.detach()
+
+    def _evaluate(self) -> dict[str, float]:
+        self.model.eval()
+        loss = right = 0.0
+        images, labels = self.test_split.images, self.test_split.labels
+        with torch.inference_mode():
+            for x, y in zip(images.split(2000), labels.split(2000), strict=True):
+                out = self.model(x)
+                loss += F.cross_entropy(out, y, reduction="sum").item()
+                right += (out.argmax(1) == y).sum().item()
+        return {"test_loss": loss / len(labels), "test_accuracy": right / len(labels)}
+
+    def _save(self) -> None:
+        store.save_checkpoint(
+            self.folder / "checkpoint.pt",
+            {
+                "config": dataclasses.asdict(self.config),
+                "epoch": self.epoch,
+                "seconds": self.seconds,
+                "model": self.model.state_dict(),
+                "optimizer": self.opt.state_dict(),
+                "schedule": self.schedule.state_dict(),
+            },
+        )
+
+    def _restore(self) -> None:
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():  # it ended before its first epoch did
+            store.keep_rows(self.folder / "metrics.jsonl", 0)
+            return
+        state = store.load_checkpoint(path)
+        if state["config"] != dataclasses.asdict(self.config):
+            changed = sorted(k for k, v in dataclasses.asdict(self.config).items() if state["config"].get(k) != v)
+            raise CheckpointError(f"{path}: belongs to another run; different: {', '.join(changed)}")
+        try:
+            self.model.load_state_dict(state["model"])
+            self.opt.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{path}: does not fit this model: {error}") from error
+        self.epoch, self.seconds = state["epoch"], state["seconds"]
+        store.keep_rows(self.folder / "metrics.jsonl", self.epoch)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def parameters(model: nn.Module) -> int:
+    """How many numbers a model has."""
+    return sum(p.numel() for p in model.parameters())
+
+
+# --- peak memory of this process ----------------------------------------------------------------
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _peak() -> int:
+    """Peak resident memory in bytes."""
+    if sys.platform == "linux":
+        return _status("VmHWM:")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _reset_peak() -> int:
+    """Start measuring the peak anew where the system can; the memory held now."""
+    if sys.platform != "linux":
+        return _peak()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return _peak()
+    return _status("VmRSS:")
