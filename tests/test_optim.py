@@ -215,7 +215,7 @@ def test_bp_moves_buffers_once_and_sees_one_dropout_mask():
     for a, b in zip(net.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, b)
     gradient = torch.autograd.grad(closure(plain)(), list(plain.parameters()))  # another mask: only sizes match
-    assert opt.plane.slope.item() > 0 and len(gradient) == 6
+    assert opt.plane is not None and opt.plane.slope.item() > 0 and len(gradient) == 6
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -1,0 +1,275 @@
+"""Directions: the generator's known answers, the laws' statistics, the same numbers however asked for."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import jetplane as jp
+from jetplane import laws
+from jetplane.directions import KURTOSIS, Directions, HeldDirections, StoredDirections
+
+DENSE = list(laws.LAWS)
+EVERY = list(KURTOSIS)
+CPU = torch.device("cpu")
+PARAMS = [torch.zeros(30, 7), torch.zeros(13), torch.zeros(2, 3, 5), torch.zeros(())]
+
+
+def draw(law: str, n: int, index: int = 0, seed: int = 0, step: int = 0) -> torch.Tensor:
+    directions = Directions(1, law, seed=seed)
+    directions.step = step
+    return directions.draw(index, torch.empty(n))[0]
+
+
+# Published outputs of SplitMix64: from 0 by S. Vigna's C code, from 1234567 by the task at Rosetta Code.
+@pytest.mark.parametrize(
+    ("start", "outputs"),
+    [
+        (0, [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]),
+        (
+            1234567,
+            [
+                6457827717110365317,
+                3203168211198807973,
+                9817491932198370423,
+                4593380528125082431,
+                16408922859458223821,
+            ],
+        ),
+    ],
+)
+def test_lanes_are_splitmix64(start, outputs):
+    untwisted = laws._mix(laws._outputs(range(len(outputs)), CPU) + start)
+    assert [int(lane) % 2**64 for lane in untwisted] == outputs
+    assert int(laws._mix(laws._signed(start + laws._GOLDEN))) % 2**64 == outputs[0]
+
+
+def test_keys_from_tensors_are_keys_from_integers():
+    words = (2**63 + 5, 12, -3)
+    assert int(laws.key(words[0], torch.tensor(12), words[2])) == laws.key(*words)
+    assert len({laws.key(a, b) for a in range(20) for b in range(20)}) == 400
+
+
+N = 1 << 19
+CDF = {
+    "gaussian": torch.special.ndtr,
+    "uniform": lambda x: (x / math.sqrt(3) + 1) / 2,
+    "laplace": lambda x: (1 + x.sign() * (1 - torch.exp(-math.sqrt(2) * x.abs()))) / 2,
+    "semicircle": lambda x: 0.5 + x * (4 - x**2).sqrt() / (4 * math.pi) + torch.asin(x / 2) / math.pi,
+}
+
+
+@pytest.mark.parametrize("law", DENSE)
+def test_moments(law):
+    x = draw(law, N).double()
+    assert abs(x.mean()) < 5 / math.sqrt(N)
+    # Five standard errors, which the sample's own higher moments give.
+    assert abs((x**2).mean() - 1) <= 5 * (x**2).std() / math.sqrt(N) + 1e-12
+    assert abs((x**3).mean()) < 5 * (x**3).std() / math.sqrt(N)
+    assert abs((x**4).mean() - KURTOSIS[law]) <= 5 * (x**4).std() / math.sqrt(N) + 1e-12
+
+
+@pytest.mark.parametrize("law", CDF)
+def test_law_by_kolmogorov_and_smirnov(law):
+    x = draw(law, N, seed=3).double().sort().values
+    steps = torch.arange(N + 1, dtype=torch.float64) / N
+    gap = torch.maximum(steps[1:] - CDF[law](x), CDF[law](x) - steps[:-1]).max()
+    assert gap < 1.95 / math.sqrt(N)  # one in a thousand
+
+
+def test_signs_are_fair_in_every_bit():
+    assert set(draw("rademacher", 1000).tolist()) == {-1.0, 1.0}
+    means = draw("rademacher", 64 * 4096).reshape(64, 4096).mean(1)
+    assert means.abs().max() < 5 / math.sqrt(4096)
+
+
+NEIGHBOURS = {
+    "seeds": lambda law: (draw(law, N, seed=1), draw(law, N, seed=2)),
+    "steps": lambda law: (draw(law, N, step=1), draw(law, N, step=2)),
+    "seed and step": lambda law: (draw(law, N, seed=1, step=2), draw(law, N, seed=2, step=1)),
+    "parameters": lambda law: (draw(law, N, index=0), draw(law, N, index=1)),
+    "directions": lambda law: Directions(2, law).draw(0, torch.empty(N)),
+    "elements": lambda law: (draw(law, N)[:-1], draw(law, N)[1:]),
+    "halves": lambda law: draw(law, N).chunk(2),
+}
+
+
+@pytest.mark.parametrize("law", DENSE)
+@pytest.mark.parametrize("pair", NEIGHBOURS)
+def test_neighbours_are_independent(law, pair):
+    a, b = (x.double() for x in NEIGHBOURS[pair](law))
+    shapes = [lambda x: x] if law == "rademacher" else [lambda x: x, lambda x: x**2, torch.sign]
+    for f in shapes:
+        for g in shapes:
+            table = torch.stack([f(a), g(b)])
+            assert abs(torch.corrcoef(table)[0, 1]) < 5 / math.sqrt(a.numel())
+
+
+def test_pairs_of_directions_fill_the_square_evenly():
+    a, b = Directions(2, "uniform").draw(0, torch.empty(N))
+    cells = 64
+    x, y = (((v / math.sqrt(3) + 1) / 2 * cells).long().clamp(0, cells - 1) for v in (a, b))
+    counts = torch.bincount(x * cells + y, minlength=cells**2).double()
+    chi = ((counts - N / cells**2) ** 2 / (N / cells**2)).sum()
+    assert abs(chi - cells**2) < 5 * math.sqrt(2 * cells**2)
+
+
+@pytest.mark.parametrize("law", EVERY)
+@pytest.mark.parametrize("structure", ["dense", "rank-one"])
+class TestOnDemand:
+    def directions(self, law, structure):
+        directions = Directions(5, law, tangents=structure, seed=7)
+        directions.step = 3
+        return directions
+
+    def test_parts_are_the_parts_of_the_whole(self, law, structure, monkeypatch):
+        whole = self.directions(law, structure).tangents(PARAMS)
+        monkeypatch.setattr(laws, "_CHUNK_CPU", 4)
+        again = self.directions(law, structure)
+        again.prepare(PARAMS)
+        for i, (p, t) in enumerate(zip(PARAMS, whole, strict=True)):
+            assert t.shape == (5, *p.shape)
+            torch.testing.assert_close(again.draw(i, p), t, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(again.draw(i, p, slice(1, 4, 2)), t[1:4:2], rtol=1e-6, atol=1e-7)
+
+    def test_combine_is_the_weighted_sum(self, law, structure):
+        directions = self.directions(law, structure)
+        kappa = torch.randn(5, dtype=torch.float64)
+        tangents = directions.tangents(PARAMS)
+        held, stored = HeldDirections(directions, PARAMS), StoredDirections(tangents)
+        for i, (p, t) in enumerate(zip(PARAMS, tangents, strict=True)):
+            expected = torch.tensordot(kappa, t.double(), 1).float()
+            for source in (directions, held, stored):
+                torch.testing.assert_close(source.combine(i, p, kappa), expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_other_dtypes_hold_the_same_numbers(self, law, structure, dtype):
+        if structure == "rank-one" or law == "sphere":
+            rtol = 10 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-6
+        else:
+            rtol = 0.0
+        single = self.directions(law, structure).tangents(PARAMS)
+        other = self.directions(law, structure).tangents([p.to(dtype) for p in PARAMS])
+        for a, b in zip(single, other, strict=True):
+            assert b.dtype == dtype
+            torch.testing.assert_close(b, a.to(dtype), rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize(("law", "structure"), [*((law, "dense") for law in DENSE), ("gaussian", "rank-one")])
+def test_traces_with_a_step_that_changes(law, structure):
+    directions = Directions(5, law, tangents=structure)
+
+    def program(step):
+        directions.step = step
+        return directions.draw(0, PARAMS[0])
+
+    compiled = torch.compile(program, fullgraph=True, backend="aot_eager")
+    for step in (1, 2):
+        expected = program(step)
+        torch.testing.assert_close(compiled(torch.tensor(step)), expected)
+    torch._dynamo.reset()
+
+
+def test_a_compiled_draw_is_the_draw():
+    # Shapes at which a sequence of counters, left to the compiler, was miscompiled.
+    directions = Directions(3, "uniform")
+
+    def program(step):
+        directions.step = step
+        return directions.draw(0, torch.empty(100, 10))
+
+    expected = program(5)
+    torch.testing.assert_close(torch.compile(program, fullgraph=True)(torch.tensor(5)), expected)
+    torch._dynamo.reset()
+
+
+def test_rank_one_tangents_are_products():
+    directions = Directions(64, tangents="rank-one")
+    w = torch.empty(20, 3, 5)
+    a, b = directions.factors(1, w)
+    assert a.shape == (64, 20) and b.shape == (64, 15)
+    torch.testing.assert_close(directions.draw(1, w), torch.einsum("ki,kj->kij", a, b).reshape(64, 20, 3, 5))
+    assert not directions.is_rank_one(torch.empty(20))
+    torch.testing.assert_close(directions.draw(1, w[0, 0]), Directions(64).draw(1, w[0, 0]))
+    assert abs(directions.draw(0, torch.empty(300, 300)).var() - 1) < 0.1
+
+
+@pytest.mark.parametrize("structure", ["dense", "rank-one"])
+def test_the_sphere_has_one_norm_over_all_parameters(structure):
+    directions = Directions(3, "sphere", tangents=structure)
+    tangents = directions.tangents(PARAMS)
+    norms = torch.cat([t.reshape(3, -1) for t in tangents], 1).norm(dim=1)
+    torch.testing.assert_close(norms, torch.full((3,), math.sqrt(sum(p.numel() for p in PARAMS))))
+    directions.step = 1
+    with pytest.raises(jp.ArgumentError, match="prepare"):
+        directions.draw(0, PARAMS[0])
+    held = HeldDirections(directions, PARAMS[:2], places=[5, 9])
+    some = torch.cat([held[0].flatten(1), held[1].flatten(1)], 1)
+    torch.testing.assert_close(some.norm(dim=1), torch.full((3,), math.sqrt(223)))
+
+
+class _Largest(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [t.untyped_storage().nbytes() // 4 for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        self.numel = max([self.numel, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("law", DENSE)
+@pytest.mark.parametrize("structure", ["dense", "rank-one"])
+def test_combining_needs_the_memory_of_one_direction(law, structure):
+    w = torch.empty(1000, 1000)
+    directions = Directions(16, law, tangents=structure)
+    with _Largest() as largest:
+        directions.combine(0, w, torch.ones(16))
+    assert largest.numel <= w.numel()
+
+
+def test_held_directions_draw_once_and_only_what_is_asked_for():
+    held = HeldDirections(Directions(2), PARAMS, places=[4, 5, 6, 7])
+    assert len(held) == len(PARAMS) and held.used == set()
+    assert held[1].data_ptr() == held[1].data_ptr()
+    assert held.used == {1}
+    torch.testing.assert_close(held[1], Directions(2).draw(5, PARAMS[1]))
+
+
+UNTYPED: Any = Directions
+BAD = {
+    "k": (lambda: Directions(0), jp.ArgumentError, "at least 1"),
+    "k of another type": (lambda: UNTYPED(2.0), jp.ArgumentError, "integer"),
+    "law": (lambda: Directions(1, "cauchy"), jp.ArgumentError, "gaussian"),
+    "structure": (lambda: UNTYPED(1, tangents="sparse"), jp.ArgumentError, "rank-one"),
+    "seed": (lambda: UNTYPED(1, seed=0.5), jp.ArgumentError, "seed"),
+    "integers": (
+        lambda: Directions(1).draw(3, torch.ones(2, dtype=torch.int32)),
+        jp.DTypeError,
+        "parameter 3",
+    ),
+    "complex": (lambda: Directions(1).draw(0, torch.ones(2) * 1j), jp.DTypeError, "complex64"),
+    "kappa": (lambda: Directions(2).combine(0, torch.ones(2), torch.ones(3)), jp.ShapeError, "kappa"),
+    "factors of a vector": (
+        lambda: Directions(1, tangents="rank-one").factors(0, torch.ones(2)),
+        jp.ArgumentError,
+        "dense",
+    ),
+    "stored": (lambda: StoredDirections([torch.ones(2, 3), torch.ones(3, 3)]), jp.ShapeError, "one K"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    build, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        build()
+
+
+def test_empty_parameters_and_wide_seeds():
+    assert Directions(2).draw(0, torch.empty(0, 4)).shape == (2, 0, 4)
+    assert torch.equal(draw("gaussian", 5, seed=2**64 + 1), draw("gaussian", 5, seed=1))
+    assert not torch.equal(draw("gaussian", 5, seed=-1), draw("gaussian", 5, seed=1))
