@@ -137,7 +137,7 @@ def _show(runs: list[report.Finished]) -> None:
     rows = report.table(runs)
     shown = Table(box=None, header_style="bold", pad_edge=False)
     for name in rows[0]:
-        shown.add_column(name, justify="left" if name in ("model", "method") else "right")
+        shown.add_column(name, justify="left" if name in ("model", "method") else "right", no_wrap=True)
     for n, row in enumerate(rows):
         last = n + 1 == len(rows) or rows[n + 1]["model"] != row["model"]
         shown.add_row(*row.values(), end_section=last)

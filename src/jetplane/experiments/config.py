@@ -80,8 +80,10 @@ class Config:
     @property
     def label(self) -> str:
         """The method as a legend names it."""
-        names = {"fgd": "FGD", "fomoh": "FoMoH", "fomoh-bp": "FoMoH-BP", "sgd": "SGD (backprop)"}
-        return f"FoMoH-{self.k}D" if self.method == "fomoh-kd" else names[self.method]
+        if self.method == "fomoh-kd":
+            return f"FoMoH-{self.k}D"
+        names = {"fgd": "FGD", "fomoh": "FoMoH", "fomoh-bp": "FoMoH-BP", "sgd": "SGD, backprop"}
+        return names[self.method] + (f", {self.k} directions" if (self.k or 0) > 1 else "")
 
     def save(self, path: Path) -> None:
         """Write as JSON."""

@@ -48,18 +48,16 @@ class Finished:
 
 
 def table(runs: Sequence[Finished]) -> list[dict[str, str]]:
-    """Loss, accuracy, seconds and peak memory of each run's last epoch."""
+    """Test loss and accuracy, seconds and peak memory of each run's last epoch."""
     return [
         {
             "model": run.config.model,
             "method": run.config.label + (" — diverged" if run.result.get("status") == "diverged" else ""),
-            "lr": f"{run.config.lr:g}",
             "epochs": str(run.rows[-1]["epoch"]),
-            "train loss": f"{run.rows[-1]['train_loss']:.4f}",
-            "test loss": f"{run.rows[-1]['test_loss']:.4f}",
-            "test accuracy": f"{100 * run.rows[-1]['test_accuracy']:.1f} %",
+            "loss": f"{run.rows[-1]['test_loss']:.3f}",
+            "accuracy": f"{100 * run.rows[-1]['test_accuracy']:.1f} %",
             "seconds": f"{run.rows[-1]['seconds']:.1f}",
-            "peak memory": f"{run.result['peak_memory'] / 2**20:.0f} MiB" if "peak_memory" in run.result else "-",
+            "memory": f"{run.result['peak_memory'] / 2**20:.0f} MiB" if "peak_memory" in run.result else "-",
         }
         for run in runs
     ]
@@ -80,7 +78,7 @@ def draw(runs: Sequence[Finished], path: Path, title: str) -> None:
         right.set_xlabel("seconds of training")
         left.set_ylabel("test loss")
         left.set_title(f"{model} on {data}", loc="left", fontsize=11)
-        right.legend(frameon=False, fontsize=9, loc="upper right")
+        left.legend(frameon=False, fontsize=9, loc="best")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
