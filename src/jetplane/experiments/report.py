@@ -67,7 +67,7 @@ def draw(runs: Sequence[Finished], path: Path, title: str) -> None:
     """Test loss over epochs and over seconds, a row of panels for each model."""
     names = list(dict.fromkeys((run.config.data, run.config.model) for run in runs))
     figure, panels = plt.subplots(
-        len(names), 2, figsize=(10, 0.6 + 3.4 * len(names)), squeeze=False, sharey="row", layout="constrained"
+        len(names), 2, figsize=(12, 0.6 + 3.4 * len(names)), squeeze=False, sharey="row", layout="constrained"
     )
     figure.suptitle(title, fontsize=13)
     for (data, model), (left, right) in zip(names, panels, strict=True):
@@ -78,7 +78,7 @@ def draw(runs: Sequence[Finished], path: Path, title: str) -> None:
         right.set_xlabel("seconds of training")
         left.set_ylabel("test loss")
         left.set_title(f"{model} on {data}", loc="left", fontsize=11)
-        left.legend(frameon=False, fontsize=9, loc="best")
+        right.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
