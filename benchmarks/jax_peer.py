@@ -142,8 +142,7 @@ def taylor(f: Callable[..., Any], p: Any, v: Any, k: int) -> Any:
     own = {a: second for a, b, (_, _, second) in zip(i, j, out, strict=True) if a == b}
     slope = jnp.stack([first for a, b, (_, first, _) in zip(i, j, out, strict=True) if a == b])
     curvature = [
-        second if a == b else (second - own[a] - own[b]) / 2
-        for a, b, (_, _, second) in zip(i, j, out, strict=True)
+        second if a == b else (second - own[a] - own[b]) / 2 for a, b, (_, _, second) in zip(i, j, out, strict=True)
     ]
     return out[0][0], slope, from_pairs(k, jnp.stack(curvature))
 
@@ -171,9 +170,7 @@ def main() -> None:
         return lambda: jax.block_until_ready(compiled(*args)), numbers
 
     def numbers(result: Any) -> dict[str, Any]:
-        return dict(
-            zip(("loss", "slope", "curvature"), (np.asarray(r).tolist() for r in result), strict=True)
-        )
+        return dict(zip(("loss", "slope", "curvature"), (np.asarray(r).tolist() for r in result), strict=True))
 
     serve(build)
 

@@ -220,9 +220,7 @@ def table(rows: list[Row], ways: list[str], title: str) -> str:
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.plane", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plane", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=["mlp", "cnn", "gpt", "logreg"])
     add("--ks", nargs="+", type=int, default=[1, 2, 3])
@@ -270,9 +268,7 @@ def main() -> None:
     for model in args.models:
         for k in args.ks:
             rows.append(measure(args, model, k))
-            print(
-                f"{model}, K = {k}:", {w: cell(rows[-1], w) for w in args.ways}, file=sys.stderr, flush=True
-            )
+            print(f"{model}, K = {k}:", {w: cell(rows[-1], w) for w in args.ways}, file=sys.stderr, flush=True)
             text = table(rows, args.ways, title)
             if args.out:
                 args.out.write_text(text)

@@ -153,7 +153,6 @@ def make(
         x = torch.randn(n, *((1, 28, 28) if name == "cnn" else (INPUTS,)), generator=generator).to(dtype)
         y = torch.randint(CLASSES, (n,), generator=generator)
     tangents = {
-        p_name: torch.randn(k, *p.shape, generator=generator).to(dtype)
-        for p_name, p in model.named_parameters()
+        p_name: torch.randn(k, *p.shape, generator=generator).to(dtype) for p_name, p in model.named_parameters()
     }
     return Problem(name, model.to(dtype), x, y, tangents)

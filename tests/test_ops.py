@@ -248,7 +248,8 @@ def test_every_rule_is_reached_by_a_sample(monkeypatch):
                         jp.evaluate(loss, leaves, [torch.ones_like(x).unsqueeze(0) for x in leaves])
                     except (jp.JetplaneError, RuntimeError, TypeError, AttributeError, AssertionError):
                         pass
-    missing = set(RULES) - reached - {overload(name) for name in BY_HAND | FLAT}
+    own = {op for op in RULES if op.namespace == "aten"}  # other tests register rules of their own
+    missing = own - reached - {overload(name) for name in BY_HAND | FLAT}
     assert not missing, " ".join(sorted(map(str, missing)))
 
 
