@@ -172,7 +172,7 @@ def main() -> None:
     def numbers(result: Any) -> dict[str, Any]:
         return dict(zip(("loss", "slope", "curvature"), (np.asarray(r).tolist() for r in result), strict=True))
 
-    serve(build)
+    serve(build, spec["cpu_time"])
 
 
 if __name__ == "__main__":

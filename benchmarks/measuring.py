@@ -34,6 +34,8 @@ def machine(threads: int) -> str:
 
 def environment(threads: int, **extra: str) -> dict[str, str]:
     """The environment of a measured process: this repository importable, OpenMP threads kept in place."""
+    if threads == 1:
+        extra["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     paths = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,

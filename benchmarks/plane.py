@@ -51,8 +51,8 @@ class Row:
 
 def spec(args: argparse.Namespace, way: str, model: str, k: int, dtype: str, **more: Any) -> dict[str, Any]:
     """What a measured process needs to know."""
-    base = {"way": way, "model": model, "k": k, "dtype": dtype, "batch": args.batch, "threads": args.threads}
-    return base | more
+    base = {"way": way, "model": model, "k": k, "dtype": dtype, "batch": args.batch}
+    return base | {"threads": args.threads, "cpu_time": args.cpu_time} | more
 
 
 def start(args: argparse.Namespace, way: str, model: str, k: int, dtype: str, arrays: str) -> Process:
@@ -227,6 +227,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ways", nargs="+", help=f"instead of all at hand; among {[*WAYS, *VARIANTS, *PEERS, *JAX_PEERS]}")
     add("--also", nargs="+", choices=list(VARIANTS), default=[], help="further columns of ours")
     add("--threads", type=int, default=2)
+    add("--cpu-time", action="store_true", help="processor time on one thread: for a machine that is shared")
     add("--batch", type=int, help="another batch size")
     add("--turns", type=int, default=15, help="bursts for each way")
     add("--seconds", type=float, default=5.0, help="time for each way and cell, about")
@@ -240,6 +241,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, help="write the table here too")
     add("--json", type=Path, help="write all numbers here")
     args = parser.parse_args(argv)
+    if args.cpu_time:
+        args.threads = 1
     for variable, value in (("FOMOH_SRC", args.fomoh_src), ("JET_PATH", args.jet_path)):
         if value:
             os.environ[variable] = str(Path(value).resolve())
@@ -263,7 +266,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measure, print and write the table."""
     args = arguments()
-    title = machine(args.threads)
+    title = machine(args.threads) + (", processor time" if args.cpu_time else "")
     rows: list[Row] = []
     for model in args.models:
         for k in args.ks:

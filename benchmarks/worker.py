@@ -34,7 +34,7 @@ def main() -> None:
         problem = make(spec["model"], spec["k"], spec["batch"], getattr(torch, spec["dtype"]))
         return (WAYS | VARIANTS | PEERS)[spec["way"]](problem), numbers
 
-    serve(build)
+    serve(build, spec["cpu_time"])
 
 
 if __name__ == "__main__":
