@@ -179,3 +179,38 @@ def test_compiled_without_graph_breaks():
     )
     torch.testing.assert_close(compiled.slope, eager.slope, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(compiled.curvature, eager.curvature, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+def test_half_precision_is_finite_and_accumulates_in_single(dtype, bound):
+    net = nn.Sequential(
+        nn.Linear(16, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 10)
+    ).to(dtype)  # fmt: skip
+    x, y = torch.randn(64, 16).to(dtype), torch.randint(0, 10, (64,))
+    params = list(net.parameters())
+    tangents = [torch.randn(3, *p.shape).to(dtype) for p in params]
+    found = jp.evaluate(lambda: F.cross_entropy(net(x), y), params, tangents)
+    double = [p.detach().double().requires_grad_() for p in params]
+    names = [n for n, _ in net.named_parameters()]
+    closure = lambda: F.cross_entropy(  # noqa: E731
+        torch.func.functional_call(net, dict(zip(names, double, strict=True)), (x.double(),)), y
+    )
+    expected = grad_of_grad(closure, double, [t.double() for t in tangents])
+    assert found.slope.dtype == found.curvature.dtype == torch.float32
+    assert relative(found.slope, expected.slope) < bound
+    assert relative(found.curvature, expected.curvature) < bound
+
+
+def test_autocast():
+    net = nn.Sequential(nn.Linear(16, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 10))
+    x, y = torch.randn(64, 16), torch.randint(0, 10, (64,))
+    params = list(net.parameters())
+    tangents = [torch.randn(3, *p.shape) for p in params]
+
+    def closure():
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(net(x), y)
+
+    mixed = jp.evaluate(closure, params, tangents)
+    exact = jp.evaluate(lambda: F.cross_entropy(net(x), y), params, tangents)
+    assert relative(mixed.slope, exact.slope) < 0.05 and relative(mixed.curvature, exact.curvature) < 0.05

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .errors import ArgumentError, DTypeError, ShapeError
-from .jet import Jet, Space, parts, promoted
+from .jet import Jet, Space, parts, precise, promoted
 from .plane import Interception, Pairs, _block, _matrix, expansion
 
 Primals = Tensor | Sequence[Tensor]
@@ -63,7 +63,12 @@ def jet(
 
 def _call(f: Callable[..., Any], xs: Sequence[Tensor], vs: Sequence[Tensor], space: Space) -> Any:
     with Interception(space, {}).running():
-        return f(*[Jet(x if isinstance(x, Jet) else x.detach(), v, None, space) for x, v in zip(xs, vs, strict=True)])
+        return f(
+            *[
+                Jet(x if isinstance(x, Jet) else x.detach(), precise(v), None, space)
+                for x, v in zip(xs, vs, strict=True)
+            ]
+        )
 
 
 def _part(y: Any, space: Space, n: int, pairs: Pairs) -> Any:

@@ -220,14 +220,25 @@ def make(primal: Tensor, first: Tensor | None, second: Tensor | None, space: Spa
     """A jet, or the bare primal where no coefficient is left."""
     if first is None and second is None:
         return primal
-    dtype = primal.dtype
-    if not (dtype.is_floating_point or dtype.is_complex):
+    if not (primal.dtype.is_floating_point or primal.dtype.is_complex):
         return primal
+    dtype = carried(primal.dtype)
     if first is not None and first.dtype != dtype:  # 0-dim primals do not promote, (K,) coefficients would
         first = first.to(dtype)
     if second is not None and second.dtype != dtype:
         second = second.to(dtype)
     return Jet(primal, first, second, space)
+
+
+def carried(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of coefficients: that of the primal, but single precision beside a half-precision one."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def precise(p: Tensor) -> Tensor:
+    """A primal in the dtype of its coefficients, for derivatives to be computed from."""
+    dtype = carried(p.dtype)
+    return p if p.dtype == dtype else p.to(dtype)
 
 
 def lift(c: Tensor, ndim: int) -> Tensor:
@@ -363,10 +374,10 @@ def chain_many(
     ``hessian[a, b]`` with a <= b holds the mixed second derivative; an absent one is zero.
     """
     shape = y.shape
-    carried = [parts(x, space) for x in xs]
-    firsts = [broadcast(f, shape) for _, f, _ in carried]
+    every = [parts(x, space) for x in xs]
+    firsts = [broadcast(f, shape) for _, f, _ in every]
     y1 = y2 = None
-    for g, f, (_, _, s) in zip(gradient, firsts, carried, strict=True):
+    for g, f, (_, _, s) in zip(gradient, firsts, every, strict=True):
         if g is not None:
             y1 = add(y1, scale(g, f))
             y2 = add(y2, scale(g, broadcast(s, shape)))
@@ -495,8 +506,8 @@ def _replaced(base: Jet, view: Jet, held: Tensor | None, new: Tensor | None, n: 
     if held is None and new is None:
         return None
     new = broadcast(new, view.shape)
-    if new is not None and new.dtype != base.dtype:
-        new = new.to(base.dtype)
+    if new is not None and new.dtype != carried(base.dtype):
+        new = new.to(carried(base.dtype))
     if view is base:
         return new
     out = _laid_out(held, n, base.primal)
@@ -523,7 +534,7 @@ def _region(base: Jet, view: Tensor, c: Tensor) -> Tensor:
     origin = base.primal.storage_offset()
     if base.dtype.is_complex and not view.dtype.is_complex:  # real parts lie at every second number
         c, origin = torch.view_as_real(c), 2 * origin
-    if view.dtype != c.dtype or view.is_conj() != base.primal.is_conj() or view.is_neg():
+    if carried(view.dtype) != c.dtype or view.is_conj() != base.primal.is_conj() or view.is_neg():
         raise DerivativeError("an in-place write through, or under, a conjugate view of complex numbers")
     start = view.storage_offset() - origin
     return c.as_strided((c.shape[0], *view.shape), (c.stride(0), *view.stride()), c.storage_offset() + start)
@@ -532,7 +543,7 @@ def _region(base: Jet, view: Tensor, c: Tensor) -> Tensor:
 def _laid_out(c: Tensor | None, n: int, like: Tensor) -> Tensor:
     """Coefficients in memory of their own with the primal's strides; None is zero."""
     extent = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
-    out = torch.empty_strided((n, *like.shape), (extent, *like.stride()), dtype=like.dtype, device=like.device)
+    out = torch.empty_strided((n, *like.shape), (extent, *like.stride()), dtype=carried(like.dtype), device=like.device)
     return out.zero_() if c is None else out.copy_(c)
 
 

@@ -36,7 +36,7 @@ from .errors import (
     UnusedParametersError,
     located,
 )
-from .jet import MODEL, PARAMETER, Jet, Space, any_promoted, forget_promoted, parts, promoted
+from .jet import MODEL, PARAMETER, Jet, Space, any_promoted, forget_promoted, parts, precise, promoted
 from .rules.custom import intercept_functions
 from .rules.dispatch import loss as mark_loss
 
@@ -299,7 +299,7 @@ def _traced(
         raise ArgumentError("curvature='ggn' cannot be compiled; use 'hessian' or 'none', or run it eagerly")
     key = space.key
     with torch.no_grad():
-        jets = {id(p): Jet(p.detach(), draw(i, p), None, key) for i, p in enumerate(params)}
+        jets = {id(p): Jet(p.detach(), precise(draw(i, p)), None, key) for i, p in enumerate(params)}
         with _Seeding(jets):
             loss = closure()
         value, first, second = loss.primal, loss.first, loss.second  # type: ignore[attr-defined]
@@ -312,7 +312,7 @@ def _traced(
 
 def _seed(param: Tensor, index: int, draw: Callable[[int, Tensor], Tensor], space: Space) -> Callable[[], Jet]:
     def seed() -> Jet:
-        jet = Jet(param.detach(), draw(index, param), None, space)
+        jet = Jet(param.detach(), precise(draw(index, param)), None, space)
         jet.is_seed, jet.kind = True, PARAMETER
         return jet
 

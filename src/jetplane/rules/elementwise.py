@@ -17,6 +17,7 @@ from ..jet import (
     Space,
     add_jets,
     broadcast,
+    carried,
     chain,
     chain_many,
     expand,
@@ -26,6 +27,7 @@ from ..jet import (
     multiply,
     parts,
     plain,
+    precise,
     primal,
 )
 from .registry import RULES, aten, overload, register
@@ -394,7 +396,7 @@ def _unary(name: str, derivatives: Callable[..., Derivatives]) -> None:
         if packet in NOT_HOLOMORPHIC and p.is_complex():
             return NotImplemented
         y = op(p, *args, **kwargs)
-        d1, d2 = derivatives(p if p.dtype == y.dtype else p.to(y.dtype), y, *args, **kwargs)
+        d1, d2 = derivatives(precise(p if p.dtype == y.dtype else p.to(y.dtype)), precise(y), *args, **kwargs)
         return chain(space, x, y, d1, d2 if space.order == 2 else None)
 
     RULES[op] = rule
@@ -407,7 +409,7 @@ for _name, _derivatives in DERIVATIVES.items():
 @register("relu")
 def _(space: Space, x: Any) -> Tensor:
     p = primal(x, space)
-    if not plain(p):
+    if not plain(p) or p.dtype != carried(p.dtype):
         return chain(space, x, torch.relu(p), *_mask(p > 0, p))
     return linear(space, x, torch.relu, lambda c: aten.threshold_backward(c, p, 0))  # one pass, no mask in memory
 

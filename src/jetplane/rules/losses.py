@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..jet import Space, add, chain, gram, is_jet, make, parts, primal
+from ..jet import Space, add, chain, gram, is_jet, make, parts, precise, primal
 from .registry import aten, register
 
 NONE, MEAN, SUM = 0, 1, 2
@@ -24,7 +24,7 @@ def reduce(y: Any, reduction: int) -> Any:
 
 def weighted(c: Tensor | None, weight: Tensor) -> Tensor | None:
     """``sum(weight * c_n)`` for each tensor of a stack."""
-    return None if c is None else c.reshape(c.shape[0], -1) @ weight.reshape(-1)
+    return None if c is None else c.reshape(c.shape[0], -1) @ weight.reshape(-1).to(c.dtype)
 
 
 def summed_chain(space: Space, x: Any, y: Tensor, d1: Tensor, d2: Tensor | None, reduction: int) -> Any:
@@ -46,8 +46,8 @@ def summed_chain(space: Space, x: Any, y: Tensor, d1: Tensor, d2: Tensor | None,
 @register("mse_loss")
 def _(space: Space, x: Any, target: Any, reduction: int = MEAN) -> Any:
     d = torch.sub(x, target)
-    p = primal(d, space)
-    return summed_chain(space, d, p * p, 2 * p, torch.full_like(p, 2), reduction)
+    p = precise(primal(d, space))
+    return summed_chain(space, d, (p * p).to(d.dtype), 2 * p, torch.full_like(p, 2), reduction)
 
 
 @register("l1_loss")
@@ -158,6 +158,7 @@ def _(
         return _composed_cross_entropy(space, x, target, weight, reduction, ignore_index, label_smoothing)
     dim = 0 if x.dim() == 1 else 1
     p, first, second = parts(x, space)
+    dtype, p = p.dtype, precise(p)
     goal, mass = _goal(p, target, weight, reduction, ignore_index, label_smoothing, dim)
     z = torch.log_softmax(p, dim)
     y = torch.exp(z)
@@ -169,7 +170,7 @@ def _(
         mean = (first * y).sum(dim + 1, keepdim=True)
         own = gram(space, first * heavy, first) - gram(space, mean * mass, mean)
         curvature = add(curvature, own)
-    return make(loss, weighted(first, d1), curvature, space)
+    return make(loss.to(dtype), weighted(first, d1), curvature, space)
 
 
 def _goal(

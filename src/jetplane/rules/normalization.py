@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..jet import Space, add, chain, make, multiply, outer, parts, plain, primal, symmetric
+from ..jet import Space, add, chain, make, multiply, outer, parts, plain, precise, primal, symmetric
 from .registry import aten, register
 from .structure import up
 
@@ -44,9 +44,9 @@ def _(space: Space, x: Any, dim: int, dtype: Any = None) -> Tensor:
     p = primal(x, space)
     if p.dim() == 0:
         return torch.ones_like(p)
-    y = torch.softmax(p, dim)
+    y = torch.softmax(precise(p), dim)
     a, t = _centred(space, x, y, dim)
-    return make(y, None if a is None else a * y, None if t is None else _times(t, y), space)
+    return make(y.to(p.dtype), None if a is None else a * y, None if t is None else _times(t, y), space)
 
 
 def _times(c: Tensor, y: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def _(space: Space, x: Any, dim: int, dtype: Any = None) -> Tensor:
     p, first, second = parts(x, space)
     if p.dim() == 0:
         return torch.zeros_like(p)
-    z = torch.log_softmax(p, dim)
+    z = torch.log_softmax(precise(p), dim)
     y = torch.exp(z)
     d = up(dim)
     a = None if first is None else first - (first * y).sum(d, keepdim=True)
@@ -70,7 +70,7 @@ def _(space: Space, x: Any, dim: int, dtype: Any = None) -> Tensor:
         mean = add(mean, outer(space, a * y, a).sum(d, keepdim=True))
     if mean is not None:
         s = (second - mean) if second is not None else (-mean).expand(space.pairs, *p.shape)
-    return make(z, a, s, space)
+    return make(z.to(p.dtype), a, s, space)
 
 
 @register("logsumexp", "special_logsumexp")
@@ -80,14 +80,14 @@ def _(space: Space, x: Any, dim: Sequence[int], keepdim: bool = False) -> Tensor
         return x
     dims: list[int] = [dim] if isinstance(dim, int) else list(dim) or list(range(p.dim()))
     over = [up(d) for d in dims]
-    z = torch.logsumexp(p, dims, keepdim=True)
-    y = torch.exp(p - torch.where(z.isinf(), 0, z))
+    z = torch.logsumexp(precise(p), dims, keepdim=True)
+    y = torch.exp(precise(p) - torch.where(z.isinf(), 0, z))
     m = None if first is None else (first * y).sum(over, keepdim=True)
     s = None if second is None else (second * y).sum(over, keepdim=True)
     if first is not None and m is not None and space.order == 2:
         a = first - m
         s = add(s, outer(space, a * y, a).sum(over, keepdim=True))
-    jet = make(z, m, s, space)
+    jet = make(z.to(p.dtype), m, s, space)
     return jet if keepdim else jet.squeeze(tuple(dims))
 
 
@@ -97,6 +97,7 @@ def _(space: Space, x: Any, dim: Sequence[int], keepdim: bool = False) -> Tensor
 def standardize(space: Space, x: Any, dims: Sequence[int], eps: float) -> Tensor:
     """``(x - mean) / sqrt(var + eps)`` over the given dimensions, variance without correction."""
     p, first, second = parts(x, space)
+    dtype, p = p.dtype, precise(p)
     over = list(dims)  # negative, so that they serve tensors and stacks alike
     c0 = p - p.mean(over, keepdim=True)
     r = torch.rsqrt((c0 * c0).mean(over, keepdim=True) + eps)
@@ -123,7 +124,7 @@ def standardize(space: Space, x: Any, dims: Sequence[int], eps: float) -> Tensor
         y2 = _minus_symmetric(space, y2, cross, m1)
     if y2 is not None and m2 is not None:
         y2 = torch.addcmul(y2, y, m2, value=-1) if plain(y2, m2, y) else y2 - y * m2
-    return make(y, y1, y2, space)
+    return make(y.to(dtype), y1, y2, space)
 
 
 def _minus_symmetric(space: Space, into: Tensor | None, a: Tensor, b: Tensor) -> Tensor:

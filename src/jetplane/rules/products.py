@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..jet import Jet, Space, add, broadcast, make, parts, plain, primal
+from ..jet import Jet, Space, add, broadcast, carried, make, parts, plain, precise, primal
 from .registry import aten, register
 
 BLOCK = 1 << 17  # elements of a sum of weights that are held at a time
@@ -79,8 +79,12 @@ def bilinear(space: Space, form: Form, a: Any, b: Any, y: Tensor | None = None) 
     pa, fa, sa = parts(a, space)
     pb, fb, sb = parts(b, space)
     y = form(pa, pb) if y is None else y
+    half = y.dtype != carried(y.dtype)
+    pa, pb = precise(pa), precise(pb)
     if fa is not None and fb is not None and space.order == 2:
-        way = (_interpolated if plain(pa, fa, pb, fb) else _interpolated_apart) if form.pays(pa, pb) else _direct
+        way = _direct
+        if form.pays(pa, pb) and not half:  # y in half precision is too coarse to be taken off a product
+            way = _interpolated if plain(pa, fa, pb, fb) else _interpolated_apart
         first, second = way(space, form, pa, fa, pb, fb, y)
     else:
         first = add(
@@ -111,7 +115,7 @@ def _direct(
     first = form.left(fa, pb)
     for i in range(space.k):
         form.into(first[i], pa, fb[i], True)
-    second = y.new_empty((space.pairs, *y.shape))
+    second = first.new_empty((space.pairs, *y.shape))
     for n, (i, j) in enumerate(space.indices()):
         form.into(second[n], fa[i], fb[j], False)
         if i == j:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import DerivativeError
-from ..jet import Jet, Space, broadcast, expand, lift, linear, make, mark_view, parts, plain, primal
+from ..jet import Jet, Space, broadcast, carried, expand, lift, linear, make, mark_view, parts, plain, primal
 from .registry import RULES, aten, overload, register
 
 
@@ -311,8 +311,8 @@ def _cast(space: Space, x: Any, y: Tensor) -> Any:
         return y
     return make(
         y,
-        None if first is None else first.to(y.device, y.dtype),
-        None if second is None else second.to(y.device, y.dtype),
+        None if first is None else first.to(y.device, carried(y.dtype)),
+        None if second is None else second.to(y.device, carried(y.dtype)),
         space,
     )
 
@@ -343,17 +343,17 @@ def jointly(
     on_stacks: Callable[..., Any],
 ) -> Any:
     """A function that is linear in several tensors together: absent coefficients become zeros."""
-    carried = [parts(x, space) for x in xs]
+    every = [parts(x, space) for x in xs]
 
     def act(which: int) -> Any:
-        held = [c[which] for c in carried]
+        held = [c[which] for c in every]
         present = [c for c in held if c is not None]
         if not present:
             return None
         n = present[0].shape[0]
         filled = [
-            c if c is not None else torch.zeros((), dtype=y.dtype, device=y.device).expand(n, *_shape(p))
-            for c, (p, _, _) in zip(held, carried, strict=True)
+            c if c is not None else torch.zeros((), dtype=carried(y.dtype), device=y.device).expand(n, *_shape(p))
+            for c, (p, _, _) in zip(held, every, strict=True)
         ]
         return on_stacks(*filled)
 
