@@ -183,9 +183,8 @@ def test_compiled_without_graph_breaks():
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
 def test_half_precision_is_finite_and_accumulates_in_single(dtype, bound):
-    net = nn.Sequential(
-        nn.Linear(16, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 10)
-    ).to(dtype)  # fmt: skip
+    net = nn.Sequential(nn.Linear(16, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU())
+    net = net.append(nn.Linear(64, 10)).to(dtype)
     x, y = torch.randn(64, 16).to(dtype), torch.randint(0, 10, (64,))
     params = list(net.parameters())
     tangents = [torch.randn(3, *p.shape).to(dtype) for p in params]
