@@ -162,7 +162,7 @@ def _variants(op: Any, sample: Any) -> Iterator[tuple[str, Sample, Sample]]:
 
 
 def _moves(x: Tensor) -> bool:
-    return x.requires_grad and x.is_floating_point() and x.layout == torch.strided
+    return x.requires_grad and x.dtype == torch.float64 and x.layout == torch.strided
 
 
 def check(row: Row, variant: str, jets: Sample, plain: Sample) -> None:
@@ -201,11 +201,11 @@ def check(row: Row, variant: str, jets: Sample, plain: Sample) -> None:
     row.fallback = sorted({*row.fallback, *fallen})
     error = deviation(got, want)
     if error > TOLERANCE or not _symmetric(want):
-        error = deviation(got, central_differences(closure(plain), params, tangents))
-        if error > SETTLED:
-            symmetry = "" if _symmetric(want) else "; the oracle is asymmetric"
-            text = f"deviates by {error:.0e}: {_numbers(got)}, wanted {_numbers(want)}{symmetry}"
-            return row.add(variant, "WRONG" if _symmetric(want) else "no oracle", text)
+        if deviation(got, central_differences(closure(plain), params, tangents)) > SETTLED:
+            if not _symmetric(want):
+                return row.add(variant, "no oracle", "the oracle is asymmetric, and differences decide for neither")
+            text = f"deviates by {error:.0e}: {_numbers(got)}, wanted {_numbers(want)}"
+            return row.add(variant, "WRONG", text)
     row.add(variant, "fallback" if fallen else "decomposed" if rungs.decomposed else "rule")
 
 
@@ -213,7 +213,7 @@ class Rungs:
     """Notes which operators had no rule of their own, while it is entered."""
 
     def __enter__(self) -> Rungs:
-        self.module = sys.modules["jetplane.rules.dispatch"]
+        self.module: Any = sys.modules["jetplane.rules.dispatch"]
         self.carry = self.module.carry
         self.decomposed: set[Any] = set()
         self.module.carry = self._noting
@@ -230,7 +230,7 @@ class Rungs:
 
 def deviation(got: PlaneModel, want: PlaneModel) -> float:
     """Largest error relative to the largest entry, where entries that are rounding alone do not count."""
-    rounding = 1e-8 * max(1.0, float(want.value.abs()), float(want.slope.abs().max()))
+    rounding = 1e-6 * max(1.0, float(want.value.abs()), float(want.slope.abs().max()))
     worst = 0.0
     for a, b in ((got.value, want.value), (got.slope, want.slope), (_curvature(got), _curvature(want))):
         error = float((a - b).abs().max()) / max(float(b.abs().max()), rounding)
@@ -376,8 +376,8 @@ def page(rows: list[Row]) -> str:
         "Operators and samples are torch's own (`op_db`), double precision, K = 2, all pairs, every differentiable "
         f"floating input moving on a curve; relative tolerance {TOLERANCE:.0e}.\n\n"
         f"{summary(rows)}\n\n{meanings}\n\n"
-        "An operator is what its worst sample is. *Into a buffer* is the in-place variant on a plain tensor, with jets as "
-        "the other arguments.\n\n" + "\n".join(table) + "\n"
+        "An operator is what its worst sample is. *Into a buffer* is the in-place variant on a plain tensor, with jets "
+        "as the other arguments.\n\n" + "\n".join(table) + "\n"
     )
 
 

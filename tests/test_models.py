@@ -166,7 +166,7 @@ def compare(
     moving = [p for p in reference.parameters() if p.requires_grad]
     g = torch.Generator().manual_seed(2)
     tangents = [0.1 * torch.randn(3, *p.shape, generator=g).to(p.dtype) for p in params]
-    wanted = grad_of_grad(reference_loss(reference), moving, [t.to(p.dtype) for t, p in zip(tangents, moving)])
+    wanted = grad_of_grad(reference_loss(reference), moving, [t.to(moving[0].dtype) for t in tangents])
     assert torch.allclose(wanted.curvature, wanted.curvature.mT, rtol=1e-4), "the oracle is asymmetric"
     for k in (3, 1):
         copied = copy.deepcopy(model)

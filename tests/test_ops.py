@@ -141,7 +141,7 @@ BY_HAND = {
     "_neg_view": lambda f, x: f(x) * x,
     "imag": lambda f, x: f(torch.complex(x, x.sin())) * x,
     "contiguous": lambda f, x: f(x.T) * x.T,
-    "to.other": lambda f, x: f(x, A.float()) * x,
+    "to.other": lambda f, x: f(x, torch.complex(A, A)) * x,
     "to.dtype_layout": lambda f, x: f(x, dtype=torch.float64, copy=True) * x,
     "_to_copy": lambda f, x: f(x) * x,
     "copysign.Scalar": lambda f, x: f(x, -1.0) * x,

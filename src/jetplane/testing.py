@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .errors import DerivativeError
 from .plane import PlaneModel, evaluate
 
+CURVATURE = 0.3  # of the curves that inputs move on
+
 
 def grad_of_grad(closure: Callable[[], Tensor], params: Sequence[Tensor], tangents: Sequence[Tensor]) -> PlaneModel:
     """Loss, slope and curvature on a plane by reverse over reverse: the oracle, not the method.
@@ -162,17 +164,20 @@ def scalar_loss(
 ) -> tuple[Callable[[], Tensor], list[Tensor]]:
     """A closure that contracts ``f(*args, **kwargs)`` to a scalar, and the leaves that it moves with.
 
-    Leaves are copies of all real floating tensors among the arguments, nested ones too.
+    Leaves are copies of all real floating tensors among the arguments, nested ones too. They enter f on
+    curves, with the value and slope of the leaf itself and a curvature that f must carry: a rule that loses
+    second coefficients is found out, even a linear one.
     """
     flat, spec = tree_flatten((tuple(args), kwargs or {}))
     where = [i for i, x in enumerate(flat) if isinstance(x, Tensor) and _moves(x)]
-    leaves = [flat[i].detach().clone().requires_grad_() for i in where]
+    origins = [flat[i].detach().clone() for i in where]
+    leaves = [x.clone().requires_grad_() for x in origins]
     weights: list[Tensor] = []
 
     def loss() -> Tensor:
         values = list(flat)
-        for i, leaf in zip(where, leaves, strict=True):
-            values[i] = leaf
+        for i, leaf, origin in zip(where, leaves, origins, strict=True):
+            values[i] = leaf + CURVATURE * (leaf - origin) ** 2
         inner_args, inner_kwargs = tree_unflatten(values, spec)
         torch.manual_seed(0)
         return contract(f(*inner_args, **inner_kwargs), weights, torch.Generator().manual_seed(1))
