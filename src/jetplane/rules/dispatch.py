@@ -284,17 +284,41 @@ def _functional(func: Any) -> Any | None:
         overloads = [which.removesuffix("out").removesuffix("_") or "default", "default"]
     for name in names:
         found = getattr(getattr(torch.ops, namespace), name, None)
-        for candidate in overloads if found is not None else ():
-            op = getattr(found, candidate, None)
-            if op is not None and op is not func and not op._schema.is_mutable:
-                return op
-        if found is not None:  # overloads that are named otherwise
-            wanted = [a.name for a in func._schema.arguments if not a.is_out]
-            for candidate in found.overloads():
-                op = getattr(found, candidate)
-                if not op._schema.is_mutable and [a.name for a in op._schema.arguments] == wanted:
+        if found is None:
+            continue
+        ops = [getattr(found, overload, None) for overload in (*overloads, *found.overloads())]
+        ops = [op for op in ops if op is not None and op is not func and not op._schema.is_mutable]
+        # Not by the overload's name alone: the default of div or mul is that of Python's numbers, and sum.IntList_out
+        # belongs to sum.dim_IntList. Factories take a dtype beside, and dropout_ calls its input otherwise.
+        wanted = _signature(func)
+        for fits in (_same, _same_names, _same_types, _more_names):
+            for op in ops:
+                if fits(_signature(op), wanted):
                     return op
     return None
+
+
+Signature = list[tuple[str, str]]  # name and type of each argument
+
+
+def _signature(func: Any) -> Signature:
+    return [(a.name, str(a.type)) for a in func._schema.arguments if not a.is_out]
+
+
+def _same(a: Signature, b: Signature) -> bool:
+    return a == b
+
+
+def _same_names(a: Signature, b: Signature) -> bool:
+    return [name for name, _ in a] == [name for name, _ in b]
+
+
+def _same_types(a: Signature, b: Signature) -> bool:
+    return [kind for _, kind in a] == [kind for _, kind in b]
+
+
+def _more_names(a: Signature, b: Signature) -> bool:
+    return set(b) <= set(a)
 
 
 def _mutate(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any], original: Sequence[Any]) -> Any:
