@@ -276,14 +276,17 @@ def evaluate(
 class _Seeding(TorchFunctionMode):
     """What is left of `Interception` in compiled code: parameters become jets."""
 
-    def __init__(self, jets: dict[int, Jet]) -> None:
+    def __init__(self, jets: dict[int, Jet], kind: type) -> None:
         super().__init__()
         self.jets = jets
+        self.kind = kind  # of the parameters: whoever asks for the identity of data recompiles for each batch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args = tree_map(lambda x: self.jets.get(id(x), x), args)
-        kwargs = tree_map(lambda x: self.jets.get(id(x), x), kwargs or {})
+        args, kwargs = tree_map(self._seeded, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+    def _seeded(self, x: Any) -> Any:
+        return self.jets.get(id(x), x) if isinstance(x, self.kind) else x
 
 
 def _traced(
@@ -300,7 +303,8 @@ def _traced(
     key = space.key
     with torch.no_grad():
         jets = {id(p): Jet(p.detach(), precise(draw(i, p)), None, key) for i, p in enumerate(params)}
-        with _Seeding(jets):
+        kind = torch.nn.Parameter if all(isinstance(p, torch.nn.Parameter) for p in params) else Tensor
+        with _Seeding(jets, kind):
             loss = closure()
         value, first, second = loss.primal, loss.first, loss.second  # type: ignore[attr-defined]
         if curvature == "none":
