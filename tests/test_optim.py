@@ -350,3 +350,27 @@ class TestDescents:
             CurvatureScaled(0.0)(self.slope, torch.zeros(3))
         with pytest.raises(jp.ShapeError, match=r"\(3, 3\)"):
             Newton()(self.slope, torch.zeros(2, 2))
+
+
+@pytest.mark.filterwarnings("ignore::jetplane.RescueWarning")
+@pytest.mark.parametrize("kind", [jp.optim.FGD, jp.optim.FoMoHKD])
+def test_compiled_steps_are_those_of_eager_ones(kind, monkeypatch):
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **k: compiled(f, **k, backend="aot_eager"))
+    torch._dynamo.reset()
+    nets = [nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    unused = nn.Parameter(torch.ones(3))
+    opts = [kind([*net.parameters(), unused], k=2, lr=0.1, compile=n == 1) for n, net in enumerate(nets)]
+    for n in range(4):
+        x, y = torch.randn(16, 4), torch.randint(0, 3, (16,))
+        losses = [
+            o.step(lambda net=net, x=x, y=y: F.cross_entropy(net(x), y)) for o, net in zip(opts, nets, strict=True)
+        ]
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+        if n == 1:
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # no recompilation
+    assert torch.equal(unused, torch.ones(3))
+    with pytest.raises(jp.NonFiniteError):
+        opts[1].step(lambda net=nets[1], x=x, y=y: F.cross_entropy(net(x * float("nan")), y))

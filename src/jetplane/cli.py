@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .errors import ArgumentError, JetplaneError, RunFolderError
+from .errors import ArgumentError, CheckpointError, JetplaneError, RunFolderError
 from .experiments import data as datasets
 from .experiments import demo as demonstration
 from .experiments import report
@@ -39,6 +39,7 @@ def _progress() -> Iterator[Progress]:
 
 @app.command()
 def train(
+    context: typer.Context,
     data: Annotated[DataName, typer.Option(help="The data set.")] = "digits",
     model: Annotated[ModelName, typer.Option(help="The model.")] = "logreg",
     method: Annotated[MethodName, typer.Option(help="The optimizer.")] = "fomoh-kd",
@@ -49,7 +50,7 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Examples of one step.")] = 128,
     epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 20,
     seed: Annotated[int, typer.Option(help="Of weights, batches and directions.")] = 0,
-    clip: Annotated[float | None, typer.Option(help="Largest norm of a step.")] = None,
+    clip: Annotated[float | None, typer.Option(help="Largest norm of a step, 0: any [default: 1 for fomoh and fomoh-kd].")] = None,
     weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     data_dir: Annotated[Path | None, typer.Option(help="Folder of MNIST's files [or JETPLANE_MNIST].")] = None,
@@ -59,6 +60,7 @@ def train(
     """Train a model and keep everything about the run in a folder."""
     if resume is not None:
         run = Run.resume(resume, data_dir)
+        _refuse_changes(context, run.config, resume)
     else:
         config = Config(
             data=data, model=model, method=method, k=k, lr=lr, schedule=schedule, descent=descent,
@@ -67,9 +69,15 @@ def train(
         run = Run(config, out or Path("runs") / f"{data}-{model}-{method}-{seed}", data_dir=data_dir)
     with _progress() as progress:
         task = progress.add_task(run.config.label, total=None, loss="")
-        result = run.train(
-            lambda done, total, loss: progress.update(task, completed=done, total=total, loss=f"{loss:.4f}")
-        )
+        try:
+            result = run.train(
+                lambda done, total, loss: progress.update(task, completed=done, total=total, loss=f"{loss:.4f}")
+            )
+        except KeyboardInterrupt:
+            progress.stop()
+            then = f"go on with: jetplane train --resume {run.folder}"
+            console.print(f"stopped after {run.epoch} of {run.config.epochs} epochs; {then}", soft_wrap=True)
+            raise typer.Exit(130) from None
     if not run.rows():
         raise ArgumentError(f"the run diverged in its first epoch ({result.get('message')}); try a smaller --lr")
     finished = report.Finished.read(run.folder)
@@ -79,6 +87,18 @@ def train(
     if result["status"] == "diverged":
         console.print(f"[yellow]diverged[/]: {result['message']}; try a smaller --lr")
     console.print(f"run folder  {run.folder}\ncurves      {picture}", soft_wrap=True)
+    if result["status"] == "diverged":
+        raise typer.Exit(2)
+
+
+def _refuse_changes(context: typer.Context, config: Config, folder: Path) -> None:
+    """A resumed run keeps its configuration: an option that says otherwise is an error, not ignored."""
+    for name, value in context.params.items():
+        source = context.get_parameter_source(name)
+        if hasattr(config, name) and source is not None and source.name == "COMMANDLINE":
+            if value != getattr(config, name):
+                option = "--" + name.replace("_", "-")
+                raise CheckpointError(f"{folder}: a run with {option} {getattr(config, name)} cannot go on with {value}")
 
 
 @app.command()

@@ -270,7 +270,7 @@ def evaluate(
         second = None if second is None else _matrix(second, space, pairs)
     if space.level > 1:
         return PlaneModel(value, first, second)
-    return _finished(value, first, second)
+    return finished(PlaneModel(value, first, second))
 
 
 class _Seeding(TorchFunctionMode):
@@ -366,14 +366,18 @@ def _matrix(second: Tensor, space: Space, pairs: Pairs) -> Tensor:
     return full[0] if pairs == "all" else full
 
 
-def _finished(value: Tensor, slope: Tensor, curvature: Tensor | None) -> PlaneModel:
-    """Plain tensors of at least single precision, checked to be finite."""
+def finished(model: PlaneModel) -> PlaneModel:
+    """Plain tensors of at least single precision, checked to be finite.
+
+    Raises:
+        NonFiniteError: NaN or infinity in one of them.
+    """
 
     def plain(t: Tensor) -> Tensor:
         return t.clone() if t.dtype in (torch.float32, torch.float64) else t.float()
 
-    value, slope = plain(value), plain(slope)
-    curvature = None if curvature is None else plain(curvature)
+    value, slope = plain(model.value), plain(model.slope)
+    curvature = None if model.curvature is None else plain(model.curvature)
     for name, t in (("loss", value), ("slope", slope), ("curvature", curvature)):
         if t is not None and not bool(torch.isfinite(t).all()):
             raise NonFiniteError(f"the {name} is not finite: {t.tolist() if t.numel() <= 9 else 'NaN or inf inside'}")

@@ -22,9 +22,13 @@ WORDS = {
 # Rates that do well on digits; those of FoMoH are the paper's for its own two models.
 RATES: dict[str, dict[str, float]] = {
     "logreg": {"fgd": 0.02, "fomoh": 0.1362, "fomoh-kd": 0.3, "fomoh-bp": 1.0, "sgd": 0.5},
-    "mlp": {"fgd": 0.002, "fomoh": 0.3, "fomoh-kd": 0.3, "fomoh-bp": 0.5, "sgd": 0.2},
-    "cnn": {"fgd": 0.002, "fomoh": 0.544, "fomoh-kd": 0.3, "fomoh-bp": 0.5, "sgd": 0.2},
+    "mlp": {"fgd": 0.005, "fomoh": 0.3, "fomoh-kd": 0.3, "fomoh-bp": 0.5, "sgd": 0.2},
+    "cnn": {"fgd": 0.01, "fomoh": 0.544, "fomoh-kd": 0.3, "fomoh-bp": 0.5, "sgd": 0.2},
 }
+# Only the rate of forward gradient descent must shrink with the number of parameters.
+MNIST_RATES: dict[str, dict[str, float]] = {"logreg": {"fgd": 5e-4}, "mlp": {"fgd": 5e-4}, "cnn": {"fgd": 1e-4}}
+# The curvature along a random direction is often close to zero, and the step that divides by it far too long.
+CLIPS = {"fomoh": 1.0, "fomoh-kd": 1.0}
 DIRECTIONS = {"fgd": 1, "fomoh": 1, "fomoh-kd": 3, "fomoh-bp": 1, "sgd": 0}
 
 
@@ -43,7 +47,7 @@ class Config:
         batch_size: examples of one step.
         epochs: passes over the training data.
         seed: of initial weights, batches and directions.
-        clip: largest norm of a step, or None.
+        clip: largest norm of a step; 0 for no limit.
         weight_decay: decoupled.
         device: where to train.
     """
@@ -75,7 +79,12 @@ class Config:
         elif self.method in ("sgd", "fomoh-bp") and self.k != DIRECTIONS[self.method]:
             raise ArgumentError(f"the method {self.method} draws no directions, so it takes no k; got {self.k}")
         if self.lr is None:
-            object.__setattr__(self, "lr", RATES[self.model][self.method])
+            rates = RATES[self.model] | (MNIST_RATES[self.model] if self.data == "mnist" else {})
+            object.__setattr__(self, "lr", rates[self.method])
+        if self.clip is None:
+            object.__setattr__(self, "clip", CLIPS.get(self.method, 0.0))
+        elif self.method == "sgd" and self.clip:
+            raise ArgumentError(f"the method sgd is torch's own and takes no clip; got {self.clip}")
 
     @property
     def label(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,19 @@ from ..errors import JetplaneError
 from .config import Config
 
 EPOCHS = 50
-# The forward methods draw ten directions a step each; rates are the best of a few tried for each.
+# The forward methods draw ten directions a step each; rates are the best of a few tried for each, and FoMoH
+# takes the paper's step as it is.
 METHODS: dict[str, list[dict[str, Any]]] = {
     "logreg": [
         {"method": "sgd", "lr": 0.5},
         {"method": "fgd", "lr": 0.2, "k": 10},
-        {"method": "fomoh", "lr": 1.0, "k": 10},
+        {"method": "fomoh", "lr": 1.0, "k": 10, "clip": 0},
         {"method": "fomoh-kd", "lr": 0.6, "k": 10, "clip": 1.0},
     ],
     "cnn": [
         {"method": "sgd", "lr": 0.2},
         {"method": "fgd", "lr": 0.03, "k": 10},
-        {"method": "fomoh", "lr": 0.544, "k": 10},
+        {"method": "fomoh", "lr": 0.544, "k": 10, "clip": 0},
         {"method": "fomoh-kd", "lr": 0.5, "k": 10, "clip": 1.0},
     ],
 }
@@ -62,10 +64,11 @@ def run_apart(config: Config, folder: Path, observe: Callable[[int, int, float],
                 raise JetplaneError(content[0])
             else:
                 break
-    finally:
         process.join(timeout=5)
+    finally:
         if process.is_alive():
             process.kill()
+            process.join()
 
 
 def _work(config: Config, folder: Path, messages: Any) -> None:
@@ -73,6 +76,7 @@ def _work(config: Config, folder: Path, messages: Any) -> None:
 
     from .train import Run
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which ends this process
     torch.set_num_threads(1)  # on images this small, threads cost more than they give
     try:
         run = Run(config, folder)

@@ -12,6 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import ticker  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
 from ..errors import RunFolderError  # noqa: E402
@@ -20,7 +21,7 @@ from .config import Config  # noqa: E402
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; line styles tell them apart in grey.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-STYLES = ["-", "--", "-.", ":"]
+STYLES: list[Any] = ["-", (0, (5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1.5, 1))]
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,18 @@ def _curves(axes: Axes, runs: Sequence[Finished], over: str) -> None:
         axes.plot(
             [row[over] for row in run.rows],
             [row["test_loss"] for row in run.rows],
-            STYLES[n % len(STYLES)],
+            linestyle=STYLES[n % len(STYLES)],
             color=COLOURS[n % len(COLOURS)],
             linewidth=1.8,
             label=f"{run.config.label}: {100 * run.rows[-1]['test_accuracy']:.1f} %",
         )
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    ends = [run.rows[-1][over] for run in runs]
+    if max(ends) > 10 * min(ends) > 0:  # else the short runs are a stroke at the left edge
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)

@@ -27,7 +27,7 @@ def optimizer(config: Config, params: list[Tensor]) -> torch.optim.Optimizer:
     """The optimizer that a configuration names."""
     lr, k = config.lr, config.k
     assert lr is not None and k is not None
-    shared: dict[str, Any] = {"lr": lr, "clip": config.clip, "weight_decay": config.weight_decay}
+    shared: dict[str, Any] = {"lr": lr, "clip": config.clip or None, "weight_decay": config.weight_decay}
     if config.method == "sgd":
         return torch.optim.SGD(params, lr=lr, weight_decay=config.weight_decay)
     if config.method == "fomoh-bp":
@@ -114,6 +114,7 @@ class Run:
                 for name, value in row.items():
                     if name != "epoch":
                         events.add_scalar(name, value, self.epoch)
+                events.flush()
         result = status | {"last": self.rows()[-1:], "peak_memory": max(_peak() - baseline, 0)}
         store.write_whole(self.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
         return result

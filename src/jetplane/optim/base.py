@@ -13,7 +13,7 @@ from torch import Tensor
 from ..descent import Descent
 from ..directions import Directions, HeldDirections, weighted_sum
 from ..errors import ArgumentError, DeviceError, DTypeError, NonFiniteError, ShapeError
-from ..plane import PlaneModel, evaluate
+from ..plane import PlaneModel, evaluate, finished
 from ..search import clipped
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -22,7 +22,7 @@ Closure = Callable[[], Any]
 STATE = "jetplane"  # where an optimizer's own state lies among that of the parameters
 
 
-_OWN = ("k", "law", "planes", "clip", "plane", "_descent")  # beside what every torch optimizer has
+_OWN = ("k", "law", "planes", "clip", "compile", "plane", "_descent")  # beside what every torch optimizer has
 
 
 class PlaneOptimizer(torch.optim.Optimizer):
@@ -34,7 +34,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self, params: Params, lr: float, k: int, law: str, planes: int, clip: float | None,
-        weight_decay: float, seed: int,
+        weight_decay: float, seed: int, compile: bool = False,
     ) -> None:  # fmt: skip
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             _check_rate(name, value)
@@ -53,9 +53,15 @@ class PlaneOptimizer(torch.optim.Optimizer):
         self.law = law
         self.planes = planes
         self.clip = clip
+        self.compile = compile
         self.plane: PlaneModel | None = None
         self.state[STATE] = {"seed": seed, "step": 0}  # type: ignore[index]
         self._check_size(self._moving())
+
+    # Of compiled steps: the program, the parameters that it knows, and those of them that the loss uses.
+    _program: Any = None
+    _known: frozenset[int] = frozenset()
+    _used: frozenset[int] = frozenset()
 
     @property
     @abstractmethod
@@ -140,10 +146,19 @@ class PlaneOptimizer(torch.optim.Optimizer):
 
     def _evaluate(self, closure: Closure, params: list[Tensor], tangents: Sequence[Tensor]) -> PlaneModel:
         needs = self.descent.needs
-        if needs == "none":
-            return evaluate(closure, params, tangents, curvature="none")
-        pairs = "diagonal" if needs == "diagonal" else "all" if self.planes == 1 else self.k
-        return evaluate(closure, params, tangents, pairs=pairs)
+        curvature = "none" if needs == "none" else "hessian"
+        pairs = "all" if needs == "all" and self.planes == 1 else self.k if needs == "all" else "diagonal"
+        known = frozenset(id(p) for p in params)
+        if not self.compile or known != self._known:
+            plane = evaluate(closure, params, tangents, curvature, pairs)
+            if self.compile and isinstance(tangents, HeldDirections):  # an eager step shows what the loss uses
+                self._known, self._used = known, frozenset(id(params[i]) for i in tangents.used)
+            return plane
+        if self._program is None:
+            self._program = torch.compile(evaluate, fullgraph=True)
+        used = [i for i, p in enumerate(params) if id(p) in self._used]
+        moving, along = [params[i] for i in used], [tangents[i] for i in used]
+        return finished(self._program(closure, moving, along, curvature, pairs))
 
     def _coefficients(self, plane: PlaneModel) -> Tensor:
         slope = plane.slope

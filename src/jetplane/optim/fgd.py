@@ -24,6 +24,7 @@ class FGD(PlaneOptimizer):
         clip: largest Euclidean norm of a step over all parameters, or None.
         weight_decay: decoupled: ``theta <- theta - lr * weight_decay * theta`` beside the step.
         seed: of the directions. Seed and step counter are part of ``state_dict()``.
+        compile: run every step but the first as one compiled graph (`torch.compile`, ``fullgraph=True``).
 
     Raises:
         ArgumentError, DTypeError, DeviceError: settings or parameters that cannot be.
@@ -42,8 +43,9 @@ class FGD(PlaneOptimizer):
     def __init__(
         self, params: Params, lr: float = 1e-3, k: int = 1, *, law: str = "gaussian", planes: int = 1,
         clip: float | None = None, weight_decay: float = 0.0, seed: int = 0,
+        compile: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(params, lr, k, law, planes, clip, weight_decay, seed)
+        super().__init__(params, lr, k, law, planes, clip, weight_decay, seed, compile)
 
     @property
     def descent(self) -> Descent:

@@ -29,6 +29,7 @@ class FoMoHKD(PlaneOptimizer):
         clip: largest Euclidean norm of a step over all parameters, or None.
         weight_decay: decoupled: ``theta <- theta - lr * weight_decay * theta`` beside the step.
         seed: of the directions. Seed and step counter are part of ``state_dict()``.
+        compile: run every step but the first as one compiled graph (`torch.compile`, ``fullgraph=True``).
 
     Raises:
         ArgumentError, DTypeError, DeviceError: settings or parameters that cannot be.
@@ -46,10 +47,10 @@ class FoMoHKD(PlaneOptimizer):
     def __init__(
         self, params: Params, lr: float = 1.0, k: int = 3, *, descent: str | Descent = "newton",
         law: str = "gaussian", planes: int = 1, clip: float | None = None, weight_decay: float = 0.0,
-        seed: int = 0,
+        seed: int = 0, compile: bool = False,
     ) -> None:  # fmt: skip
         self._descent = named(descent)
-        super().__init__(params, lr, k, law, planes, clip, weight_decay, seed)
+        super().__init__(params, lr, k, law, planes, clip, weight_decay, seed, compile)
 
     @property
     def descent(self) -> Descent:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import DerivativeError, MissingRuleError
 from ..jet import (
@@ -340,13 +340,20 @@ def _mutate(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
     if outs:
         targets = [kwargs[a.name] for a in schema if a.is_out]
         value = dispatch(op, args, {k: v for k, v in kwargs.items() if k not in outs})
-        values = value if isinstance(value, (list, tuple)) else [value]
-        stored = [_store([t], [v], space, t) for t, v in zip(targets, values, strict=True)]
-        return stored[0] if len(stored) == 1 else tuple(stored)
+        for t, v in zip(tree_leaves(targets), tree_leaves(value), strict=True):
+            _store([t], [v], space, t)
+        return None if not func._schema.returns else targets[0] if len(targets) == 1 else tuple(targets)
     written = [i for i, a in enumerate(schema) if a.alias_info is not None and a.alias_info.is_write]
     if written != [0]:
         raise fallback.missing(func, "it writes to several of its arguments in place")
-    return _store([args[0]], [dispatch(op, args, kwargs)], space, original[0])
+    return _store([args[0]], [dispatch(op, _reordered(func, op, args), kwargs)], space, original[0])
+
+
+def _reordered(func: Any, op: Any, args: Sequence[Any]) -> Sequence[Any]:
+    """Arguments in the counterpart's order: ``polygamma_(self, n)`` is ``polygamma(n, self)``."""
+    named = {a.name: x for a, x in zip(func._schema.arguments, args, strict=False)}
+    order = [a.name for a in op._schema.arguments[: len(args)]]
+    return [named[name] for name in order] if set(order) == set(named) else args
 
 
 def _reshape_in_place(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
