@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import jetplane as jp
+from jetplane.jet import Jet
 from jetplane.testing import check_plane
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -79,13 +80,13 @@ def labelled() -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x[:, :3].argmax(1)), batch_size=16)
 
 
-def fit(module: Any, data: Any, tmp_path: Any, epochs: int = 8, **options: Any) -> Any:
+def fit(module: Any, data: Any, tmp_path: Any, epochs: int = 8, resume: Any = None, **options: Any) -> Any:
     lightning = pytest.importorskip("lightning", reason="the loop is Lightning's")
     trainer = lightning.Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=tmp_path, **options,
     )  # fmt: skip
-    trainer.fit(module, data)
+    trainer.fit(module, data, ckpt_path=resume)
     return trainer
 
 
@@ -105,6 +106,29 @@ def test_lightning_without_the_two_hooks_says_what_is_wrong(labelled: Any, tmp_p
     module = lightning_module(OPTIMIZERS["fgd"], lightning.LightningModule)
     with pytest.raises(jp.DerivativeError, match="backward"):
         fit(module, labelled, tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_lightning_precision(precision: str, labelled: Any, tmp_path: Any) -> None:
+    lightning = pytest.importorskip("lightning", reason="the loop is Lightning's")
+    module = lightning_module(OPTIMIZERS["fomoh-kd"], ForwardOnly, lightning.LightningModule)
+    fit(module, labelled, tmp_path, epochs=4, precision=precision, gradient_clip_val=1.0)
+    assert module.losses[-1] < module.losses[0]
+
+
+def test_lightning_resumes_from_its_checkpoint(labelled: Any, tmp_path: Any) -> None:
+    lightning = pytest.importorskip("lightning", reason="the loop is Lightning's")
+    modules = []
+    for path in (None, "half"):
+        torch.manual_seed(0)
+        module = lightning_module(OPTIMIZERS["fomoh-kd"], ForwardOnly, lightning.LightningModule)
+        if path:
+            fit(module, labelled, tmp_path, epochs=2).save_checkpoint(tmp_path / path)
+            module = lightning_module(OPTIMIZERS["fomoh-kd"], ForwardOnly, lightning.LightningModule)
+        fit(module, labelled, tmp_path, epochs=4, resume=tmp_path / path if path else None)
+        modules.append(module)
+    for a, b in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_lightning_manual_optimization(labelled: Any, tmp_path: Any) -> None:
@@ -200,6 +224,27 @@ def test_trainer(accumulation: int, tmp_path: Any) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_trainer_resumes_from_its_checkpoint(tmp_path: Any) -> None:
+    trainer_class = held_trainer()
+    import transformers
+
+    tokens = torch.arange(8).repeat(8, 1)
+    data = [{"input_ids": t, "labels": t} for t in tokens]
+    models = []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        torch.manual_seed(0)
+        models.append(language_model())
+        args = transformers.TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=4, save_steps=2, report_to=[],
+            use_cpu=True, disable_tqdm=True, max_grad_norm=0.0,
+        )  # fmt: skip
+        opt = SteppedByClosure(models[-1].parameters(), lr=0.5, k=4, descent="saddle-free", clip=1.0)
+        trainer = trainer_class(model=models[-1], args=args, train_dataset=data, optimizers=(opt, None))
+        trainer.train(resume_from_checkpoint=resume)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 # Accelerate
 
 
@@ -251,6 +296,23 @@ def test_accelerate_accumulates_over_micro_batches(name: str, regression: Any) -
         plain.step(lambda: F.mse_loss(model(x), y))
     for key, value in model.state_dict().items():
         torch.testing.assert_close(after[key], value, rtol=1e-9, atol=1e-11)
+
+
+def test_accelerate_mixed_precision() -> None:
+    accelerate = pytest.importorskip("accelerate", reason="the loop is Accelerate's")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    try:
+        model, x, y = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), torch.randn(12, 4), torch.randn(12, 2)
+        opt = OPTIMIZERS["fomoh-kd"](model.parameters())
+        prepared, optimizer = accelerator.prepare(model, opt)
+        losses = []
+        for _ in range(10):
+            optimizer.step(lambda: F.mse_loss(prepared(x), y))
+            losses.append(float(opt.plane.value))
+        assert losses[-1] < losses[0]
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_accelerate_saves_and_resumes(regression: Any, tmp_path: Any) -> None:
@@ -306,6 +368,17 @@ def test_lora_equals_reverse_mode(options: dict[str, Any]) -> None:
 
     params = trainable(model)
     check_plane(closure, params, tangents(params))
+
+
+def test_layers_before_the_first_adapter_run_plainly() -> None:
+    model = adapted(layers_to_transform=[1])
+    tokens = torch.arange(8).repeat(4, 1)
+    jets: list[bool] = []
+    for block in model.base_model.model.transformer.h:
+        block.register_forward_hook(lambda module, inputs, output: jets.append(isinstance(output, Jet)))
+    params = trainable(model)
+    jp.evaluate(lambda: model(input_ids=tokens, labels=tokens).loss, params, tangents(params))
+    assert jets == [False, True]
 
 
 # Models of the library, whose language-model losses are float32: a loss of our own on their logits

@@ -1,4 +1,4 @@
-"""`out=` variants equal what they write, whichever overload torch has for them."""
+"""`out=` and in-place variants equal what they write, whichever overload torch has for them."""
 
 from __future__ import annotations
 
@@ -49,3 +49,27 @@ def test_out(name: str) -> None:
     for found in (written, read):
         torch.testing.assert_close(found.slope, expected.slope)
         torch.testing.assert_close(found.curvature, expected.curvature)
+
+
+def test_out_list() -> None:
+    w = torch.randn(2, 3, dtype=torch.float64)
+    tangent = torch.randn(2, 2, 3, dtype=torch.float64)
+    out = [torch.empty(3, dtype=torch.float64) for _ in range(2)]
+
+    def closure() -> Tensor:
+        torch.unbind_copy(w, out=out)
+        return (out[0] * out[1]).sum()
+
+    found = jp.evaluate(closure, [w], [tangent])
+    expected = jp.evaluate(lambda: w.prod(0).sum(), [w], [tangent])
+    torch.testing.assert_close(found.slope, expected.slope)
+    torch.testing.assert_close(found.curvature, expected.curvature)
+
+
+def test_in_place_with_another_order_of_arguments() -> None:
+    w = torch.rand(3, dtype=torch.float64) + 1
+    tangent = torch.randn(2, 3, dtype=torch.float64)
+    found = jp.evaluate(lambda: (w * 1.0).polygamma_(1).sum(), [w], [tangent])
+    expected = jp.evaluate(lambda: torch.polygamma(1, w).sum(), [w], [tangent])
+    torch.testing.assert_close(found.slope, expected.slope)
+    torch.testing.assert_close(found.curvature, expected.curvature)
