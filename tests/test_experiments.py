@@ -148,7 +148,14 @@ class TestRefusals:
             Run.resume(finished)
 
     @pytest.mark.parametrize(
-        "settings", [{"model": "gpt"}, {"epochs": 0}, {"method": "sgd", "k": 3}, {"schedule": "up"}]
+        "settings",
+        [
+            {"model": "gpt"},
+            {"epochs": 0},
+            {"schedule": "up"},
+            {"method": "sgd", "k": 3},
+            {"method": "sgd", "clip": 1.0},
+        ],
     )
     def test_settings(self, settings):
         with pytest.raises(jp.ArgumentError):
@@ -157,6 +164,13 @@ class TestRefusals:
     def test_a_device_that_is_not_there(self, tmp_path):
         with pytest.raises(jp.ArgumentError, match="device"):
             Run(Config(device="cuda:77"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", ["fgd", "fomoh", "fomoh-kd", "fomoh-bp", "sgd"])
+@pytest.mark.parametrize("model", ["logreg", "cnn"])
+def test_the_default_settings_do_not_blow_up(method, model, tmp_path):
+    run = Run(Config(model=model, method=method, epochs=6), tmp_path / "run")
+    assert run.train()["last"][0]["train_loss"] < 3  # chance is 2.3
 
 
 class TestMnist:
@@ -225,6 +239,39 @@ class TestCommandLine:
         picture = tmp_path / "both.png"
         assert self.runner.invoke(cli.app, ["compare", *folders, "--out", str(picture)]).exit_code == 0
         assert picture.read_bytes().startswith(b"\x89PNG")
+
+    def test_a_resumed_run_keeps_its_options(self, tmp_path):
+        folder = tmp_path / "run"
+        Run(Config(epochs=1), folder).train()
+        same = self.runner.invoke(cli.app, ["train", "--resume", str(folder), "--model", "logreg"])
+        assert same.exit_code == 0, same.output
+        other = self.runner.invoke(cli.app, ["train", "--resume", str(folder), "--model", "mlp"])
+        assert isinstance(other.exception, CheckpointError) and "--model logreg" in str(other.exception)
+
+    def test_ctrl_c_says_how_to_go_on(self, tmp_path):
+        out = tmp_path / "run"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jetplane", "train", "--model", "cnn", "--epochs", "500", "--out", str(out)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not store.read_rows(out / "metrics.jsonl") and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 130 and f"--resume {out}" in output and "Traceback" not in output
+
+    def test_a_run_that_diverges_later_keeps_its_picture(self, tmp_path, monkeypatch):
+        epoch = Run._epoch
+
+        def diverges(self, observe):
+            if self.epoch == 1:
+                raise jp.NonFiniteError("the loss is nan")
+            return epoch(self, observe)
+
+        monkeypatch.setattr(Run, "_epoch", diverges)
+        done = self.runner.invoke(cli.app, ["train", "--epochs", "3", "--out", str(tmp_path / "run")])
+        assert done.exit_code == 2 and "diverged" in done.output and (tmp_path / "run" / "curves.png").exists()
 
     def test_errors_are_one_line_and_exit_code_2(self, tmp_path, capsys, monkeypatch):
         (tmp_path / "file").touch()

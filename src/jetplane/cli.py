@@ -50,7 +50,7 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Examples of one step.")] = 128,
     epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 20,
     seed: Annotated[int, typer.Option(help="Of weights, batches and directions.")] = 0,
-    clip: Annotated[float | None, typer.Option(help="Largest norm of a step, 0: any [default: 1 for fomoh and fomoh-kd].")] = None,
+    clip: Annotated[float | None, typer.Option(help="Largest step, 0: any [default: 1 for fomoh, fomoh-kd].")] = None,
     weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     data_dir: Annotated[Path | None, typer.Option(help="Folder of MNIST's files [or JETPLANE_MNIST].")] = None,
@@ -97,8 +97,8 @@ def _refuse_changes(context: typer.Context, config: Config, folder: Path) -> Non
         source = context.get_parameter_source(name)
         if hasattr(config, name) and source is not None and source.name == "COMMANDLINE":
             if value != getattr(config, name):
-                option = "--" + name.replace("_", "-")
-                raise CheckpointError(f"{folder}: a run with {option} {getattr(config, name)} cannot go on with {value}")
+                was = f"--{name.replace('_', '-')} {getattr(config, name)}"
+                raise CheckpointError(f"{folder}: a run with {was} cannot go on with {value}")
 
 
 @app.command()
