@@ -286,6 +286,12 @@ class TestCommandLine:
         result = self.runner.invoke(cli.app, ["train", "--method", "adam"])
         assert result.exit_code == 2 and "fomoh-kd" in result.output
 
+    def test_a_legend_tells_runs_of_one_method_apart(self, tmp_path):
+        configs = [Config(lr=0.1), Config(lr=0.2), Config(method="sgd")]
+        runs = [report.Finished(tmp_path, config, [], {}) for config in configs]
+        assert report._names(runs[:2]) == ["FoMoH-3D, lr 0.1", "FoMoH-3D, lr 0.2"]
+        assert report._names(runs[::2]) == ["FoMoH-3D", "SGD, backprop"]
+
     def test_an_unfinished_run_cannot_be_compared(self, tmp_path):
         Config().save(tmp_path / "config.json")
         with pytest.raises(RunFolderError, match="nothing to show"):

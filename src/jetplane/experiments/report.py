@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,21 @@ def draw(runs: Sequence[Finished], path: Path, title: str) -> None:
     plt.close(figure)
 
 
+def _names(runs: Sequence[Finished]) -> list[str]:
+    """What a legend calls each run: its method, and where methods repeat, the settings that differ."""
+    settings = [asdict(run.config) | {"k": None} for run in runs]  # k is in the label
+    differ = [name for name in settings[0] if len({values[name] for values in settings}) > 1 and name != "method"]
+    labels = [run.config.label for run in runs]
+    return [
+        ", ".join([label, *(f"{name.replace('_', ' ')} {values[name]}" for name in differ)])
+        if labels.count(label) > 1
+        else label
+        for label, values in zip(labels, settings, strict=True)
+    ]
+
+
 def _curves(axes: Axes, runs: Sequence[Finished], over: str) -> None:
+    names = _names(runs)
     for n, run in enumerate(runs):
         axes.plot(
             [row[over] for row in run.rows],
@@ -92,7 +106,7 @@ def _curves(axes: Axes, runs: Sequence[Finished], over: str) -> None:
             linestyle=STYLES[n % len(STYLES)],
             color=COLOURS[n % len(COLOURS)],
             linewidth=1.8,
-            label=f"{run.config.label}: {100 * run.rows[-1]['test_accuracy']:.1f} %",
+            label=f"{names[n]}: {100 * run.rows[-1]['test_accuracy']:.1f} %",
         )
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
