@@ -393,6 +393,7 @@ def _unary(name: str, derivatives: Callable[..., Derivatives]) -> None:
 
     def rule(space: Space, x: Any, *args: Any, **kwargs: Any) -> Any:
         p = primal(x, space)
+        args = tuple(primal(a, space) for a in args)
         if packet in NOT_HOLOMORPHIC and p.is_complex():
             return NotImplemented
         y = op(p, *args, **kwargs)

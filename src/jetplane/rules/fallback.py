@@ -24,6 +24,8 @@ from ..jet import Jet, Space, chain, make, parts, plain
 _strict: contextvars.ContextVar[bool] = contextvars.ContextVar("jetplane_strict", default=False)
 _announced: set[Any] = set()
 
+UNTRUSTED = {"torch_nn"}  # fused losses of torch
+
 ELEMENTWISE_LIMIT = 4096  # output elements that are differentiated one by one where nothing else works
 
 
@@ -83,11 +85,15 @@ def reverse(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
     carried = [parts(a, space) for a in leaves]
     if not plain(*(t for c in carried for t in c if isinstance(t, Tensor))):
         raise missing(func, "the local fallback does not reach into nested jets")
+    if func.namespace in UNTRUSTED:
+        raise missing(func, "its forward computes gradients, so that its double backward is no derivative")
     if _strict.get():
         raise missing(func, "jetplane.strict() forbids the local fallback")
     try:
         with torch.inference_mode(False), torch.enable_grad():
             outputs, a = _along(func, space, leaves, carried, spec)
+            if not any(isinstance(y, Tensor) and y.requires_grad for y in outputs[0]):
+                raise NotImplementedError("it has no derivative in torch")  # which is not to be zero
             found = [_coefficients(y, a, space) if isinstance(y, Tensor) else (y,) for y in outputs[0]]
     except (RuntimeError, NotImplementedError) as error:
         raise missing(func, f"autograd cannot differentiate it twice either ({str(error).splitlines()[0]})") from error

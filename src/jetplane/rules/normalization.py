@@ -225,6 +225,8 @@ def _(
     eps: float,
 ) -> Any:
     y = torch.batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, False)
+    if not training:
+        return y, y.new_empty(0), y.new_empty(0)
     dims = [0, *range(2, x.dim())]
     mean = x.mean(dims)
     centred = torch.sub(x, _channels(mean, x.dim()))
@@ -268,7 +270,7 @@ def _(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Any:
-    grouped = x.reshape(x.shape[0], groups, -1)
+    grouped = x.reshape(x.shape[0], groups, x.shape[1:].numel() // groups)
     y = standardize(space, grouped, [-1], eps).reshape(x.shape)
     return _affine(space, y, _channels(weight, x.dim()), _channels(bias, x.dim()))
 
