@@ -85,6 +85,108 @@ def test_programs_of_views_and_writes(program):
     check_plane(lambda: run(program, w, data), [w], tangents, 1e-8)
 
 
+# Programs whose values share memory: views of views, and writes through any of them.
+VIEWS = {
+    "transpose": lambda x: x.transpose(0, -1),
+    "rows": lambda x: x[1:3],
+    "every other": lambda x: x[::2],
+    "last": lambda x: x.select(0, -1) if x.dim() > 1 else x,
+    "diagonal": lambda x: x.diagonal() if x.dim() == 2 else x,
+    "split": lambda x: x.split(1, 0)[0],
+    "unbind": lambda x: x.unbind(0)[0] if x.dim() > 1 else x,
+    "strided": lambda x: x.as_strided((2,), (1,), x.storage_offset()),
+    "contiguous": lambda x: x.contiguous(),
+    "flat": lambda x: x.reshape(-1),
+}
+
+WRITES = {
+    "add_": lambda x, s: x.add_(s),
+    "mul_": lambda x, s: x.mul_(s),
+    "tanh_": lambda x, s: x.tanh_(),
+    "fill_": lambda x, s: x.fill_(0.5),
+    "first": lambda x, s: x.__setitem__(0, s),
+    "all": lambda x, s: x.__setitem__(slice(None), s * 2),
+    "indexed": lambda x, s: x.__setitem__(torch.tensor([0, -1]), s),
+    "last indexed": lambda x, s: x.__setitem__((..., torch.tensor([0, -1])), s),
+    "positive": lambda x, s: x.__setitem__(x > 0, s),
+    "masked_fill_": lambda x, s: x.masked_fill_(x > 0, s),
+    "turned": lambda x, s: x.copy_(x.flip(0) * s),
+    "sin out": lambda x, s: torch.sin(x, out=x),
+    "mul out": lambda x, s: torch.mul(x, s, out=x),
+}
+
+MADE = {
+    "clone": lambda x: x.clone(),
+    "buffer": lambda x: torch.zeros(x.shape, dtype=x.dtype),
+    "empty": lambda x: x.new_empty(x.shape).fill_(0.1),
+    "sin": torch.sin,
+    "cat": lambda x: torch.cat([x, x]),
+}
+
+KINDS = {"view": VIEWS, "write": WRITES, "new": MADE}
+aliasing_step = st.sampled_from([(kind, name) for kind, table in KINDS.items() for name in table])
+
+
+def run_aliasing(program, w, data):
+    values = [w * 1, w.sin(), data.clone()]
+    for (kind, name), i, j in program:
+        x, y = values[i % len(values)], values[j % len(values)]
+        if kind == "write":
+            WRITES[name](x, y.sum().tanh())
+        else:
+            values.append(KINDS[kind][name](x))
+    return torch.stack([v.square().sum().tanh() + v.sum().sin() / 9 for v in [*values, w]]).sum()
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.tuples(aliasing_step, st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=7))
+def test_programs_that_share_memory(program):
+    """Autograd refuses many of them; `check_plane` then takes central differences."""
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(N, N, dtype=torch.float64, generator=g).requires_grad_()
+    data = torch.randn(N, N, dtype=torch.float64, generator=g)
+    with torch.no_grad():
+        value = run_aliasing(program, w, data)
+    tangents = [0.1 * torch.randn(2, N, N, dtype=torch.float64, generator=g)]
+    plane = check_plane(lambda: run_aliasing(program, w, data), [w], tangents, 1e-8)
+    torch.testing.assert_close(plane.value, value)
+
+
+EVERY, PICK = slice(None), torch.tensor([0, 2])
+INDICES = {
+    "row": 1,
+    "step": slice(None, None, 2),
+    "ellipsis": ...,
+    "true": True,
+    "rows": PICK,
+    "list": [0, 2],
+    "columns": (EVERY, PICK),
+    "columns of some": (slice(1, None), PICK),
+    "last": (..., PICK),
+    "new axis": (None, PICK),
+    "points": (PICK, PICK),
+    "row and columns": (1, PICK),
+    "rows and column": (PICK, 1),
+    "mask": torch.eye(N) > 0,
+    "column mask": (EVERY, torch.arange(N) > 1),
+    "crossed": (PICK[:, None], PICK),
+}
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["jet", "plain buffer"])
+@pytest.mark.parametrize("name", INDICES)
+def test_indexed_writes_and_reads(name, plain):
+    index = INDICES[name]
+
+    def f(x):
+        target = torch.zeros(N, N, dtype=x.dtype) if plain else x.cos()
+        target[index] = x.sin()[index]
+        target[index] *= x.sum()
+        return target * x
+
+    jp.testing.check_rule(f, torch.linspace(-1, 2, N * N, dtype=torch.float64).reshape(N, N))
+
+
 NAMES = ["mlp gelu", "causal attention, tied", "resnet train"]
 
 
@@ -125,3 +227,14 @@ def test_a_zero_direction_stays_zero(name):
     assert a.slope[1] == 0
     rounding = 1e-13 * a.curvature.abs().max()
     assert a.curvature[1].abs().max() <= rounding and a.curvature[:, 1].abs().max() <= rounding
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_slope_is_linear_in_the_directions(k):
+    u, v = tangents("mlp gelu", 2 * k), tangents("mlp gelu", k)
+    halves = [t[:k] for t in u], [t[k:] for t in u]
+    combined = plane("mlp gelu", [2 * a - 3 * b for a, b in zip(*halves, strict=True)])
+    expected = 2 * plane("mlp gelu", halves[0]).slope - 3 * plane("mlp gelu", halves[1]).slope
+    torch.testing.assert_close(combined.slope, expected)
+    found = plane("mlp gelu", v)
+    assert torch.equal(found.curvature, found.curvature.mT)
