@@ -180,7 +180,7 @@ class Interception(TorchFunctionMode):
         if func in _REVERSE:
             raise DerivativeError(
                 f"{_REVERSE[func]} inside a forward-only evaluation. A closure returns its loss and calls no "
-                "backward(); for derivatives inside of it use jetplane.jet, jetplane.hvp or jetplane.laplacian: they nest"
+                "backward(); for derivatives inside of it use jetplane.jet, jetplane.hvp or jetplane.laplacian"
             )
         if self.space.gauss_newton and func in _LOSSES:
             with mark_loss():

@@ -485,14 +485,13 @@ def _(space: Space, x: Any, dim: int, index: Tensor, value: Any) -> Any:
 
 @register("index_put", "_unsafe_index_put")
 def _(space: Space, x: Any, indices: Sequence[Tensor | None], values: Any, accumulate: bool = False) -> Any:
-    y = torch.index_put(primal(x, space), tuple(indices), primal(values, space), accumulate)  # type: ignore[arg-type]
-    target = aten.index.Tensor(primal(x, space), list(indices)).shape
+    indices = [None if i is None else primal(i, space) for i in indices]
+    y = aten.index_put(primal(x, space), indices, primal(values, space), accumulate)
+    target = aten.index.Tensor(primal(x, space), indices).shape
 
     def on_stacks(cx: Tensor, cv: Tensor) -> Tensor:
-        cv = expand(cv, target)
-        return torch.stack(
-            [torch.index_put(a, tuple(indices), b, accumulate) for a, b in zip(cx, cv, strict=True)]  # type: ignore[arg-type]
-        )
+        pairs = zip(cx, expand(cv, target), strict=True)
+        return torch.stack([aten.index_put(a, indices, b, accumulate) for a, b in pairs])
 
     return jointly(space, (x, values), y, on_stacks)
 
