@@ -114,6 +114,22 @@ def test_an_operator_without_derivative_raises():
         jp.jet(opaque, torch.ones(3), torch.ones(1, 3))
 
 
+def test_a_custom_operator_with_a_backward_of_its_own_raises():
+    """Its backward need not be differentiable: the curvature would be zero in silence."""
+
+    @torch.library.custom_op("jetplane_tests::squared", mutates_args=())
+    def squared(x: torch.Tensor) -> torch.Tensor:
+        return x * x
+
+    def backward(ctx, g):
+        with torch.no_grad():
+            return 2 * ctx.x * g
+
+    squared.register_autograd(backward, setup_context=lambda ctx, inputs, output: setattr(ctx, "x", inputs[0]))
+    with pytest.raises(jp.MissingRuleError, match="squared"):
+        jp.evaluate(lambda: squared(W).sum(), [W], [torch.ones(1, 3)])
+
+
 class TestRegisterRule:
     def test_elementwise_linear_composed_constant(self):
         @torch.library.custom_op("jetplane_tests::cube", mutates_args=())

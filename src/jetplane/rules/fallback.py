@@ -24,7 +24,7 @@ from ..jet import Jet, Space, chain, make, parts, plain
 _strict: contextvars.ContextVar[bool] = contextvars.ContextVar("jetplane_strict", default=False)
 _announced: set[Any] = set()
 
-UNTRUSTED = {"torch_nn"}  # fused losses of torch
+TRUSTED = {"aten", "prims"}  # namespaces whose backward passes can be differentiated, or say that they cannot
 
 ELEMENTWISE_LIMIT = 4096  # output elements that are differentiated one by one where nothing else works
 
@@ -85,8 +85,8 @@ def reverse(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
     carried = [parts(a, space) for a in leaves]
     if not plain(*(t for c in carried for t in c if isinstance(t, Tensor))):
         raise missing(func, "the local fallback does not reach into nested jets")
-    if func.namespace in UNTRUSTED:
-        raise missing(func, "its forward computes gradients, so that its double backward is no derivative")
+    if func.namespace not in TRUSTED:
+        raise missing(func, "nothing says that the backward pass of a custom operator can be differentiated again")
     if _strict.get():
         raise missing(func, "jetplane.strict() forbids the local fallback")
     try:
