@@ -250,15 +250,23 @@ class TestCommandLine:
 
     def test_ctrl_c_says_how_to_go_on(self, tmp_path):
         out = tmp_path / "run"
+        # A shell that puts the tests in the background has them ignore Ctrl-C, and children inherit that.
+        program = (
+            "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "from jetplane.__main__ import main; main()"
+        )
         process = subprocess.Popen(
-            [sys.executable, "-m", "jetplane", "train", "--model", "cnn", "--epochs", "500", "--out", str(out)],
+            [sys.executable, "-c", program, "train", "--model", "cnn", "--epochs", "500", "--out", str(out)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        deadline = time.monotonic() + 120
-        while not store.read_rows(out / "metrics.jsonl") and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        try:
+            deadline = time.monotonic() + 120
+            while not store.read_rows(out / "metrics.jsonl") and time.monotonic() < deadline:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            output, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
         assert process.returncode == 130 and f"--resume {out}" in output and "Traceback" not in output
 
     def test_a_run_that_diverges_later_keeps_its_picture(self, tmp_path, monkeypatch):
