@@ -10,9 +10,11 @@ PACKAGE = Path(__file__).parent.parent / "src" / "jetplane"
 # From the bottom to the top; modules of one line may not import each other, except within `rules`.
 LAYERS = [
     {"errors", "laws"},
+    {"tangents"},
     {"jet"},
     {"rules", "descent", "replay"},
-    {"plane", "directions"},
+    {"directions", "chunking"},
+    {"plane"},
     {"functions", "testing", "search"},
     {"optim"},
     {""},  # the package itself

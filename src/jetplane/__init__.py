@@ -21,6 +21,7 @@ from .errors import (
 from .functions import hessian, hvp, jet, laplacian, quadratic_form
 from .plane import PlaneModel, evaluate
 from .rules import loss, register_rule, strict
+from .tangents import LowRank
 
 __all__ = [
     "ArgumentError",
@@ -32,6 +33,7 @@ __all__ = [
     "JetplaneError",
     "JetplaneWarning",
     "LossError",
+    "LowRank",
     "MissingRuleError",
     "NonFiniteError",
     "PlaneModel",

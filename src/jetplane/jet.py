@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import DerivativeError
+from .tangents import LowRank, Tangents
 
 PARAMETER, MODEL, LOSS = 0, 1, 2  # kinds of jets: see Space.gauss_newton
 
@@ -45,6 +46,8 @@ class Space:
             alone (regularizers), not by the model between them. Jets then have a kind: PARAMETER (a
             function of parameters alone), MODEL (of data too), LOSS (what a loss function made).
         kind: the kind of what the operator being carried makes.
+        operator: the name of the operator being carried.
+        formed: operators that formed low-rank tangents since they could not use the factors, and how often.
         keys: torch's dispatch keys as they are for user code. Inside ``__torch_dispatch__`` more of them
             are off, lazy conjugation and view tracking among them, which rules and autograd rely on.
         level: nesting depth. Jets of an outer evaluation have a smaller level and are constants
@@ -58,6 +61,8 @@ class Space:
     gauss_newton: bool = False
     kind: int = PARAMETER
     keys: tuple[Any, Any] | None = None
+    operator: str = ""
+    formed: dict[str, int] = field(default_factory=dict)
 
     @property
     def key(self) -> Key:
@@ -101,11 +106,12 @@ class Space:
 class Jet(torch.Tensor):
     """A tensor that shows its primal's shape, dtype and device and carries coefficients beside it.
 
-    Jets are made by an evaluation (`jetplane.evaluate`, `jetplane.jet`) and never seen by its caller.
+    Jets are made by an evaluation (`jetplane.evaluate`, `jetplane.jet`) and never seen by its caller. That of a
+    parameter may have `Tangents` as its first coefficients; `parts` forms them.
     """
 
     primal: Tensor
-    first: Tensor | None
+    first: Tensor | Tangents | None
     second: Tensor | None
     space: Space
     base: Jet | None
@@ -119,10 +125,12 @@ class Jet(torch.Tensor):
     def __new__(  # noqa: D102
         cls,
         primal: Tensor,
-        first: Tensor | None,
+        first: Tensor | Tangents | None,
         second: Tensor | None,
         space: Space | Key,
         base: Jet | None = None,
+        left: Tensor | None = None,
+        right: Tensor | None = None,
     ) -> Jet:
         return torch.Tensor._make_wrapper_subclass(
             cls,
@@ -136,11 +144,15 @@ class Jet(torch.Tensor):
     def __init__(
         self,
         primal: Tensor,
-        first: Tensor | None,
+        first: Tensor | Tangents | None,
         second: Tensor | None,
         space: Space | Key,
         base: Jet | None = None,
+        left: Tensor | None = None,
+        right: Tensor | None = None,
     ) -> None:
+        if left is not None and right is not None:  # compiled code passes tensors alone
+            first = LowRank(left, right, primal.shape)
         space = space if isinstance(space, Space) else Space.of(space)
         self.primal = primal
         self.first = first
@@ -152,12 +164,29 @@ class Jet(torch.Tensor):
         self.kind = space.kind
 
     def __tensor_flatten__(self) -> tuple[list[str], Key]:
+        if isinstance(self.first, LowRank):
+            return ["primal", "left", "right"], self.space.key
         parts(self, self.space)  # a compiler sees coefficients as they are now
         return [n for n in ("primal", "first", "second") if getattr(self, n) is not None], self.space.key
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> Jet:
-        return Jet(inner["primal"], inner.get("first"), inner.get("second"), meta)
+        primal = inner["primal"]
+        if "left" in inner:
+            return Jet(primal, None, None, meta, None, inner["left"], inner["right"])
+        return Jet(primal, inner.get("first"), inner.get("second"), meta)
+
+    @property
+    def left(self) -> Tensor:
+        """The left factor of low-rank tangents, as a compiler asks for it."""
+        assert isinstance(self.first, LowRank)
+        return self.first.left
+
+    @property
+    def right(self) -> Tensor:
+        """The right factor."""
+        assert isinstance(self.first, LowRank)
+        return self.first.right
 
     def __repr__(self) -> str:  # type: ignore[override]
         order = 0 if self.first is None else 1 if self.second is None else 2
@@ -206,9 +235,19 @@ def parts(x: Any, space: Space) -> tuple[Any, Tensor | None, Tensor | None]:
         return x, None, None
     if x.base is not None and x.base.version != x.version:
         _refresh(x)
+    first = x.first
+    if isinstance(first, Tangents):
+        if isinstance(first, LowRank):
+            space.formed[space.operator] = space.formed.get(space.operator, 0) + 1
+        first = first.formed()
     if x.kind < space.kind == MODEL:  # Gauss-Newton: the model is linear in what the parameters are
-        return x.primal, x.first, None
-    return x.primal, x.first, x.second
+        return x.primal, first, None
+    return x.primal, first, x.second
+
+
+def low_rank(x: Any, space: Space) -> LowRank | None:
+    """The tangents of a parameter's jet where they are of low rank: for operators that can use the factors."""
+    return x.first if is_jet(x, space) and isinstance(x.first, LowRank) else None
 
 
 def primal(x: Any, space: Space) -> Any:
@@ -487,6 +526,7 @@ def write(target: Jet, value: Any, space: Space) -> Jet:
     p, first, second = parts(value, space)
     base.kind = target.kind = max(base.kind, value.kind if is_jet(value, space) else base.kind)
     parts(target, space)  # what is left of the old coefficients must be current
+    assert not isinstance(base.first, Tangents)  # a parameter's alone are
     base.first = _replaced(base, target, base.first, first, space.k)
     base.second = _replaced(base, target, base.second, second, space.pairs)
     if p is not target.primal:

@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..descent import Descent
-from ..directions import Directions, HeldDirections, weighted_sum
+from ..directions import AbstractDirections, Directions, HeldDirections, Structure
 from ..errors import ArgumentError, DeviceError, DTypeError, NonFiniteError, ShapeError
-from ..plane import PlaneModel, evaluate, finished
+from ..plane import KEPT, PlaneModel, evaluate, finished
 from ..search import clipped
+from ..tangents import Deferred
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Moving = list[tuple[Tensor, dict[str, Any], int]]  # parameters that may move, their groups and places
 Closure = Callable[[], Any]
+Chunk = int | Literal["auto"] | None
 STATE = "jetplane"  # where an optimizer's own state lies among that of the parameters
 
 
-_OWN = ("k", "law", "planes", "clip", "compile", "plane", "_descent")  # beside what every torch optimizer has
+# What a copy needs beside what every torch optimizer has.
+_OWN = (
+    "k",
+    "law",
+    "tangents",
+    "planes",
+    "clip",
+    "chunk",
+    "compile",
+    "plane",
+    "_descent",
+)  # beside what every torch optimizer has
 
 
 class PlaneOptimizer(torch.optim.Optimizer):
@@ -33,8 +46,9 @@ class PlaneOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Params, lr: float, k: int, law: str, planes: int, clip: float | None,
-        weight_decay: float, seed: int, compile: bool = False,
+        self, params: Params, lr: float, k: int, law: str = "gaussian", tangents: Structure = "dense",
+        planes: int = 1, clip: float | None = None, weight_decay: float = 0.0, seed: int = 0,
+        chunk: Chunk = None, compile: bool = False,
     ) -> None:  # fmt: skip
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             _check_rate(name, value)
@@ -42,7 +56,9 @@ class PlaneOptimizer(torch.optim.Optimizer):
             raise ArgumentError(f"clip must be positive or None, got {clip}")
         if isinstance(planes, bool) or not isinstance(planes, int) or planes < 1:
             raise ArgumentError(f"planes must be an integer of at least 1, got {planes!r}")
-        Directions(k, law)  # checks k and the law
+        Directions(k, law, tangents)  # checks them
+        if compile and chunk is not None:
+            raise ArgumentError("chunk= and compile=True exclude each other: a chunked step is several runs")
         if isinstance(params, Tensor):
             raise ArgumentError("params must be an iterable of tensors or groups, got one tensor: put it in a list")
         params = list(params)  # type: ignore[arg-type]
@@ -51,6 +67,8 @@ class PlaneOptimizer(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})  # type: ignore[arg-type]
         self.k = k
         self.law = law
+        self.tangents: Structure = tangents
+        self.chunk: Chunk = chunk
         self.planes = planes
         self.clip = clip
         self.compile = compile
@@ -115,12 +133,12 @@ class PlaneOptimizer(torch.optim.Optimizer):
         self._check_size(moving)
         params = [p for p, _, _ in moving]
         with torch.no_grad():
-            tangents = self._tangents(moving, closure)
-            plane = self._evaluate(closure, params, tangents)
+            directions = self._directions(moving, closure)
+            plane = self._evaluate(closure, params, directions)
             kappa = self._coefficients(plane)
             if not bool(torch.isfinite(kappa.float()).all()):
                 raise NonFiniteError(f"the step is not finite: slope {plane.slope}, curvature {plane.curvature}")
-            self._update(moving, tangents, kappa)
+            self._update(moving, directions, kappa)
         self.plane = plane
         # A new record: one that state_dict() has handed out must not move on.
         own = self.state[STATE]  # type: ignore[index]
@@ -137,28 +155,29 @@ class PlaneOptimizer(torch.optim.Optimizer):
         every = [(p, group) for group in self.param_groups for p in group["params"]]
         return [(p, group, i) for i, (p, group) in enumerate(every) if p.requires_grad]
 
-    def _tangents(self, moving: Moving, closure: Closure) -> Sequence[Tensor]:
-        """What spans the plane of this step: for each parameter a tensor (K, *param.shape)."""
+    def _directions(self, moving: Moving, closure: Closure) -> AbstractDirections:
+        """What spans the plane of this step."""
         own = self.state[STATE]  # type: ignore[index]
-        directions = Directions(self.k * self.planes, self.law, seed=own["seed"])
+        directions = Directions(self.k * self.planes, self.law, self.tangents, own["seed"])
         directions.step = own["step"]
-        return HeldDirections(directions, [p for p, _, _ in moving], [i for _, _, i in moving])
+        return HeldDirections(directions, [p for p, _, _ in moving], [i for _, _, i in moving], KEPT)
 
-    def _evaluate(self, closure: Closure, params: list[Tensor], tangents: Sequence[Tensor]) -> PlaneModel:
+    def _evaluate(self, closure: Closure, params: list[Tensor], directions: AbstractDirections) -> PlaneModel:
         needs = self.descent.needs
         curvature = "none" if needs == "none" else "hessian"
         pairs = "all" if needs == "all" and self.planes == 1 else self.k if needs == "all" else "diagonal"
         known = frozenset(id(p) for p in params)
         if not self.compile or known != self._known:
-            plane = evaluate(closure, params, tangents, curvature, pairs)
-            if self.compile and isinstance(tangents, HeldDirections):  # an eager step shows what the loss uses
-                self._known, self._used = known, frozenset(id(params[i]) for i in tangents.used)
+            plane = evaluate(closure, params, directions, curvature, pairs, chunk=self.chunk)
+            if self.compile and isinstance(directions, HeldDirections):  # an eager step shows what the loss uses
+                self._known, self._used = known, frozenset(id(params[i]) for i in directions.used)
             return plane
         if self._program is None:
             self._program = torch.compile(evaluate, fullgraph=True)
         used = [i for i, p in enumerate(params) if id(p) in self._used]
-        moving, along = [params[i] for i in used], [tangents[i] for i in used]
-        return finished(self._program(closure, moving, along, curvature, pairs))
+        along = [directions.structured(i, params[i]) for i in used]
+        along = [t.formed() if isinstance(t, Deferred) else t for t in along]
+        return finished(self._program(closure, [params[i] for i in used], along, curvature, pairs))
 
     def _coefficients(self, plane: PlaneModel) -> Tensor:
         slope = plane.slope
@@ -166,17 +185,17 @@ class PlaneOptimizer(torch.optim.Optimizer):
             slope = slope.reshape(self.planes, self.k)
         return self.descent(slope, plane.curvature).flatten()
 
-    def _update(self, moving: Moving, tangents: Sequence[Tensor], kappa: Tensor) -> None:
+    def _update(self, moving: Moving, directions: AbstractDirections, kappa: Tensor) -> None:
         """``theta <- theta - lr * weight_decay * theta + lr * sum_k kappa_k v_k``, the last term clipped.
 
         Parameters that the loss makes no use of are left alone, as those without ``.grad`` are in torch.
         """
-        used = tangents.used if isinstance(tangents, HeldDirections) else range(len(moving))
-        moving = [moving[i] for i in used]
-        steps = (weighted_sum(group["lr"] * kappa, tangents[i]) for i, (_, group, _) in zip(used, moving, strict=True))
+        used = directions.used if isinstance(directions, HeldDirections) else range(len(moving))
+        steps = (directions.combine(i, moving[i][0], moving[i][1]["lr"] * kappa) for i in used)
         if self.clip is not None:
             steps = clipped(list(steps), self.clip)
-        for (p, group, _), step in zip(moving, steps, strict=True):
+        for i, step in zip(used, steps, strict=True):
+            p, group, _ = moving[i]
             if group["weight_decay"]:
                 p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(step)

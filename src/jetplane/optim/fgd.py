@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import final
 
 from ..descent import Descent, ForwardGradient
-from .base import Params, PlaneOptimizer
+from ..directions import Structure
+from .base import Chunk, Params, PlaneOptimizer
 
 
 @final
@@ -20,10 +21,13 @@ class FGD(PlaneOptimizer):
         lr: the rate.
         k: directions per step.
         law: of the tangents; see `jetplane.Directions`.
+        tangents: "dense", "rank-one" (nearly free beside the plain forward) or "block"; see
+            `jetplane.Directions`.
         planes: multiplies the number of directions; they are averaged.
         clip: largest Euclidean norm of a step over all parameters, or None.
         weight_decay: decoupled: ``theta <- theta - lr * weight_decay * theta`` beside the step.
         seed: of the directions. Seed and step counter are part of ``state_dict()``.
+        chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`.
         compile: run every step but the first as one compiled graph (`torch.compile`, ``fullgraph=True``).
 
     Raises:
@@ -41,11 +45,11 @@ class FGD(PlaneOptimizer):
     """
 
     def __init__(
-        self, params: Params, lr: float = 1e-3, k: int = 1, *, law: str = "gaussian", planes: int = 1,
-        clip: float | None = None, weight_decay: float = 0.0, seed: int = 0,
-        compile: bool = False,
+        self, params: Params, lr: float = 1e-3, k: int = 1, *, law: str = "gaussian",
+        tangents: Structure = "dense", planes: int = 1, clip: float | None = None, weight_decay: float = 0.0,
+        seed: int = 0, chunk: Chunk = None, compile: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(params, lr, k, law, planes, clip, weight_decay, seed, compile)
+        super().__init__(params, lr, k, law, tangents, planes, clip, weight_decay, seed, chunk, compile)
 
     @property
     def descent(self) -> Descent:
