@@ -244,3 +244,31 @@ def test_a_step_never_holds_all_tangents(tangents, monkeypatch):
     with Largest() as largest:
         opt.step(lambda: net(x).square().mean())
     assert largest.numel <= (k * width * width if tangents == "dense" else width * width)
+
+
+@pytest.mark.parametrize("loss", ["mean of squares", "sum of a product", "scaled", "regularizer"])
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_a_loss_that_is_summed_up_forms_no_pairs(loss, curvature):
+    k, n = 32, 4096
+    w, x = torch.randn(3, dtype=torch.float64), torch.randn(n, 3, dtype=torch.float64)
+    losses = {
+        "mean of squares": lambda: ((x @ w - 1) ** 2).mean(),
+        "sum of a product": lambda: (lambda r: r * r)(x @ w).sum(),
+        "scaled": lambda: (torch.exp(x @ w) * 0.5 * x[:, 0]).sum(),
+        "regularizer": lambda: (w.repeat(n) ** 2).sum(),
+    }
+    closure = jp.loss()(losses[loss])
+    directions = jp.Directions(k)
+    with Largest() as largest:
+        found = jp.evaluate(closure, [w], directions, curvature)
+    assert largest.numel <= 2 * k * n * 3  # the count is in single precision; all pairs would be 2 k (k+1)/2 n
+    dense = directions.materialize([w])[0]
+    plain = w.clone().requires_grad_()
+    exact = {
+        "mean of squares": lambda w: ((x @ w - 1) ** 2).mean(),
+        "sum of a product": lambda w: (x @ w).square().sum(),
+        "scaled": lambda w: (torch.exp(x @ w) * 0.5 * x[:, 0]).sum(),
+        "regularizer": lambda w: n * (w**2).sum(),
+    }
+    hessian = torch.autograd.functional.hessian(exact[loss], plain)
+    torch.testing.assert_close(found.curvature, dense @ hessian @ dense.T, rtol=1e-9, atol=1e-9)

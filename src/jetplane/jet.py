@@ -112,7 +112,7 @@ class Jet(torch.Tensor):
 
     primal: Tensor
     first: Tensor | Tangents | None
-    second: Tensor | None
+    second: Tensor | Outer | None
     space: Space
     base: Jet | None
     version: int
@@ -126,7 +126,7 @@ class Jet(torch.Tensor):
         cls,
         primal: Tensor,
         first: Tensor | Tangents | None,
-        second: Tensor | None,
+        second: Tensor | Outer | None,
         space: Space | Key,
         base: Jet | None = None,
         left: Tensor | None = None,
@@ -145,7 +145,7 @@ class Jet(torch.Tensor):
         self,
         primal: Tensor,
         first: Tensor | Tangents | None,
-        second: Tensor | None,
+        second: Tensor | Outer | None,
         space: Space | Key,
         base: Jet | None = None,
         left: Tensor | None = None,
@@ -240,8 +240,10 @@ def parts(x: Any, space: Space) -> tuple[Any, Tensor | None, Tensor | None]:
         if isinstance(first, LowRank):
             space.formed[space.operator] = space.formed.get(space.operator, 0) + 1
         first = first.formed()
-    if x.kind < space.kind == MODEL:  # Gauss-Newton: the model is linear in what the parameters are
+    if _bent(x, space):
         return x.primal, first, None
+    if isinstance(x.second, Outer):
+        x.second = x.second.formed(space)
     return x.primal, first, x.second
 
 
@@ -255,7 +257,17 @@ def primal(x: Any, space: Space) -> Any:
     return x.primal if isinstance(x, Jet) and x.space is space else x
 
 
-def make(primal: Tensor, first: Tensor | None, second: Tensor | None, space: Space) -> Tensor:
+def products(x: Any, space: Space) -> Outer | None:
+    """The second coefficients where they are products that nobody has formed: for operators that sum them up."""
+    return x.second if is_jet(x, space) and isinstance(x.second, Outer) and not _bent(x, space) else None
+
+
+def _bent(x: Jet, space: Space) -> bool:
+    """Whether a function of the parameters enters the model, which Gauss-Newton takes to be linear in it."""
+    return x.kind < space.kind == MODEL
+
+
+def make(primal: Tensor, first: Tensor | None, second: Tensor | Outer | None, space: Space) -> Tensor:
     """A jet, or the bare primal where no coefficient is left."""
     if first is None and second is None:
         return primal
@@ -264,7 +276,7 @@ def make(primal: Tensor, first: Tensor | None, second: Tensor | None, space: Spa
     dtype = carried(primal.dtype)
     if first is not None and first.dtype != dtype:  # 0-dim primals do not promote, (K,) coefficients would
         first = first.to(dtype)
-    if second is not None and second.dtype != dtype:
+    if isinstance(second, Tensor) and second.dtype != dtype:
         second = second.to(dtype)
     return Jet(primal, first, second, space)
 
@@ -354,6 +366,26 @@ def symmetric(space: Space, a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
+@dataclass(frozen=True)
+class Outer:
+    """Second coefficients ``a_i * b_j`` before they are formed: summed up at once, they never are."""
+
+    a: Tensor
+    b: Tensor
+
+    def formed(self, space: Space) -> Tensor:
+        """One tensor for each pair."""
+        return outer(space, self.a, self.b)
+
+    def scaled(self, factor: Any) -> Outer:
+        """Times a constant, elementwise."""
+        return Outer(factor * self.a, self.b)
+
+    def summed(self, space: Space) -> Tensor:
+        """``sum(a_i * b_j)`` over all elements, for each pair."""
+        return gram(space, self.a, self.b)
+
+
 def gram(space: Space, a: Tensor, b: Tensor) -> Tensor:
     """``sum(a_i * b_j)`` over all elements, for each pair: (pairs,), without (pairs, *S) in memory.
 
@@ -395,9 +427,10 @@ def chain(space: Space, x: Any, y: Tensor, d1: Tensor | None, d2: Tensor | None)
     """Elementwise y = f(x): ``y_i = f' x_i`` and ``y_ij = f' x_ij + f'' x_i x_j``; None is zero."""
     _, first, second = parts(x, space)
     y1 = None if d1 is None else scale(d1, first)
-    y2 = None if d1 is None else scale(d1, second)
+    y2: Tensor | Outer | None = None if d1 is None else scale(d1, second)
     if d2 is not None and first is not None and space.order == 2:
-        y2 = _accumulate(space, y2, d2 * first, first)
+        bent = d2 * first
+        y2 = Outer(bent, first) if y2 is None and bent.shape == first.shape else _accumulate(space, y2, bent, first)
     return make(y, y1, y2, space)
 
 
@@ -443,6 +476,17 @@ def _accumulate(space: Space, into: Tensor | None, a: Tensor, b: Tensor) -> Tens
 
 def multiply(space: Space, a: Any, b: Any) -> Tensor:
     """The elementwise product, with broadcasting."""
+    for x, factor in ((a, b), (b, a)):
+        lazy = products(x, space)
+        if (
+            lazy is not None
+            and not is_jet(factor, space)
+            and torch.broadcast_shapes(x.shape, _shape(factor)) == x.shape
+        ):
+            first = None if x.first is None else factor * x.first
+            return make(torch.mul(x.primal, factor), first, lazy.scaled(factor), space)
+    if a is b and is_jet(a, space):
+        return chain(space, a, torch.mul(a.primal, a.primal), 2 * precise(a.primal), precise(a.primal).new_full((), 2))
     pa, fa, sa = parts(a, space)
     pb, fb, sb = parts(b, space)
     y = torch.mul(pa, pb)
@@ -459,6 +503,10 @@ def multiply(space: Space, a: Any, b: Any) -> Tensor:
     if fa is not None and fb is not None and space.order == 2:
         y2 = add(y2, symmetric(space, lift(fa, ndim), lift(fb, ndim)))
     return make(y, broadcast(y1, y.shape), broadcast(y2, y.shape), space)
+
+
+def _shape(x: Any) -> Sequence[int]:
+    return x.shape if isinstance(x, Tensor) else ()
 
 
 def add_jets(space: Space, a: Any, b: Any, y: Tensor, alpha: Any = 1) -> Tensor:
@@ -526,7 +574,8 @@ def write(target: Jet, value: Any, space: Space) -> Jet:
     p, first, second = parts(value, space)
     base.kind = target.kind = max(base.kind, value.kind if is_jet(value, space) else base.kind)
     parts(target, space)  # what is left of the old coefficients must be current
-    assert not isinstance(base.first, Tangents)  # a parameter's alone are
+    parts(base, space)
+    assert not isinstance(base.first, Tangents) and not isinstance(base.second, Outer)
     base.first = _replaced(base, target, base.first, first, space.k)
     base.second = _replaced(base, target, base.second, second, space.pairs)
     if p is not target.primal:

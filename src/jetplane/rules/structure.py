@@ -28,6 +28,7 @@ from ..jet import (
     parts,
     plain,
     primal,
+    products,
 )
 from .registry import RULES, aten, overload, register
 
@@ -217,9 +218,7 @@ LINEAR: dict[str, Callable[..., Any]] = {
     "resolve_neg": torch.resolve_neg,
     "_neg_view": torch.neg,
     # sums
-    "sum": lambda c, *, dtype=None: _sum(c, dtype=dtype),
     "sum.dim_IntList": _sum,
-    "mean": lambda c, *, dtype=None: _mean(c, dtype=dtype),
     "mean.dim": _mean,
     "cumsum": _cumsum,
     # picking
@@ -303,6 +302,29 @@ for _name, _on_stack in LINEAR.items():
     _enter_linear(_name, _on_stack)
 for _name, _rank in FOLDED.items():
     _enter_folded(_name, _rank)
+
+
+# --- sums over everything ---------------------------------------------------------------------
+
+
+def _enter_total(name: str, on_stack: Callable[..., Tensor]) -> None:
+    op = overload(name)
+    assert op is not None
+
+    def rule(space: Space, x: Any, *, dtype: Any = None) -> Any:
+        lazy = products(x, space)
+        if lazy is None or dtype is not None:
+            return linear(space, x, lambda p: op(p, dtype=dtype), lambda c: on_stack(c, dtype=dtype))
+        second = lazy.summed(space)  # without one tensor for each pair
+        if name == "mean":
+            second = second / max(x.numel(), 1)
+        return make(op(x.primal), None if x.first is None else on_stack(x.first), second, space)
+
+    RULES[op] = rule
+
+
+_enter_total("sum", _sum)
+_enter_total("mean", _mean)
 
 
 # --- what leaves low-rank tangents as they are ----------------------------------------------
