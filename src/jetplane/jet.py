@@ -430,7 +430,7 @@ def chain(space: Space, x: Any, y: Tensor, d1: Tensor | None, d2: Tensor | None)
     y2: Tensor | Outer | None = None if d1 is None else scale(d1, second)
     if d2 is not None and first is not None and space.order == 2:
         bent = d2 * first
-        y2 = Outer(bent, first) if y2 is None and bent.shape == first.shape else _accumulate(space, y2, bent, first)
+        y2 = Outer(bent, first) if y2 is None and bent.shape == first.shape else accumulate(space, y2, bent, first)
     return make(y, y1, y2, space)
 
 
@@ -462,7 +462,7 @@ def chain_many(
     return make(y, y1, y2, space)
 
 
-def _accumulate(space: Space, into: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+def accumulate(space: Space, into: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """``into + outer(a, b)``, in place where ``into`` is ours to overwrite."""
     if into is None:
         return outer(space, a, b)
