@@ -16,7 +16,7 @@ from rich.table import Table
 from .errors import ArgumentError, CheckpointError, JetplaneError, RunFolderError
 from .experiments import data as datasets
 from .experiments import demo as demonstration
-from .experiments import report
+from .experiments import page, report
 from .experiments.config import Config, DataName, DescentName, MethodName, ModelName, ScheduleName
 from .experiments.train import Run
 
@@ -151,6 +151,17 @@ def fetch(
         raise ArgumentError(f"only mnist can be fetched, got {name!r}")
     datasets.fetch_mnist(folder)
     console.print(f"MNIST is in {folder}: use it with --data mnist --data-dir {folder}", soft_wrap=True)
+
+
+@app.command("report")
+def write_report(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold some.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Make one HTML page of runs: interactive curves, results, configuration and environment."""
+    runs = page.find(folders)
+    page.write(runs, out)
+    console.print(f"report of {len(runs)} runs  {out}", soft_wrap=True)
 
 
 def _show(runs: list[report.Finished]) -> None:
