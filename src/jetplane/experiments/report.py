@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -145,7 +146,10 @@ def _curves(axes: Axes, runs: Sequence[Finished], over: str) -> None:
 
 
 def rounded_ticks(axis: Axis) -> None:
-    """Ticks of a logarithmic axis at 1, 2 and 5 times the powers of ten, written out; fewer over many powers."""
-    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    """Ticks of a logarithmic axis at round numbers, written out: the more the fewer powers of ten it covers."""
+    low, high = sorted(axis.get_view_interval())
+    decades = math.log10(high / low) if 0 < low < high < math.inf else 1.0
+    subs = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 4 else (1,)
+    axis.set_major_locator(ticker.LogLocator(subs=subs))
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(ticker.NullFormatter())

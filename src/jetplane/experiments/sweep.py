@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import filelock
 import optuna
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from ..errors import ArgumentError, CheckpointError, NonFiniteError, RunFolderError, SingularPlaneError
@@ -146,10 +148,8 @@ class Sweep:
             raise RunFolderError(f"{folder} exists and holds no sweep; name another folder with --out")
         (folder / "trials").mkdir(parents=True, exist_ok=True)
         self.lock = filelock.FileLock(folder / "sweep.lock", timeout=0)
-        # A file's name may hold what a URL cannot, so it goes in as one of SQLite's own, with everything escaped.
-        url = storage or f"sqlite:///{(folder / 'sweep.db').resolve().as_uri()}?uri=true"
         with self._alone():
-            self.study = self._open(url, storage or str(folder / "sweep.db"))
+            self.study = self._open(storage)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -162,11 +162,19 @@ class Sweep:
         finally:
             self.lock.release()
 
-    def _open(self, url: str, shown: str) -> optuna.Study:
+    def _open(self, storage: str | None) -> optuna.Study:
+        path = self.folder / "sweep.db"
+        shown = storage or str(path)
+
+        def connect() -> sqlite3.Connection:  # not by URL, which means something else by some letters of a file's name
+            return sqlite3.connect(path, check_same_thread=False)
+
         try:
-            pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2)
             study = optuna.create_study(
-                storage=url, study_name=self.folder.resolve().name, pruner=pruner, load_if_exists=True
+                storage=storage or RDBStorage(f"sqlite:///{path.name}", engine_kwargs={"creator": connect}),
+                study_name=self.folder.resolve().name,
+                pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2),
+                load_if_exists=True,
             )
             stored = study.user_attrs.get(SPACE)
         except Exception as error:  # noqa: BLE001 - drivers of data bases raise what they like
@@ -305,14 +313,18 @@ class Sweep:
         for axes, (name, (low, high)) in zip(panels[0], ranges.items(), strict=True):
             _points(axes, outcomes, best, name)
             axes.set_xscale("log")
-            axes.set_yscale("log")
+            if any(o.loss is not None for o in outcomes):
+                axes.set_yscale("log")
+                axes.margins(y=0.15)
+                rounded_ticks(axes.yaxis)
+            else:
+                axes.set_yticks([])
             axes.set_xlim(low / 1.2, high * 1.2)
             rounded_ticks(axes.xaxis)
             axes.set_xlabel(names[name])
             axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
             axes.spines[["top", "right"]].set_visible(False)
-        rounded_ticks(panels[0][0].yaxis)
-        panels[0][0].set_ylabel(f"test loss after at most {self.space.config.epochs} epochs")
+        panels[0][0].set_ylabel("test loss of the last epoch")
         handles, labels = panels[0][0].get_legend_handles_labels()
         if handles:
             figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=len(handles))
