@@ -152,6 +152,9 @@ class TestRefusals:
             Sweep(other, tmp_path / "sweep")
         with pytest.raises(CheckpointError, match="--k 1, not none, --k-range none, not 1 4"):
             Sweep(Space(FGD.config, lr=(0.005, 0.5), k=(1, 4)), tmp_path / "sweep")
+        sweep = Sweep(FGD, tmp_path / "sweep")
+        older = {name: value for name, value in sweep.study.user_attrs["space"].items() if name != "descent"}
+        sweep.study.set_user_attr("space", older)  # as if configurations had no such field yet
         assert len(Sweep(FGD, tmp_path / "sweep").outcomes()) == 1
 
     def test_a_folder_of_something_else(self, tmp_path):

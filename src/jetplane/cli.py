@@ -24,7 +24,7 @@ from .experiments.train import Run
 
 app = typer.Typer(
     help="Train PyTorch models with forward passes only.", no_args_is_help=True, add_completion=False,
-    pretty_exceptions_enable=False,
+    pretty_exceptions_enable=False, rich_markup_mode="markdown",  # which leaves [brackets] alone
 )  # fmt: skip
 console = Console()
 ConfigFile = typer.Option("--config", help="Settings from this JSON file, such as a sweep's best.json; options win.")
@@ -57,7 +57,7 @@ def train(
     weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     data_dir: Annotated[Path | None, typer.Option(help="Folder of MNIST's files [or JETPLANE_MNIST].")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/<what it is>].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/DATA-MODEL-METHOD-SEED].")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with this run folder; other options are its own.")] = None,
     configuration: Annotated[Path | None, ConfigFile] = None,
 ) -> None:
@@ -131,7 +131,7 @@ def compare(
 
 @app.command()
 def demo(
-    out: Annotated[Path | None, typer.Option(help="Folder of the runs [default: runs/demo-<time>].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs [default: runs/demo-TIME].")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, batches and directions.")] = 0,
 ) -> None:
     """Train logistic regression and a CNN on real digits with every method, and compare."""
@@ -202,7 +202,7 @@ def run_sweep(
     seed: Annotated[int, typer.Option(help="Of runs and proposals.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     data_dir: Annotated[Path | None, typer.Option(help="Folder of MNIST's files [or JETPLANE_MNIST].")] = None,
-    out: Annotated[Path | None, typer.Option(help="Sweep folder [default: runs/sweep-<what it is>].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Sweep folder [default: runs/sweep-DATA-MODEL-METHOD].")] = None,
     storage: Annotated[str | None, typer.Option(help="URL for Optuna [default: a SQLite file in the folder].")] = None,
     configuration: Annotated[Path | None, ConfigFile] = None,
 ) -> None:

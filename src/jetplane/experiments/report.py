@@ -119,9 +119,13 @@ def names(configs: Sequence[Config]) -> list[str]:
     def name(n: int) -> str:
         alike = [values for values, label in zip(settings, labels, strict=True) if label == labels[n]]
         differ = [key for key in settings[n] if any(values[key] != settings[n][key] for values in alike)]
-        return ", ".join([labels[n], *(f"{key.replace('_', ' ')} {settings[n][key]}" for key in differ)])
+        return ", ".join([labels[n], *(f"{key.replace('_', ' ')} {_short(settings[n][key])}" for key in differ)])
 
     return [name(n) for n in range(len(configs))]
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _curves(axes: Axes, runs: Sequence[Finished], over: str) -> None:

@@ -6,7 +6,7 @@ import math
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,8 +183,11 @@ class Sweep:
         space = self.space.plain()
         if stored is None and not study.trials:
             study.set_user_attr(SPACE, space)
-        elif stored != space:
-            raise CheckpointError(f"{shown}: this sweep has {_differences(stored or {}, space)}; name another folder")
+            return study
+        # A sweep of an older version lacks what its configurations did not have yet: the default, that is.
+        known = {field.name: field.default for field in fields(Config) if field.name in space} | (stored or {})
+        if known != space:
+            raise CheckpointError(f"{shown}: this sweep has {_differences(known, space)}; name another folder")
         return study
 
     def run(self, trials: int, observe: Observer = lambda done, config, step, steps, loss: None) -> None:
