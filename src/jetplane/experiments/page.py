@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -177,7 +178,7 @@ def _row(curve: Curve, run: Finished, folder: str) -> dict[str, Any]:
     ended = {"finished": "", "diverged": f"diverged after {epochs} of {run.config.epochs} epochs"}
     return {
         "colour": curve.colour, "pattern": " ".join(f"{length:g}" for length in curve.pattern), "name": curve.name,
-        "folder": folder, "seed": run.config.seed, "rate": f"{run.config.lr:g}", "epochs": cells["epochs"],
+        "folder": folder, "seed": run.config.seed, "rate": f"{run.config.lr:.4g}", "epochs": cells["epochs"],
         "loss": cells["loss"], "accuracy": cells["accuracy"], "seconds": cells["seconds"],
         "passes": f"{epochs * run.config.forward_passes:,}", "memory": cells["memory"], "status": run.status,
         "note": ended.get(run.status, f"stopped after {epochs} of {run.config.epochs} epochs"),
@@ -233,7 +234,7 @@ def _figure(curves: Sequence[Curve], folders: dict[Path, str]) -> go.Figure:
     for trace, x in zip(figure.data, restyle["x"], strict=True):
         trace.x = x  # type: ignore[attr-defined]
     figure.update_layout(
-        template="simple_white", height=220 * len(PANELS) + 150 + 22 * len(curves),
+        template="simple_white", height=220 * len(PANELS) + 150 + 30 * len(curves),
         margin={"l": 10, "r": 10, "t": 80, "b": 10},  # plotly's own buttons above ours, which they else cover
         font={"size": 13, "color": "#222222", "family": "system-ui, sans-serif"}, hoverlabel={"align": "left"},
         legend={"orientation": "h", "y": -0.09, "yanchor": "top", "x": 0, "itemwidth": 40},
@@ -252,7 +253,13 @@ def _figure(curves: Sequence[Curve], folders: dict[Path, str]) -> go.Figure:
     figure.update_xaxes(showgrid=True, gridcolor="#e4e4e4", automargin=True, tickformat=".4~r", tickangle=0, nticks=10)
     figure.update_yaxes(showgrid=True, gridcolor="#e4e4e4", automargin=True)
     for place, (column, title) in enumerate(PANELS.items(), 1):
-        kind = {"tickformat": ".0%"} if column == "test_accuracy" else {"type": "log", "tickformat": ".3~r"}
+        if column == "test_accuracy":
+            kind = {"tickformat": ".0%"}
+        else:
+            values = [row[column] for run, _ in drawn for row in run.rows if 0 < row[column] < math.inf]
+            ratio = max(values, default=1.0) / min(values, default=1.0)
+            # Between few and many powers of ten plotly writes every digit: 1, 2 and 5 are enough.
+            kind = {"type": "log", "tickformat": ".3~r", "dtick": "D2" if 4 < ratio < 1e4 else None}
         figure.update_yaxes({"title_text": title, **kind}, row=place, col=1)
     return figure
 
@@ -263,7 +270,14 @@ def _switch(unit: Unit, drawn: Sequence[tuple[Finished, slice]]) -> tuple[dict[s
     ends = [unit.values(run)[-1] for run in runs]
     kind = "log" if max(ends) > 10 * min(ends) > 0 else "linear"  # else the short runs are a stroke at the left edge
     axes = [f"xaxis{n}" if n > 1 else "xaxis" for n in range(1, len(PANELS) + 1)]
-    relayout = {f"{axis}.type": kind for axis in axes} | {f"{axis}.autorange": True for axis in axes}
+    whole = unit.button == "Epochs" and kind == "linear" and max(ends) <= 10  # else there are ticks at half epochs
+    settings = {
+        "type": kind,
+        "autorange": True,
+        "tickmode": "linear" if whole else "auto",
+        "dtick": 1 if whole else None,
+    }
+    relayout = {f"{axis}.{name}": value for axis in axes for name, value in settings.items()}
     title = unit.title + (" (log)" if kind == "log" else "")
     return {"x": [unit.values(run)[part] for run, part in drawn]}, relayout | {f"{axes[-1]}.title.text": title}
 
