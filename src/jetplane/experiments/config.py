@@ -68,14 +68,14 @@ class Config:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if name not in (*WORDS, "device") and value is not None and not number:
+                raise ArgumentError(f"{name} must be a number, got {value!r}")
         for name, kind in WORDS.items():
             if getattr(self, name) not in get_args(kind):
                 words = ", ".join(get_args(kind))
                 raise ArgumentError(f"{name} must be one of {words}; got {getattr(self, name)!r}")
-        for name in ("k", "lr", "batch_size", "epochs", "seed", "clip", "weight_decay"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-                raise ArgumentError(f"{name} must be a number, got {value!r}")
         for name in ("batch_size", "epochs"):
             if getattr(self, name) < 1:
                 raise ArgumentError(f"{name} must be at least 1, got {getattr(self, name)}")
