@@ -18,6 +18,14 @@ from .errors import (
     SingularPlaneError,
     UnusedParametersError,
 )
+from .estimators import (
+    DiagonalEstimate,
+    HessianEstimate,
+    NewtonSolution,
+    estimate_diagonal,
+    estimate_hessian,
+    solve_newton,
+)
 from .functions import hessian, hvp, jet, laplacian, quadratic_form
 from .plane import PlaneModel, evaluate
 from .rules import loss, register_rule, strict
@@ -27,12 +35,15 @@ __all__ = [
     "DTypeError",
     "DerivativeError",
     "DeviceError",
+    "DiagonalEstimate",
     "Directions",
     "FallbackWarning",
+    "HessianEstimate",
     "JetplaneError",
     "JetplaneWarning",
     "LossError",
     "MissingRuleError",
+    "NewtonSolution",
     "NonFiniteError",
     "PlaneModel",
     "RescueWarning",
@@ -41,6 +52,8 @@ __all__ = [
     "UnusedParametersError",
     "descent",
     "errors",
+    "estimate_diagonal",
+    "estimate_hessian",
     "evaluate",
     "hessian",
     "hvp",
@@ -50,6 +63,7 @@ __all__ = [
     "optim",
     "quadratic_form",
     "register_rule",
+    "solve_newton",
     "strict",
     "testing",
 ]
