@@ -1,7 +1,7 @@
 """Jetplane: forward-only, second-order training of PyTorch models."""
 
 from . import descent, errors, optim, testing
-from .directions import Directions
+from .directions import Directions, step_scale
 from .errors import (
     ArgumentError,
     DerivativeError,
@@ -64,6 +64,7 @@ __all__ = [
     "quadratic_form",
     "register_rule",
     "solve_newton",
+    "step_scale",
     "strict",
     "testing",
 ]
