@@ -44,8 +44,8 @@ class FGD(PlaneOptimizer):
     >>> bool(loss < 1e-3)
     True
 
-    Sources: Baydin et al., arXiv 2202.08587, algorithm 1; with momentum, Polyak's heavy ball (1964), as Shukla and Shin,
-    arXiv 2310.14168, use it.
+    Sources: Baydin et al., arXiv 2202.08587, algorithm 1; with momentum, Polyak's heavy ball (1964), as in Shukla and
+    Shin, arXiv 2310.14168.
     """
 
     def __init__(
