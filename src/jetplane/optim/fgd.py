@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import final
 
+import torch
 from torch import Tensor
 
 from ..descent import Descent, ForwardGradient
 from ..errors import ArgumentError
-from .base import Moving, Params, PlaneOptimizer
+from .base import Closure, Params, PlaneOptimizer
 
 
 @final
@@ -65,11 +65,14 @@ class FGD(PlaneOptimizer):
         """The forward gradient."""
         return ForwardGradient()
 
-    def _update(self, moving: Moving, tangents: Sequence[Tensor], kappa: Tensor) -> None:
-        balls = [(p, group["momentum"]) for p, group, _ in moving if group["momentum"]]
-        before = [p.clone() for p, _ in balls]
-        super()._update(moving, tangents, kappa)
-        for (p, momentum), old in zip(balls, before, strict=True):
-            if "step" in (own := self.state[p]):
-                p.add_(own["step"], alpha=momentum)
-            own["step"] = old.neg_().add_(p)
+    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
+        """As every Jetplane optimizer's; with momentum, the last change of the parameters goes on."""
+        balls = [(p, group["momentum"]) for p, group, _ in self._moving() if group["momentum"]]
+        before = [p.detach().clone() for p, _ in balls]
+        loss = super().step(closure)
+        with torch.no_grad():
+            for (p, momentum), old in zip(balls, before, strict=True):
+                if "change" in (own := self.state[p]):
+                    p.add_(own["change"], alpha=momentum)
+                own["change"] = old.neg_().add_(p)
+        return loss
