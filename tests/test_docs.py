@@ -13,9 +13,7 @@ import jetplane
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = [
-    m.name
-    for m in pkgutil.walk_packages(jetplane.__path__, "jetplane.")
-    if "experiments" not in m.name and not m.name.endswith(("cli", "__main__"))
+    m.name for m in pkgutil.walk_packages(jetplane.__path__, "jetplane.") if not m.name.endswith(("cli", "__main__"))
 ]
 
 
@@ -37,6 +35,8 @@ def test_links_lead_somewhere(page: Path):
 
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.filterwarnings("ignore::jetplane.FallbackWarning")
+@pytest.mark.filterwarnings("ignore::jetplane.RescueWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TensorBoard's dependencies
 def test_docstrings(name: str):
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert result.failed == 0

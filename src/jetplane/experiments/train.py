@@ -17,10 +17,11 @@ from torch.nn import functional as F
 
 from .. import optim
 from ..errors import ArgumentError, CheckpointError, NonFiniteError, RunFolderError, SingularPlaneError
-from . import data, models, store
+from . import data, environment, models, store
 from .config import Config
 
 Observer = Callable[[int, int, float], None]  # (steps done, steps in all, loss of the last one)
+OnEpoch = Callable[[dict[str, Any]], None]  # the row of metrics that an epoch ends with
 
 
 def optimizer(config: Config, params: list[Tensor]) -> torch.optim.Optimizer:
@@ -54,8 +55,9 @@ def scheduler(config: Config, opt: torch.optim.Optimizer) -> torch.optim.lr_sche
 class Run:
     """A run and its folder.
 
-    The folder holds ``config.json``, ``metrics.jsonl`` (a line an epoch), ``checkpoint.pt`` (the last whole
-    epoch), ``result.json``, TensorBoard events and, drawn by the command line, ``curves.png``.
+    The folder holds ``config.json``, ``environment.json`` (versions, machine, date), ``metrics.jsonl`` (a line an
+    epoch), ``checkpoint.pt`` (the last whole epoch), ``result.json``, TensorBoard events and, drawn by the command
+    line, ``curves.png``.
 
     Args:
         config: what to train, and how.
@@ -103,15 +105,39 @@ class Run:
             raise CheckpointError(f"{folder}: there is no such run folder")
         return Run(Config.load(folder / "config.json"), folder, True, data_dir, dataset)
 
-    def train(self, observe: Observer = lambda done, total, loss: None) -> dict[str, Any]:
+    def train(
+        self,
+        observe: Observer = lambda done, total, loss: None,
+        on_epoch: OnEpoch = lambda row: None,
+    ) -> dict[str, Any]:
         """Train the remaining epochs.
+
+        Args:
+            observe: called after each step with the steps done, the steps in all and the loss.
+            on_epoch: called after each epoch, once it is on disk, with its row of metrics: "epoch", "train_loss",
+                "lr", "test_loss", "test_accuracy" and "seconds". The place for a tracker beside TensorBoard. What
+                it raises ends the training and passes through; the run can be resumed.
 
         Returns:
             What ``result.json`` holds: status "finished" or "diverged" with a message, the last metrics and the
             peak of memory above what was held at the start, in bytes.
+
+        >>> import tempfile
+        >>> losses = []
+        >>> run = Run(Config(epochs=2), Path(tempfile.mkdtemp()) / "run")
+        >>> result = run.train(on_epoch=lambda row: losses.append(row["test_loss"]))
+        >>> result["status"], len(losses)
+        ('finished', 2)
+
+        With Weights & Biases, and in the same way with any other tracker::
+
+            with wandb.init(project="jetplane", config=dataclasses.asdict(run.config)) as board:
+                run.train(on_epoch=lambda row: board.log(row, step=row["epoch"]))
         """
         from torch.utils.tensorboard import SummaryWriter
 
+        if self.epoch < self.config.epochs:
+            environment.record(self.folder, self.train_split.images.device, self.epoch)
         baseline = _reset_peak()
         batches = -(-len(self.train_split.labels) // self.config.batch_size)
         total = batches * self.config.epochs
@@ -132,6 +158,7 @@ class Run:
                     if name != "epoch":
                         events.add_scalar(name, value, self.epoch)
                 events.flush()
+                on_epoch(dict(row))
         result = status | {"last": self.rows()[-1:], "peak_memory": max(_peak() - baseline, 0)}
         store.write_whole(self.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
         return result

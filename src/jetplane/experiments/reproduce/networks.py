@@ -146,7 +146,7 @@ class Networks(Experiment):
             return self._train(chosen, results.folder / "runs" / name, progress)
 
         known = config or self._config(method, 1.0, seed, self.config["epochs"])
-        return Unit(name, known.epochs * forward_passes(known), work)
+        return Unit(name, known.epochs * (known.forward_passes + 0.5), work)  # the half: test data, files
 
     def _train(self, config: Config, folder: Path, progress: Progress) -> dict[str, Any]:
         if self._dataset is None:
@@ -230,7 +230,9 @@ class Networks(Experiment):
                 for key in ("test_loss", "test_accuracy", "seconds")
             }
             base, _, drops = method.partition(", drops")
-            line = style(bases.index(base), 0 if base == method else 3 if drops else 1) | {"label": method}
+            line: dict[str, Any] = style(bases.index(base), 0 if base == method else 3 if drops else 1) | {
+                "label": method
+            }
             for column, x in enumerate((range(1, length + 1), values["seconds"].mean(0))):
                 band(panels[0, column], x, values["test_loss"], log=True, **line)
                 band(panels[1, column], x, 100 * values["test_accuracy"], **line)
@@ -244,13 +246,6 @@ class Networks(Experiment):
         panels[1, 0].xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
         results.figure("curves", figure)
-
-
-def forward_passes(config: Config) -> float:
-    """What an epoch costs, in plain forward passes over the data."""
-    k = config.k or 0
-    costs = {"sgd": 3, "fgd": 1 + 2 * k, "fomoh": 1 + 3 * k, "fomoh-bp": 7, "fomoh-kd": (1 + k) ** 2}
-    return costs[config.method] + 0.5  # for the test data
 
 
 def _slug(method: str) -> str:

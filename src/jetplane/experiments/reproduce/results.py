@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from ...errors import RunFolderError
-from .. import store
+from .. import environment, store
 
 Row = dict[str, str]
 
@@ -44,7 +41,7 @@ class Results:
         else:
             (folder / "metrics").mkdir(parents=True, exist_ok=True)
             _write(path, config)
-            _write(folder / "environment.json", environment())
+            environment.record(folder, torch.device("cpu"), 0)
 
     def has(self, name: str) -> bool:
         """Whether these metrics are there already."""
@@ -100,24 +97,6 @@ def pm(values: Sequence[float], digits: int = 3, scale: float = 1.0) -> str:
     """Mean and standard error as a table shows them."""
     mean, error = mean_error([scale * v for v in values])
     return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if error == error else "")
-
-
-def environment() -> dict[str, Any]:
-    """Machine, versions and time."""
-    from importlib.metadata import version
-
-    return {
-        "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "machine": platform.machine(), "system": platform.platform(), "processor": _processor(),
-        "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "python": platform.python_version(), "torch": torch.__version__, "jetplane": version("jetplane"),
-    }  # fmt: skip
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def _write(path: Path, content: Any) -> None:
