@@ -221,6 +221,13 @@ class TestNetworks:
         swept = set(cnn["sweep"]["grids"]) | set(cnn["published_rates"])
         assert swept == {m.partition(", drops")[0] for m in cnn["methods"]}
 
+    def test_fewer_epochs_than_the_budget(self):
+        config = experiment("cnn", "paper", epochs=30).config
+        assert (config["epochs"], config["shared"]["drop_every"], config["sweep"]["epochs"]) == (30, 10, 30)
+        for name, epochs in (("cnn", 0), ("laws", 5)):
+            with pytest.raises(jp.ArgumentError, match="epochs"):
+                experiment(name, "smoke", epochs=epochs)
+
     def test_the_sweep_decides(self, tmp_path):
         subject = experiment("logreg", "smoke")
         results = carry_out(subject, tmp_path)

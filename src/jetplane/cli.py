@@ -168,6 +168,7 @@ def reproduce(
     out: Annotated[Path | None, typer.Option(help="Results folder [default: results/NAME-BUDGET].")] = None,
     data_dir: Annotated[Path | None, typer.Option(help=DATA_HELP)] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    epochs: Annotated[int | None, typer.Option(help="Of logreg, cnn and cifar, instead of the budget's.")] = None,
 ) -> None:
     """Run an experiment of the paper; run it again to go on where it stopped."""
     folder = out or Path("results") / f"{name}-{budget}"
@@ -179,7 +180,7 @@ def reproduce(
             progress.update(task, completed=done, total=total, description=unit.replace("/", " "), loss=shown)
 
         try:
-            carry_out(experiment(name, budget, data_dir, device), folder, observe)
+            carry_out(experiment(name, budget, data_dir, device, epochs), folder, observe)
         except KeyboardInterrupt:
             progress.stop()
             console.print(f"stopped; go on with the same command: what {folder} holds is kept", soft_wrap=True)

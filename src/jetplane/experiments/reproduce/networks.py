@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib import ticker
 
-from ...errors import RunFolderError
+from ...errors import ArgumentError, RunFolderError
 from .. import data
 from ..config import Config
 from ..train import Run
@@ -38,7 +38,7 @@ SETUPS: dict[str, dict[str, Any]] = {
 BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
     "logreg": {
         "smoke": {"epochs": 2, "seeds": [0, 1], "drop_every": 1, "sweep_epochs": 1, "rates": 2},
-        "hour": {"epochs": 60, "seeds": [0, 1, 2, 3, 4], "drop_every": 30, "sweep_epochs": 10, "rates": 7},
+        "hour": {"epochs": 100, "seeds": [0, 1, 2, 3, 4], "drop_every": 50, "sweep_epochs": 10, "rates": 7},
         "paper": {"epochs": 2000, "seeds": [0, 1, 2, 3, 4], "drop_every": 1000, "sweep_epochs": 100, "rates": 13},
     },
     "cnn": {
@@ -89,10 +89,22 @@ class Networks(Experiment):
         budget: "smoke" trains "logreg" and "cnn" on the digits of scikit-learn, which need no download.
         data_dir: where the data set is; otherwise a variable names it.
         device: where to train.
+        epochs: instead of the budget's; drops of the rate and the sweep shrink with them.
+
+    Raises:
+        ArgumentError: epochs < 1.
     """
 
-    def __init__(self, name: str, budget: Budget, data_dir: Path | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self, name: str, budget: Budget, data_dir: Path | None = None, device: str = "cpu", epochs: int | None = None
+    ) -> None:
         plan = {"examples": 0} | SETUPS[name] | BUDGETS[name][budget]
+        if epochs is not None:
+            if epochs < 1:
+                raise ArgumentError(f"epochs must be at least 1, got {epochs}")
+            plan["drop_every"] = max(1, plan["drop_every"] * epochs // plan["epochs"])
+            plan["sweep_epochs"] = min(plan["sweep_epochs"], epochs)
+            plan["epochs"] = epochs
         if budget == "smoke" and name != "cifar":
             plan |= {"data": "digits", "batch_size": 256}
         published = PUBLISHED.get(name, {})
