@@ -31,8 +31,8 @@ from .results import Results, markdown, pm
 
 SIZES = {  # parameters, iterations, seeds
     "smoke": (10, 60, 3),
-    "hour": (30, 300, 20),
-    "paper": (30, 300, 100),
+    "hour": (30, 300, 40),
+    "paper": (30, 300, 200),
 }
 CONDITION = 10.0  # of the second quadratic
 MOMENTA = (0.0, 0.5, 0.9)

@@ -235,7 +235,8 @@ class Rosenbrock(Experiment):
                 axes.plot(*points[0], "o", color=style(seed)["color"], markersize=5, zorder=3)
             axes.plot(1, 1, "*", color="black", markersize=13, zorder=4)
             end = np.log10(self.losses(results, 2, method)[:, -1])
-            tidy(axes, f"{label(method)}: log10 loss {pm(end.tolist(), 1)}", "", "")
+            last = "0" if (end <= np.log10(FLOOR)).all() else f"10^({pm(end.tolist(), 1)})"
+            tidy(axes, f"{label(method)}: last loss {last}", "", "")
             axes.grid(False)
             axes.set_xlim(-2.6, 2.6)
             axes.set_ylim(-2.6, 4.4)
