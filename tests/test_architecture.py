@@ -15,7 +15,7 @@ LAYERS = [
     {"rules", "descent", "replay"},
     {"directions", "chunking"},
     {"plane"},
-    {"functions", "testing", "search"},
+    {"functions", "testing", "search", "estimators"},
     {"optim"},
     {""},  # the package itself
     {"experiments"},

@@ -11,7 +11,7 @@ import pytest
 import jetplane
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = [
     m.name for m in pkgutil.walk_packages(jetplane.__path__, "jetplane.") if not m.name.endswith(("cli", "__main__"))
 ]

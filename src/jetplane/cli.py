@@ -1,4 +1,4 @@
-"""The command line: ``jetplane train``, ``compare``, ``report``, ``sweep``, ``demo`` and ``fetch``."""
+"""The command line: ``jetplane train``, ``compare``, ``report``, ``sweep``, ``demo``, ``reproduce`` and ``fetch``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import optuna
 import typer
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -20,7 +21,10 @@ from .experiments import data as datasets
 from .experiments import demo as demonstration
 from .experiments import page, report, sweep
 from .experiments.config import Config, DataName, DescentName, MethodName, ModelName, ScheduleName
+from .experiments.reproduce import Budget, ExperimentName, carry_out, experiment
 from .experiments.train import Run
+
+DATA_HELP = "Folder of the data [or JETPLANE_MNIST, JETPLANE_CIFAR10]."
 
 app = typer.Typer(
     help="Train PyTorch models with forward passes only.", no_args_is_help=True, add_completion=False,
@@ -33,7 +37,7 @@ ConfigFile = typer.Option("--config", help="Settings from this JSON file, such a
 @contextmanager
 def _progress() -> Iterator[Progress]:
     columns = (
-        TextColumn("[bold]{task.description:<24}"), BarColumn(bar_width=30), TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("[bold]{task.description:<30}"), BarColumn(bar_width=30), TextColumn("{task.percentage:>3.0f} %"),
         TextColumn("loss {task.fields[loss]:>8}"), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
@@ -56,7 +60,7 @@ def train(
     clip: Annotated[float | None, typer.Option(help="Largest step, 0: any [default: 1 for fomoh, fomoh-kd].")] = None,
     weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of MNIST's files [or JETPLANE_MNIST].")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help=DATA_HELP)] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/DATA-MODEL-METHOD-SEED].")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with this run folder; other options are its own.")] = None,
     configuration: Annotated[Path | None, ConfigFile] = None,
@@ -158,15 +162,44 @@ def demo(
 
 
 @app.command()
+def reproduce(
+    name: Annotated[ExperimentName, typer.Argument(help="The experiment.")],
+    budget: Annotated[Budget, typer.Option(help="Seconds, an hour on 2 cores, or all of the paper.")] = "hour",
+    out: Annotated[Path | None, typer.Option(help="Results folder [default: results/NAME-BUDGET].")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help=DATA_HELP)] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    epochs: Annotated[int | None, typer.Option(help="Of logreg, cnn and cifar, instead of the budget's.")] = None,
+) -> None:
+    """Run an experiment of the paper; run it again to go on where it stopped."""
+    folder = out or Path("results") / f"{name}-{budget}"
+    with _progress() as progress:
+        task = progress.add_task(name, total=None, loss="")
+
+        def observe(done: float, total: float, unit: str, loss: float) -> None:
+            shown = "" if loss != loss else f"{loss:.2e}"
+            progress.update(task, completed=done, total=total, description=unit.replace("/", " "), loss=shown)
+
+        try:
+            carry_out(experiment(name, budget, data_dir, device, epochs), folder, observe)
+        except KeyboardInterrupt:
+            progress.stop()
+            console.print(f"stopped; go on with the same command: what {folder} holds is kept", soft_wrap=True)
+            raise typer.Exit(130) from None
+    console.print(Markdown((folder / "results.md").read_text()))
+    console.print(f"results  {folder}", soft_wrap=True)
+
+
+@app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help="mnist")],
+    name: Annotated[str, typer.Argument(help="mnist or cifar10")],
     folder: Annotated[Path, typer.Argument(help="Where to put the files.")],
 ) -> None:
     """Download a data set and check it."""
-    if name != "mnist":
-        raise ArgumentError(f"only mnist can be fetched, got {name!r}")
-    datasets.fetch_mnist(folder)
-    console.print(f"MNIST is in {folder}: use it with --data mnist --data-dir {folder}", soft_wrap=True)
+    fetches = {"mnist": datasets.fetch_mnist, "cifar10": datasets.fetch_cifar10}
+    if name not in fetches:
+        raise ArgumentError(f"only {' and '.join(fetches)} can be fetched, got {name!r}")
+    fetches[name](folder)
+    console.print(f"{name} is in {folder}: use it with --data {name} --data-dir {folder}", soft_wrap=True)
 
 
 @app.command("report")
@@ -201,7 +234,7 @@ def run_sweep(
     trials: Annotated[int, typer.Option(help="Trials in all, those of earlier calls included.")] = 20,
     seed: Annotated[int, typer.Option(help="Of runs and proposals.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of MNIST's files [or JETPLANE_MNIST].")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help=DATA_HELP)] = None,
     out: Annotated[Path | None, typer.Option(help="Sweep folder [default: runs/sweep-DATA-MODEL-METHOD].")] = None,
     storage: Annotated[str | None, typer.Option(help="URL for Optuna [default: a SQLite file in the folder].")] = None,
     configuration: Annotated[Path | None, ConfigFile] = None,

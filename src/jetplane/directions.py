@@ -29,6 +29,38 @@ Pieces = Iterator[tuple[slice, slice, Tensor]]  # directions, elements, their nu
 _ELEMENT, _DIRECTION, _KEPT = 1, 2, 3  # what a key is for
 
 
+def step_scale(law: str, size: int, k: int = 1) -> float:
+    """How much shorter a step along the forward gradient must be than one along the gradient g itself.
+
+        |g|^2 / E|G|^2,    G = mean_k (g . v_k) v_k,    E|G|^2 = (size + kurtosis + k - 2) / k |g|^2
+
+    With a loss whose gradient is L-Lipschitz, `jetplane.optim.FGD` at the rate ``step_scale / L`` lowers the expected
+    loss by ``step_scale |g|^2 / (2 L)`` a step, and no rate promises more. For k = 1 this is the variance
+    ``1 / (d + kappa_4 - 1)`` of the tangents of which the source has the same step; tangents here have variance one.
+
+    Args:
+        law: of the tangents; see `Directions`. On the "sphere" E|G|^2 is ``(size + k - 1) / k |g|^2``: its entries
+            depend on each other.
+        size: of the gradient: the number of parameters that move.
+        k: directions of a step.
+
+    Raises:
+        ArgumentError: an unknown law, size or k < 1.
+
+    >>> step_scale("rademacher", 100), step_scale("laplace", 100)
+    (0.01, 0.009523809523809525)
+
+    Source: Shukla and Shin, arXiv 2310.14168.
+    """
+    if law not in KURTOSIS:
+        raise ArgumentError(f"law must be one of {', '.join(KURTOSIS)}; got {law!r}")
+    for name, value in (("size", size), ("k", k)):
+        if value < 1:
+            raise ArgumentError(f"{name} must be at least 1, got {value}")
+    kurtosis = 1.0 if law == "sphere" else KURTOSIS[law]
+    return k / (size + kurtosis + k - 2)
+
+
 class AbstractDirections(ABC):
     """K directions in the space of all parameters: what a plane is spanned by."""
 

@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args
 from ..errors import ArgumentError, CheckpointError
 from . import store
 
-DataName = Literal["digits", "mnist"]
-ModelName = Literal["logreg", "mlp", "cnn"]
+DataName = Literal["digits", "mnist", "cifar10"]
+ModelName = Literal["logreg", "mlp", "cnn", "cnn-bn"]
 MethodName = Literal["fgd", "fomoh", "fomoh-kd", "fomoh-bp", "sgd"]
-ScheduleName = Literal["constant", "cosine", "step"]
+ScheduleName = Literal["constant", "cosine", "step", "drops", "drops-at-once"]
 DescentName = Literal["newton", "saddle-free", "damped"]
 WORDS = {
     "data": DataName, "model": ModelName, "method": MethodName, "schedule": ScheduleName, "descent": DescentName,
@@ -25,6 +25,7 @@ RATES: dict[str, dict[str, float]] = {
     "logreg": {"fgd": 0.02, "fomoh": 0.1362, "fomoh-kd": 0.3, "fomoh-bp": 1.0, "sgd": 0.5},
     "mlp": {"fgd": 0.005, "fomoh": 0.3, "fomoh-kd": 0.3, "fomoh-bp": 0.5, "sgd": 0.2},
     "cnn": {"fgd": 0.01, "fomoh": 0.544, "fomoh-kd": 0.3, "fomoh-bp": 0.5, "sgd": 0.2},
+    "cnn-bn": {"fgd": 2e-5, "fomoh": 0.544, "fomoh-kd": 0.3, "fomoh-bp": 0.5, "sgd": 0.2},
 }
 # Only the rate of forward gradient descent must shrink with the number of parameters.
 MNIST_RATES: dict[str, dict[str, float]] = {"logreg": {"fgd": 5e-4}, "mlp": {"fgd": 5e-4}, "cnn": {"fgd": 1e-4}}
@@ -38,12 +39,14 @@ class Config:
     """Everything that decides the numbers of a run.
 
     Attributes:
-        data: "digits" (scikit-learn's, 8 x 8) or "mnist".
-        model: "logreg", "mlp" or "cnn".
+        data: "digits" (scikit-learn's, 8 x 8), "mnist" or "cifar10".
+        model: "logreg", "mlp", "cnn" or "cnn-bn" (BatchNorm and dropout).
         method: "fgd", "fomoh", "fomoh-kd", "fomoh-bp" or "sgd".
         k: directions per step; 0 for the methods without any.
         lr: the rate at the start.
-        schedule: "constant", "cosine" (to zero at the end) or "step" (a tenth after 60 and 85 % of the epochs).
+        schedule: "constant", "cosine" (to zero at the end), "step" (a tenth after 60 and 85 % of the epochs), "drops"
+            (times ``drop`` after each ``drop_every`` epochs) or "drops-at-once" (as many drops, all of them after the
+            first ``drop_every`` epochs: what the paper's scripts do, except for FoMoH-KD).
         descent: how FoMoH-KD solves its plane.
         batch_size: examples of one step.
         epochs: passes over the training data.
@@ -51,6 +54,9 @@ class Config:
         clip: largest norm of a step; 0 for no limit.
         weight_decay: decoupled.
         device: where to train.
+        drop_every: epochs between drops of the rate.
+        drop: factor of a drop.
+        examples: use the first so many of the training and of the test data; 0 for all.
     """
 
     data: str = "digits"
@@ -66,6 +72,9 @@ class Config:
     clip: float | None = None
     weight_decay: float = 0.0
     device: str = "cpu"
+    drop_every: int = 1000
+    drop: float = 0.1
+    examples: int = 0
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -76,15 +85,17 @@ class Config:
             if getattr(self, name) not in get_args(kind):
                 words = ", ".join(get_args(kind))
                 raise ArgumentError(f"{name} must be one of {words}; got {getattr(self, name)!r}")
-        for name in ("batch_size", "epochs"):
+        for name in ("batch_size", "epochs", "drop_every"):
             if getattr(self, name) < 1:
                 raise ArgumentError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.examples < 0 or not self.drop > 0:
+            raise ArgumentError(f"expected examples >= 0 and drop > 0, got {self.examples} and {self.drop}")
         if self.k is None:
             object.__setattr__(self, "k", DIRECTIONS[self.method])
         elif self.method in ("sgd", "fomoh-bp") and self.k != DIRECTIONS[self.method]:
             raise ArgumentError(f"the method {self.method} draws no directions, so it takes no k; got {self.k}")
         if self.lr is None:
-            rates = RATES[self.model] | (MNIST_RATES[self.model] if self.data == "mnist" else {})
+            rates = RATES[self.model] | (MNIST_RATES.get(self.model, {}) if self.data != "digits" else {})
             object.__setattr__(self, "lr", rates[self.method])
         if self.clip is None:
             object.__setattr__(self, "clip", CLIPS.get(self.method, 0.0))

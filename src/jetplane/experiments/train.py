@@ -43,6 +43,11 @@ def scheduler(config: Config, opt: torch.optim.Optimizer) -> torch.optim.lr_sche
     """The schedule of the rate, one step an epoch."""
     if config.schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(opt, config.epochs)
+    if config.schedule == "drops":
+        return torch.optim.lr_scheduler.StepLR(opt, config.drop_every, config.drop)
+    if config.schedule == "drops-at-once":
+        milestones = [config.drop_every] * (config.epochs // config.drop_every)
+        return torch.optim.lr_scheduler.MultiStepLR(opt, milestones, config.drop)
     milestones = [] if config.schedule == "constant" else [int(config.epochs * f) for f in (0.6, 0.85)]
     return torch.optim.lr_scheduler.MultiStepLR(opt, milestones, 0.1)
 
@@ -54,19 +59,31 @@ class Run:
     epoch), ``checkpoint.pt`` (the last whole epoch), ``result.json``, TensorBoard events and, drawn by the command
     line, ``curves.png``.
 
+    Args:
+        config: what to train, and how.
+        folder: of the run; made if it is not there.
+        resume: go on with the folder's last checkpoint.
+        data_dir: where the data set is, if it does not come with a library.
+        dataset: the data set itself, for whoever trains on it more than once.
+
     Raises:
         RunFolderError: the folder exists and ``resume`` was not asked for.
         CheckpointError: the folder to resume has no checkpoint of this very model.
         ArgumentError: the device does not exist.
     """
 
-    def __init__(self, config: Config, folder: Path, resume: bool = False, data_dir: Path | None = None) -> None:
+    def __init__(
+        self, config: Config, folder: Path, resume: bool = False, data_dir: Path | None = None,
+        dataset: data.Data | None = None,
+    ) -> None:  # fmt: skip
         self.config = config
         self.folder = folder
-        self.data = data.load(config.data, data_dir)
+        self.data = data.load(config.data, data_dir) if dataset is None else dataset
+        if config.examples:
+            self.data = self.data.first(config.examples)
         device = _device(config.device)
         torch.manual_seed(config.seed)
-        self.model = models.build(config.model, self.data.side).to(device)
+        self.model = models.build(config.model, self.data.side, self.data.channels).to(device)
         self.opt = optimizer(config, list(self.model.parameters()))
         self.schedule = scheduler(config, self.opt)
         self.train_split, self.test_split = (
@@ -82,11 +99,11 @@ class Run:
             config.save(folder / "config.json")
 
     @staticmethod
-    def resume(folder: Path, data_dir: Path | None = None) -> Run:
+    def resume(folder: Path, data_dir: Path | None = None, dataset: data.Data | None = None) -> Run:
         """Go on where the folder's last checkpoint stands."""
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: there is no such run folder")
-        return Run(Config.load(folder / "config.json"), folder, resume=True, data_dir=data_dir)
+        return Run(Config.load(folder / "config.json"), folder, True, data_dir, dataset)
 
     def train(
         self,
@@ -159,6 +176,8 @@ class Run:
         rate = self.opt.param_groups[0]["lr"]
         for n, batch in enumerate(torch.randperm(len(labels)).split(self.config.batch_size)):
             x, y = images[batch], labels[batch]
+            if self.data.augment is not None:
+                x = self.data.augment(x)
             loss = self._step(lambda x=x, y=y: F.cross_entropy(self.model(x), y)).item()
             total += loss * len(batch)
             observe(n + 1, loss)
@@ -206,8 +225,9 @@ class Run:
             store.keep_rows(self.folder / "metrics.jsonl", 0)
             return
         state = store.load_checkpoint(path)
-        if state["config"] != dataclasses.asdict(self.config):
-            changed = sorted(k for k, v in dataclasses.asdict(self.config).items() if state["config"].get(k) != v)
+        known = dataclasses.asdict(Config.of(state["config"]))  # with defaults for what older versions did not have
+        if known != dataclasses.asdict(self.config):
+            changed = sorted(k for k, v in dataclasses.asdict(self.config).items() if known[k] != v)
             raise CheckpointError(f"{path}: belongs to another run; different: {', '.join(changed)}")
         try:
             self.model.load_state_dict(state["model"])
