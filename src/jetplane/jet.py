@@ -49,6 +49,7 @@ class Space:
             are off, lazy conjugation and view tracking among them, which rules and autograd rely on.
         level: nesting depth. Jets of an outer evaluation have a smaller level and are constants
             for this one, which is what rules perturbation confusion out.
+        examples: whether each example's part of the slope is kept: see `jetplane.rules.examples`.
     """
 
     k: int
@@ -58,6 +59,7 @@ class Space:
     gauss_newton: bool = False
     kind: int = PARAMETER
     keys: tuple[Any, Any] | None = None
+    examples: bool = False
 
     @property
     def key(self) -> Key:
@@ -112,6 +114,7 @@ class Jet(torch.Tensor):
     version: int
     is_seed: bool
     kind: int
+    examples: Tensor | None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
@@ -150,6 +153,7 @@ class Jet(torch.Tensor):
         self.version = 0 if base is None else base.version
         self.is_seed = False
         self.kind = space.kind
+        self.examples = None
 
     def __tensor_flatten__(self) -> tuple[list[str], Key]:
         parts(self, self.space)  # a compiler sees coefficients as they are now

@@ -39,6 +39,7 @@ from .errors import (
 from .jet import MODEL, PARAMETER, Jet, Space, any_promoted, forget_promoted, parts, precise, promoted
 from .rules.custom import intercept_functions
 from .rules.dispatch import loss as mark_loss
+from .rules.examples import known
 
 Pairs = Literal["all", "diagonal"] | int
 Curvature = Literal["hessian", "ggn", "none"]
@@ -72,11 +73,14 @@ class PlaneModel:
         slope: directional derivatives, shape (K,).
         curvature: (K, K), or (K,) for the diagonal alone, or (planes, b, b) for independent planes
             of b directions, or None where it was not asked for.
+        examples: each example's part of the slope, (N, K); they add up to it. None where it was not asked
+            for or is not known.
     """
 
     value: Tensor
     slope: Tensor
     curvature: Tensor | None
+    examples: Tensor | None = None
 
 
 @contextlib.contextmanager
@@ -214,6 +218,7 @@ def evaluate(
     directions: Drawn | Sequence[Tensor],
     curvature: Curvature = "hessian",
     pairs: Pairs = "all",
+    examples: bool = False,
 ) -> PlaneModel:
     """Run a closure once on the plane that directions span at the parameters.
 
@@ -226,6 +231,10 @@ def evaluate(
             for the slope alone.
         pairs: "all" K(K+1)/2 pairs, "diagonal", or an int b for independent planes of b consecutive
             directions each.
+        examples: also give each example's part of the slope, ``examples[n, i] = grad(L_n) . v_i`` with
+            ``L = sum_n L_n``, at next to no cost. Examples are counted along the first axis of what the loss
+            function takes, and their parts are known for torch's own losses, times constants, in sums, and,
+            with "ggn", beside regularizers and for losses marked with `jetplane.loss`. Else None.
 
     Returns:
         A `PlaneModel` of detached tensors, float32 at least.
@@ -256,8 +265,11 @@ def evaluate(
         raise ArgumentError(f"curvature must be 'hessian', 'ggn' or 'none', got {curvature!r}")
     order = 2 if curvature == "hessian" else 1
     if torch.compiler.is_compiling():
+        if examples:
+            raise ArgumentError("examples=True cannot be compiled; run it eagerly")
         return _traced(closure, params, draw, Space(k, block, order, 1), curvature, pairs)
     with torch.inference_mode(), expansion(k, block, order, curvature == "ggn") as space:
+        space.examples = examples
         seeds = {id(p): _seed(p, i, draw, space) for i, p in enumerate(params)}
         mode = Interception(space, seeds)
         with mode.running():
@@ -268,9 +280,8 @@ def evaluate(
         if first is None:
             first = value.new_zeros(k)
         second = None if second is None else _matrix(second, space, pairs)
-    if space.level > 1:
-        return PlaneModel(value, first, second)
-    return finished(PlaneModel(value, first, second))
+        model = PlaneModel(value, first, second, known(loss, first) if examples else None)
+    return model if space.level > 1 else finished(model)
 
 
 class _Seeding(TorchFunctionMode):
@@ -381,7 +392,7 @@ def finished(model: PlaneModel) -> PlaneModel:
     for name, t in (("loss", value), ("slope", slope), ("curvature", curvature)):
         if t is not None and not bool(torch.isfinite(t).all()):
             raise NonFiniteError(f"the {name} is not finite: {t.tolist() if t.numel() <= 9 else 'NaN or inf inside'}")
-    return PlaneModel(value, slope, curvature)
+    return PlaneModel(value, slope, curvature, None if model.examples is None else plain(model.examples))
 
 
 def _block(pairs: Pairs, k: int) -> int:
