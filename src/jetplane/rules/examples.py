@@ -77,10 +77,10 @@ def _examples(packet: str, space: Space, args: Sequence[Any], kwargs: dict[str, 
     return LOST
 
 
-def _of(x: Any, space: Space) -> Tensor | None:
-    """The examples of a term: (N, K), one row for what is the same for all, None for a constant."""
+def _of(x: Any, space: Space) -> Tensor:
+    """The examples of a term: (N, K), or one row for what is the same for all."""
     if not is_jet(x, space) or x.first is None:
-        return None
+        return torch.zeros(1, space.k, device=x.device if isinstance(x, Tensor) else None)
     if x.examples is not None:
         return x.examples
     if space.gauss_newton and x.kind == PARAMETER:
@@ -88,17 +88,13 @@ def _of(x: Any, space: Space) -> Tensor | None:
     return LOST
 
 
-def _sum(a: Tensor | None, b: Tensor | None, factor: Any) -> Tensor:
+def _sum(a: Tensor, b: Tensor, factor: Any) -> Tensor:
     if a is LOST or b is LOST or isinstance(factor, Jet):
         return LOST
-    if b is None:
-        return LOST if a is None else a
-    if a is None:
-        return b * factor
     b = b * factor
     if len(a) == len(b):
         return a + b
-    if 1 in (len(a), len(b)):  # a regularizer: an equal part of it to every example
+    if 1 in (len(a), len(b)):  # a constant or a regularizer: an equal part of it to every example
         return a / max(1, len(b) // len(a)) + b / max(1, len(a) // len(b))
     return torch.cat([a, b])  # sums over different batches
 
