@@ -13,7 +13,7 @@ LAYERS = [
     {"jet"},
     {"rules", "descent", "replay"},
     {"plane", "directions"},
-    {"functions", "testing", "search"},
+    {"functions", "testing", "search", "activity"},
     {"optim"},
     {""},  # the package itself
     {"experiments"},

@@ -88,7 +88,10 @@ def expansion(k: int, block: int, order: int, gauss_newton: bool = False) -> Ite
     """The space of one evaluation; evaluations inside of it get a higher level."""
     depth = getattr(_active, "depth", 0) + 1
     space = Space(k, block, order, depth, gauss_newton)
-    space.keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    included = torch._C._dispatch_tls_local_include_set()
+    for mode in (torch._C.DispatchKey.Python, torch._C.DispatchKey.PythonTLSSnapshot):
+        included = included.remove(mode)  # modes around an evaluation see its operators, and none of the rules' own
+    space.keys = included, torch._C._dispatch_tls_local_exclude_set()
     _active.depth = depth
     try:
         yield space
