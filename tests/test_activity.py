@@ -103,7 +103,7 @@ def test_is_exact_where_each_output_is_moved(case):
 
 def test_late_layers_get_more_samples_and_the_budget_is_kept():
     net = nn.Sequential(*[m for _ in range(4) for m in (nn.Linear(64, 64), nn.Tanh())], nn.Linear(64, 3))
-    x, y = torch.randn(8, 64), torch.randint(3, (8,))
+    x, y = torch.randn(4096, 64), torch.randint(3, (4096,))
     shares = allot(lambda: F.cross_entropy(net(x), y), net, list(net.parameters()), 20)
     samples = [shares[name].samples for name in ("0", "2", "4", "6")]
     assert samples == sorted(samples) and samples[-1] > 2 * samples[0]

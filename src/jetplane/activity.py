@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn import grad as nn_grad
+from torch.utils._mode_utils import no_dispatch
 
 from .directions import Directions
 from .jet import Jet, Space, carried, parts, promoted
@@ -40,7 +41,8 @@ Closure = Callable[[], Any]
 
 OTHERS = "*"  # the name under which an allotment has the parameters that no layer here accounts for
 _NUMBERS = 1 << 24  # coefficients of a layer's output that one pass carries at most
-_NOISE_COST = 64.0  # multiply-adds that cost as much as drawing, carrying and using a number of noise
+_FREE = 1 << 17  # coefficients that cost no time beside what starting a pass costs
+_NOISE_COST = 300.0  # multiply-adds that cost as much as drawing, carrying and using a number of noise
 
 
 class Share(NamedTuple):
@@ -252,7 +254,8 @@ def _hooked(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> Iterator[
         if not args or not isinstance(output, Tensor):
             return None
         calls[module] = calls.get(module, -1) + 1
-        return hook(module, calls[module], args[0], output)
+        with torch._C.DisableTorchFunction(), no_dispatch():  # thousands of small operators, none of them a jet's
+            return hook(module, calls[module], args[0], output)
 
     handles = [m.register_forward_hook(after) for m in modules]
     try:
@@ -313,6 +316,8 @@ def allot(closure: Closure, model: nn.Module, params: Sequence[Tensor], passes: 
     shares = {}
     for name in sizes:
         samples = max(1, round(scale * math.sqrt(sizes[name] / costs[name])))
+        if name in met:
+            samples = max(samples, min(_FREE // max(met[name].outputs, 1), 64))
         shares[name] = _share(name, layers.get(name), met.get(name), samples, closure, name == [*met][-1])
     return shares
 
@@ -329,7 +334,7 @@ def _share(name: str, module: nn.Module | None, met: _Met | None, samples: int, 
         samples, mode = outputs, "units"
     else:
         mode = "weights" if _weight_space(module) and _weights_of(module) < met.outputs / met.shape[0] else "signs"
-    return Share(mode, samples, math.ceil(samples * met.outputs / _NUMBERS) if samples else 1)
+    return Share(mode, samples, min(samples, math.ceil(samples * met.outputs / _NUMBERS)))
 
 
 def _weights_of(module: nn.Module) -> int:
@@ -389,7 +394,7 @@ def estimate(
             slopes = found[module]
             for param, part in () if slopes is None else sites[module].direction(call, x, y, slopes):
                 if id(param) in total:
-                    total[id(param)] = total[id(param)] + part  # in place it would be set back with the rest
+                    total[id(param)] += part
 
         with rehearsal(), torch.inference_mode(), _hooked(list(sites), add):
             closure()

@@ -7,7 +7,7 @@ direction, element), so any of them can be drawn again: at the update, in anothe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, final
 
 import torch
@@ -219,18 +219,19 @@ class StoredDirections(AbstractDirections):
     """Directions that are given: a gradient, previous steps, a guess.
 
     Args:
-        tangents: one tensor (K, *param.shape) for each parameter, in their order.
+        tangents: one tensor (K, *param.shape) for each parameter: in their order, or by their indices.
     """
 
-    def __init__(self, tangents: Sequence[Tensor]) -> None:
-        counts = {len(t) if t.dim() else 0 for t in tangents}
+    def __init__(self, tangents: Sequence[Tensor] | Mapping[int, Tensor]) -> None:
+        held = dict(tangents) if isinstance(tangents, Mapping) else dict(enumerate(tangents))
+        counts = {len(t) if t.dim() else 0 for t in held.values()}
         if len(counts) != 1 or 0 in counts:
             raise ShapeError(
                 "expected one tensor (K, *param.shape) for each parameter, with one K of at least 1; got "
-                f"shapes {[tuple(t.shape) for t in tangents]}"
+                f"shapes {[tuple(t.shape) for t in held.values()]}"
             )
         self.k = counts.pop()
-        self._tangents = list(tangents)
+        self._tangents = held
 
     def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
         """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
@@ -239,6 +240,43 @@ class StoredDirections(AbstractDirections):
     def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
         """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""
         return weighted_sum(_checked(kappa, self.k), self._tangents[index])
+
+
+@final
+class MixedDirections(AbstractDirections):
+    """The directions of several sources, one behind the other: say, previous steps beside drawn ones.
+
+    Args:
+        sources: at least one.
+
+    >>> import torch, jetplane as jp
+    >>> w = torch.zeros(3)
+    >>> mixed = MixedDirections([StoredDirections([torch.ones(1, 3)]), jp.Directions(2)])
+    >>> mixed.k, mixed.combine(0, w, torch.tensor([5.0, 0.0, 0.0]))
+    (3, tensor([5., 5., 5.]))
+    """
+
+    def __init__(self, sources: Sequence[AbstractDirections]) -> None:
+        if not sources:
+            raise ArgumentError("expected at least one source of directions to mix, got none")
+        self.sources = list(sources)
+        self.k = sum(source.k for source in sources)
+
+    def prepare(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> None:
+        """Prepare every source."""
+        for source in self.sources:
+            source.prepare(params, places)
+
+    def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
+        """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
+        every = torch.cat([source.draw(index, param) for source in self.sources])
+        return every[directions or slice(None)]
+
+    def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
+        """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""
+        parts = _checked(kappa, self.k).split([source.k for source in self.sources])
+        combined = [source.combine(index, param, part) for source, part in zip(self.sources, parts, strict=True)]
+        return torch.stack(combined).sum(0)
 
 
 @final
