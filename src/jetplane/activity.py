@@ -31,6 +31,7 @@ from torch.nn import grad as nn_grad
 from torch.utils._mode_utils import no_dispatch
 
 from .directions import Directions
+from .errors import UnusedParametersError
 from .jet import Jet, Space, carried, parts, promoted
 from .laws import LAWS, key, pieces, twists
 from .plane import Interception, evaluate, expansion
@@ -402,10 +403,10 @@ def estimate(
         others = [p for p in params if id(p) not in covered]
         if others and OTHERS in shares:
             directions = Directions(shares[OTHERS].samples, seed=int(key(seed, -1)))
-            with rehearsal():
+            with rehearsal(), contextlib.suppress(UnusedParametersError):
                 slope = evaluate(closure, others, directions, "none").slope
-            for i, p in enumerate(others):
-                total[id(p)] += directions.combine(i, p, slope / directions.k)
+                for i, p in enumerate(others):
+                    total[id(p)] = directions.combine(i, p, slope / directions.k)
     return [total[id(p)].to(p.dtype) for p in params]
 
 

@@ -21,7 +21,8 @@ from .base import STATE, Closure, Moving, Params, PlaneOptimizer
 
 Guess = Callable[[], Sequence[Tensor]]
 
-PREVIOUS, AVERAGE = "previous", "average {}"  # names in the state of a parameter
+PREVIOUS, AVERAGE, SQUARE = "previous", "average {}", "square"  # names in the state of a parameter
+SQUARE_KEPT = 0.99  # how much of the average of squares is kept from step to step
 
 
 @final
@@ -35,6 +36,7 @@ class PlaneSearch(PlaneOptimizer):
 
     - running averages of gradient estimates from earlier batches: with ``model``, by noise on its layers'
       outputs (`jetplane.activity`), else the forward gradients ``mean_k (F_k v_k)`` of the drawn directions;
+    - the same averages, each entry over the root of its running mean square (``scaled``), as Adam's steps are;
     - the previous step;
     - ``k`` directions drawn anew;
     - whatever ``guess`` returns.
@@ -60,6 +62,7 @@ class PlaneSearch(PlaneOptimizer):
             `jetplane.descent.SaddleFree`.
         law: of the drawn directions.
         averages: how much of each running average is kept from step to step.
+        scaled: whether the averages are in the plane in scaled form as well.
         passes: about how many forward passes the estimates by the model's layers cost in a step.
         guess: called before each step; returns a direction, one tensor for each parameter that may move.
         clip: largest Euclidean norm of a step over all parameters, or None.
@@ -81,17 +84,20 @@ class PlaneSearch(PlaneOptimizer):
     True
 
     Sources: planes of previous steps, arXiv 2406.17954 and SEBOOST (arXiv 1609.00629); Gauss-Newton in random
-    planes, SOFO (hennequin-lab, NeurIPS 2024); activity perturbation, arXiv 2210.03310.
+    planes, SOFO (hennequin-lab, NeurIPS 2024); activity perturbation, arXiv 2210.03310; Adam, arXiv 1412.6980.
     """
 
-    _own = (*PlaneOptimizer._own, *("model", "curvature", "tangents", "search", "averages", "passes", "guess"))
+    _own = (
+        *PlaneOptimizer._own,
+        *("model", "curvature", "tangents", "search", "averages", "scaled", "passes", "guess"),
+    )
 
     def __init__(
         self, params: Params, model: nn.Module | None = None, k: int | None = None, *,
         curvature: Curvature = "ggn", tangents: Structure = "rank-one", rate: str | float | Search = "auto",
-        descent: str | Descent | None = None, law: str = "gaussian", averages: Sequence[float] = (0.0, 0.9, 0.99),
-        passes: float = 16.0, guess: Guess | None = None, clip: float | None = None, weight_decay: float = 0.0,
-        seed: int = 0,
+        descent: str | Descent | None = None, law: str = "gaussian", averages: Sequence[float] = (0.9, 0.99),
+        scaled: bool = True, passes: float = 8.0, guess: Guess | None = None, clip: float | None = None,
+        weight_decay: float = 0.0, seed: int = 0,
     ) -> None:  # fmt: skip
         k = (64 if model is None else 0) if k is None else k
         if k == 0 and model is None:
@@ -115,6 +121,7 @@ class PlaneSearch(PlaneOptimizer):
         self.tangents: Structure = tangents
         self.search: Search = rate if isinstance(rate, Search) else NoiseAware() if rate == "auto" else Whole()
         self.averages = tuple(averages)
+        self.scaled = scaled
         self.passes = passes
         self.guess = guess
         lr = rate if isinstance(rate, (int, float)) else 1.0
@@ -146,13 +153,17 @@ class PlaneSearch(PlaneOptimizer):
         return HeldDirections(MixedDirections(sources), params, places)
 
     def _stored(self, moving: Moving) -> list[list[Tensor]]:
-        """Directions of norm one, a tensor for each parameter: the guess, the averages, the previous step."""
+        """What is known, as directions of norm one: for each a tensor for each parameter."""
         found = [] if self.guess is None else [_checked_guess(self.guess(), moving)]
-        for name in (*map(AVERAGE.format, self.averages), PREVIOUS):
-            kept = [self.state[p].get(name) for p, _, _ in moving]
-            if any(t is not None for t in kept):
-                kept = [torch.zeros_like(p) if t is None else t for (p, _, _), t in zip(moving, kept, strict=True)]
-                found.append(kept)
+        states = [(p, self.state[p]) for p, _, _ in moving]
+        averages = [AVERAGE.format(b) for b in self.averages]
+        for name in (*averages, PREVIOUS):
+            if any(name in state for _, state in states):
+                found.append([state[name] if name in state else torch.zeros_like(p) for p, state in states])
+        for name in averages if any(SQUARE in state for _, state in states) else ():
+            found.append(
+                [_scaled(state[name], state[SQUARE]) if name in state else torch.zeros_like(p) for p, state in states]
+            )
         norms = [_norm(tensors) for tensors in found]
         return [[t / norm for t in tensors] for tensors, norm in zip(found, norms, strict=True) if norm > 0]
 
@@ -204,9 +215,11 @@ class PlaneSearch(PlaneOptimizer):
             for i, step in steps:
                 self.state[params[i]][PREVIOUS] = step
         for p, estimated in zip(params, found, strict=True):
-            for b in self.averages:
-                name, state = AVERAGE.format(b), self.state[p]
-                state[name] = b * state[name] + (1 - b) * estimated if name in state else estimated
+            state, new = self.state[p], {AVERAGE.format(b): (b, estimated) for b in self.averages}
+            if self.scaled:
+                new[SQUARE] = SQUARE_KEPT, estimated * estimated
+            for name, (b, value) in new.items():
+                state[name] = b * state[name] + (1 - b) * value if name in state else value
 
 
 def _loss_at(rate: float, closure: Closure, params: list[Tensor], steps: list[tuple[int, Tensor]]) -> float:
@@ -220,6 +233,11 @@ def _loss_at(rate: float, closure: Closure, params: list[Tensor], steps: list[tu
     finally:
         for (i, _), held in zip(steps, before, strict=True):
             params[i].copy_(held)
+
+
+def _scaled(average: Tensor, square: Tensor) -> Tensor:
+    """``average / sqrt(square)``; where nothing was ever estimated, zero."""
+    return average * torch.where(square > 0, square, 1).rsqrt()
 
 
 def _coordinates(params: list[Tensor]) -> list[Tensor]:
