@@ -15,7 +15,7 @@ LAYERS = [
     {"rules", "descent", "replay"},
     {"directions", "chunking"},
     {"plane"},
-    {"functions", "testing", "search", "estimators"},
+    {"functions", "testing", "search", "estimators", "activity"},
     {"optim"},
     {""},  # the package itself
     {"experiments"},

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 import jetplane as jp
 from jetplane.descent import CurvatureScaled, Damped, Descent, ForwardGradient, Newton, SaddleFree, named
 
-SPECTRAL = [Newton(), SaddleFree(), Damped()]
+SPECTRAL = [Newton(), SaddleFree(), Damped(), Damped(scaled=True)]
 
 
 def planes(number: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,11 +43,29 @@ def test_the_unit_of_the_loss_does_not_matter(descent, scale):
     assert_close(descent(slope * scale, curvature * scale), descent(slope, curvature))
 
 
-@pytest.mark.parametrize("descent", SPECTRAL, ids=lambda d: type(d).__name__)
+@pytest.mark.parametrize("descent", SPECTRAL[:3], ids=lambda d: type(d).__name__)
 def test_turning_the_plane_turns_the_step(descent):
     slope, curvature = (t[0].double() for t in planes(1, 4))
     turn = torch.linalg.qr(torch.randn(4, 4).double()).Q
     assert_close(descent(turn.mT @ slope, turn.mT @ curvature @ turn), turn.mT @ descent(slope, curvature))
+
+
+@pytest.mark.parametrize("descent", SPECTRAL, ids=str)
+def test_the_step_is_a_symmetric_matrix_times_the_slope(descent):
+    slope, curvature = planes(2, 4)
+    inverse = descent.inverse(curvature)
+    assert_close(inverse, inverse.mT)
+    assert_close(-(inverse @ slope.double().unsqueeze(-1)).squeeze(-1) / 2, descent(slope, curvature))
+
+
+def test_scaled_damping_does_not_depend_on_the_lengths_of_directions():
+    slope, curvature = (t[0].double() for t in planes(1, 4))
+    lengths = torch.tensor([1.0, 1e3, 1e-3, 10.0]).double()
+    scaled = Damped(0.1, scaled=True)(slope * lengths, curvature * lengths.outer(lengths))
+    assert_close(scaled * lengths, Damped(0.1, scaled=True)(slope, curvature))
+    flat = torch.zeros(2, 2)
+    flat[0, 0] = 4.0  # the second direction is of no curvature
+    assert_close(Damped(0.1, scaled=True).inverse(flat), torch.diag(torch.tensor([1 / 4.4, 10.0])).double())
 
 
 def test_saddle_free_is_bounded():

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import jetplane as jp
 from jetplane import laws
-from jetplane.directions import KURTOSIS, Directions, HeldDirections, StoredDirections
+from jetplane.directions import KURTOSIS, Directions, HeldDirections, MixedDirections, StoredDirections
 from jetplane.tangents import Deferred
 
 DENSE = list(laws.LAWS)
@@ -243,6 +243,21 @@ def test_held_directions_draw_once_and_only_what_is_asked_for():
     torch.testing.assert_close(tangents.formed(), Directions(2).draw(5, PARAMS[1]))
 
 
+def test_mixed_directions_are_their_sources_one_behind_the_other():
+    stored = [torch.randn(2, *p.shape) for p in PARAMS]
+    sphere = Directions(3, "sphere")
+    mixed = MixedDirections([StoredDirections(dict(enumerate(stored))), sphere])
+    tangents = mixed.tangents(PARAMS)
+    expected = sphere.tangents(PARAMS)
+    kappa = torch.randn(5)
+    for i, p in enumerate(PARAMS):
+        torch.testing.assert_close(tangents[i], torch.cat([stored[i], expected[i]]))
+        torch.testing.assert_close(mixed.draw(i, p, slice(1, 4)), tangents[i][1:4])
+        torch.testing.assert_close(mixed.combine(i, p, kappa), torch.tensordot(kappa, tangents[i], 1))
+    with pytest.raises(jp.ShapeError, match="kappa"):
+        mixed.combine(0, PARAMS[0], torch.ones(4))
+
+
 UNTYPED: Any = Directions
 BAD = {
     "k": (lambda: Directions(0), jp.ArgumentError, "at least 1"),
@@ -262,6 +277,7 @@ BAD = {
     ),
     "complex": (lambda: Directions(1).draw(0, torch.ones(2) * 1j), jp.DTypeError, "complex64"),
     "kappa": (lambda: Directions(2).combine(0, torch.ones(2), torch.ones(3)), jp.ShapeError, "kappa"),
+    "nothing to mix": (lambda: MixedDirections([]), jp.ArgumentError, "at least one"),
     "stored": (lambda: StoredDirections([torch.ones(2, 3), torch.ones(3, 3)]), jp.ShapeError, "one K"),
 }
 

@@ -75,8 +75,8 @@ class CurvatureScaled(Descent):
         return -slope.double() / h / slope.numel()
 
 
-class _Spectral(Descent):
-    """Newton-like steps in the eigenvectors of each plane's curvature."""
+class Spectral(Descent):
+    """Newton-like steps in the eigenvectors of each plane's curvature: ``kappa = -M F``."""
 
     def __call__(self, slope: Tensor, curvature: Tensor | None) -> Tensor:
         """See `Descent`; the curvature is (K, K), or (planes, K, K).
@@ -84,19 +84,33 @@ class _Spectral(Descent):
         Raises:
             SingularPlaneError: a plane has no curvature at all.
         """
-        k = slope.shape[-1]
-        h = _matching(slope, curvature, (*slope.shape, k))
-        values, vectors = torch.linalg.eigh(h)
+        h = _matching(slope, curvature, (*slope.shape, slope.shape[-1]))
+        assert curvature is not None
+        kappa = -(self._inverted(h, curvature.dtype) @ slope.double().unsqueeze(-1)).squeeze(-1)
+        return kappa / (1 if slope.dim() == 1 else slope.shape[0])
+
+    def inverse(self, curvature: Tensor) -> Tensor:
+        """M, what stands for the inverse of the curvature: (K, K), or (planes, K, K), in float64.
+
+        Raises:
+            SingularPlaneError: a plane has no curvature at all.
+        """
+        return self._inverted(curvature.double(), curvature.dtype)
+
+    def _inverted(self, h: Tensor, dtype: torch.dtype) -> Tensor:
+        scale = self._scale(h)
+        values, vectors = torch.linalg.eigh(h if scale is None else scale.unsqueeze(-1) * h * scale.unsqueeze(-2))
         largest = values.abs().amax(-1, keepdim=True)
         if not bool((largest > 0).all()):
             raise SingularPlaneError(
-                f"the curvature of a plane of {k} directions is zero: no length of a step follows from it"
+                f"the curvature of a plane of {h.shape[-1]} directions is zero: no length of a step follows from it"
             )
-        assert curvature is not None
-        along = (vectors.mT @ slope.double().unsqueeze(-1)).squeeze(-1)
-        inverse = self._inverse(values, largest, curvature.dtype)
-        kappa = -(vectors @ (inverse * along).unsqueeze(-1)).squeeze(-1)
-        return kappa / (1 if slope.dim() == 1 else slope.shape[0])
+        m = vectors * self._inverse(values, largest, dtype).unsqueeze(-2) @ vectors.mT
+        return m if scale is None else scale.unsqueeze(-1) * m * scale.unsqueeze(-2)
+
+    def _scale(self, h: Tensor) -> Tensor | None:
+        """What to multiply directions by before anything else; None for nothing."""
+        return None
 
     @abstractmethod
     def _inverse(self, values: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
@@ -104,7 +118,7 @@ class _Spectral(Descent):
 
 
 @dataclass(frozen=True)
-class Newton(_Spectral):
+class Newton(Spectral):
     """``kappa = -H^-1 F``: FoMoH-KD as the paper has it, Newton's method where K is the number of parameters.
 
     A singular plane is rescued: eigenvectors whose eigenvalue is rounding, below ``tolerance`` times the
@@ -130,20 +144,20 @@ class Newton(_Spectral):
                 f"singular plane: {int(lost.sum())} of {lost.numel()} eigenvalues are below {tolerance:.1e} "
                 "times the largest; the step leaves their directions out",
                 RescueWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         if bool(((values < 0) & ~lost).any()):
             warnings.warn(
                 f"indefinite plane: the Newton step goes uphill along {int(((values < 0) & ~lost).sum())} of "
                 f"{lost.numel()} directions; descent='saddle-free' does not",
                 RescueWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         return torch.where(lost, 0, 1 / torch.where(lost, 1, values))
 
 
 @dataclass(frozen=True)
-class SaddleFree(_Spectral):
+class SaddleFree(Spectral):
     """``kappa = -|H|^-1 F``, eigenvalues by absolute value and at least ``floor`` times the largest.
 
     Source: Dauphin et al., arXiv 1406.2572, in a plane.
@@ -164,15 +178,23 @@ class SaddleFree(_Spectral):
 
 
 @dataclass(frozen=True)
-class Damped(_Spectral):
+class Damped(Spectral):
     """``kappa = -(H + damping * |H|_max I)^-1 F`` (Levenberg, Marquardt); negative eigenvalues count as zero.
+
+    Attributes:
+        damping: relative to the largest eigenvalue.
+        scaled: first scale the directions to unit curvature each, so that their lengths do not matter: for
+            planes of unlike directions.
 
     >>> import torch
     >>> Damped(damping=1.0)(torch.tensor([2.0, 4.0]), torch.eye(2))
     tensor([-1., -2.], dtype=torch.float64)
+    >>> Damped(damping=1.0, scaled=True)(torch.tensor([2.0, 400.0]), torch.tensor([[1.0, 0.0], [0.0, 1e4]]))
+    tensor([-1.0000, -0.0200], dtype=torch.float64)
     """
 
     damping: float = 1e-2
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         if not self.damping > 0:
@@ -180,6 +202,12 @@ class Damped(_Spectral):
 
     def _inverse(self, values: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
         return 1 / (values.clamp_min(0) + self.damping * largest)
+
+    def _scale(self, h: Tensor) -> Tensor | None:
+        if not self.scaled:
+            return None
+        diagonal = h.diagonal(dim1=-2, dim2=-1).abs()
+        return torch.where(diagonal > 0, diagonal, 1).rsqrt()
 
 
 NAMED: dict[str, type[Descent]] = {"newton": Newton, "saddle-free": SaddleFree, "damped": Damped}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, final, get_args
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .errors import ArgumentError, DTypeError, ShapeError
 from .laws import LAWS, coins, key, pieces, twists
-from .tangents import Deferred, LowRank, Tangents
+from .tangents import Deferred, LowRank, Stacked, Tangents
 
 Structure = Literal["dense", "rank-one", "low-rank", "sparse", "block"]
 
@@ -301,18 +301,20 @@ class StoredDirections(AbstractDirections):
     """Directions that are given: a gradient, previous steps, a guess.
 
     Args:
-        tangents: for each parameter, in their order, one tensor (K, *param.shape), or `jetplane.LowRank`.
+        tangents: for each parameter one tensor (K, *param.shape), or `jetplane.LowRank`: in their order, or by
+            their indices.
     """
 
-    def __init__(self, tangents: Sequence[Tensor | Tangents]) -> None:
-        counts = {t.shape[0] if len(t.shape) else 0 for t in tangents}
+    def __init__(self, tangents: Sequence[Tensor | Tangents] | Mapping[int, Tensor | Tangents]) -> None:
+        held = dict(tangents) if isinstance(tangents, Mapping) else dict(enumerate(tangents))
+        counts = {t.shape[0] if len(t.shape) else 0 for t in held.values()}
         if len(counts) != 1 or 0 in counts:
             raise ShapeError(
                 "expected one tensor (K, *param.shape) for each parameter, with one K of at least 1; got "
-                f"shapes {[tuple(t.shape) for t in tangents]}"
+                f"shapes {[tuple(t.shape) for t in held.values()]}"
             )
         self.k = counts.pop()
-        self._tangents = list(tangents)
+        self._tangents = held
 
     def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
         """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
@@ -329,6 +331,50 @@ class StoredDirections(AbstractDirections):
         if isinstance(held, LowRank):
             return held.weighted(kappa.to(param.device, _working_dtype(param))).to(param.dtype)
         return weighted_sum(kappa, self.draw(index, param))
+
+
+@final
+class MixedDirections(AbstractDirections):
+    """The directions of several sources, one behind the other: say, previous steps beside drawn ones.
+
+    Args:
+        sources: at least one.
+
+    >>> import torch, jetplane as jp
+    >>> w = torch.zeros(3)
+    >>> mixed = MixedDirections([StoredDirections([torch.ones(1, 3)]), jp.Directions(2)])
+    >>> mixed.k, mixed.combine(0, w, torch.tensor([5.0, 0.0, 0.0]))
+    (3, tensor([5., 5., 5.]))
+    """
+
+    def __init__(self, sources: Sequence[AbstractDirections]) -> None:
+        if not sources:
+            raise ArgumentError("expected at least one source of directions to mix, got none")
+        self.sources = list(sources)
+        self.k = sum(source.k for source in sources)
+
+    def prepare(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> None:
+        """Prepare every source."""
+        for source in self.sources:
+            source.prepare(params, places)
+
+    def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
+        """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
+        every = torch.cat([source.draw(index, param) for source in self.sources])
+        return every[directions or slice(None)]
+
+    def structured(self, index: int, param: Tensor) -> Tensor | Tangents | None:
+        """Each source's own, one behind the other, where one of them has factors."""
+        parts = [source.structured(index, param) for source in self.sources]
+        if any(isinstance(part, LowRank) for part in parts):
+            return Stacked([part for part in parts if part is not None])
+        return super().structured(index, param)
+
+    def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
+        """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""
+        parts = _checked(kappa, self.k).split([source.k for source in self.sources])
+        combined = [source.combine(index, param, part) for source, part in zip(self.sources, parts, strict=True)]
+        return torch.stack(combined).sum(0)
 
 
 @final

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .errors import DerivativeError
-from .tangents import LowRank, Tangents
+from .tangents import Deferred, LowRank, Tangents
 
 PARAMETER, MODEL, LOSS = 0, 1, 2  # kinds of jets: see Space.gauss_newton
 
@@ -52,6 +52,7 @@ class Space:
             are off, lazy conjugation and view tracking among them, which rules and autograd rely on.
         level: nesting depth. Jets of an outer evaluation have a smaller level and are constants
             for this one, which is what rules perturbation confusion out.
+        examples: whether each example's part of the slope is kept: see `jetplane.rules.examples`.
     """
 
     k: int
@@ -63,6 +64,7 @@ class Space:
     keys: tuple[Any, Any] | None = None
     operator: str = ""
     formed: dict[str, int] = field(default_factory=dict)
+    examples: bool = False
 
     @property
     def key(self) -> Key:
@@ -118,6 +120,7 @@ class Jet(torch.Tensor):
     version: int
     is_seed: bool
     kind: int
+    examples: Tensor | None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
@@ -162,6 +165,7 @@ class Jet(torch.Tensor):
         self.version = 0 if base is None else base.version
         self.is_seed = False
         self.kind = space.kind
+        self.examples = None
 
     def __tensor_flatten__(self) -> tuple[list[str], Key]:
         if isinstance(self.first, LowRank):
@@ -237,7 +241,7 @@ def parts(x: Any, space: Space) -> tuple[Any, Tensor | None, Tensor | None]:
         _refresh(x)
     first = x.first
     if isinstance(first, Tangents):
-        if isinstance(first, LowRank):
+        if not isinstance(first, Deferred):
             space.formed[space.operator] = space.formed.get(space.operator, 0) + 1
         first = first.formed()
     if _bent(x, space):

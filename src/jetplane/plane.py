@@ -43,7 +43,8 @@ from .jet import MODEL, PARAMETER, Jet, Space, any_promoted, carried, forget_pro
 from .replay import rehearsal
 from .rules.custom import intercept_functions
 from .rules.dispatch import loss as mark_loss
-from .tangents import Deferred, LowRank, Tangents
+from .rules.examples import known
+from .tangents import Deferred, LowRank, Stacked, Tangents
 
 Pairs = Literal["all", "diagonal"] | int
 KEPT = 1 << 26  # bytes of drawn tangents that are kept for the next operator, or the update, that asks for them
@@ -61,12 +62,15 @@ class PlaneModel:
         slope: directional derivatives, shape (K,).
         curvature: (K, K), or (K,) for the diagonal alone, or (planes, b, b) for independent planes
             of b directions, or None where it was not asked for.
+        examples: each example's part of the slope, (N, K); they add up to it. None where it was not asked
+            for or is not known.
         formed: which operators formed low-rank tangents, since they could not use the factors, and how often.
     """
 
     value: Tensor
     slope: Tensor
     curvature: Tensor | None
+    examples: Tensor | None = None
     formed: dict[str, int] = field(default_factory=dict)
 
 
@@ -209,6 +213,7 @@ def evaluate(
     curvature: Curvature = "hessian",
     pairs: Pairs = "all",
     *,
+    examples: bool = False,
     chunk: int | Literal["auto"] | None = None,
     memory: int | None = None,
 ) -> PlaneModel:
@@ -224,6 +229,10 @@ def evaluate(
             for the slope alone.
         pairs: "all" K(K+1)/2 pairs, "diagonal", or an int b for independent planes of b consecutive
             directions each.
+        examples: also give each example's part of the slope, ``examples[n, i] = grad(L_n) . v_i`` with
+            ``L = sum_n L_n``, at next to no cost. Examples are counted along the first axis of what the loss
+            function takes, and their parts are known for torch's own losses, times constants, in sums, and,
+            with "ggn", beside regularizers and for losses marked with `jetplane.loss`. Else None.
         chunk: directions to carry at a time; all by default. The closure then runs once for each chunk, and
             where all pairs are wanted once for each two halves of chunks: the same numbers for less memory. All
             runs but the last leave no trace: random numbers are drawn again, and buffers set back. "auto" takes
@@ -261,45 +270,52 @@ def evaluate(
     if curvature == "none":
         pairs, block = "diagonal", 1  # there are none
     if torch.compiler.is_compiling():
-        if chunk is not None:
-            raise ArgumentError("chunk= cannot be compiled: compile the evaluation of one chunk")
+        if chunk is not None or examples:
+            raise ArgumentError("chunk= and examples=True cannot be compiled; compile the evaluation of one chunk")
         return _traced(closure, params, drawn, curvature, pairs)
-    if chunk is not None:
-        crossed = pairs == "all" and curvature != "none"
-        if chunk == "auto":
-            room = chunking.free_memory(params[0].device) // 2 if memory is None else memory
-            alive = chunking.activations(closure)
-            size = chunking.affordable(drawn.k, block, curvature == "hessian", crossed, alive, room)
-        else:
-            size = chunking.checked(chunk, drawn.k, block, crossed)
-        if size < drawn.k:
-            return _in_chunks(closure, params, drawn, curvature, pairs, chunking.parts_of(drawn.k, size, crossed))
-    return _at_once(closure, params, drawn, curvature, pairs)
+
+    def at_once(chosen: AbstractDirections) -> PlaneModel:
+        return _at_once(closure, params, chosen, curvature, pairs, examples)
+
+    if chunk is None:
+        return at_once(drawn)
+    crossed = pairs == "all" and curvature != "none"
+    if chunk == "auto":
+        room = chunking.free_memory(params[0].device) // 2 if memory is None else memory
+        alive = chunking.activations(closure)
+        size = chunking.affordable(drawn.k, block, curvature == "hessian", crossed, alive, room)
+    else:
+        size = chunking.checked(chunk, drawn.k, block, crossed)
+    return at_once(drawn) if size >= drawn.k else _in_chunks(at_once, drawn, pairs, size, crossed)
 
 
 def _in_chunks(
-    closure: Callable[[], Tensor],
-    params: Sequence[Tensor],
+    at_once: Callable[[AbstractDirections], PlaneModel],
     drawn: AbstractDirections,
-    curvature: Curvature,
     pairs: Pairs,
-    plan: list[chunking.Part],
+    size: int,
+    crossed: bool,
 ) -> PlaneModel:
+    plan = chunking.parts_of(drawn.k, size, crossed)
     models: list[PlaneModel] = []
     for part in plan:
         last = len(models) + 1 == len(plan)
         with contextlib.nullcontext() if last else rehearsal():
-            models.append(_at_once(closure, params, ChosenDirections(drawn, part), curvature, pairs))
-    formed = sum((Counter(m.formed) for m in models), Counter())
-    slope = chunking.joined(drawn.k, plan, [m.slope for m in models], False)
-    if curvature == "none":
-        return PlaneModel(models[-1].value, slope, None, formed)
-    second = [m.curvature for m in models if m.curvature is not None]
-    if pairs == "all" or pairs == "diagonal":
-        second = chunking.joined(drawn.k, plan, second, pairs == "all")
+            models.append(at_once(ChosenDirections(drawn, part)))
+
+    def joined(pieces: list[Tensor | None], square: bool = False) -> Tensor | None:
+        known = [piece for piece in pieces if piece is not None]
+        return chunking.joined(drawn.k, plan, known, square) if len(known) == len(pieces) else None
+
+    slope = joined([m.slope for m in models])
+    assert slope is not None
+    if pairs in ("all", "diagonal"):
+        second = joined([m.curvature for m in models], crossed)
     else:
-        second = torch.cat(second)
-    return PlaneModel(models[-1].value, slope, second, formed)
+        second = torch.cat([m.curvature for m in models if m.curvature is not None])
+    examples = joined([None if m.examples is None else m.examples.T for m in models])
+    formed = sum((Counter(m.formed) for m in models), Counter())
+    return PlaneModel(models[-1].value, slope, second, None if examples is None else examples.T, formed)
 
 
 def _at_once(
@@ -308,12 +324,12 @@ def _at_once(
     drawn: AbstractDirections,
     curvature: Curvature,
     pairs: Pairs,
+    examples: bool,
 ) -> PlaneModel:
     order = 2 if curvature == "hessian" else 1
-    with (
-        torch.inference_mode(),
-        expansion(drawn.k, _block(pairs, drawn.k), order, curvature == "ggn") as space,
-    ):
+    block = _block(pairs, drawn.k)
+    with torch.inference_mode(), expansion(drawn.k, block, order, curvature == "ggn") as space:
+        space.examples = examples
         mode = Interception(space, {id(p): _seed(p, i, drawn, space) for i, p in enumerate(params)})
         with mode.running():
             loss = closure()
@@ -323,7 +339,7 @@ def _at_once(
         if first is None:
             first = value.new_zeros(drawn.k)
         second = None if second is None else _matrix(second, space, pairs)
-    model = PlaneModel(value, first, second, dict(space.formed))
+        model = PlaneModel(value, first, second, known(loss, first) if examples else None, space.formed)
     return model if space.level > 1 else finished(model)
 
 
@@ -359,7 +375,7 @@ def _traced(
         jets = {}
         for i, p in enumerate(params):
             tangents = drawn.structured(i, p)
-            if isinstance(tangents, Deferred):
+            if isinstance(tangents, (Deferred, Stacked)):
                 tangents = tangents.formed()
             if isinstance(tangents, LowRank):
                 low = tangents.to(carried(p.dtype))
@@ -447,7 +463,10 @@ def finished(model: PlaneModel) -> PlaneModel:
     for name, t in (("loss", value), ("slope", slope), ("curvature", curvature)):
         if t is not None and not bool(torch.isfinite(t).all()):
             raise NonFiniteError(f"the {name} is not finite: {t.tolist() if t.numel() <= 9 else 'NaN or inf inside'}")
-    return replace(model, value=value, slope=slope, curvature=curvature)
+    examples = None if model.examples is None else plain(model.examples)
+    return replace(model, value=value, slope=slope, curvature=curvature, examples=examples)
+    examples = None if model.examples is None else plain(model.examples)
+    return replace(model, value=value, slope=slope, curvature=curvature, examples=examples)
 
 
 def _block(pairs: Pairs, k: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
@@ -116,3 +116,26 @@ class LowRank(Tangents):
     def __getitem__(self, directions: slice) -> LowRank:
         """Some of the K."""
         return LowRank(self.left[directions], self.right[directions], self.shape[1:])
+
+
+@final
+class Stacked(Tangents):
+    """Tangents of several kinds, one behind the other: given ones beside low-rank ones, say.
+
+    Args:
+        parts: tensors (K_n, *S) or `Tangents`; at least one.
+    """
+
+    def __init__(self, parts: Sequence[Tensor | Tangents]) -> None:
+        self.parts = list(parts)
+        one = self.parts[0]
+        k = sum(part.shape[0] for part in self.parts)
+        self.shape, self.dtype, self.device = torch.Size((k, *one.shape[1:])), one.dtype, one.device
+
+    def formed(self) -> Tensor:
+        """The tensor (K, *S)."""
+        return torch.cat([part.formed() if isinstance(part, Tangents) else part for part in self.parts])
+
+    def to(self, dtype: torch.dtype) -> Stacked:
+        """The same in another dtype."""
+        return Stacked([part.to(dtype) for part in self.parts])

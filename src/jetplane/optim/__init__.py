@@ -3,5 +3,6 @@
 from .fgd import FGD
 from .fomoh import FoMoH, FoMoHBP
 from .fomoh_kd import FoMoHKD
+from .plane_search import PlaneSearch
 
-__all__ = ["FGD", "FoMoH", "FoMoHBP", "FoMoHKD"]
+__all__ = ["FGD", "FoMoH", "FoMoHBP", "FoMoHKD", "PlaneSearch"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -24,26 +24,17 @@ Chunk = int | Literal["auto"] | None
 STATE = "jetplane"  # where an optimizer's own state lies among that of the parameters
 
 
-# What a copy needs beside what every torch optimizer has.
-_OWN = (
-    "k",
-    "law",
-    "tangents",
-    "planes",
-    "clip",
-    "chunk",
-    "compile",
-    "plane",
-    "_descent",
-)  # beside what every torch optimizer has
-
-
 class PlaneOptimizer(torch.optim.Optimizer):
     """Shared part of the optimizers that draw directions; see its subclasses.
 
     Attributes:
         plane: the `PlaneModel` of the last step, or None before the first.
     """
+
+    # What a copy needs beside what every torch optimizer has.
+    _own: tuple[str, ...] = (
+        "k", "law", "tangents", "planes", "clip", "chunk", "compile", "plane", "_descent"
+    )  # fmt: skip
 
     def __init__(
         self, params: Params, lr: float, k: int, law: str = "gaussian", tangents: Structure = "dense",
@@ -135,15 +126,23 @@ class PlaneOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             directions = self._directions(moving, closure)
             plane = self._evaluate(closure, params, directions)
-            kappa = self._coefficients(plane)
-            if not bool(torch.isfinite(kappa.float()).all()):
-                raise NonFiniteError(f"the step is not finite: slope {plane.slope}, curvature {plane.curvature}")
-            self._update(moving, directions, kappa)
+            changed = self._advance(closure, moving, directions, plane)
         self.plane = plane
         # A new record: one that state_dict() has handed out must not move on.
         own = self.state[STATE]  # type: ignore[index]
-        self.state[STATE] = own | {"step": own["step"] + 1}  # type: ignore[index]
+        self.state[STATE] = own | changed | {"step": own["step"] + 1}  # type: ignore[index]
         return plane.value
+
+    def _advance(
+        self, closure: Closure, moving: Moving, directions: AbstractDirections, plane: PlaneModel
+    ) -> dict[str, Any]:
+        """Move the parameters.
+
+        Returns:
+            What has changed of the optimizer's own state.
+        """
+        self._move(moving, self._steps(moving, directions, plane, self._coefficients(plane)))
+        return {}
 
     def _check_size(self, moving: Moving) -> None:
         size = sum(p.numel() for p, _, _ in moving)
@@ -185,16 +184,26 @@ class PlaneOptimizer(torch.optim.Optimizer):
             slope = slope.reshape(self.planes, self.k)
         return self.descent(slope, plane.curvature).flatten()
 
-    def _update(self, moving: Moving, directions: AbstractDirections, kappa: Tensor) -> None:
-        """``theta <- theta - lr * weight_decay * theta + lr * sum_k kappa_k v_k``, the last term clipped.
+    def _steps(
+        self, moving: Moving, directions: AbstractDirections, plane: PlaneModel, kappa: Tensor
+    ) -> Iterator[tuple[int, Tensor]]:
+        """``lr * sum_k kappa_k v_k``, clipped, of each parameter that the loss makes use of, by its place in `moving`.
+
+        Raises:
+            NonFiniteError: NaN or infinity in the coefficients.
+        """
+        if not bool(torch.isfinite(kappa.float()).all()):
+            raise NonFiniteError(f"the step is not finite: slope {plane.slope}, curvature {plane.curvature}")
+        used = list(directions.used) if isinstance(directions, HeldDirections) else range(len(moving))
+        steps = (directions.combine(i, moving[i][0], moving[i][1]["lr"] * kappa) for i in used)
+        return zip(used, steps if self.clip is None else clipped(list(steps), self.clip), strict=True)
+
+    def _move(self, moving: Moving, steps: Iterable[tuple[int, Tensor]]) -> None:
+        """``theta <- theta - lr * weight_decay * theta + step``.
 
         Parameters that the loss makes no use of are left alone, as those without ``.grad`` are in torch.
         """
-        used = directions.used if isinstance(directions, HeldDirections) else range(len(moving))
-        steps = (directions.combine(i, moving[i][0], moving[i][1]["lr"] * kappa) for i in used)
-        if self.clip is not None:
-            steps = clipped(list(steps), self.clip)
-        for i, step in zip(used, steps, strict=True):
+        for i, step in steps:
             p, group, _ = moving[i]
             if group["weight_decay"]:
                 p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -202,7 +211,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps the groups and the state alone, which a copy could not step with.
-        own = {name: value for name, value in vars(self).items() if name in _OWN}
+        own = {name: value for name, value in vars(self).items() if name in self._own}
         return super().__getstate__() | own  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ from ..jet import (
     set_dispatcher,
     write,
 )
-from . import fallback
+from . import examples, fallback
 from .registry import RULES, overload
 
 ALIASING = {
@@ -105,10 +105,11 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def _on_keys(func: Any, space: Space, args: Any, kwargs: dict[str, Any], original: Sequence[Any]) -> Any:
-    if space.gauss_newton:
-        with _kind_of_call(func, space, (*args, *kwargs.values())):
-            return _dispatch(func, space, args, kwargs, original)
-    return _dispatch(func, space, args, kwargs, original)
+    with _kind_of_call(func, space, (*args, *kwargs.values())) if space.gauss_newton else contextlib.nullcontext():
+        result = _dispatch(func, space, args, kwargs, original)
+    if space.examples:
+        examples.follow(func, space, args, kwargs, result)
+    return result
 
 
 def _dispatch(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any], original: Sequence[Any]) -> Any:
@@ -211,7 +212,7 @@ def _kind_of_call(func: Any, space: Space, args: Sequence[Any]) -> Iterator[None
     before = space.order, space.kind
     kinds, data = _kinds(args, space)
     if _inside_loss.get():
-        kind = LOSS
+        kind = LOSS if data or kinds != {PARAMETER} else PARAMETER
     elif LOSS in kinds:
         if MODEL in kinds:
             raise DerivativeError(

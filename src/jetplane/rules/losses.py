@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..jet import Space, add, chain, gram, is_jet, make, parts, precise, primal
+from ..jet import Jet, Space, add, chain, gram, is_jet, make, parts, precise, primal
+from ..tangents import Tangents
+from . import examples
 from .registry import aten, register
 
 NONE, MEAN, SUM = 0, 1, 2
@@ -19,7 +21,14 @@ NONE, MEAN, SUM = 0, 1, 2
 
 def reduce(y: Any, reduction: int) -> Any:
     """The reduction that torch's loss functions share."""
-    return y if reduction == NONE else y.mean() if reduction == MEAN else y.sum()
+    if reduction == NONE:
+        return y
+    total = y.mean() if reduction == MEAN else y.sum()
+    if isinstance(y, Jet) and y.space.examples:
+        share = torch.full_like(y.primal, 1 / max(y.numel(), 1) if reduction == MEAN else 1)
+        first = y.first.formed() if isinstance(y.first, Tangents) else y.first
+        examples.keep(y.space, total, first, share)
+    return total
 
 
 def weighted(c: Tensor | None, weight: Tensor) -> Tensor | None:
@@ -37,7 +46,7 @@ def summed_chain(space: Space, x: Any, y: Tensor, d1: Tensor, d2: Tensor | None,
     curvature = weighted(second, d1 * share)
     if d2 is not None and first is not None and space.order == 2:
         curvature = add(curvature, gram(space, first * (d2 * share), first))
-    return make(reduce(y, reduction), slope, curvature, space)
+    return examples.keep(space, make(reduce(y, reduction), slope, curvature, space), first, d1 * share)
 
 
 # --- functions of the difference of input and target --------------------------------------------
@@ -131,9 +140,10 @@ def _(space: Space, x: Any, target: Tensor, weight: Any = None, reduction: int =
         share = torch.mul(share, weight[torch.where(kept, labels, 0)])
     if reduction == MEAN:
         y = torch.neg(torch.div(torch.mul(picked, share).sum(), share.sum()))
+        if not is_jet(share, space):
+            examples.keep(space, y, parts(picked, space)[1], -share / share.sum())
     else:
-        y = torch.neg(torch.where(kept, torch.mul(picked, share), 0))
-        y = y.sum() if reduction == SUM else y
+        y = reduce(torch.neg(torch.where(kept, torch.mul(picked, share), 0)), reduction)
     return y if x.dim() > 1 or reduction != NONE else y.squeeze(0)
 
 
@@ -170,7 +180,8 @@ def _(
         mean = (first * y).sum(dim + 1, keepdim=True)
         own = gram(space, first * heavy, first) - gram(space, mean * mass, mean)
         curvature = add(curvature, own)
-    return make(loss.to(dtype), weighted(first, d1), curvature, space)
+    made = make(loss.to(dtype), weighted(first, d1), curvature, space)
+    return examples.keep(space, made, first, d1) if p.dim() > 1 else made
 
 
 def _goal(
@@ -223,11 +234,9 @@ def _composed_cross_entropy(
             return NotImplemented
         goal, _ = _goal(p, t, w, reduction, ignore_index, smoothing, dim)
         y = torch.neg(torch.mul(goal, z)).sum(dim)
-        return y if reduction == NONE else y.sum()
+        return reduce(y, SUM if reduction != NONE else NONE)
     shape = [1] * p.dim()
     shape[dim] = p.shape[dim]
     goal = goal if weight is None else torch.mul(goal, weight.reshape(shape))
     y = torch.neg(torch.mul(goal, z)).sum(dim)
-    if reduction == NONE:
-        return y
-    return torch.div(y.sum(), max(p.numel() // p.shape[dim], 1)) if reduction == MEAN else y.sum()
+    return reduce(y, reduction)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..jet import Jet, Space, add, broadcast, carried, is_jet, low_rank, make, parts, plain, precise, primal
-from ..tangents import LowRank
+from ..tangents import LowRank, Stacked, Tangents
 from .registry import aten, register
 
 BLOCK = 1 << 17  # elements of a sum of weights that are held at a time
@@ -101,9 +101,11 @@ class Work:
 
 def bilinear(space: Space, form: Form, a: Any, b: Any, y: Tensor | None = None) -> Tensor:
     """The jet of ``form(a, b)``; ``y`` is its primal where that is known already."""
-    tangents = low_rank(b, space)
-    if tangents is not None and form.by_rows:
-        return _low_rank(space, form, a, b.primal, tangents, y)
+    if form.by_rows and is_jet(b, space):
+        if isinstance(b.first, LowRank):
+            return _low_rank(space, form, a, b.primal, b.first, y)
+        if isinstance(b.first, Stacked) and space.order == 1:
+            return _stacked(space, form, a, b.primal, b.first, y)
     pa, fa, sa = parts(a, space)
     pb, fb, sb = parts(b, space)
     y = form(pa, pb) if y is None else y
@@ -146,6 +148,26 @@ def _low_rank(space: Space, form: Form, a: Any, pb: Tensor, tangents: LowRank, y
         inner, left = _crossed(space, form, fa, rows, left)
         second = form.spread(second, inner, left)
     return make(y, first, second, space)
+
+
+def _stacked(space: Space, form: Form, a: Any, pb: Tensor, tangents: Stacked, y: Tensor | None) -> Tensor:
+    """First coefficients of a product with a parameter whose tangents are of several kinds."""
+    pa, fa, sa = parts(a, space)
+    y = form(pa, pb) if y is None else y
+    pa, pb = precise(pa), precise(pb)
+    first = [None] * len(tangents.parts)
+    if fa is not None:
+        first = form.left(fa, pb).split([part.shape[0] for part in tangents.parts])
+    own = []
+    for onto, part in zip(first, tangents.parts, strict=True):
+        if isinstance(part, LowRank):
+            k, r = part.left.shape[:2]
+            inner = form(pa, part.right.reshape(k * r, *pb.shape[1:])).unflatten(1, (k, r)).movedim(1, 0)
+            own.append(form.spread(onto, inner, part.left))
+        else:
+            product = form.right(pa, part.formed() if isinstance(part, Tangents) else part)
+            own.append(product if onto is None else onto + product)
+    return make(y, torch.cat(own), None if sa is None else form.left(sa, pb), space)
 
 
 def _crossed(space: Space, form: Form, fa: Tensor, rows: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:

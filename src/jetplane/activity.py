@@ -1,0 +1,435 @@
+"""Activity perturbation: an estimate of the gradient from noise on what layers put out, forward only.
+
+A layer's output ``a_n`` of example n moves along noise ``u_nk`` of its own, K samples of it. The loss's slope
+along it, kept apart for each example, is ``s_nk = grad_{a_n}(L_n) . u_nk``, and
+
+    delta_n = mean_k (s_nk u_nk),   E[delta_n] = grad_{a_n}(L_n)
+
+turns into a direction for the weights by the layer's own formula, ``sum_n delta_n x_n^T`` for ``a = W x``. The
+variance grows with the numbers that a layer puts out for one example, not with the number of weights.
+
+Each layer has passes of its own that start at it: what comes before carries no coefficients, so noise on late
+layers is cheap and they get more samples (`allot`). Nothing is held from one pass to the next but the slopes:
+a last pass meets every layer's input again, redraws the noise, and adds up the directions.
+
+Source: Ren, Kornblith, Liao, Hinton, "Scaling forward gradient with local losses", arXiv 2210.03310.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn import grad as nn_grad
+from torch.utils._mode_utils import no_dispatch
+
+from .directions import Directions
+from .errors import UnusedParametersError
+from .jet import Jet, Space, carried, parts, promoted
+from .laws import LAWS, key, pieces, twists
+from .plane import Interception, evaluate, expansion
+from .replay import rehearsal
+from .rules.examples import known
+
+Closure = Callable[[], Any]
+
+OTHERS = "*"  # the name under which an allotment has the parameters that no layer here accounts for
+_NUMBERS = 1 << 24  # coefficients of a layer's output that one pass carries at most
+_FREE = 1 << 17  # coefficients that cost no time beside what starting a pass costs
+_NOISE_COST = 300.0  # multiply-adds that cost as much as drawing, carrying and using a number of noise
+
+
+class Share(NamedTuple):
+    """What a layer gets.
+
+    Attributes:
+        mode: "signs" on its output, "units" (one direction for each of its outputs), "weights" (signs on
+            its weights, of each example its own); of `OTHERS`, "parameters".
+        samples: how many directions.
+        passes: how many passes they are spread over, to bound memory.
+    """
+
+    mode: str
+    samples: int
+    passes: int = 1
+
+
+@dataclass(frozen=True)
+class _Met:
+    """A layer's calls in one pass: its outputs and multiply-adds for one example, and what the last call put out."""
+
+    outputs: int
+    products: int
+    calls: int
+    shape: torch.Size
+
+
+# --- how a layer's parameters take part in its output ---------------------------------------------------
+
+
+class _Layer(ABC):
+    """A kind of module: from the change of its output, or noise on its weights, to a direction."""
+
+    @abstractmethod
+    def products(self, module: Any, x: Tensor, y: Tensor) -> int:
+        """Multiply-adds of a call."""
+
+    @abstractmethod
+    def weights(self, module: Any, x: Tensor, delta: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each parameter with ``sum_n delta_n . d output_n / d parameter``."""
+
+
+class _Linear(_Layer):
+    def products(self, module: nn.Linear, x: Tensor, y: Tensor) -> int:
+        return y.numel() * module.in_features
+
+    def weights(self, module: nn.Linear, x: Tensor, delta: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        flat = delta.reshape(-1, module.out_features)
+        yield module.weight, flat.mT @ x.reshape(-1, module.in_features).to(flat.dtype)
+        if module.bias is not None:
+            yield module.bias, flat.sum(0)
+
+
+class _Convolution(_Layer):
+    def products(self, module: Any, x: Tensor, y: Tensor) -> int:
+        return y.numel() * module.weight[0].numel()
+
+    def weights(self, module: Any, x: Tensor, delta: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        x, settings = _padded(module, x.to(delta.dtype))
+        of_weight = nn_grad.conv2d_weight if module.weight.dim() == 4 else nn_grad.conv1d_weight
+        yield module.weight, of_weight(x, module.weight.shape, delta, **settings)
+        if module.bias is not None:
+            yield module.bias, delta.transpose(0, 1).flatten(1).sum(1)
+
+
+class _Embedding(_Layer):
+    def products(self, module: nn.Embedding, x: Tensor, y: Tensor) -> int:
+        return y.numel()
+
+    def weights(self, module: nn.Embedding, x: Tensor, delta: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        rows = torch.zeros(module.weight.shape, dtype=delta.dtype, device=delta.device)
+        rows.index_add_(0, x.reshape(-1), delta.reshape(-1, module.embedding_dim))
+        if module.padding_idx is not None:
+            rows[module.padding_idx] = 0
+        yield module.weight, rows
+
+
+class _LayerNorm(_Layer):
+    def products(self, module: nn.LayerNorm, x: Tensor, y: Tensor) -> int:
+        return y.numel()
+
+    def weights(self, module: nn.LayerNorm, x: Tensor, delta: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        shape = module.normalized_shape
+        flat = delta.reshape(-1, *shape)
+        if module.weight is not None:
+            yield module.weight, (F.layer_norm(x.to(delta.dtype), shape, eps=module.eps).reshape_as(flat) * flat).sum(0)
+        if module.bias is not None:
+            yield module.bias, flat.sum(0)
+
+
+LAYERS: dict[type[nn.Module], _Layer] = {
+    nn.Linear: _Linear(),
+    nn.Conv1d: _Convolution(),
+    nn.Conv2d: _Convolution(),
+    nn.Embedding: _Embedding(),
+    nn.LayerNorm: _LayerNorm(),
+}
+
+
+def _padded(module: Any, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """A convolution's input with its padding on, whatever mode and words it has, and the settings left."""
+    x = F.pad(x, module._reversed_padding_repeated_twice, "constant" if _zeros(module) else module.padding_mode)
+    return x, {"stride": module.stride, "padding": 0, "dilation": module.dilation, "groups": module.groups}
+
+
+def _zeros(module: Any) -> bool:
+    return module.padding_mode == "zeros"
+
+
+# --- noise ----------------------------------------------------------------------------------------------
+
+
+def _signs(stream: Any, samples: range, shape: Sequence[int], like: Tensor) -> Tensor:
+    """Signs of shape (samples, *shape): a function of the stream and of which samples they are."""
+    size = math.prod(shape)
+    out = torch.empty(len(samples), size, dtype=carried(like.dtype), device=like.device)
+    for rows, place, values in pieces(LAWS["rademacher"], stream, twists(stream, samples, like.device), size):
+        out[rows, place] = values
+    return out.reshape(len(samples), *shape)
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A layer to perturb, and how."""
+
+    module: nn.Module
+    share: Share
+    stream: Any
+
+    def noise(self, call: int, x: Tensor, y: Tensor, samples: range) -> Tensor:
+        """Tangents of the output, (samples, *y.shape)."""
+        if self.share.mode == "signs":
+            return _signs(key(self.stream, call), samples, y.shape, y)
+        if self.share.mode == "units":
+            unit = torch.eye(y.shape[-1], dtype=carried(y.dtype), device=y.device)[samples.start : samples.stop]
+            return unit.reshape(len(samples), *([1] * (y.dim() - 1)), -1).expand(-1, *y.shape).contiguous()
+        weight, bias = self._weight_noise(call, x, samples)
+        patches = _patches(self.module, x.to(weight.dtype))
+        moved = weight.transpose(0, 1).reshape(len(x), -1, patches.shape[1]) @ patches
+        moved = moved.reshape(len(x), len(samples), y.shape[1], -1)
+        if bias is not None:
+            moved = moved.add_(bias.transpose(0, 1).unsqueeze(-1))
+        return moved.transpose(0, 1).reshape(len(samples), *y.shape)
+
+    def _weight_noise(self, call: int, x: Tensor, samples: range) -> tuple[Tensor, Tensor | None]:
+        """Signs (samples, N, outputs, fan-in) and (samples, N, outputs)."""
+        module: Any = self.module
+        outputs, fan = module.weight.shape[0], module.weight[0].numel()
+        shape = (len(x), outputs, fan + (module.bias is not None))
+        signs = _signs(key(self.stream, call), samples, shape, x)
+        return signs[..., :fan], signs[..., fan] if module.bias is not None else None
+
+    def direction(self, call: int, x: Tensor, y: Tensor, slopes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each parameter with this call's part of its direction; slopes (rows, samples)."""
+        module: Any = self.module
+        if self.share.mode == "units":
+            delta = _per(slopes, y.numel() // y.shape[-1]).reshape(y.shape)
+            yield from LAYERS[type(module)].weights(module, x, delta)
+            return
+        s = _per(slopes, len(y)) / self.share.samples
+        if self.share.mode == "weights":
+            for samples in _split(self.share):
+                weight, bias = self._weight_noise(call, x, samples)
+                chosen = s[:, samples.start : samples.stop].mT.reshape(-1)
+                yield module.weight, (chosen @ weight.flatten(0, 1).flatten(1)).reshape(module.weight.shape)
+                if bias is not None:
+                    yield module.bias, chosen @ bias.flatten(0, 1)
+            return
+        delta = torch.zeros(y.shape, dtype=carried(y.dtype), device=y.device)
+        for samples in _split(self.share):
+            for k, u in zip(samples, self.noise(call, x, y, samples), strict=True):
+                delta.addcmul_(u, s[:, k].reshape(-1, *([1] * (y.dim() - 1))))
+        yield from LAYERS[type(module)].weights(module, x, delta)
+
+
+def _split(share: Share) -> Iterator[range]:
+    for i in range(share.passes):
+        yield range(share.samples * i // share.passes, share.samples * (i + 1) // share.passes)
+
+
+def _per(slopes: Tensor, n: int) -> Tensor:
+    """Slopes (rows, K) for n groups of them: consecutive rows added up, or repeated, or all for all."""
+    rows = len(slopes)
+    if rows == n:
+        return slopes
+    if rows % n == 0:
+        return slopes.reshape(n, rows // n, -1).sum(1)
+    return slopes.repeat_interleave(n // rows, 0) if n % rows == 0 else slopes.sum(0).expand(n, -1)
+
+
+def _patches(module: Any, x: Tensor) -> Tensor:
+    """What each output position of a convolution sees: (N, fan-in, positions)."""
+    x, settings = _padded(module, x)
+    kernel, stride, dilation = module.kernel_size, settings["stride"], settings["dilation"]
+    if x.dim() == 3:
+        x, kernel, stride, dilation = x.unsqueeze(2), (1, *kernel), (1, *stride), (1, *dilation)
+    return F.unfold(x, kernel, dilation, 0, stride)
+
+
+# --- passes ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _hooked(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
+    """``hook(module, call, x, y)`` after each of the modules' calls; what it returns replaces the output."""
+    calls: dict[nn.Module, int] = {}
+
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
+        if not args or not isinstance(output, Tensor):
+            return None
+        calls[module] = calls.get(module, -1) + 1
+        with torch._C.DisableTorchFunction(), no_dispatch():  # thousands of small operators, none of them a jet's
+            return hook(module, calls[module], args[0], output)
+
+    handles = [m.register_forward_hook(after) for m in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _layers(model: nn.Module, params: Sequence[Tensor]) -> dict[str, nn.Module]:
+    """The modules that can be perturbed and own one of the parameters, by name."""
+    moving = {id(p) for p in params}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in LAYERS and any(id(p) in moving for p in module.parameters(recurse=False))
+    }
+
+
+def allot(closure: Closure, model: nn.Module, params: Sequence[Tensor], passes: float) -> dict[str, Share]:
+    """How many samples each layer gets, so that all of them cost about ``passes`` forward passes.
+
+    The variance of a layer's estimate is taken to be ``d / K`` for d numbers that it puts out (or weights, where
+    those are fewer), K samples of which cost ``K c``, c the share of the model that comes after the layer. The
+    sum of variances is then least for K in proportion to ``sqrt(d / c)``. A layer that gets d samples or more
+    is perturbed along each of its outputs instead.
+
+    Returns:
+        Shares by the names of layers that the closure made use of. `OTHERS` stands for the parameters that none of
+        them owns; it is there if such parameters are.
+    """
+    met: dict[str, _Met] = {}
+    layers = _layers(model, params)
+    names = {module: name for name, module in layers.items()}
+
+    def meet(module: nn.Module, call: int, x: Tensor, y: Tensor) -> None:
+        before = met.get(names[module], _Met(0, 0, 0, y.shape))
+        products = LAYERS[type(module)].products(module, x, y)
+        met[names[module]] = _Met(before.outputs + y.numel(), before.products + products, call + 1, y.shape)
+
+    with rehearsal(), torch.inference_mode(), _hooked(list(layers.values()), meet):
+        closure()
+    total = sum(m.products for m in met.values()) or 1
+    after, sizes, costs = total, {}, {}
+    for name, m in met.items():
+        after -= m.products
+        n, weights = m.shape[0], _weights_of(layers[name])
+        own = _NOISE_COST * m.outputs
+        sizes[name] = m.outputs / n
+        if _weight_space(layers[name]) and weights < sizes[name]:
+            sizes[name], own = weights, own + m.products
+        costs[name] = (after + own) / total
+    covered = {id(p) for name in met for p in layers[name].parameters(recurse=False)}
+    others = sum(p.numel() for p in params if id(p) not in covered)
+    if others:
+        sizes[OTHERS], costs[OTHERS] = others, 2.0
+    scale = passes / (sum(math.sqrt(sizes[n] * costs[n]) for n in sizes) or 1)
+    shares = {}
+    for name in sizes:
+        samples = max(1, round(scale * math.sqrt(sizes[name] / costs[name])))
+        if name in met:
+            samples = max(samples, min(_FREE // max(met[name].outputs, 1), 64))
+        shares[name] = _share(name, layers.get(name), met.get(name), samples, closure, name == [*met][-1])
+    return shares
+
+
+def _share(name: str, module: nn.Module | None, met: _Met | None, samples: int, closure: Closure, last: bool) -> Share:
+    if module is None or met is None:
+        return Share("parameters", samples)
+    outputs, positions = met.shape[-1], met.outputs // met.shape[-1]
+    units = isinstance(module, nn.Linear) and met.calls == 1 and outputs <= samples
+    if units and positions != met.shape[0]:  # exact only if the loss takes each position for an example
+        probe = _slopes(_Site(module, Share("signs", 1), 0), closure) if last else None
+        units = probe is not None and len(probe) == positions
+    if units:
+        samples, mode = outputs, "units"
+    else:
+        mode = "weights" if _weight_space(module) and _weights_of(module) < met.outputs / met.shape[0] else "signs"
+    return Share(mode, samples, min(samples, math.ceil(samples * met.outputs / _NUMBERS)))
+
+
+def _weights_of(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters(recurse=False))
+
+
+def _weight_space(module: nn.Module) -> bool:
+    """Whether noise may be on the weights, of each example its own."""
+    return isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.groups == 1
+
+
+def estimate(
+    closure: Closure, model: nn.Module, params: Sequence[Tensor], shares: dict[str, Share], seed: Any
+) -> list[Tensor]:
+    """An unbiased estimate of the gradient, from perturbed activities.
+
+    Args:
+        closure: returns the loss. It is called several times, and must compute the same each time; torch's
+            random numbers, and what it writes to buffers, are set back after each.
+        model: holds the layers: `nn.Linear`, `nn.Conv1d`, `nn.Conv2d`, `nn.Embedding` and `nn.LayerNorm` are
+            perturbed at their outputs; a convolution with more outputs than weights, at its weights. Axis 0 of what
+            they put out counts examples, or parts of examples in their order.
+        params: what to estimate the gradient for. Those that no such layer owns are moved themselves.
+        shares: of each layer, as `allot` gives them.
+        seed: an integer; equal seeds give equal noise.
+
+    Returns:
+        One tensor for each parameter, zero where the loss makes no use of it.
+
+    The loss has to tell its examples apart (see `jetplane.evaluate`); if it does not, the slope of the
+    whole batch is taken for each example's, which is unbiased too, and as many times noisier as there are examples.
+
+    >>> import torch
+    >>> from torch.nn import functional as F
+    >>> net, x, y = torch.nn.Sequential(torch.nn.Linear(5, 3)), torch.randn(8, 5), torch.randint(3, (8,))
+    >>> closure = lambda: F.cross_entropy(net(x), y)
+    >>> params = list(net.parameters())
+    >>> shares = allot(closure, net, params, passes=50)
+    >>> shares
+    {'0': Share(mode='units', samples=3, passes=1)}
+    >>> weight, bias = estimate(closure, net, params, shares, seed=0)  # exact: all outputs were moved
+    >>> slopes = torch.autograd.grad(closure(), params)
+    >>> bool(torch.allclose(weight, slopes[0], atol=1e-6))
+    True
+    """
+    layers = _layers(model, params)
+    sites = {
+        layers[name]: _Site(layers[name], share, key(seed, i))
+        for i, (name, share) in enumerate(shares.items())
+        if name in layers
+    }
+    total = {id(p): torch.zeros_like(p, dtype=carried(p.dtype)) for p in params}
+    with torch.no_grad():
+        found = {module: _slopes(site, closure) for module, site in sites.items()}
+
+        def add(module: nn.Module, call: int, x: Tensor, y: Tensor) -> None:
+            slopes = found[module]
+            for param, part in () if slopes is None else sites[module].direction(call, x, y, slopes):
+                if id(param) in total:
+                    total[id(param)] += part
+
+        with rehearsal(), torch.inference_mode(), _hooked(list(sites), add):
+            closure()
+        covered = {id(p) for module in sites for p in module.parameters(recurse=False)}
+        others = [p for p in params if id(p) not in covered]
+        if others and OTHERS in shares:
+            directions = Directions(shares[OTHERS].samples, seed=int(key(seed, -1)))
+            with rehearsal(), contextlib.suppress(UnusedParametersError):
+                slope = evaluate(closure, others, directions, "none").slope
+                for i, p in enumerate(others):
+                    total[id(p)] = directions.combine(i, p, slope / directions.k)
+    return [total[id(p)].to(p.dtype) for p in params]
+
+
+def _slopes(site: _Site, closure: Closure) -> Tensor | None:
+    """Slopes (rows, samples) of the examples along a layer's noise; None if the loss does not depend on it."""
+    slopes = []
+    for samples in _split(site.share):
+        with rehearsal(), torch.inference_mode(), expansion(len(samples), 1, 1) as space:
+            space.examples = True
+
+            def perturb(module: nn.Module, call: int, x: Any, y: Any, space: Space = space, samples: range = samples):
+                at, first, _ = parts(y, space)
+                noise = site.noise(call, parts(x, space)[0], at, samples)
+                return Jet(at, noise if first is None else first + noise, None, space)
+
+            with _hooked([site.module], perturb), Interception(space, {}).running():
+                loss = closure()
+            jet = promoted(loss)
+            loss = loss if jet is None else jet
+            slope = parts(loss, space)[1]
+            if slope is None:
+                return None
+            slope = slope.reshape(len(samples))
+            rows = known(loss, slope)
+            slopes.append(slope.unsqueeze(0) if rows is None else rows)
+    return torch.cat(slopes, 1)

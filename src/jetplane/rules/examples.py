@@ -1,0 +1,109 @@
+"""Each example's part of the slope: what a loss function adds up, kept apart.
+
+A loss over a batch is ``L = sum_n L_n``. Its rule has the first coefficients of every example at hand when it
+sums them, so the parts ``e[n, i] = grad(L_n) . v_i``, shape (N, K), cost one product more. A jet of one element
+carries them as `Jet.examples` from there to the end of the closure, through what can follow on a loss: constant
+factors, sums of losses, regularizers. Anything else makes them unknown, never wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ..jet import LOSS, PARAMETER, Jet, Space, is_jet, parts, promoted
+
+LOST = torch.empty(0)  # the examples of a jet that stands for a sum over them, but no longer tells which
+
+# Operators under which one element stays what it is.
+SAME = {
+    "view", "reshape", "flatten", "squeeze", "unsqueeze", "ravel", "clone", "alias", "contiguous", "to", "_to_copy",
+    "sum", "mean", "positive",
+}  # fmt: skip
+
+
+def keep(space: Space, total: Any, first: Tensor | None, weight: Tensor) -> Any:
+    """Note the examples' parts of a loss ``sum(weight * first)``, both of shape (…, N, …), and return the loss."""
+    if space.examples and first is not None and is_jet(total, space) and weight.dim() > 0:
+        n = weight.shape[0]
+        apart = first.expand(first.shape[0], *weight.shape).reshape(first.shape[0], n, -1)
+        total.examples = torch.einsum("kni,ni->nk", apart, weight.reshape(n, -1).to(first.dtype))
+    return total
+
+
+def follow(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
+    """Tell a result whose examples it is made of, after the operator was carried."""
+    of = [a for a in tree_leaves((args, kwargs)) if is_jet(a, space) and a.examples is not None]
+    packet = func._schema.name.partition("::")[2]
+    if not of:
+        if space.gauss_newton and packet in ("sum", "mean") and _reduces_a_loss(result, args[0], space):
+            share = torch.full_like(args[0].primal, 1 / args[0].numel() if packet == "mean" else 1)
+            keep(space, result, parts(args[0], space)[1], share)
+        return
+    for made in tree_leaves(result):
+        if is_jet(made, space) and (made.examples is None or func._schema.is_mutable):
+            # A target that was written to has new coefficients already: no longer those of its own term.
+            gone = made.numel() != 1 or (func._schema.is_mutable and made.examples is None)
+            made.examples = LOST if gone else _examples(packet.removesuffix("_"), space, args, kwargs)
+
+
+def _reduces_a_loss(result: Any, x: Any, space: Space) -> bool:
+    if not (is_jet(result, space) and is_jet(x, space)):
+        return False
+    return result.kind == LOSS and result.numel() == 1 and x.dim() > 0 and result.examples is None
+
+
+def _examples(packet: str, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    x, other = args[0], args[1] if len(args) > 1 else None
+    if packet in ("add", "sub"):
+        sign = -1 if packet == "sub" else 1
+        return _sum(_of(x, space), _of(other, space), sign * kwargs.get("alpha", 1))
+    apart = x.examples if is_jet(x, space) else None
+    if packet == "mul" and apart is None:
+        apart, other = getattr(other, "examples", None), x
+    if apart is None or apart is LOST:
+        return LOST
+    if packet in SAME:
+        return apart
+    if packet == "neg":
+        return -apart
+    if packet in ("mul", "div") and not kwargs and not isinstance(other, Jet):
+        factor = other.reshape(()) if isinstance(other, Tensor) else other
+        return apart * factor if packet == "mul" else apart / factor
+    return LOST
+
+
+def _of(x: Any, space: Space) -> Tensor:
+    """The examples of a term: (N, K), or one row for what is the same for all."""
+    if not is_jet(x, space) or x.first is None:
+        return torch.zeros(1, space.k, device=x.device if isinstance(x, Tensor) else None)
+    if x.examples is not None:
+        return x.examples
+    if space.gauss_newton and x.kind == PARAMETER:
+        return parts(x, space)[1].reshape(1, -1)  # type: ignore[union-attr]
+    return LOST
+
+
+def _sum(a: Tensor, b: Tensor, factor: Any) -> Tensor:
+    if a is LOST or b is LOST or isinstance(factor, Jet):
+        return LOST
+    b = b * factor
+    if len(a) == len(b):
+        return a + b
+    if 1 in (len(a), len(b)):  # a constant or a regularizer: an equal part of it to every example
+        return a / max(1, len(b) // len(a)) + b / max(1, len(a) // len(b))
+    return torch.cat([a, b])  # sums over different batches
+
+
+def known(loss: Any, slope: Tensor) -> Tensor | None:
+    """The examples' parts of an evaluated loss, if they are known and add up to its slope."""
+    jet = promoted(loss)
+    examples = (loss if jet is None else jet).examples
+    if examples is None or examples is LOST:
+        return None
+    rounding = 64 * torch.finfo(examples.dtype).eps * examples.abs().sum(0)
+    return examples if bool(((examples.sum(0) - slope).abs() <= rounding + 1e-30).all()) else None

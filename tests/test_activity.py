@@ -1,0 +1,158 @@
+"""Activity perturbation: unbiased for every kind of layer, exact where every output is moved, and without traces."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from jetplane.activity import OTHERS, Share, allot, estimate
+
+N = 6
+
+
+class Tokens(nn.Module):
+    """Embedding, normalization, attention by hand, and a head, over sequences."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 4, padding_idx=0)
+        self.norm = nn.LayerNorm(4, eps=1.0)
+        self.mix = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 5)
+        self.scale = nn.Parameter(torch.tensor([0.9]))
+
+    def forward(self, x):
+        h = self.norm(self.embed(x))
+        h = h + torch.softmax(h @ h.mT, -1) @ self.mix(h)
+        return (self.scale * self.head(h)).flatten(0, 1)
+
+
+class Recurrent(nn.Module):
+    """One layer that is called at every step."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.Linear(5, 3)
+        self.out = nn.Linear(3, 4)
+
+    def forward(self, x):
+        h = x.new_zeros(len(x), 3)
+        for step in x.unbind(1):
+            h = self.cell(torch.cat([step, h], 1)).tanh()
+        return self.out(h)
+
+
+def images(*layers):
+    return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(4))
+
+
+MODELS = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 4)), (5,)),
+    "convolutions": (lambda: images(nn.Conv2d(2, 3, 3, padding=1, stride=2), nn.Tanh(), nn.Conv2d(3, 4, 2, groups=1),
+                                    nn.Tanh()), (2, 7, 7)),
+    "convolutions, groups and padding": (lambda: images(nn.Conv2d(2, 4, 3, groups=2, padding="same",
+                                         padding_mode="circular", dilation=2), nn.Tanh()), (2, 5, 5)),
+    "convolutions in one dimension": (lambda: images(nn.Conv1d(2, 2, 3, padding=2, dilation=2, stride=2), nn.Tanh(),
+                                      nn.Conv1d(2, 3, 2, groups=1)), (2, 12)),
+    "tokens": (Tokens, None),
+    "recurrent": (Recurrent, (3, 2)),
+}  # fmt: skip
+
+
+@pytest.fixture(params=MODELS)
+def case(request):
+    torch.manual_seed(3)
+    make, shape = MODELS[request.param]
+    net = make().double()
+    x = torch.randint(5, (N, 3)) if shape is None else torch.randn(N, *shape).double()
+    y = torch.randint(4, (N * 3 if shape is None else N,))
+    net(x)
+    return net, lambda: F.cross_entropy(net(x), y)
+
+
+def gradient(closure, params):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(closure(), params)])
+
+
+def flat(tensors):
+    return torch.cat([t.flatten() for t in tensors])
+
+
+def test_is_unbiased(case):
+    net, closure = case
+    params = list(net.parameters())
+    shares = allot(closure, net, params, 40)
+    estimates = torch.stack([flat(estimate(closure, net, params, shares, seed)) for seed in range(60)])
+    error = (estimates.mean(0) - gradient(closure, params)).abs()
+    deviation = estimates.std(0) / math.sqrt(len(estimates))
+    assert bool((error <= 5 * deviation + 1e-9).all())
+    # and not only for being noisy: all of it together points where the gradient does
+    assert F.cosine_similarity(estimates.mean(0), gradient(closure, params), dim=0) > 0.9
+
+
+def test_is_exact_where_each_output_is_moved(case):
+    net, closure = case
+    last = [m for m in net.modules() if isinstance(m, nn.Linear)][-1]
+    params = list(last.parameters())
+    shares = allot(closure, net, params, 1000)
+    assert [s.mode for s in shares.values()] == ["units"]
+    torch.testing.assert_close(flat(estimate(closure, net, params, shares, 0)), gradient(closure, params))
+
+
+def test_late_layers_get_more_samples_and_the_budget_is_kept():
+    net = nn.Sequential(*[m for _ in range(4) for m in (nn.Linear(64, 64), nn.Tanh())], nn.Linear(64, 3))
+    x, y = torch.randn(4096, 64), torch.randint(3, (4096,))
+    shares = allot(lambda: F.cross_entropy(net(x), y), net, list(net.parameters()), 20)
+    samples = [shares[name].samples for name in ("0", "2", "4", "6")]
+    assert samples == sorted(samples) and samples[-1] > 2 * samples[0]
+    assert shares["8"] == Share("units", 3)
+    assert OTHERS not in shares
+
+
+def test_the_number_of_passes_changes_no_number(case):
+    net, closure = case
+    params = list(net.parameters())
+    shares = allot(closure, net, params, 60)
+    parted = {name: s._replace(passes=min(3, s.samples)) for name, s in shares.items()}
+    a, b = (flat(estimate(closure, net, params, s, 1)) for s in (shares, parted))
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert any(s.passes > 1 for s in parted.values())
+
+
+def test_a_loss_that_does_not_tell_its_examples_apart():
+    net = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)).double()
+    x, y = torch.randn(2, 3).double(), torch.randn(2, 2).double()
+    closure = lambda: F.mse_loss(net(x), y).sqrt()  # noqa: E731
+    params = list(net.parameters())
+    shares = {"0": Share("signs", 64), "2": Share("signs", 64)}
+    estimates = torch.stack([flat(estimate(closure, net, params, shares, seed)) for seed in range(100)])
+    torch.testing.assert_close(estimates.mean(0), gradient(closure, params), rtol=0.05, atol=0.02)
+
+
+def test_leaves_no_trace():
+    net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.3), nn.ReLU(), nn.Linear(5, 3))
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    params = list(net.parameters())
+    closure = lambda: F.cross_entropy(net(x), y)  # noqa: E731
+    before, random = [t.clone() for t in net.state_dict().values()], torch.get_rng_state()
+    a, b = (estimate(closure, net, params, allot(closure, net, params, 9), 0) for _ in range(2))
+    assert all(torch.equal(s, t) for s, t in zip(before, net.state_dict().values(), strict=True))
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))  # dropout drew the same masks
+    assert all(not m._forward_hooks for m in net.modules())
+
+
+def test_a_layer_that_the_loss_does_not_use_gets_zero():
+    net = nn.ModuleDict({"used": nn.Linear(3, 2), "spare": nn.Linear(3, 2), "cut": nn.Linear(3, 2)})
+    x, y = torch.randn(4, 3), torch.randint(2, (4,))
+
+    def closure():
+        net["cut"](x)
+        return F.cross_entropy(net["used"](x), y)
+
+    params = list(net.parameters())
+    shares = allot(closure, net, params, 10)
+    found = estimate(closure, net, params, {n: s for n, s in shares.items() if n != OTHERS}, 0)
+    assert all(bool(found[i].any()) == (i < 2) for i in range(6))

@@ -1,0 +1,221 @@
+"""PlaneSearch: what spans its plane, what it remembers, and that it trains without a rate."""
+
+import copy
+import io
+
+import pytest
+import torch
+from cases import rosenbrock
+from torch import nn
+from torch.nn import functional as F
+
+import jetplane as jp
+from jetplane.activity import OTHERS
+from jetplane.descent import CurvatureScaled
+from jetplane.optim.plane_search import AVERAGE, PREVIOUS
+from jetplane.search import Backtracking
+
+X = torch.randn(128, 6, generator=torch.Generator().manual_seed(0))
+Y = (X[:, 0] > X[:, 1] ** 2).long() + (X[:, 2] > 1).long()
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.1), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3)
+    )
+
+
+def batches(seed):
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for batch in torch.randperm(128, generator=generator).split(32):
+            yield X[batch], Y[batch]
+
+
+def train(net, opt, steps, seed=0):
+    data = batches(seed)
+    losses = []
+    for _ in range(steps):
+        x, y = next(data)
+        losses.append(opt.step(lambda x=x, y=y: F.cross_entropy(net(x), y)).item())
+    return losses
+
+
+SETTINGS = {
+    "memory": lambda net: jp.optim.PlaneSearch(net.parameters(), net),
+    "memory and noise": lambda net: jp.optim.PlaneSearch(net.parameters(), net, k=4, weight_decay=1e-4),
+    "drawn": lambda net: jp.optim.PlaneSearch(net.parameters(), k=16),
+    "exact curvature": lambda net: jp.optim.PlaneSearch(net.parameters(), net, curvature="hessian", clip=1.0),
+    "a rate": lambda net: jp.optim.PlaneSearch(net.parameters(), net, rate=0.3),
+    "line search": lambda net: jp.optim.PlaneSearch(net.parameters(), net, rate=Backtracking()),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_trains_without_a_rate(name):
+    net = network()
+    losses = train(net, SETTINGS[name](net), 120)
+    assert sum(losses[-8:]) / 8 < 0.75 * sum(losses[:4]) / 4
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_resumes_bit_for_bit_through_a_file(name):
+    net = network()
+    opt = SETTINGS[name](net)
+    train(net, opt, 3)
+    file = io.BytesIO()
+    torch.save({"net": net.state_dict(), "opt": opt.state_dict()}, file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    twin = network()
+    twin.load_state_dict(state["net"])
+    again = SETTINGS[name](twin)
+    again.load_state_dict(state["opt"])
+    for model, optimizer in ((net, opt), (twin, again)):
+        torch.manual_seed(5)
+        train(model, optimizer, 3, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), twin.state_dict().values(), strict=True))
+
+
+def test_a_step_has_the_effects_of_one_pass():
+    net, plain = network(), network()
+    opt = jp.optim.PlaneSearch(net.parameters(), net, rate=Backtracking())
+    torch.manual_seed(3)
+    loss = opt.step(lambda: F.cross_entropy(net(X), Y))
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    torch.testing.assert_close(loss, F.cross_entropy(plain(X), Y).detach())
+    assert torch.equal(after, torch.get_rng_state())
+    for a, b in zip(net.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_plane_is_spanned_by_what_is_remembered():
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    idle = nn.Parameter(torch.ones(2))
+    guess = [torch.randn(p.shape) for p in (*net.parameters(), idle)]
+    opt = jp.optim.PlaneSearch(
+        [*net.parameters(), idle], net, k=2, averages=(0.0, 0.5), scaled=False, guess=lambda: guess
+    )
+    closure = lambda: F.cross_entropy(net(X), Y)  # noqa: E731
+    opt.step(closure)
+    assert opt.plane.slope.shape == (3,)  # the guess and two drawn ones
+    first = [p.detach().clone() for p in net.parameters()]
+    old = [opt.state[p][AVERAGE.format(0.0)] for p in net.parameters()]
+    opt.step(closure)
+    assert opt.plane.slope.shape == (6,)
+    new = [opt.state[p][AVERAGE.format(0.0)] for p in net.parameters()]
+    for p, b, a, c in zip(net.parameters(), first, old, new, strict=True):
+        torch.testing.assert_close(opt.state[p][PREVIOUS], p.detach() - b)
+        torch.testing.assert_close(opt.state[p][AVERAGE.format(0.5)], 0.5 * a + 0.5 * c)
+    assert torch.equal(idle.detach(), torch.ones(2)) and OTHERS in opt.state["jetplane"]["shares"]
+    stored = opt._stored(opt._moving())
+    norms = [torch.cat([t.flatten() for t in direction]).norm() for direction in stored]
+    torch.testing.assert_close(torch.stack(norms), torch.ones(4))
+
+
+def test_scaled_averages_are_in_the_plane_as_well():
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    net[0].weight.requires_grad_(False)
+    opt = jp.optim.PlaneSearch(net.parameters(), net, averages=(0.5,))
+    closure = lambda: F.cross_entropy(net(X), Y)  # noqa: E731
+    for _ in range(2):
+        opt.step(closure)
+    average, previous, scaled = opt._stored(opt._moving())
+    mean = [opt.state[p][AVERAGE.format(0.5)] for p, _, _ in opt._moving()]
+    square = [opt.state[p]["square"] for p, _, _ in opt._moving()]
+    expected = torch.cat([(m / s.sqrt()).flatten() for m, s in zip(mean, square, strict=True)])
+    torch.testing.assert_close(torch.cat([t.flatten() for t in scaled]), expected / expected.norm())
+    opt.step(closure)
+    assert opt.plane.slope.shape == (3,)
+
+
+def test_estimates_do_not_come_from_the_batch_that_judges_them():
+    """With labels that mean nothing the slope along the estimates is zero on average, as an unbiased one is."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 10))
+    with torch.no_grad():
+        net[0].weight.zero_()
+        net[0].bias.zero_()
+    opt = jp.optim.PlaneSearch(net.parameters(), net, averages=(0.0,), scaled=False, rate=1e-12)
+    slopes = []
+    for _ in range(400):
+        x, y = torch.randn(16, 20), torch.randint(10, (16,))
+        opt.step(lambda x=x, y=y: F.cross_entropy(net(x), y))
+        slopes.append(opt.plane.slope[0])
+    slopes = torch.stack(slopes[1:])
+    assert slopes.mean().abs() < 4 * slopes.std() / len(slopes) ** 0.5
+    assert slopes.std() > 0.05
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+def test_all_directions_are_newtons_method(curvature):
+    net = nn.Linear(3, 2).double()
+    x, t = torch.randn(20, 3).double(), torch.randn(20, 2).double()
+    opt = jp.optim.PlaneSearch(net.parameters(), k=8, curvature=curvature, descent="newton", rate=1.0)
+    opt.step(lambda: F.mse_loss(net(x), t))
+    exact = torch.linalg.lstsq(torch.cat([x, torch.ones(20, 1).double()], 1), t).solution
+    torch.testing.assert_close(torch.cat([net.weight.mT, net.bias[None]]).detach(), exact, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("d", "k"), [(10, 10), (10, 3), (50, 20)])
+def test_functions_without_noise_never_rise(d, k):
+    w = nn.Parameter(torch.tensor([-1.2, 1.0]).double().repeat(d // 2))
+    opt = jp.optim.PlaneSearch([w], k=k, curvature="hessian")
+    losses = [opt.step(lambda: rosenbrock(w)).item() for _ in range(60)]
+    assert all(b <= a for a, b in zip(losses, losses[1:], strict=False))
+    assert losses[-1] < (1e-10 if k == d else 0.2 * losses[0])
+
+
+def test_a_failing_estimate_changes_nothing():
+    net = network().eval()
+    opt = jp.optim.PlaneSearch(net.parameters(), net)
+    train(net, opt, 2)
+    calls = []
+
+    def closure():
+        calls.append(1)
+        if len(calls) == 4:
+            raise ZeroDivisionError
+        return F.cross_entropy(net(X), Y)
+
+    before, state = copy.deepcopy(net.state_dict()), copy.deepcopy(opt.state_dict())
+    with pytest.raises(ZeroDivisionError):
+        opt.step(closure)
+    assert all(torch.equal(before[n], t) for n, t in net.state_dict().items())
+    assert str(state) == str(opt.state_dict())
+    assert all(not m._forward_hooks for m in net.modules())
+
+
+W = [nn.Parameter(torch.ones(3))]
+BAD = {
+    "nothing to learn from": (lambda: jp.optim.PlaneSearch(W, k=0), jp.ArgumentError, "k must be positive"),
+    "rate": (lambda: jp.optim.PlaneSearch(W, k=1, rate="fast"), jp.ArgumentError, "rate"),
+    "negative rate": (lambda: jp.optim.PlaneSearch(W, k=1, rate=-1.0), jp.ArgumentError, "lr"),
+    "curvature": (lambda: jp.optim.PlaneSearch(W, k=1, curvature="none"), jp.ArgumentError, "curvature"),
+    "averages": (lambda: jp.optim.PlaneSearch(W, k=1, averages=(1.0,)), jp.ArgumentError, "averages"),
+    "passes": (lambda: jp.optim.PlaneSearch(W, k=1, passes=0), jp.ArgumentError, "passes"),
+    "descent": (lambda: jp.optim.PlaneSearch(W, k=1, descent=CurvatureScaled()), jp.ArgumentError, "CurvatureScaled"),
+    "structure": (lambda: jp.optim.PlaneSearch(W, k=1, tangents="sparse"), jp.ArgumentError, "density"),
+    "guess of another shape": (
+        lambda: jp.optim.PlaneSearch(W, k=1, guess=lambda: [torch.ones(2)]).step(lambda: F.mse_loss(W[0], X[0, :3])),
+        jp.ShapeError,
+        "guess",
+    ),
+    "guess of another type": (
+        lambda: jp.optim.PlaneSearch(W, k=1, guess=lambda: [torch.ones(3).double()]).step(lambda: W[0].sum()),
+        jp.DTypeError,
+        "guess",
+    ),
+    "no loss function": (
+        lambda: jp.optim.PlaneSearch(W, k=1).step(lambda: (X[:, :3] @ W[0]).sum()), jp.LossError, "loss function",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_settings(name):
+    build, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        build()
