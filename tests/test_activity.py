@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import jetplane as jp
 from jetplane.activity import OTHERS, Share, allot, estimate
 
 N = 6
@@ -102,11 +103,11 @@ def test_is_exact_where_each_output_is_moved(case):
 
 
 def test_late_layers_get_more_samples_and_the_budget_is_kept():
-    net = nn.Sequential(*[m for _ in range(4) for m in (nn.Linear(64, 64), nn.Tanh())], nn.Linear(64, 3))
-    x, y = torch.randn(4096, 64), torch.randint(3, (4096,))
+    net = nn.Sequential(*[m for _ in range(4) for m in (nn.Linear(1024, 1024), nn.Tanh())], nn.Linear(1024, 3))
+    x, y = torch.randn(256, 1024), torch.randint(3, (256,))
     shares = allot(lambda: F.cross_entropy(net(x), y), net, list(net.parameters()), 20)
     samples = [shares[name].samples for name in ("0", "2", "4", "6")]
-    assert samples == sorted(samples) and samples[-1] > 2 * samples[0]
+    assert samples == sorted(samples) and samples[-1] >= 2 * samples[0]
     assert shares["8"] == Share("units", 3)
     assert OTHERS not in shares
 
@@ -129,6 +130,23 @@ def test_a_loss_that_does_not_tell_its_examples_apart():
     shares = {"0": Share("signs", 64), "2": Share("signs", 64)}
     estimates = torch.stack([flat(estimate(closure, net, params, shares, seed)) for seed in range(100)])
     torch.testing.assert_close(estimates.mean(0), gradient(closure, params), rtol=0.05, atol=0.02)
+
+
+def test_a_loss_that_differentiates_the_model_itself():
+    net = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    x = torch.randn(5, 2).double()
+    closure = lambda: F.mse_loss(jp.jet(net, x, torch.ones(1, 5, 2).double())[2], torch.ones(1, 1, 5, 1))  # noqa: E731
+    params = list(net.parameters())
+    shares = allot(closure, net, params, 10)
+    assert set(shares) == {OTHERS}
+    estimates = [flat(estimate(closure, net, params, {OTHERS: Share("parameters", 2000)}, seed)) for seed in range(30)]
+    assert F.cosine_similarity(torch.stack(estimates).mean(0), _gradient_by_basis(closure, params), dim=0) > 0.99
+
+
+def _gradient_by_basis(closure, params):
+    size = sum(p.numel() for p in params)
+    basis = torch.eye(size).double().split([p.numel() for p in params], 1)
+    return jp.evaluate(closure, params, [b.reshape(size, *p.shape) for b, p in zip(basis, params, strict=True)]).slope
 
 
 def test_leaves_no_trace():

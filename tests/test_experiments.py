@@ -36,7 +36,7 @@ def weights(folder: Path):
 
 
 @pytest.mark.parametrize("model", ["logreg", "mlp", "cnn"])
-@pytest.mark.parametrize("method", ["fgd", "fomoh", "fomoh-kd", "fomoh-bp", "sgd"])
+@pytest.mark.parametrize("method", ["fgd", "fomoh", "fomoh-kd", "fomoh-bp", "plane-search", "sgd"])
 def test_every_method_trains_every_model(method, model, tmp_path):
     result = Run(Config(model=model, method=method, epochs=1, batch_size=256), tmp_path / "run").train()
     assert result["status"] == "finished" and result["last"][0]["epoch"] == 1
@@ -48,6 +48,12 @@ def test_every_method_trains_every_model(method, model, tmp_path):
 def test_training_learns(tmp_path):
     run = Run(Config(method="fomoh-kd", k=10, lr=0.6, clip=1.0, epochs=8), tmp_path / "run")
     assert run.train()["last"][0]["test_accuracy"] > 0.75
+
+
+def test_plane_search_learns_without_a_rate(tmp_path):
+    run = Run(Config(model="mlp", method="plane-search", epochs=4), tmp_path / "run")
+    assert run.config.lr == 1.0 and run.config.label == "PlaneSearch"
+    assert run.train()["last"][0]["test_accuracy"] > 0.85
 
 
 def test_the_papers_models_have_its_numbers_of_parameters():
@@ -166,7 +172,7 @@ class TestRefusals:
             Run(Config(device="cuda:77"), tmp_path / "run")
 
 
-@pytest.mark.parametrize("method", ["fgd", "fomoh", "fomoh-kd", "fomoh-bp", "sgd"])
+@pytest.mark.parametrize("method", ["fgd", "fomoh", "fomoh-kd", "fomoh-bp", "plane-search", "sgd"])
 @pytest.mark.parametrize("model", ["logreg", "cnn"])
 def test_the_default_settings_do_not_blow_up(method, model, tmp_path):
     run = Run(Config(model=model, method=method, epochs=6), tmp_path / "run")

@@ -34,7 +34,7 @@ def test_the_noise_aware_rate_minimizes_the_expected_loss():
     torch.manual_seed(0)
     hessian = torch.diag(torch.tensor([1.0, 4.0, 0.5])).double()
     gradient, spread = torch.tensor([0.3, -0.2, 0.1]).double(), torch.tensor([0.4, 0.1, 0.2]).double()
-    inverse, record, search, rate = torch.linalg.inv(hessian), {}, NoiseAware(memory=0.999), 0.0
+    inverse, record, search, rate = torch.linalg.inv(hessian), {}, NoiseAware(memory=0.999, guard=False), 0.0
     slopes = []
     for _ in range(4000):
         examples = (gradient + spread * math.sqrt(20) * torch.randn(20, 3).double()) / 20
@@ -50,17 +50,25 @@ def test_the_noise_aware_rate_minimizes_the_expected_loss():
 
 
 def test_averages_forget_and_the_floor_holds():
+    search = NoiseAware(guard=False)
     pure_noise = proposal([0.0], [[1.0]], torch.tensor([[1.0], [-1.0]]))
     certain = proposal([2.0], [[1.0]], torch.tensor([[1.0], [1.0]]))
-    assert NoiseAware()(pure_noise, {}) == (0.0, {"noise": pytest.approx(0.2), "signal": 0.0})
-    rate, record = NoiseAware()(certain, {"noise": 100.0, "signal": 100.0})
+    assert search(pure_noise, {}) == (0.0, {"noise": pytest.approx(0.2), "signal": 0.0})
+    rate, record = search(certain, {"noise": 100.0, "signal": 100.0})
     assert rate == pytest.approx(max(1e-3, 1 - 95 / (95 + 0.2)))
     for _ in range(300):
-        rate, record = NoiseAware()(certain, record)
+        rate, record = search(certain, record)
     assert rate == pytest.approx(1.0, abs=1e-4)
     given = {"noise": 1.0, "signal": 1.0}
-    NoiseAware()(certain, given)
+    search(certain, given)
     assert given == {"noise": 1.0, "signal": 1.0}
+
+
+def test_a_step_that_raises_the_loss_is_halved():
+    examples = torch.tensor([[1.0], [3.0]])  # noise 4, signal 16: a rate of 3/4
+    rises = proposal([4.0], [[1.0]], examples, lambda r: 1 - r if r < 0.2 else 2.0)
+    assert NoiseAware()(rises, {})[0] == 0.75 / 4
+    assert NoiseAware(guard=False)(rises, {})[0] == 0.75
 
 
 def test_without_examples_the_loss_is_asked():

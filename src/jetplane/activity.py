@@ -247,12 +247,17 @@ def _patches(module: Any, x: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _hooked(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
-    """``hook(module, call, x, y)`` after each of the modules' calls; what it returns replaces the output."""
+def _hooked(modules: Sequence[nn.Module], hook: Callable[..., Any], space: Space | None = None) -> Iterator[None]:
+    """``hook(module, call, x, y)`` after each of the modules' calls; what it returns replaces the output.
+
+    Calls on jets of another space, inside a loss that differentiates the model itself, are passed over.
+    """
     calls: dict[nn.Module, int] = {}
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
         if not args or not isinstance(output, Tensor):
+            return None
+        if any(isinstance(t, Jet) and t.space is not space for t in (args[0], output)):
             return None
         calls[module] = calls.get(module, -1) + 1
         with torch._C.DisableTorchFunction(), no_dispatch():  # thousands of small operators, none of them a jet's
@@ -314,12 +319,12 @@ def allot(closure: Closure, model: nn.Module, params: Sequence[Tensor], passes: 
     if others:
         sizes[OTHERS], costs[OTHERS] = others, 2.0
     scale = passes / (sum(math.sqrt(sizes[n] * costs[n]) for n in sizes) or 1)
-    shares = {}
+    shares, last = {}, next(reversed(met), None)
     for name in sizes:
         samples = max(1, round(scale * math.sqrt(sizes[name] / costs[name])))
         if name in met:
             samples = max(samples, min(_FREE // max(met[name].outputs, 1), 64))
-        shares[name] = _share(name, layers.get(name), met.get(name), samples, closure, name == [*met][-1])
+        shares[name] = _share(name, layers.get(name), met.get(name), samples, closure, name == last)
     return shares
 
 
@@ -422,7 +427,7 @@ def _slopes(site: _Site, closure: Closure) -> Tensor | None:
                 noise = site.noise(call, parts(x, space)[0], at, samples)
                 return Jet(at, noise if first is None else first + noise, None, space)
 
-            with _hooked([site.module], perturb), Interception(space, {}).running():
+            with _hooked([site.module], perturb, space), Interception(space, {}).running():
                 loss = closure()
             jet = promoted(loss)
             loss = loss if jet is None else jet

@@ -50,7 +50,9 @@ def train(
     data: Annotated[DataName, typer.Option(help="The data set.")] = "digits",
     model: Annotated[ModelName, typer.Option(help="The model.")] = "logreg",
     method: Annotated[MethodName, typer.Option(help="The optimizer.")] = "fomoh-kd",
-    k: Annotated[int | None, typer.Option(help="Directions per step [default: 1, or 3 for fomoh-kd].")] = None,
+    k: Annotated[
+        int | None, typer.Option(help="Directions drawn per step [default: 1; fomoh-kd 3, plane-search 0].")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Rate [default: one that suits model and method].")] = None,
     schedule: Annotated[ScheduleName, typer.Option(help="Schedule of the rate.")] = "constant",
     descent: Annotated[DescentName, typer.Option(help="How fomoh-kd solves its plane.")] = "saddle-free",

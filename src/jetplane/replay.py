@@ -48,15 +48,33 @@ def _named(schema: Any, kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:
     return [(a, kwargs[a.name]) for a in schema.arguments if a.name in kwargs]
 
 
+def _devices() -> list[int]:
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+
+
+RandomState = tuple[Tensor, list[Tensor]]  # of torch's generators: the processor's, and each GPU's
+
+
+def random_state() -> RandomState:
+    """Where torch's random numbers stand, for a `rehearsal` to begin there."""
+    return torch.random.get_rng_state(), [torch.cuda.get_rng_state(d) for d in _devices()]
+
+
 @contextlib.contextmanager
-def rehearsal() -> Iterator[_Journal]:
+def rehearsal(begin: RandomState | None = None) -> Iterator[_Journal]:
     """What runs inside leaves no trace: buffers written in place and torch's random state are set back.
 
     Dropout draws the same masks again afterwards, and BatchNorm's running statistics move once.
+
+    Args:
+        begin: where random numbers stand inside, to see once more what was seen then; by default where they are.
     """
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     journal = _Journal()
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=_devices()):
+        if begin is not None:
+            torch.random.set_rng_state(begin[0])
+            for device, state in zip(_devices(), begin[1], strict=True):
+                torch.cuda.set_rng_state(state, device)
         try:
             with journal:
                 yield journal

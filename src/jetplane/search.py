@@ -112,12 +112,15 @@ class Backtracking(Search):
 
     def __call__(self, proposal: Proposal, record: Record) -> tuple[float, Record]:
         """See `Search`."""
+        return self.shortened(proposal, 1.0), record
+
+    def shortened(self, proposal: Proposal, rate: float) -> float:
+        """The first of ``rate``, a half, a fourth of it, … for which the loss falls; 0 if there is none."""
         signal = proposal.signal
         for n in range(self.halvings + 1):
-            rate = 0.5**n
-            if proposal.loss_at(rate) <= proposal.value - self.part * rate * signal:
-                return rate, record
-        return 0.0, record
+            if proposal.loss_at(rate / 2**n) <= proposal.value - self.part * rate / 2**n * signal:
+                return rate / 2**n
+        return 0.0
 
 
 @dataclass(frozen=True)
@@ -129,20 +132,24 @@ class NoiseAware(Search):
     first term is worth going for. C comes from the examples' parts of the slope, at no cost. It is unbiased where
     the directions do not depend on the batch: see `jetplane.activity`.
 
-    Where the loss does not tell its examples apart, `Backtracking` takes over.
+    The model of the plane may be wrong where the step leads: it is halved until the loss of the same batch falls.
+    Where the loss does not tell its examples apart, this is all that is done.
 
     Attributes:
         memory: how much of the averages is kept from step to step.
-        floor: the least that is taken of a step.
+        floor: the least that is taken of a step, unless the loss rises.
+        guard: whether to look at the loss after the step, by a pass of its own. Else nothing is halved.
 
     >>> import torch
-    >>> step = Proposal(1.0, torch.tensor([4.0]), torch.tensor([[1.0]]).double(), torch.tensor([[1.0], [3.0]]), abs)
+    >>> after = lambda rate: 100 - 8 * rate
+    >>> step = Proposal(100.0, torch.tensor([4.0]), torch.tensor([[1.0]]).double(), torch.tensor([[1.0], [3.0]]), after)
     >>> NoiseAware()(step, {})[0]  # noise 4, signal 16
     0.75
     """
 
     memory: float = 0.95
     floor: float = 1e-3
+    guard: bool = True
     examples = True
 
     def __post_init__(self) -> None:
@@ -153,13 +160,14 @@ class NoiseAware(Search):
         """See `Search`."""
         noise = proposal.noise
         if noise is None:
-            return Backtracking()(proposal, record)
+            return Backtracking().shortened(proposal, 1.0), record
         mixed = {}
         for name, value in (("noise", noise), ("signal", proposal.signal)):
             mixed[name] = self.memory * record.get(name, 0.0) + (1 - self.memory) * value
         if not mixed["signal"] > 0:
             return 0.0, mixed
-        return max(self.floor, 1 - mixed["noise"] / mixed["signal"]), mixed
+        rate = max(self.floor, 1 - mixed["noise"] / mixed["signal"])
+        return Backtracking().shortened(proposal, rate) if self.guard else rate, mixed
 
 
 def clipped(steps: Sequence[Tensor], limit: float) -> list[Tensor]:

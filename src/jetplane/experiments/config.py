@@ -13,7 +13,7 @@ from . import store
 
 DataName = Literal["digits", "mnist", "cifar10"]
 ModelName = Literal["logreg", "mlp", "cnn", "cnn-bn"]
-MethodName = Literal["fgd", "fomoh", "fomoh-kd", "fomoh-bp", "sgd"]
+MethodName = Literal["fgd", "fomoh", "fomoh-kd", "fomoh-bp", "plane-search", "sgd"]
 ScheduleName = Literal["constant", "cosine", "step", "drops", "drops-at-once"]
 DescentName = Literal["newton", "saddle-free", "damped"]
 WORDS = {
@@ -31,7 +31,8 @@ RATES: dict[str, dict[str, float]] = {
 MNIST_RATES: dict[str, dict[str, float]] = {"logreg": {"fgd": 5e-4}, "mlp": {"fgd": 5e-4}, "cnn": {"fgd": 1e-4}}
 # The curvature along a random direction is often close to zero, and the step that divides by it far too long.
 CLIPS = {"fomoh": 1.0, "fomoh-kd": 1.0}
-DIRECTIONS = {"fgd": 1, "fomoh": 1, "fomoh-kd": 3, "fomoh-bp": 1, "sgd": 0}
+DIRECTIONS = {"fgd": 1, "fomoh": 1, "fomoh-kd": 3, "fomoh-bp": 1, "plane-search": 0, "sgd": 0}
+NO_RATE = 1.0  # of plane-search: the whole of the step that it finds
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class Config:
     Attributes:
         data: "digits" (scikit-learn's, 8 x 8), "mnist" or "cifar10".
         model: "logreg", "mlp", "cnn" or "cnn-bn" (BatchNorm and dropout).
-        method: "fgd", "fomoh", "fomoh-kd", "fomoh-bp" or "sgd".
-        k: directions per step; 0 for the methods without any.
-        lr: the rate at the start.
+        method: "fgd", "fomoh", "fomoh-kd", "fomoh-bp", "plane-search" or "sgd".
+        k: directions drawn per step; 0 for the methods without any, and where plane-search remembers enough.
+        lr: the rate at the start; plane-search needs none, and takes it for a factor on its own.
         schedule: "constant", "cosine" (to zero at the end), "step" (a tenth after 60 and 85 % of the epochs), "drops"
             (times ``drop`` after each ``drop_every`` epochs) or "drops-at-once" (as many drops, all of them after the
             first ``drop_every`` epochs: what the paper's scripts do, except for FoMoH-KD).
@@ -96,7 +97,7 @@ class Config:
             raise ArgumentError(f"the method {self.method} draws no directions, so it takes no k; got {self.k}")
         if self.lr is None:
             rates = RATES[self.model] | (MNIST_RATES.get(self.model, {}) if self.data != "digits" else {})
-            object.__setattr__(self, "lr", rates[self.method])
+            object.__setattr__(self, "lr", rates.get(self.method, NO_RATE))
         if self.clip is None:
             object.__setattr__(self, "clip", CLIPS.get(self.method, 0.0))
         elif self.method == "sgd" and self.clip:
@@ -107,7 +108,8 @@ class Config:
         """The method as a legend names it."""
         if self.method == "fomoh-kd":
             return f"FoMoH-{self.k}D"
-        names = {"fgd": "FGD", "fomoh": "FoMoH", "fomoh-bp": "FoMoH-BP", "sgd": "SGD, backprop"}
+        names = {"fgd": "FGD", "fomoh": "FoMoH", "fomoh-bp": "FoMoH-BP", "plane-search": "PlaneSearch"}
+        names["sgd"] = "SGD, backprop"
         return names[self.method] + (f", {self.k} directions" if (self.k or 0) > 1 else "")
 
     @property
@@ -123,9 +125,10 @@ class Config:
         [3, 3, 4, 7, 16]
         """
         k, backprop = self.k or 0, 3
+        remembered, estimates = 5, 8  # what PlaneSearch remembers, and what it spends on estimates of the gradient
         return {
             "sgd": backprop, "fgd": 1 + 2 * k, "fomoh": 1 + 3 * k, "fomoh-bp": backprop + 1 + 3,
-            "fomoh-kd": (1 + k) ** 2,
+            "fomoh-kd": (1 + k) ** 2, "plane-search": 1 + 2 * (k + remembered) + estimates,
         }[self.method]  # fmt: skip
 
     def save(self, path: Path) -> None:

@@ -24,8 +24,9 @@ Observer = Callable[[int, int, float], None]  # (steps done, steps in all, loss 
 OnEpoch = Callable[[dict[str, Any]], None]  # the row of metrics that an epoch ends with
 
 
-def optimizer(config: Config, params: list[Tensor]) -> torch.optim.Optimizer:
+def optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that a configuration names."""
+    params = list(model.parameters())
     lr, k = config.lr, config.k
     assert lr is not None and k is not None
     shared: dict[str, Any] = {"lr": lr, "clip": config.clip or None, "weight_decay": config.weight_decay}
@@ -33,6 +34,13 @@ def optimizer(config: Config, params: list[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.SGD(params, lr=lr, weight_decay=config.weight_decay)
     if config.method == "fomoh-bp":
         return optim.FoMoHBP(params, **shared)
+    if config.method == "plane-search":
+        opt = optim.PlaneSearch(
+            params, model, k=k, seed=config.seed, clip=config.clip or None, weight_decay=config.weight_decay
+        )
+        for group in opt.param_groups:
+            group["lr"] = lr
+        return opt
     if config.method == "fomoh-kd":
         return optim.FoMoHKD(params, k=k, descent=config.descent, seed=config.seed, **shared)
     kind = optim.FGD if config.method == "fgd" else optim.FoMoH
@@ -84,7 +92,7 @@ class Run:
         device = _device(config.device)
         torch.manual_seed(config.seed)
         self.model = models.build(config.model, self.data.side, self.data.channels).to(device)
-        self.opt = optimizer(config, list(self.model.parameters()))
+        self.opt = optimizer(config, self.model)
         self.schedule = scheduler(config, self.opt)
         self.train_split, self.test_split = (
             data.Split(s.images.to(device), s.labels.to(device)) for s in (self.data.train, self.data.test)

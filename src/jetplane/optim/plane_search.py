@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, final
 
 import torch
@@ -15,7 +16,7 @@ from ..directions import AbstractDirections, Directions, HeldDirections, MixedDi
 from ..errors import ArgumentError, DTypeError, ShapeError
 from ..laws import key
 from ..plane import KEPT, Curvature, PlaneModel, evaluate
-from ..replay import rehearsal
+from ..replay import RandomState, random_state, rehearsal
 from ..search import NoiseAware, Proposal, Search, Whole
 from .base import STATE, Chunk, Closure, Moving, Params, PlaneOptimizer
 
@@ -41,7 +42,8 @@ class PlaneSearch(PlaneOptimizer):
     - ``k`` directions drawn anew;
     - whatever ``guess`` returns.
 
-    The rate is what of the step is not noise, by the spread of the examples' slopes (`jetplane.search.NoiseAware`).
+    The rate is what of the step is not noise, by the spread of the examples' slopes, and a step after which this
+    batch's loss is higher is halved (`jetplane.search.NoiseAware`).
     Estimates enter the plane one step after the batch that they come from: in a plane of directions that were
     fitted to the very batch that judges them, the slope would be biased, and its noise taken for signal.
 
@@ -51,8 +53,8 @@ class PlaneSearch(PlaneOptimizer):
     Args:
         params: parameters or groups of them, as for any torch optimizer. Groups may set ``lr`` (a factor on the
             step, 1 unless ``rate`` is a number) and ``weight_decay``. Frozen parameters are left alone.
-        model: holds the layers to perturb. The closure is then called several times a step and must compute the
-            same each time; what it writes to buffers, and torch's random numbers, move once.
+        model: holds the layers to perturb. The closure is called several times a step and must compute the same
+            each time; what it writes to buffers, and torch's random numbers, move once.
         k: directions to draw; by default 0 with a model (one, until there is something to remember), 64 without.
         curvature: "ggn", which needs a loss function (see `jetplane.evaluate`), or "hessian".
         tangents: structure of the drawn directions, "rank-one" or "dense"; see `jetplane.Directions`.
@@ -63,6 +65,7 @@ class PlaneSearch(PlaneOptimizer):
         law: of the drawn directions.
         averages: how much of each running average is kept from step to step.
         scaled: whether the averages are in the plane in scaled form as well.
+        previous: whether the previous step is in the plane.
         passes: about how many forward passes the estimates by the model's layers cost in a step.
         guess: called before each step; returns a direction, one tensor for each parameter that may move.
         clip: largest Euclidean norm of a step over all parameters, or None.
@@ -90,15 +93,16 @@ class PlaneSearch(PlaneOptimizer):
 
     _own = (
         *PlaneOptimizer._own,
-        *("model", "curvature", "search", "averages", "scaled", "passes", "guess"),
+        *("model", "curvature", "search", "averages", "scaled", "previous", "passes", "guess"),
     )
 
     def __init__(
         self, params: Params, model: nn.Module | None = None, k: int | None = None, *,
         curvature: Curvature = "ggn", tangents: Structure = "rank-one", rate: str | float | Search = "auto",
         descent: str | Descent | None = None, law: str = "gaussian", averages: Sequence[float] = (0.9, 0.99),
-        scaled: bool = True, passes: float = 8.0, guess: Guess | None = None, clip: float | None = None,
-        weight_decay: float = 0.0, seed: int = 0, chunk: Chunk = None,
+        scaled: bool = True, previous: bool = True, passes: float = 8.0, guess: Guess | None = None,
+        clip: float | None = None, weight_decay: float = 0.0, seed: int = 0,
+        chunk: Chunk = None,
     ) -> None:  # fmt: skip
         k = (64 if model is None else 0) if k is None else k
         if k == 0 and model is None:
@@ -121,6 +125,7 @@ class PlaneSearch(PlaneOptimizer):
         self.search: Search = rate if isinstance(rate, Search) else NoiseAware() if rate == "auto" else Whole()
         self.averages = tuple(averages)
         self.scaled = scaled
+        self.previous = previous
         self.passes = passes
         self.guess = guess
         lr = rate if isinstance(rate, (int, float)) else 1.0
@@ -158,7 +163,7 @@ class PlaneSearch(PlaneOptimizer):
         found = [] if self.guess is None else [_checked_guess(self.guess(), moving)]
         states = [(p, self.state[p]) for p, _, _ in moving]
         averages = [AVERAGE.format(b) for b in self.averages]
-        for name in (*averages, PREVIOUS):
+        for name in (*averages, *([PREVIOUS] if self.previous else [])):
             if any(name in state for _, state in states):
                 found.append([state[name] if name in state else torch.zeros_like(p) for p, state in states])
         for name in averages if any(SQUARE in state for _, state in states) else ():
@@ -168,7 +173,10 @@ class PlaneSearch(PlaneOptimizer):
         norms = [_norm(tensors) for tensors in found]
         return [[t / norm for t in tensors] for tensors, norm in zip(found, norms, strict=True) if norm > 0]
 
+    _random: RandomState  # where random numbers stood before the evaluation of this step
+
     def _evaluate(self, closure: Closure, params: list[Tensor], directions: AbstractDirections) -> PlaneModel:
+        self._random = random_state()
         return evaluate(closure, params, directions, self.curvature, examples=self.search.examples, chunk=self.chunk)
 
     # --- the step ----------------------------------------------------------------------------------------
@@ -181,41 +189,44 @@ class PlaneSearch(PlaneOptimizer):
         assert plane.curvature is not None
         inverse = self.descent.inverse(plane.curvature)
         steps = list(self._steps(moving, directions, plane, -(inverse @ plane.slope.double())))
-        proposal = Proposal(
-            plane.value.item(),
-            plane.slope,
-            inverse,
-            plane.examples,
-            lambda rate: _loss_at(rate, closure, params, steps),
-        )
+
+        def loss_at(rate: float) -> float:
+            with _moved(rate, params, steps), rehearsal(self._random):
+                return float(closure())
+
+        proposal = Proposal(plane.value.item(), plane.slope, inverse, plane.examples, loss_at)
         rate, record = self.search(proposal, own.get("search", {}))
         changed: dict[str, Any] = {"search": record}
-        if self.model is not None:
-            if "shares" in own:
-                shares = {name: Share(*share) for name, share in own["shares"].items()}
-            else:
-                shares = allot(closure, self.model, params, self.passes)
-            changed["shares"] = {name: tuple(share) for name, share in shares.items()}  # plain, for checkpoints
-            found = estimate(closure, self.model, params, shares, int(key(own["seed"], own["step"])))
-        else:
-            found = self._forward_gradient(params, directions, plane.slope)
+        found, shares = self._estimates(closure, params, directions, plane.slope)
+        changed["shares"] = {name: tuple(share) for name, share in shares.items()}  # plain, for checkpoints
         steps = [(i, rate * step) for i, step in steps]
         self._move(moving, steps)
         self._remember(params, found, steps)
         return changed
 
-    def _forward_gradient(self, params: list[Tensor], directions: AbstractDirections, slope: Tensor) -> list[Tensor]:
-        """``mean_k (F_k v_k)`` of the drawn directions, of which there are k, at the end."""
+    def _estimates(
+        self, closure: Closure, params: list[Tensor], directions: AbstractDirections, slope: Tensor
+    ) -> tuple[list[Tensor], dict[str, Share]]:
+        """Estimates of the gradient from this batch, for the planes of later ones, and what the layers' shares are."""
+        if not self.averages:
+            return [], {}
+        own = self.state[STATE]  # type: ignore[index]
+        if self.model is not None:
+            shares = {name: Share(*share) for name, share in own.get("shares", {}).items()}
+            shares = shares or allot(closure, self.model, params, self.passes)
+            return estimate(closure, self.model, params, shares, int(key(own["seed"], own["step"]))), shares
+        # The drawn directions, of which there are k at the end, give mean_k (F_k v_k).
         weights = torch.cat([slope.new_zeros(len(slope) - self.k), slope[-self.k :] / self.k])
         assert isinstance(directions, HeldDirections)
-        zero = torch.zeros_like
-        return [directions.combine(i, p, weights) if i in directions.used else zero(p) for i, p in enumerate(params)]
+        used = directions.used
+        found = [directions.combine(i, p, weights) if i in used else torch.zeros_like(p) for i, p in enumerate(params)]
+        return found, {}
 
     def _remember(self, params: list[Tensor], found: list[Tensor], steps: list[tuple[int, Tensor]]) -> None:
-        if any(bool(step.any()) for _, step in steps):
+        if self.previous and any(bool(step.any()) for _, step in steps):
             for i, step in steps:
                 self.state[params[i]][PREVIOUS] = step
-        for p, estimated in zip(params, found, strict=True):
+        for p, estimated in zip(params, found, strict=False):  # there are none without averages
             state, new = self.state[p], {AVERAGE.format(b): (b, estimated) for b in self.averages}
             if self.scaled:
                 new[SQUARE] = SQUARE_KEPT, estimated * estimated
@@ -223,14 +234,14 @@ class PlaneSearch(PlaneOptimizer):
                 state[name] = b * state[name] + (1 - b) * value if name in state else value
 
 
-def _loss_at(rate: float, closure: Closure, params: list[Tensor], steps: list[tuple[int, Tensor]]) -> float:
-    """The loss after a part of the step; parameters, buffers and random numbers are set back."""
+@contextlib.contextmanager
+def _moved(rate: float, params: list[Tensor], steps: list[tuple[int, Tensor]]) -> Iterator[None]:
+    """The parameters after a part of the step; they are set back."""
     before = [params[i].clone() for i, _ in steps]
     try:
         for i, step in steps:
             params[i].add_(step, alpha=rate)
-        with rehearsal():
-            return float(closure())
+        yield
     finally:
         for (i, _), held in zip(steps, before, strict=True):
             params[i].copy_(held)
