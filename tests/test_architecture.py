@@ -13,7 +13,7 @@ LAYERS = [
     {"jet"},
     {"rules", "descent", "replay"},
     {"plane", "directions"},
-    {"functions", "testing", "search"},
+    {"functions", "testing", "search", "distributed"},
     {"optim"},
     {""},  # the package itself
     {"experiments"},

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from ..descent import Descent, ForwardGradient
 from .base import Params, PlaneOptimizer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @final
@@ -25,6 +29,8 @@ class FGD(PlaneOptimizer):
         weight_decay: decoupled: ``theta <- theta - lr * weight_decay * theta`` beside the step.
         seed: of the directions. Seed and step counter are part of ``state_dict()``.
         compile: run every step but the first as one compiled graph (`torch.compile`, ``fullgraph=True``).
+        process_group: of `torch.distributed`, whose ranks have a shard of each batch each, or a `DeviceMesh` with
+            the dimensions "data" and "direction"; see `jetplane.distributed`.
 
     Raises:
         ArgumentError, DTypeError, DeviceError: settings or parameters that cannot be.
@@ -43,9 +49,9 @@ class FGD(PlaneOptimizer):
     def __init__(
         self, params: Params, lr: float = 1e-3, k: int = 1, *, law: str = "gaussian", planes: int = 1,
         clip: float | None = None, weight_decay: float = 0.0, seed: int = 0,
-        compile: bool = False,
+        compile: bool = False, process_group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(params, lr, k, law, planes, clip, weight_decay, seed, compile)
+        super().__init__(params, lr, k, law, planes, clip, weight_decay, seed, compile, process_group)
 
     @property
     def descent(self) -> Descent:
