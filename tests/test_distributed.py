@@ -250,7 +250,7 @@ def noisy(rank, ranks, k=10):
     torch.manual_seed(2)
     net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 3)).double()
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("direction",)) if ranks > 1 else None
-    opt = jp.optim.FoMoHKD(net.parameters(), lr=0.3, k=k, descent="damped", process_group=mesh)
+    opt = jp.optim.FoMoHKD(net.parameters(), lr=0.1, k=k, descent="saddle-free", clip=0.3, process_group=mesh)
     x, y = batch()
     losses = train(net, opt, x, y, 5)
     tasks = 1 if opt.ranks is None else len(plan(opt._layout(), 2)[rank])

@@ -346,6 +346,7 @@ class Ranks:
         """
         if not self._greeted:
             self.handshake(facts() | {"size of the mesh": (self.size // self.parts, self.parts)})
+            self._greeted = True
         mark = fingerprint(params) ^ int.from_bytes(hashlib.sha256(repr(state).encode()).digest()[:8], "big")
         body, value, failure, double = torch.zeros(_length(layout), dtype=torch.float64), 0.0, None, False
         try:
@@ -393,6 +394,8 @@ class Ranks:
     def handshake(self, facts: dict[str, Any]) -> None:
         """Compare what must be the same on all ranks: these facts, and the code that runs.
 
+        The optimizers do so before their first step. Call it with facts of your own, such as the size of the data.
+
         Raises:
             HandshakeError: something differs; the message names it, and who has it.
             LostRankError: a rank does not answer.
@@ -401,7 +404,6 @@ class Ranks:
         ranks, what = _differences(self._gather(facts), self._members)
         if what:
             raise HandshakeError(f"ranks do not run the same training. {what}", ranks)
-        self._greeted = True
 
     def _fill(
         self,
