@@ -1,10 +1,12 @@
 """Runs of several processes: torchrun, lost processes, resuming with another number of them."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,14 +26,25 @@ pytestmark = [
 EPOCHS = 40
 
 
-def torchrun(folder: Path, *options: str) -> subprocess.Popen:
+@contextlib.contextmanager
+def torchrun(folder: Path, *options: str) -> Iterator[subprocess.Popen]:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options,
         "-m", "jetplane", "train", "--model", "logreg", "--k", "5", "--epochs", str(EPOCHS), "--out", str(folder),
     ]  # fmt: skip
     source = str(Path(jp.__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True) as agent:
+        try:
+            yield agent
+        finally:
+            agent.terminate()  # which ends its processes
+
+
+def ended(agent: subprocess.Popen) -> str:
+    """What it said until its end."""
+    return agent.communicate(timeout=120)[0]
 
 
 def kill_second_rank(agent: subprocess.Popen, folder: Path, epochs: int) -> None:
@@ -54,8 +67,8 @@ def numbers(folder: Path) -> list[dict[str, float]]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    agent = torchrun(folder)
-    said, _ = agent.communicate(timeout=60)
+    with torchrun(folder) as agent:
+        said = ended(agent)
     assert agent.returncode == 0, said
     assert said.count("run folder") == 1 and "2 processes, 336 bytes a step" in said.replace("\n", " ")
     return numbers(folder)
@@ -75,16 +88,16 @@ def test_the_numbers_are_those_of_one_process(undisturbed, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
 class TestAKilledRank:
     def test_torchrun_starts_again_and_the_numbers_are_the_same(self, undisturbed, tmp_path):
-        agent = torchrun(tmp_path / "run", "--max-restarts", "1")
-        kill_second_rank(agent, tmp_path / "run", 5)
-        said, _ = agent.communicate(timeout=60)
+        with torchrun(tmp_path / "run", "--max-restarts", "1") as agent:
+            kill_second_rank(agent, tmp_path / "run", 5)
+            said = ended(agent)
         assert agent.returncode == 0, said
         assert numbers(tmp_path / "run") == undisturbed
 
     def test_else_the_checkpoint_is_whole_and_one_process_goes_on(self, undisturbed, tmp_path):
-        agent = torchrun(tmp_path / "run")
-        kill_second_rank(agent, tmp_path / "run", 5)
-        said, _ = agent.communicate(timeout=60)
+        with torchrun(tmp_path / "run") as agent:
+            kill_second_rank(agent, tmp_path / "run", 5)
+            said = ended(agent)
         assert agent.returncode != 0 and "SIGKILL" in said
         done = store.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["epoch"]
         assert 5 <= done < EPOCHS
