@@ -53,7 +53,7 @@ def ways(problem: Problem) -> dict[str, Callable[[], Any]]:
         F.cross_entropy(trained(problem.x), problem.y).backward()
         sgd.step()
 
-    def ours(opt: jp.optim.PlaneOptimizer) -> Callable[[], Any]:
+    def ours(opt: Any) -> Callable[[], Any]:
         return lambda: opt.step(problem.loss, weight=len(problem.y))
 
     params = list(model.parameters())

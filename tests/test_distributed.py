@@ -317,6 +317,27 @@ def test_settings_that_cannot_be(two):
     assert "mesh with dimensions 'data' and 'direction'" in first["mesh"] and "'tensor'" in first["mesh"]
 
 
+def sharded(rank, how):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    net, mesh = network(), init_device_mesh("cpu", (2,))
+    if how == "fsdp":
+        fully_shard(net, mesh=mesh)
+    else:
+        net = parallelize_module(net, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    try:
+        return jp.optim.FGD(net.parameters())
+    except jp.ArgumentError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("how", ["fsdp", "tensor parallel"])
+def test_models_that_are_sharded_are_refused(two, how):
+    for said in two.run(sharded, how):
+        assert said.startswith("parameter 0 of shape (8, 6) is a DTensor, (Shard(dim=0),) on DeviceMesh(")
+
+
 def test_without_torch_distributed_started():
     with pytest.raises(jp.ArgumentError, match="init_process_group"):
         jp.optim.FGD(network().parameters(), process_group=object())
@@ -461,3 +482,29 @@ def test_a_rank_that_is_killed_is_named(four):
         assert isinstance(error, jp.LostRankError) and error.ranks == (2,)
         assert str(error).startswith("rank 2 is lost")
         assert seconds < 12 and untouched
+
+
+def hanging(rank):
+    net, (x, y) = network(), batch()
+    opt = OPTIMIZERS["fgd"](net.parameters(), process_group=dist.group.WORLD)
+    train(net, opt, x, y, 1)
+    before = flat(net)
+
+    def loss():
+        if rank == 1:
+            time.sleep(9)
+        return F.cross_entropy(net(x), y)
+
+    start = time.monotonic()
+    return step_of(opt, loss), time.monotonic() - start, torch.equal(flat(net), before)
+
+
+def test_a_rank_that_hangs_is_named_after_the_time_out(tmp_path):
+    gang = Gang(2, tmp_path, timeout=2)
+    try:
+        (first, seconds, untouched), (late, _, also) = gang.run(hanging)
+    finally:
+        gang.stop()
+    assert isinstance(first, jp.LostRankError) and first.ranks == (1,) and seconds < 2 + 6
+    assert isinstance(late, jp.LostRankError) and late.ranks == () and "gave up waiting" in str(late)
+    assert untouched and also

@@ -18,6 +18,7 @@ import functools
 import hashlib
 import math
 import platform
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -272,6 +273,23 @@ def _differences(what: list[dict[str, Any]], ranks: list[int]) -> tuple[tuple[in
     return tuple(sorted(odd)), "; ".join(said[:4]) + more
 
 
+def refuse_sharded(params: Sequence[Tensor]) -> None:
+    """Raise for parameters of which each rank has a part.
+
+    Raises:
+        ArgumentError: one is a `DTensor`, as FSDP2 and tensor parallelism make them.
+    """
+    sharding = sys.modules.get("torch.distributed.tensor")  # where nobody has loaded it there are none
+    for i, p in enumerate(params):
+        if sharding is not None and isinstance(p, sharding.DTensor):
+            spec: Any = p
+            raise ArgumentError(
+                f"parameter {i} of shape {tuple(p.shape)} is a DTensor, {spec.placements} on {spec.device_mesh}: "
+                "models that are themselves sharded cannot be carried. Give the whole model to each rank, and process_group to the "
+                "optimizer: forward passes need memory for neither gradients nor their optimizer's state"
+            )
+
+
 # --- the ranks themselves -------------------------------------------------------------------------
 
 
@@ -491,16 +509,18 @@ class Ranks:
             if isinstance(error, JetplaneError):
                 raise
             lost, hint = self._missing()
-            who = f"rank {', '.join(map(str, lost))} is lost" if lost else f"a rank is lost{hint}"
+            who = f"rank {', '.join(map(str, lost))} is lost: it ended, hangs or cannot be reached"
+            if not lost:
+                who = hint or "ranks gave up waiting, though all of them report by now"
             reason = str(error).splitlines()[0]
             raise LostRankError(
-                f"{who}: it ended, hangs or cannot be reached, in step {self.steps} of this process. Parameters are as "
-                f"before the step, and the process group is broken: start again from a checkpoint ({reason})",
+                f"{who} (evaluation {self.steps} of this process). Parameters are as before the step, and the process "
+                f"group is broken: start again from a checkpoint. {reason}",
                 lost,
             ) from error
 
     def _missing(self) -> tuple[tuple[int, ...], str]:
-        """Ranks that do not report within a grace, and a remark where that cannot be known."""
+        """Ranks that do not report within a grace, and what to say where that cannot be known."""
         try:
             store = self._store()
             store.set(BROKEN, "")
@@ -517,7 +537,10 @@ class Ranks:
                 time.sleep(0.1)
             return tuple(missing), ""
         except RuntimeError:
-            return (), ", which one cannot be known (the store that would tell is gone, with rank 0 or its host)"
+            return (
+                (),
+                "a rank is lost; which one cannot be known: the store that would tell is gone, with rank 0 or its host",
+            )
 
     def _raise_for_all(self, failure: BaseException | None) -> NoReturn:
         """The same type of error on every rank, so that all of them go on alike."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..descent import Descent
 from ..directions import Directions, HeldDirections, weighted_sum
-from ..distributed import Layout, Ranks
+from ..distributed import Layout, Ranks, refuse_sharded
 from ..errors import ArgumentError, DeviceError, DTypeError, NonFiniteError, ShapeError
 from ..plane import PlaneModel, evaluate, finished
 from ..search import clipped
@@ -82,13 +82,14 @@ class PlaneOptimizer(torch.optim.Optimizer):
         Raises:
             DTypeError: a parameter is not of a real floating dtype.
             DeviceError: parameters lie on different devices.
-            ArgumentError: a rate of the group is negative.
+            ArgumentError: a rate of the group is negative, or parameters are sharded.
         """
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
             for name in ("lr", "weight_decay"):
                 _check_rate(name, group[name])
+            refuse_sharded(group["params"])
             devices = {p.device for g in self.param_groups for p in g["params"]}
             for p in group["params"]:
                 if not p.dtype.is_floating_point:
