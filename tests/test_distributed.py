@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from ranks import Gang
 from torch import nn
+from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 
@@ -508,3 +509,40 @@ def test_a_rank_that_hangs_is_named_after_the_time_out(tmp_path):
     assert isinstance(first, jp.LostRankError) and first.ranks == (1,) and seconds < 2 + 6
     assert isinstance(late, jp.LostRankError) and late.ranks == () and "gave up waiting" in str(late)
     assert untouched and also
+
+
+def split_by_hand(rank, how):
+    """A layer whose inputs are split over ranks, beside the whole layer."""
+    generator = torch.Generator().manual_seed(0)
+    w, x, v = (torch.randn(*s, 6, dtype=torch.float64, generator=generator) for s in ((4,), (5,), (2, 4)))
+    mine = slice(3 * rank, 3 * rank + 3)
+    part = w[:, mine].clone()
+
+    def loss():
+        h = F.linear(x[:, mine], part)
+        if how == "in place":
+            dist.all_reduce(h)
+        elif how == "max":
+            h = all_reduce(h, "max", dist.group.WORLD)
+        else:
+            h = all_reduce(h, "sum", dist.group.WORLD)
+        return F.mse_loss(h.tanh(), torch.ones_like(h))
+
+    kind = "ggn" if how == "ggn" else "none" if how == "slope" else "hessian"
+    whole = jp.evaluate(lambda: F.mse_loss(F.linear(x, w).tanh(), torch.ones(5, 4).double()), [w], [v], kind)
+    try:
+        return whole, jp.evaluate(loss, [part], [v[:, :, mine].clone()], kind)
+    except jp.DerivativeError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("how", ["hessian", "ggn", "slope"])
+def test_sums_over_ranks_inside_a_loss(two, how):
+    for whole, part in two.run(split_by_hand, how):
+        torch.testing.assert_close(vars(part), vars(whole), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("how", "said"), [("in place", "writes in place"), ("max", "only 'sum' and 'avg'")])
+def test_collectives_that_lose_derivatives_are_refused(two, how, said):
+    for error in two.run(split_by_hand, how):
+        assert said in error

@@ -9,6 +9,17 @@ Two axes, which combine:
 A step sends 1 + K + K(K+1)/2 numbers in float64 and some more to check that ranks agree, in one all-reduce,
 whatever the model's size. Tangents are drawn from the seed by every rank, and neither they nor parameters are sent.
 Whatever fails on one rank raises on all of them, and no rank has moved its parameters then.
+
+>>> import torch.distributed as dist
+>>> import jetplane as jp
+>>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun: init_process_group()
+>>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+>>> opt = jp.optim.FoMoH([w], process_group=dist.group.WORLD)
+>>> x = torch.ones(5, 2)  # this rank's shard of the batch
+>>> loss = opt.step(lambda: (x @ w).square().mean(), weight=len(x))  # the loss of the whole batch
+>>> opt.ranks.sent  # bytes: loss, slope, curvature, and what ranks compare
+192
+>>> dist.destroy_process_group()
 """
 
 from __future__ import annotations
@@ -285,8 +296,8 @@ def refuse_sharded(params: Sequence[Tensor]) -> None:
             spec: Any = p
             raise ArgumentError(
                 f"parameter {i} of shape {tuple(p.shape)} is a DTensor, {spec.placements} on {spec.device_mesh}: "
-                "models that are themselves sharded cannot be carried. Give the whole model to each rank, and process_group to the "
-                "optimizer: forward passes need memory for neither gradients nor their optimizer's state"
+                "models that are themselves sharded cannot be carried. Give the whole model to each rank, and "
+                "process_group to the optimizer: it needs memory for neither gradients nor moments of them"
             )
 
 

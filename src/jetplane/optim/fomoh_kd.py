@@ -35,7 +35,8 @@ class FoMoHKD(PlaneOptimizer):
         seed: of the directions. Seed and step counter are part of ``state_dict()``.
         compile: run every step but the first as one compiled graph (`torch.compile`, ``fullgraph=True``).
         process_group: of `torch.distributed`, whose ranks have a shard of each batch each, or a `DeviceMesh` with
-            the dimensions "data" and "direction"; see `jetplane.distributed`.
+            the dimensions "data" and "direction"; see `jetplane.distributed`. None, which is also what
+            ``torch.distributed.group.WORLD`` is before ``init_process_group()``: this process is alone.
 
     Raises:
         ArgumentError, DTypeError, DeviceError: settings or parameters that cannot be.
