@@ -15,13 +15,14 @@ import argparse
 import contextlib
 import datetime
 import json
+import math
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ from jetplane.distributed import Layout, fingerprint
 from .measuring import ROOT, environment, machine, wait_for_quiet
 from .problems import Problem, make
 
+FORWARD, FINGERPRINT = "forward pass", "fingerprint"
+TURNS = 4
 SIZES = (8, 1 << 10, 1 << 14, 1 << 17, 1 << 21)  # bytes of all-reduces, for the constants of the network
 
 
@@ -91,23 +94,31 @@ def sent(interface: str) -> int:
     raise ValueError(f"there is no interface {interface}")
 
 
-def timed(run: Callable[[], Any], interface: str, seconds: float) -> dict[str, float]:
-    """Median seconds of a run that all ranks make together, and bytes that the interface sends for one."""
-    run()
-    start, before, times = time.perf_counter(), sent(interface), []
-    more = torch.ones(1)
-    while more:
-        at = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - at)
-        if len(times) == 3:  # enough to agree on how many to make
-            more[:] = max(0.0, seconds - (time.perf_counter() - start)) / statistics.median(times)
-            dist.broadcast(more, 0)
-            more.clamp_(max=200)
-        elif len(times) > 3:
-            more -= 1
-        more.round_()
-    return {"seconds": statistics.median(times), "bytes": (sent(interface) - before) / len(times)}
+@dataclass
+class Timed:
+    """What all ranks do together, measured in turns with others. Disturbances only add, so the fastest counts."""
+
+    run: Callable[[], Any]
+    interface: str
+    seconds: float = math.inf  # of the fastest
+    cpu: float = math.inf  # processor time of this rank in the one that took least
+    bytes: float = 0.0  # that the interface sends for one, on average
+    times: int = 0
+
+    def turn(self, seconds: float) -> None:
+        """Run for about so long."""
+        start = time.perf_counter()
+        self.run()
+        count = torch.tensor([seconds / (time.perf_counter() - start)])
+        dist.broadcast(count, 0)  # as often on all ranks
+        before, count = sent(self.interface), int(count.clamp(1, 50))
+        for _ in range(count):
+            at, busy = time.perf_counter(), time.process_time()
+            self.run()
+            self.cpu = min(self.cpu, time.process_time() - busy)
+            self.seconds = min(self.seconds, time.perf_counter() - at)
+        self.bytes = (self.bytes * self.times + sent(self.interface) - before) / (self.times + count)
+        self.times += count
 
 
 def rank(spec: dict[str, Any]) -> None:
@@ -117,24 +128,20 @@ def rank(spec: dict[str, Any]) -> None:
     size, here = dist.get_world_size(), dist.get_rank()
     problem = make("cnn", 1, spec["batch"])
     problem.x, problem.y = (t.tensor_split(size)[here].contiguous() for t in (problem.x, problem.y))
-    links = 1 if spec["interface"] != "lo" else size  # whose bytes the interface counts
-    result: dict[str, Any] = {
-        "ways": {},
-        "reductions": {},
-        "parameters": sum(p.numel() for p in problem.params.values()),
-    }
-    with torch.inference_mode():
-        result["forward"] = timed(problem.loss, spec["interface"], spec["seconds"])["seconds"]
-        params = list(problem.params.values())
-        result["fingerprint"] = timed(lambda: fingerprint(params), spec["interface"], spec["seconds"])["seconds"]
-    for name, step in ways(problem).items():
-        result["ways"][name] = timed(step, spec["interface"], spec["seconds"])
+    params = list(problem.params.values())
+    measured = {name: Timed(run, spec["interface"]) for name, run in ways(problem).items()}
+    measured |= {FORWARD: Timed(torch.no_grad()(problem.loss), spec["interface"])}
+    measured |= {FINGERPRINT: Timed(lambda: fingerprint(params), spec["interface"])}
     for count in SIZES if size > 1 else ():
         message = torch.zeros(count, dtype=torch.uint8)
-        reduced = timed(lambda message=message: dist.all_reduce(message), spec["interface"], spec["seconds"])
-        result["reductions"][count] = reduced["seconds"]
-    for found in result["ways"].values():
-        found["bytes"] /= links
+        measured[f"{count:,} B"] = Timed(lambda message=message: dist.all_reduce(message), spec["interface"])
+    for _ in range(TURNS):
+        for way in measured.values():
+            way.turn(spec["seconds"] / TURNS)
+    links = size if spec["interface"] == "lo" else 1  # whose bytes the interface counts
+    result = {
+        name: {"seconds": way.seconds, "cpu": way.cpu, "bytes": way.bytes / links} for name, way in measured.items()
+    }
     if here == 0:
         print(json.dumps(result), flush=True)
     dist.barrier()
@@ -202,23 +209,20 @@ def thin_wire(megabits: float) -> Iterator[tuple[list[list[str]], str]]:
 
 
 def table(settings: dict[str, dict[str, Any]]) -> str:
-    """The steps of all settings as a table."""
-    lines = ["| setting | way | ms a step | bytes a step and rank | DDP / this |", "|---|---|--:|--:|--:|"]
+    """The steps of all settings, and the constants of network and processor."""
+    lines = [
+        "| setting | way | ms a step | of them CPU | bytes a step and rank | DDP / this |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    rest = []
     for setting, found in settings.items():
-        backprop = found["ways"]["DDP"]["seconds"]
-        for way, w in found["ways"].items():
-            ratio = backprop / w["seconds"]
-            lines.append(f"| {setting} | {way} | {1e3 * w['seconds']:.1f} | {w['bytes']:,.0f} | {ratio:.2f} |")
-    return "\n".join(lines)
-
-
-def constants(setting: str, found: dict[str, Any]) -> str:
-    """What a message costs: seconds of an all-reduce, by size."""
-    times = ", ".join(f"{int(size):,} B {1e3 * s:.2f} ms" for size, s in found["reductions"].items())
-    return (
-        f"{setting}: forward {1e3 * found['forward']:.1f} ms, fingerprint "
-        f"{1e9 * found['fingerprint'] / found['parameters']:.2f} ns a parameter; all-reduce of {times or 'nothing'}"
-    )
+        for way, w in found.items():
+            line = f"| {setting} | {way} | {1e3 * w['seconds']:.2f} | {1e3 * w['cpu']:.2f} |"
+            if way in (FORWARD, FINGERPRINT) or way.endswith(" B"):
+                rest.append(line)
+            else:
+                lines.append(f"{line} {w['bytes']:,.0f} | {found['DDP']['seconds'] / w['seconds']:.2f} |")
+    return "\n".join([*lines, "", "| setting | all-reduce of, or | ms | of them CPU |", "|---|---|--:|--:|", *rest])
 
 
 def main() -> None:
@@ -226,7 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=256, help="examples of a step, all ranks together")
     parser.add_argument("--rates", type=float, nargs="*", default=[10.0], help="Mbit/s between two namespaces")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each way of a setting")
+    parser.add_argument("--seconds", type=float, default=6.0, help="for each way of a setting")
     parser.add_argument("--quiet", type=float, default=60.0, help="seconds to wait at most until the machine rests")
     parser.add_argument("--rank", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -247,11 +251,8 @@ def main() -> None:
                 settings[name] = measure(2, spec | {"interface": "jp"}, prefixes, address)
         except OSError as error:
             print(f"left out: {name}: {error}")
-    count = settings["1 rank"]["parameters"]
-    print(f"CNN of {count:,} parameters, batch {args.batch}; {machine(1)} a rank; waited {waited:.0f} s for quiet\n")
-    print(table(settings) + "\n")
-    for name, found in settings.items():
-        print(constants(name, found))
+    print(f"the CNN, batch {args.batch}; {machine(1)} a rank; load {os.getloadavg()[0]:.1f}, waited {waited:.0f} s\n")
+    print(table(settings))
 
 
 if __name__ == "__main__":
