@@ -254,7 +254,7 @@ def noisy(rank, ranks, k=10):
     opt = jp.optim.FoMoHKD(net.parameters(), lr=0.1, k=k, descent="saddle-free", clip=0.3, process_group=mesh)
     x, y = batch()
     losses = train(net, opt, x, y, 5)
-    tasks = 1 if opt.ranks is None else len(plan(opt._layout(), 2)[rank])
+    tasks = 1 if opt.ranks is None else len(plan(Layout(k, "hessian", "all"), 2)[rank])
     return losses, flat(net), net[1].running_mean, tasks
 
 

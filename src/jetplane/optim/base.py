@@ -15,7 +15,7 @@ from ..descent import Descent
 from ..directions import Directions, HeldDirections, weighted_sum
 from ..distributed import Layout, Ranks, refuse_sharded
 from ..errors import ArgumentError, DeviceError, DTypeError, NonFiniteError, ShapeError
-from ..plane import PlaneModel, evaluate, finished
+from ..plane import Pairs, PlaneModel, evaluate, finished
 from ..search import clipped
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -134,8 +134,8 @@ class PlaneOptimizer(torch.optim.Optimizer):
                 plane = self._evaluate(closure, params, tangents)
             else:
                 plane = self.ranks.evaluate(
-                    closure, lambda part: self._evaluate(closure, params, part), tangents, self._layout(), params,
-                    self._progress(), self._facts, weight,
+                    closure, lambda part: self._evaluate(closure, params, part), tangents, self._layout(tangents),
+                    params, self._progress(), self._facts, weight,
                 )  # fmt: skip
             kappa = self._coefficients(plane)
             if not bool(torch.isfinite(kappa.float()).all()):
@@ -164,12 +164,12 @@ class PlaneOptimizer(torch.optim.Optimizer):
         directions.step = own["step"]
         return HeldDirections(directions, [p for p, _, _ in moving], [i for _, _, i in moving])
 
-    def _layout(self) -> Layout:
-        """What `_evaluate` gives, for ranks that put it together."""
-        pairs = self.descent.needs
-        if pairs == "all" and self.planes > 1:
-            pairs = self.k
-        return Layout(self.k * self.planes, "none" if pairs == "none" else "hessian", pairs)  # type: ignore[arg-type]
+    def _layout(self, tangents: Sequence[Tensor]) -> Layout:
+        """What `_evaluate` gives on these tangents, for ranks that put it together."""
+        needs = self.descent.needs
+        pairs: Pairs = self.k if needs == "all" and self.planes > 1 else "all" if needs == "all" else "diagonal"
+        k = tangents.k if isinstance(tangents, HeldDirections) else len(tangents[0])
+        return Layout(k, "none" if needs == "none" else "hessian", pairs)
 
     def _progress(self) -> dict[str, Any]:
         """What beside parameters must be the same on all ranks in every step."""
