@@ -29,14 +29,16 @@ import functools
 import hashlib
 import math
 import platform
+import queue
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -51,6 +53,7 @@ if TYPE_CHECKING:  # torch builds without torch.distributed lack it
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+T = TypeVar("T")
 DATA, DIRECTION = "data", "direction"  # names of a mesh's dimensions
 POLL = 1.0  # seconds between looks whether another rank has found the group broken
 BROKEN = "jetplane/broken"  # where in the store of the group ranks report that it broke
@@ -376,10 +379,11 @@ class Ranks:
         if not self._greeted:
             self.handshake(facts() | {"size of the mesh": (self.size // self.parts, self.parts)})
             self._greeted = True
-        mark = fingerprint(params) ^ int.from_bytes(hashlib.sha256(repr(state).encode()).digest()[:8], "big")
         body, value, failure, double = torch.zeros(_length(layout), dtype=torch.float64), 0.0, None, False
+        mark = int.from_bytes(hashlib.sha256(repr(state).encode()).digest()[:8], "big")
         try:
             _check_weight(weight)
+            mark ^= fingerprint(params)
             if weight > 0:
                 value, double = self._fill(body, closure, run, tangents, layout)
         except BaseException as error:  # also Ctrl-C: the others must hear of it
@@ -494,7 +498,7 @@ class Ranks:
             except RuntimeError:
                 if work.is_completed():
                     raise
-                if self._store().check([BROKEN]):
+                if _answer(lambda: self._store().check([BROKEN]), GRACE):
                     self._pending = work
                     raise
 
@@ -532,26 +536,26 @@ class Ranks:
 
     def _missing(self) -> tuple[tuple[int, ...], str]:
         """Ranks that do not report within a grace, and what to say where that cannot be known."""
-        try:
-            store = self._store()
-            store.set(BROKEN, "")
-            store.set(f"{BROKEN}/{self.rank}", "")
-            end = time.monotonic() + POLL + GRACE
-            missing = self._members
-            while missing and time.monotonic() < end:
-                time.sleep(0.1)
-                missing = [r for r in missing if not store.check([f"{BROKEN}/{r}"])]
-            # Others break off now, which ends what this rank still waits for; gloo aborts a process that leaves
-            # while it waits.
-            end = time.monotonic() + GRACE
-            while self._pending is not None and not self._pending.is_completed() and time.monotonic() < end:
-                time.sleep(0.1)
-            return tuple(missing), ""
-        except RuntimeError:
-            return (
-                (),
-                "a rank is lost; which one cannot be known: the store that would tell is gone, with rank 0 or its host",
-            )
+        missing = _answer(self._roll_call, 2 * (POLL + GRACE))
+        # Others break off now, which ends what this rank still waits for; gloo aborts a process that leaves while
+        # it waits.
+        end = time.monotonic() + GRACE
+        while self._pending is not None and not self._pending.is_completed() and time.monotonic() < end:
+            time.sleep(0.1)
+        if missing is None:
+            return (), "a rank is lost; which one cannot be known, as the store that would tell cannot be reached"
+        return tuple(missing), ""
+
+    def _roll_call(self) -> list[int]:
+        store = self._store()
+        store.set(BROKEN, "")
+        store.set(f"{BROKEN}/{self.rank}", "")
+        end = time.monotonic() + POLL + GRACE
+        missing = self._members
+        while missing and time.monotonic() < end:
+            time.sleep(0.1)
+            missing = [r for r in missing if not store.check([f"{BROKEN}/{r}"])]
+        return missing
 
     def _raise_for_all(self, failure: BaseException | None) -> NoReturn:
         """The same type of error on every rank, so that all of them go on alike."""
@@ -616,6 +620,23 @@ def _undone(written: list[Tensor]) -> Iterator[None]:
         finally:
             for tensor, values in zip(written, before, strict=True):
                 tensor.copy_(values)
+
+
+def _answer(ask: Callable[[], T], seconds: float) -> T | None:
+    """What a store answers, or None if it fails or does not within so many seconds."""
+    answers: queue.Queue[T | None] = queue.Queue()
+
+    def run() -> None:
+        try:
+            answers.put(ask())
+        except RuntimeError:
+            answers.put(None)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return answers.get(timeout=seconds)
+    except queue.Empty:
+        return None
 
 
 def _spread(part: int, parts: int) -> float:
