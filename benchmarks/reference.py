@@ -160,7 +160,7 @@ def check(config: Config, dataset: data.Data) -> float:
     params: list[Tensor] = list(reference.like.parameters())
     before = [p.detach().clone() for p in params]
     directions = Directions(config.k or 1, seed=config.seed).tangents(params)
-    opt = optimizer(config, params)  # draws the same, from the same seed
+    opt = optimizer(config, reference.like)  # draws the same, from the same seed
     opt.step(lambda: F.cross_entropy(reference.like(x), y))  # type: ignore[arg-type,return-value]
     drawn = torch.cat([(v.mT if v.dim() == 3 else v).flatten(1) for v in directions], 1)
     with mock.patch("torch.randn", lambda *size: drawn.reshape(*map(int, size))):

@@ -97,7 +97,7 @@ class TestLaws:
 
 def milestones(schedule: str, epochs: int, every: int) -> list[float]:
     config = Config(method="fomoh", lr=1.0, schedule=schedule, drop_every=every, epochs=epochs)
-    opt = optimizer(config, [torch.ones(2, requires_grad=True)])
+    opt = optimizer(config, torch.nn.Linear(1, 1))
     steps = scheduler(config, opt)
     rates = []
     for _ in range(epochs):
