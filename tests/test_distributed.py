@@ -178,6 +178,26 @@ class TestFailuresOfOneRank:
             assert "lr: [0.15] on rank 1, [0.3] on others" in str(error)
 
 
+def interrupted(rank, everywhere):
+    net = network()
+    opt = OPTIMIZERS["fgd"](net.parameters(), process_group=dist.group.WORLD)
+
+    def loss():
+        if everywhere or rank == 0:
+            raise KeyboardInterrupt
+        return net(batch()[0]).square().mean()
+
+    try:
+        opt.step(loss)
+    except BaseException as error:
+        return type(error)
+
+
+def test_ctrl_c_stops_all(two):
+    assert two.run(interrupted, True) == [KeyboardInterrupt, KeyboardInterrupt]
+    assert two.run(interrupted, False) == [KeyboardInterrupt, jp.RemoteError]
+
+
 def refused(rank, changes):
     net, (x, y) = network(), batch()
     group = dist.group.WORLD

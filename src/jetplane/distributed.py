@@ -544,7 +544,7 @@ class Ranks:
         own = None if failure is None else (type(failure).__name__, str(failure))
         failures = {r: f for r, f in zip(self._members, self._gather(own), strict=True) if f is not None}
         first, (kind, _) = next(iter(failures.items()))
-        if failure is not None and first == self.rank:
+        if failure is not None and (first == self.rank or not isinstance(failure, Exception)):
             raise failure
         said = "; ".join(f"rank {r}: {message or name}" for r, (name, message) in failures.items())
         known = getattr(errors, kind, None)
