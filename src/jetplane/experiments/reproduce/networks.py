@@ -197,7 +197,7 @@ class Networks(Experiment):
                 f"After {self.config['epochs']} epochs with batches of {shared['batch_size']}"
                 + (f", on the first {shared['examples']} examples" if shared["examples"] else "")
                 + f": mean over {len(self.config['seeds'])} seeds with its standard error. Seconds are those of "
-                f"training alone. Budget {self.config['budget']}, everything else in `configuration.json`; each run has "
+                f"training alone. Budget {self.config['budget']}, the rest in `configuration.json`; each run has "
                 "its folder in `runs`.",
                 markdown(rows),
                 "![curves](curves.png)",
