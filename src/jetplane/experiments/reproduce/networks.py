@@ -50,7 +50,7 @@ BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "cifar": {
         "smoke": {
-            "epochs": 2, "seeds": [0, 1], "drop_every": 1, "examples": 16, "batch_size": 16, "sweep_epochs": 1,
+            "epochs": 2, "seeds": [0, 1], "drop_every": 1, "examples": 8, "batch_size": 8, "sweep_epochs": 1,
             "rates": 2,
         },
         "hour": {
