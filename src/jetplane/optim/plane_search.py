@@ -23,6 +23,7 @@ from .base import STATE, Closure, Moving, Params, PlaneOptimizer
 Guess = Callable[[], Sequence[Tensor]]
 
 PREVIOUS, AVERAGE, SQUARE = "previous", "average {}", "square"  # names in the state of a parameter
+DRAWN = 64  # directions, by default, where there is no model to perturb
 SQUARE_KEPT = 0.99  # how much of the average of squares is kept from step to step
 
 
@@ -55,7 +56,8 @@ class PlaneSearch(PlaneOptimizer):
             step, 1 unless ``rate`` is a number) and ``weight_decay``. Frozen parameters are left alone.
         model: holds the layers to perturb. The closure is called several times a step and must compute the same
             each time; what it writes to buffers, and torch's random numbers, move once.
-        k: directions to draw; by default 0 with a model (one, until there is something to remember), 64 without.
+        k: directions to draw; by default 0 with a model (one, until there is something to remember), without one
+            64, or as many as there are parameters.
         curvature: "ggn", which needs a loss function (see `jetplane.evaluate`), or "hessian".
         tangents: structure of the drawn directions, "rank-one" or "dense"; see `jetplane.Directions`.
         rate: "auto" as above, a number for steps of that part, or a `jetplane.search.Search`.
@@ -102,7 +104,6 @@ class PlaneSearch(PlaneOptimizer):
         scaled: bool = True, previous: bool = True, passes: float = 8.0, guess: Guess | None = None,
         clip: float | None = None, weight_decay: float = 0.0, seed: int = 0,
     ) -> None:  # fmt: skip
-        k = (64 if model is None else 0) if k is None else k
         if k == 0 and model is None:
             raise ArgumentError(
                 "without a model there is nothing but drawn directions to learn from: k must be positive"
@@ -117,7 +118,7 @@ class PlaneSearch(PlaneOptimizer):
         solver = default if descent is None else named(descent)
         if not isinstance(solver, Spectral):
             raise ArgumentError(f"descent must solve a plane as a whole, which {type(solver).__name__} does not")
-        Directions(max(k, 1), law, tangents)  # checks them
+        Directions(k or 1, law, tangents)  # checks them
         self._descent = solver
         self.model = model
         self.curvature: Curvature = curvature
@@ -129,7 +130,9 @@ class PlaneSearch(PlaneOptimizer):
         self.passes = passes
         self.guess = guess
         lr = rate if isinstance(rate, (int, float)) else 1.0
-        super().__init__(params, lr, max(k, 1), law, 1, clip, weight_decay, seed)
+        super().__init__(params, lr, k or 1, law, 1, clip, weight_decay, seed)
+        if k is None:
+            k = 0 if model is not None else min(DRAWN, sum(p.numel() for p, _, _ in self._moving()))
         self.k = k
 
     @property
