@@ -54,24 +54,31 @@ def products(name: str) -> list[Product]:
     raise ValueError(f"no products known for {name!r}")
 
 
-def units(product: Product, k: int, interpolated: bool = False) -> int:
-    """Products that the jet of one product takes, exact curvature, all pairs.
+def units(product: Product, k: int, curvature: str = "hessian", rank_one: bool = False) -> int:
+    """Products that the jet of one product takes, all pairs.
 
-    The primal; first coefficients of each side with the other's primal, and second ones likewise; one
-    cross term for each pair, by polarisation. Interpolated, products of sums give the primal, first
-    and cross terms together, and the first coefficients take K instead of 2K.
+    The primal, and coefficients of each side with the other's primal: K first ones, K(K+1)/2 second ones. Where
+    both sides have first ones and second ones are wanted, products of sums give the first and the cross terms
+    together: K + K(K+1)/2 beside the primal. Rank-one tangents of a weight cost no product, nor do their cross terms.
     """
-    pairs = k * (k + 1) // 2
-    sides = (product.left, product.right)
-    first = k * sum(s >= FIRST for s in sides)
-    second = pairs * sum(s == SECOND for s in sides)
-    if all(s >= FIRST for s in sides):
-        second += pairs
-        first = k if interpolated else first
-    return 1 + first + second
+    second = k * (k + 1) // 2 if curvature == "hessian" else 0
+    weight = product.right == FIRST
+    sides = (product.left,) if weight and rank_one else (product.left, product.right)
+    total = 1 + second * sum(s == SECOND for s in sides)
+    if len(sides) == 2 and all(s >= FIRST for s in sides) and second:
+        return total + k + second
+    return total + k * sum(s >= FIRST for s in sides)
 
 
-def limit(name: str, k: int, interpolated: bool = False) -> float:
+def limit(name: str, k: int, curvature: str = "hessian", rank_one: bool = False) -> float:
     """Products of one evaluation over those of one plain forward."""
     model = products(name)
-    return sum(p.cost * units(p, k, interpolated) for p in model) / sum(p.cost for p in model)
+    return sum(p.cost * units(p, k, curvature, rank_one) for p in model) / sum(p.cost for p in model)
+
+
+# What the products of each way of ours are counted by.
+LIMITS: dict[str, tuple[str, bool]] = {
+    "ours": ("hessian", False), "compiled": ("hessian", False), "step": ("hessian", False), "drawn": ("hessian", False),
+    "rank-one": ("hessian", True), "compiled, rank-one": ("hessian", True),
+    "ggn": ("ggn", False), "batched jvps": ("ggn", False), "slope": ("ggn", False), "ggn, rank-one": ("ggn", True),
+}  # fmt: skip

@@ -99,7 +99,7 @@ class Checkpointed(nn.Module):
 def evaluation(case: dict[str, Any], batch: int) -> Callable[[], Any]:
     """The function that a case measures."""
     way, k = case["way"], case["k"]
-    given = way.startswith("ours") and not way.endswith("drawn")
+    given = way.startswith("ours") and not way.endswith(("drawn", "rank-one"))
     problem = make(case["model"], k if given else 1, batch, model=build(case))
     params = list(problem.params.values())
     tangents = list(problem.tangents.values())
@@ -118,7 +118,9 @@ def evaluation(case: dict[str, Any], batch: int) -> Callable[[], Any]:
             loss = F.cross_entropy(model(problem.x), problem.y)
             return torch.autograd.grad(loss, params)
     else:
-        directions = jp.Directions(k) if way.endswith("drawn") else tangents
+        directions = tangents
+        if not given:
+            directions = jp.Directions(k, tangents="rank-one" if way.endswith("rank-one") else "dense")
         curvature = "ggn" if "ggn" in way else "none" if "slope" in way else "hessian"
 
         def run() -> Any:
@@ -182,7 +184,15 @@ def depth(args: argparse.Namespace) -> str:
 
 def against(args: argparse.Namespace) -> str:
     """The paper's CNN and GPT-style stacks against inference and backpropagation."""
-    ways = ("inference", "ours", "ours, ggn", "ours, slope", "backprop", "backprop, checkpointed")
+    ways = (
+        "inference",
+        "ours",
+        "ours, ggn",
+        "ours, rank-one",
+        "ours, ggn, rank-one",
+        "backprop",
+        "backprop, checkpointed",
+    )
     lines = [
         f"K = {args.k}: peak above parameters, batch and tangents, MiB (backprop includes its gradients)",
         "",

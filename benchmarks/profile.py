@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .limits import limit
+from .limits import LIMITS, limit
 from .measuring import machine
 from .problems import MODELS, make
 from .ways import VARIANTS, WAYS, forward
@@ -99,7 +99,7 @@ def report(args: argparse.Namespace) -> str:
     whole = sum(t for _, t in operators) / 1e3 / args.runs
     products = sum(t for name, t in kernels if name in PRODUCTS) / 1e3 / args.runs
     ratio = f"{ours:.2f} ms, {ours / plain:.2f} times the plain forward pass ({plain:.2f} ms)"
-    limits = f"limit {limit(args.model, args.k):.2f}, interpolated {limit(args.model, args.k, True):.2f}"
+    limits = f"limit {limit(args.model, args.k, *LIMITS[args.way]):.2f}" if args.way in LIMITS else ""
     return "\n\n".join([
         f"{args.model}, K = {args.k}, {args.way}: {ratio}; {limits}",
         f"under the profiler: {whole:.2f} ms in operators, {products:.2f} ms of it in products",

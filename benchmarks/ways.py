@@ -14,6 +14,7 @@ from torch.func import functional_call, jvp, vmap
 from torch.nn import functional as F
 
 import jetplane as jp
+from jetplane.tangents import Deferred
 
 from .adapter import plane_eval
 from .problems import Problem
@@ -50,8 +51,11 @@ def ours(problem: Problem) -> Run:
     return lambda: plane_eval(F.cross_entropy, problem.model, problem.tangents, (problem.x, problem.y))
 
 
-def _ours(problem: Problem, **options: str) -> Run:
+def _ours(problem: Problem, rank_one: bool = False, **options: str) -> Run:
     params, tangents = list(problem.params.values()), list(problem.tangents.values())
+    if rank_one:
+        tangents = [jp.Directions(problem.k, tangents="rank-one").structured(i, p) for i, p in enumerate(params)]
+        tangents = [t.formed() if isinstance(t, Deferred) else t for t in tangents]
 
     def run() -> Result:
         plane = jp.evaluate(problem.loss, params, tangents, **options)  # pyright: ignore[reportArgumentType]
@@ -68,6 +72,16 @@ def ours_diagonal(problem: Problem) -> Run:
 def ours_ggn(problem: Problem) -> Run:
     """Gauss-Newton curvature."""
     return _ours(problem, curvature="ggn")
+
+
+def ours_rank_one(problem: Problem) -> Run:
+    """Exact curvature on rank-one tangents of its own."""
+    return _ours(problem, rank_one=True)
+
+
+def ours_ggn_rank_one(problem: Problem) -> Run:
+    """Gauss-Newton curvature on rank-one tangents of its own."""
+    return _ours(problem, rank_one=True, curvature="ggn")
 
 
 def ours_slope(problem: Problem) -> Run:
@@ -98,18 +112,46 @@ def ours_step(problem: Problem) -> Run:
     return run
 
 
+def _compiled(problem: Problem, rank_one: bool = False) -> Run:
+    run = torch.compile(_ours(problem, rank_one), fullgraph=True)
+
+    def evaluated() -> Result:
+        with torch.no_grad():
+            return run()
+
+    return evaluated
+
+
 def ours_compiled(problem: Problem) -> Run:
     """The evaluation compiled as one graph."""
-    params, tangents = list(problem.params.values()), list(problem.tangents.values())
+    return _compiled(problem)
 
-    @torch.compile(fullgraph=True)
-    def evaluated() -> tuple[Tensor, Tensor, Tensor | None]:
-        plane = jp.evaluate(problem.loss, params, tangents)
-        return plane.value, plane.slope, plane.curvature
+
+def ours_compiled_rank_one(problem: Problem) -> Run:
+    """The same on rank-one tangents."""
+    return _compiled(problem, rank_one=True)
+
+
+def batched_jvps(problem: Problem) -> Run:
+    """Gauss-Newton curvature from K Jacobian-vector products of `torch.func` in one batch: SOFO's method."""
+    names = list(problem.params)
+    values = tuple(p.detach() for p in problem.params.values())
+    tangents = tuple(problem.tangents.values())
+
+    def outputs(*params: Tensor) -> Tensor:
+        return functional_call(problem.model, dict(zip(names, params, strict=True)), (problem.x,))
 
     def run() -> Result:
         with torch.no_grad():
-            return evaluated()
+            logits = problem.model(problem.x)
+            along = vmap(lambda *v: jvp(outputs, values, v)[1])(*tangents)
+            p = logits.softmax(-1).flatten(0, -2)
+            rows, along = len(p), along.reshape(problem.k, -1, p.shape[-1])
+            goal = F.one_hot(problem.y.flatten(), p.shape[-1])
+            slope = (along * (p - goal)).sum((1, 2)) / rows
+            mean = (along * p).sum(-1)
+            curvature = ((along * p).flatten(1) @ along.flatten(1).T - mean @ mean.T) / rows
+            return F.cross_entropy(logits.flatten(0, -2), problem.y.flatten()), slope, curvature
 
     return run
 
@@ -171,9 +213,13 @@ WAYS: dict[str, Way] = {
 }
 VARIANTS: dict[str, Way] = {
     "diagonal": ours_diagonal,
+    "rank-one": ours_rank_one,
     "ggn": ours_ggn,
+    "ggn, rank-one": ours_ggn_rank_one,
+    "batched jvps": batched_jvps,
     "slope": ours_slope,
     "drawn": ours_drawn,
     "step": ours_step,
     "compiled": ours_compiled,
+    "compiled, rank-one": ours_compiled_rank_one,
 }

@@ -10,10 +10,12 @@ PACKAGE = Path(__file__).parent.parent / "src" / "jetplane"
 # From the bottom to the top; modules of one line may not import each other, except within `rules`.
 LAYERS = [
     {"errors", "laws"},
+    {"tangents"},
     {"jet"},
     {"rules", "descent", "replay"},
-    {"plane", "directions"},
-    {"functions", "testing", "search", "activity"},
+    {"directions", "chunking"},
+    {"plane"},
+    {"functions", "testing", "search", "estimators", "activity"},
     {"optim"},
     {""},  # the package itself
     {"experiments"},

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 import jetplane as jp
 from jetplane import laws
 from jetplane.directions import KURTOSIS, Directions, HeldDirections, MixedDirections, StoredDirections
+from jetplane.tangents import Deferred
 
 DENSE = list(laws.LAWS)
 EVERY = list(KURTOSIS)
@@ -189,10 +190,12 @@ def test_a_compiled_draw_is_the_draw():
 def test_rank_one_tangents_are_products():
     directions = Directions(64, tangents="rank-one")
     w = torch.empty(20, 3, 5)
-    a, b = directions.factors(1, w)
+    factors = directions.structured(1, w)
+    assert isinstance(factors, jp.LowRank)
+    a, b = factors.left[:, 0], factors.right[:, 0]
     assert a.shape == (64, 20) and b.shape == (64, 15)
     torch.testing.assert_close(directions.draw(1, w), torch.einsum("ki,kj->kij", a, b).reshape(64, 20, 3, 5))
-    assert not directions.is_rank_one(torch.empty(20))
+    assert not directions.is_low_rank(torch.empty(20))
     torch.testing.assert_close(directions.draw(1, w[0, 0]), Directions(64).draw(1, w[0, 0]))
     assert abs(directions.draw(0, torch.empty(300, 300)).var() - 1) < 0.1
 
@@ -207,7 +210,7 @@ def test_the_sphere_has_one_norm_over_all_parameters(structure):
     with pytest.raises(jp.ArgumentError, match="prepare"):
         directions.draw(0, PARAMS[0])
     held = HeldDirections(directions, PARAMS[:2], places=[5, 9])
-    some = torch.cat([held[0].flatten(1), held[1].flatten(1)], 1)
+    some = torch.cat([held.draw(i, p).flatten(1) for i, p in enumerate(PARAMS[:2])], 1)
     torch.testing.assert_close(some.norm(dim=1), torch.full((3,), math.sqrt(223)))
 
 
@@ -233,10 +236,11 @@ def test_combining_needs_the_memory_of_one_direction(law, structure):
 
 def test_held_directions_draw_once_and_only_what_is_asked_for():
     held = HeldDirections(Directions(2), PARAMS, places=[4, 5, 6, 7])
-    assert len(held) == len(PARAMS) and held.used == set()
-    assert held[1].data_ptr() == held[1].data_ptr()
-    assert held.used == {1}
-    torch.testing.assert_close(held[1], Directions(2).draw(5, PARAMS[1]))
+    assert held.used == set()
+    tangents = held.structured(1, PARAMS[1])
+    assert isinstance(tangents, Deferred) and held.used == {1}
+    assert tangents.formed().data_ptr() == held.draw(1, PARAMS[1]).data_ptr()
+    torch.testing.assert_close(tangents.formed(), Directions(2).draw(5, PARAMS[1]))
 
 
 def test_mixed_directions_are_their_sources_one_behind_the_other():
@@ -259,7 +263,12 @@ BAD = {
     "k": (lambda: Directions(0), jp.ArgumentError, "at least 1"),
     "k of another type": (lambda: UNTYPED(2.0), jp.ArgumentError, "integer"),
     "law": (lambda: Directions(1, "cauchy"), jp.ArgumentError, "gaussian"),
-    "structure": (lambda: UNTYPED(1, tangents="sparse"), jp.ArgumentError, "rank-one"),
+    "structure": (lambda: UNTYPED(1, tangents="low"), jp.ArgumentError, "rank-one"),
+    "density missing": (lambda: Directions(1, tangents="sparse"), jp.ArgumentError, "density"),
+    "density": (lambda: Directions(1, tangents="sparse", density=0.0), jp.ArgumentError, r"\(0, 1\]"),
+    "rank": (lambda: Directions(1, tangents="low-rank", rank=0), jp.ArgumentError, "rank must be"),
+    "rank unasked": (lambda: Directions(1, rank=2), jp.ArgumentError, "low-rank"),
+    "block unprepared": (lambda: Directions(1, tangents="block").draw(0, torch.ones(2)), jp.ArgumentError, "prepare"),
     "seed": (lambda: UNTYPED(1, seed=0.5), jp.ArgumentError, "seed"),
     "integers": (
         lambda: Directions(1).draw(3, torch.ones(2, dtype=torch.int32)),
@@ -268,11 +277,6 @@ BAD = {
     ),
     "complex": (lambda: Directions(1).draw(0, torch.ones(2) * 1j), jp.DTypeError, "complex64"),
     "kappa": (lambda: Directions(2).combine(0, torch.ones(2), torch.ones(3)), jp.ShapeError, "kappa"),
-    "factors of a vector": (
-        lambda: Directions(1, tangents="rank-one").factors(0, torch.ones(2)),
-        jp.ArgumentError,
-        "dense",
-    ),
     "nothing to mix": (lambda: MixedDirections([]), jp.ArgumentError, "at least one"),
     "stored": (lambda: StoredDirections([torch.ones(2, 3), torch.ones(3, 3)]), jp.ShapeError, "one K"),
 }

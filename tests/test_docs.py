@@ -11,11 +11,9 @@ import pytest
 import jetplane
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = [
-    m.name
-    for m in pkgutil.walk_packages(jetplane.__path__, "jetplane.")
-    if "experiments" not in m.name and not m.name.endswith(("cli", "__main__"))
+    m.name for m in pkgutil.walk_packages(jetplane.__path__, "jetplane.") if not m.name.endswith(("cli", "__main__"))
 ]
 
 
@@ -37,6 +35,8 @@ def test_links_lead_somewhere(page: Path):
 
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.filterwarnings("ignore::jetplane.FallbackWarning")
+@pytest.mark.filterwarnings("ignore::jetplane.RescueWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TensorBoard's dependencies
 def test_docstrings(name: str):
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert result.failed == 0

@@ -300,11 +300,10 @@ class TestCommandLine:
         result = self.runner.invoke(cli.app, ["train", "--method", "adam"])
         assert result.exit_code == 2 and "fomoh-kd" in result.output
 
-    def test_a_legend_tells_runs_of_one_method_apart(self, tmp_path):
+    def test_a_legend_tells_runs_of_one_method_apart(self):
         configs = [Config(lr=0.1), Config(lr=0.2), Config(method="sgd")]
-        runs = [report.Finished(tmp_path, config, [], {}) for config in configs]
-        assert report._names(runs[:2]) == ["FoMoH-3D, lr 0.1", "FoMoH-3D, lr 0.2"]
-        assert report._names(runs[::2]) == ["FoMoH-3D", "SGD, backprop"]
+        assert report.names(configs) == ["FoMoH-3D, lr 0.1", "FoMoH-3D, lr 0.2", "SGD, backprop"]
+        assert report.names(configs[::2]) == ["FoMoH-3D", "SGD, backprop"]
 
     def test_an_unfinished_run_cannot_be_compared(self, tmp_path):
         Config().save(tmp_path / "config.json")

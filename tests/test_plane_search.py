@@ -204,7 +204,7 @@ BAD = {
     "averages": (lambda: jp.optim.PlaneSearch(W, k=1, averages=(1.0,)), jp.ArgumentError, "averages"),
     "passes": (lambda: jp.optim.PlaneSearch(W, k=1, passes=0), jp.ArgumentError, "passes"),
     "descent": (lambda: jp.optim.PlaneSearch(W, k=1, descent=CurvatureScaled()), jp.ArgumentError, "CurvatureScaled"),
-    "structure": (lambda: jp.optim.PlaneSearch(W, k=1, tangents="sparse"), jp.ArgumentError, "rank-one"),
+    "structure": (lambda: jp.optim.PlaneSearch(W, k=1, tangents="sparse"), jp.ArgumentError, "density"),
     "guess of another shape": (
         lambda: jp.optim.PlaneSearch(W, k=1, guess=lambda: [torch.ones(2)]).step(lambda: F.mse_loss(W[0], X[0, :3])),
         jp.ShapeError,

@@ -6,23 +6,59 @@ direction, element), so any of them can be drawn again: at the update, in anothe
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, final
+from typing import Literal, final, get_args
 
 import torch
 from torch import Tensor
 
 from .errors import ArgumentError, DTypeError, ShapeError
-from .laws import LAWS, key, pieces, twists
+from .laws import LAWS, coins, key, pieces, twists
+from .tangents import Deferred, LowRank, Stacked, Tangents
 
-Structure = Literal["dense", "rank-one"]
+Structure = Literal["dense", "rank-one", "low-rank", "sparse", "block"]
 
 # The fourth moment of one entry, for rules that set the step size by it. "sphere": 3 P / (P + 2) for P
 # parameters, here its limit.
 KURTOSIS: dict[str, float] = {name: law.kurtosis for name, law in LAWS.items()} | {"sphere": 3.0}
 
-_ELEMENT, _DIRECTION = 1, 2  # what a key is for
+Pieces = Iterator[tuple[slice, slice, Tensor]]  # directions, elements, their numbers
+
+_ELEMENT, _DIRECTION, _KEPT = 1, 2, 3  # what a key is for
+
+
+def step_scale(law: str, size: int, k: int = 1) -> float:
+    """How much shorter a step along the forward gradient must be than one along the gradient g itself.
+
+        |g|^2 / E|G|^2,    G = mean_k (g . v_k) v_k,    E|G|^2 = (size + kurtosis + k - 2) / k |g|^2
+
+    With a loss whose gradient is L-Lipschitz, `jetplane.optim.FGD` at the rate ``step_scale / L`` lowers the expected
+    loss by ``step_scale |g|^2 / (2 L)`` a step, and no rate promises more. For k = 1 this is the variance
+    ``1 / (d + kappa_4 - 1)`` of the tangents of which the source has the same step; tangents here have variance one.
+
+    Args:
+        law: of the tangents; see `Directions`. On the "sphere" E|G|^2 is ``(size + k - 1) / k |g|^2``: its entries
+            depend on each other.
+        size: of the gradient: the number of parameters that move.
+        k: directions of a step.
+
+    Raises:
+        ArgumentError: an unknown law, size or k < 1.
+
+    >>> step_scale("rademacher", 100), step_scale("laplace", 100)
+    (0.01, 0.009523809523809525)
+
+    Source: Shukla and Shin, arXiv 2310.14168.
+    """
+    if law not in KURTOSIS:
+        raise ArgumentError(f"law must be one of {', '.join(KURTOSIS)}; got {law!r}")
+    for name, value in (("size", size), ("k", k)):
+        if value < 1:
+            raise ArgumentError(f"{name} must be at least 1, got {value}")
+    kurtosis = 1.0 if law == "sphere" else KURTOSIS[law]
+    return k / (size + kurtosis + k - 2)
 
 
 class AbstractDirections(ABC):
@@ -43,6 +79,10 @@ class AbstractDirections(ABC):
     ) -> None:
         """Called before one step's draws with all its parameters, and their indices if not 0, 1, 2, ..."""
 
+    def structured(self, index: int, param: Tensor) -> Tensor | Tangents | None:
+        """The same as `draw`, not formed yet where that can wait; None where no direction moves the parameter."""
+        return Deferred(lambda: self.draw(index, param), param, self.k)
+
     def tangents(self, params: Sequence[Tensor]) -> list[Tensor]:
         """The tangents of all parameters: one tensor (K, *param.shape) for each."""
         self.prepare(params)
@@ -57,9 +97,17 @@ class Directions(AbstractDirections):
         k: how many.
         law: "gaussian", "rademacher" (signs), "uniform", "laplace", "semicircle" (Wigner's) or "sphere"
             (Gaussian, then scaled to norm sqrt(P) over all P parameters together).
-        tangents: "dense", or "rank-one": the tangent of a parameter with two or more dimensions, read as a
-            matrix (shape[0], everything else), is ``a b^T``, with the entries of a and b drawn from the law;
-            vectors stay dense.
+        tangents: how they are built, always with E[v v^T] = I.
+            "dense": every entry drawn from the law.
+            "rank-one": the tangent of a parameter with two or more dimensions, read as a matrix (shape[0],
+            everything else), is ``a b^T``, with the entries of a and b drawn from the law; vectors stay dense.
+            Products use the factors, so such tangents cost nearly nothing beside the plain forward.
+            "low-rank": ``(a_1 b_1^T + ... + a_r b_r^T) / sqrt(r)``.
+            "sparse": entries are kept with probability ``density``, and those divided by its root.
+            "block": each direction moves one parameter alone, the next direction the next one, going on from
+            step to step; times the root of their number.
+        rank: r of "low-rank".
+        density: of "sparse".
         seed: any integer of 64 bits.
 
     Attributes:
@@ -79,29 +127,42 @@ class Directions(AbstractDirections):
     True
     """
 
-    def __init__(self, k: int, law: str = "gaussian", tangents: Structure = "dense", seed: int = 0) -> None:
+    def __init__(
+        self, k: int, law: str = "gaussian", tangents: Structure = "dense", seed: int = 0,
+        *, rank: int | None = None, density: float | None = None,
+    ) -> None:  # fmt: skip
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ArgumentError(f"k, the number of directions, must be an integer of at least 1, got {k!r}")
         if law not in KURTOSIS:
             raise ArgumentError(f"law must be one of {', '.join(KURTOSIS)}; got {law!r}")
-        if tangents not in ("dense", "rank-one"):
-            raise ArgumentError(f"tangents must be 'dense' or 'rank-one', got {tangents!r}")
+        if tangents not in get_args(Structure):
+            raise ArgumentError(f"tangents must be one of {', '.join(get_args(Structure))}; got {tangents!r}")
+        for name, value, needed in (("rank", rank, "low-rank"), ("density", density, "sparse")):
+            if (value is None) != (tangents != needed):
+                raise ArgumentError(f"{name} belongs to tangents={needed!r}; got {name}={value!r}, {tangents!r}")
+        if rank is not None and rank < 1:
+            raise ArgumentError(f"rank must be at least 1, got {rank}")
+        if density is not None and not 0 < density <= 1:
+            raise ArgumentError(f"density must be in (0, 1], got {density}")
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ArgumentError(f"seed must be an integer, got {seed!r}")
         self.k = k
         self.law = law
         self.structure: Structure = tangents
+        self.rank = rank or 1
+        self.density = density
         self.seed = seed
         self.step: int | Tensor = 0
         self._scales = torch.empty(0)  # of the sphere
         self._norms_of: tuple[int, int | Tensor] | None = None  # the seed and step they belong to
+        self._order: dict[int, int] = {}  # of the parameters that blocks take turns in
 
     def __repr__(self) -> str:
         return f"Directions(k={self.k}, law={self.law!r}, tangents={self.structure!r}, seed={self.seed})"
 
-    def is_rank_one(self, param: Tensor) -> bool:
-        """Whether this parameter's tangents are products ``a b^T``."""
-        return self.structure == "rank-one" and param.dim() > 1
+    def is_low_rank(self, param: Tensor) -> bool:
+        """Whether this parameter's tangents are sums of products ``a b^T``."""
+        return self.structure in ("rank-one", "low-rank") and param.dim() > 1
 
     def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
         """The tangents of one parameter.
@@ -121,20 +182,18 @@ class Directions(AbstractDirections):
         flat = self._flat(index, param, directions)
         return self._scaled(flat, directions).reshape(len(flat), *param.shape)
 
-    def factors(self, index: int, param: Tensor, directions: slice | None = None) -> tuple[Tensor, Tensor]:
-        """The factors of rank-one tangents: a (directions, rows) and b (directions, columns).
-
-        The tangent is ``a b^T``, shaped as the parameter.
+    def structured(self, index: int, param: Tensor) -> Tensor | Tangents | None:
+        """Low-rank tangents as their factors, dense ones to be drawn later, None for a block that rests.
 
         Raises:
-            ArgumentError: the tangents of this parameter are dense.
+            ArgumentError: as `draw`.
         """
-        if not self.is_rank_one(param):
-            raise ArgumentError(
-                f"parameter {index} of shape {tuple(param.shape)} has no factors: its tangents are dense"
-            )
-        a, b = self._factors(index, param, directions)
-        return self._scaled(a, directions), b
+        if self.is_low_rank(param):
+            left, right = self._factors(index, param, None)
+            return LowRank(self._scaled(left.flatten(1)).view_as(left), right, param.shape)
+        if self.structure == "block" and not self._moved(index, None):
+            return None
+        return super().structured(index, param)
 
     def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
         """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype.
@@ -144,13 +203,11 @@ class Directions(AbstractDirections):
         work = _working_dtype(param)
         kappa = _checked(kappa, self.k).to(param.device, work, copy=True)
         kappa = self._scaled(kappa.unsqueeze(1)).squeeze(1)
-        if self.is_rank_one(param):
-            a, b = self._factors(index, param, None)
-            total = (a.to(work).mT * kappa) @ b.to(work)
-        else:
-            total = torch.zeros(param.numel(), dtype=work, device=param.device)
-            for streams, place, values in self._pieces(index, param, param.numel(), None):
-                total[place].addmv_(values.to(work).mT, kappa[streams])
+        if self.is_low_rank(param):
+            return LowRank(*self._factors(index, param, None), param.shape).weighted(kappa).to(param.dtype)
+        total = torch.zeros(param.numel(), dtype=work, device=param.device)
+        for streams, place, values in self._pieces(index, param, param.numel(), None):
+            total[place].addmv_(values.to(work).mT, kappa[streams])
         return total.reshape(param.shape).to(param.dtype)
 
     def materialize(self, params: Sequence[Tensor]) -> list[Tensor]:
@@ -158,7 +215,8 @@ class Directions(AbstractDirections):
         return self.tangents(params)
 
     def prepare(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> None:
-        """Find what the draws of one step share: for the law "sphere", the norms; else nothing."""
+        """Find what the draws of one step share: the order of blocks; for the law "sphere", the norms."""
+        self._order = {index: n for n, index in enumerate(places or range(len(params)))}
         if self.law != "sphere" or self._norms_of == (self.seed, self.step):
             return
         squares = torch.zeros(self.k, dtype=torch.float64)
@@ -179,18 +237,30 @@ class Directions(AbstractDirections):
         scales = self._scales[directions or slice(None)]
         return numbers.mul_(scales.to(numbers.device, numbers.dtype).unsqueeze(1))
 
+    def _moved(self, index: int, directions: slice | None) -> list[int]:
+        """Which of the chosen directions move this parameter, all of them unless they are blocks."""
+        chosen = self._chosen(directions)
+        if self.structure != "block":
+            return list(range(len(chosen)))
+        if index not in self._order:
+            raise ArgumentError("blocks take turns over all parameters: call prepare(params) before drawing for one")
+        step = int(self.step) * self.k
+        return [n for n, i in enumerate(chosen) if (step + i) % len(self._order) == self._order[index]]
+
     def _flat(self, index: int, param: Tensor, directions: slice | None) -> Tensor:
         """Tangents (directions, elements) before the sphere's scaling."""
-        if self.is_rank_one(param):
-            a, b = self._factors(index, param, directions)
-            return (a.unsqueeze(2) * b.unsqueeze(1)).flatten(1)
+        if self.is_low_rank(param):
+            left, right = self._factors(index, param, directions)
+            return torch.bmm(left.mT, right).flatten(1)
         return self._numbers(index, param, param.numel(), directions)
 
     def _factors(self, index: int, param: Tensor, directions: slice | None) -> tuple[Tensor, Tensor]:
+        """Left (directions, r, rows) and right (directions, r, columns)."""
         rows = param.shape[0]
         columns = param.numel() // max(rows, 1)
-        numbers = self._numbers(index, param, rows + columns, directions)
-        return numbers[:, :rows], numbers[:, rows:]
+        numbers = self._numbers(index, param, self.rank * (rows + columns), directions)
+        left, right = numbers.unflatten(1, (self.rank, rows + columns)).split((rows, columns), 2)
+        return (left if self.rank == 1 else left / math.sqrt(self.rank)), right
 
     def _numbers(self, index: int, param: Tensor, size: int, directions: slice | None) -> Tensor:
         """`size` numbers for each direction, in the parameter's dtype."""
@@ -200,15 +270,27 @@ class Directions(AbstractDirections):
             numbers[streams, place] = values
         return numbers
 
-    def _pieces(
-        self, index: int, param: Tensor, size: int, directions: slice | None
-    ) -> Iterator[tuple[slice, slice, Tensor]]:
+    def _pieces(self, index: int, param: Tensor, size: int, directions: slice | None) -> Pieces:
         if not param.dtype.is_floating_point:
             raise DTypeError(f"parameter {index}: expected a floating dtype, got {param.dtype}")
         law = LAWS["gaussian" if self.law == "sphere" else self.law]
         stream = key(self.seed, self.step, index)
         apart = twists(key(stream, _DIRECTION), self._chosen(directions), param.device)
-        return pieces(law, key(stream, _ELEMENT), apart, size)
+        drawn = pieces(law, key(stream, _ELEMENT), apart, size)
+        if self.structure == "sparse":
+            return self._thinned(drawn, key(stream, _KEPT), apart)
+        if self.structure == "block":
+            scale = torch.zeros(len(self._chosen(directions)), 1, device=param.device)
+            scale[self._moved(index, directions)] = math.sqrt(len(self._order))
+            return ((streams, place, values * scale[streams]) for streams, place, values in drawn)
+        return drawn
+
+    def _thinned(self, drawn: Pieces, start: int | Tensor, apart: Tensor) -> Pieces:
+        """Entries kept with probability ``density``, scaled to variance one."""
+        assert self.density is not None
+        for streams, place, values in drawn:
+            kept = coins(start, apart[streams], place, self.density)
+            yield streams, place, torch.where(kept, values / math.sqrt(self.density), 0)
 
     def _chosen(self, directions: slice | None) -> range:
         return range(self.k)[directions or slice(None)]
@@ -219,12 +301,13 @@ class StoredDirections(AbstractDirections):
     """Directions that are given: a gradient, previous steps, a guess.
 
     Args:
-        tangents: one tensor (K, *param.shape) for each parameter: in their order, or by their indices.
+        tangents: for each parameter one tensor (K, *param.shape), or `jetplane.LowRank`: in their order, or by
+            their indices.
     """
 
-    def __init__(self, tangents: Sequence[Tensor] | Mapping[int, Tensor]) -> None:
+    def __init__(self, tangents: Sequence[Tensor | Tangents] | Mapping[int, Tensor | Tangents]) -> None:
         held = dict(tangents) if isinstance(tangents, Mapping) else dict(enumerate(tangents))
-        counts = {len(t) if t.dim() else 0 for t in held.values()}
+        counts = {t.shape[0] if len(t.shape) else 0 for t in held.values()}
         if len(counts) != 1 or 0 in counts:
             raise ShapeError(
                 "expected one tensor (K, *param.shape) for each parameter, with one K of at least 1; got "
@@ -235,11 +318,19 @@ class StoredDirections(AbstractDirections):
 
     def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
         """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
-        return self._tangents[index][directions or slice(None)]
+        held = self._tangents[index]
+        return (held.formed() if isinstance(held, Tangents) else held)[directions or slice(None)]
+
+    def structured(self, index: int, param: Tensor) -> Tensor | Tangents:
+        """What was given."""
+        return self._tangents[index]
 
     def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
         """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""
-        return weighted_sum(_checked(kappa, self.k), self._tangents[index])
+        held, kappa = self._tangents[index], _checked(kappa, self.k)
+        if isinstance(held, LowRank):
+            return held.weighted(kappa.to(param.device, _working_dtype(param))).to(param.dtype)
+        return weighted_sum(kappa, self.draw(index, param))
 
 
 @final
@@ -272,6 +363,13 @@ class MixedDirections(AbstractDirections):
         every = torch.cat([source.draw(index, param) for source in self.sources])
         return every[directions or slice(None)]
 
+    def structured(self, index: int, param: Tensor) -> Tensor | Tangents | None:
+        """Each source's own, one behind the other, where one of them has factors."""
+        parts = [source.structured(index, param) for source in self.sources]
+        if any(isinstance(part, LowRank) for part in parts):
+            return Stacked([part for part in parts if part is not None])
+        return super().structured(index, param)
+
     def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
         """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""
         parts = _checked(kappa, self.k).split([source.k for source in self.sources])
@@ -280,49 +378,93 @@ class MixedDirections(AbstractDirections):
 
 
 @final
-class HeldDirections(AbstractDirections, Sequence[Tensor]):
-    """The tangents of given parameters, drawn when first asked for and kept until this object goes.
+class ChosenDirections(AbstractDirections):
+    """Some of another's directions: consecutive runs of them.
 
-    One copy of the tangents in memory spares the second drawing at the update. As a sequence: the tangents of
-    each parameter.
+    Args:
+        source: where tangents come from.
+        runs: which of its directions, in this order.
+    """
+
+    def __init__(self, source: AbstractDirections, runs: Sequence[slice]) -> None:
+        self._source, self._runs = source, list(runs)
+        self._each = [len(range(source.k)[run]) for run in runs]
+        self.k = sum(self._each)
+
+    def prepare(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> None:
+        """Prepare the source."""
+        self._source.prepare(params, places)
+
+    def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
+        """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
+        drawn = [self._source.draw(index, param, run) for run in self._runs]
+        return (drawn[0] if len(drawn) == 1 else torch.cat(drawn))[directions or slice(None)]
+
+    def structured(self, index: int, param: Tensor) -> Tensor | Tangents | None:
+        """Factors stay factors."""
+        whole = self._source.structured(index, param)
+        if isinstance(whole, LowRank):
+            left, right = (torch.cat([f[run] for run in self._runs]) for f in (whole.left, whole.right))
+            return LowRank(left, right, param.shape)
+        return None if whole is None else super().structured(index, param)
+
+    def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
+        """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""
+        whole = kappa.new_zeros(self._source.k)
+        for run, part in zip(self._runs, _checked(kappa, self.k).split(self._each), strict=True):
+            whole[run] = part
+        return self._source.combine(index, param, whole)
+
+
+@final
+class HeldDirections(AbstractDirections):
+    """The tangents of given parameters in one step: kept once drawn while they fit, drawn again otherwise.
+
+    What is kept spares the next drawing: at the update, or where a layer is used more than once.
 
     Args:
         source: where tangents come from.
         params: all the parameters of a step.
         places: the index by which the source knows each of them; 0, 1, 2, ... by default.
+        limit: bytes to keep in all.
     """
 
     def __init__(
-        self, source: AbstractDirections, params: Sequence[Tensor], places: Sequence[int] | None = None
+        self,
+        source: AbstractDirections,
+        params: Sequence[Tensor],
+        places: Sequence[int] | None = None,
+        limit: float = math.inf,
     ) -> None:
         self.k = source.k
+        self.used: set[int] = set()
         self._source = source
-        self._params = list(params)
         self._places = range(len(params)) if places is None else places
         self._held: dict[int, Tensor] = {}
+        self._room = limit
         source.prepare(params, places)
-
-    def __len__(self) -> int:
-        return len(self._params)
-
-    def __getitem__(self, index: Any) -> Any:
-        index = range(len(self))[index]
-        return [self[i] for i in index] if isinstance(index, range) else self.draw(index, self._params[index])
-
-    @property
-    def used(self) -> set[int]:
-        """The indices of the parameters for which tangents were drawn: those that the loss made use of."""
-        return set(self._held)
 
     def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
         """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
+        size = self.k * param.numel() * param.element_size()
+        if index not in self._held and size > self._room:
+            return self._source.draw(self._places[index], param, directions)
         if index not in self._held:
             self._held[index] = self._source.draw(self._places[index], param)
+            self._room -= size
         return self._held[index][directions or slice(None)]
+
+    def structured(self, index: int, param: Tensor) -> Tensor | Tangents | None:
+        """As the source has them; `used` collects the parameters that were asked for."""
+        self.used.add(index)
+        structured = self._source.structured(self._places[index], param)
+        return super().structured(index, param) if isinstance(structured, Deferred) else structured
 
     def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
         """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""
-        return weighted_sum(_checked(kappa, self.k), self.draw(index, param))
+        if index in self._held:
+            return weighted_sum(_checked(kappa, self.k), self._held[index])
+        return self._source.combine(self._places[index], param, kappa)
 
 
 def weighted_sum(weights: Tensor, tensors: Tensor) -> Tensor:

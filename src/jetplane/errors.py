@@ -80,8 +80,8 @@ class DataError(JetplaneError, RuntimeError):
     """A data file is missing, damaged, or not what its checksum says."""
 
 
-class RunFolderError(JetplaneError, FileExistsError):
-    """A run folder exists already, or cannot be written."""
+class RunFolderError(JetplaneError, OSError):
+    """A run folder exists already, is missing, holds no whole run, or cannot be written."""
 
 
 class JetplaneWarning(UserWarning):

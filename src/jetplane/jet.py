@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import DerivativeError
+from .tangents import Deferred, LowRank, Tangents
 
 PARAMETER, MODEL, LOSS = 0, 1, 2  # kinds of jets: see Space.gauss_newton
 
@@ -45,6 +46,8 @@ class Space:
             alone (regularizers), not by the model between them. Jets then have a kind: PARAMETER (a
             function of parameters alone), MODEL (of data too), LOSS (what a loss function made).
         kind: the kind of what the operator being carried makes.
+        operator: the name of the operator being carried.
+        formed: operators that formed low-rank tangents since they could not use the factors, and how often.
         keys: torch's dispatch keys as they are for user code. Inside ``__torch_dispatch__`` more of them
             are off, lazy conjugation and view tracking among them, which rules and autograd rely on.
         level: nesting depth. Jets of an outer evaluation have a smaller level and are constants
@@ -59,6 +62,8 @@ class Space:
     gauss_newton: bool = False
     kind: int = PARAMETER
     keys: tuple[Any, Any] | None = None
+    operator: str = ""
+    formed: dict[str, int] = field(default_factory=dict)
     examples: bool = False
 
     @property
@@ -103,12 +108,13 @@ class Space:
 class Jet(torch.Tensor):
     """A tensor that shows its primal's shape, dtype and device and carries coefficients beside it.
 
-    Jets are made by an evaluation (`jetplane.evaluate`, `jetplane.jet`) and never seen by its caller.
+    Jets are made by an evaluation (`jetplane.evaluate`, `jetplane.jet`) and never seen by its caller. That of a
+    parameter may have `Tangents` as its first coefficients; `parts` forms them.
     """
 
     primal: Tensor
-    first: Tensor | None
-    second: Tensor | None
+    first: Tensor | Tangents | None
+    second: Tensor | Outer | None
     space: Space
     base: Jet | None
     version: int
@@ -122,10 +128,12 @@ class Jet(torch.Tensor):
     def __new__(  # noqa: D102
         cls,
         primal: Tensor,
-        first: Tensor | None,
-        second: Tensor | None,
+        first: Tensor | Tangents | None,
+        second: Tensor | Outer | None,
         space: Space | Key,
         base: Jet | None = None,
+        left: Tensor | None = None,
+        right: Tensor | None = None,
     ) -> Jet:
         return torch.Tensor._make_wrapper_subclass(
             cls,
@@ -139,11 +147,15 @@ class Jet(torch.Tensor):
     def __init__(
         self,
         primal: Tensor,
-        first: Tensor | None,
-        second: Tensor | None,
+        first: Tensor | Tangents | None,
+        second: Tensor | Outer | None,
         space: Space | Key,
         base: Jet | None = None,
+        left: Tensor | None = None,
+        right: Tensor | None = None,
     ) -> None:
+        if left is not None and right is not None:  # compiled code passes tensors alone
+            first = LowRank(left, right, primal.shape)
         space = space if isinstance(space, Space) else Space.of(space)
         self.primal = primal
         self.first = first
@@ -156,12 +168,29 @@ class Jet(torch.Tensor):
         self.examples = None
 
     def __tensor_flatten__(self) -> tuple[list[str], Key]:
+        if isinstance(self.first, LowRank):
+            return ["primal", "left", "right"], self.space.key
         parts(self, self.space)  # a compiler sees coefficients as they are now
         return [n for n in ("primal", "first", "second") if getattr(self, n) is not None], self.space.key
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> Jet:
-        return Jet(inner["primal"], inner.get("first"), inner.get("second"), meta)
+        primal = inner["primal"]
+        if "left" in inner:
+            return Jet(primal, None, None, meta, None, inner["left"], inner["right"])
+        return Jet(primal, inner.get("first"), inner.get("second"), meta)
+
+    @property
+    def left(self) -> Tensor:
+        """The left factor of low-rank tangents, as a compiler asks for it."""
+        assert isinstance(self.first, LowRank)
+        return self.first.left
+
+    @property
+    def right(self) -> Tensor:
+        """The right factor."""
+        assert isinstance(self.first, LowRank)
+        return self.first.right
 
     def __repr__(self) -> str:  # type: ignore[override]
         order = 0 if self.first is None else 1 if self.second is None else 2
@@ -210,9 +239,21 @@ def parts(x: Any, space: Space) -> tuple[Any, Tensor | None, Tensor | None]:
         return x, None, None
     if x.base is not None and x.base.version != x.version:
         _refresh(x)
-    if x.kind < space.kind == MODEL:  # Gauss-Newton: the model is linear in what the parameters are
-        return x.primal, x.first, None
-    return x.primal, x.first, x.second
+    first = x.first
+    if isinstance(first, Tangents):
+        if not isinstance(first, Deferred):
+            space.formed[space.operator] = space.formed.get(space.operator, 0) + 1
+        first = first.formed()
+    if _bent(x, space):
+        return x.primal, first, None
+    if isinstance(x.second, Outer):
+        x.second = x.second.formed(space)
+    return x.primal, first, x.second
+
+
+def low_rank(x: Any, space: Space) -> LowRank | None:
+    """The tangents of a parameter's jet where they are of low rank: for operators that can use the factors."""
+    return x.first if is_jet(x, space) and isinstance(x.first, LowRank) else None
 
 
 def primal(x: Any, space: Space) -> Any:
@@ -220,7 +261,17 @@ def primal(x: Any, space: Space) -> Any:
     return x.primal if isinstance(x, Jet) and x.space is space else x
 
 
-def make(primal: Tensor, first: Tensor | None, second: Tensor | None, space: Space) -> Tensor:
+def products(x: Any, space: Space) -> Outer | None:
+    """The second coefficients where they are products that nobody has formed: for operators that sum them up."""
+    return x.second if is_jet(x, space) and isinstance(x.second, Outer) and not _bent(x, space) else None
+
+
+def _bent(x: Jet, space: Space) -> bool:
+    """Whether a function of the parameters enters the model, which Gauss-Newton takes to be linear in it."""
+    return x.kind < space.kind == MODEL
+
+
+def make(primal: Tensor, first: Tensor | None, second: Tensor | Outer | None, space: Space) -> Tensor:
     """A jet, or the bare primal where no coefficient is left."""
     if first is None and second is None:
         return primal
@@ -229,7 +280,7 @@ def make(primal: Tensor, first: Tensor | None, second: Tensor | None, space: Spa
     dtype = carried(primal.dtype)
     if first is not None and first.dtype != dtype:  # 0-dim primals do not promote, (K,) coefficients would
         first = first.to(dtype)
-    if second is not None and second.dtype != dtype:
+    if isinstance(second, Tensor) and second.dtype != dtype:
         second = second.to(dtype)
     return Jet(primal, first, second, space)
 
@@ -319,6 +370,26 @@ def symmetric(space: Space, a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
+@dataclass(frozen=True)
+class Outer:
+    """Second coefficients ``a_i * b_j`` before they are formed: summed up at once, they never are."""
+
+    a: Tensor
+    b: Tensor
+
+    def formed(self, space: Space) -> Tensor:
+        """One tensor for each pair."""
+        return outer(space, self.a, self.b)
+
+    def scaled(self, factor: Any) -> Outer:
+        """Times a constant, elementwise."""
+        return Outer(factor * self.a, self.b)
+
+    def summed(self, space: Space) -> Tensor:
+        """``sum(a_i * b_j)`` over all elements, for each pair."""
+        return gram(space, self.a, self.b)
+
+
 def gram(space: Space, a: Tensor, b: Tensor) -> Tensor:
     """``sum(a_i * b_j)`` over all elements, for each pair: (pairs,), without (pairs, *S) in memory.
 
@@ -360,9 +431,10 @@ def chain(space: Space, x: Any, y: Tensor, d1: Tensor | None, d2: Tensor | None)
     """Elementwise y = f(x): ``y_i = f' x_i`` and ``y_ij = f' x_ij + f'' x_i x_j``; None is zero."""
     _, first, second = parts(x, space)
     y1 = None if d1 is None else scale(d1, first)
-    y2 = None if d1 is None else scale(d1, second)
+    y2: Tensor | Outer | None = None if d1 is None else scale(d1, second)
     if d2 is not None and first is not None and space.order == 2:
-        y2 = _accumulate(space, y2, d2 * first, first)
+        bent = d2 * first
+        y2 = Outer(bent, first) if y2 is None and bent.shape == first.shape else accumulate(space, y2, bent, first)
     return make(y, y1, y2, space)
 
 
@@ -394,7 +466,7 @@ def chain_many(
     return make(y, y1, y2, space)
 
 
-def _accumulate(space: Space, into: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+def accumulate(space: Space, into: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """``into + outer(a, b)``, in place where ``into`` is ours to overwrite."""
     if into is None:
         return outer(space, a, b)
@@ -408,6 +480,17 @@ def _accumulate(space: Space, into: Tensor | None, a: Tensor, b: Tensor) -> Tens
 
 def multiply(space: Space, a: Any, b: Any) -> Tensor:
     """The elementwise product, with broadcasting."""
+    for x, factor in ((a, b), (b, a)):
+        lazy = products(x, space)
+        if (
+            lazy is not None
+            and not is_jet(factor, space)
+            and torch.broadcast_shapes(x.shape, _shape(factor)) == x.shape
+        ):
+            first = None if x.first is None else factor * x.first
+            return make(torch.mul(x.primal, factor), first, lazy.scaled(factor), space)
+    if a is b and is_jet(a, space):
+        return chain(space, a, torch.mul(a.primal, a.primal), 2 * precise(a.primal), precise(a.primal).new_full((), 2))
     pa, fa, sa = parts(a, space)
     pb, fb, sb = parts(b, space)
     y = torch.mul(pa, pb)
@@ -424,6 +507,10 @@ def multiply(space: Space, a: Any, b: Any) -> Tensor:
     if fa is not None and fb is not None and space.order == 2:
         y2 = add(y2, symmetric(space, lift(fa, ndim), lift(fb, ndim)))
     return make(y, broadcast(y1, y.shape), broadcast(y2, y.shape), space)
+
+
+def _shape(x: Any) -> Sequence[int]:
+    return x.shape if isinstance(x, Tensor) else ()
 
 
 def add_jets(space: Space, a: Any, b: Any, y: Tensor, alpha: Any = 1) -> Tensor:
@@ -491,6 +578,8 @@ def write(target: Jet, value: Any, space: Space) -> Jet:
     p, first, second = parts(value, space)
     base.kind = target.kind = max(base.kind, value.kind if is_jet(value, space) else base.kind)
     parts(target, space)  # what is left of the old coefficients must be current
+    parts(base, space)
+    assert not isinstance(base.first, Tangents) and not isinstance(base.second, Outer)
     base.first = _replaced(base, target, base.first, first, space.k)
     base.second = _replaced(base, target, base.second, second, space.pairs)
     if p is not target.primal:

@@ -220,6 +220,12 @@ def pieces(law: Law, start: int | Tensor, twists: Tensor, size: int) -> Iterator
                         yield block, slice(first, last), piece[:, : last - first]
 
 
+def coins(start: int | Tensor, twists: Tensor, places: slice, chance: float) -> Tensor:
+    """For each of the streams, and each of its numbers at these places, True with the given chance."""
+    begun = _begin(_outputs(range(places.start, places.stop), twists.device) + start)
+    return _finish(begun, twists.unsqueeze(1)) < int((chance - 0.5) * 2**64 * (1 - 2**-52))
+
+
 def _moved(start: int | Tensor, lanes: int) -> int | Tensor:
     """The state of SplitMix64, begun at `start`, after that many outputs."""
     return _wrapped(start + _signed(lanes * _GOLDEN))

@@ -13,9 +13,10 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from . import chunking
 from . import rules as rules  # installs the dispatcher of jets
+from .directions import AbstractDirections, ChosenDirections, HeldDirections, StoredDirections
 from .errors import (
     ArgumentError,
     DerivativeError,
@@ -36,32 +39,18 @@ from .errors import (
     UnusedParametersError,
     located,
 )
-from .jet import MODEL, PARAMETER, Jet, Space, any_promoted, forget_promoted, parts, precise, promoted
+from .jet import MODEL, PARAMETER, Jet, Space, any_promoted, carried, forget_promoted, parts, promoted
+from .replay import rehearsal
 from .rules.custom import intercept_functions
 from .rules.dispatch import loss as mark_loss
 from .rules.examples import known
+from .tangents import Deferred, LowRank, Stacked, Tangents
 
 Pairs = Literal["all", "diagonal"] | int
+KEPT = 1 << 26  # bytes of drawn tangents that are kept for the next operator, or the update, that asks for them
 Curvature = Literal["hessian", "ggn", "none"]
 
 _active = threading.local()  # depth: how many evaluations are under way in this thread
-
-
-class Drawn(Protocol):
-    """Directions that are drawn when asked for: `jetplane.Directions` and anything like it."""
-
-    @property
-    def k(self) -> int:
-        """Number of directions."""
-        ...
-
-    def prepare(self, params: Sequence[Tensor]) -> None:
-        """Called with all parameters before any tangent is drawn."""
-        ...
-
-    def draw(self, index: int, param: Tensor) -> Tensor:
-        """The tangents (K, *param.shape) of the parameter at this index."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -75,12 +64,14 @@ class PlaneModel:
             of b directions, or None where it was not asked for.
         examples: each example's part of the slope, (N, K); they add up to it. None where it was not asked
             for or is not known.
+        formed: which operators formed low-rank tangents, since they could not use the factors, and how often.
     """
 
     value: Tensor
     slope: Tensor
     curvature: Tensor | None
     examples: Tensor | None = None
+    formed: dict[str, int] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -88,10 +79,10 @@ def expansion(k: int, block: int, order: int, gauss_newton: bool = False) -> Ite
     """The space of one evaluation; evaluations inside of it get a higher level."""
     depth = getattr(_active, "depth", 0) + 1
     space = Space(k, block, order, depth, gauss_newton)
-    included = torch._C._dispatch_tls_local_include_set()
-    for mode in (torch._C.DispatchKey.Python, torch._C.DispatchKey.PythonTLSSnapshot):
-        included = included.remove(mode)  # modes around an evaluation see its operators, and none of the rules' own
-    space.keys = included, torch._C._dispatch_tls_local_exclude_set()
+    # A dispatch mode around the evaluation is off while it handles a call, and so must its key be.
+    include = torch._C._dispatch_tls_local_include_set().remove(torch._C.DispatchKey.Python)
+    include = include.remove(torch._C.DispatchKey.PythonTLSSnapshot)
+    space.keys = include, torch._C._dispatch_tls_local_exclude_set()
     _active.depth = depth
     try:
         yield space
@@ -156,11 +147,11 @@ def _warn_if_flat(func: Any, result: Any, space: Space) -> Any:
 class Interception(TorchFunctionMode):
     """Replaces parameters by jets in the arguments of every torch function, and guards the exits."""
 
-    def __init__(self, space: Space, seeds: dict[int, Callable[[], Jet]]) -> None:
+    def __init__(self, space: Space, seeds: dict[int, Callable[[], Tensor]]) -> None:
         super().__init__()
         self.space = space
         self.seeds = seeds
-        self.jets: dict[int, Jet] = {}
+        self.jets: dict[int, Tensor] = {}
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -218,17 +209,21 @@ class Interception(TorchFunctionMode):
 def evaluate(
     closure: Callable[[], Tensor],
     params: Sequence[Tensor],
-    directions: Drawn | Sequence[Tensor],
+    directions: AbstractDirections | Sequence[Tensor | Tangents],
     curvature: Curvature = "hessian",
     pairs: Pairs = "all",
+    *,
     examples: bool = False,
+    chunk: int | Literal["auto"] | None = None,
+    memory: int | None = None,
 ) -> PlaneModel:
     """Run a closure once on the plane that directions span at the parameters.
 
     Args:
         closure: returns a scalar loss, computed by torch functions of the parameters.
         params: the tensors that move; others are constants.
-        directions: `jetplane.Directions`, or one tensor of shape (K, *param.shape) for each parameter.
+        directions: `jetplane.Directions`, or for each parameter one tensor of shape (K, *param.shape) or
+            `jetplane.LowRank`.
         curvature: "hessian" for the exact one; "ggn" for the Gauss-Newton one, ``J^T Hess(l) J`` with J
             the model's Jacobian and l the loss function, which costs linearly many products in K; "none"
             for the slope alone.
@@ -238,12 +233,18 @@ def evaluate(
             ``L = sum_n L_n``, at next to no cost. Examples are counted along the first axis of what the loss
             function takes, and their parts are known for torch's own losses, times constants, in sums, and,
             with "ggn", beside regularizers and for losses marked with `jetplane.loss`. Else None.
+        chunk: directions to carry at a time; all by default. The closure then runs once for each chunk, and
+            where all pairs are wanted once for each two halves of chunks: the same numbers for less memory. All
+            runs but the last leave no trace: random numbers are drawn again, and buffers set back. "auto" takes
+            the largest chunk that ``memory`` allows, by the activations that one plain run keeps alive.
+        memory: bytes for "auto"; half of what is free by default.
 
     Returns:
         A `PlaneModel` of detached tensors, float32 at least.
 
     Raises:
-        ArgumentError: no parameters, k < 1, pairs that do not divide k, an unknown word.
+        ArgumentError: no parameters, k < 1, pairs that do not divide k, a chunk below 1 (or 2 for all pairs, or
+            that planes do not fill), an unknown word.
         ShapeError, DTypeError, DeviceError: directions that do not match their parameter.
         LossError: the closure did not return a scalar floating-point tensor.
         UnusedParametersError: the loss depends on none of the parameters.
@@ -262,28 +263,83 @@ def evaluate(
     Source: Cobb et al., arXiv 2408.10419, sections 2 and 3.
     """
     params = list(params)
-    k, draw = _check_directions(params, directions)
-    block = _block(pairs, k)
+    drawn = _checked_directions(params, directions)
+    block = _block(pairs, drawn.k)
     if curvature not in ("hessian", "ggn", "none"):
         raise ArgumentError(f"curvature must be 'hessian', 'ggn' or 'none', got {curvature!r}")
-    order = 2 if curvature == "hessian" else 1
+    if curvature == "none":
+        pairs, block = "diagonal", 1  # there are none
     if torch.compiler.is_compiling():
-        if examples:
-            raise ArgumentError("examples=True cannot be compiled; run it eagerly")
-        return _traced(closure, params, draw, Space(k, block, order, 1), curvature, pairs)
-    with torch.inference_mode(), expansion(k, block, order, curvature == "ggn") as space:
+        if chunk is not None or examples:
+            raise ArgumentError("chunk= and examples=True cannot be compiled; compile the evaluation of one chunk")
+        return _traced(closure, params, drawn, curvature, pairs)
+
+    def at_once(chosen: AbstractDirections) -> PlaneModel:
+        return _at_once(closure, params, chosen, curvature, pairs, examples)
+
+    if chunk is None:
+        return at_once(drawn)
+    crossed = pairs == "all" and curvature != "none"
+    if chunk == "auto":
+        room = chunking.free_memory(params[0].device) // 2 if memory is None else memory
+        alive = chunking.activations(closure)
+        size = chunking.affordable(drawn.k, block, curvature == "hessian", crossed, alive, room)
+    else:
+        size = chunking.checked(chunk, drawn.k, block, crossed)
+    return at_once(drawn) if size >= drawn.k else _in_chunks(at_once, drawn, pairs, size, crossed)
+
+
+def _in_chunks(
+    at_once: Callable[[AbstractDirections], PlaneModel],
+    drawn: AbstractDirections,
+    pairs: Pairs,
+    size: int,
+    crossed: bool,
+) -> PlaneModel:
+    plan = chunking.parts_of(drawn.k, size, crossed)
+    models: list[PlaneModel] = []
+    for part in plan:
+        last = len(models) + 1 == len(plan)
+        with contextlib.nullcontext() if last else rehearsal():
+            models.append(at_once(ChosenDirections(drawn, part)))
+
+    def joined(pieces: list[Tensor | None], square: bool = False) -> Tensor | None:
+        known = [piece for piece in pieces if piece is not None]
+        return chunking.joined(drawn.k, plan, known, square) if len(known) == len(pieces) else None
+
+    slope = joined([m.slope for m in models])
+    assert slope is not None
+    if pairs in ("all", "diagonal"):
+        second = joined([m.curvature for m in models], crossed)
+    else:
+        second = torch.cat([m.curvature for m in models if m.curvature is not None])
+    examples = joined([None if m.examples is None else m.examples.T for m in models])
+    formed = sum((Counter(m.formed) for m in models), Counter())
+    return PlaneModel(models[-1].value, slope, second, None if examples is None else examples.T, formed)
+
+
+def _at_once(
+    closure: Callable[[], Tensor],
+    params: Sequence[Tensor],
+    drawn: AbstractDirections,
+    curvature: Curvature,
+    pairs: Pairs,
+    examples: bool,
+) -> PlaneModel:
+    order = 2 if curvature == "hessian" else 1
+    block = _block(pairs, drawn.k)
+    with torch.inference_mode(), expansion(drawn.k, block, order, curvature == "ggn") as space:
         space.examples = examples
-        seeds = {id(p): _seed(p, i, draw, space) for i, p in enumerate(params)}
-        mode = Interception(space, seeds)
+        mode = Interception(space, {id(p): _seed(p, i, drawn, space) for i, p in enumerate(params)})
         with mode.running():
             loss = closure()
         value, first, second = _scalar_parts(loss, space, bool(mode.jets))
         if second is None and curvature != "none":
             second = value.new_zeros(space.pairs)
         if first is None:
-            first = value.new_zeros(k)
+            first = value.new_zeros(drawn.k)
         second = None if second is None else _matrix(second, space, pairs)
-        model = PlaneModel(value, first, second, known(loss, first) if examples else None)
+        model = PlaneModel(value, first, second, known(loss, first) if examples else None, space.formed)
     return model if space.level > 1 else finished(model)
 
 
@@ -306,17 +362,26 @@ class _Seeding(TorchFunctionMode):
 def _traced(
     closure: Callable[[], Tensor],
     params: Sequence[Tensor],
-    draw: Callable[[int, Tensor], Tensor],
-    space: Space,
+    drawn: AbstractDirections,
     curvature: Curvature,
     pairs: Pairs,
 ) -> PlaneModel:
     """`evaluate` as a compiler can follow it: jets are made in the graph, and nothing is checked."""
     if curvature == "ggn":
         raise ArgumentError("curvature='ggn' cannot be compiled; use 'hessian' or 'none', or run it eagerly")
+    space = Space(drawn.k, _block(pairs, drawn.k), 2 if curvature == "hessian" else 1, 1)
     key = space.key
     with torch.no_grad():
-        jets = {id(p): Jet(p.detach(), precise(draw(i, p)), None, key) for i, p in enumerate(params)}
+        jets = {}
+        for i, p in enumerate(params):
+            tangents = drawn.structured(i, p)
+            if isinstance(tangents, (Deferred, Stacked)):
+                tangents = tangents.formed()
+            if isinstance(tangents, LowRank):
+                low = tangents.to(carried(p.dtype))
+                jets[id(p)] = Jet(p.detach(), None, None, key, None, low.left, low.right)
+            elif tangents is not None:
+                jets[id(p)] = Jet(p.detach(), tangents.to(carried(p.dtype)), None, key)
         kind = torch.nn.Parameter if all(isinstance(p, torch.nn.Parameter) for p in params) else Tensor
         with _Seeding(jets, kind):
             loss = closure()
@@ -328,9 +393,12 @@ def _traced(
         return PlaneModel(value, first, _matrix(second, space, pairs))
 
 
-def _seed(param: Tensor, index: int, draw: Callable[[int, Tensor], Tensor], space: Space) -> Callable[[], Jet]:
-    def seed() -> Jet:
-        jet = Jet(param.detach(), precise(draw(index, param)), None, space)
+def _seed(param: Tensor, index: int, drawn: AbstractDirections, space: Space) -> Callable[[], Tensor]:
+    def seed() -> Tensor:
+        tangents = drawn.structured(index, param)
+        if tangents is None:  # a block that no direction moves
+            return param.detach()
+        jet = Jet(param.detach(), tangents.to(carried(param.dtype)), None, space)
         jet.is_seed, jet.kind = True, PARAMETER
         return jet
 
@@ -395,7 +463,10 @@ def finished(model: PlaneModel) -> PlaneModel:
     for name, t in (("loss", value), ("slope", slope), ("curvature", curvature)):
         if t is not None and not bool(torch.isfinite(t).all()):
             raise NonFiniteError(f"the {name} is not finite: {t.tolist() if t.numel() <= 9 else 'NaN or inf inside'}")
-    return PlaneModel(value, slope, curvature, None if model.examples is None else plain(model.examples))
+    examples = None if model.examples is None else plain(model.examples)
+    return replace(model, value=value, slope=slope, curvature=curvature, examples=examples)
+    examples = None if model.examples is None else plain(model.examples)
+    return replace(model, value=value, slope=slope, curvature=curvature, examples=examples)
 
 
 def _block(pairs: Pairs, k: int) -> int:
@@ -405,9 +476,9 @@ def _block(pairs: Pairs, k: int) -> int:
     return block
 
 
-def _check_directions(
-    params: Sequence[Tensor], directions: Drawn | Sequence[Tensor]
-) -> tuple[int, Callable[[int, Tensor], Tensor]]:
+def _checked_directions(
+    params: Sequence[Tensor], directions: AbstractDirections | Sequence[Tensor | Tangents]
+) -> AbstractDirections:
     if not params:
         raise ArgumentError("no parameters: expected at least one tensor that the closure uses")
     for i, p in enumerate(params):
@@ -417,14 +488,13 @@ def _check_directions(
             raise DTypeError(f"parameter {i} must be of a floating dtype, got {p.dtype}")
     if len({id(p) for p in params}) != len(params):
         raise ArgumentError("a parameter is given twice; expected each tensor once")
-    if not isinstance(directions, (list, tuple)):
-        if directions.k < 1:  # type: ignore[union-attr]
-            raise ArgumentError(f"k must be at least 1, got {directions.k}")  # type: ignore[union-attr]
-        directions.prepare(params)  # type: ignore[union-attr]
-        return directions.k, directions.draw  # type: ignore[union-attr]
+    if isinstance(directions, (HeldDirections, StoredDirections)):
+        return directions
+    if isinstance(directions, AbstractDirections):
+        return HeldDirections(directions, params, limit=KEPT)
     if len(directions) != len(params):
         raise ShapeError(f"expected one tensor of tangents for each of {len(params)} parameters, got {len(directions)}")
-    k = directions[0].shape[0] if directions[0].dim() else 0
+    k = directions[0].shape[0] if len(directions[0].shape) else 0
     if k < 1:
         raise ArgumentError("k must be at least 1: tangents are of shape (k, *param.shape)")
     for i, (p, t) in enumerate(zip(params, directions, strict=True)):
@@ -434,5 +504,4 @@ def _check_directions(
             raise DTypeError(f"tangents {i}: expected {p.dtype} as its parameter, got {t.dtype}")
         if t.device != p.device:
             raise DeviceError(f"tangents {i}: expected device {p.device} as its parameter, got {t.device}")
-    held = list(directions)
-    return k, lambda index, param: held[index].detach()
+    return StoredDirections([t.detach() if isinstance(t, Tensor) else t for t in directions])

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .jet import Jet
+
 
 class _Journal(TorchDispatchMode):
     """Keeps a copy of every tensor that was there before, made when it is first written to in place."""
@@ -38,7 +40,7 @@ class _Journal(TorchDispatchMode):
 
     def _keep(self, value: Any) -> None:
         known = type(value) in (Tensor, torch.nn.Parameter) and value.untyped_storage()._cdata in self.fresh
-        if isinstance(value, Tensor) and not known and id(value) not in self.saved:
+        if isinstance(value, Tensor) and not isinstance(value, Jet) and not known and id(value) not in self.saved:
             self.saved[id(value)] = value, value.detach().clone()
 
 

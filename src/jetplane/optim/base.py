@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..descent import Descent
-from ..directions import Directions, HeldDirections, weighted_sum
+from ..directions import AbstractDirections, Directions, HeldDirections, Structure
 from ..errors import ArgumentError, DeviceError, DTypeError, NonFiniteError, ShapeError
-from ..plane import PlaneModel, evaluate, finished
+from ..plane import KEPT, PlaneModel, evaluate, finished
 from ..search import clipped
+from ..tangents import Deferred
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Moving = list[tuple[Tensor, dict[str, Any], int]]  # parameters that may move, their groups and places
 Closure = Callable[[], Any]
+Chunk = int | Literal["auto"] | None
 STATE = "jetplane"  # where an optimizer's own state lies among that of the parameters
 
 
@@ -29,11 +31,15 @@ class PlaneOptimizer(torch.optim.Optimizer):
         plane: the `PlaneModel` of the last step, or None before the first.
     """
 
-    _own: tuple[str, ...] = ("k", "law", "planes", "clip", "compile", "plane", "_descent")  # what a copy needs
+    # What a copy needs beside what every torch optimizer has.
+    _own: tuple[str, ...] = (
+        "k", "law", "tangents", "planes", "clip", "chunk", "compile", "plane", "_descent"
+    )  # fmt: skip
 
     def __init__(
-        self, params: Params, lr: float, k: int, law: str, planes: int, clip: float | None,
-        weight_decay: float, seed: int, compile: bool = False,
+        self, params: Params, lr: float, k: int, law: str = "gaussian", tangents: Structure = "dense",
+        planes: int = 1, clip: float | None = None, weight_decay: float = 0.0, seed: int = 0,
+        chunk: Chunk = None, compile: bool = False,
     ) -> None:  # fmt: skip
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             _check_rate(name, value)
@@ -41,7 +47,9 @@ class PlaneOptimizer(torch.optim.Optimizer):
             raise ArgumentError(f"clip must be positive or None, got {clip}")
         if isinstance(planes, bool) or not isinstance(planes, int) or planes < 1:
             raise ArgumentError(f"planes must be an integer of at least 1, got {planes!r}")
-        Directions(k, law)  # checks k and the law
+        Directions(k, law, tangents)  # checks them
+        if compile and chunk is not None:
+            raise ArgumentError("chunk= and compile=True exclude each other: a chunked step is several runs")
         if isinstance(params, Tensor):
             raise ArgumentError("params must be an iterable of tensors or groups, got one tensor: put it in a list")
         params = list(params)  # type: ignore[arg-type]
@@ -50,6 +58,8 @@ class PlaneOptimizer(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})  # type: ignore[arg-type]
         self.k = k
         self.law = law
+        self.tangents: Structure = tangents
+        self.chunk: Chunk = chunk
         self.planes = planes
         self.clip = clip
         self.compile = compile
@@ -114,9 +124,9 @@ class PlaneOptimizer(torch.optim.Optimizer):
         self._check_size(moving)
         params = [p for p, _, _ in moving]
         with torch.no_grad():
-            tangents = self._tangents(moving, closure)
-            plane = self._evaluate(closure, params, tangents)
-            changed = self._advance(closure, moving, tangents, plane)
+            directions = self._directions(moving, closure)
+            plane = self._evaluate(closure, params, directions)
+            changed = self._advance(closure, moving, directions, plane)
         self.plane = plane
         # A new record: one that state_dict() has handed out must not move on.
         own = self.state[STATE]  # type: ignore[index]
@@ -124,14 +134,14 @@ class PlaneOptimizer(torch.optim.Optimizer):
         return plane.value
 
     def _advance(
-        self, closure: Closure, moving: Moving, tangents: Sequence[Tensor], plane: PlaneModel
+        self, closure: Closure, moving: Moving, directions: AbstractDirections, plane: PlaneModel
     ) -> dict[str, Any]:
         """Move the parameters.
 
         Returns:
             What has changed of the optimizer's own state.
         """
-        self._move(moving, self._steps(moving, tangents, plane, self._coefficients(plane)))
+        self._move(moving, self._steps(moving, directions, plane, self._coefficients(plane)))
         return {}
 
     def _check_size(self, moving: Moving) -> None:
@@ -144,28 +154,29 @@ class PlaneOptimizer(torch.optim.Optimizer):
         every = [(p, group) for group in self.param_groups for p in group["params"]]
         return [(p, group, i) for i, (p, group) in enumerate(every) if p.requires_grad]
 
-    def _tangents(self, moving: Moving, closure: Closure) -> Sequence[Tensor]:
-        """What spans the plane of this step: for each parameter a tensor (K, *param.shape)."""
+    def _directions(self, moving: Moving, closure: Closure) -> AbstractDirections:
+        """What spans the plane of this step."""
         own = self.state[STATE]  # type: ignore[index]
-        directions = Directions(self.k * self.planes, self.law, seed=own["seed"])
+        directions = Directions(self.k * self.planes, self.law, self.tangents, own["seed"])
         directions.step = own["step"]
-        return HeldDirections(directions, [p for p, _, _ in moving], [i for _, _, i in moving])
+        return HeldDirections(directions, [p for p, _, _ in moving], [i for _, _, i in moving], KEPT)
 
-    def _evaluate(self, closure: Closure, params: list[Tensor], tangents: Sequence[Tensor]) -> PlaneModel:
+    def _evaluate(self, closure: Closure, params: list[Tensor], directions: AbstractDirections) -> PlaneModel:
         needs = self.descent.needs
         curvature = "none" if needs == "none" else "hessian"
         pairs = "all" if needs == "all" and self.planes == 1 else self.k if needs == "all" else "diagonal"
         known = frozenset(id(p) for p in params)
         if not self.compile or known != self._known:
-            plane = evaluate(closure, params, tangents, curvature, pairs)
-            if self.compile and isinstance(tangents, HeldDirections):  # an eager step shows what the loss uses
-                self._known, self._used = known, frozenset(id(params[i]) for i in tangents.used)
+            plane = evaluate(closure, params, directions, curvature, pairs, chunk=self.chunk)
+            if self.compile and isinstance(directions, HeldDirections):  # an eager step shows what the loss uses
+                self._known, self._used = known, frozenset(id(params[i]) for i in directions.used)
             return plane
         if self._program is None:
             self._program = torch.compile(evaluate, fullgraph=True)
         used = [i for i, p in enumerate(params) if id(p) in self._used]
-        moving, along = [params[i] for i in used], [tangents[i] for i in used]
-        return finished(self._program(closure, moving, along, curvature, pairs))
+        along = [directions.structured(i, params[i]) for i in used]
+        along = [t.formed() if isinstance(t, Deferred) else t for t in along]
+        return finished(self._program(closure, [params[i] for i in used], along, curvature, pairs))
 
     def _coefficients(self, plane: PlaneModel) -> Tensor:
         slope = plane.slope
@@ -174,7 +185,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         return self.descent(slope, plane.curvature).flatten()
 
     def _steps(
-        self, moving: Moving, tangents: Sequence[Tensor], plane: PlaneModel, kappa: Tensor
+        self, moving: Moving, directions: AbstractDirections, plane: PlaneModel, kappa: Tensor
     ) -> Iterator[tuple[int, Tensor]]:
         """``lr * sum_k kappa_k v_k``, clipped, of each parameter that the loss makes use of, by its place in `moving`.
 
@@ -183,8 +194,8 @@ class PlaneOptimizer(torch.optim.Optimizer):
         """
         if not bool(torch.isfinite(kappa.float()).all()):
             raise NonFiniteError(f"the step is not finite: slope {plane.slope}, curvature {plane.curvature}")
-        used = list(tangents.used) if isinstance(tangents, HeldDirections) else range(len(moving))
-        steps = (weighted_sum(moving[i][1]["lr"] * kappa, tangents[i]) for i in used)
+        used = list(directions.used) if isinstance(directions, HeldDirections) else range(len(moving))
+        steps = (directions.combine(i, moving[i][0], moving[i][1]["lr"] * kappa) for i in used)
         return zip(used, steps if self.clip is None else clipped(list(steps), self.clip), strict=True)
 
     def _move(self, moving: Moving, steps: Iterable[tuple[int, Tensor]]) -> None:

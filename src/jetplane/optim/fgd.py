@@ -4,26 +4,37 @@ from __future__ import annotations
 
 from typing import final
 
+import torch
+from torch import Tensor
+
 from ..descent import Descent, ForwardGradient
-from .base import Params, PlaneOptimizer
+from ..directions import Structure
+from ..errors import ArgumentError
+from .base import Chunk, Closure, Params, PlaneOptimizer
 
 
 @final
 class FGD(PlaneOptimizer):
     """Forward gradient descent: ``theta <- theta - lr * mean_k (F_k v_k)``, with ``F_k = grad(L) . v_k``.
 
-    Unbiased, since E[v v^T] = I, and noisy: its variance grows with the number of parameters.
+    Unbiased, since E[v v^T] = I, and noisy: its variance grows with the number of parameters, and the rate must shrink
+    with it (`jetplane.step_scale`). With momentum this is the heavy ball: each step adds ``momentum`` times the step
+    before, ``theta_t - theta_{t-1}``.
 
     Args:
-        params: parameters or groups of them, as for any torch optimizer. Groups may set ``lr`` and
+        params: parameters or groups of them, as for any torch optimizer. Groups may set ``lr``, ``momentum`` and
             ``weight_decay``. Frozen parameters are left alone.
         lr: the rate.
         k: directions per step.
+        momentum: of the heavy ball, in [0, 1).
         law: of the tangents; see `jetplane.Directions`.
+        tangents: "dense", "rank-one" (nearly free beside the plain forward) or "block"; see
+            `jetplane.Directions`.
         planes: multiplies the number of directions; they are averaged.
         clip: largest Euclidean norm of a step over all parameters, or None.
         weight_decay: decoupled: ``theta <- theta - lr * weight_decay * theta`` beside the step.
         seed: of the directions. Seed and step counter are part of ``state_dict()``.
+        chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`.
         compile: run every step but the first as one compiled graph (`torch.compile`, ``fullgraph=True``).
 
     Raises:
@@ -37,17 +48,35 @@ class FGD(PlaneOptimizer):
     >>> bool(loss < 1e-3)
     True
 
-    Source: Baydin et al., arXiv 2202.08587, algorithm 1.
+    Sources: Baydin et al., arXiv 2202.08587, algorithm 1; with momentum, Polyak's heavy ball (1964), as in Shukla and
+    Shin, arXiv 2310.14168.
     """
 
     def __init__(
-        self, params: Params, lr: float = 1e-3, k: int = 1, *, law: str = "gaussian", planes: int = 1,
-        clip: float | None = None, weight_decay: float = 0.0, seed: int = 0,
-        compile: bool = False,
+        self, params: Params, lr: float = 1e-3, k: int = 1, *, momentum: float = 0.0, law: str = "gaussian",
+        tangents: Structure = "dense", planes: int = 1, clip: float | None = None, weight_decay: float = 0.0,
+        seed: int = 0, chunk: Chunk = None, compile: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(params, lr, k, law, planes, clip, weight_decay, seed, compile)
+        super().__init__(params, lr, k, law, tangents, planes, clip, weight_decay, seed, chunk, compile)
+        self.defaults["momentum"] = momentum  # groups that are added later have it as well
+        for group in self.param_groups:
+            group.setdefault("momentum", momentum)
+            if not 0 <= group["momentum"] < 1:
+                raise ArgumentError(f"momentum must be in [0, 1), got {group['momentum']!r}")
 
     @property
     def descent(self) -> Descent:
         """The forward gradient."""
         return ForwardGradient()
+
+    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
+        """As every Jetplane optimizer's; with momentum, the last change of the parameters goes on."""
+        balls = [(p, group["momentum"]) for p, group, _ in self._moving() if group["momentum"]]
+        before = [p.detach().clone() for p, _ in balls]
+        loss = super().step(closure)
+        with torch.no_grad():
+            for (p, momentum), old in zip(balls, before, strict=True):
+                if "change" in (own := self.state[p]):
+                    p.add_(own["change"], alpha=momentum)
+                own["change"] = old.neg_().add_(p)
+        return loss

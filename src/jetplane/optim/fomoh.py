@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
 from ..descent import CurvatureScaled, Descent
+from ..directions import StoredDirections, Structure
 from ..errors import LossError, UnusedParametersError
 from ..replay import rehearsal
-from .base import Closure, Moving, Params, PlaneOptimizer
+from .base import Chunk, Closure, Moving, Params, PlaneOptimizer
 
 
 @final
@@ -29,10 +29,13 @@ class FoMoH(PlaneOptimizer):
         k: directions per step, each on its own line.
         eps: added to the curvature.
         law: of the tangents; see `jetplane.Directions`.
+        tangents: "dense", "rank-one" (nearly free beside the plain forward) or "block"; see
+            `jetplane.Directions`.
         planes: multiplies the number of directions; they are averaged.
         clip: largest Euclidean norm of a step over all parameters, or None.
         weight_decay: decoupled: ``theta <- theta - lr * weight_decay * theta`` beside the step.
         seed: of the directions. Seed and step counter are part of ``state_dict()``.
+        chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`.
         compile: run every step but the first as one compiled graph (`torch.compile`, ``fullgraph=True``).
 
     Raises:
@@ -51,11 +54,11 @@ class FoMoH(PlaneOptimizer):
 
     def __init__(
         self, params: Params, lr: float = 0.1, k: int = 1, *, eps: float = 1e-5, law: str = "gaussian",
-        planes: int = 1, clip: float | None = None, weight_decay: float = 0.0, seed: int = 0,
-        compile: bool = False,
+        tangents: Structure = "dense", planes: int = 1, clip: float | None = None, weight_decay: float = 0.0,
+        seed: int = 0, chunk: Chunk = None, compile: bool = False,
     ) -> None:  # fmt: skip
         self._descent = CurvatureScaled(eps)
-        super().__init__(params, lr, k, law, planes, clip, weight_decay, seed, compile)
+        super().__init__(params, lr, k, law, tangents, planes, clip, weight_decay, seed, chunk, compile)
 
     @property
     def descent(self) -> Descent:
@@ -93,14 +96,14 @@ class FoMoHBP(PlaneOptimizer):
         weight_decay: float = 0.0,
     ) -> None:  # fmt: skip
         self._descent = CurvatureScaled(eps)
-        super().__init__(params, lr, 1, "gaussian", 1, clip, weight_decay, 0)
+        super().__init__(params, lr, 1, clip=clip, weight_decay=weight_decay)
 
     @property
     def descent(self) -> Descent:
         """The slope over the curvature along the gradient."""
         return self._descent
 
-    def _tangents(self, moving: Moving, closure: Closure) -> Sequence[Tensor]:
+    def _directions(self, moving: Moving, closure: Closure) -> StoredDirections:
         with rehearsal(), torch.enable_grad():
             loss = closure()
             if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -110,4 +113,4 @@ class FoMoHBP(PlaneOptimizer):
                 raise UnusedParametersError("the loss does not depend on the parameters")
             params = [p for p, _, _ in moving]
             gradient = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
-        return [g.unsqueeze(0) for g in gradient]
+        return StoredDirections([g.unsqueeze(0) for g in gradient])

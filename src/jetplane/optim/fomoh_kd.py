@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import final
 
 from ..descent import Descent, named
-from .base import Params, PlaneOptimizer
+from ..directions import Structure
+from .base import Chunk, Params, PlaneOptimizer
 
 
 @final
@@ -25,10 +26,13 @@ class FoMoHKD(PlaneOptimizer):
         descent: "newton" as above, "saddle-free" (eigenvalues of H by absolute value and bounded away from
             zero), "damped", or a `jetplane.descent.Descent`.
         law: of the tangents; see `jetplane.Directions`.
+        tangents: "dense", "rank-one" (nearly free beside the plain forward) or "block"; see
+            `jetplane.Directions`.
         planes: independent planes of one evaluation, whose steps are averaged.
         clip: largest Euclidean norm of a step over all parameters, or None.
         weight_decay: decoupled: ``theta <- theta - lr * weight_decay * theta`` beside the step.
         seed: of the directions. Seed and step counter are part of ``state_dict()``.
+        chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`.
         compile: run every step but the first as one compiled graph (`torch.compile`, ``fullgraph=True``).
 
     Raises:
@@ -46,11 +50,11 @@ class FoMoHKD(PlaneOptimizer):
 
     def __init__(
         self, params: Params, lr: float = 1.0, k: int = 3, *, descent: str | Descent = "newton",
-        law: str = "gaussian", planes: int = 1, clip: float | None = None, weight_decay: float = 0.0,
-        seed: int = 0, compile: bool = False,
+        law: str = "gaussian", tangents: Structure = "dense", planes: int = 1, clip: float | None = None,
+        weight_decay: float = 0.0, seed: int = 0, chunk: Chunk = None, compile: bool = False,
     ) -> None:  # fmt: skip
         self._descent = named(descent)
-        super().__init__(params, lr, k, law, planes, clip, weight_decay, seed, compile)
+        super().__init__(params, lr, k, law, tangents, planes, clip, weight_decay, seed, chunk, compile)
 
     @property
     def descent(self) -> Descent:

@@ -15,10 +15,10 @@ from ..descent import Damped, Descent, SaddleFree, Spectral, named
 from ..directions import AbstractDirections, Directions, HeldDirections, MixedDirections, StoredDirections, Structure
 from ..errors import ArgumentError, DTypeError, ShapeError
 from ..laws import key
-from ..plane import Curvature, PlaneModel, evaluate
+from ..plane import KEPT, Curvature, PlaneModel, evaluate
 from ..replay import RandomState, random_state, rehearsal
 from ..search import NoiseAware, Proposal, Search, Whole
-from .base import STATE, Closure, Moving, Params, PlaneOptimizer
+from .base import STATE, Chunk, Closure, Moving, Params, PlaneOptimizer
 
 Guess = Callable[[], Sequence[Tensor]]
 
@@ -74,6 +74,7 @@ class PlaneSearch(PlaneOptimizer):
         weight_decay: decoupled: ``theta <- theta - lr * weight_decay * theta`` beside the step.
         seed: of the directions and the noise. With the averages and the previous step it is part of
             ``state_dict()``, so that training resumes bit for bit.
+        chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`.
 
     Raises:
         ArgumentError, DTypeError, DeviceError: settings or parameters that cannot be.
@@ -94,7 +95,7 @@ class PlaneSearch(PlaneOptimizer):
 
     _own = (
         *PlaneOptimizer._own,
-        *("model", "curvature", "tangents", "search", "averages", "scaled", "previous", "passes", "guess"),
+        *("model", "curvature", "search", "averages", "scaled", "previous", "passes", "guess"),
     )
 
     def __init__(
@@ -103,6 +104,7 @@ class PlaneSearch(PlaneOptimizer):
         descent: str | Descent | None = None, law: str = "gaussian", averages: Sequence[float] = (0.9, 0.99),
         scaled: bool = True, previous: bool = True, passes: float = 8.0, guess: Guess | None = None,
         clip: float | None = None, weight_decay: float = 0.0, seed: int = 0,
+        chunk: Chunk = None,
     ) -> None:  # fmt: skip
         if k == 0 and model is None:
             raise ArgumentError(
@@ -118,11 +120,9 @@ class PlaneSearch(PlaneOptimizer):
         solver = default if descent is None else named(descent)
         if not isinstance(solver, Spectral):
             raise ArgumentError(f"descent must solve a plane as a whole, which {type(solver).__name__} does not")
-        Directions(k or 1, law, tangents)  # checks them
         self._descent = solver
         self.model = model
         self.curvature: Curvature = curvature
-        self.tangents: Structure = tangents
         self.search: Search = rate if isinstance(rate, Search) else NoiseAware() if rate == "auto" else Whole()
         self.averages = tuple(averages)
         self.scaled = scaled
@@ -130,7 +130,9 @@ class PlaneSearch(PlaneOptimizer):
         self.passes = passes
         self.guess = guess
         lr = rate if isinstance(rate, (int, float)) else 1.0
-        super().__init__(params, lr, k or 1, law, 1, clip, weight_decay, seed)
+        super().__init__(
+            params, lr, k or 1, law, tangents, clip=clip, weight_decay=weight_decay, seed=seed, chunk=chunk
+        )
         if k is None:
             k = 0 if model is not None else min(DRAWN, sum(p.numel() for p, _, _ in self._moving()))
         self.k = k
@@ -142,7 +144,7 @@ class PlaneSearch(PlaneOptimizer):
 
     # --- the plane ---------------------------------------------------------------------------------------
 
-    def _tangents(self, moving: Moving, closure: Closure) -> Sequence[Tensor]:
+    def _directions(self, moving: Moving, closure: Closure) -> HeldDirections:
         params, places = [p for p, _, _ in moving], [place for _, _, place in moving]
         size = sum(p.numel() for p in params)
         stored = self._stored(moving)[: size - self.k]  # more directions than parameters would be dependent
@@ -157,7 +159,7 @@ class PlaneSearch(PlaneOptimizer):
             drawn = Directions(self.k or 1, self.law, self.tangents, own["seed"])
             drawn.step = own["step"]
             sources.append(drawn)
-        return HeldDirections(MixedDirections(sources), params, places)
+        return HeldDirections(MixedDirections(sources), params, places, KEPT)
 
     def _stored(self, moving: Moving) -> list[list[Tensor]]:
         """What is known, as directions of norm one: for each a tensor for each parameter."""
@@ -176,20 +178,20 @@ class PlaneSearch(PlaneOptimizer):
 
     _random: RandomState  # where random numbers stood before the evaluation of this step
 
-    def _evaluate(self, closure: Closure, params: list[Tensor], tangents: Sequence[Tensor]) -> PlaneModel:
+    def _evaluate(self, closure: Closure, params: list[Tensor], directions: AbstractDirections) -> PlaneModel:
         self._random = random_state()
-        return evaluate(closure, params, tangents, self.curvature, examples=self.search.examples)
+        return evaluate(closure, params, directions, self.curvature, examples=self.search.examples, chunk=self.chunk)
 
     # --- the step ----------------------------------------------------------------------------------------
 
     def _advance(
-        self, closure: Closure, moving: Moving, tangents: Sequence[Tensor], plane: PlaneModel
+        self, closure: Closure, moving: Moving, directions: AbstractDirections, plane: PlaneModel
     ) -> dict[str, Any]:
         own = self.state[STATE]  # type: ignore[index]
         params = [p for p, _, _ in moving]
         assert plane.curvature is not None
         inverse = self.descent.inverse(plane.curvature)
-        steps = list(self._steps(moving, tangents, plane, -(inverse @ plane.slope.double())))
+        steps = list(self._steps(moving, directions, plane, -(inverse @ plane.slope.double())))
 
         def loss_at(rate: float) -> float:
             with _moved(rate, params, steps), rehearsal(self._random):
@@ -198,7 +200,7 @@ class PlaneSearch(PlaneOptimizer):
         proposal = Proposal(plane.value.item(), plane.slope, inverse, plane.examples, loss_at)
         rate, record = self.search(proposal, own.get("search", {}))
         changed: dict[str, Any] = {"search": record}
-        found, shares = self._estimates(closure, params, tangents, plane.slope)
+        found, shares = self._estimates(closure, params, directions, plane.slope)
         changed["shares"] = {name: tuple(share) for name, share in shares.items()}  # plain, for checkpoints
         steps = [(i, rate * step) for i, step in steps]
         self._move(moving, steps)
@@ -206,7 +208,7 @@ class PlaneSearch(PlaneOptimizer):
         return changed
 
     def _estimates(
-        self, closure: Closure, params: list[Tensor], tangents: Sequence[Tensor], slope: Tensor
+        self, closure: Closure, params: list[Tensor], directions: AbstractDirections, slope: Tensor
     ) -> tuple[list[Tensor], dict[str, Share]]:
         """Estimates of the gradient from this batch, for the planes of later ones, and what the layers' shares are."""
         if not self.averages:
@@ -218,9 +220,9 @@ class PlaneSearch(PlaneOptimizer):
             return estimate(closure, self.model, params, shares, int(key(own["seed"], own["step"]))), shares
         # The drawn directions, of which there are k at the end, give mean_k (F_k v_k).
         weights = torch.cat([slope.new_zeros(len(slope) - self.k), slope[-self.k :] / self.k])
-        assert isinstance(tangents, HeldDirections)
-        used = tangents.used
-        found = [tangents.combine(i, p, weights) if i in used else torch.zeros_like(p) for i, p in enumerate(params)]
+        assert isinstance(directions, HeldDirections)
+        used = directions.used
+        found = [directions.combine(i, p, weights) if i in used else torch.zeros_like(p) for i, p in enumerate(params)]
         return found, {}
 
     def _remember(self, params: list[Tensor], found: list[Tensor], steps: list[tuple[int, Tensor]]) -> None:

@@ -127,6 +127,7 @@ def _dispatch(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, An
 
 def carry(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """A functional operator, down the ladder."""
+    space.operator = func._schema.name
     rule = RULES.get(func)
     if rule is not None:
         result = rule(space, *args, **kwargs)

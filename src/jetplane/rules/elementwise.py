@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..jet import (
     Space,
+    accumulate,
     add_jets,
     broadcast,
     carried,
@@ -36,6 +37,7 @@ Derivatives = tuple[Tensor | None, Tensor | None]
 
 SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 TWO_OVER_SQRT_PI = 2 / math.sqrt(math.pi)
+BLOCK = 1 << 16  # elements at a time: a few tensors of them fit into the cache
 LN2, LN10 = math.log(2), math.log(10)
 
 
@@ -397,10 +399,44 @@ def _unary(name: str, derivatives: Callable[..., Derivatives]) -> None:
         if packet in NOT_HOLOMORPHIC and p.is_complex():
             return NotImplemented
         y = op(p, *args, **kwargs)
-        d1, d2 = derivatives(precise(p if p.dtype == y.dtype else p.to(y.dtype)), precise(y), *args, **kwargs)
-        return chain(space, x, y, d1, d2 if space.order == 2 else None)
+
+        def of(p: Tensor, y: Tensor) -> Derivatives:
+            d1, d2 = derivatives(precise(p if p.dtype == y.dtype else p.to(y.dtype)), precise(y), *args, **kwargs)
+            return d1, d2 if space.order == 2 else None
+
+        if p.numel() > BLOCK and not any(isinstance(a, Tensor) for a in args):
+            result = _in_blocks(space, x, p, y, of)
+            if result is not NotImplemented:
+                return result
+        return chain(space, x, y, *of(p, y))
 
     RULES[op] = rule
+
+
+def _in_blocks(space: Space, x: Any, p: Tensor, y: Tensor, of: Callable[[Tensor, Tensor], Derivatives]) -> Any:
+    """`chain`, some elements at a time: the derivatives stay in the cache and take no memory of the result's size."""
+    _, first, second = parts(x, space)
+    held = [t for t in (p, y, first, second) if t is not None]
+    if first is None or y.is_complex() or not plain(*held) or not all(t.is_contiguous() for t in held):
+        return NotImplemented
+    n = p.numel()
+    p, flat, first = p.view(n), y.view(n), first.view(-1, n)
+    d1, d2 = of(p[:1], flat[:1])
+    if d1 is None or (second is None and d2 is not None):  # products that may never be formed are `chain`'s
+        return NotImplemented
+    y1 = torch.empty_like(first)
+    y2 = None if second is None else torch.empty_like(second.view(-1, n))
+    for start in range(0, n, BLOCK):
+        part = slice(start, start + BLOCK)
+        d1, d2 = of(p[part], flat[part])
+        assert d1 is not None
+        torch.mul(first[:, part], d1, out=y1[:, part])
+        if y2 is not None and second is not None:
+            bent = y2[:, part]
+            torch.mul(second.view(-1, n)[:, part], d1, out=bent)
+            if d2 is not None:
+                accumulate(space, bent, d2 * first[:, part], first[:, part])
+    return make(y, y1.view(-1, *y.shape), None if y2 is None else y2.view(-1, *y.shape), space)
 
 
 for _name, _derivatives in DERIVATIVES.items():

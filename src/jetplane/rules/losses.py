@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..jet import Jet, Space, add, chain, gram, is_jet, make, parts, precise, primal
+from ..tangents import Tangents
 from . import examples
 from .registry import aten, register
 
@@ -23,9 +24,10 @@ def reduce(y: Any, reduction: int) -> Any:
     if reduction == NONE:
         return y
     total = y.mean() if reduction == MEAN else y.sum()
-    if isinstance(y, Jet):
+    if isinstance(y, Jet) and y.space.examples:
         share = torch.full_like(y.primal, 1 / max(y.numel(), 1) if reduction == MEAN else 1)
-        examples.keep(y.space, total, y.first, share)
+        first = y.first.formed() if isinstance(y.first, Tangents) else y.first
+        examples.keep(y.space, total, first, share)
     return total
 
 

@@ -7,6 +7,9 @@
 of two plain tensors. Where both sides have first coefficients the cross terms and the first-order
 terms are interpolated from products of sums (see `_interpolated`): 1 + K + K(K+1)/2 products
 instead of 1 + 2K + K², the number of coefficients that the result has.
+
+Tangents of low rank, ``b_i = left_i right_i^T``, cost no product at all: ``f(a, b_i)`` is the product of a
+with the few rows of ``right_i``, spread by ``left_i`` (see `_low_rank`).
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..jet import Jet, Space, add, broadcast, carried, make, parts, plain, precise, primal
+from ..jet import Jet, Space, add, broadcast, carried, is_jet, low_rank, make, parts, plain, precise, primal
+from ..tangents import LowRank, Stacked, Tangents
 from .registry import aten, register
 
 BLOCK = 1 << 17  # elements of a sum of weights that are held at a time
@@ -59,6 +63,27 @@ class Form(ABC):
         """Whether a product costs so much more than sums of its factors that interpolation pays."""
         return False
 
+    by_rows = False  # whether each row of b, along its first axis, makes a channel of its own: the second axis of y
+
+    def spread(self, onto: Tensor | None, inner: Tensor, left: Tensor) -> Tensor:
+        """``onto[n] + sum_m inner[n, :, m] left[n, m]``: channels m spread to those of the result.
+
+        Args:
+            onto: a stack of results (n, N, channels, ...), which may be overwritten, or None.
+            inner: (n, N, m, ...).
+            left: (n, m, channels).
+        """
+        if not plain(onto, inner, left):
+            y = torch.einsum("nbm...,nmc->nbc...", inner, left)
+            return y if onto is None else onto + y
+        left = left.reshape(*left.shape[:2], 1, left.shape[2], *[1] * (inner.dim() - 3))
+        if onto is None:
+            onto = inner[:, :, :1] * left[:, 0]
+            inner, left = inner[:, :, 1:], left[:, 1:]
+        for m in range(left.shape[1]):
+            onto.addcmul_(inner[:, :, m : m + 1], left[:, m])
+        return onto
+
 
 class Work:
     """Buffers that the products of one operator share: fresh memory costs as much as the sums."""
@@ -76,6 +101,11 @@ class Work:
 
 def bilinear(space: Space, form: Form, a: Any, b: Any, y: Tensor | None = None) -> Tensor:
     """The jet of ``form(a, b)``; ``y`` is its primal where that is known already."""
+    if form.by_rows and is_jet(b, space):
+        if isinstance(b.first, LowRank):
+            return _low_rank(space, form, a, b.primal, b.first, y)
+        if isinstance(b.first, Stacked) and space.order == 1:
+            return _stacked(space, form, a, b.primal, b.first, y)
     pa, fa, sa = parts(a, space)
     pb, fb, sb = parts(b, space)
     y = form(pa, pb) if y is None else y
@@ -97,6 +127,61 @@ def bilinear(space: Space, form: Form, a: Any, b: Any, y: Tensor | None = None) 
     if sb is not None:
         second = _plus(second, form.right(pa, sb))
     return make(y, first, second, space)
+
+
+def _low_rank(space: Space, form: Form, a: Any, pb: Tensor, tangents: LowRank, y: Tensor | None) -> Tensor:
+    """The jet of a product with a parameter whose tangents are of low rank.
+
+    y_i  = f(a_i, b) + f(a, right_i) left_i
+    y_ij = f(a_ij, b) + f(a_i, right_j) left_j + f(a_j, right_i) left_i
+    """
+    pa, fa, sa = parts(a, space)
+    y = form(pa, pb) if y is None else y
+    pa, pb = precise(pa), precise(pb)
+    left = tangents.left  # (K, r, channels)
+    k, r = left.shape[:2]
+    rows = tangents.right.reshape(k * r, *pb.shape[1:])
+    inner = form(pa, rows).unflatten(1, (k, r)).movedim(1, 0)
+    first = form.spread(None if fa is None else form.left(fa, pb), inner, left)
+    second = None if sa is None else form.left(sa, pb)
+    if fa is not None and space.order == 2:
+        inner, left = _crossed(space, form, fa, rows, left)
+        second = form.spread(second, inner, left)
+    return make(y, first, second, space)
+
+
+def _stacked(space: Space, form: Form, a: Any, pb: Tensor, tangents: Stacked, y: Tensor | None) -> Tensor:
+    """First coefficients of a product with a parameter whose tangents are of several kinds."""
+    pa, fa, sa = parts(a, space)
+    y = form(pa, pb) if y is None else y
+    pa, pb = precise(pa), precise(pb)
+    first = [None] * len(tangents.parts)
+    if fa is not None:
+        first = form.left(fa, pb).split([part.shape[0] for part in tangents.parts])
+    own = []
+    for onto, part in zip(first, tangents.parts, strict=True):
+        if isinstance(part, LowRank):
+            k, r = part.left.shape[:2]
+            inner = form(pa, part.right.reshape(k * r, *pb.shape[1:])).unflatten(1, (k, r)).movedim(1, 0)
+            own.append(form.spread(onto, inner, part.left))
+        else:
+            product = form.right(pa, part.formed() if isinstance(part, Tangents) else part)
+            own.append(product if onto is None else onto + product)
+    return make(y, torch.cat(own), None if sa is None else form.left(sa, pb), space)
+
+
+def _crossed(space: Space, form: Form, fa: Tensor, rows: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+    """``f(a_i, right_j)`` and ``f(a_j, right_i)`` for each pair, (pairs, N, 2r, ...), and what spreads them."""
+    b, r = space.block, left.shape[1]
+    upper = torch.triu_indices(b, b, device=fa.device)
+    i, j = upper[0], upper[1]
+    inner, outer = [], []
+    for n in range(0, space.k, b):  # each plane's directions meet each other alone
+        cross = form.left(fa[n : n + b], rows[n * r : (n + b) * r]).unflatten(2, (b, r)).movedim(2, 1)
+        inner.append(torch.cat([cross[i, j], cross[j, i]], 2))
+        own = left[n : n + b]
+        outer.append(torch.cat([own[j], own[i]], 1))
+    return torch.cat(inner), torch.cat(outer)
 
 
 def _plus(total: Tensor | None, term: Tensor) -> Tensor:
@@ -235,6 +320,13 @@ class _Rows(Form):
     def pays(self, a: Tensor, b: Tensor) -> bool:
         return a.shape[0] >= 96 and b.shape[0] >= 96
 
+    by_rows = True
+
+    def spread(self, onto: Tensor | None, inner: Tensor, left: Tensor) -> Tensor:
+        if onto is None:
+            return torch.matmul(inner, left)
+        return onto.baddbmm_(inner, left) if plain(onto, inner, left) else onto + torch.matmul(inner, left)
+
 
 class _Batched(Form):
     """``a @ b`` for batches of matrices, (m, r, s) and (m, s, t)."""
@@ -282,10 +374,8 @@ def _(space: Space, x: Any, weight: Any, bias: Any = None) -> Tensor:
 
 def _biased(space: Space, rows: Any, weight: Any, bias: Any, y: Tensor) -> Tensor:
     unbiased = y
-    _, fx, _ = parts(rows, space)
-    _, fw, _ = parts(weight, space)
     pb, fb, sb = parts(bias, space)
-    if fx is not None and fw is not None and space.order == 2:
+    if is_jet(rows, space) and is_jet(weight, space) and not low_rank(weight, space) and space.order == 2:
         unbiased = y - pb  # interpolation needs the product itself
     product = bilinear(space, ROWS, rows, weight, unbiased)
     _, first, second = parts(product, space)
@@ -412,6 +502,10 @@ class _Convolution(Form):
 
     def pays(self, a: Tensor, b: Tensor) -> bool:
         return True
+
+    @property
+    def by_rows(self) -> bool:  # type: ignore[override]
+        return self.groups == 1 and not self.transposed
 
 
 @register("convolution")

@@ -14,7 +14,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import DerivativeError
-from ..jet import Jet, Space, broadcast, carried, expand, lift, linear, make, mark_view, parts, plain, primal
+from ..jet import (
+    Jet,
+    Space,
+    broadcast,
+    carried,
+    expand,
+    lift,
+    linear,
+    low_rank,
+    make,
+    mark_view,
+    parts,
+    plain,
+    primal,
+    products,
+)
 from .registry import RULES, aten, overload, register
 
 
@@ -149,15 +164,6 @@ def _fft(c: Tensor, dims: Sequence[int], *args: Any, op: Any) -> Tensor:
     return op(c, [up(d) for d in dims], *args)
 
 
-def _embedding(
-    c: Tensor, index: Tensor, padding: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
-) -> Tensor:
-    if scale_grad_by_freq:
-        raise DerivativeError("embedding with scale_grad_by_freq has a gradient that is not its derivative")
-    y = c[:, index]
-    return y if padding < 0 else y * (index != padding).unsqueeze(-1)  # torch keeps that row out of training
-
-
 def _as_real(c: Tensor) -> Tensor:
     return torch.view_as_real(c.resolve_conj())
 
@@ -178,7 +184,6 @@ LINEAR: dict[str, Callable[..., Any]] = {
     "clone": lambda c, memory_format=None: c,
     "contiguous": lambda c, memory_format=None: c,
     "alias": lambda c: c,
-    "t": lambda c: c.transpose(-1, -2) if c.dim() == 3 else c,
     "transpose.int": lambda c, a, b: c if c.dim() == 1 else c.transpose(up(a), up(b)),
     "permute": _permute,
     "numpy_T": _transposed,
@@ -213,9 +218,7 @@ LINEAR: dict[str, Callable[..., Any]] = {
     "resolve_neg": torch.resolve_neg,
     "_neg_view": torch.neg,
     # sums
-    "sum": lambda c, *, dtype=None: _sum(c, dtype=dtype),
     "sum.dim_IntList": _sum,
-    "mean": lambda c, *, dtype=None: _mean(c, dtype=dtype),
     "mean.dim": _mean,
     "cumsum": _cumsum,
     # picking
@@ -225,7 +228,6 @@ LINEAR: dict[str, Callable[..., Any]] = {
     "index_select": _index_select,
     "take": _take,
     "constant_pad_nd": _constant_pad,
-    "embedding": lambda c, index, *rest: _embedding(c, index, *rest),
     # Fourier
     "_fft_r2c": lambda c, dim, *rest: _fft(c, dim, *rest, op=aten._fft_r2c),
     "_fft_c2c": lambda c, dim, *rest: _fft(c, dim, *rest, op=aten._fft_c2c),
@@ -300,6 +302,62 @@ for _name, _on_stack in LINEAR.items():
     _enter_linear(_name, _on_stack)
 for _name, _rank in FOLDED.items():
     _enter_folded(_name, _rank)
+
+
+# --- sums over everything ---------------------------------------------------------------------
+
+
+def _enter_total(name: str, on_stack: Callable[..., Tensor]) -> None:
+    op = overload(name)
+    assert op is not None
+
+    def rule(space: Space, x: Any, *, dtype: Any = None) -> Any:
+        lazy = products(x, space)
+        if lazy is None or dtype is not None:
+            return linear(space, x, lambda p: op(p, dtype=dtype), lambda c: on_stack(c, dtype=dtype))
+        second = lazy.summed(space)  # without one tensor for each pair
+        if name == "mean":
+            second = second / max(x.numel(), 1)
+        return make(op(x.primal), None if x.first is None else on_stack(x.first), second, space)
+
+    RULES[op] = rule
+
+
+_enter_total("sum", _sum)
+_enter_total("mean", _mean)
+
+
+# --- what leaves low-rank tangents as they are ----------------------------------------------
+
+
+@register("t")
+def _(space: Space, x: Any) -> Any:
+    low = low_rank(x, space)
+    if low is not None:
+        return Jet(x.primal.t(), low.transposed(), None, space)
+    return linear(space, x, aten.t, lambda c: c.transpose(-1, -2) if c.dim() == 3 else c)
+
+
+@register("embedding")
+def _(
+    space: Space, weight: Any, index: Tensor, padding: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
+) -> Any:
+    if scale_grad_by_freq:
+        raise DerivativeError("embedding with scale_grad_by_freq has a gradient that is not its derivative")
+    kept = None if padding < 0 else (index != padding).unsqueeze(-1)  # torch keeps that row out of training
+
+    def trained(c: Tensor) -> Tensor:
+        return c if kept is None else c * kept
+
+    def looked_up(table: Tensor) -> Tensor:
+        return aten.embedding(table, index, padding)
+
+    low = low_rank(weight, space)
+    if low is not None:
+        picked = low.left[:, :, index.flatten()]  # (K, r, n): what each row's factor is
+        first = (picked.mT @ low.right).unflatten(1, index.shape)
+        return make(looked_up(weight.primal), trained(first), None, space)
+    return linear(space, weight, looked_up, lambda c: trained(c[:, index]))
 
 
 # --- dtype and device ---------------------------------------------------------------------

@@ -1,0 +1,116 @@
+"""A results folder: what was asked for, the numbers as they came, a table and figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from ...errors import RunFolderError
+from .. import environment, store
+
+Row = dict[str, str]
+
+
+class Results:
+    """A folder with ``config.json``, ``environment.json``, ``metrics/``, ``results.md`` and figures.
+
+    Args:
+        folder: made if it is not there.
+        config: everything that decides the numbers. A folder that was begun with another one is refused.
+
+    Raises:
+        RunFolderError: the folder holds something else, or results of another configuration.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        self.folder = folder
+        config = json.loads(json.dumps(config))  # tuples as lists, as they will be read
+        path = folder / "config.json"
+        if path.exists():
+            _refuse_changes(path, config)
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunFolderError(
+                f"{folder} exists and holds no results of this command; name another folder with --out"
+            )
+        else:
+            (folder / "metrics").mkdir(parents=True, exist_ok=True)
+            _write(path, config)
+            environment.record(folder, torch.device("cpu"), 0)
+
+    def has(self, name: str) -> bool:
+        """Whether these metrics are there already."""
+        return self._path(name).exists()
+
+    def keep(self, name: str, metrics: Any) -> None:
+        """Write metrics, whole or not at all."""
+        path = self._path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, metrics)
+
+    def read(self, name: str) -> Any:
+        """Metrics that `keep` wrote.
+
+        Raises:
+            RunFolderError: they are missing or damaged.
+        """
+        try:
+            return json.loads(self._path(name).read_text())
+        except (OSError, ValueError) as error:
+            raise RunFolderError(
+                f"{self._path(name)}: cannot be read ({error}); delete it to compute it anew"
+            ) from error
+
+    def figure(self, name: str, figure: Figure) -> None:
+        """Write a figure as PNG and SVG."""
+        for kind in ("png", "svg"):
+            figure.savefig(self.folder / f"{name}.{kind}", dpi=150)
+        plt.close(figure)
+
+    def page(self, title: str, sections: Sequence[str]) -> None:
+        """Write ``results.md``."""
+        store.write_whole(self.folder / "results.md", "\n\n".join([f"# {title}", *sections, ""]).encode())
+
+    def _path(self, name: str) -> Path:
+        return self.folder / "metrics" / f"{name}.json"
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A Markdown table; all columns but the first are aligned to the right."""
+    names = list(rows[0])
+    lines = [names, ["---", *["--:"] * (len(names) - 1)], *([row[n] for n in names] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def mean_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean over seeds and its standard error; the error of a single value is NaN."""
+    x = torch.tensor(values, dtype=torch.float64)
+    return x.mean().item(), (x.std() / len(x) ** 0.5).item() if len(x) > 1 else float("nan")
+
+
+def pm(values: Sequence[float], digits: int = 3, scale: float = 1.0) -> str:
+    """Mean and standard error as a table shows them."""
+    mean, error = mean_error([scale * v for v in values])
+    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if error == error else "")
+
+
+def _write(path: Path, content: Any) -> None:
+    store.write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _refuse_changes(path: Path, config: dict[str, Any]) -> None:
+    try:
+        old = json.loads(path.read_text())
+    except ValueError as error:
+        raise RunFolderError(f"{path}: not the configuration of a reproduction ({error})") from error
+    changed = sorted(n for n in old.keys() | config.keys() if old.get(n) != config.get(n))
+    if changed:
+        raise RunFolderError(
+            f"{path.parent} holds results of another configuration; different: {', '.join(changed)}. "
+            "Name another folder with --out"
+        )
