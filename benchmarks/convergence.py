@@ -159,6 +159,7 @@ def run(
     torch.manual_seed(seed)
     model = task.model()
     step, clock = make(model, task, rate), args.clock
+    loss = task.reverse if name.endswith("backprop") and task.reverse else task.loss
     course, seconds, due, steps = Course(name, seed, rate), 0.0, args.seconds / 64, 0
 
     def note() -> None:
@@ -175,7 +176,7 @@ def run(
     for b in task.batches(batch, torch.Generator().manual_seed(seed)):
         start = clock()
         try:
-            step(lambda b=b: task.loss(model, b))
+            step(lambda b=b: loss(model, b))
         except (jp.NonFiniteError, jp.SingularPlaneError) as error:
             course.status = f"diverged: {error}"
             break

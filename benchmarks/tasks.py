@@ -33,6 +33,7 @@ class Task:
         measure: what is reported: "accuracy", of which more is better, or an error.
         layers: whether the loss uses the model as its layers are, so that they can be perturbed.
         epoch: examples of an epoch.
+        reverse: the same loss for reverse mode, if that needs another way to write it.
     """
 
     model: Callable[[], nn.Module]
@@ -43,6 +44,7 @@ class Task:
     measure: str
     layers: bool = True
     epoch: int = 60_000
+    reverse: Callable[[nn.Module, Batch], Tensor] | None = None
 
 
 # --- MNIST ------------------------------------------------------------------------------------------------
@@ -185,12 +187,20 @@ def poisson(folder: Path | None) -> Task:
             side = torch.randint(2, (size // 4, 1), generator=generator)
             yield inside, edge.scatter(1, side, torch.randint(2, (size // 4, 1), generator=generator).float())
 
-    def loss(model: nn.Module, b: Batch) -> Tensor:
+    def residuals(model: nn.Module, laplacian: Tensor, b: Batch) -> Tensor:
         inside, edge = b
-        axes = torch.eye(2).unsqueeze(1).expand(2, *inside.shape)
-        laplacian = jp.jet(model, inside, axes, pairs="diagonal")[2].sum(0)
         source = 2 * math.pi**2 * exact(inside)
         return F.mse_loss(laplacian, -source) + 100 * F.mse_loss(model(edge), torch.zeros(len(edge), 1))
+
+    def loss(model: nn.Module, b: Batch) -> Tensor:
+        axes = torch.eye(2).unsqueeze(1).expand(2, *b[0].shape)
+        return residuals(model, jp.jet(model, b[0], axes, pairs="diagonal")[2].sum(0), b)
+
+    def reverse(model: nn.Module, b: Batch) -> Tensor:
+        x = b[0].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        second = [torch.autograd.grad(slope[:, i].sum(), x, create_graph=True)[0][:, i] for i in (0, 1)]
+        return residuals(model, (second[0] + second[1]).unsqueeze(1), b)
 
     def score(model: nn.Module) -> tuple[float, float]:
         off = (model(grid) - exact(grid)).norm() / exact(grid).norm()
@@ -201,7 +211,7 @@ def poisson(folder: Path | None) -> Task:
         layers = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.Tanh())]
         return nn.Sequential(*layers, nn.Linear(64, 1))
 
-    return Task(model, loss, batches, 512, score, "error", layers=False, epoch=512)
+    return Task(model, loss, batches, 512, score, "error", layers=False, epoch=512, reverse=reverse)
 
 
 TASKS: dict[str, Callable[[Path | None], Task]] = {

@@ -188,6 +188,13 @@ def test_a_failing_estimate_changes_nothing():
     assert all(not m._forward_hooks for m in net.modules())
 
 
+def test_few_parameters_are_all_moved():
+    w = nn.Parameter(torch.ones(3))
+    assert jp.optim.PlaneSearch([w]).k == 3
+    with pytest.raises(jp.ArgumentError, match="exceed"):
+        jp.optim.PlaneSearch([w], k=4)
+
+
 W = [nn.Parameter(torch.ones(3))]
 BAD = {
     "nothing to learn from": (lambda: jp.optim.PlaneSearch(W, k=0), jp.ArgumentError, "k must be positive"),

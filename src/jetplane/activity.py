@@ -145,12 +145,9 @@ LAYERS: dict[type[nn.Module], _Layer] = {
 
 def _padded(module: Any, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """A convolution's input with its padding on, whatever mode and words it has, and the settings left."""
-    x = F.pad(x, module._reversed_padding_repeated_twice, "constant" if _zeros(module) else module.padding_mode)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = F.pad(x, module._reversed_padding_repeated_twice, mode)
     return x, {"stride": module.stride, "padding": 0, "dilation": module.dilation, "groups": module.groups}
-
-
-def _zeros(module: Any) -> bool:
-    return module.padding_mode == "zeros"
 
 
 # --- noise ----------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from .base import STATE, Chunk, Closure, Moving, Params, PlaneOptimizer
 Guess = Callable[[], Sequence[Tensor]]
 
 PREVIOUS, AVERAGE, SQUARE = "previous", "average {}", "square"  # names in the state of a parameter
+DRAWN = 64  # directions, by default, where there is no model to perturb
 SQUARE_KEPT = 0.99  # how much of the average of squares is kept from step to step
 
 
@@ -55,7 +56,8 @@ class PlaneSearch(PlaneOptimizer):
             step, 1 unless ``rate`` is a number) and ``weight_decay``. Frozen parameters are left alone.
         model: holds the layers to perturb. The closure is called several times a step and must compute the same
             each time; what it writes to buffers, and torch's random numbers, move once.
-        k: directions to draw; by default 0 with a model (one, until there is something to remember), 64 without.
+        k: directions to draw; by default 0 with a model (one, until there is something to remember), without one
+            64, or as many as there are parameters.
         curvature: "ggn", which needs a loss function (see `jetplane.evaluate`), or "hessian".
         tangents: structure of the drawn directions, "rank-one" or "dense"; see `jetplane.Directions`.
         rate: "auto" as above, a number for steps of that part, or a `jetplane.search.Search`.
@@ -104,7 +106,6 @@ class PlaneSearch(PlaneOptimizer):
         clip: float | None = None, weight_decay: float = 0.0, seed: int = 0,
         chunk: Chunk = None,
     ) -> None:  # fmt: skip
-        k = (64 if model is None else 0) if k is None else k
         if k == 0 and model is None:
             raise ArgumentError(
                 "without a model there is nothing but drawn directions to learn from: k must be positive"
@@ -130,8 +131,10 @@ class PlaneSearch(PlaneOptimizer):
         self.guess = guess
         lr = rate if isinstance(rate, (int, float)) else 1.0
         super().__init__(
-            params, lr, max(k, 1), law, tangents, clip=clip, weight_decay=weight_decay, seed=seed, chunk=chunk
+            params, lr, k or 1, law, tangents, clip=clip, weight_decay=weight_decay, seed=seed, chunk=chunk
         )
+        if k is None:
+            k = 0 if model is not None else min(DRAWN, sum(p.numel() for p, _, _ in self._moving()))
         self.k = k
 
     @property
