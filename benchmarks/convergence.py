@@ -226,8 +226,8 @@ def draw(results: dict[str, tuple[Task, list[Course]]], path: Path, title: str) 
         1, len(results), figsize=(1 + 4.4 * len(results), 4.2), squeeze=False, layout="constrained"
     )
     figure.suptitle(title, fontsize=12)
+    methods = list(dict.fromkeys(c.method for _, courses in results.values() for c in courses))
     for panel, (name, (task, courses)) in zip(panels[0], results.items(), strict=True):
-        methods = list(dict.fromkeys(c.method for c in courses))
         for c in courses:
             n = methods.index(c.method)
             error = task.measure == "accuracy"
@@ -235,13 +235,16 @@ def draw(results: dict[str, tuple[Task, list[Course]]], path: Path, title: str) 
                 [r["seconds"] for r in c.rows[1:]],
                 [1 - r["measure"] if error else r["measure"] for r in c.rows[1:]],
                 color=COLOURS[n % len(COLOURS)], linestyle=STYLES[(n // len(COLOURS) + n) % len(STYLES)],
-                linewidth=2.6 if c.method == PLANE else 1.4, label=c.method if c.seed == courses[0].seed else None,
+                linewidth=2.6 if c.method == PLANE else 1.4, label=c.method,
             )  # fmt: skip
         panel.set(xscale="log", yscale="log", title=name, xlabel="seconds")
         panel.set_ylabel("test error" if task.measure == "accuracy" else "held-out error")
         panel.grid(True, which="major", color="#dddddd", linewidth=0.7)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    named = {
+        label: line for panel in panels[0] for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }  # one line a method, however many panels and seeds it is in
+    figure.legend([named[m] for m in methods], methods, frameon=False, fontsize=9, loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

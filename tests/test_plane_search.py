@@ -13,7 +13,7 @@ import jetplane as jp
 from jetplane.activity import OTHERS
 from jetplane.descent import CurvatureScaled
 from jetplane.optim.plane_search import AVERAGE, PREVIOUS
-from jetplane.search import Backtracking
+from jetplane.search import Backtracking, Whole
 
 X = torch.randn(128, 6, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] > X[:, 1] ** 2).long() + (X[:, 2] > 1).long()
@@ -186,6 +186,18 @@ def test_a_failing_estimate_changes_nothing():
     assert all(torch.equal(before[n], t) for n, t in net.state_dict().items())
     assert str(state) == str(opt.state_dict())
     assert all(not m._forward_hooks for m in net.modules())
+
+
+def test_frozen_parameters_stay_and_groups_have_their_own_rate():
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    net[0].weight.requires_grad_(False)
+    groups = [{"params": net[0].parameters()}, {"params": net[2].parameters(), "lr": 0.0}]
+    opt = jp.optim.PlaneSearch(groups, net, rate=Whole())
+    before = [p.detach().clone() for p in net.parameters()]
+    for _ in range(2):
+        opt.step(lambda: F.cross_entropy(net(X), Y))
+    moved = [not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True)]
+    assert moved == [False, True, False, False]
 
 
 def test_few_parameters_are_all_moved():

@@ -53,7 +53,8 @@ class PlaneSearch(PlaneOptimizer):
 
     Args:
         params: parameters or groups of them, as for any torch optimizer. Groups may set ``lr`` (a factor on the
-            step, 1 unless ``rate`` is a number) and ``weight_decay``. Frozen parameters are left alone.
+            step, 1 unless ``rate`` is a number; with unlike factors the step is not the plane's solution, and may be
+            refused) and ``weight_decay``. Frozen parameters are left alone.
         model: holds the layers to perturb. The closure is called several times a step and must compute the same
             each time; what it writes to buffers, and torch's random numbers, move once.
         k: directions to draw; by default 0 with a model (one, until there is something to remember), without one
