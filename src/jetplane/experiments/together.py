@@ -19,7 +19,10 @@ TIMEOUT = timedelta(minutes=5)  # how long ranks wait for one that hangs
 def start() -> None:
     """Join the other processes, if torchrun started more than one: gloo for CPU tensors, NCCL for those of GPUs."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group(timeout=TIMEOUT)
+        store, place, count = next(dist.rendezvous("env://"))
+        # torchrun keeps its store over a restart, and gloo would meet the addresses of the dead (torch 2.13).
+        attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(timeout=TIMEOUT, store=attempt, rank=place, world_size=count)
 
 
 def end() -> None:
