@@ -4,7 +4,8 @@
 
 FOMOH_SRC names the source tree of SRI-CSL/fomoh. Both sides start from the same weights and see the same batches in
 the same order. First, one step of each along the same directions must give the same parameters. Then they train, and
-each draws its own directions, so that losses agree within the spread of seeds and not to the last digit. Both run in
+each draws its own directions, so that losses agree within the spread of seeds and not to the last digit; with
+--same-directions the paper's code takes ours, and they agree to rounding and what training makes of it. Both run in
 this process and take turns, run by run. Wall and processor time are those of the training steps alone; on a machine
 that others use, with one thread, processor time is the one to compare.
 """
@@ -12,6 +13,7 @@ that others use, with one thread, processor time is the one to compare.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import os
@@ -85,16 +87,18 @@ class Reference:
     Args:
         config: of our run beside it.
         dataset: of both.
+        same: step along the directions that our run draws, instead of its own.
     """
 
-    def __init__(self, config: Config, dataset: data.Data) -> None:
+    def __init__(self, config: Config, dataset: data.Data, same: bool = False) -> None:
         source = Path(os.environ["FOMOH_SRC"]) / "src"
         if str(source) not in sys.path:
             sys.path.insert(0, str(source))
         import fomoh.nn as library  # type: ignore[import-not-found]
         import fomoh.opt as steps  # type: ignore[import-not-found]
 
-        self.library, self.steps, self.config, self.data = library, steps, config, dataset
+        self.library, self.steps, self.config, self.data, self.same = library, steps, config, dataset, same
+        self.directions = Directions(config.k or 1, seed=config.seed)
         torch.manual_seed(config.seed)  # the weights that our run starts from
         self.like = models.build(config.model, dataset.side)
         self.flat = config.model == "logreg"
@@ -108,7 +112,18 @@ class Reference:
 
     def step(self, x: Tensor, y: Tensor) -> float:
         """One step of the paper's code, and the loss before it."""
-        x = x.flatten(1) if self.flat else x
+        with mock.patch("torch.randn", self._drawn) if self.same else contextlib.nullcontext():
+            loss = self._step(x.flatten(1) if self.flat else x, y)
+        self.directions.step += 1
+        return loss
+
+    def _drawn(self, *size: int) -> Tensor:
+        """In place of its random numbers: our directions of this step, in its layout."""
+        tangents = self.directions.tangents(list(self.like.parameters()))
+        together = torch.cat([(v.mT if v.dim() == 3 else v).flatten(1) for v in tangents], 1)
+        return together.reshape([int(n) for n in size])
+
+    def _step(self, x: Tensor, y: Tensor) -> float:
         if self.config.method == "fomoh-kd":
             loss, _ = self.steps.optimizer_step_plane_Nd(
                 self.model, self.loss, 1, x, y, N=self.config.k, lr=self.config.lr
@@ -155,16 +170,13 @@ def check(config: Config, dataset: data.Data) -> float:
     Raises:
         RuntimeError: the difference is not rounding.
     """
-    reference = Reference(config, dataset)
+    reference = Reference(config, dataset, same=True)
     x, y = dataset.train.images[:1000], dataset.train.labels[:1000]
     params: list[Tensor] = list(reference.like.parameters())
     before = [p.detach().clone() for p in params]
-    directions = Directions(config.k or 1, seed=config.seed).tangents(params)
-    opt = optimizer(config, params)  # draws the same, from the same seed
+    opt = optimizer(config, reference.like)
     opt.step(lambda: F.cross_entropy(reference.like(x), y))  # type: ignore[arg-type,return-value]
-    drawn = torch.cat([(v.mT if v.dim() == 3 else v).flatten(1) for v in directions], 1)
-    with mock.patch("torch.randn", lambda *size: drawn.reshape(*map(int, size))):
-        reference.step(x, y)
+    reference.step(x, y)
     own = [p.t() if p.dim() == 2 else p for p in reference.model.params.values()]
     largest = max((p - b).abs().max().item() for p, b in zip(params, before, strict=True))
     error = max((p - q).abs().max().item() for p, q in zip(params, own, strict=True)) / largest
@@ -228,6 +240,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="[default: the paper's, 1024 or 2048]")
     parser.add_argument("--data-dir", type=Path, help="folder of MNIST [or JETPLANE_MNIST]")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--same-directions", action="store_true", help="both sides step along ours")
     parser.add_argument("--out", type=Path, help="folder for the raw numbers and the figure")
     args = parser.parse_args()
     if not os.environ.get("FOMOH_SRC"):
@@ -247,7 +260,7 @@ def main() -> None:
             )  # fmt: skip
             apart = max(apart, check(config, dataset))
             runs[method][SIDES[0]].append(ours(config, dataset))
-            runs[method][SIDES[1]].append(Reference(config, dataset).train())
+            runs[method][SIDES[1]].append(Reference(config, dataset, args.same_directions).train())
             print(f"{method}, seed {seed}: done", file=sys.stderr)
     last, every = compare(runs)
     same = f"Along the same directions, first steps agree to {apart:.0e} of the largest change of a parameter."

@@ -15,7 +15,7 @@ LAYERS = [
     {"rules", "descent", "replay"},
     {"directions", "chunking"},
     {"plane"},
-    {"functions", "testing", "search", "estimators", "activity"},
+    {"functions", "testing", "search", "estimators", "activity", "distributed"},
     {"optim"},
     {""},  # the package itself
     {"experiments"},

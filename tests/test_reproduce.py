@@ -97,7 +97,7 @@ class TestLaws:
 
 def milestones(schedule: str, epochs: int, every: int) -> list[float]:
     config = Config(method="fomoh", lr=1.0, schedule=schedule, drop_every=every, epochs=epochs)
-    opt = optimizer(config, [torch.ones(2, requires_grad=True)])
+    opt = optimizer(config, torch.nn.Linear(1, 1))
     steps = scheduler(config, opt)
     rates = []
     for _ in range(epochs):
@@ -196,11 +196,18 @@ class TestCommand:
         assert done.exit_code == 0, done.output
         assert "FoMoH-2D" in done.output and str(out) in done.output.replace("\n", "")
         here = {p.name for p in out.iterdir()}
-        assert {"config.json", "environment.json", "metrics", "results.md"} <= here
+        assert {"configuration.json", "environment.json", "metrics", "results.md"} <= here
         pictures = {p for p in here if p.endswith(".png")}
         assert pictures and {p.replace("png", "svg") for p in pictures} <= here
         page = (out / "results.md").read_text()
         assert all(f"({p})" in page for p in pictures)
+
+    def test_the_html_report_finds_the_runs(self, tmp_path):
+        carry_out(experiment("logreg", "smoke"), tmp_path / "results")
+        done = self.runner.invoke(cli.app, ["report", str(tmp_path / "results"), "--out", str(tmp_path / "page.html")])
+        assert done.exit_code == 0, done.output
+        runs = len(list((tmp_path / "results" / "runs").rglob("metrics.jsonl")))
+        assert f"report of {runs} runs" in done.output and runs == 32
 
     def test_a_folder_in_use(self, tmp_path):
         (tmp_path / "file").touch()

@@ -16,10 +16,10 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .errors import ArgumentError, CheckpointError, JetplaneError, RunFolderError
+from .errors import ArgumentError, CheckpointError, JetplaneError, LostRankError, RunFolderError
 from .experiments import data as datasets
 from .experiments import demo as demonstration
-from .experiments import page, report, sweep
+from .experiments import page, report, sweep, together
 from .experiments.config import Config, DataName, DescentName, MethodName, ModelName, ScheduleName
 from .experiments.reproduce import Budget, ExperimentName, carry_out, experiment
 from .experiments.train import Run
@@ -67,16 +67,20 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Go on with this run folder; other options are its own.")] = None,
     configuration: Annotated[Path | None, ConfigFile] = None,
 ) -> None:
-    """Train a model and keep everything about the run in a folder."""
+    """Train a model and keep everything about the run in a folder. With torchrun, on several processes."""
     if resume is not None and configuration is not None:
         raise ArgumentError("a resumed run has its configuration; expected --resume or --config, got both")
+    together.start()
+    console.quiet = together.rank() > 0
+    config = _configured(context, configuration)
+    folder = out or Path("runs") / f"{config.data}-{config.model}-{config.method}-{config.seed}"
+    if together.restarted() and resume is None and together.by_first(lambda: (folder / "config.json").exists()):
+        resume = folder  # a process was lost, and torchrun started all of them again
     if resume is not None:
         run = Run.resume(resume, data_dir)
         _refuse_changes(context, run.config, resume)
     else:
-        config = _configured(context, configuration)
-        name = f"{config.data}-{config.model}-{config.method}-{config.seed}"
-        run = Run(config, out or Path("runs") / name, data_dir=data_dir)
+        run = Run(config, folder, data_dir=data_dir)
     with _progress() as progress:
         task = progress.add_task(run.config.label, total=None, loss="")
         try:
@@ -88,6 +92,8 @@ def train(
             then = f"go on with: jetplane train --resume {run.folder}"
             console.print(f"stopped after {run.epoch} of {run.config.epochs} epochs; {then}", soft_wrap=True)
             raise typer.Exit(130) from None
+    if together.rank() > 0:
+        return
     if not run.rows():
         raise ArgumentError(f"the run diverged in its first epoch ({result.get('message')}); try a smaller --lr")
     finished = report.Finished.read(run.folder)
@@ -96,6 +102,8 @@ def train(
     _show([finished])
     if result["status"] == "diverged":
         console.print(f"[yellow]diverged[/]: {result['message']}; try a smaller --lr")
+    if "ranks" in result:
+        console.print(f"{result['ranks']} processes, {result['bytes_per_step']:,} bytes a step from each")
     console.print(f"run folder  {run.folder}\ncurves      {picture}", soft_wrap=True)
     if result["status"] == "diverged":
         raise typer.Exit(2)
@@ -291,8 +299,13 @@ def main() -> None:
     try:
         app()
     except JetplaneError as error:
-        Console(stderr=True).print(f"[red bold]error[/] {error}", soft_wrap=True, highlight=False)
+        rank = together.rank()  # all ranks raise the same, unless the first of them is gone
+        if rank == 0 or isinstance(error, LostRankError):
+            of = f" of rank {rank}" if together.group() is not None else ""
+            Console(stderr=True).print(f"[red bold]error{of}[/] {error}", soft_wrap=True, highlight=False)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; go on with jetplane train --resume FOLDER", soft_wrap=True)
         raise SystemExit(130) from None
+    finally:
+        together.end()

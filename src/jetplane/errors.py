@@ -84,6 +84,34 @@ class RunFolderError(JetplaneError, OSError):
     """A run folder exists already, is missing, holds no whole run, or cannot be written."""
 
 
+class DistributedError(JetplaneError, RuntimeError):
+    """Base of what goes wrong between processes that train together.
+
+    Attributes:
+        ranks: those that the message is about, where they can be known.
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+
+
+class HandshakeError(DistributedError):
+    """Ranks that want to train together do not run the same training."""
+
+
+class RanksDifferError(DistributedError):
+    """Ranks differ in what must be the same on all of them: parameters, rates, or the batch they share."""
+
+
+class LostRankError(DistributedError):
+    """A rank does not answer."""
+
+
+class RemoteError(DistributedError):
+    """Another rank raised an error that is not one of Jetplane's."""
+
+
 class JetplaneWarning(UserWarning):
     """Base of every warning that this package issues."""
 

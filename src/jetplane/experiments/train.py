@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import optim
+from ..distributed import Ranks, fingerprint
 from ..errors import ArgumentError, CheckpointError, NonFiniteError, RunFolderError, SingularPlaneError
-from . import data, environment, models, store
+from . import data, environment, models, store, together
 from .config import Config
 
 Observer = Callable[[int, int, float], None]  # (steps done, steps in all, loss of the last one)
@@ -30,6 +32,10 @@ def optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     lr, k = config.lr, config.k
     assert lr is not None and k is not None
     shared: dict[str, Any] = {"lr": lr, "clip": config.clip or None, "weight_decay": config.weight_decay}
+    if together.group() is not None:
+        if config.method in ("sgd", "fomoh-bp", "plane-search"):
+            raise ArgumentError(f"the method {config.method} has gradients to send: it runs in one process alone")
+        shared["process_group"] = together.group()
     if config.method == "sgd":
         return torch.optim.SGD(params, lr=lr, weight_decay=config.weight_decay)
     if config.method == "fomoh-bp":
@@ -74,10 +80,14 @@ class Run:
         data_dir: where the data set is, if it does not come with a library.
         dataset: the data set itself, for whoever trains on it more than once.
 
+    Of several processes (torchrun) each takes its share of every batch, and the first alone reads and writes the
+    folder. The numbers do not depend on how many there are, up to rounding.
+
     Raises:
         RunFolderError: the folder exists and ``resume`` was not asked for.
         CheckpointError: the folder to resume has no checkpoint of this very model.
-        ArgumentError: the device does not exist.
+        ArgumentError: the device does not exist, or the method is not one for several processes.
+        HandshakeError: the processes have different configurations, data or code.
     """
 
     def __init__(
@@ -89,7 +99,7 @@ class Run:
         self.data = data.load(config.data, data_dir) if dataset is None else dataset
         if config.examples:
             self.data = self.data.first(config.examples)
-        device = _device(config.device)
+        device = _device(together.device(config.device))
         torch.manual_seed(config.seed)
         self.model = models.build(config.model, self.data.side, self.data.channels).to(device)
         self.opt = optimizer(config, self.model)
@@ -97,21 +107,33 @@ class Run:
         self.train_split, self.test_split = (
             data.Split(s.images.to(device), s.labels.to(device)) for s in (self.data.train, self.data.test)
         )
-        self.epoch, self.seconds = 0, 0.0
+        self.epoch, self.batch, self.seconds = 0, 0, 0.0
+        self.ranks: Ranks | None = getattr(self.opt, "ranks", None)
+        if self.ranks is not None:
+            self.ranks.handshake(dataclasses.asdict(config) | self._data_facts())
         if resume:
             self._restore()
         else:
-            if folder.exists() and any(folder.iterdir()):
-                raise RunFolderError(f"{folder} exists; name another folder, or go on with --resume {folder}")
-            folder.mkdir(parents=True, exist_ok=True)
-            config.save(folder / "config.json")
+            together.by_first(self._begin)
+
+    def _data_facts(self) -> dict[str, Any]:
+        splits = {"training": self.train_split, "test": self.test_split}
+        sizes = {f"{name} examples": len(s.labels) for name, s in splits.items()}
+        return sizes | {f"{name} data": f"{fingerprint([s.images, s.labels]):x}" for name, s in splits.items()}
+
+    def _begin(self) -> None:
+        if self.folder.exists() and any(self.folder.iterdir()):
+            raise RunFolderError(f"{self.folder} exists; name another folder, or go on with --resume {self.folder}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.config.save(self.folder / "config.json")
 
     @staticmethod
     def resume(folder: Path, data_dir: Path | None = None, dataset: data.Data | None = None) -> Run:
         """Go on where the folder's last checkpoint stands."""
-        if not folder.is_dir():
+        if together.rank() == 0 and not folder.is_dir():
             raise CheckpointError(f"{folder}: there is no such run folder")
-        return Run(Config.load(folder / "config.json"), folder, True, data_dir, dataset)
+        config = together.by_first(lambda: Config.load(folder / "config.json"))
+        return Run(config, folder, True, data_dir, dataset)
 
     def train(
         self,
@@ -128,7 +150,8 @@ class Run:
 
         Returns:
             What ``result.json`` holds: status "finished" or "diverged" with a message, the last metrics and the
-            peak of memory above what was held at the start, in bytes.
+            peak of memory above what was held at the start, in bytes. Of several processes also their number, and
+            the bytes that one sends in a step.
 
         >>> import tempfile
         >>> losses = []
@@ -144,21 +167,27 @@ class Run:
         """
         from torch.utils.tensorboard import SummaryWriter
 
-        if self.epoch < self.config.epochs:
+        first = together.rank() == 0  # which alone evaluates and writes
+        if first and self.epoch < self.config.epochs:
             environment.record(self.folder, self.train_split.images.device, self.epoch)
         baseline = _reset_peak()
         batches = -(-len(self.train_split.labels) // self.config.batch_size)
         total = batches * self.config.epochs
         status: dict[str, Any] = {"status": "finished"}
-        with SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.epoch + 1) as events:
+        writer: Any = nullcontext()
+        if first:
+            writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.epoch + 1)
+        with writer as events:
             while self.epoch < self.config.epochs:
                 try:
                     row = self._epoch(lambda done, loss: observe(self.epoch * batches + done, total, loss))
                 except (NonFiniteError, SingularPlaneError) as error:
-                    status = {"status": "diverged", "message": f"epoch {self.epoch + 1}: {error}"}
+                    status = {"status": "diverged", "message": f"epoch {self.epoch + 1}, batch {self.batch}: {error}"}
                     break
                 self.epoch += 1
                 self.schedule.step()
+                if not first:
+                    continue
                 row = {"epoch": self.epoch, **row, **self._evaluate(), "seconds": round(self.seconds, 4)}
                 store.append_row(self.folder / "metrics.jsonl", row)
                 self._save()
@@ -167,6 +196,10 @@ class Run:
                         events.add_scalar(name, value, self.epoch)
                 events.flush()
                 on_epoch(dict(row))
+        if self.ranks is not None:
+            status |= {"ranks": self.ranks.size, "bytes_per_step": round(self.ranks.wire_bytes)}
+        if not first:
+            return status
         result = status | {"last": self.rows()[-1:], "peak_memory": max(_peak() - baseline, 0)}
         store.write_whole(self.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
         return result
@@ -183,18 +216,20 @@ class Run:
         total, start = 0.0, time.perf_counter()
         rate = self.opt.param_groups[0]["lr"]
         for n, batch in enumerate(torch.randperm(len(labels)).split(self.config.batch_size)):
-            x, y = images[batch], labels[batch]
-            if self.data.augment is not None:
+            self.batch, own = n + 1, together.share(torch.arange(len(batch)))
+            x, y = images[batch], labels[batch[own]]
+            if self.data.augment is not None:  # of the whole batch, so that ranks draw the same numbers
                 x = self.data.augment(x)
-            loss = self._step(lambda x=x, y=y: F.cross_entropy(self.model(x), y)).item()
+            x = x[own]
+            loss = self._step(lambda x=x, y=y: F.cross_entropy(self.model(x), y), len(own)).item()
             total += loss * len(batch)
             observe(n + 1, loss)
         self.seconds += time.perf_counter() - start
         return {"train_loss": total / len(labels), "lr": rate}
 
-    def _step(self, closure: Callable[[], Tensor]) -> Tensor:
+    def _step(self, closure: Callable[[], Tensor], examples: int) -> Tensor:
         if self.config.method != "sgd":
-            return self.opt.step(closure)  # type: ignore[return-value,arg-type]
+            return self.opt.step(closure, weight=examples)  # type: ignore[return-value,arg-type,call-arg]
         self.opt.zero_grad()
         loss = closure()
         if not bool(torch.isfinite(loss)):
@@ -229,10 +264,10 @@ class Run:
 
     def _restore(self) -> None:
         path = self.folder / "checkpoint.pt"
-        if not path.exists():  # it ended before its first epoch did
-            store.keep_rows(self.folder / "metrics.jsonl", 0)
+        state = together.by_first(lambda: store.load_checkpoint(path) if path.exists() else None)
+        if state is None:  # it ended before its first epoch did
+            self._keep_rows()
             return
-        state = store.load_checkpoint(path)
         known = dataclasses.asdict(Config.of(state["config"]))  # with defaults for what older versions did not have
         if known != dataclasses.asdict(self.config):
             changed = sorted(k for k, v in dataclasses.asdict(self.config).items() if known[k] != v)
@@ -244,7 +279,11 @@ class Run:
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path}: does not fit this model: {error}") from error
         self.epoch, self.seconds = state["epoch"], state["seconds"]
-        store.keep_rows(self.folder / "metrics.jsonl", self.epoch)
+        self._keep_rows()
+
+    def _keep_rows(self) -> None:
+        if together.rank() == 0:
+            store.keep_rows(self.folder / "metrics.jsonl", self.epoch)
 
 
 def _device(name: str) -> torch.device:

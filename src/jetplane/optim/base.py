@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import is_dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from ..descent import Descent
 from ..directions import AbstractDirections, Directions, HeldDirections, Structure
+from ..distributed import Layout, Ranks, refuse_sharded
 from ..errors import ArgumentError, DeviceError, DTypeError, NonFiniteError, ShapeError
-from ..plane import KEPT, PlaneModel, evaluate, finished
+from ..plane import KEPT, Pairs, PlaneModel, evaluate, finished
 from ..search import clipped
 from ..tangents import Deferred
 
@@ -29,8 +31,10 @@ class PlaneOptimizer(torch.optim.Optimizer):
 
     Attributes:
         plane: the `PlaneModel` of the last step, or None before the first.
+        ranks: the processes that step together (`jetplane.distributed.Ranks`), or None.
     """
 
+    ranks: Ranks | None = None
     # What a copy needs beside what every torch optimizer has.
     _own: tuple[str, ...] = (
         "k", "law", "tangents", "planes", "clip", "chunk", "compile", "plane", "_descent"
@@ -39,7 +43,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
     def __init__(
         self, params: Params, lr: float, k: int, law: str = "gaussian", tangents: Structure = "dense",
         planes: int = 1, clip: float | None = None, weight_decay: float = 0.0, seed: int = 0,
-        chunk: Chunk = None, compile: bool = False,
+        chunk: Chunk = None, compile: bool = False, process_group: Any = None,
     ) -> None:  # fmt: skip
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             _check_rate(name, value)
@@ -64,6 +68,9 @@ class PlaneOptimizer(torch.optim.Optimizer):
         self.clip = clip
         self.compile = compile
         self.plane: PlaneModel | None = None
+        self.ranks = None if process_group is None else Ranks(process_group)
+        if compile and self.ranks is not None and self.ranks.parts > 1:
+            raise ArgumentError("compile=True cannot be had where ranks share directions; use it with shards of data")
         self.state[STATE] = {"seed": seed, "step": 0}  # type: ignore[index]
         self._check_size(self._moving())
 
@@ -83,13 +90,14 @@ class PlaneOptimizer(torch.optim.Optimizer):
         Raises:
             DTypeError: a parameter is not of a real floating dtype.
             DeviceError: parameters lie on different devices.
-            ArgumentError: a rate of the group is negative.
+            ArgumentError: a rate of the group is negative, or parameters are sharded.
         """
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
             for name in ("lr", "weight_decay"):
                 _check_rate(name, group[name])
+            refuse_sharded(group["params"])
             devices = {p.device for g in self.param_groups for p in g["params"]}
             for p in group["params"]:
                 if not p.dtype.is_floating_point:
@@ -100,19 +108,24 @@ class PlaneOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Closure | None = None, *, weight: float = 1.0) -> Tensor:  # type: ignore[override]
         """Evaluate the closure once on a fresh plane and move the parameters.
 
         Args:
             closure: computes and returns the scalar loss. It need not call ``backward``, and must not.
+            weight: with a process group: of this rank's loss in the mean over ranks, so the number of its
+                examples, where the loss is a mean over them. It may be left out if all ranks have as many. A rank
+                without any gives 0; its closure is not called.
 
         Returns:
-            The loss before the step, a plain tensor of shape ().
+            The loss before the step, a plain tensor of shape (). With a process group, that of the whole batch.
 
         Raises:
             ArgumentError: no closure, or no parameter that requires gradients.
             LossError, UnusedParametersError, NonFiniteError, DerivativeError: as `jetplane.evaluate`.
             SingularPlaneError: the plane gives no step.
+            HandshakeError, RanksDifferError, LostRankError, RemoteError: with a process group; see
+                `jetplane.distributed.Ranks.evaluate`. An error of one rank is raised on all of them.
 
         Whatever is raised, parameters and the optimizer's state are as they were.
         """
@@ -125,7 +138,13 @@ class PlaneOptimizer(torch.optim.Optimizer):
         params = [p for p, _, _ in moving]
         with torch.no_grad():
             directions = self._directions(moving, closure)
-            plane = self._evaluate(closure, params, directions)
+            if self.ranks is None:
+                plane = self._evaluate(closure, params, directions)
+            else:
+                plane = self.ranks.evaluate(
+                    closure, lambda part: self._evaluate(closure, params, part), directions, self._layout(directions),
+                    params, self._progress(), self._facts, weight,
+                )  # fmt: skip
             changed = self._advance(closure, moving, directions, plane)
         self.plane = plane
         # A new record: one that state_dict() has handed out must not move on.
@@ -160,6 +179,33 @@ class PlaneOptimizer(torch.optim.Optimizer):
         directions = Directions(self.k * self.planes, self.law, self.tangents, own["seed"])
         directions.step = own["step"]
         return HeldDirections(directions, [p for p, _, _ in moving], [i for _, _, i in moving], KEPT)
+
+    def _layout(self, directions: AbstractDirections) -> Layout:
+        """What `_evaluate` gives on these directions, for ranks that put it together."""
+        needs = self.descent.needs
+        pairs: Pairs = self.k if needs == "all" and self.planes > 1 else "all" if needs == "all" else "diagonal"
+        return Layout(directions.k, "none" if needs == "none" else "hessian", pairs)
+
+    def _progress(self) -> dict[str, Any]:
+        """What beside parameters must be the same on all ranks in every step."""
+        own = self.state[STATE]  # type: ignore[index]
+        names = [n for n in ("lr", "weight_decay", "momentum") if n in self.defaults]
+        rates = {n: [float(g[n]) for g in self.param_groups] for n in names}
+        return {"step": own["step"], "seed": own["seed"], **rates}
+
+    def _facts(self) -> dict[str, Any]:
+        """What must be the same on all ranks at the start."""
+        every = [p for group in self.param_groups for p in group["params"]]
+        named = {n: getattr(self, n) for n in ("k", "law", "tangents", "planes", "clip")}
+        return {
+            "optimizer": type(self).__name__,
+            "descent": repr(self.descent) if is_dataclass(self.descent) else type(self.descent).__name__,
+            **named,
+            **self._progress(),
+            "number of parameters": sum(p.numel() for p in every),
+            "device": every[0].device.type,
+            **{f"parameter {i}": f"{p.dtype}{list(p.shape)}"[6:] for i, p in enumerate(every)},
+        }
 
     def _evaluate(self, closure: Closure, params: list[Tensor], directions: AbstractDirections) -> PlaneModel:
         needs = self.descent.needs
@@ -210,6 +256,8 @@ class PlaneOptimizer(torch.optim.Optimizer):
             p.add_(step)
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.ranks is not None:
+            raise ArgumentError("an optimizer with a process group cannot be copied; state_dict() can")
         # torch keeps the groups and the state alone, which a copy could not step with.
         own = {name: value for name, value in vars(self).items() if name in self._own}
         return super().__getstate__() | own  # type: ignore[misc]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import final
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, final
 
 from ..descent import Descent, ForwardGradient
-from ..directions import Structure
+from ..directions import AbstractDirections, Structure
 from ..errors import ArgumentError
-from .base import Chunk, Closure, Params, PlaneOptimizer
+from ..plane import PlaneModel
+from .base import Chunk, Closure, Moving, Params, PlaneOptimizer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @final
@@ -36,6 +38,9 @@ class FGD(PlaneOptimizer):
         seed: of the directions. Seed and step counter are part of ``state_dict()``.
         chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`.
         compile: run every step but the first as one compiled graph (`torch.compile`, ``fullgraph=True``).
+        process_group: of `torch.distributed`, whose ranks have a shard of each batch each, or a `DeviceMesh` with
+            the dimensions "data" and "direction"; see `jetplane.distributed`. None, which is also what
+            ``torch.distributed.group.WORLD`` is before ``init_process_group()``: this process is alone.
 
     Raises:
         ArgumentError, DTypeError, DeviceError: settings or parameters that cannot be.
@@ -56,8 +61,9 @@ class FGD(PlaneOptimizer):
         self, params: Params, lr: float = 1e-3, k: int = 1, *, momentum: float = 0.0, law: str = "gaussian",
         tangents: Structure = "dense", planes: int = 1, clip: float | None = None, weight_decay: float = 0.0,
         seed: int = 0, chunk: Chunk = None, compile: bool = False,
+        process_group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(params, lr, k, law, tangents, planes, clip, weight_decay, seed, chunk, compile)
+        super().__init__(params, lr, k, law, tangents, planes, clip, weight_decay, seed, chunk, compile, process_group)
         self.defaults["momentum"] = momentum  # groups that are added later have it as well
         for group in self.param_groups:
             group.setdefault("momentum", momentum)
@@ -69,14 +75,15 @@ class FGD(PlaneOptimizer):
         """The forward gradient."""
         return ForwardGradient()
 
-    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
+    def _advance(
+        self, closure: Closure, moving: Moving, directions: AbstractDirections, plane: PlaneModel
+    ) -> dict[str, Any]:
         """As every Jetplane optimizer's; with momentum, the last change of the parameters goes on."""
-        balls = [(p, group["momentum"]) for p, group, _ in self._moving() if group["momentum"]]
-        before = [p.detach().clone() for p, _ in balls]
-        loss = super().step(closure)
-        with torch.no_grad():
-            for (p, momentum), old in zip(balls, before, strict=True):
-                if "change" in (own := self.state[p]):
-                    p.add_(own["change"], alpha=momentum)
-                own["change"] = old.neg_().add_(p)
-        return loss
+        balls = [(p, group["momentum"]) for p, group, _ in moving if group["momentum"]]
+        before = [p.clone() for p, _ in balls]
+        changed = super()._advance(closure, moving, directions, plane)
+        for (p, momentum), old in zip(balls, before, strict=True):
+            if "change" in (own := self.state[p]):
+                p.add_(own["change"], alpha=momentum)
+            own["change"] = old.neg_().add_(p)
+        return changed

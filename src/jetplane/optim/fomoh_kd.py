@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from ..descent import Descent, named
 from ..directions import Structure
 from .base import Chunk, Params, PlaneOptimizer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @final
@@ -34,6 +38,9 @@ class FoMoHKD(PlaneOptimizer):
         seed: of the directions. Seed and step counter are part of ``state_dict()``.
         chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`.
         compile: run every step but the first as one compiled graph (`torch.compile`, ``fullgraph=True``).
+        process_group: of `torch.distributed`, whose ranks have a shard of each batch each, or a `DeviceMesh` with
+            the dimensions "data" and "direction"; see `jetplane.distributed`. None, which is also what
+            ``torch.distributed.group.WORLD`` is before ``init_process_group()``: this process is alone.
 
     Raises:
         ArgumentError, DTypeError, DeviceError: settings or parameters that cannot be.
@@ -52,9 +59,10 @@ class FoMoHKD(PlaneOptimizer):
         self, params: Params, lr: float = 1.0, k: int = 3, *, descent: str | Descent = "newton",
         law: str = "gaussian", tangents: Structure = "dense", planes: int = 1, clip: float | None = None,
         weight_decay: float = 0.0, seed: int = 0, chunk: Chunk = None, compile: bool = False,
+        process_group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:  # fmt: skip
         self._descent = named(descent)
-        super().__init__(params, lr, k, law, tangents, planes, clip, weight_decay, seed, chunk, compile)
+        super().__init__(params, lr, k, law, tangents, planes, clip, weight_decay, seed, chunk, compile, process_group)
 
     @property
     def descent(self) -> Descent:

@@ -1,6 +1,6 @@
 """How jets pass through operators: tables of rules, and the ladder for operators without one."""
 
-from . import attention, elementwise, losses, normalization, products, recurrent, selection, structure
+from . import attention, collectives, elementwise, losses, normalization, products, recurrent, selection, structure
 from .custom import register_rule
 from .dispatch import dispatch, loss
 from .fallback import strict
@@ -9,6 +9,7 @@ from .registry import RULES
 __all__ = [
     "RULES",
     "attention",
+    "collectives",
     "dispatch",
     "elementwise",
     "loss",

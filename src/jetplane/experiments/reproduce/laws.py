@@ -178,7 +178,7 @@ class Laws(Experiment):
                 "Factor by which the mean loss shrinks in a step, over all steps (jackknife over "
                 f"{self.config['seeds']} seeds, standard error), beside that of the expected loss by the exact "
                 "recursion of second moments, and the bound 1 - μ / (L (d + κ₄ - 1)) of the step rule. "
-                f"Budget {self.config['budget']}, everything else in `config.json`.",
+                f"Budget {self.config['budget']}, everything else in `configuration.json`.",
                 markdown(rows),
                 "![laws](laws.png)",
             ],

@@ -50,7 +50,7 @@ BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "cifar": {
         "smoke": {
-            "epochs": 2, "seeds": [0, 1], "drop_every": 1, "examples": 16, "batch_size": 16, "sweep_epochs": 1,
+            "epochs": 2, "seeds": [0, 1], "drop_every": 1, "examples": 8, "batch_size": 8, "sweep_epochs": 1,
             "rates": 2,
         },
         "hour": {
@@ -197,8 +197,8 @@ class Networks(Experiment):
                 f"After {self.config['epochs']} epochs with batches of {shared['batch_size']}"
                 + (f", on the first {shared['examples']} examples" if shared["examples"] else "")
                 + f": mean over {len(self.config['seeds'])} seeds with its standard error. Seconds are those of "
-                f"training alone. Budget {self.config['budget']}, everything else in `config.json`; each run has its "
-                "folder in `runs`.",
+                f"training alone. Budget {self.config['budget']}, the rest in `configuration.json`; each run has "
+                "its folder in `runs`.",
                 markdown(rows),
                 "![curves](curves.png)",
                 f"*Drops*: the rate falls to a tenth after each {shared['drop_every']} epochs. *Drops at once*: as "

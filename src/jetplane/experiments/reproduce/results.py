@@ -18,7 +18,7 @@ Row = dict[str, str]
 
 
 class Results:
-    """A folder with ``config.json``, ``environment.json``, ``metrics/``, ``results.md`` and figures.
+    """A folder with ``configuration.json``, ``environment.json``, ``metrics/``, ``results.md`` and figures.
 
     Args:
         folder: made if it is not there.
@@ -31,7 +31,7 @@ class Results:
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         self.folder = folder
         config = json.loads(json.dumps(config))  # tuples as lists, as they will be read
-        path = folder / "config.json"
+        path = folder / "configuration.json"
         if path.exists():
             _refuse_changes(path, config)
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -164,7 +164,7 @@ class Rosenbrock(Experiment):
             "Base-10 logarithms of the loss after the last iteration: mean over starts with its standard error, and "
             "the median; a loss below 1e-32 counts as that. FoMoH-KD takes the paper's plain Newton step in its plane, "
             "uphill where the plane is indefinite; *saddle-free* takes eigenvalues by absolute value. "
-            f"Budget {self.config['budget']}, everything else in `config.json`."
+            f"Budget {self.config['budget']}, everything else in `configuration.json`."
         ]
         for dimensions in (2, 10, 100):
             rows = []

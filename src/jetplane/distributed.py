@@ -1,0 +1,674 @@
+"""Many processes, a few numbers on the wire: one plane, evaluated together over torch.distributed.
+
+Two axes, which combine:
+
+- *data*: each rank evaluates its own shard of the batch on the same plane. The loss, slope and curvature of the
+  whole batch are means of the shards', weighted by their numbers of examples.
+- *direction*: ranks evaluate blocks of directions, or of pairs of them, on the same batch.
+
+A step sends 1 + K + K(K+1)/2 numbers in float64 and some more to check that ranks agree, in one all-reduce,
+whatever the model's size. Tangents are drawn from the seed by every rank, and neither they nor parameters are sent.
+Whatever fails on one rank raises on all of them, and no rank has moved its parameters then.
+
+>>> import torch.distributed as dist
+>>> import jetplane as jp
+>>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun: init_process_group()
+>>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+>>> opt = jp.optim.FoMoH([w], process_group=dist.group.WORLD)
+>>> x = torch.ones(5, 2)  # this rank's shard of the batch
+>>> loss = opt.step(lambda: (x @ w).square().mean(), weight=len(x))  # the loss of the whole batch
+>>> opt.ranks.sent  # bytes: loss, slope, curvature, and what ranks compare
+192
+>>> dist.destroy_process_group()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import math
+import platform
+import queue
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import errors
+from .directions import AbstractDirections, ChosenDirections, HeldDirections
+from .errors import ArgumentError, HandshakeError, JetplaneError, LostRankError, RanksDifferError, RemoteError
+from .plane import Curvature, Pairs, PlaneModel
+from .replay import rehearsal
+
+if TYPE_CHECKING:  # torch builds without torch.distributed lack it
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
+DATA, DIRECTION = "data", "direction"  # names of a mesh's dimensions
+POLL = 1.0  # seconds between looks whether another rank has found the group broken
+BROKEN = "jetplane/broken"  # where in the store of the group ranks report that it broke
+GRACE = 3.0  # seconds that ranks of a broken group give each other to report
+SAME_LOSS = 1e-5  # relative; ranks of one batch differ by rounding at most
+
+
+# --- what is evaluated, and by whom ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The plane that ranks evaluate together, in the words of `jetplane.evaluate`.
+
+    Attributes:
+        k: number of directions.
+        curvature: "hessian", "ggn" or "none".
+        pairs: "all", "diagonal", or the number of directions of one of several independent planes.
+    """
+
+    k: int
+    curvature: Curvature
+    pairs: Pairs
+
+    def shape(self, k: int) -> tuple[int, ...] | None:
+        """Of the curvature of k of the directions."""
+        if self.curvature == "none":
+            return None
+        if isinstance(self.pairs, int):
+            return (k // self.pairs, self.pairs, self.pairs)
+        return (k,) if self.pairs == "diagonal" else (k, k)
+
+    def entries(self) -> tuple[Tensor, ...]:
+        """Indices of the curvature's entries that are sent: of a symmetric matrix, the upper triangle."""
+        shape = self.shape(self.k)
+        if shape is None:
+            return ()
+        if len(shape) == 1:
+            return (torch.arange(self.k),)
+        rows, columns = torch.triu_indices(shape[-1], shape[-1])
+        if len(shape) == 2:
+            return rows, columns
+        planes = torch.arange(shape[0]).repeat_interleave(len(rows))
+        return planes, rows.repeat(shape[0]), columns.repeat(shape[0])
+
+
+@dataclass(frozen=True)
+class Task:
+    """One evaluation of a rank: on which directions, and which of its numbers count.
+
+    Attributes:
+        directions: their indices, ascending.
+        slope: for each of them whether its slope counts, and where pairs are not given, its curvature.
+        pairs: (k, k), for each pair of all directions whether its curvature counts.
+    """
+
+    directions: list[int]
+    slope: Tensor
+    pairs: Tensor | None = None
+
+
+@functools.cache
+def plan(layout: Layout, parts: int) -> list[list[Task]]:
+    """The tasks of each of so many ranks that evaluate one batch; together they give every number once.
+
+    Lines and independent planes are dealt out. A plane with all its pairs is covered by blocks: each pair of
+    directions is in one of them at least. The busiest of two ranks then does 0.76 of the work on the exact curvature
+    of 64 directions, of three 0.46, of eight 0.21, of 64 0.04. A Gauss-Newton plane costs most in its directions,
+    not in its pairs: two ranks gain nothing, three do 0.67 of the work, 64 do 0.19.
+
+    >>> [[task.directions for task in tasks] for tasks in plan(Layout(6, "hessian", "all"), 3)]
+    [[[0, 1, 2, 3]], [[0, 1, 4, 5]], [[2, 3, 4, 5]]]
+    """
+    k = layout.k
+    if layout.curvature == "none" or layout.pairs != "all":
+        unit = layout.pairs if isinstance(layout.pairs, int) else 1
+        shares = [share.tolist() for share in torch.arange(k).reshape(-1, unit).tensor_split(parts)]
+        blocks = [[sum(share, [])] if share else [] for share in shares]
+        tasks = [[Task(b, torch.ones(len(b), dtype=torch.bool)) for b in own] for own in blocks]
+    else:
+        blocks = _cheapest_cover(k, parts, layout.curvature)
+        tasks = [[] for _ in range(parts)]
+        done = torch.zeros(k, k, dtype=torch.bool)
+        for n, block in enumerate(blocks):
+            inside = torch.zeros(k, k, dtype=torch.bool)
+            inside[torch.tensor(block)[:, None], torch.tensor(block)] = True
+            slope = ~done.diagonal()[block]
+            tasks[n % parts].append(Task(block, slope, inside & ~done))
+            done |= inside
+    # A rank without work evaluates along one direction all the same: its closure draws random numbers and moves
+    # buffers as that of the others does.
+    unit = layout.pairs if isinstance(layout.pairs, int) else 1
+    nothing = torch.zeros(k, k, dtype=torch.bool)
+    idle = Task(list(range(unit)), nothing[0, :unit], nothing if layout.pairs == "all" else None)
+    return [own or [idle] for own in tasks]
+
+
+GROUPS = 13  # as many as directions are dealt into at most: enough for the projective plane of 13 blocks
+
+
+def _cheapest_cover(k: int, parts: int, curvature: Curvature) -> list[list[int]]:
+    """Blocks of directions that hold every pair, at least work for the busiest rank."""
+
+    def cost(size: int, each: int) -> int:  # in forward products of a layer: see docs/how_it_works.md
+        return each * ((size + 1) ** 2 if curvature == "hessian" else 1 + 2 * size)
+
+    best, best_cost = [list(range(k))], cost(k, 1)
+    for each in (1, 2) if parts > 1 else ():
+        for count in range(3, min(k, GROUPS) + 1):
+            groups = torch.arange(k).tensor_split(count)
+            for size in range(2, count):
+                if cost(size * (k // count), each) >= best_cost:
+                    break
+                blocks = [torch.cat([groups[g] for g in b]).tolist() for b in _cover(count, size, parts * each)]
+                worst = cost(max(map(len, blocks)), each) if blocks else best_cost
+                if worst < best_cost:
+                    best, best_cost = blocks, worst
+    return best
+
+
+def _cover(k: int, size: int, count: int) -> list[list[int]]:
+    """At most `count` blocks of `size` of k that hold every pair, or none if this greedy way does not find them."""
+    if count * size * (size - 1) < k * (k - 1):
+        return []
+    blocks: list[list[int]] = []
+    left = ~torch.eye(k, dtype=torch.bool)
+    while bool(left.any()):
+        if len(blocks) == count:
+            return []
+        chosen: list[int] = []
+        for _ in range(size):
+            gain = left[chosen].sum(0) * k + left.sum(0)
+            gain[chosen] = -1
+            chosen.append(int(gain.argmax()))
+        chosen.sort()
+        left[torch.tensor(chosen)[:, None], torch.tensor(chosen)] = False
+        blocks.append(chosen)
+    return blocks
+
+
+def _chosen(directions: AbstractDirections, indices: list[int]) -> ChosenDirections:
+    """Some of the directions, by ascending indices."""
+    runs: list[slice] = []
+    for i in indices:
+        runs[-1:] = [slice(runs[-1].start, i + 1)] if runs and runs[-1].stop == i else [*runs[-1:], slice(i, i + 1)]
+    return ChosenDirections(directions, runs)
+
+
+# --- what ranks compare ---------------------------------------------------------------------------
+
+_ODD = (0x2545F4914F6CDD1D, -0x61C8864680B583EB)
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def fingerprint(params: Sequence[Tensor]) -> int:
+    """64 bits of the values of parameters: equal for equal bits, else different (up to 1 in 2^64).
+
+    The order of the elements of one parameter does not count.
+
+    >>> a, b = torch.zeros(3), torch.zeros(3)
+    >>> fingerprint([a]) == fingerprint([b])
+    True
+    >>> b[1] = 1e-30
+    >>> fingerprint([a]) == fingerprint([b])
+    False
+    """
+    sums = []
+    for p in params:
+        bits = p.detach().reshape(-1).view(_INTEGERS[p.element_size()])
+        total = torch.zeros((), dtype=torch.int64, device=p.device)
+        for piece in bits.split(1 << 16 if p.device.type == "cpu" else 1 << 24):  # of a cache's size
+            mixed = piece.to(torch.int64) * _ODD[0]  # a copy: bits of double precision are those of the parameter
+            total += mixed.bitwise_xor_(mixed >> 31).mul_(_ODD[1]).sum()
+        sums.append(total)
+    result = 0
+    for value in torch.stack(sums).tolist():
+        result = (result * 6364136223846793005 + value + 1442695040888963407) % 2**64
+    return result
+
+
+@functools.cache
+def code() -> str:
+    """A digest of this package's own source."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _moments(number: int) -> list[float]:
+    """What shows in sums over ranks whether a number of 64 bits is one on all: its 16-bit pieces and squares."""
+    pieces = [(number >> shift) & 0xFFFF for shift in (0, 16, 32, 48)]
+    return [float(p) for piece in pieces for p in (piece, piece * piece)]
+
+
+def _one(sums: list[float], ranks: int) -> bool:
+    return all(ranks * squares == total * total for total, squares in zip(sums[::2], sums[1::2], strict=True))
+
+
+def _differences(what: list[dict[str, Any]], ranks: list[int]) -> tuple[tuple[int, ...], str]:
+    """Who is not as most are, and in what."""
+    odd: set[int] = set()
+    said = []
+    for name in dict.fromkeys(name for facts in what for name in facts):
+        values = [facts.get(name) for facts in what]
+        usual = Counter(map(repr, values)).most_common(1)[0][0]
+        others = [(rank, value) for rank, value in zip(ranks, values, strict=True) if repr(value) != usual]
+        if others:
+            odd.update(rank for rank, _ in others)
+            said.append(f"{name}: " + ", ".join(f"{v!r} on rank {r}" for r, v in others[:4]) + f", {usual} on others")
+    more = f"; and {len(said) - 4} more differences" if len(said) > 4 else ""
+    return tuple(sorted(odd)), "; ".join(said[:4]) + more
+
+
+def refuse_sharded(params: Sequence[Tensor]) -> None:
+    """Raise for parameters of which each rank has a part.
+
+    Raises:
+        ArgumentError: one is a `DTensor`, as FSDP2 and tensor parallelism make them.
+    """
+    sharding = sys.modules.get("torch.distributed.tensor")  # where nobody has loaded it there are none
+    for i, p in enumerate(params):
+        if sharding is not None and isinstance(p, sharding.DTensor):
+            spec: Any = p
+            raise ArgumentError(
+                f"parameter {i} of shape {tuple(p.shape)} is a DTensor, {spec.placements} on {spec.device_mesh}: "
+                "models that are themselves sharded cannot be carried. Give the whole model to each rank, and "
+                "process_group to the optimizer: it needs memory for neither gradients nor moments of them"
+            )
+
+
+# --- the ranks themselves -------------------------------------------------------------------------
+
+
+class Ranks:
+    """The processes that take one step together.
+
+    Args:
+        where: a process group, whose ranks have a shard of each batch each, or a `DeviceMesh` with the dimensions
+            "data", "direction" or both. The ranks of one row along "direction" have one shard.
+
+    Attributes:
+        size: number of ranks.
+        parts: ranks that share the directions of a plane.
+        steps: evaluations done together so far.
+        sent: bytes handed to torch.distributed by this rank for them. A ring all-reduce puts
+            2 (size - 1) / size times as many on the wire.
+
+    Raises:
+        ArgumentError: torch.distributed is not initialised, this process is not in the group, or the mesh has
+            dimensions of other names.
+    """
+
+    def __init__(self, where: ProcessGroup | DeviceMesh) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ArgumentError(
+                "process_group needs torch.distributed: call torch.distributed.init_process_group(), and start "
+                "the processes with torchrun"
+            )
+        self._group, self.part, self.parts = _located(where)
+        self._members = dist.get_process_group_ranks(self._group)
+        self.rank = dist.get_rank()
+        self.size = len(self._members)
+        self.steps = 0
+        self.sent = 0
+        self._greeted = False
+        self._pending: Any = None  # a collective that was given up
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes of one evaluation that a rank sends, if the all-reduce is a ring; 0 before the first."""
+        return 2 * (self.size - 1) / self.size * self.sent / max(self.steps, 1)
+
+    def evaluate(
+        self,
+        closure: Callable[[], Any],
+        run: Callable[[AbstractDirections], PlaneModel],
+        directions: AbstractDirections,
+        layout: Layout,
+        params: Sequence[Tensor],
+        state: dict[str, Any],
+        facts: Callable[[], dict[str, Any]],
+        weight: float,
+    ) -> PlaneModel:
+        """The plane of the whole batch, the same bits on every rank.
+
+        Args:
+            closure: the loss of this rank's shard.
+            run: evaluates it on the plane that directions, or some of them, span.
+            directions: all of them.
+            layout: what comes out.
+            params: must be the same on all ranks, as state.
+            state: what else must be the same in every step.
+            facts: what must be the same at the start.
+            weight: the number of examples of this rank's shard; 0 for an empty one, which is not evaluated.
+
+        Raises:
+            HandshakeError: before the first evaluation, ranks differ.
+            RanksDifferError: parameters or state differ, or ranks that share a batch have different ones.
+            LostRankError: a rank does not answer.
+            RemoteError: another rank raised; if that was one of Jetplane's errors, its own type.
+            ArgumentError: no rank has an example.
+        """
+        if not self._greeted:
+            self.handshake(facts() | {"size of the mesh": (self.size // self.parts, self.parts)})
+            self._greeted = True
+        body, value, failure, double = torch.zeros(_length(layout), dtype=torch.float64), 0.0, None, False
+        mark = int.from_bytes(hashlib.sha256(repr(state).encode()).digest()[:8], "big")
+        try:
+            _check_weight(weight)
+            mark ^= fingerprint(params)
+            if weight > 0:
+                value, double = self._fill(body, closure, run, directions, layout)
+        except BaseException as error:  # also Ctrl-C: the others must hear of it
+            failure, weight, value = error, 0.0, 0.0
+            body.zero_()
+        used = directions.used if isinstance(directions, HeldDirections) else None
+        spread = _spread(self.part, self.parts) * weight * value
+        head = [
+            float(failure is not None),
+            *_moments(mark),
+            *_moments(hash(tuple(sorted(used))) if used is not None else 0),
+            weight if self.part == 0 else 0.0,
+            spread, abs(spread),
+            float(double),
+        ]  # fmt: skip
+        message = torch.cat([torch.tensor(head, dtype=torch.float64), body * weight])
+        with self._unbroken():
+            message = self._sum(message, params[0].device)
+        total, body = message[: len(head)].tolist(), message[len(head) :]
+        failed, marks, uses, (weights, spread, size, doubles) = total[0], total[1:9], total[9:17], total[17:]
+        if failed:
+            self._raise_for_all(failure)
+        if not _one(marks, self.size):
+            own = {f"parameter {i}": f"{fingerprint([p]):016x}" for i, p in enumerate(params)}
+            ranks, what = _differences(self._gather(state | own), self._members)
+            raise RanksDifferError(f"ranks are not in the same state before this step. {what}", ranks)
+        if weights == 0:
+            raise ArgumentError("no rank has an example: the weights are 0 on all of them")
+        if abs(spread) > SAME_LOSS * size:
+            every = zip(self._members, self._gather((value, weight)), strict=True)
+            said = (f"{v:.9g} and {w:g} on rank {r}" for r, (v, w) in every)
+            raise RanksDifferError(
+                "ranks along 'direction' must evaluate the same batch with the same random numbers; loss and weight "
+                f"are {', '.join(said)}",
+                tuple(self._members),
+            )
+        if used is not None and not _one(uses, self.size):
+            self._unite(used, params)
+        return _unpacked(body / weights, layout, torch.float64 if doubles else torch.float32, params[0].device)
+
+    def handshake(self, facts: dict[str, Any]) -> None:
+        """Compare what must be the same on all ranks: these facts, and the code that runs.
+
+        The optimizers do so before their first step. Call it with facts of your own, such as the size of the data.
+
+        Raises:
+            HandshakeError: something differs; the message names it, and who has it.
+            LostRankError: a rank does not answer.
+        """
+        facts = {"code of jetplane": code(), "torch": torch.__version__, "machine": platform.machine()} | facts
+        ranks, what = _differences(self._gather(facts), self._members)
+        if what:
+            raise HandshakeError(f"ranks do not run the same training. {what}", ranks)
+
+    def _fill(
+        self,
+        body: Tensor,
+        closure: Callable[[], Any],
+        run: Callable[[AbstractDirections], PlaneModel],
+        directions: AbstractDirections,
+        layout: Layout,
+    ) -> tuple[float, bool]:
+        """Write this rank's numbers, unweighted; the loss, and whether they are in double precision."""
+        slope = torch.zeros(layout.k, dtype=torch.float64)
+        shape = layout.shape(layout.k)
+        curvature = None if shape is None else torch.zeros(shape, dtype=torch.float64)
+        tasks = plan(layout, self.parts)[self.part]
+        written: list[Tensor] = []
+        if len(tasks) > 1:  # all but the last are to leave no trace
+            with rehearsal() as journal:
+                closure()
+            written = [tensor for tensor, _ in journal.saved.values()]
+        values = []
+        for n, task in enumerate(tasks):
+            with _undone(written) if n + 1 < len(tasks) else contextlib.nullcontext():
+                plane = run(directions if len(task.directions) == layout.k else _chosen(directions, task.directions))
+            _check_plane(plane, layout, len(task.directions))
+            index = torch.tensor(task.directions)
+            slope[index] += plane.slope.cpu().double() * task.slope
+            if curvature is not None and plane.curvature is not None:
+                _add(curvature, plane.curvature.cpu().double(), index, task)
+            values.append(plane.value.item())
+        if max(values) - min(values) > SAME_LOSS * abs(values[0]):
+            raise errors.LossError(
+                f"ranks that share directions call the closure {len(tasks)} times a step, and it gave different losses "
+                f"on the same parameters: {values}; let it fetch no data"
+            )
+        body[0] = values[0] if self.part == 0 else 0.0
+        body[1 : 1 + layout.k] = slope
+        if curvature is not None:
+            body[1 + layout.k :] = curvature[layout.entries()]
+        return values[0], plane.value.dtype == torch.float64
+
+    def _sum(self, message: Tensor, device: torch.device, op: Any = None) -> Tensor:
+        message = message.to(self._device(device))
+        self.steps += op is None
+        self.sent += message.numel() * message.element_size()
+        work = dist.all_reduce(message, dist.ReduceOp.SUM if op is None else op, group=self._group, async_op=True)
+        assert work is not None
+        if message.device.type == "cpu":
+            self._wait(work)
+        else:
+            work.wait()
+        return message.cpu()
+
+    def _wait(self, work: Any) -> None:
+        """Wait for the others, but not in vain: the ring of a broken group only breaks next to the break."""
+        while True:
+            try:
+                work.wait(timedelta(seconds=POLL))
+                return
+            except RuntimeError:
+                if work.is_completed():
+                    raise
+                if _answer(lambda: self._store().check([BROKEN]), GRACE):
+                    self._pending = work
+                    raise
+
+    def _device(self, device: torch.device) -> torch.device:
+        return torch.device("cpu") if "gloo" in str(dist.get_backend_config(self._group)) else device
+
+    def _store(self) -> Any:
+        return dist.distributed_c10d._get_process_group_store(self._group)
+
+    def _gather(self, value: Any) -> list[Any]:
+        """The values of all ranks. Not for every step: it sends as much as there are ranks."""
+        values: list[Any] = [None] * self.size
+        with self._unbroken():
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    @contextlib.contextmanager
+    def _unbroken(self) -> Iterator[None]:
+        """A failure of torch.distributed means that a rank is lost; find out which."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, JetplaneError):
+                raise
+            lost, hint = self._missing()
+            who = f"rank {', '.join(map(str, lost))} is lost: it ended, hangs or cannot be reached"
+            if not lost:
+                who = hint or "ranks gave up waiting, though all of them report by now"
+            reason = str(error).splitlines()[0]
+            raise LostRankError(
+                f"{who} (evaluation {self.steps} of this process). Parameters are as before the step, and the process "
+                f"group is broken: start again from a checkpoint. {reason}",
+                lost,
+            ) from error
+
+    def _missing(self) -> tuple[tuple[int, ...], str]:
+        """Ranks that do not report within a grace, and what to say where that cannot be known."""
+        missing = _answer(self._roll_call, 2 * (POLL + GRACE))
+        # Others break off now, which ends what this rank still waits for; gloo aborts a process that leaves while
+        # it waits.
+        end = time.monotonic() + GRACE
+        while self._pending is not None and not self._pending.is_completed() and time.monotonic() < end:
+            time.sleep(0.1)
+        if missing is None:
+            return (), "a rank is lost; which one cannot be known, as the store that would tell cannot be reached"
+        return tuple(missing), ""
+
+    def _roll_call(self) -> list[int]:
+        store = self._store()
+        store.set(BROKEN, "")
+        store.set(f"{BROKEN}/{self.rank}", "")
+        end = time.monotonic() + POLL + GRACE
+        missing = self._members
+        while missing and time.monotonic() < end:
+            time.sleep(0.1)
+            missing = [r for r in missing if not store.check([f"{BROKEN}/{r}"])]
+        return missing
+
+    def _raise_for_all(self, failure: BaseException | None) -> NoReturn:
+        """The same type of error on every rank, so that all of them go on alike."""
+        own = None if failure is None else (type(failure).__name__, str(failure))
+        failures = {r: f for r, f in zip(self._members, self._gather(own), strict=True) if f is not None}
+        first, (kind, _) = next(iter(failures.items()))
+        if failure is not None and (first == self.rank or not isinstance(failure, Exception)):
+            raise failure
+        said = "; ".join(f"rank {r}: {message or name}" for r, (name, message) in failures.items())
+        known = getattr(errors, kind, None)
+        if isinstance(known, type) and issubclass(known, JetplaneError) and not issubclass(known, RemoteError):
+            raise known(said) from failure
+        said = "; ".join(f"rank {r}: {name}: {message}" for r, (name, message) in failures.items())
+        raise RemoteError(f"another rank failed, and no parameter has moved. {said}", tuple(failures)) from failure
+
+    def _unite(self, used: set[int], params: Sequence[Tensor]) -> None:
+        """Add the parameters that another rank's loss makes use of: they move everywhere."""
+        mine = torch.zeros(len(params), dtype=torch.uint8)
+        mine[sorted(used)] = 1
+        with self._unbroken():
+            every = self._sum(mine, params[0].device, dist.ReduceOp.MAX)
+        used.update(every.nonzero().flatten().tolist())
+
+
+def _located(where: Any) -> tuple[Any, int, int]:
+    """The process group, and this rank's place among those that share the directions of a plane."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not isinstance(where, DeviceMesh):
+        if not isinstance(where, dist.ProcessGroup) or dist.get_rank(where) < 0:
+            raise ArgumentError(f"expected a process group that this process is in, or a DeviceMesh; got {where!r}")
+        return where, 0, 1
+    names = where.mesh_dim_names or ()
+    if not names or not set(names) <= {DATA, DIRECTION}:
+        raise ArgumentError(
+            f"expected a mesh with dimensions {DATA!r} and {DIRECTION!r}, or one of them, got {names}; give it to "
+            "init_device_mesh as mesh_dim_names"
+        )
+    if where.get_coordinate() is None:
+        raise ArgumentError(f"this process, rank {dist.get_rank()}, is not in the mesh {where.mesh.tolist()}")
+    ranks = where.mesh.flatten().tolist()
+    if where.ndim == 1:
+        group = where.get_group()
+    elif sorted(ranks) == list(range(dist.get_world_size())):
+        group = dist.group.WORLD
+    else:
+        group = dist.new_group(ranks, use_local_synchronization=True)
+    if DIRECTION not in names:
+        return group, 0, 1
+    return group, where.get_local_rank(DIRECTION), where.size(names.index(DIRECTION))
+
+
+@contextlib.contextmanager
+def _undone(written: list[Tensor]) -> Iterator[None]:
+    """Set torch's random state and the tensors that a closure writes to back to what they were."""
+    before = [t.clone() for t in written]
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            for tensor, values in zip(written, before, strict=True):
+                tensor.copy_(values)
+
+
+def _answer(ask: Callable[[], T], seconds: float) -> T | None:
+    """What a store answers, or None if it fails or does not within so many seconds."""
+    answers: queue.Queue[T | None] = queue.Queue()
+
+    def run() -> None:
+        try:
+            answers.put(ask())
+        except RuntimeError:
+            answers.put(None)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return answers.get(timeout=seconds)
+    except queue.Empty:
+        return None
+
+
+def _spread(part: int, parts: int) -> float:
+    """Numbers that add up to zero over the ranks of one batch, so that equal losses times them do too."""
+    return (part + 1) ** 2 - sum(p * p for p in range(1, parts + 1)) / parts if parts > 1 else 0.0
+
+
+def _check_weight(weight: float) -> None:
+    if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        raise ArgumentError(
+            f"weight, the number of examples of this rank, must be finite and at least 0; got {weight!r}"
+        )
+
+
+def _check_plane(plane: PlaneModel, layout: Layout, k: int) -> None:
+    """Raise where numbers came that would not be sent, or not those that are expected."""
+    got = None if plane.curvature is None else tuple(plane.curvature.shape)
+    if plane.slope.shape != (k,) or got != layout.shape(k):
+        raise errors.ShapeError(
+            f"for {layout} on {k} directions: expected curvature {layout.shape(k)}, got slope "
+            f"{tuple(plane.slope.shape)} and curvature {got}"
+        )
+    if plane.examples is not None:
+        raise ArgumentError("cannot add up the examples' slopes of planes over ranks; use one process")
+
+
+def _length(layout: Layout) -> int:
+    entries = layout.entries()
+    return 1 + layout.k + (len(entries[0]) if entries else 0)
+
+
+def _add(total: Tensor, part: Tensor, index: Tensor, task: Task) -> None:
+    """Add what counts of the curvature of some directions to that of all."""
+    if task.pairs is not None:
+        rows = index[:, None]
+        total[rows, index] += torch.where(task.pairs[rows, index], part, 0)
+    elif total.dim() == 3:  # whole planes
+        size = total.shape[-1]
+        total[index[::size] // size] += part * task.slope[::size, None, None]
+    else:
+        total[index] += part * task.slope
+
+
+def _unpacked(body: Tensor, layout: Layout, dtype: torch.dtype, device: torch.device) -> PlaneModel:
+    body = body.to(dtype)
+    shape, curvature = layout.shape(layout.k), None
+    if shape is not None:
+        entries = layout.entries()
+        curvature = torch.empty(shape, dtype=dtype)
+        curvature[entries] = body[1 + layout.k :]
+        if len(entries) > 1:
+            curvature[(*entries[:-2], entries[-1], entries[-2])] = body[1 + layout.k :]
+        curvature = curvature.to(device)
+    return PlaneModel(body[0].to(device), body[1 : 1 + layout.k].to(device), curvature)
