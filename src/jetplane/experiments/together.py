@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from ..errors import JetplaneError, LostRankError
 
@@ -19,9 +21,9 @@ TIMEOUT = timedelta(minutes=5)  # how long ranks wait for one that hangs
 def start() -> None:
     """Join the other processes, if torchrun started more than one: gloo for CPU tensors, NCCL for those of GPUs."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        store, place, count = next(dist.rendezvous("env://"))
+        store, place, count = next(rendezvous("env://"))
         # torchrun keeps its store over a restart, and gloo would meet the addresses of the dead (torch 2.13).
-        attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        attempt = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(timeout=TIMEOUT, store=attempt, rank=place, world_size=count)
 
 
