@@ -13,20 +13,22 @@ from ..errors import JetplaneError
 from .config import Config
 
 EPOCHS = 50
-# The forward methods draw ten directions a step each; rates are the best of a few tried for each, and FoMoH
-# takes the paper's step as it is.
+# The paper's methods draw ten directions a step each; rates are the best of a few tried for each, and FoMoH
+# takes the paper's step as it is. PlaneSearch is as it comes.
 METHODS: dict[str, list[dict[str, Any]]] = {
     "logreg": [
         {"method": "sgd", "lr": 0.5},
         {"method": "fgd", "lr": 0.2, "k": 10},
         {"method": "fomoh", "lr": 1.0, "k": 10, "clip": 0},
         {"method": "fomoh-kd", "lr": 0.6, "k": 10, "clip": 1.0},
+        {"method": "plane-search", "schedule": "constant"},
     ],
     "cnn": [
         {"method": "sgd", "lr": 0.2},
         {"method": "fgd", "lr": 0.03, "k": 10},
         {"method": "fomoh", "lr": 0.544, "k": 10, "clip": 0},
         {"method": "fomoh-kd", "lr": 0.5, "k": 10, "clip": 1.0},
+        {"method": "plane-search", "schedule": "constant"},
     ],
 }
 
@@ -34,7 +36,7 @@ METHODS: dict[str, list[dict[str, Any]]] = {
 def plan(seed: int = 0) -> list[Config]:
     """The runs of the demonstration."""
     return [
-        Config(data="digits", model=model, epochs=EPOCHS, seed=seed, schedule="cosine", **settings)
+        Config(**{"data": "digits", "model": model, "epochs": EPOCHS, "seed": seed, "schedule": "cosine"} | settings)
         for model, methods in METHODS.items()
         for settings in methods
     ]

@@ -28,6 +28,7 @@ from ..tangents import LowRank, Stacked, Tangents
 from .registry import aten, register
 
 BLOCK = 1 << 17  # elements of a sum of weights that are held at a time
+NARROW = 96  # rows or columns below which reading a factor costs as much as multiplying it
 
 
 class Form(ABC):
@@ -296,6 +297,8 @@ class _Rows(Form):
         return (a.flatten(0, 1) @ b.t()).view(*a.shape[:-1], b.shape[0])
 
     def right(self, a: Tensor, b: Tensor) -> Tensor:
+        if b.shape[1] < NARROW:  # one product reads a once
+            return (a @ b.flatten(0, 1).t()).unflatten(1, b.shape[:2]).movedim(1, 0).contiguous()
         if not plain(a, b):
             return torch.matmul(a, b.transpose(1, 2))
         out = a.new_empty((b.shape[0], a.shape[0], b.shape[1]))
@@ -318,7 +321,7 @@ class _Rows(Form):
             torch.mm(left, right.t(), out=out[:, rows])
 
     def pays(self, a: Tensor, b: Tensor) -> bool:
-        return a.shape[0] >= 96 and b.shape[0] >= 96
+        return a.shape[0] >= NARROW and b.shape[0] >= NARROW
 
     by_rows = True
 
