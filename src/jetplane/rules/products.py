@@ -386,9 +386,12 @@ def _biased(space: Space, rows: Any, weight: Any, bias: Any, y: Tensor) -> Tenso
 
 
 def _onto(c: Tensor | None, bias: Tensor | None, y: Tensor) -> Tensor | None:
-    """Coefficients of the product plus those of the bias, in place: the product's are ours."""
-    if bias is None or c is None:
-        return c if bias is None else broadcast(bias, y.shape)
+    """Coefficients of the product plus those of the bias, of one channel each, in place: the product's are ours."""
+    if bias is None:
+        return c
+    bias = bias.reshape(bias.shape[0], -1, *[1] * (y.dim() - 2))
+    if c is None:
+        return broadcast(bias, y.shape)
     b = bias[:, None]
     return c.add_(b) if plain(c, b) else c + b
 
@@ -527,8 +530,13 @@ def _(
     n = weight.dim() - 2
     full = [list(v) * n if len(v) == 1 else list(v) for v in (stride, padding, dilation, output_padding)]
     form = _Convolution(full[0], full[1], full[2], transposed, full[3], groups)
-    y = bilinear(space, form, x, weight)
-    return y if bias is None else torch.add(y, bias.reshape(-1, *([1] * n)))
+    product = bilinear(space, form, x, weight)
+    if bias is None or x.dim() != weight.dim():
+        return product if bias is None else torch.add(product, bias.reshape(-1, *([1] * n)))
+    y, first, second = parts(product, space)
+    pb, fb, sb = parts(bias, space)
+    y = torch.add(y, pb.reshape(-1, *[1] * n))
+    return make(y, _onto(first, fb, y), _onto(second, sb, y), space)
 
 
 @register("_trilinear")
