@@ -320,4 +320,4 @@ def test_a_run_in_a_process_of_its_own(tmp_path):
     assert report.Finished.read(tmp_path / "run").result["peak_memory"] > 0
     with pytest.raises(jp.JetplaneError, match="exists"):
         run_apart(Config(epochs=2), tmp_path / "run", lambda *a: None)
-    assert {c.method for c in plan()} == {"sgd", "fgd", "fomoh", "fomoh-kd"}
+    assert {c.method for c in plan()} == {"sgd", "fgd", "fomoh", "fomoh-kd", "plane-search"}
