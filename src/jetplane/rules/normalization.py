@@ -182,6 +182,12 @@ def _update_running(p: Tensor, mean: Tensor | None, var: Tensor | None, momentum
         var.mul_(1 - momentum).add_(p.var(dims, correction=1), alpha=momentum)
 
 
+def _by_running(x: Any, mean: Any, var: Any, eps: float) -> Any:
+    """``(x - mean) / sqrt(var + eps)`` of each channel, as in eval mode."""
+    inverse = torch.rsqrt(torch.add(var, eps))
+    return torch.mul(torch.sub(x, _channels(mean, x.dim())), _channels(inverse, x.dim()))
+
+
 @register("batch_norm")
 def _(
     space: Space,
@@ -201,8 +207,7 @@ def _(
         if training and running_mean is not None:
             _update_running(_innermost(x), running_mean, running_var, momentum)
     else:
-        inverse = torch.rsqrt(torch.add(running_var, eps))
-        y = torch.mul(torch.sub(x, _channels(running_mean, rank)), _channels(inverse, rank))
+        y = _by_running(x, running_mean, running_var, eps)
     return _affine(space, y, _channels(weight, rank), _channels(bias, rank))
 
 
@@ -255,8 +260,7 @@ def _(
             running_mean.mul_(1 - momentum).add_(p.mean(dims).mean(0), alpha=momentum)
             running_var.mul_(1 - momentum).add_(p.var(dims, correction=1).mean(0), alpha=momentum)
     else:
-        inverse = torch.rsqrt(torch.add(running_var, eps))
-        y = torch.mul(torch.sub(x, _channels(running_mean, rank)), _channels(inverse, rank))
+        y = _by_running(x, running_mean, running_var, eps)
     return _affine(space, y, _channels(weight, rank), _channels(bias, rank))
 
 

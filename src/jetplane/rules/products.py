@@ -139,16 +139,22 @@ def _low_rank(space: Space, form: Form, a: Any, pb: Tensor, tangents: LowRank, y
     pa, fa, sa = parts(a, space)
     y = form(pa, pb) if y is None else y
     pa, pb = precise(pa), precise(pb)
-    left = tangents.left  # (K, r, channels)
-    k, r = left.shape[:2]
-    rows = tangents.right.reshape(k * r, *pb.shape[1:])
-    inner = form(pa, rows).unflatten(1, (k, r)).movedim(1, 0)
-    first = form.spread(None if fa is None else form.left(fa, pb), inner, left)
+    first = _along(form, pa, tangents, None if fa is None else form.left(fa, pb))
     second = None if sa is None else form.left(sa, pb)
     if fa is not None and space.order == 2:
-        inner, left = _crossed(space, form, fa, rows, left)
-        second = form.spread(second, inner, left)
+        second = form.spread(second, *_crossed(space, form, fa, _rows(tangents), tangents.left))
     return make(y, first, second, space)
+
+
+def _rows(tangents: LowRank) -> Tensor:
+    """The right factors as the rows of one weight."""
+    return tangents.right.reshape(-1, *tangents.shape[2:])
+
+
+def _along(form: Form, a: Tensor, tangents: LowRank, onto: Tensor | None) -> Tensor:
+    """``onto + f(a, right_i) left_i`` for each direction."""
+    inner = form(a, _rows(tangents)).unflatten(1, tangents.left.shape[:2]).movedim(1, 0)
+    return form.spread(onto, inner, tangents.left)
 
 
 def _stacked(space: Space, form: Form, a: Any, pb: Tensor, tangents: Stacked, y: Tensor | None) -> Tensor:
@@ -162,9 +168,7 @@ def _stacked(space: Space, form: Form, a: Any, pb: Tensor, tangents: Stacked, y:
     own = []
     for onto, part in zip(first, tangents.parts, strict=True):
         if isinstance(part, LowRank):
-            k, r = part.left.shape[:2]
-            inner = form(pa, part.right.reshape(k * r, *pb.shape[1:])).unflatten(1, (k, r)).movedim(1, 0)
-            own.append(form.spread(onto, inner, part.left))
+            own.append(_along(form, pa, part, onto))
         else:
             product = form.right(pa, part.formed() if isinstance(part, Tangents) else part)
             own.append(product if onto is None else onto + product)
