@@ -31,6 +31,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False, rich_markup_mode="markdown",  # which leaves [brackets] alone
 )  # fmt: skip
 console = Console()
+# Options of several commands.
+Schedule = Annotated[ScheduleName, typer.Option(help="Schedule of the rate.")]
+Descent = Annotated[DescentName, typer.Option(help="How fomoh-kd solves its plane.")]
+BatchSize = Annotated[int, typer.Option(help="Examples of one step.")]
+WeightDecay = Annotated[float, typer.Option(help="Decoupled weight decay.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+DataDir = Annotated[Path | None, typer.Option(help=DATA_HELP)]
 ConfigFile = typer.Option("--config", help="Settings from this JSON file, such as a sweep's best.json; options win.")
 
 
@@ -54,15 +61,15 @@ def train(
         int | None, typer.Option(help="Directions drawn per step [default: 1; fomoh-kd 3, plane-search 0].")
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Rate [default: one that suits model and method].")] = None,
-    schedule: Annotated[ScheduleName, typer.Option(help="Schedule of the rate.")] = "constant",
-    descent: Annotated[DescentName, typer.Option(help="How fomoh-kd solves its plane.")] = "saddle-free",
-    batch_size: Annotated[int, typer.Option(help="Examples of one step.")] = 128,
+    schedule: Schedule = "constant",
+    descent: Descent = "saddle-free",
+    batch_size: BatchSize = 128,
     epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 20,
     seed: Annotated[int, typer.Option(help="Of weights, batches and directions.")] = 0,
     clip: Annotated[float | None, typer.Option(help="Largest step, 0: any [default: 1 for fomoh, fomoh-kd].")] = None,
-    weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    data_dir: Annotated[Path | None, typer.Option(help=DATA_HELP)] = None,
+    weight_decay: WeightDecay = 0.0,
+    device: Device = "cpu",
+    data_dir: DataDir = None,
     out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/DATA-MODEL-METHOD-SEED].")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with this run folder; other options are its own.")] = None,
     configuration: Annotated[Path | None, ConfigFile] = None,
@@ -176,8 +183,8 @@ def reproduce(
     name: Annotated[ExperimentName, typer.Argument(help="The experiment.")],
     budget: Annotated[Budget, typer.Option(help="Seconds, an hour on 2 cores, or all of the paper.")] = "hour",
     out: Annotated[Path | None, typer.Option(help="Results folder [default: results/NAME-BUDGET].")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help=DATA_HELP)] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    data_dir: DataDir = None,
+    device: Device = "cpu",
     epochs: Annotated[int | None, typer.Option(help="Of logreg, cnn and cifar, instead of the budget's.")] = None,
 ) -> None:
     """Run an experiment of the paper; run it again to go on where it stopped."""
@@ -236,15 +243,15 @@ def run_sweep(
     clip_range: Annotated[tuple[float, float] | None, typer.Option(help="Vary the largest step too.")] = None,
     k: Annotated[int | None, typer.Option(help="Directions per step, if they do not vary.")] = None,
     clip: Annotated[float | None, typer.Option(help="Largest step, if it does not vary; 0: any.")] = None,
-    schedule: Annotated[ScheduleName, typer.Option(help="Schedule of the rate.")] = "constant",
-    descent: Annotated[DescentName, typer.Option(help="How fomoh-kd solves its plane.")] = "saddle-free",
-    batch_size: Annotated[int, typer.Option(help="Examples of one step.")] = 128,
-    weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.0,
+    schedule: Schedule = "constant",
+    descent: Descent = "saddle-free",
+    batch_size: BatchSize = 128,
+    weight_decay: WeightDecay = 0.0,
     epochs: Annotated[int, typer.Option(help="Passes over the training data, of a trial that is not pruned.")] = 10,
     trials: Annotated[int, typer.Option(help="Trials in all, those of earlier calls included.")] = 20,
     seed: Annotated[int, typer.Option(help="Of runs and proposals.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    data_dir: Annotated[Path | None, typer.Option(help=DATA_HELP)] = None,
+    device: Device = "cpu",
+    data_dir: DataDir = None,
     out: Annotated[Path | None, typer.Option(help="Sweep folder [default: runs/sweep-DATA-MODEL-METHOD].")] = None,
     storage: Annotated[str | None, typer.Option(help="URL for Optuna [default: a SQLite file in the folder].")] = None,
     configuration: Annotated[Path | None, ConfigFile] = None,
