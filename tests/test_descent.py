@@ -53,7 +53,7 @@ def test_turning_the_plane_turns_the_step(descent):
 @pytest.mark.parametrize("descent", SPECTRAL, ids=str)
 def test_the_step_is_a_symmetric_matrix_times_the_slope(descent):
     slope, curvature = planes(2, 4)
-    inverse = descent.inverse(curvature)
+    inverse = descent.solve(slope, curvature).inverse
     assert_close(inverse, inverse.mT)
     assert_close(-(inverse @ slope.double().unsqueeze(-1)).squeeze(-1) / 2, descent(slope, curvature))
 
@@ -65,7 +65,7 @@ def test_scaled_damping_does_not_depend_on_the_lengths_of_directions():
     assert_close(scaled * lengths, Damped(0.1, scaled=True)(slope, curvature))
     flat = torch.zeros(2, 2)
     flat[0, 0] = 4.0  # the second direction is of no curvature
-    assert_close(Damped(0.1, scaled=True).inverse(flat), torch.diag(torch.tensor([1 / 4.4, 10.0])).double())
+    assert_close(Damped(0.1, scaled=True).solve(torch.ones(2), flat).inverse, torch.diag(torch.tensor([1 / 4.4, 10.0])).double())
 
 
 def test_saddle_free_is_bounded():

@@ -17,7 +17,7 @@ from ..errors import ArgumentError, DTypeError, ShapeError
 from ..laws import key
 from ..plane import KEPT, Curvature, PlaneModel, evaluate
 from ..replay import RandomState, random_state, rehearsal
-from ..search import NoiseAware, Proposal, Search, Whole
+from ..search import Line, NoiseAware, Proposal, Search, Whole, slope_covariance
 from .base import STATE, Chunk, Closure, Moving, Params, PlaneOptimizer
 
 Guess = Callable[[], Sequence[Tensor]]
@@ -64,7 +64,7 @@ class PlaneSearch(PlaneOptimizer):
         rate: "auto" as above, a number for steps of that part, or a `jetplane.search.Search`.
         descent: what solves the plane, a `jetplane.descent.Spectral` or its name. By default
             `jetplane.descent.Damped` on directions of unit curvature for "ggn", and for "hessian"
-            `jetplane.descent.SaddleFree`.
+            `jetplane.descent.SaddleFree`. Others are "newton", "truncated" and "cubic".
         law: of the drawn directions.
         averages: how much of each running average is kept from step to step.
         scaled: whether the averages are in the plane in scaled form as well.
@@ -191,15 +191,29 @@ class PlaneSearch(PlaneOptimizer):
         own = self.state[STATE]  # type: ignore[index]
         params = [p for p, _, _ in moving]
         assert plane.curvature is not None
-        inverse = self.descent.inverse(plane.curvature)
-        steps = list(self._steps(moving, directions, plane, -(inverse @ plane.slope.double())))
+        solution = self.descent.solve(plane.slope, plane.curvature)
+        formed: dict[int, tuple[Tensor, list[tuple[int, Tensor]]]] = {}  # the last line's coefficients and step
 
-        def loss_at(rate: float) -> float:
-            with _moved(rate, params, steps), rehearsal(self._random):
-                return float(closure())
+        def steps_along(kappa: Tensor) -> list[tuple[int, Tensor]]:
+            if id(kappa) not in formed:
+                formed.clear()
+                formed[id(kappa)] = kappa, list(self._steps(moving, directions, plane, kappa))
+            return formed[id(kappa)][1]
 
-        proposal = Proposal(plane.value.item(), plane.slope, inverse, plane.examples, loss_at)
-        rate, record = self.search(proposal, own.get("search", {}))
+        def line(kappa: Tensor) -> Line:
+            steps = steps_along(kappa)
+
+            def loss_at(rate: float) -> float:
+                with _moved(rate, params, steps), rehearsal(self._random):
+                    return float(closure())
+
+            return Line(loss_at, lambda: _norm([step for _, step in steps]))
+
+        factor = max(float(group["lr"]) for _, group, _ in moving)
+        covariance = slope_covariance(plane.examples)
+        proposal = Proposal(plane.value.item(), plane.slope, solution, covariance, line, factor)
+        kappa, rate, record = self.search(proposal, own.get("search", {}))
+        steps = steps_along(kappa)
         changed: dict[str, Any] = {"search": record}
         found, shares = self._estimates(closure, params, directions, plane.slope)
         changed["shares"] = {name: tuple(share) for name, share in shares.items()}  # plain, for checkpoints
