@@ -38,7 +38,7 @@ def quadratic(d: int, condition: float) -> Function:
 
 
 def _numbers(*values: float) -> Tensor:
-    return torch.tensor(values).double()
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _stack(*residuals: Tensor) -> Tensor:
@@ -93,7 +93,12 @@ def powell_singular(x: Tensor) -> Tensor:  # 13, and 22 for more than four
 def wood(x: Tensor) -> Tensor:  # 14
     a, b, c, d = x
     return _stack(
-        10 * (b - a * a), 1 - a, math.sqrt(90) * (d - c * c), 1 - c, math.sqrt(10) * (b + d - 2), (b - d) / math.sqrt(10)
+        10 * (b - a * a),
+        1 - a,
+        math.sqrt(90) * (d - c * c),
+        1 - c,
+        math.sqrt(10) * (b + d - 2),
+        (b - d) / math.sqrt(10),
     )
 
 
@@ -178,24 +183,24 @@ CASES: dict[str, Case] = {
     "quadratic, 100, condition 1e6": Case(quadratic(100, 1e6), torch.zeros(100)),
 }
 COLLECTION: dict[str, Case] = {
-    "Freudenstein and Roth, 2": _mgh(freudenstein_roth, 0.5, -2.0),
+    "Freudenstein and Roth, 2": _mgh(freudenstein_roth, 0.5, -2.0, least=(0.0, 48.98425367924)),
     "Powell badly scaled, 2": _mgh(powell_badly_scaled, 0.0, 1.0),
     "Brown badly scaled, 2": _mgh(brown_badly_scaled, 1.0, 1.0),
     "Beale, 2": _mgh(beale, 1.0, 1.0),
     "helical valley, 3": _mgh(helical_valley, -1.0, 0.0, 0.0),
-    "Bard, 3": _mgh(bard, 1.0, 1.0, 1.0),
+    "Bard, 3": _mgh(bard, 1.0, 1.0, 1.0, least=(8.214877306579e-3,)),
     "Box, 3": _mgh(box, 0.0, 10.0, 20.0),
     "Powell singular, 4": _mgh(powell_singular, 3.0, -1.0, 0.0, 1.0),
     "Wood, 4": _mgh(wood, -3.0, -1.0, -3.0, -1.0),
-    "Kowalik and Osborne, 4": _mgh(kowalik_osborne, 0.25, 0.39, 0.415, 0.39),
-    "Biggs EXP6, 6": _mgh(biggs, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0),
-    "Watson, 6": _mgh(watson, *[0.0] * 6),
+    "Kowalik and Osborne, 4": _mgh(kowalik_osborne, 0.25, 0.39, 0.415, 0.39, least=(3.07505603849e-4,)),
+    "Biggs EXP6, 6": _mgh(biggs, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0, least=(0.0, 5.655649925500e-3)),
+    "Watson, 6": _mgh(watson, *[0.0] * 6, least=(2.287670053552e-3,)),
     "extended Rosenbrock, 10": _mgh(extended_rosenbrock, *[-1.2, 1.0] * 5),
     "extended Powell singular, 12": _mgh(powell_singular, *[3.0, -1.0, 0.0, 1.0] * 3),
     "variably dimensioned, 10": _mgh(variably_dimensioned, *[1 - j / 10 for j in range(1, 11)]),
-    "trigonometric, 10": _mgh(trigonometric, *[0.1] * 10),
-    "Brown almost linear, 10": _mgh(brown_almost_linear, *[0.5] * 10),
-    "Chebyquad, 8": _mgh(chebyquad, *[j / 9 for j in range(1, 9)]),
+    "trigonometric, 10": _mgh(trigonometric, *[0.1] * 10, least=(0.0, 2.795056121876e-5)),
+    "Brown almost linear, 10": _mgh(brown_almost_linear, *[0.5] * 10, least=(0.0, 1.0)),
+    "Chebyquad, 8": _mgh(chebyquad, *[j / 9 for j in range(1, 9)], least=(3.516873725678e-3,)),
 }
 
 

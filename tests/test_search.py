@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import jetplane as jp
-from jetplane.descent import Newton
+from jetplane.descent import Newton, SaddleFree
 from jetplane.search import (
     AdaptiveCubic,
     Backtracking,
@@ -107,6 +107,122 @@ def test_whole():
     assert Whole()(proposal([1.0], [[1.0]]), {})[1:] == (1.0, {})
 
 
+# --- noise by coordinate ---------------------------------------------------------------------------------
+
+
+def test_one_noisy_direction_does_not_slow_the_others():
+    examples = torch.tensor([[2.0, 10.0], [2.0, -9.0]])  # slope 4 without noise; slope 1 with a variance of 361
+    step = proposal([4.0, 1.0], [[1.0, 0.0], [0.0, 1.0]], examples)
+    together, rate, _ = NoiseAware(guard=False)(step, {})
+    assert rate == 1e-3
+    torch.testing.assert_close(together, torch.tensor([-4.0, -1.0]).double())
+    kappa, rate, record = NoiseAware(guard=False, each=True)(step, {})
+    torch.testing.assert_close(rate * kappa, torch.tensor([-4.0, -1e-3]).double())
+    assert all(isinstance(v, float) for name in ("noise", "signal") for v in record[name])
+
+
+def test_the_rate_of_each_coordinate_minimizes_the_expected_loss():
+    """On a quadratic, over many batches: coordinate by coordinate the rate is near the best constant one."""
+    torch.manual_seed(0)
+    hessian = torch.diag(torch.tensor([0.5, 1.0, 4.0])).double()
+    gradient, spread = torch.tensor([0.3, -0.2, 0.1]).double(), torch.tensor([0.1, 0.2, 0.2]).double()
+    inverse, record, search = torch.linalg.inv(hessian), {}, NoiseAware(memory=0.999, guard=False, each=True)
+    kappa, slope = torch.zeros(3), torch.ones(3)
+    for _ in range(4000):
+        examples = (gradient + spread * math.sqrt(20) * torch.randn(20, 3).double()) / 20
+        slope = examples.sum(0)
+        kappa, _, record = search(proposal(slope.tolist(), inverse.tolist(), examples), record)
+    taken = -kappa / (inverse @ slope)
+    torch.testing.assert_close(taken, gradient**2 / (gradient**2 + spread**2), rtol=0, atol=0.08)
+
+
+def test_averages_by_coordinate_begin_anew_in_a_larger_plane():
+    search, one = NoiseAware(guard=False, each=True), torch.tensor([[1.0, 1.0], [1.0, 1.0]])
+    _, _, record = search(proposal([2.0, 2.0], [[1.0, 0.0], [0.0, 1.0]], one), {"noise": [9.0], "signal": [1.0]})
+    assert record["noise"] == [0.0, 0.0] and record["signal"] == pytest.approx([0.2, 0.2])
+    _, _, record = search(proposal([2.0, 2.0], [[1.0, 0.0], [0.0, 1.0]], one), record)
+    assert record["signal"] == pytest.approx([0.39, 0.39])
+
+
+# --- passes along the line -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss_at", "least"),
+    [
+        (lambda r: (r - 0.3) ** 2, 0.3),
+        (lambda r: (r - 5.0) ** 2, 5.0),
+        (lambda r: -r * math.exp(-r), 1.0),
+        (lambda r: math.nan if r > 0.2 else (r - 0.1) ** 2, 0.1),
+        (lambda r: abs(r - 0.7), 0.7),
+    ],
+)
+def test_exact_line_finds_the_least_loss(loss_at, least):
+    passes = []
+    counted = lambda r: passes.append(r) or loss_at(r)  # noqa: E731
+    step = proposal([1.0], [[1.0]], None, counted, loss_at(0.0))
+    assert ExactLine(passes=25)(step, {"kept": 1.0})[1:] == (pytest.approx(least, abs=2e-2), {"kept": 1.0})
+    assert len(passes) == 25
+    for n in range(1, 25):
+        rate = ExactLine(passes=n)(step, {})[1]
+        assert loss_at(rate) <= loss_at(0.0)
+    assert ExactLine()(proposal([1.0], [[1.0]], None, lambda r: 1 + r), {})[1] == 0.0
+
+
+# --- the ratio test --------------------------------------------------------------------------------------
+
+
+def along(f, x, hessian, **settings):
+    """A proposal at x for a function of the coefficients themselves."""
+    slope = torch.func.grad(f)(x)
+
+    def line(kappa):
+        return Line(lambda r: f(x + r * kappa).item(), lambda: kappa.norm().item())
+
+    return Proposal(f(x).item(), slope, SaddleFree().solve(slope, hessian), None, line, **settings)
+
+
+def test_the_radius_follows_the_ratio():
+    eye = torch.eye(2).double()
+    f = lambda x: 0.5 * x.square().sum()  # noqa: E731
+    step = along(f, torch.tensor([3.0, 4.0]).double(), eye)
+    assert step.decrease(step.solution.step) == pytest.approx(12.5)
+    kappa, rate, record = TrustRegion(radius=1.0)(step, {})
+    assert rate == pytest.approx(0.2) and record == {"radius": 2.0}  # as promised, and at the radius
+    assert TrustRegion(radius=1.0)(step, {"radius": 2.0})[1] == pytest.approx(0.4)
+    assert TrustRegion()(step, {})[1:] == (1.0, {"radius": pytest.approx(10.0)})
+    assert TrustRegion(radius=50.0)(step, {})[2] == {"radius": 50.0}  # good, but not at the radius
+    worse = along(f, torch.tensor([3.0, 4.0]).double(), 0.1 * eye)  # ten times too long: the loss rises
+    kappa, rate, record = TrustRegion(tries=1)(worse, {})
+    assert rate == 0.0 and record == {"radius": pytest.approx(12.5)}
+    kappa, rate, record = TrustRegion(tries=5)(worse, {})
+    assert rate == pytest.approx(0.0625) and f(torch.tensor([3.0, 4.0]) + rate * kappa) < 12.5
+    metric = TrustRegion(radius=1.0, metric="plane")(along(f, torch.tensor([3.0, 4.0]).double(), 4 * eye), {})
+    assert metric[1] == pytest.approx(1 / 2.5)  # sqrt(F^T M F) = 5 / 2
+
+
+def test_the_promise_reckons_with_the_rate_of_the_group():
+    f = lambda x: 0.5 * x.square().sum()  # noqa: E731
+    step = along(f, torch.tensor([3.0, 4.0]).double(), torch.eye(2).double(), factor=0.5)
+    assert step.decrease(step.solution.step) == pytest.approx(25 * (0.5 - 0.125))
+
+
+def test_adaptive_cubic_finds_its_sigma():
+    f = lambda x: (x**4).sum() / 4 - x.square().sum() / 2  # noqa: E731
+    x, record = torch.tensor([0.01, 0.0]).double(), {}
+    values = [f(x).item()]
+    for _ in range(25):
+        kappa, rate, record = AdaptiveCubic()(along(f, x, torch.func.hessian(f)(x)), record)
+        x = x + rate * kappa
+        values.append(f(x).item())
+    assert all(b <= a for a, b in zip(values, values[1:], strict=False))
+    assert values[-1] == pytest.approx(-0.5)  # out of the saddle point of the second coordinate as well
+    rises = along(lambda x: x.square().sum(), torch.ones(2).double(), torch.eye(2).double())
+    refused = Proposal(-1.0, rises.slope, rises.solution, None, rises.line)
+    kappa, rate, record = AdaptiveCubic(sigma=1.0, tries=3)(refused, {})
+    assert rate == 0.0 and record == {"sigma": 64.0}
+
+
 @pytest.mark.parametrize(
     "build",
     [
@@ -114,6 +230,12 @@ def test_whole():
         lambda: Backtracking(halvings=-1),
         lambda: NoiseAware(memory=1.0),
         lambda: NoiseAware(floor=-0.1),
+        lambda: ExactLine(passes=0),
+        lambda: TrustRegion(radius=0.0),
+        lambda: TrustRegion(metric="loss"),
+        lambda: TrustRegion(tries=0),
+        lambda: AdaptiveCubic(sigma=-1.0),
+        lambda: AdaptiveCubic(tries=0),
     ],
 )
 def test_bad_settings(build):

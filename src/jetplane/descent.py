@@ -202,19 +202,23 @@ class SaddleFree(Weighted):
 
     Source: Dauphin et al., arXiv 1406.2572, in a plane.
 
+    Attributes:
+        floor: None takes K times the rounding of the curvature's dtype, for functions without noise.
+
     >>> import torch
     >>> SaddleFree()(torch.tensor([2.0, 4.0]), torch.tensor([[2.0, 0.0], [0.0, -1.0]]))
     tensor([-1., -4.], dtype=torch.float64)
     """
 
-    floor: float = 1e-3
+    floor: float | None = 1e-3
 
     def __post_init__(self) -> None:
-        if not 0 < self.floor <= 1:
+        if self.floor is not None and not 0 < self.floor <= 1:
             raise ArgumentError(f"floor must be in (0, 1], got {self.floor}")
 
     def _inverse(self, values: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
-        return 1 / torch.maximum(values.abs(), self.floor * largest)
+        floor = values.shape[-1] * torch.finfo(dtype).eps if self.floor is None else self.floor
+        return 1 / torch.maximum(values.abs(), floor * largest)
 
 
 @dataclass(frozen=True)

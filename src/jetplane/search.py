@@ -36,7 +36,6 @@ class Line:
     length: Callable[[], float]
 
 
-
 @dataclass(frozen=True)
 class Proposal:
     """A step that a descent proposes along a plane of K directions.
@@ -374,7 +373,6 @@ class NoiseAware(Search):
     the directions do not depend on the batch: see `jetplane.activity`.
 
     The model of the plane may be wrong where the step leads: it is halved until the loss of the same batch falls.
-    Where the loss does not tell its examples apart, this is all that is done.
 
     With ``each`` every coordinate of the plane, an eigenvector of its curvature as the descent scales it, is shrunk
     for itself, ``max(floor, 1 - c_i / f_i^2)`` with f_i the slope along it and c_i the variance of that: one noisy
@@ -385,6 +383,7 @@ class NoiseAware(Search):
         memory: how much of the averages is kept from step to step.
         floor: the least that is taken of a step, unless the loss rises.
         each: whether coordinates are shrunk one by one.
+        otherwise: what decides where the loss does not tell its examples apart.
         guard: whether to look at the loss after the step, by a pass of its own. Else nothing is halved.
 
     >>> import torch, jetplane as jp
@@ -399,6 +398,7 @@ class NoiseAware(Search):
     floor: float = 1e-3
     guard: bool = True
     each: bool = False
+    otherwise: Search = Backtracking()
     examples = True
 
     def __post_init__(self) -> None:
@@ -409,7 +409,7 @@ class NoiseAware(Search):
         """See `Search`."""
         kappa = proposal.kappa
         if proposal.covariance is None:
-            return kappa, Backtracking().shortened(proposal, kappa, 1.0), record
+            return self.otherwise(proposal, record)
         solution = proposal.solution
         noise, signal = solution.weights * proposal.noises(), -solution.slope * solution.step
         if not self.each:
