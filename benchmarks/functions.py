@@ -1,10 +1,11 @@
-"""Steps to 1e-10 on functions without noise, beside Newton's method with the analytic Hessian and the same search.
+"""Steps to 1e-10 on functions without noise, beside Newton's method with the analytic Hessian, halved until the value falls.
 
 python -m benchmarks.functions
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -204,10 +205,14 @@ COLLECTION: dict[str, Case] = {
 }
 
 
-def newton(case: Case) -> int:
-    """Newton's steps, halved until the value falls."""
+def newton(case: Case, most: int = MOST) -> int | None:
+    """Newton's steps, halved until the value falls; None where no part of one lowers it."""
     x, f = case.start.double(), case.f
-    for n in range(MOST):
+
+    def line_from(x: Tensor, kappa: Tensor) -> Line:
+        return Line(lambda rate: f(x + rate * kappa).item(), lambda: kappa.norm().item())
+
+    for n in range(most):
         value = f(x).item()
         if case.solved(value):
             return n
@@ -215,12 +220,12 @@ def newton(case: Case) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", jp.RescueWarning)  # indefinite Hessians are Newton's own affair
             solution = Newton().solve(slope, hessian)
-        line = lambda kappa, x=x: Line(lambda rate: f(x + rate * kappa).item(), kappa.norm)  # noqa: E731
-        kappa, rate, _ = Backtracking()(Proposal(value, slope, solution, None, line), {})
+        proposal = Proposal(value, slope, solution, None, functools.partial(line_from, x))
+        kappa, rate, _ = Backtracking()(proposal, {})
         if not rate:
-            return MOST
+            return None
         x = x + rate * kappa
-    return MOST
+    return most
 
 
 def plane_search(case: Case, k: int, most: int = MOST, **settings: Any) -> tuple[int, bool, float]:
@@ -238,17 +243,29 @@ def plane_search(case: Case, k: int, most: int = MOST, **settings: Any) -> tuple
     return most, monotone, last
 
 
-def main() -> None:
-    """Count and print."""
-    print("| function | Newton | K = D | K = D / 2 | K = D / 5 |", "|---|--:|--:|--:|--:|", sep="\n")
-    for name, (f, start) in CASES.items():
-        d = len(start)
-        cells = [str(newton(f, start))]
-        for k in (d, d // 2, d // 5):
-            steps, monotone = plane_search(f, start, k) if k else (None, True)
-            cells.append("" if steps is None else f"> {MOST}" if steps == MOST else str(steps))
-            cells[-1] += "" if monotone else " (not monotone)"
+def count(steps: int, monotone: bool, most: int) -> str:
+    """A cell of the tables."""
+    return (f"> {most}" if steps == most else str(steps)) + ("" if monotone else " (not monotone)")
+
+
+def table(cases: dict[str, Case], parts: tuple[int, ...], most: int) -> None:
+    """Count and print, with K = D and D over each of the parts."""
+    print("| function |", " | ".join(["Newton", "K = D", *(f"K = D / {part}" for part in parts)]), "|")
+    print("|---|--:|--:|" + "--:|" * len(parts))
+    for name, case in cases.items():
+        d = len(case.start)
+        steps = newton(case, most)
+        cells = ["fails" if steps is None else count(steps, True, most)]
+        for k in (d, *(d // part for part in parts)):
+            cells.append(count(*plane_search(case, k, most)[:2], most) if k else "")
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def main() -> None:
+    """Print both tables."""
+    table(CASES, (2, 5), MOST)
+    print()
+    table(COLLECTION, (2,), 300)
 
 
 if __name__ == "__main__":

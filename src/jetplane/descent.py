@@ -147,7 +147,8 @@ class Weighted(Spectral):
         largest = values.abs().amax(-1, keepdim=True)
         if not bool((largest > 0).all()):
             raise SingularPlaneError(
-                f"the curvature of a plane of {values.shape[-1]} directions is zero: no length of a step follows from it"
+                f"the curvature of a plane of {values.shape[-1]} directions is zero: no length of a step "
+                "follows from it"
             )
         weights = self._inverse(values, largest, dtype)
         return weights, -weights * slope
@@ -264,7 +265,7 @@ class Truncated(Weighted):
 
     >>> import torch
     >>> Truncated(tolerance=0.1)(torch.tensor([2.0, 4.0]), torch.tensor([[2.0, 0.0], [0.0, 0.1]]))
-    tensor([-1., -0.], dtype=torch.float64)
+    tensor([-1.,  0.], dtype=torch.float64)
 
     Source: Hansen, Rank-Deficient and Discrete Ill-Posed Problems, SIAM 1998, section 3.2.
     """
@@ -289,7 +290,7 @@ class Truncated(Weighted):
 
 @dataclass(frozen=True)
 class Cubic(Spectral):
-    """The least of ``F . kappa + kappa^T H kappa / 2 + sigma |kappa|^3 / 3``: Newton's method with cubic regularization.
+    """The least of ``F . kappa + kappa^T H kappa / 2 + sigma |kappa|^3 / 3``: cubic regularization.
 
         kappa = -(H + sigma r I)^-1 F,    r = |kappa|
 

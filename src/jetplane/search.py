@@ -108,7 +108,7 @@ class Search(ABC):
 
     @abstractmethod
     def __call__(self, proposal: Proposal, record: Record) -> Chosen:
-        """Coefficients, how much of them to go, 0 for none of it, and the record to come with next time ({} at first)."""
+        """Coefficients, how much of them to go (0: stay), and the record to come with next time ({} at first)."""
 
 
 @dataclass(frozen=True)
@@ -376,8 +376,8 @@ class NoiseAware(Search):
 
     With ``each`` every coordinate of the plane, an eigenvector of its curvature as the descent scales it, is shrunk
     for itself, ``max(floor, 1 - c_i / f_i^2)`` with f_i the slope along it and c_i the variance of that: one noisy
-    direction does not slow the good ones down. As eigenvectors turn from step to step, the averages are those of the i-th
-    largest eigenvalue, of ``m_i f_i^2`` and ``m_i c_i``; they begin anew where the plane gets more directions.
+    direction does not slow the good ones down. As eigenvectors turn from step to step, the averages are those of the
+    i-th lowest eigenvalue, of ``m_i f_i^2`` and ``m_i c_i``; they begin anew where the plane gets more directions.
 
     Attributes:
         memory: how much of the averages is kept from step to step.

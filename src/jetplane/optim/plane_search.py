@@ -59,7 +59,8 @@ class PlaneSearch(PlaneOptimizer):
     fitted to the very batch that judges them, the slope would be biased, and its noise taken for signal.
 
     Where the loss does not tell its examples apart, the step is halved until the loss falls, or with
-    ``curvature="hessian"`` the loss is minimized along it, by more passes. With as many directions as parameters (``k``) the plane is the whole space, and this is (Gauss-)Newton's method.
+    ``curvature="hessian"`` the loss is minimized along it, by more passes. With as many directions as parameters
+    (``k``) the plane is the whole space, and this is (Gauss-)Newton's method.
 
     Args:
         params: parameters or groups of them, as for any torch optimizer. Groups may set ``lr`` (a factor on the
@@ -174,8 +175,8 @@ class PlaneSearch(PlaneOptimizer):
         self.every = every
         if every > 1 and (guess is not None or (k and k != sum(p.numel() for p, _, _ in self._moving()))):
             raise ArgumentError(
-                f"every = {every} keeps a curvature for directions that are the same in the next step, which drawn ones "
-                f"(k = {k}) and a guess are not"
+                f"every = {every} keeps a curvature for directions that are the same in the next step, which "
+                f"drawn ones (k = {k}) and a guess are not"
             )
 
     @property
