@@ -1,4 +1,4 @@
-"""Steps to 1e-10 on functions without noise, beside Newton's method with the analytic Hessian, halved until the value falls.
+"""Steps to 1e-10 on functions without noise, beside Newton's method (analytic Hessian, halved until the value falls).
 
 python -m benchmarks.functions
 """

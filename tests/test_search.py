@@ -232,7 +232,7 @@ def test_adaptive_cubic_finds_its_sigma():
         lambda: NoiseAware(floor=-0.1),
         lambda: ExactLine(passes=0),
         lambda: TrustRegion(radius=0.0),
-        lambda: TrustRegion(metric="loss"),
+        lambda: TrustRegion(metric="loss"),  # type: ignore[arg-type]
         lambda: TrustRegion(tries=0),
         lambda: AdaptiveCubic(sigma=-1.0),
         lambda: AdaptiveCubic(tries=0),
