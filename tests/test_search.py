@@ -6,19 +6,29 @@ import pytest
 import torch
 
 import jetplane as jp
-from jetplane.search import Backtracking, NoiseAware, Proposal, Whole, slope_covariance
+from jetplane.plane import SlopeMoments
+from jetplane.search import Backtracking, NoiseAware, Proposal, Whole
 
 
 def proposal(slope, inverse, examples=None, loss_at=lambda rate: math.nan, value=1.0):
-    return Proposal(value, torch.tensor(slope), torch.tensor(inverse).double(), examples, loss_at)
+    covariance = None if examples is None else SlopeMoments.of(examples).covariance
+    return Proposal(value, torch.tensor(slope), torch.tensor(inverse).double(), covariance, loss_at)
 
 
 def test_covariance_is_that_of_sums_over_batches():
     population = torch.randn(100_000, 2).double() @ torch.tensor([[1.0, 2.0], [0.0, 1.0]]).double()
     batches = population.reshape(-1, 50, 2)
-    estimated = torch.stack([slope_covariance(b) for b in batches]).mean(0)
+    estimated = torch.stack([SlopeMoments.of(b).covariance for b in batches]).mean(0)
     torch.testing.assert_close(estimated, torch.cov(batches.sum(1).mT), rtol=0.1, atol=2.0)
-    assert slope_covariance(None) is None and slope_covariance(torch.ones(1, 2)) is None
+    assert SlopeMoments.of(torch.ones(1, 2)).covariance is None
+
+
+def test_moments_of_shards_add_up():
+    examples = torch.randn(30, 4).double() + 2.0
+    first, second, whole = (SlopeMoments.of(e) for e in (examples[:7], examples[7:], examples))
+    added = SlopeMoments(7 + 23, first.total + second.total, first.products + second.products)
+    torch.testing.assert_close(added.covariance, whole.covariance, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(whole.covariance, 30 * torch.cov(examples.mT), rtol=1e-12, atol=1e-12)
 
 
 def test_signal_and_noise():

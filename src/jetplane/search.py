@@ -27,14 +27,15 @@ class Proposal:
         value: the loss before it.
         slope: F, shape (K,).
         inverse: M, shape (K, K), symmetric.
-        examples: each example's part of the slope, (N, K), or None.
+        covariance: C, that of the slope as one of a random batch, (K, K) in float64, or None where it is not known;
+            see `jetplane.plane.SlopeMoments`.
         loss_at: the loss after so much of the step, by a pass of its own.
     """
 
     value: float
     slope: Tensor
     inverse: Tensor
-    examples: Tensor | None
+    covariance: Tensor | None
     loss_at: Callable[[float], float]
 
     @property
@@ -46,29 +47,14 @@ class Proposal:
     @property
     def noise(self) -> float | None:
         """``tr(M C)``, C the covariance of the slope: what `signal` would be on average without a gradient."""
-        covariance = slope_covariance(self.examples)
-        return None if covariance is None else (self.inverse * covariance).sum().item()
-
-
-def slope_covariance(examples: Tensor | None) -> Tensor | None:
-    """The covariance (K, K) of a slope, the sum of its examples' parts (N, K); None for fewer than two of them.
-
-    >>> import torch
-    >>> slope_covariance(torch.tensor([[1.0], [3.0]]))  # two examples: N times their variance 2
-    tensor([[4.]], dtype=torch.float64)
-    """
-    if examples is None or len(examples) < 2:
-        return None
-    n = len(examples)
-    apart = examples.double() - examples.double().mean(0)
-    return apart.mT @ apart * (n / (n - 1))
+        return None if self.covariance is None else (self.inverse * self.covariance).sum().item()
 
 
 class Search(ABC):
     """What decides how much of a proposed step is taken.
 
     Attributes:
-        examples: whether it makes use of the examples' parts of the slope.
+        examples: whether it makes use of the slope's covariance, by the examples' parts of it.
     """
 
     examples: bool = False
@@ -142,7 +128,8 @@ class NoiseAware(Search):
 
     >>> import torch
     >>> after = lambda rate: 100 - 8 * rate
-    >>> step = Proposal(100.0, torch.tensor([4.0]), torch.tensor([[1.0]]).double(), torch.tensor([[1.0], [3.0]]), after)
+    >>> slope, one = torch.tensor([4.0]), torch.ones(1, 1).double()
+    >>> step = Proposal(100.0, slope, one, 4.0 * one, after)
     >>> NoiseAware()(step, {})[0]  # noise 4, signal 16
     0.75
     """

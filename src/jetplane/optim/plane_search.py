@@ -198,7 +198,9 @@ class PlaneSearch(PlaneOptimizer):
             with _moved(rate, params, steps), rehearsal(self._random):
                 return float(closure())
 
-        proposal = Proposal(plane.value.item(), plane.slope, inverse, plane.examples, loss_at)
+        moments = plane.moments
+        covariance = None if moments is None else moments.covariance
+        proposal = Proposal(plane.value.item(), plane.slope, inverse, covariance, loss_at)
         rate, record = self.search(proposal, own.get("search", {}))
         changed: dict[str, Any] = {"search": record}
         found, shares = self._estimates(closure, params, directions, plane.slope)
