@@ -122,6 +122,27 @@ def test_the_number_of_passes_changes_no_number(case):
     assert any(s.passes > 1 for s in parted.values())
 
 
+def test_shards_have_the_noise_of_the_whole_batch():
+    torch.manual_seed(3)
+    net = images(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 2, 3), nn.Tanh()).double()
+    x, y = torch.randn(9, 2, 6, 6).double(), torch.randint(4, (9,))
+    net(x)
+    params = list(net.parameters())
+
+    def loss(part):
+        return lambda: F.cross_entropy(net(x[part]), y[part])
+
+    parts = [(slice(0, 2), 2, 0), (slice(2, 9), 7, 2)]
+    shares = allot(loss(slice(0, 9)), net, params, 30)
+    assert {share.mode for share in shares.values()} == {"weights", "signs", "units"}
+    assert all(allot(loss(part), net, params, 30, whole=9 / n) == shares for part, n, _ in parts)
+    for mode in ("weights", "signs"):
+        shares = {name: s if s.mode == "units" else s._replace(mode=mode) for name, s in shares.items()}
+        whole = flat(estimate(loss(slice(0, 9)), net, params, shares, 1))
+        found = [n / 9 * flat(estimate(loss(part), net, params, shares, 1, at / n)) for part, n, at in parts]
+        torch.testing.assert_close(found[0] + found[1], whole, rtol=1e-11, atol=1e-13)
+
+
 def test_a_loss_that_does_not_tell_its_examples_apart():
     net = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)).double()
     x, y = torch.randn(2, 3).double(), torch.randn(2, 2).double()

@@ -42,6 +42,7 @@ Closure = Callable[[], Any]
 
 OTHERS = "*"  # the name under which an allotment has the parameters that no layer here accounts for
 _NUMBERS = 1 << 24  # coefficients of a layer's output that one pass carries at most
+_LANES = 1 << 12  # lanes of a law that are drawn together: all their numbers fit in a cache
 _FREE = 1 << 17  # coefficients that cost no time beside what starting a pass costs
 _NOISE_COST = 300.0  # multiply-adds that cost as much as drawing, carrying and using a number of noise
 
@@ -153,12 +154,18 @@ def _padded(module: Any, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
 # --- noise ----------------------------------------------------------------------------------------------
 
 
-def _signs(stream: Any, samples: range, shape: Sequence[int], like: Tensor) -> Tensor:
-    """Signs of shape (samples, *shape): a function of the stream and of which samples they are."""
-    size = math.prod(shape)
-    out = torch.empty(len(samples), size, dtype=carried(like.dtype), device=like.device)
-    for rows, place, values in pieces(LAWS["rademacher"], stream, twists(stream, samples, like.device), size):
-        out[rows, place] = values
+def _signs(stream: Any, samples: range, shape: Sequence[int], like: Tensor, ahead: float = 0.0) -> Tensor:
+    """Signs of shape (samples, *shape): a function of the stream, of which samples, and of which rows they are."""
+    rows, size = shape[0], math.prod(shape[1:])
+    out = torch.empty(len(samples) * rows, size, dtype=carried(like.dtype), device=like.device)
+    first = round(ahead * rows)
+    apart = twists(stream, samples, like.device).unsqueeze(1)
+    apart = twists(apart, range(first, first + rows), like.device).flatten()
+    law = LAWS["rademacher"]
+    block = max(1, _LANES // max(-(-size // law.rows), 1))
+    for some, written in zip(apart.split(block), out.split(block), strict=True):
+        for which, place, values in pieces(law, stream, some, size):
+            written[which, place] = values
     return out.reshape(len(samples), *shape)
 
 
@@ -169,11 +176,12 @@ class _Site:
     module: nn.Module
     share: Share
     stream: Any
+    ahead: float = 0.0  # how many times as many examples come before these in the whole batch
 
     def noise(self, call: int, x: Tensor, y: Tensor, samples: range) -> Tensor:
         """Tangents of the output, (samples, *y.shape)."""
         if self.share.mode == "signs":
-            return _signs(key(self.stream, call), samples, y.shape, y)
+            return _signs(key(self.stream, call), samples, y.shape, y, self.ahead)
         if self.share.mode == "units":
             unit = torch.eye(y.shape[-1], dtype=carried(y.dtype), device=y.device)[samples.start : samples.stop]
             return unit.reshape(len(samples), *([1] * (y.dim() - 1)), -1).expand(-1, *y.shape).contiguous()
@@ -190,7 +198,7 @@ class _Site:
         module: Any = self.module
         outputs, fan = module.weight.shape[0], module.weight[0].numel()
         shape = (len(x), outputs, fan + (module.bias is not None))
-        signs = _signs(key(self.stream, call), samples, shape, x)
+        signs = _signs(key(self.stream, call), samples, shape, x, self.ahead)
         return signs[..., :fan], signs[..., fan] if module.bias is not None else None
 
     def direction(self, call: int, x: Tensor, y: Tensor, slopes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -278,13 +286,22 @@ def _layers(model: nn.Module, params: Sequence[Tensor]) -> dict[str, nn.Module]:
     }
 
 
-def allot(closure: Closure, model: nn.Module, params: Sequence[Tensor], passes: float) -> dict[str, Share]:
+def allot(
+    closure: Closure, model: nn.Module, params: Sequence[Tensor], passes: float, whole: float = 1.0
+) -> dict[str, Share]:
     """How many samples each layer gets, so that all of them cost about ``passes`` forward passes.
 
     The variance of a layer's estimate is taken to be ``d / K`` for d numbers that it puts out (or weights, where
     those are fewer), K samples of which cost ``K c``, c the share of the model that comes after the layer. The
     sum of variances is then least for K in proportion to ``sqrt(d / c)``. A layer that gets d samples or more
     is perturbed along each of its outputs instead.
+
+    Args:
+        closure: returns the loss; it is called once or twice, and leaves no trace.
+        model: holds the layers.
+        params: what to estimate the gradient for.
+        passes: what all of it may cost, in forward passes.
+        whole: how many times the closure's examples a batch has of which they are a shard.
 
     Returns:
         Shares by the names of layers that the closure made use of. `OTHERS` stands for the parameters that none of
@@ -320,7 +337,7 @@ def allot(closure: Closure, model: nn.Module, params: Sequence[Tensor], passes: 
     for name in sizes:
         samples = max(1, round(scale * math.sqrt(sizes[name] / costs[name])))
         if name in met:
-            samples = max(samples, min(_FREE // max(met[name].outputs, 1), 64))
+            samples = max(samples, min(_FREE // max(round(whole * met[name].outputs), 1), 64))
         shares[name] = _share(name, layers.get(name), met.get(name), samples, closure, name == last)
     return shares
 
@@ -350,7 +367,12 @@ def _weight_space(module: nn.Module) -> bool:
 
 
 def estimate(
-    closure: Closure, model: nn.Module, params: Sequence[Tensor], shares: dict[str, Share], seed: Any
+    closure: Closure,
+    model: nn.Module,
+    params: Sequence[Tensor],
+    shares: dict[str, Share],
+    seed: Any,
+    ahead: float = 0.0,
 ) -> list[Tensor]:
     """An unbiased estimate of the gradient, from perturbed activities.
 
@@ -363,6 +385,8 @@ def estimate(
         params: what to estimate the gradient for. Those that no such layer owns are moved themselves.
         shares: of each layer, as `allot` gives them.
         seed: an integer; equal seeds give equal noise.
+        ahead: of a shard of a batch, how many times its examples come before it. Each example has its own noise, by its
+            place in the whole batch, so that the mean of the shards' estimates is the estimate of the whole.
 
     Returns:
         One tensor for each parameter, zero where the loss makes no use of it.
@@ -385,7 +409,7 @@ def estimate(
     """
     layers = _layers(model, params)
     sites = {
-        layers[name]: _Site(layers[name], share, key(seed, i))
+        layers[name]: _Site(layers[name], share, key(seed, i), ahead)
         for i, (name, share) in enumerate(shares.items())
         if name in layers
     }
