@@ -28,6 +28,14 @@ OPTIMIZERS = {
     "planes": lambda p, **kw: jp.optim.FoMoHKD(p, lr=0.3, k=2, planes=3, descent="damped", clip=0.5, **kw),
 }
 
+# Planes of remembered directions, whose step is judged by its noise and guarded by losses of its own.
+SEARCHES = {
+    "drawn": lambda net, **kw: jp.optim.PlaneSearch(net.parameters(), k=8, **kw),
+    "dense": lambda net, **kw: jp.optim.PlaneSearch(
+        net.parameters(), k=5, tangents="dense", curvature="hessian", clip=0.5, weight_decay=1e-3, **kw
+    ),
+    "model": lambda net, **kw: jp.optim.PlaneSearch(net.parameters(), net, passes=3.0, **kw),
+}
 
 # Numbers of a step: loss, slope, curvature.
 SENT = {"fgd": 1 + 4, "fomoh": 1 + 4 + 4, "fomoh-kd": 1 + 5 + 15, "planes": 1 + 6 + 3 * 3}
@@ -109,6 +117,53 @@ class TestTrajectory:
 
     def test_a_rank_without_examples(self, two):
         self.check(two.run(data_parallel, "fomoh-kd", torch.float64, 23), "fomoh-kd", torch.float64, 1e-12)
+
+
+def searched(rank, name, dtype, cut, steps=50, shape=None):
+    net = network(dtype)
+    names = [name for name in ("data", "direction") if shape and name in shape]
+    mesh = init_device_mesh("cpu", tuple(shape[n] for n in names), mesh_dim_names=tuple(names)) if shape else None
+    opt = SEARCHES[name](net, process_group=mesh or dist.group.WORLD)
+    x, y = batch(dtype)
+    if opt.ranks.size > opt.ranks.parts:
+        x, y = shard_of(opt.ranks.shard, x, y, cut)
+    losses = train(net, opt, x, y, steps, weight=len(x))
+    state = {key: value for key, value in opt.state_dict()["state"].items() if key != "jetplane"}
+    return losses, flat(net), (state, opt.state_dict()["state"]["jetplane"], opt.ranks.sent)
+
+
+class TestPlaneSearch:
+    """As one process with the whole batch: the slope's covariance, the guard and the estimates included."""
+
+    def check(self, results, name, dtype, close):
+        net = network(dtype)
+        opt = SEARCHES[name](net)
+        losses = torch.tensor(train(net, opt, *batch(dtype), 50), dtype=torch.float64)
+        first, bits, (state, own, _) = results[0]
+        for other, others, (its, also, _) in results[1:]:
+            assert other == first and torch.equal(others, bits) and also == own
+            assert str(its) == str(state)
+            for i, tensors in state.items():
+                assert all(torch.equal(tensors[n], its[i][n]) for n in tensors)
+        assert losses[-1] < losses[0]
+        torch.testing.assert_close(torch.tensor(first, dtype=torch.float64), losses, rtol=close, atol=0)
+        assert (bits - flat(net)).norm() <= 10 * close * bits.norm()
+        alone = opt.state["jetplane"]["search"]
+        assert own["search"] == pytest.approx(alone, rel=100 * close) and alone["noise"] > 0
+        assert own.get("shares") == opt.state["jetplane"].get("shares")
+
+    @pytest.mark.parametrize("name", SEARCHES)
+    @pytest.mark.parametrize(("dtype", "close"), BOTH, ids=str)
+    def test_unequal_shards_of_data(self, two, name, dtype, close):
+        self.check(two.run(searched, name, dtype, 7), name, dtype, close)
+
+    @pytest.mark.parametrize("name", SEARCHES)
+    def test_a_rank_without_examples(self, two, name):
+        self.check(two.run(searched, name, torch.float64, 23), name, torch.float64, 1e-12)
+
+    @pytest.mark.parametrize("name", SEARCHES)
+    def test_shares_of_the_directions(self, two, name):
+        self.check(two.run(searched, name, torch.float64, 0, 50, {"direction": 2}), name, torch.float64, 1e-12)
 
 
 def step_of(opt, loss, **kwargs):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,17 @@ from torch import Tensor, nn
 from ..activity import Share, allot, estimate
 from ..descent import Damped, Descent, SaddleFree, Spectral, named
 from ..directions import AbstractDirections, Directions, HeldDirections, MixedDirections, StoredDirections, Structure
+from ..distributed import Layout
 from ..errors import ArgumentError, DTypeError, ShapeError
 from ..laws import key
 from ..plane import KEPT, Curvature, PlaneModel, evaluate
 from ..replay import RandomState, random_state, rehearsal
 from ..search import NoiseAware, Proposal, Search, Whole
-from .base import STATE, Chunk, Closure, Moving, Params, PlaneOptimizer
+from .base import STATE, Chunk, Closure, Moving, Params, PlaneOptimizer, _said
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 Guess = Callable[[], Sequence[Tensor]]
 
@@ -76,6 +81,9 @@ class PlaneSearch(PlaneOptimizer):
         seed: of the directions and the noise. With the averages and the previous step it is part of
             ``state_dict()``, so that training resumes bit for bit.
         chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`.
+        process_group: processes that step together, each with its shard of the batch, or a `DeviceMesh`; see
+            `jetplane.distributed`. A step sends a few numbers for each pair of the plane's directions and, with
+            ``model``, the estimate of the gradient as well: 4 bytes a parameter. A ``guess`` must be the same on all.
 
     Raises:
         ArgumentError, DTypeError, DeviceError: settings or parameters that cannot be.
@@ -105,7 +113,7 @@ class PlaneSearch(PlaneOptimizer):
         descent: str | Descent | None = None, law: str = "gaussian", averages: Sequence[float] = (0.9, 0.99),
         scaled: bool = True, previous: bool = True, passes: float = 8.0, guess: Guess | None = None,
         clip: float | None = None, weight_decay: float = 0.0, seed: int = 0,
-        chunk: Chunk = None,
+        chunk: Chunk = None, process_group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:  # fmt: skip
         if k == 0 and model is None:
             raise ArgumentError(
@@ -132,8 +140,9 @@ class PlaneSearch(PlaneOptimizer):
         self.guess = guess
         lr = rate if isinstance(rate, (int, float)) else 1.0
         super().__init__(
-            params, lr, k or 1, law, tangents, clip=clip, weight_decay=weight_decay, seed=seed, chunk=chunk
-        )
+            params, lr, k or 1, law, tangents, clip=clip, weight_decay=weight_decay, seed=seed, chunk=chunk,
+            process_group=process_group,
+        )  # fmt: skip
         if k is None:
             k = 0 if model is not None else min(DRAWN, sum(p.numel() for p, _, _ in self._moving()))
         self.k = k
@@ -164,7 +173,7 @@ class PlaneSearch(PlaneOptimizer):
 
     def _stored(self, moving: Moving) -> list[list[Tensor]]:
         """What is known, as directions of norm one: for each a tensor for each parameter."""
-        found = [] if self.guess is None else [_checked_guess(self.guess(), moving)]
+        found = [] if self.guess is None else [self._guessed(self.guess, moving)]
         states = [(p, self.state[p]) for p, _, _ in moving]
         averages = [AVERAGE.format(b) for b in self.averages]
         for name in (*averages, *([PREVIOUS] if self.previous else [])):
@@ -177,6 +186,25 @@ class PlaneSearch(PlaneOptimizer):
         norms = [_norm(tensors) for tensors in found]
         return [[t / norm for t in tensors] for tensors, norm in zip(found, norms, strict=True) if norm > 0]
 
+    def _guessed(self, guess: Guess, moving: Moving) -> list[Tensor]:
+        if self.ranks is None:
+            return _checked_guess(guess(), moving)
+        self.ranks.greet(self._facts)
+        return self.ranks.agreed("guess", lambda: _checked_guess(guess(), moving), moving[0][0].device)
+
+    def _layout(self, directions: AbstractDirections) -> Layout:
+        return Layout(directions.k, self.curvature, "all", self.search.examples)
+
+    def _held(self, moving: Moving) -> dict[str, Tensor]:
+        states = ((place, self.state[p]) for p, _, place in moving)
+        return {f"{name} of parameter {place}": tensor for place, state in states for name, tensor in state.items()}
+
+    def _facts(self) -> dict[str, Any]:
+        own = {n: getattr(self, n) for n in ("curvature", "averages", "scaled", "previous", "passes")}
+        remembered = sorted({name for p, _, _ in self._moving() for name in self.state[p]})
+        own |= {"search": _said(self.search), "guess": self.guess is not None, "remembered": remembered}
+        return super()._facts() | own | {"model": None if self.model is None else type(self.model).__name__}
+
     _random: RandomState  # where random numbers stood before the evaluation of this step
 
     def _evaluate(self, closure: Closure, params: list[Tensor], directions: AbstractDirections) -> PlaneModel:
@@ -186,7 +214,7 @@ class PlaneSearch(PlaneOptimizer):
     # --- the step ----------------------------------------------------------------------------------------
 
     def _advance(
-        self, closure: Closure, moving: Moving, directions: AbstractDirections, plane: PlaneModel
+        self, closure: Closure, weight: float, moving: Moving, directions: AbstractDirections, plane: PlaneModel
     ) -> dict[str, Any]:
         own = self.state[STATE]  # type: ignore[index]
         params = [p for p, _, _ in moving]
@@ -194,16 +222,24 @@ class PlaneSearch(PlaneOptimizer):
         inverse = self.descent.inverse(plane.curvature)
         steps = list(self._steps(moving, directions, plane, -(inverse @ plane.slope.double())))
 
-        def loss_at(rate: float) -> float:
+        def loss_of_shard_at(rate: float) -> float:
             with _moved(rate, params, steps), rehearsal(self._random):
                 return float(closure())
+
+        def loss_at(rate: float) -> float:
+            if self.ranks is None:
+                return loss_of_shard_at(rate)
+            dtype, device = plane.value.dtype, plane.value.device
+            options: dict[str, Any] = {"dtype": torch.float64, "device": device}
+            loss = self.ranks.mean(lambda: torch.tensor([loss_of_shard_at(rate)], **options), 1, weight, **options)
+            return loss.to(dtype).item()  # rounded as that of one process
 
         moments = plane.moments
         covariance = None if moments is None else moments.covariance
         proposal = Proposal(plane.value.item(), plane.slope, inverse, covariance, loss_at)
         rate, record = self.search(proposal, own.get("search", {}))
         changed: dict[str, Any] = {"search": record}
-        found, shares = self._estimates(closure, params, directions, plane.slope)
+        found, shares = self._estimates(closure, weight, params, directions, plane.slope)
         changed["shares"] = {name: tuple(share) for name, share in shares.items()}  # plain, for checkpoints
         steps = [(i, rate * step) for i, step in steps]
         self._move(moving, steps)
@@ -211,22 +247,46 @@ class PlaneSearch(PlaneOptimizer):
         return changed
 
     def _estimates(
-        self, closure: Closure, params: list[Tensor], directions: AbstractDirections, slope: Tensor
+        self, closure: Closure, weight: float, params: list[Tensor], directions: AbstractDirections, slope: Tensor
     ) -> tuple[list[Tensor], dict[str, Share]]:
         """Estimates of the gradient from this batch, for the planes of later ones, and what the layers' shares are."""
         if not self.averages:
             return [], {}
-        own = self.state[STATE]  # type: ignore[index]
         if self.model is not None:
-            shares = {name: Share(*share) for name, share in own.get("shares", {}).items()}
-            shares = shares or allot(closure, self.model, params, self.passes)
-            return estimate(closure, self.model, params, shares, int(key(own["seed"], own["step"]))), shares
+            return self._perturbed(closure, weight, params, self.model)
         # The drawn directions, of which there are k at the end, give mean_k (F_k v_k).
         weights = torch.cat([slope.new_zeros(len(slope) - self.k), slope[-self.k :] / self.k])
         assert isinstance(directions, HeldDirections)
         used = directions.used
         found = [directions.combine(i, p, weights) if i in used else torch.zeros_like(p) for i, p in enumerate(params)]
         return found, {}
+
+    def _perturbed(
+        self, closure: Closure, weight: float, params: list[Tensor], model: nn.Module
+    ) -> tuple[list[Tensor], dict[str, Share]]:
+        """Estimates by noise on the model's layers, and the layers' shares."""
+        own, ranks, device = self.state[STATE], self.ranks, params[0].device  # type: ignore[index]
+        seed = int(key(own["seed"], own["step"]))
+        known = {name: Share(*share) for name, share in own.get("shares", {}).items()}
+        if ranks is None:
+            shares = known or allot(closure, model, params, self.passes)
+            return estimate(closure, model, params, shares, seed), shares
+        before, whole = ranks.place(weight, device)
+        shares = known or ranks.first(
+            lambda: allot(closure, model, params, self.passes, whole / weight) if weight else None
+        )
+        sizes, dtype = (
+            [p.numel() for p in params],
+            torch.float64 if torch.float64 in {p.dtype for p in params} else torch.float32,
+        )
+
+        def shard() -> Tensor:
+            return torch.cat(
+                [t.flatten().to(dtype) for t in estimate(closure, model, params, shares, seed, before / weight)]
+            )
+
+        parts = ranks.mean(shard, sum(sizes), weight, dtype, device).split(sizes)
+        return [part.reshape(p.shape).to(p.dtype, copy=True) for part, p in zip(parts, params, strict=True)], shares
 
     def _remember(self, params: list[Tensor], found: list[Tensor], steps: list[tuple[int, Tensor]]) -> None:
         if self.previous and any(bool(step.any()) for _, step in steps):
