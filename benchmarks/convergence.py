@@ -49,6 +49,7 @@ from .rivals import ABLATIONS, METHODS, PLANE, Method
 from .tasks import TASKS, Task
 
 FACTOR, TRIED, FURTHER = 3.0, 5, 3  # of a sweep: between rates, how many, how many more where the best is the last
+LEAST = 10  # steps with each rate of a sweep, however long they take
 MEASURED_STEPS = 4  # until every direction that plane-search remembers is there
 
 # --- runs -------------------------------------------------------------------------------------------------
@@ -69,9 +70,12 @@ def forward_seconds(task: Task, batch: int, clock: Callable[[], float]) -> float
 
 def run(
     task: Task, course: Course, method: Method, batch: int, clock: Callable[[], float], forward: float,
-    scored: bool = True,
+    scored: bool = True, least: int = 1,
 ) -> Course:  # fmt: skip
-    """Train for the seconds of the course; scores are taken at times that grow by a third, outside of the clock."""
+    """Train for the seconds of the course, or the least number of steps if they take longer.
+
+    Scores are taken at times that grow by a third, outside of the clock.
+    """
     torch.manual_seed(course.seed)
     model = task.model()
     trainer = method.make(model, task, 1.0 if course.rate is None else course.rate)
@@ -109,27 +113,27 @@ def run(
         if seconds >= due or steps == 1:
             note()
             due = seconds * 4 / 3
-        if seconds >= course.budget:
+        if seconds >= course.budget and steps >= least:
             break
     if course.rows[-1]["steps"] != steps or course.status != "finished":
         note()
     return course
 
 
-def sweep(stated: float, outcome: Callable[[float], float]) -> dict[str, float]:
-    """Rates a factor of three apart around the stated one, further where the best is at an end, and their outcomes."""
+def sweep(stated: float, outcome: Callable[[float], float]) -> tuple[float, dict[str, float]]:
+    """The best of rates a factor of three apart around the stated one, and further where it is at an end; outcomes."""
 
     def rate(step: int) -> float:
         return float(f"{stated * FACTOR**step:.2g}")
 
     tried = {step: outcome(rate(step)) for step in range(-(TRIED // 2), TRIED // 2 + 1)}
-    for _ in range(FURTHER):
-        best = min(tried, key=lambda step: tried[step])
-        if best not in (min(tried), max(tried)) or math.isinf(tried[best]):
+    for more in range(FURTHER + 1):
+        best = min(tried, key=lambda step: (tried[step], abs(step)))
+        if more == FURTHER or best not in (min(tried), max(tried)) or math.isinf(tried[best]):
             break
         step = best - 1 if best == min(tried) else best + 1
         tried[step] = outcome(rate(step))
-    return {f"{rate(step):g}": tried[step] for step in sorted(tried)}
+    return rate(best), {f"{rate(step):g}": tried[step] for step in sorted(tried)}
 
 
 def train_loss_of(course: Course) -> float:
@@ -222,7 +226,7 @@ def chosen(args: argparse.Namespace) -> dict[str, Method]:
     found = {name: methods()[name] for name in names}
     missing = sorted({m.source for m in found.values() if m.source and not os.environ.get(m.source)})
     for source in missing:
-        left = ", ".join(name for name, m in found.items() if m.source == source)
+        left = "; ".join(name for name, m in found.items() if m.source == source)
         print(f"left out, since {source} names no source tree: {left}", file=sys.stderr)
     return {name: m for name, m in found.items() if m.source not in missing}
 
@@ -241,10 +245,9 @@ def courses_of(task: Task, name: str, method: str, how: Method, args: argparse.N
 
         def outcome(rate: float) -> float:
             trial = course(args.seeds[0], rate, args.sweep_seconds)
-            return train_loss_of(run(task, trial, how, batch, args.clock, forward, scored=False))
+            return train_loss_of(run(task, trial, how, batch, args.clock, forward, scored=False, least=LEAST))
 
-        tried = sweep(rate, outcome)
-        rate = float(min(tried, key=lambda r: tried[r]))
+        rate, tried = sweep(rate, outcome)
         print(f"{name}, {method}: rates {tried}", file=sys.stderr)
     memory = None
     if args.memory:

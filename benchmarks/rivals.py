@@ -135,7 +135,7 @@ def _checkpointed(model: nn.Module) -> None:
     if isinstance(model, nn.Sequential):
         segments = max(1, round(math.sqrt(len(model))))
         whole = list(model)
-        model.forward = lambda x: checkpoint_sequential(whole, segments, x, use_reentrant=False)
+        model.forward = lambda input: checkpoint_sequential(whole, segments, input, use_reentrant=False)
         return
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     blocks = [block for m in lists for block in m if any(True for _ in block.children())]
@@ -263,6 +263,7 @@ _ABLATIONS: dict[str, dict[str, Any]] = {
     "with 8 drawn directions": {"k": 8},
     "twice the passes": {"passes": 16.0},
     "exact curvature": {"curvature": "hessian"},
+    "in chunks of two": {"chunk": 2},
 }
 ABLATIONS = {
     name: Method(plane_search(**s), {"": s["rate"]} if isinstance(s.get("rate"), float) else None)
