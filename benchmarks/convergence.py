@@ -50,7 +50,7 @@ from .tasks import TASKS, Task
 
 FACTOR, TRIED, FURTHER = 3.0, 5, 3  # of a sweep: between rates, how many, how many more where the best is the last
 LEAST = 10  # steps with each rate of a sweep, however long they take
-MEASURED_STEPS = 4  # until every direction that plane-search remembers is there
+MEASURED_STEPS = 3  # until every direction that plane-search remembers is there
 
 # --- runs -------------------------------------------------------------------------------------------------
 
@@ -161,7 +161,7 @@ def peak(case: dict[str, Any]) -> int:
         torch.manual_seed(0)
         return list(islice(task.batches(batch, torch.Generator().manual_seed(0)), steps))
 
-    train(task.model(), taken(8, 2))  # code, thread pools
+    train(task.model(), taken(8, 1))  # code, thread pools
     torch.manual_seed(0)
     model, batches = task.model(), taken(case["batch"], MEASURED_STEPS)
     return peak_growth(lambda: train(model, batches))
