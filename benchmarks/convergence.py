@@ -276,7 +276,7 @@ def main() -> None:
     if args.tasks:
         machines.append(machine(args.threads) + (", processor time" if args.cpu_time else ""))
     title = "; ".join(dict.fromkeys(machines))
-    found, results = chosen(args), Results()
+    found, results = chosen(args) if args.tasks else {}, Results()
 
     def write() -> str:
         together = merged(earlier, results)

@@ -165,7 +165,7 @@ def targets(name: str, courses: list[Course], at: float | None = None) -> str:
         if method.startswith(PLANE):
             continue
         rows = [c.at(at) if at else c.rows[-1] for c in own]
-        rows = [row for row in rows if row is not None]
+        rows = [row for row in rows if row is not None and row["seconds"] > 0]
         if not rows:
             continue
         seconds = fmean(row["seconds"] for row in rows)
@@ -220,7 +220,7 @@ def draw(results: Results, path: Path, title: str) -> None:
             panel.plot(
                 [r["seconds"] for r in c.rows[1:]],
                 [1 - r["measure"] if error else r["measure"] for r in c.rows[1:]],
-                color=COLOURS[n % len(COLOURS)], linestyle=STYLES[(n // len(COLOURS) + n) % len(STYLES)],
+                color=COLOURS[n % len(COLOURS)], linestyle=STYLES[(2 * (n // len(COLOURS)) + n) % len(STYLES)],
                 linewidth=2.6 if c.method == PLANE else 1.4, label=c.method,
             )  # fmt: skip
         panel.set(xscale="log", yscale="log", title=name, xlabel="seconds")
