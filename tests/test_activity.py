@@ -112,6 +112,18 @@ def test_late_layers_get_more_samples_and_the_budget_is_kept():
     assert OTHERS not in shares
 
 
+def test_frozen_layers_count_in_what_noise_costs():
+    layer, tail = nn.Linear(8, 64), [nn.Linear(64, 1024), nn.Tanh(), nn.Linear(1024, 1024), nn.Linear(1024, 3)]
+    x, y = torch.randn(32, 8), torch.randint(3, (32,))
+    shares = {}
+    for net in (nn.Sequential(layer), nn.Sequential(layer, *tail)):
+        found = allot(lambda net=net: F.cross_entropy(net(x), y), net, list(layer.parameters()), 8)
+        assert set(found) == {"0"}
+        shares[len(net)] = found["0"].samples
+    assert shares[1] == 64  # next to nothing, so all of its outputs
+    assert 2 <= shares[5] <= 8
+
+
 def test_the_number_of_passes_changes_no_number(case):
     net, closure = case
     params = list(net.parameters())

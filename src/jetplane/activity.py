@@ -22,6 +22,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -309,35 +310,39 @@ def allot(
     """
     met: dict[str, _Met] = {}
     layers = _layers(model, params)
-    names = {module: name for name, module in layers.items()}
+    every = {name: module for name, module in model.named_modules() if type(module) in LAYERS}  # frozen ones cost too
+    names = {module: name for name, module in every.items()}
 
     def meet(module: nn.Module, call: int, x: Tensor, y: Tensor) -> None:
         before = met.get(names[module], _Met(0, 0, 0, y.shape))
         products = LAYERS[type(module)].products(module, x, y)
         met[names[module]] = _Met(before.outputs + y.numel(), before.products + products, call + 1, y.shape)
 
-    with rehearsal(), torch.inference_mode(), _hooked(list(layers.values()), meet):
+    with rehearsal(), torch.inference_mode(), _hooked(list(every.values()), meet):
         closure()
     total = sum(m.products for m in met.values()) or 1
     after, sizes, costs = total, {}, {}
     for name, m in met.items():
         after -= m.products
+        if name not in layers:
+            continue
         n, weights = m.shape[0], _weights_of(layers[name])
         own = _NOISE_COST * m.outputs
         sizes[name] = m.outputs / n
         if _weight_space(layers[name]) and weights < sizes[name]:
             sizes[name], own = weights, own + m.products
         costs[name] = (after + own) / total
-    covered = {id(p) for name in met for p in layers[name].parameters(recurse=False)}
+    covered = {id(p) for name in sizes for p in layers[name].parameters(recurse=False)}
     others = sum(p.numel() for p in params if id(p) not in covered)
     if others:
         sizes[OTHERS], costs[OTHERS] = others, 2.0
     scale = passes / (sum(math.sqrt(sizes[n] * costs[n]) for n in sizes) or 1)
-    shares, last = {}, next(reversed(met), None)
+    shares, last = {}, next((name for name in reversed(met) if name in sizes), None)
+    widest = dict(zip(reversed(met), accumulate((m.outputs for m in reversed(met.values())), max), strict=True))
     for name in sizes:
         samples = max(1, round(scale * math.sqrt(sizes[name] / costs[name])))
         if name in met:
-            samples = max(samples, min(_FREE // max(round(whole * met[name].outputs), 1), 64))
+            samples = max(samples, min(_FREE // max(round(whole * widest[name]), 1), 64))
         shares[name] = _share(name, layers.get(name), met.get(name), samples, closure, name == last)
     return shares
 
