@@ -54,7 +54,7 @@ class Feedback:
     Args:
         courses: by the names of layers.
         record: what earlier steps have learned, {} at first. It is left as it is.
-        like: a tensor of the device that all of it lies on.
+        like: a tensor of the device and dtype of all of it.
 
     >>> import torch
     >>> courses, record = {"layer": Course(outputs=3, errors=2, noise=0.1)}, {}
@@ -92,7 +92,7 @@ class Feedback:
     def lessons(self) -> list[Tensor]:
         """All that was noted, in one order whatever it was. Of shards of a batch, their weighted mean is the whole's."""
         return [
-            self._noted[name] if name in self._noted else self._like.new_zeros(shape, dtype=torch.float32)
+            self._noted[name] if name in self._noted else self._like.new_zeros(shape)
             for name, shape in self._shapes().items()
         ]
 
@@ -102,12 +102,12 @@ class Feedback:
         now = told[ERRORS].double()
         if not bool(now.diagonal().sum() > 0):
             return self._record
-        mean = self._record[ERRORS].to(now)[0] if ERRORS in self._record else now
+        mean = self._record[ERRORS].to(now) if ERRORS in self._record else now
         mean = _KEPT * mean + (1 - _KEPT) * now
         metric = (mean + now) / 2  # a step of much larger errors than before must not overshoot
         metric = metric + _RIDGE * metric.diagonal().mean() * torch.eye(len(now), dtype=now.dtype, device=now.device)
         steps = 1 + self._record.get("steps", 0)
-        record: Record = {"steps": steps, ERRORS: mean.to(self._like.dtype).unsqueeze(0)}
+        record: Record = {"steps": steps, ERRORS: mean.to(self._like.dtype)}
         for name, course in self.courses.items():
             # Of rows, each side of zero has about half.
             gain = max(min(1.0, 2 / (steps + course.noise)), min(_LEAST, 0.2 / course.noise))

@@ -15,6 +15,7 @@ from ..descent import Damped, Descent, SaddleFree, Spectral, named
 from ..directions import AbstractDirections, Directions, HeldDirections, MixedDirections, StoredDirections, Structure
 from ..distributed import Layout
 from ..errors import ArgumentError, DTypeError, ShapeError
+from ..feedback import Feedback
 from ..laws import key
 from ..plane import KEPT, Curvature, PlaneModel, evaluate
 from ..replay import RandomState, random_state, rehearsal
@@ -238,18 +239,16 @@ class PlaneSearch(PlaneOptimizer):
         covariance = None if moments is None else moments.covariance
         proposal = Proposal(plane.value.item(), plane.slope, inverse, covariance, loss_at)
         rate, record = self.search(proposal, own.get("search", {}))
-        changed: dict[str, Any] = {"search": record}
-        found, shares = self._estimates(closure, weight, params, directions, plane.slope)
-        changed["shares"] = {name: tuple(share) for name, share in shares.items()}  # plain, for checkpoints
+        found, changed = self._estimates(closure, weight, params, directions, plane.slope)
         steps = [(i, rate * step) for i, step in steps]
         self._move(moving, steps)
         self._remember(params, found, steps)
-        return changed
+        return changed | {"search": record}
 
     def _estimates(
         self, closure: Closure, weight: float, params: list[Tensor], directions: AbstractDirections, slope: Tensor
-    ) -> tuple[list[Tensor], dict[str, Share]]:
-        """Estimates of the gradient from this batch, for the planes of later ones, and what the layers' shares are."""
+    ) -> tuple[list[Tensor], dict[str, Any]]:
+        """Estimates of the gradient from this batch, for the planes of later ones, and what of the state has changed."""
         if not self.averages:
             return [], {}
         if self.model is not None:
@@ -263,30 +262,32 @@ class PlaneSearch(PlaneOptimizer):
 
     def _perturbed(
         self, closure: Closure, weight: float, params: list[Tensor], model: nn.Module
-    ) -> tuple[list[Tensor], dict[str, Share]]:
-        """Estimates by noise on the model's layers, and the layers' shares."""
+    ) -> tuple[list[Tensor], dict[str, Any]]:
+        """Estimates by noise on the model's layers; the layers' shares, and what their feedback has learned."""
         own, ranks, device = self.state[STATE], self.ranks, params[0].device  # type: ignore[index]
-        seed = int(key(own["seed"], own["step"]))
-        known = {name: Share(*share) for name, share in own.get("shares", {}).items()}
-        if ranks is None:
-            shares = known or allot(closure, model, params, self.passes)
-            return estimate(closure, model, params, shares, seed), shares
-        before, whole = ranks.place(weight, device)
-        shares = known or ranks.first(
-            lambda: allot(closure, model, params, self.passes, whole / weight) if weight else None
-        )
-        sizes, dtype = (
-            [p.numel() for p in params],
-            torch.float64 if torch.float64 in {p.dtype for p in params} else torch.float32,
-        )
+        before, whole = (0.0, weight) if ranks is None else ranks.place(weight, device)
 
-        def shard() -> Tensor:
-            return torch.cat(
-                [t.flatten().to(dtype) for t in estimate(closure, model, params, shares, seed, before / weight)]
-            )
+        def shares_of_layers() -> dict[str, Share] | None:
+            return allot(closure, model, params, self.passes, whole / weight) if weight else None
 
-        parts = ranks.mean(shard, sum(sizes), weight, dtype, device).split(sizes)
-        return [part.reshape(p.shape).to(p.dtype, copy=True) for part, p in zip(parts, params, strict=True)], shares
+        shares = {name: Share.of(fields) for name, fields in own.get("shares", {}).items()}
+        shares = shares or (ranks.first(shares_of_layers) if ranks is not None else shares_of_layers())
+        courses = {name: share.course for name, share in shares.items() if share.course is not None}
+        dtype = torch.float64 if torch.float64 in {p.dtype for p in params} else torch.float32
+        feedback = Feedback(courses, own.get("feedback", {}), torch.empty(0, dtype=dtype, device=device))
+
+        def numbers() -> Tensor:
+            seed = int(key(own["seed"], own["step"]))
+            found = estimate(closure, model, params, shares, seed, before / weight, feedback, weight / whole)
+            return torch.cat([t.flatten().to(dtype) for t in (*found, *feedback.lessons)])
+
+        shapes = [p.shape for p in params] + [t.shape for t in feedback.lessons]
+        sizes = [shape.numel() for shape in shapes]
+        together = numbers() if ranks is None else ranks.mean(numbers, sum(sizes), weight, dtype, device)
+        parts = [part.reshape(shape) for part, shape in zip(together.split(sizes), shapes, strict=True)]
+        found = [part.to(p.dtype, copy=True) for part, p in zip(parts, params, strict=False)]
+        record = feedback.learned(parts[len(params) :])
+        return found, {"shares": {name: share.plain() for name, share in shares.items()}, "feedback": record}
 
     def _remember(self, params: list[Tensor], found: list[Tensor], steps: list[tuple[int, Tensor]]) -> None:
         if self.previous and any(bool(step.any()) for _, step in steps):
