@@ -177,6 +177,25 @@ class TestPlaneSearch:
         self.check(two.run(searched, name, torch.float64, 0, 50, {"direction": 2}), name, torch.float64, 1e-12)
 
 
+def fitted(rank, order=None):
+    """50 steps on 23 examples with random labels, in single precision: a problem that amplifies rounding."""
+    net, (x, y) = network(torch.float32), batch(torch.float32)
+    if order is None:
+        x, y = shard_of(rank, x, y, 7)
+    else:
+        x, y = x[order], y[order]
+    opt = SEARCHES["drawn"](net, process_group=dist.group.WORLD if order is None else None)
+    return torch.tensor(train(net, opt, x, y, 50, weight=len(x))).double()
+
+
+def test_rounding_grows_as_in_one_process_with_its_examples_in_another_order(two):
+    alone = fitted(0, torch.arange(23))
+    orders = [torch.randperm(23, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    usual = torch.stack([(fitted(0, order) - alone).abs() for order in orders]).amax()
+    of_ranks = (two.run(fitted)[0] - alone).abs()
+    assert of_ranks[:5].amax() < 1e-5 and of_ranks.amax() < 10 * usual < 0.1
+
+
 def pooled(rank, kind, layout):
     """The covariance of the slope, by shards and alone; of rows that weigh unlike."""
     net, (x, y) = network(), batch()
