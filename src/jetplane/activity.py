@@ -441,7 +441,7 @@ def _with_courses(
         if memory < 0:
             break
         if rows == (m.outputs // m.shape[-1] if share.apart else m.shape[0]):
-            course = Course(outputs, errors, outputs * errors / (share.samples * rows * whole))
+            course = Course(outputs, errors, outputs * errors / (share.samples * round(rows * whole)))
             found[name] = share._replace(course=course)
     return found
 
@@ -478,7 +478,7 @@ def estimate(
         seed: an integer; equal seeds give equal noise.
         ahead: of a shard of a batch, how many times its examples come before it. Each example has its own noise, by its
             place in the whole batch, so that the mean of the shards' estimates is the estimate of the whole.
-        feedback: predicts gradients, to less variance, and gets lessons from this batch. Without it nothing is predicted.
+        feedback: predicts gradients, to less variance, and gets lessons from this batch.
         part: of the whole batch that a shard is.
 
     Returns:

@@ -1,7 +1,7 @@
 """Learned feedback: what a layer's outputs are to blame for, predicted from the errors at the end of the model.
 
-The gradient of example n at a layer's output is close to linear in its gradient e_n at the last layer's output, given on
-which side of zero each output is (exactly so below one ReLU):
+The gradient of example n at a layer's output is close to linear in its gradient e_n at the last layer's output, given
+on which side of zero each output is (exactly so below one ReLU):
 
     predicted_n = P e_n where a_n > 0, N e_n elsewhere
 
@@ -65,7 +65,8 @@ class Feedback:
     ...     left = errors @ truth.mT - step.predicted("layer", errors, high)
     ...     step.note("layer", errors, high, left)
     ...     record = step.learned(step.lessons)
-    >>> bool((Feedback(courses, record, errors).predicted("layer", errors, high) - errors @ truth.mT).abs().max() < 0.01)
+    >>> predicted = Feedback(courses, record, errors).predicted("layer", errors, high)
+    >>> bool((predicted - errors @ truth.mT).abs().max() < 0.01)
     True
     """
 
@@ -90,7 +91,7 @@ class Feedback:
 
     @property
     def lessons(self) -> list[Tensor]:
-        """All that was noted, in one order whatever it was. Of shards of a batch, their weighted mean is the whole's."""
+        """All that was noted, in one order. Of shards of a batch, their weighted mean is that of the whole."""
         return [
             self._noted[name] if name in self._noted else self._like.new_zeros(shape)
             for name, shape in self._shapes().items()
@@ -98,6 +99,8 @@ class Feedback:
 
     def learned(self, lessons: Sequence[Tensor]) -> Record:
         """The record after a step's lessons."""
+        if not self.courses:
+            return self._record
         told = dict(zip(self._shapes(), lessons, strict=True))
         now = told[ERRORS].double()
         if not bool(now.diagonal().sum() > 0):

@@ -248,7 +248,7 @@ class PlaneSearch(PlaneOptimizer):
     def _estimates(
         self, closure: Closure, weight: float, params: list[Tensor], directions: AbstractDirections, slope: Tensor
     ) -> tuple[list[Tensor], dict[str, Any]]:
-        """Estimates of the gradient from this batch, for the planes of later ones, and what of the state has changed."""
+        """Estimates of the gradient from this batch, for planes of later ones, and what of the state has changed."""
         if not self.averages:
             return [], {}
         if self.model is not None:
