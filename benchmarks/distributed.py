@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import datetime
 import json
 import math
@@ -46,7 +47,7 @@ SIZES = (8, 1 << 10, 1 << 14, 1 << 17, 1 << 21)  # bytes of all-reduces, for the
 
 
 def ways(problem: Problem) -> dict[str, Callable[[], Any]]:
-    """A step of each way, on this rank's shard. Rates are zero, so that all of them stay at one point."""
+    """A step of each way, on this rank's shard. Rates are zero, so that they stay at one point; searches have none."""
     model = problem.model
     trained = DistributedDataParallel(model)
     sgd = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -67,6 +68,8 @@ def ways(problem: Problem) -> dict[str, Callable[[], Any]]:
         "FoMoH, 1": ours(jp.optim.FoMoH(params, k=1, **shared)),
         "FoMoH-3D": ours(jp.optim.FoMoHKD(params, k=3, descent="saddle-free", **shared)),
         "GGN, 64": gauss_newton(problem, 64),
+        "PlaneSearch, 64 drawn": search(problem, k=64),
+        "PlaneSearch, by the model": search(problem),
     }
 
 
@@ -84,6 +87,14 @@ def gauss_newton(problem: Problem, k: int) -> Callable[[], Any]:
         )  # fmt: skip
 
     return evaluate
+
+
+def search(problem: Problem, k: int | None = None) -> Callable[[], Any]:
+    """A step of PlaneSearch on a model of its own; of drawn directions, or of estimates by noise on its layers."""
+    model = copy.deepcopy(problem.model)
+    shared: dict[str, Any] = {"process_group": dist.group.WORLD}
+    opt = jp.optim.PlaneSearch(model.parameters(), None if k else model, k=k, **shared)
+    return lambda: opt.step(lambda: F.cross_entropy(model(problem.x), problem.y), weight=len(problem.y))
 
 
 def sent(interface: str) -> int:

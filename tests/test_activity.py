@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import jetplane as jp
 from jetplane.activity import OTHERS, Share, allot, estimate
+from jetplane.feedback import Course, Feedback
 
 N = 6
 
@@ -84,7 +85,7 @@ def flat(tensors):
 def test_is_unbiased(case):
     net, closure = case
     params = list(net.parameters())
-    shares = allot(closure, net, params, 40)
+    shares = allot(closure, net, params, 40, apart=False)
     estimates = torch.stack([flat(estimate(closure, net, params, shares, seed)) for seed in range(60)])
     error = (estimates.mean(0) - gradient(closure, params)).abs()
     deviation = estimates.std(0) / math.sqrt(len(estimates))
@@ -112,6 +113,18 @@ def test_late_layers_get_more_samples_and_the_budget_is_kept():
     assert OTHERS not in shares
 
 
+def test_frozen_layers_count_in_what_noise_costs():
+    layer, tail = nn.Linear(8, 64), [nn.Linear(64, 1024), nn.Tanh(), nn.Linear(1024, 1024), nn.Linear(1024, 3)]
+    x, y = torch.randn(32, 8), torch.randint(3, (32,))
+    shares = {}
+    for net in (nn.Sequential(layer), nn.Sequential(layer, *tail)):
+        found = allot(lambda net=net: F.cross_entropy(net(x), y), net, list(layer.parameters()), 8)
+        assert set(found) == {"0"}
+        shares[len(net)] = found["0"].samples
+    assert shares[1] == 64  # next to nothing, so all of its outputs
+    assert 2 <= shares[5] <= 8
+
+
 def test_the_number_of_passes_changes_no_number(case):
     net, closure = case
     params = list(net.parameters())
@@ -120,6 +133,27 @@ def test_the_number_of_passes_changes_no_number(case):
     a, b = (flat(estimate(closure, net, params, s, 1)) for s in (shares, parted))
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     assert any(s.passes > 1 for s in parted.values())
+
+
+def test_shards_have_the_noise_of_the_whole_batch():
+    torch.manual_seed(3)
+    net = images(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 2, 3), nn.Tanh()).double()
+    x, y = torch.randn(9, 2, 6, 6).double(), torch.randint(4, (9,))
+    net(x)
+    params = list(net.parameters())
+
+    def loss(part):
+        return lambda: F.cross_entropy(net(x[part]), y[part])
+
+    parts = [(slice(0, 2), 2, 0), (slice(2, 9), 7, 2)]
+    shares = allot(loss(slice(0, 9)), net, params, 30)
+    assert {share.mode for share in shares.values()} == {"weights", "signs", "units"}
+    assert all(allot(loss(part), net, params, 30, whole=9 / n) == shares for part, n, _ in parts)
+    for mode in ("weights", "signs"):
+        shares = {name: s if s.mode == "units" else s._replace(mode=mode) for name, s in shares.items()}
+        whole = flat(estimate(loss(slice(0, 9)), net, params, shares, 1))
+        found = [n / 9 * flat(estimate(loss(part), net, params, shares, 1, at / n)) for part, n, at in parts]
+        torch.testing.assert_close(found[0] + found[1], whole, rtol=1e-11, atol=1e-13)
 
 
 def test_a_loss_that_does_not_tell_its_examples_apart():
@@ -174,3 +208,105 @@ def test_a_layer_that_the_loss_does_not_use_gets_zero():
     shares = allot(closure, net, params, 10)
     found = estimate(closure, net, params, {n: s for n, s in shares.items() if n != OTHERS}, 0)
     assert all(bool(found[i].any()) == (i < 2) for i in range(6))
+
+
+def by_position():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 40), nn.Tanh(), nn.LayerNorm(40), nn.Linear(40, 3)).double()
+    x, y = torch.randint(6, (5, 16)), torch.randint(3, (80,))
+    return net, lambda: F.cross_entropy(net(x).flatten(0, 1), y)
+
+
+def test_positions_that_nothing_mixes_judge_their_own_noise():
+    net, closure = by_position()
+    params = list(net.parameters())
+    spread = {}
+    for apart in (False, True):
+        shares = allot(closure, net, params, 10, apart=apart) | {"1": Share("signs", 2, apart=apart)}
+        found = torch.stack([flat(estimate(closure, net, params, shares, seed)) for seed in range(80)])
+        error = (found.mean(0) - gradient(closure, params)).norm()
+        spread[apart] = found.var(0).sum().sqrt()
+        assert error < 1.3 * spread[apart] / math.sqrt(80)
+    assert spread[True] < spread[False] / 3  # a fourth, for 16 positions
+
+
+def test_positions_that_are_mixed_are_a_choice():
+    torch.manual_seed(3)
+    net = Tokens().double()
+    x, y = torch.randint(5, (N, 3)), torch.randint(4, (N * 3,))
+    closure = lambda: F.cross_entropy(net(x), y)  # noqa: E731
+    params = list(net.parameters())
+    for apart in (False, True):
+        shares = allot(closure, net, params, 10, apart=apart)
+        assert {n for n, s in shares.items() if s.apart} == ({"embed", "norm", "mix", "head"} if apart else set())
+
+
+# --- feedback -------------------------------------------------------------------------------------------
+
+
+def taught(net, closure, steps, record=None):
+    """Shares with fewer samples than outputs, and what a few steps teach their feedback."""
+    params = list(net.parameters())
+    shares = allot(closure, net, params, 8)
+    last = list(shares)[-1]
+    shares[last] = Share("units", len(params[-1]))
+    for name in shares:
+        if name != last:
+            outputs = dict(net.named_modules())[name].out_features
+            shares[name] = Share("signs", 2, course=Course(outputs, len(params[-1]), 1.0))
+    courses = {n: s.course for n, s in shares.items() if s.course}
+    for seed in range(steps):
+        feedback = Feedback(courses, record or {}, params[0])
+        estimate(closure, net, params, shares, 1000 + seed, feedback=feedback)
+        record = feedback.learned(feedback.lessons)
+    return params, shares, courses, record
+
+
+def relu_network():
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 3)).double()
+    x, y = torch.randn(64, 6).double(), torch.randint(3, (64,))
+    return net, lambda: F.cross_entropy(net(x), y)
+
+
+def test_whatever_is_predicted_the_estimate_is_unbiased():
+    net, closure = relu_network()
+    record = {name: torch.randn(2, 20, 3).double() for name in ("0", "2")} | {"steps": 5}
+    params, shares, courses, _ = taught(net, closure, 0)
+    found = torch.stack([
+        flat(estimate(closure, net, params, shares, seed, feedback=Feedback(courses, record, params[0])))
+        for seed in range(100)
+    ])  # fmt: skip
+    assert (found.mean(0) - gradient(closure, params)).norm() < 1.3 * found.var(0).sum().sqrt() / 10
+
+
+def test_feedback_takes_the_noise_away():
+    net, closure = relu_network()
+    truth = None
+    errors = {}
+    for steps in (0, 100):
+        params, shares, courses, record = taught(net, closure, steps)
+        truth = gradient(closure, params)
+        found = [
+            flat(estimate(closure, net, params, shares, s, feedback=Feedback(courses, record or {}, params[0])))
+            for s in range(20)
+        ]
+        errors[steps] = sum((f - truth).square().sum() for f in found)
+    assert errors[100] < 0.15 * errors[0]  # a ReLU away from the errors all of it, two ReLUs away much
+
+
+def test_lessons_of_shards_are_those_of_the_batch():
+    net, _ = relu_network()
+    x, y = torch.randn(9, 6).double(), torch.randint(3, (9,))
+    closure = lambda part=slice(0, 9): F.cross_entropy(net(x[part]), y[part])  # noqa: E731
+    params, shares, courses, record = taught(net, closure, 2)
+
+    def lessons(part, at, n):
+        feedback = Feedback(courses, record, params[0])
+        estimate(lambda: closure(part), net, params, shares, 7, at / n, feedback, n / 9)
+        return feedback.lessons
+
+    whole = lessons(slice(0, 9), 0, 9)
+    parts = [(n, lessons(slice(at, at + n), at, n)) for at, n in ((0, 4), (4, 2), (6, 3))]
+    for i, lesson in enumerate(whole):
+        torch.testing.assert_close(sum(n / 9 * found[i] for n, found in parts), lesson)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 import jetplane as jp
 from jetplane import distributed
@@ -28,6 +29,21 @@ OPTIMIZERS = {
     "planes": lambda p, **kw: jp.optim.FoMoHKD(p, lr=0.3, k=2, planes=3, descent="damped", clip=0.5, **kw),
 }
 
+# Planes of remembered directions, whose step is judged by its noise and guarded by losses of its own.
+SEARCHES = {
+    "drawn": lambda net, **kw: jp.optim.PlaneSearch(net.parameters(), k=8, **kw),
+    "dense": lambda net, **kw: jp.optim.PlaneSearch(
+        net.parameters(),
+        k=5,
+        tangents="dense",
+        curvature="hessian",
+        descent="damped",
+        clip=0.5,
+        weight_decay=1e-3,
+        **kw,
+    ),
+    "model": lambda net, **kw: jp.optim.PlaneSearch(net.parameters(), net, passes=3.0, **kw),
+}
 
 # Numbers of a step: loss, slope, curvature.
 SENT = {"fgd": 1 + 4, "fomoh": 1 + 4 + 4, "fomoh-kd": 1 + 5 + 15, "planes": 1 + 6 + 3 * 3}
@@ -109,6 +125,243 @@ class TestTrajectory:
 
     def test_a_rank_without_examples(self, two):
         self.check(two.run(data_parallel, "fomoh-kd", torch.float64, 23), "fomoh-kd", torch.float64, 1e-12)
+
+
+MANY = 200  # examples. Fitting a few to the last amplifies rounding, also that of one process: see docs/scaling.md
+
+
+def searched(rank, name, dtype, cut, steps=50, shape=None):
+    net = network(dtype)
+    names = [name for name in ("data", "direction") if shape and name in shape]
+    mesh = init_device_mesh("cpu", tuple(shape[n] for n in names), mesh_dim_names=tuple(names)) if shape else None
+    opt = SEARCHES[name](net, process_group=mesh or dist.group.WORLD)
+    x, y = batch(dtype, MANY)
+    if opt.ranks.size > opt.ranks.parts:
+        x, y = shard_of(opt.ranks.shard, x, y, cut)
+    losses = train(net, opt, x, y, steps, weight=len(x))
+    state = {key: value for key, value in opt.state_dict()["state"].items() if key != "jetplane"}
+    return losses, flat(net), (state, opt.state_dict()["state"]["jetplane"], opt.ranks.sent)
+
+
+class TestPlaneSearch:
+    """As one process with the whole batch: the slope's covariance, the guard and the estimates included."""
+
+    def check(self, results, name, dtype, close):
+        net = network(dtype)
+        opt = SEARCHES[name](net)
+        losses = torch.tensor(train(net, opt, *batch(dtype, MANY), 50), dtype=torch.float64)
+        first, bits, (state, own, _) = results[0]
+        for other, others, (its, also, _) in results[1:]:
+            assert other == first and torch.equal(others, bits) and also == own
+            assert str(its) == str(state)
+            for i, tensors in state.items():
+                assert all(torch.equal(tensors[n], its[i][n]) for n in tensors)
+        assert losses[-1] < losses[0]
+        torch.testing.assert_close(torch.tensor(first, dtype=torch.float64), losses, rtol=close, atol=0)
+        assert (bits - flat(net)).norm() <= 10 * close * bits.norm()
+        alone = opt.state["jetplane"]["search"]
+        assert own["search"] == pytest.approx(alone, rel=100 * close) and alone["noise"] > 0
+        assert own.get("shares") == opt.state["jetplane"].get("shares")
+
+    @pytest.mark.parametrize("name", SEARCHES)
+    @pytest.mark.parametrize(("dtype", "close"), BOTH, ids=str)
+    def test_unequal_shards_of_data(self, two, name, dtype, close):
+        self.check(two.run(searched, name, dtype, 60), name, dtype, close)
+
+    @pytest.mark.parametrize("name", SEARCHES)
+    def test_a_rank_without_examples(self, two, name):
+        self.check(two.run(searched, name, torch.float64, MANY), name, torch.float64, 1e-12)
+
+    @pytest.mark.parametrize("name", SEARCHES)
+    def test_shares_of_the_directions(self, two, name):
+        self.check(two.run(searched, name, torch.float64, 0, 50, {"direction": 2}), name, torch.float64, 1e-12)
+
+
+def fitted(rank, order=None):
+    """50 steps on 23 examples with random labels, in single precision: a problem that amplifies rounding."""
+    net, (x, y) = network(torch.float32), batch(torch.float32)
+    if order is None:
+        x, y = shard_of(rank, x, y, 7)
+    else:
+        x, y = x[order], y[order]
+    opt = SEARCHES["drawn"](net, process_group=dist.group.WORLD if order is None else None)
+    return torch.tensor(train(net, opt, x, y, 50, weight=len(x))).double()
+
+
+def test_rounding_grows_as_in_one_process_with_its_examples_in_another_order(two):
+    alone = fitted(0, torch.arange(23))
+    orders = [torch.randperm(23, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    usual = torch.stack([(fitted(0, order) - alone).abs() for order in orders]).amax()
+    of_ranks = (two.run(fitted)[0] - alone).abs()
+    assert of_ranks[:5].amax() < 1e-5 and of_ranks.amax() < 10 * usual < 0.1
+
+
+def pooled(rank, kind, layout):
+    """The covariance of the slope, by shards and alone; of rows that weigh unlike."""
+    net, (x, y) = network(), batch()
+    params, group = list(net.parameters()), dist.group.WORLD
+    row = torch.linspace(0.1, 2.0, len(x), dtype=torch.float64)
+
+    def regularizer():  # whose parts are known beside Gauss-Newton curvature
+        return 1e-2 * params[0].square().sum() if layout == "data" else 0.0
+
+    def loss(part):
+        mean = F.cross_entropy(net(x[part]), y[part]) + 0.3 * F.mse_loss(row[part] * net(x[part])[:, 0], row[part])
+        return mean.sqrt() if kind == "unknown on one" and rank == 1 else mean + regularizer()
+
+    if layout == "direction":
+        mine, group = slice(None), init_device_mesh("cpu", (2,), mesh_dim_names=("direction",))
+    else:
+        mine = slice(0, 7) if rank == 0 else slice(7, None)
+    ranks, tangents = distributed.Ranks(group), StoredDirections(jp.Directions(10).tangents(params))
+    curvature = "hessian" if layout == "direction" else "ggn"
+    plane = ranks.evaluate(
+        lambda: loss(mine), lambda part: jp.evaluate(lambda: loss(mine), params, part, curvature, examples=True),
+        tangents, Layout(10, curvature, "all", examples=True), params, {}, dict, float(len(x[mine])),
+    )  # fmt: skip
+    alone = jp.evaluate(lambda: loss(slice(None)), params, tangents, curvature, examples=True)
+    return plane, alone.moments
+
+
+@pytest.mark.parametrize("layout", ["data", "direction"])
+def test_the_covariance_of_the_slope_is_that_of_the_whole_batch(two, layout):
+    for plane, alone in two.run(pooled, "", layout):
+        assert alone.count == plane.moments.count == 23
+        torch.testing.assert_close(plane.moments.total, plane.slope, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(plane.moments.covariance, alone.covariance, rtol=1e-12, atol=1e-14)
+
+
+def test_the_covariance_is_unknown_if_one_shard_does_not_know_it(two):
+    for plane, _ in two.run(pooled, "unknown on one", "data"):
+        assert plane.moments is None and plane.slope.isfinite().all()
+
+
+def tensors_of(*states):
+    return [t.clone() if isinstance(t, torch.Tensor) else t for t in tree_leaves(states)]
+
+
+def equal(some, others):
+    pairs = zip(some, others, strict=True)
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+
+def search_disturbed(rank, name, call, how, weighs=True):
+    """Two good steps, one in which a call of rank 1's closure goes wrong, and a good one again."""
+    net, (x, y) = network(), shard_of(rank, *batch(), 7)
+    guess = [torch.ones_like(p) for p in net.parameters()]
+    calls, wrong = [], [False]
+
+    def closure():
+        calls.append(1)
+        if rank == 1 and wrong[0] and len(calls) == call:
+            if how == "raises":
+                raise OSError("the data are gone")
+            return F.cross_entropy(net(x), y) * float("nan")
+        return F.cross_entropy(net(x), y)
+
+    def guessed():
+        if rank == 1 and wrong[0] and how == "guess raises":
+            raise OSError("no guess")
+        return [2 * g if rank == 1 and wrong[0] and how == "guess differs" else g for g in guess]
+
+    opt = SEARCHES[name](net, process_group=dist.group.WORLD, guess=guessed if how.startswith("guess") else None)
+    train(net, opt, x, y, 2, weight=len(x))
+    if how == "state" and rank == 1:
+        opt.state[net[0].weight]["square"][1, 2] *= 1 + 1e-15
+    before = tensors_of(net.state_dict(), opt.state_dict())
+    calls.clear()
+    wrong[0] = True
+    error = step_of(opt, closure, weight=len(x))
+    untouched = equal(tensors_of(net.state_dict(), opt.state_dict()), before)
+    wrong[0] = False
+    return error, untouched, step_of(opt, closure, weight=len(x)), flat(net)
+
+
+class TestFailuresOfOneRankInASearch:
+    @pytest.mark.parametrize(
+        ("name", "call", "how"),
+        [("drawn", 1, "raises"), ("drawn", 2, "raises"), ("model", 2, "raises"), ("model", 5, "raises"),
+         ("drawn", 0, "guess raises")],
+        ids=["plane", "guard", "guard with a model", "estimate", "guess"],
+    )  # fmt: skip
+    def test_an_error_stops_all(self, two, name, call, how):
+        (other, untouched, after, bits), (own, also, same, its) = two.run(search_disturbed, name, call, how)
+        assert isinstance(other, jp.RemoteError) and other.ranks == (1,) and "rank 1: OSError: " in str(other)
+        assert isinstance(own, OSError)
+        assert untouched and also
+        assert isinstance(after, float) and after == same and torch.equal(bits, its)
+
+    def test_nan_in_the_plane_is_the_same_error_on_all(self, two):
+        (other, untouched, after, bits), (own, also, same, its) = two.run(search_disturbed, "model", 1, "nan")
+        assert isinstance(other, jp.NonFiniteError) and isinstance(own, jp.NonFiniteError)
+        assert str(other).startswith("rank 1: the loss is not finite")
+        assert untouched and also and after == same and torch.equal(bits, its)
+
+    def test_nan_in_the_guard_shortens_the_step_of_all(self, two):
+        (loss, _, after, bits), (also, _, same, its) = two.run(search_disturbed, "drawn", 2, "nan")
+        assert isinstance(loss, float) and loss == also and after == same and torch.equal(bits, its)
+        (_, _, unhindered, _), _ = two.run(search_disturbed, "drawn", 0, "nan")
+        assert after != unhindered
+
+    @pytest.mark.parametrize(("how", "said"), [("guess differs", "guess: "), ("state", "square of parameter 0: ")])
+    def test_what_differs_is_named(self, two, how, said):
+        for error, untouched, *_ in two.run(search_disturbed, "model", 0, how):
+            assert isinstance(error, jp.RanksDifferError) and error.ranks == (1,) and said in str(error)
+            assert untouched
+
+
+def search_refused(rank, changes):
+    net, (x, y) = network(), batch()
+    options = {"k": 3} | (changes if rank == 1 else {})
+    opt = jp.optim.PlaneSearch(net.parameters(), process_group=dist.group.WORLD, **options)
+    return step_of(opt, lambda: F.cross_entropy(net(x), y))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"k": 4}, "k: 4 on rank 1, 3 on others"),
+        ({"curvature": "hessian"}, "curvature: 'hessian' on rank 1, 'ggn' on others"),
+        ({"descent": "newton"}, "descent: 'Newton(tolerance=None)' on rank 1"),
+        ({"rate": 0.5}, "search: 'Whole()' on rank 1, 'NoiseAware("),
+        ({"averages": (0.5,)}, "averages: (0.5,) on rank 1, (0.9, 0.99) on others"),
+        ({"scaled": False}, "scaled: False on rank 1"),
+        ({"previous": False}, "previous: False on rank 1"),
+        ({"model": nn.Linear(2, 2)}, "model: 'Linear' on rank 1, None on others"),
+        ({"passes": 3.0}, "passes: 3.0 on rank 1"),
+        ({"tangents": "dense"}, "tangents: 'dense' on rank 1, 'rank-one' on others"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_other_settings_of_a_search_are_refused_at_the_start(two, changes, said):
+    for error in two.run(search_refused, changes):
+        assert isinstance(error, jp.HandshakeError) and error.ranks == (1,) and said in str(error)
+
+
+def search_sent(rank, with_model):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 200), nn.Tanh(), nn.Linear(200, 3))
+    x, y = shard_of(rank, *batch(torch.float32, 64), 20)
+    opt = jp.optim.PlaneSearch(net.parameters(), net if with_model else None, process_group=dist.group.WORLD)
+    train(net, opt, x, y, 3, weight=len(x))
+    before = opt.ranks.sent
+    calls = []
+    opt.step(lambda: calls.append(1) or F.cross_entropy(net(x), y), weight=len(x))
+    taught = [t for t in opt.state["jetplane"].get("feedback", {}).values() if isinstance(t, torch.Tensor)]
+    assert len(taught) == 2 * with_model  # of the first layer, and the errors' moments
+    size = sum(t.numel() for t in (*net.parameters(), *taught))
+    return opt.ranks.sent - before, len(opt.plane.slope), len(calls) - 1, size
+
+
+def test_bytes_of_a_search(two):
+    for sent, k, guards, _ in two.run(search_sent, False):
+        assert k == 64 + 5
+        numbers = 1 + k + k * (k + 1) // 2
+        assert sent == 8 * (21 + 2 * numbers + 3 * guards) < 40_000
+    for sent, k, _, size in two.run(search_sent, True):
+        plane = 8 * (21 + 2 * (1 + k + k * (k + 1) // 2))
+        rest = sent - plane - 4 * (2 + size) - 8 * 2  # the estimate, and where the shards lie
+        assert k == 5 and rest > 0 and rest % 24 == 0
 
 
 def step_of(opt, loss, **kwargs):
@@ -406,8 +659,8 @@ def test_bytes_of_64_directions_with_gauss_newton_curvature(two):
 
 
 LAYOUTS = [
-    *(Layout(k, "hessian", "all") for k in (1, 2, 3, 5, 10, 33)),
-    Layout(24, "ggn", "all"), Layout(7, "none", "diagonal"), Layout(7, "hessian", "diagonal"), Layout(12, "hessian", 3),
+    *(Layout(k, "hessian", "all") for k in (1, 2, 3, 5, 10, 33)), Layout(24, "ggn", "all", examples=True),
+    Layout(7, "none", "diagonal"), Layout(7, "hessian", "diagonal"), Layout(12, "hessian", 3),
 ]  # fmt: skip
 
 
@@ -428,6 +681,12 @@ def test_every_number_is_counted_once(layout, parts):
     assert bool((slope == 1).all())
     if layout.pairs == "all":
         assert bool((pairs == 1).all())
+
+
+@pytest.mark.parametrize(("curvature", "pairs"), [("none", "all"), ("hessian", "diagonal"), ("hessian", 3)])
+def test_moments_without_all_pairs_are_refused(curvature, pairs):
+    with pytest.raises(jp.ArgumentError, match="curvature of all pairs only"):
+        Layout(6, curvature, pairs, examples=True)
 
 
 def test_the_work_is_divided():
@@ -479,6 +738,12 @@ def both_axes(rank, name, dtype):
 
 def test_both_axes(four):
     TestTrajectory().check(four.run(both_axes, "fomoh-kd", torch.float64), "fomoh-kd", torch.float64, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["dense", "model"])
+def test_a_search_on_both_axes(four, name):
+    results = four.run(searched, name, torch.float64, 60, 50, {"data": 2, "direction": 2})
+    TestPlaneSearch().check(results, name, torch.float64, 1e-12)
 
 
 def killed(rank):

@@ -7,6 +7,7 @@ import torch
 
 import jetplane as jp
 from jetplane.descent import Newton, SaddleFree
+from jetplane.plane import SlopeMoments
 from jetplane.search import (
     AdaptiveCubic,
     Backtracking,
@@ -16,7 +17,6 @@ from jetplane.search import (
     Proposal,
     TrustRegion,
     Whole,
-    slope_covariance,
 )
 
 
@@ -24,15 +24,24 @@ def proposal(slope, inverse, examples=None, loss_at=lambda rate: math.nan, value
     slope = torch.tensor(slope)
     solution = Newton().solve(slope, torch.linalg.inv(torch.tensor(inverse).double()))
     line = lambda kappa: Line(loss_at, lambda: kappa.norm().item())  # noqa: E731
-    return Proposal(value, slope, solution, slope_covariance(examples), line)
+    covariance = None if examples is None else SlopeMoments.of(examples).covariance
+    return Proposal(value, slope, solution, covariance, line)
 
 
 def test_covariance_is_that_of_sums_over_batches():
     population = torch.randn(100_000, 2).double() @ torch.tensor([[1.0, 2.0], [0.0, 1.0]]).double()
     batches = population.reshape(-1, 50, 2)
-    estimated = torch.stack([slope_covariance(b) for b in batches]).mean(0)
+    estimated = torch.stack([SlopeMoments.of(b).covariance for b in batches]).mean(0)
     torch.testing.assert_close(estimated, torch.cov(batches.sum(1).mT), rtol=0.1, atol=2.0)
-    assert slope_covariance(None) is None and slope_covariance(torch.ones(1, 2)) is None
+    assert SlopeMoments.of(torch.ones(1, 2)).covariance is None
+
+
+def test_moments_of_shards_add_up():
+    examples = torch.randn(30, 4).double() + 2.0
+    first, second, whole = (SlopeMoments.of(e) for e in (examples[:7], examples[7:], examples))
+    added = SlopeMoments(7 + 23, first.total + second.total, first.products + second.products)
+    torch.testing.assert_close(added.covariance, whole.covariance, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(whole.covariance, 30 * torch.cov(examples.mT), rtol=1e-12, atol=1e-12)
 
 
 def test_signal_and_noise():

@@ -22,6 +22,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from torch.utils._mode_utils import no_dispatch
 
 from .directions import Directions
 from .errors import UnusedParametersError
+from .feedback import Course, Feedback
 from .jet import Jet, Space, carried, parts, promoted
 from .laws import LAWS, key, pieces, twists
 from .plane import Interception, evaluate, expansion
@@ -42,6 +44,7 @@ Closure = Callable[[], Any]
 
 OTHERS = "*"  # the name under which an allotment has the parameters that no layer here accounts for
 _NUMBERS = 1 << 24  # coefficients of a layer's output that one pass carries at most
+_LANES = 1 << 12  # lanes of a law that are drawn together: all their numbers fit in a cache
 _FREE = 1 << 17  # coefficients that cost no time beside what starting a pass costs
 _NOISE_COST = 300.0  # multiply-adds that cost as much as drawing, carrying and using a number of noise
 
@@ -54,11 +57,25 @@ class Share(NamedTuple):
             its weights, of each example its own); of `OTHERS`, "parameters".
         samples: how many directions.
         passes: how many passes they are spread over, to bound memory.
+        apart: whether each position of the output is an example to the loss, and its noise judged by that alone.
+        course: what the layer's learned feedback is like, or None if it has none.
     """
 
     mode: str
     samples: int
     passes: int = 1
+    apart: bool = False
+    course: Course | None = None
+
+    @classmethod
+    def of(cls, fields: Sequence[Any]) -> Share:
+        """A share from its fields as plain tuples, as checkpoints have them."""
+        *first, course = fields
+        return cls(*first, course=course and Course(*course))
+
+    def plain(self) -> tuple[Any, ...]:
+        """Its fields as plain tuples."""
+        return (*self[:-1], self.course and tuple(self.course))
 
 
 @dataclass(frozen=True)
@@ -153,12 +170,18 @@ def _padded(module: Any, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
 # --- noise ----------------------------------------------------------------------------------------------
 
 
-def _signs(stream: Any, samples: range, shape: Sequence[int], like: Tensor) -> Tensor:
-    """Signs of shape (samples, *shape): a function of the stream and of which samples they are."""
-    size = math.prod(shape)
-    out = torch.empty(len(samples), size, dtype=carried(like.dtype), device=like.device)
-    for rows, place, values in pieces(LAWS["rademacher"], stream, twists(stream, samples, like.device), size):
-        out[rows, place] = values
+def _signs(stream: Any, samples: range, shape: Sequence[int], like: Tensor, ahead: float = 0.0) -> Tensor:
+    """Signs of shape (samples, *shape): a function of the stream, of which samples, and of which rows they are."""
+    rows, size = shape[0], math.prod(shape[1:])
+    out = torch.empty(len(samples) * rows, size, dtype=carried(like.dtype), device=like.device)
+    first = round(ahead * rows)
+    apart = twists(stream, samples, like.device).unsqueeze(1)
+    apart = twists(apart, range(first, first + rows), like.device).flatten()
+    law = LAWS["rademacher"]
+    block = max(1, _LANES // max(-(-size // law.rows), 1))
+    for some, written in zip(apart.split(block), out.split(block), strict=True):
+        for which, place, values in pieces(law, stream, some, size):
+            written[which, place] = values
     return out.reshape(len(samples), *shape)
 
 
@@ -169,11 +192,12 @@ class _Site:
     module: nn.Module
     share: Share
     stream: Any
+    ahead: float = 0.0  # how many times as many examples come before these in the whole batch
 
     def noise(self, call: int, x: Tensor, y: Tensor, samples: range) -> Tensor:
         """Tangents of the output, (samples, *y.shape)."""
         if self.share.mode == "signs":
-            return _signs(key(self.stream, call), samples, y.shape, y)
+            return _signs(key(self.stream, call), samples, y.shape, y, self.ahead)
         if self.share.mode == "units":
             unit = torch.eye(y.shape[-1], dtype=carried(y.dtype), device=y.device)[samples.start : samples.stop]
             return unit.reshape(len(samples), *([1] * (y.dim() - 1)), -1).expand(-1, *y.shape).contiguous()
@@ -190,17 +214,23 @@ class _Site:
         module: Any = self.module
         outputs, fan = module.weight.shape[0], module.weight[0].numel()
         shape = (len(x), outputs, fan + (module.bias is not None))
-        signs = _signs(key(self.stream, call), samples, shape, x)
+        signs = _signs(key(self.stream, call), samples, shape, x, self.ahead)
         return signs[..., :fan], signs[..., fan] if module.bias is not None else None
 
-    def direction(self, call: int, x: Tensor, y: Tensor, slopes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def rows(self, y: Tensor) -> int:
+        """How many parts of an output are judged by slopes of their own."""
+        return y.numel() // y.shape[-1] if self.share.apart or self.share.mode == "units" else len(y)
+
+    def direction(
+        self, call: int, x: Tensor, y: Tensor, slopes: Tensor, lesson: _Lesson | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Each parameter with this call's part of its direction; slopes (rows, samples)."""
         module: Any = self.module
+        rows = self.rows(y)
         if self.share.mode == "units":
-            delta = _per(slopes, y.numel() // y.shape[-1]).reshape(y.shape)
-            yield from LAYERS[type(module)].weights(module, x, delta)
+            yield from LAYERS[type(module)].weights(module, x, _per(slopes, rows).reshape(y.shape))
             return
-        s = _per(slopes, len(y)) / self.share.samples
+        s = _per(slopes, rows) / self.share.samples
         if self.share.mode == "weights":
             for samples in _split(self.share):
                 weight, bias = self._weight_noise(call, x, samples)
@@ -209,11 +239,35 @@ class _Site:
                 if bias is not None:
                     yield module.bias, chosen @ bias.flatten(0, 1)
             return
-        delta = torch.zeros(y.shape, dtype=carried(y.dtype), device=y.device)
+        delta = torch.zeros(y.shape, dtype=carried(y.dtype), device=y.device).reshape(rows, -1)
+        predicted = None if lesson is None else lesson.predicted(y.reshape(rows, -1))
         for samples in _split(self.share):
-            for k, u in zip(samples, self.noise(call, x, y, samples), strict=True):
-                delta.addcmul_(u, s[:, k].reshape(-1, *([1] * (y.dim() - 1))))
-        yield from LAYERS[type(module)].weights(module, x, delta)
+            noise = self.noise(call, x, y, samples).reshape(len(samples), rows, -1)
+            for k, u in zip(samples, noise, strict=True):
+                mine = s[:, k]
+                if predicted is not None:
+                    mine = mine - torch.linalg.vecdot(predicted, u) / self.share.samples
+                delta.addcmul_(u, mine.unsqueeze(1))
+        if lesson is not None and predicted is not None:
+            lesson.learn(y.reshape(rows, -1), delta)
+            delta = delta.add_(predicted)
+        yield from LAYERS[type(module)].weights(module, x, delta.reshape(y.shape))
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """A layer's part in the feedback of a step."""
+
+    feedback: Feedback
+    name: str
+    errors: Tensor  # (rows, errors)
+    part: float  # of the batch that these examples are
+
+    def predicted(self, rows: Tensor) -> Tensor:
+        return self.feedback.predicted(self.name, self.errors, rows > 0)
+
+    def learn(self, rows: Tensor, left: Tensor) -> None:
+        self.feedback.note(self.name, self.errors, rows > 0, left, self.part)
 
 
 def _split(share: Share) -> Iterator[range]:
@@ -278,13 +332,30 @@ def _layers(model: nn.Module, params: Sequence[Tensor]) -> dict[str, nn.Module]:
     }
 
 
-def allot(closure: Closure, model: nn.Module, params: Sequence[Tensor], passes: float) -> dict[str, Share]:
+def allot(
+    closure: Closure, model: nn.Module, params: Sequence[Tensor], passes: float, whole: float = 1.0, apart: bool = True
+) -> dict[str, Share]:
     """How many samples each layer gets, so that all of them cost about ``passes`` forward passes.
 
     The variance of a layer's estimate is taken to be ``d / K`` for d numbers that it puts out (or weights, where
     those are fewer), K samples of which cost ``K c``, c the share of the model that comes after the layer. The
     sum of variances is then least for K in proportion to ``sqrt(d / c)``. A layer that gets d samples or more
-    is perturbed along each of its outputs instead.
+    is perturbed along each of its outputs instead. If that is the last one, the layers before it learn from its
+    errors (`jetplane.feedback`), as far as their feedback takes no more memory than the parameters.
+
+    A loss over the positions of sequences tells positions apart. If as many positions come out of a layer, ``apart``
+    lets each position's noise be judged by its own loss alone. Where no later layer mixes positions, that is
+    exact, and as many times less noisy as a sequence has positions. Else what a position does to
+    others is left out: the estimate is biased. A direction that is somewhat off serves better than one that is
+    mostly noise, and the slope along it is exact whatever it is.
+
+    Args:
+        closure: returns the loss; it is called once or twice, and leaves no trace.
+        model: holds the layers.
+        params: what to estimate the gradient for.
+        passes: what all of it may cost, in forward passes.
+        whole: how many times the closure's examples a batch has of which they are a shard.
+        apart: whether positions may be taken for examples.
 
     Returns:
         Shares by the names of layers that the closure made use of. `OTHERS` stands for the parameters that none of
@@ -292,52 +363,87 @@ def allot(closure: Closure, model: nn.Module, params: Sequence[Tensor], passes: 
     """
     met: dict[str, _Met] = {}
     layers = _layers(model, params)
-    names = {module: name for name, module in layers.items()}
+    every = {name: module for name, module in model.named_modules() if type(module) in LAYERS}  # frozen ones cost too
+    names = {module: name for name, module in every.items()}
 
     def meet(module: nn.Module, call: int, x: Tensor, y: Tensor) -> None:
         before = met.get(names[module], _Met(0, 0, 0, y.shape))
         products = LAYERS[type(module)].products(module, x, y)
         met[names[module]] = _Met(before.outputs + y.numel(), before.products + products, call + 1, y.shape)
 
-    with rehearsal(), torch.inference_mode(), _hooked(list(layers.values()), meet):
+    with rehearsal(), torch.inference_mode(), _hooked(list(every.values()), meet):
         closure()
+    last = next((name for name in reversed(met) if name in layers), None)
+    positions = {n: m.outputs // m.shape[-1] for n, m in met.items() if n in layers and _by_position(layers[n], m)}
+    rows = 0  # how many parts the loss has, where it matters
+    if any(positions[name] != met[name].shape[0] for name in positions):
+        probe = _slopes(_Site(layers[last], Share("signs", 1), 0), closure)  # type: ignore[index]
+        rows = 0 if probe is None else len(probe)
+    own_rows = {n for n in positions if apart and positions[n] == rows and rows != met[n].shape[0]}
     total = sum(m.products for m in met.values()) or 1
     after, sizes, costs = total, {}, {}
     for name, m in met.items():
         after -= m.products
-        n, weights = m.shape[0], _weights_of(layers[name])
-        own = _NOISE_COST * m.outputs
-        sizes[name] = m.outputs / n
+        if name not in layers:
+            continue
+        weights, own = _weights_of(layers[name]), _NOISE_COST * m.outputs
+        sizes[name] = m.outputs / (rows if name in own_rows else m.shape[0])
         if _weight_space(layers[name]) and weights < sizes[name]:
             sizes[name], own = weights, own + m.products
         costs[name] = (after + own) / total
-    covered = {id(p) for name in met for p in layers[name].parameters(recurse=False)}
+    covered = {id(p) for name in sizes for p in layers[name].parameters(recurse=False)}
     others = sum(p.numel() for p in params if id(p) not in covered)
     if others:
         sizes[OTHERS], costs[OTHERS] = others, 2.0
     scale = passes / (sum(math.sqrt(sizes[n] * costs[n]) for n in sizes) or 1)
-    shares, last = {}, next(reversed(met), None)
+    shares = {}
+    widest = dict(zip(reversed(met), accumulate((m.outputs for m in reversed(met.values())), max), strict=True))
     for name in sizes:
         samples = max(1, round(scale * math.sqrt(sizes[name] / costs[name])))
-        if name in met:
-            samples = max(samples, min(_FREE // max(met[name].outputs, 1), 64))
-        shares[name] = _share(name, layers.get(name), met.get(name), samples, closure, name == last)
-    return shares
+        if name not in met:
+            shares[name] = Share("parameters", samples)
+            continue
+        samples = max(samples, min(_FREE // max(round(whole * widest[name]), 1), 64))
+        # Moved along each of its outputs a layer is exact if the loss takes each of its positions for an example.
+        alone = {met[name].shape[0]} | ({rows} if name == last or name in own_rows else set())
+        exact = positions.get(name) in alone
+        shares[name] = _share(layers[name], met[name], samples, name in own_rows, exact)
+    return _with_courses(shares, met, last, sum(p.numel() for p in params), whole)
 
 
-def _share(name: str, module: nn.Module | None, met: _Met | None, samples: int, closure: Closure, last: bool) -> Share:
-    if module is None or met is None:
-        return Share("parameters", samples)
-    outputs, positions = met.shape[-1], met.outputs // met.shape[-1]
-    units = isinstance(module, nn.Linear) and met.calls == 1 and outputs <= samples
-    if units and positions != met.shape[0]:  # exact only if the loss takes each position for an example
-        probe = _slopes(_Site(module, Share("signs", 1), 0), closure) if last else None
-        units = probe is not None and len(probe) == positions
-    if units:
-        samples, mode = outputs, "units"
+def _by_position(module: nn.Module, met: _Met) -> bool:
+    """Whether a layer has its outputs on the last axis, and is called once."""
+    return isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm)) and met.calls == 1
+
+
+def _share(module: nn.Module, met: _Met, samples: int, apart: bool, exact: bool) -> Share:
+    if exact and isinstance(module, nn.Linear) and met.shape[-1] <= samples:
+        samples, mode = met.shape[-1], "units"
     else:
         mode = "weights" if _weight_space(module) and _weights_of(module) < met.outputs / met.shape[0] else "signs"
-    return Share(mode, samples, min(samples, math.ceil(samples * met.outputs / _NUMBERS)))
+    return Share(mode, samples, min(samples, math.ceil(samples * met.outputs / _NUMBERS)), apart)
+
+
+def _with_courses(
+    shares: dict[str, Share], met: dict[str, _Met], last: str | None, memory: int, whole: float
+) -> dict[str, Share]:
+    """Shares with feedback for layers whose rows are those of the last one's errors, late layers first."""
+    if last is None or shares[last].mode != "units":
+        return shares
+    errors, found = shares[last].samples, dict(shares)
+    rows = met[last].outputs // errors
+    for name in reversed(met):
+        if name not in shares or shares[name].mode != "signs" or met[name].calls != 1:
+            continue
+        share, m = shares[name], met[name]
+        outputs = m.outputs // rows
+        memory -= 2 * outputs * errors
+        if memory < 0:
+            break
+        if rows == (m.outputs // m.shape[-1] if share.apart else m.shape[0]):
+            course = Course(outputs, errors, outputs * errors / (share.samples * round(rows * whole)))
+            found[name] = share._replace(course=course)
+    return found
 
 
 def _weights_of(module: nn.Module) -> int:
@@ -350,9 +456,16 @@ def _weight_space(module: nn.Module) -> bool:
 
 
 def estimate(
-    closure: Closure, model: nn.Module, params: Sequence[Tensor], shares: dict[str, Share], seed: Any
+    closure: Closure,
+    model: nn.Module,
+    params: Sequence[Tensor],
+    shares: dict[str, Share],
+    seed: Any,
+    ahead: float = 0.0,
+    feedback: Feedback | None = None,
+    part: float = 1.0,
 ) -> list[Tensor]:
-    """An unbiased estimate of the gradient, from perturbed activities.
+    """An estimate of the gradient, from perturbed activities: unbiased but for positions that are taken `apart`.
 
     Args:
         closure: returns the loss. It is called several times, and must compute the same each time; torch's
@@ -363,6 +476,10 @@ def estimate(
         params: what to estimate the gradient for. Those that no such layer owns are moved themselves.
         shares: of each layer, as `allot` gives them.
         seed: an integer; equal seeds give equal noise.
+        ahead: of a shard of a batch, how many times its examples come before it. Each example has its own noise, by its
+            place in the whole batch, so that the mean of the shards' estimates is the estimate of the whole.
+        feedback: predicts gradients, to less variance, and gets lessons from this batch.
+        part: of the whole batch that a shard is.
 
     Returns:
         One tensor for each parameter, zero where the loss makes no use of it.
@@ -385,19 +502,28 @@ def estimate(
     """
     layers = _layers(model, params)
     sites = {
-        layers[name]: _Site(layers[name], share, key(seed, i))
+        layers[name]: _Site(layers[name], share, key(seed, i), ahead)
         for i, (name, share) in enumerate(shares.items())
         if name in layers
     }
     total = {id(p): torch.zeros_like(p, dtype=carried(p.dtype)) for p in params}
+    names = {layers[name]: name for name in shares if name in layers}
+    last = next(reversed(sites.values()), None)
     with torch.no_grad():
         found = {module: _slopes(site, closure) for module, site in sites.items()}
+        errors = None if last is None or last.share.mode != "units" else found[last.module]
 
         def add(module: nn.Module, call: int, x: Tensor, y: Tensor) -> None:
-            slopes = found[module]
-            for param, part in () if slopes is None else sites[module].direction(call, x, y, slopes):
+            site, slopes = sites[module], found[module]
+            if slopes is None:
+                return
+            taught = feedback is not None and errors is not None and site.share.course is not None
+            # Examples may be fewer than in the batch that shares were allotted for, but must be the errors' own.
+            taught = taught and site.rows(y) == len(errors)  # type: ignore[arg-type]
+            lesson = _Lesson(feedback, names[module], errors, part) if taught else None  # type: ignore[arg-type]
+            for param, direction in site.direction(call, x, y, slopes, lesson):
                 if id(param) in total:
-                    total[id(param)] += part
+                    total[id(param)] += direction
 
         with rehearsal(), torch.inference_mode(), _hooked(list(sites), add):
             closure()

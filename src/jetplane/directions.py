@@ -557,6 +557,11 @@ class HeldDirections(AbstractDirections):
         self._room = limit
         source.prepare(params, places)
 
+    def forget(self) -> None:
+        """Keep nothing of what was drawn so far."""
+        self._room += sum(held.nbytes for held in self._held.values())
+        self._held.clear()
+
     def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
         """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
         size = self.k * param.numel() * param.element_size()

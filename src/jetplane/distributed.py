@@ -6,9 +6,10 @@ Two axes, which combine:
   whole batch are means of the shards', weighted by their numbers of examples.
 - *direction*: ranks evaluate blocks of directions, or of pairs of them, on the same batch.
 
-A step sends 1 + K + K(K+1)/2 numbers in float64 and some more to check that ranks agree, in one all-reduce,
-whatever the model's size. Tangents are drawn from the seed by every rank, and neither they nor parameters are sent.
-Whatever fails on one rank raises on all of them, and no rank has moved its parameters then.
+A step sends 1 + K + K(K+1)/2 numbers in float64, as many again where the spread over examples is wanted, and some
+more to check that ranks agree, in one all-reduce, whatever the model's size. Tangents are drawn from the seed by every
+rank, and neither they nor parameters are sent. Whatever fails on one rank raises on all of them, and no rank has moved
+its parameters then.
 
 >>> import torch.distributed as dist
 >>> import jetplane as jp
@@ -34,8 +35,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -47,7 +48,7 @@ from torch import Tensor
 from . import errors
 from .directions import AbstractDirections, ChosenDirections, HeldDirections
 from .errors import ArgumentError, HandshakeError, JetplaneError, LostRankError, RanksDifferError, RemoteError
-from .plane import Curvature, Pairs, PlaneModel
+from .plane import Curvature, Pairs, PlaneModel, SlopeMoments
 from .replay import rehearsal
 
 if TYPE_CHECKING:  # torch builds without torch.distributed lack it
@@ -73,11 +74,20 @@ class Layout:
         k: number of directions.
         curvature: "hessian", "ggn" or "none".
         pairs: "all", "diagonal", or the number of directions of one of several independent planes.
+        examples: whether the moments of the slope over examples come out as well; for all pairs of a curvature.
+
+    Raises:
+        ArgumentError: moments are wanted, but not all pairs.
     """
 
     k: int
     curvature: Curvature
     pairs: Pairs
+    examples: bool = False
+
+    def __post_init__(self) -> None:
+        if self.examples and (self.pairs != "all" or self.curvature == "none"):
+            raise ArgumentError(f"moments over examples come with a curvature of all pairs only, got {self}")
 
     def shape(self, k: int) -> tuple[int, ...] | None:
         """Of the curvature of k of the directions."""
@@ -299,9 +309,10 @@ class Ranks:
     Attributes:
         size: number of ranks.
         parts: ranks that share the directions of a plane.
+        shard: which shard of the batch this rank has, of ``size / parts``.
         steps: evaluations done together so far.
-        sent: bytes handed to torch.distributed by this rank for them. A ring all-reduce puts
-            2 (size - 1) / size times as many on the wire.
+        sent: bytes handed to torch.distributed by this rank for them and for what comes with them. A ring
+            all-reduce puts 2 (size - 1) / size times as many on the wire.
 
     Raises:
         ArgumentError: torch.distributed is not initialised, this process is not in the group, or the mesh has
@@ -314,7 +325,7 @@ class Ranks:
                 "process_group needs torch.distributed: call torch.distributed.init_process_group(), and start "
                 "the processes with torchrun"
             )
-        self._group, self.part, self.parts = _located(where)
+        self._group, self.shard, self.part, self.parts = _located(where)
         self._members = dist.get_process_group_ranks(self._group)
         self.rank = dist.get_rank()
         self.size = len(self._members)
@@ -338,6 +349,7 @@ class Ranks:
         state: dict[str, Any],
         facts: Callable[[], dict[str, Any]],
         weight: float,
+        held: Mapping[str, Tensor] | None = None,
     ) -> PlaneModel:
         """The plane of the whole batch, the same bits on every rank.
 
@@ -350,6 +362,7 @@ class Ranks:
             state: what else must be the same in every step.
             facts: what must be the same at the start.
             weight: the number of examples of this rank's shard; 0 for an empty one, which is not evaluated.
+            held: further tensors of which all ranks must have the same bits, and their names.
 
         Raises:
             HandshakeError: before the first evaluation, ranks differ.
@@ -358,19 +371,20 @@ class Ranks:
             RemoteError: another rank raised; if that was one of Jetplane's errors, its own type.
             ArgumentError: no rank has an example.
         """
-        if not self._greeted:
-            self.handshake(facts() | {"size of the mesh": (self.size // self.parts, self.parts)})
-            self._greeted = True
+        self.greet(facts)
+        every = {f"parameter {i}": p for i, p in enumerate(params)} | dict(held or {})
         body, value, failure, double = torch.zeros(_length(layout), dtype=torch.float64), 0.0, None, False
+        spreading = torch.zeros(_length(layout) if layout.examples else 0, dtype=torch.float64)
         mark = int.from_bytes(hashlib.sha256(repr(state).encode()).digest()[:8], "big")
         try:
             _check_weight(weight)
-            mark ^= fingerprint(params)
+            mark ^= fingerprint(list(every.values()))
             if weight > 0:
-                value, double = self._fill(body, closure, run, directions, layout)
+                value, double = self._fill(body, spreading, closure, run, directions, layout)
         except BaseException as error:  # also Ctrl-C: the others must hear of it
             failure, weight, value = error, 0.0, 0.0
             body.zero_()
+            spreading.zero_()
         used = directions.used if isinstance(directions, HeldDirections) else None
         spread = _spread(self.part, self.parts) * weight * value
         head = [
@@ -381,30 +395,44 @@ class Ranks:
             spread, abs(spread),
             float(double),
         ]  # fmt: skip
-        message = torch.cat([torch.tensor(head, dtype=torch.float64), body * weight])
+        power = torch.ones(len(spreading), dtype=torch.float64)  # of the weight: of counts 0, of sums 1, of products 2
+        power[:1], power[1 + layout.k :] = 0, 2
+        parts = torch.tensor(head, dtype=torch.float64), body * weight, spreading * weight**power
+        self.steps += 1
         with self._unbroken():
-            message = self._sum(message, params[0].device)
-        total, body = message[: len(head)].tolist(), message[len(head) :]
+            message = self._sum(torch.cat(parts), params[0].device).cpu()
+        total, body, spreading = message.split([len(part) for part in parts])
+        total = total.tolist()
         failed, marks, uses, (weights, spread, size, doubles) = total[0], total[1:9], total[9:17], total[17:]
         if failed:
             self._raise_for_all(failure)
         if not _one(marks, self.size):
-            own = {f"parameter {i}": f"{fingerprint([p]):016x}" for i, p in enumerate(params)}
+            own = {name: f"{fingerprint([tensor]):016x}" for name, tensor in every.items()}
             ranks, what = _differences(self._gather(state | own), self._members)
             raise RanksDifferError(f"ranks are not in the same state before this step. {what}", ranks)
         if weights == 0:
             raise ArgumentError("no rank has an example: the weights are 0 on all of them")
         if abs(spread) > SAME_LOSS * size:
-            every = zip(self._members, self._gather((value, weight)), strict=True)
-            said = (f"{v:.9g} and {w:g} on rank {r}" for r, (v, w) in every)
+            found = zip(self._members, self._gather((value, weight)), strict=True)
+            said = (f"{v:.9g} and {w:g} on rank {r}" for r, (v, w) in found)
             raise RanksDifferError(
                 "ranks along 'direction' must evaluate the same batch with the same random numbers; loss and weight "
                 f"are {', '.join(said)}",
                 tuple(self._members),
             )
-        if used is not None and not _one(uses, self.size):
+        alike = _one(uses, self.size)
+        if used is not None and not alike:
             self._unite(used, params)
-        return _unpacked(body / weights, layout, torch.float64 if doubles else torch.float32, params[0].device)
+        if isinstance(directions, HeldDirections) and not (alike and self.parts == 1):
+            directions.forget()  # ranks that have kept different ones would round their sums differently
+        plane = _unpacked(body / weights, layout, torch.float64 if doubles else torch.float32, params[0].device)
+        return replace(plane, pooled=_moments_of(spreading / weights**power, layout, params[0].device))
+
+    def greet(self, facts: Callable[[], dict[str, Any]]) -> None:
+        """The `handshake`, once."""
+        if not self._greeted:
+            self.handshake(facts() | {"size of the mesh": (self.size // self.parts, self.parts)})
+            self._greeted = True
 
     def handshake(self, facts: dict[str, Any]) -> None:
         """Compare what must be the same on all ranks: these facts, and the code that runs.
@@ -420,9 +448,91 @@ class Ranks:
         if what:
             raise HandshakeError(f"ranks do not run the same training. {what}", ranks)
 
+    def mean(
+        self, work: Callable[[], Tensor], count: int, weight: float, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """The weighted mean over ranks of as many numbers, the same bits on every rank.
+
+        Args:
+            work: gives this rank's numbers, (count,); not called where the weight is 0.
+            count: how many.
+            weight: as in `evaluate`.
+            dtype: in which they are sent.
+            device: where they come from, and go to.
+
+        Raises:
+            LostRankError, RemoteError: as `evaluate`. What one rank's work raises, all ranks do.
+        """
+        message, failure = torch.zeros(2 + count, dtype=dtype, device=device), None
+        try:
+            if weight > 0:
+                torch.mul(work(), weight, out=message[2:])
+                message[1] = weight
+        except BaseException as error:
+            failure = error
+            message.zero_()[0] = 1
+        with self._unbroken():
+            message = self._sum(message, device)
+        failed, weights = message[:2].tolist()
+        if failed:
+            self._raise_for_all(failure)
+        return (message[2:] / weights).to(device)
+
+    def place(self, weight: float, device: torch.device) -> tuple[float, float]:
+        """Where this rank's shard lies: the weights of the shards before it, and of the whole batch.
+
+        Raises:
+            LostRankError: a rank does not answer.
+        """
+        weights = torch.zeros(self.size // self.parts, dtype=torch.float64)
+        weights[self.shard] = weight if self.part == 0 else 0.0
+        with self._unbroken():
+            weights = self._sum(weights, device)
+        return weights[: self.shard].sum().item(), weights.sum().item()
+
+    def agreed(self, what: str, work: Callable[[], Sequence[Tensor]], device: torch.device) -> list[Tensor]:
+        """Tensors that each rank makes for itself, and of which all must have the same bits.
+
+        Raises:
+            RanksDifferError: they have not.
+            LostRankError, RemoteError: as `evaluate`. What one rank's work raises, all ranks do.
+        """
+        made, mark, failure = [], 0, None
+        try:
+            made = list(work())
+            mark = fingerprint(made)
+        except BaseException as error:
+            failure = error
+        head = torch.tensor([float(failure is not None), *_moments(mark)], dtype=torch.float64)
+        with self._unbroken():
+            failed, *marks = self._sum(head, device).tolist()
+        if failed:
+            self._raise_for_all(failure)
+        if not _one(marks, self.size):
+            ranks, said = _differences(self._gather({what: f"{mark:016x}"}), self._members)
+            raise RanksDifferError(f"ranks must have the same bits. {said}", ranks)
+        return made
+
+    def first(self, work: Callable[[], T | None]) -> T:
+        """What the first rank found that found something. Not for every step: it sends as much as there are ranks.
+
+        Raises:
+            LostRankError, RemoteError: as `evaluate`. What one rank's work raises, all ranks do.
+        """
+        found, failure = None, None
+        try:
+            found = work()
+        except BaseException as error:
+            failure = error
+        every = self._gather((failure is not None, found))
+        if any(failed for failed, _ in every):
+            self._raise_for_all(failure)
+        return next(value for _, value in every if value is not None)
+
     def _fill(
         self,
         body: Tensor,
+        spreading: Tensor,
         closure: Callable[[], Any],
         run: Callable[[AbstractDirections], PlaneModel],
         directions: AbstractDirections,
@@ -438,7 +548,8 @@ class Ranks:
             with rehearsal() as journal:
                 closure()
             written = [tensor for tensor, _ in journal.saved.values()]
-        values = []
+        values, counts = [], []
+        total, products = torch.zeros_like(slope), torch.zeros(layout.k, layout.k, dtype=torch.float64)
         for n, task in enumerate(tasks):
             with _undone(written) if n + 1 < len(tasks) else contextlib.nullcontext():
                 plane = run(directions if len(task.directions) == layout.k else _chosen(directions, task.directions))
@@ -448,6 +559,11 @@ class Ranks:
             if curvature is not None and plane.curvature is not None:
                 _add(curvature, plane.curvature.cpu().double(), index, task)
             values.append(plane.value.item())
+            moments = plane.moments
+            counts.append(math.nan if moments is None else moments.count)  # NaN makes the sum over ranks unknown
+            if layout.examples and moments is not None:
+                total[index] += moments.total.cpu() * task.slope
+                _add(products, moments.products.cpu(), index, task)
         if max(values) - min(values) > SAME_LOSS * abs(values[0]):
             raise errors.LossError(
                 f"ranks that share directions call the closure {len(tasks)} times a step, and it gave different losses "
@@ -457,11 +573,15 @@ class Ranks:
         body[1 : 1 + layout.k] = slope
         if curvature is not None:
             body[1 + layout.k :] = curvature[layout.entries()]
+        if layout.examples:
+            count = sum(counts) / len(counts)
+            spreading[0] = count if self.part == 0 or math.isnan(count) else 0.0
+            spreading[1 : 1 + layout.k] = total
+            spreading[1 + layout.k :] = products[layout.entries()]
         return values[0], plane.value.dtype == torch.float64
 
     def _sum(self, message: Tensor, device: torch.device, op: Any = None) -> Tensor:
         message = message.to(self._device(device))
-        self.steps += op is None
         self.sent += message.numel() * message.element_size()
         work = dist.all_reduce(message, dist.ReduceOp.SUM if op is None else op, group=self._group, async_op=True)
         assert work is not None
@@ -469,7 +589,7 @@ class Ranks:
             self._wait(work)
         else:
             work.wait()
-        return message.cpu()
+        return message
 
     def _wait(self, work: Any) -> None:
         """Wait for the others, but not in vain: the ring of a broken group only breaks next to the break."""
@@ -562,14 +682,14 @@ class Ranks:
         used.update(every.nonzero().flatten().tolist())
 
 
-def _located(where: Any) -> tuple[Any, int, int]:
-    """The process group, and this rank's place among those that share the directions of a plane."""
+def _located(where: Any) -> tuple[Any, int, int, int]:
+    """The process group, this rank's shard, and its place among those that share the directions of a plane."""
     from torch.distributed.device_mesh import DeviceMesh
 
     if not isinstance(where, DeviceMesh):
         if not isinstance(where, dist.ProcessGroup) or dist.get_rank(where) < 0:
             raise ArgumentError(f"expected a process group that this process is in, or a DeviceMesh; got {where!r}")
-        return where, 0, 1
+        return where, dist.get_rank(where), 0, 1
     names = where.mesh_dim_names or ()
     if not names or not set(names) <= {DATA, DIRECTION}:
         raise ArgumentError(
@@ -585,9 +705,10 @@ def _located(where: Any) -> tuple[Any, int, int]:
         group = dist.group.WORLD
     else:
         group = dist.new_group(ranks, use_local_synchronization=True)
+    shard = where.get_local_rank(DATA) if DATA in names else 0
     if DIRECTION not in names:
-        return group, 0, 1
-    return group, where.get_local_rank(DIRECTION), where.size(names.index(DIRECTION))
+        return group, shard, 0, 1
+    return group, shard, where.get_local_rank(DIRECTION), where.size(names.index(DIRECTION))
 
 
 @contextlib.contextmanager
@@ -640,8 +761,8 @@ def _check_plane(plane: PlaneModel, layout: Layout, k: int) -> None:
             f"for {layout} on {k} directions: expected curvature {layout.shape(k)}, got slope "
             f"{tuple(plane.slope.shape)} and curvature {got}"
         )
-    if plane.examples is not None:
-        raise ArgumentError("cannot add up the examples' slopes of planes over ranks; use one process")
+    if plane.examples is not None and not layout.examples:
+        raise ArgumentError(f"the examples' parts of the slope were found, which {layout} does not send")
 
 
 def _length(layout: Layout) -> int:
@@ -662,13 +783,27 @@ def _add(total: Tensor, part: Tensor, index: Tensor, task: Task) -> None:
 
 
 def _unpacked(body: Tensor, layout: Layout, dtype: torch.dtype, device: torch.device) -> PlaneModel:
-    body = body.to(dtype)
-    shape, curvature = layout.shape(layout.k), None
-    if shape is not None:
-        entries = layout.entries()
-        curvature = torch.empty(shape, dtype=dtype)
-        curvature[entries] = body[1 + layout.k :]
-        if len(entries) > 1:
-            curvature[(*entries[:-2], entries[-1], entries[-2])] = body[1 + layout.k :]
-        curvature = curvature.to(device)
-    return PlaneModel(body[0].to(device), body[1 : 1 + layout.k].to(device), curvature)
+    value, slope, entries = body.to(dtype).split([1, layout.k, len(body) - 1 - layout.k])
+    curvature = _mirrored(entries, layout)
+    return PlaneModel(value[0].to(device), slope.to(device), None if curvature is None else curvature.to(device))
+
+
+def _moments_of(body: Tensor, layout: Layout, device: torch.device) -> SlopeMoments | None:
+    """None where they were not wanted, or are not known of all shards."""
+    if not layout.examples or bool(body[0].isnan()):
+        return None
+    products = _mirrored(body[1 + layout.k :], layout)
+    assert products is not None
+    return SlopeMoments(round(body[0].item()), body[1 : 1 + layout.k].to(device), products.to(device))
+
+
+def _mirrored(sent: Tensor, layout: Layout) -> Tensor | None:
+    """The whole of a matrix like the curvature whose `Layout.entries` were sent."""
+    shape, entries = layout.shape(layout.k), layout.entries()
+    if shape is None:
+        return None
+    whole = sent.new_empty(shape)
+    whole[entries] = sent
+    if len(entries) > 1:
+        whole[(*entries[:-2], entries[-1], entries[-2])] = sent
+    return whole

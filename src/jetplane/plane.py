@@ -54,6 +54,41 @@ _active = threading.local()  # depth: how many evaluations are under way in this
 
 
 @dataclass(frozen=True)
+class SlopeMoments:
+    """What of a batch tells how far its slope is noise: sums over examples n of their parts ``e_n`` of it.
+
+    The moments of shards of a batch add up to those of the whole.
+
+    Attributes:
+        count: how many examples.
+        total: ``sum_n e_n``, the slope, shape (K,), in float64.
+        products: ``sum_n e_n e_n^T``, shape (K, K), in float64.
+
+    >>> import torch
+    >>> SlopeMoments.of(torch.tensor([[1.0], [3.0]])).covariance  # two examples: N times their variance 2
+    tensor([[4.]], dtype=torch.float64)
+    """
+
+    count: int
+    total: Tensor
+    products: Tensor
+
+    @staticmethod
+    def of(examples: Tensor) -> SlopeMoments:
+        """Those of the examples' parts (N, K)."""
+        apart = examples.double()
+        return SlopeMoments(len(apart), apart.sum(0), apart.mT @ apart)
+
+    @property
+    def covariance(self) -> Tensor | None:
+        """The covariance (K, K) of the slope, a sum over examples drawn at random; None for fewer than two of them."""
+        if self.count < 2:
+            return None
+        apart = self.products - self.total.outer(self.total) / self.count
+        return apart * (self.count / (self.count - 1))
+
+
+@dataclass(frozen=True)
 class PlaneModel:
     """The loss on a plane to second order: ``L(a) = value + slope . a + a^T curvature a / 2``.
 
@@ -65,6 +100,7 @@ class PlaneModel:
         examples: each example's part of the slope, (N, K); they add up to it. None where it was not asked
             for or is not known.
         formed: which operators formed low-rank tangents, since they could not use the factors, and how often.
+        pooled: the moments of the slope over the examples of all ranks, where several evaluated shards of a batch.
     """
 
     value: Tensor
@@ -72,6 +108,12 @@ class PlaneModel:
     curvature: Tensor | None
     examples: Tensor | None = None
     formed: dict[str, int] = field(default_factory=dict)
+    pooled: SlopeMoments | None = None
+
+    @property
+    def moments(self) -> SlopeMoments | None:
+        """The moments of the slope over the examples, of this process or of all ranks; None if they are not known."""
+        return self.pooled if self.examples is None else SlopeMoments.of(self.examples)
 
 
 @contextlib.contextmanager

@@ -44,7 +44,8 @@ class Proposal:
         value: the loss before it.
         slope: F, shape (K,).
         solution: the plane in coordinates of its own, and the step in them: see `jetplane.descent.Solution`.
-        covariance: C, that of the slope, (K, K) in float64, or None where it is not known.
+        covariance: C, that of the slope as one of a random batch, (K, K) in float64, or None where it is not known;
+            see `jetplane.plane.SlopeMoments`.
         line: the line along coefficients kappa. Searches that know no other go along ``proposal.kappa``.
         factor: the rate by which lines are shorter than their coefficients say.
     """
@@ -83,25 +84,11 @@ class Proposal:
         return -(rate * solution.slope @ step + 0.5 * rate**2 * solution.values @ step.square()).item()
 
 
-def slope_covariance(examples: Tensor | None) -> Tensor | None:
-    """The covariance (K, K) of a slope, the sum of its examples' parts (N, K); None for fewer than two of them.
-
-    >>> import torch
-    >>> slope_covariance(torch.tensor([[1.0], [3.0]]))  # two examples: N times their variance 2
-    tensor([[4.]], dtype=torch.float64)
-    """
-    if examples is None or len(examples) < 2:
-        return None
-    n = len(examples)
-    apart = examples.double() - examples.double().mean(0)
-    return apart.mT @ apart * (n / (n - 1))
-
-
 class Search(ABC):
     """What decides how much of a proposed step is taken.
 
     Attributes:
-        examples: whether it makes use of the examples' parts of the slope.
+        examples: whether it makes use of the slope's covariance, by the examples' parts of it.
     """
 
     examples: bool = False
@@ -389,7 +376,7 @@ class NoiseAware(Search):
     >>> import torch, jetplane as jp
     >>> slope, plane = torch.tensor([4.0]), jp.descent.Newton().solve(torch.tensor([4.0]), torch.tensor([[1.0]]))
     >>> line = Line(lambda rate: 100 - 8 * rate, lambda: 4.0)
-    >>> noise = slope_covariance(torch.tensor([[1.0], [3.0]]))  # 4, beside a signal of 16
+    >>> noise = torch.tensor([[4.0]]).double()  # beside a signal of 16
     >>> NoiseAware()(Proposal(100.0, slope, plane, noise, lambda kappa: line), {})[1]
     0.75
     """

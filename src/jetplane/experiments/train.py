@@ -33,7 +33,7 @@ def optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     assert lr is not None and k is not None
     shared: dict[str, Any] = {"lr": lr, "clip": config.clip or None, "weight_decay": config.weight_decay}
     if together.group() is not None:
-        if config.method in ("sgd", "fomoh-bp", "plane-search"):
+        if config.method in ("sgd", "fomoh-bp"):
             raise ArgumentError(f"the method {config.method} has gradients to send: it runs in one process alone")
         shared["process_group"] = together.group()
     if config.method == "sgd":
@@ -42,8 +42,9 @@ def optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         return optim.FoMoHBP(params, **shared)
     if config.method == "plane-search":
         opt = optim.PlaneSearch(
-            params, model, k=k, seed=config.seed, clip=config.clip or None, weight_decay=config.weight_decay
-        )
+            params, model, k=k, seed=config.seed, clip=config.clip or None, weight_decay=config.weight_decay,
+            process_group=together.group(),
+        )  # fmt: skip
         for group in opt.param_groups:
             group["lr"] = lr
         return opt

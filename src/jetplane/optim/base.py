@@ -144,9 +144,9 @@ class PlaneOptimizer(torch.optim.Optimizer):
             else:
                 plane = self.ranks.evaluate(
                     closure, lambda part: self._evaluate(closure, params, part), directions, self._layout(directions),
-                    params, self._progress(), self._facts, weight,
+                    params, self._progress(), self._facts, weight, self._held(moving),
                 )  # fmt: skip
-            changed = self._advance(closure, moving, directions, plane)
+            changed = self._advance(closure, weight, moving, directions, plane)
         self.plane = plane
         # A new record: one that state_dict() has handed out must not move on.
         own = self.state[STATE]  # type: ignore[index]
@@ -154,7 +154,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         return plane.value
 
     def _advance(
-        self, closure: Closure, moving: Moving, directions: AbstractDirections, plane: PlaneModel
+        self, closure: Closure, weight: float, moving: Moving, directions: AbstractDirections, plane: PlaneModel
     ) -> dict[str, Any]:
         """Move the parameters.
 
@@ -192,7 +192,11 @@ class PlaneOptimizer(torch.optim.Optimizer):
         own = self.state[STATE]  # type: ignore[index]
         names = [n for n in ("lr", "weight_decay", "momentum") if n in self.defaults]
         rates = {n: [float(g[n]) for g in self.param_groups] for n in names}
-        return {"step": own["step"], "seed": own["seed"], **rates}
+        return dict(sorted((own | rates).items()))
+
+    def _held(self, moving: Moving) -> dict[str, Tensor]:
+        """Tensors beside parameters that must be the same on all ranks in every step, and their names."""
+        return {}
 
     def _facts(self) -> dict[str, Any]:
         """What must be the same on all ranks at the start."""
@@ -200,7 +204,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         named = {n: getattr(self, n) for n in ("k", "law", "tangents", "planes", "clip")}
         return {
             "optimizer": type(self).__name__,
-            "descent": repr(self.descent) if is_dataclass(self.descent) else type(self.descent).__name__,
+            "descent": _said(self.descent),
             **named,
             **self._progress(),
             "number of parameters": sum(p.numel() for p in every),
@@ -241,7 +245,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         """
         if not bool(torch.isfinite(kappa.float()).all()):
             raise NonFiniteError(f"the step is not finite: slope {plane.slope}, curvature {plane.curvature}")
-        used = list(directions.used) if isinstance(directions, HeldDirections) else range(len(moving))
+        used = sorted(directions.used) if isinstance(directions, HeldDirections) else range(len(moving))
         steps = (directions.combine(i, moving[i][0], moving[i][1]["lr"] * kappa) for i in used)
         return zip(used, steps if self.clip is None else clipped(list(steps), self.clip), strict=True)
 
@@ -276,6 +280,11 @@ class PlaneOptimizer(torch.optim.Optimizer):
         except ValueError as error:
             raise ShapeError(f"the state belongs to other parameters: {error}") from error
         self.state[STATE] = dict(self.state[STATE])  # type: ignore[index]
+
+
+def _said(value: Any) -> str:
+    """What of a setting can be compared over ranks."""
+    return repr(value) if is_dataclass(value) else type(value).__name__
 
 
 def _check_rate(name: str, value: Any) -> None:

@@ -76,12 +76,12 @@ class FGD(PlaneOptimizer):
         return ForwardGradient()
 
     def _advance(
-        self, closure: Closure, moving: Moving, directions: AbstractDirections, plane: PlaneModel
+        self, closure: Closure, weight: float, moving: Moving, directions: AbstractDirections, plane: PlaneModel
     ) -> dict[str, Any]:
         """As every Jetplane optimizer's; with momentum, the last change of the parameters goes on."""
         balls = [(p, group["momentum"]) for p, group, _ in moving if group["momentum"]]
         before = [p.clone() for p, _ in balls]
-        changed = super()._advance(closure, moving, directions, plane)
+        changed = super()._advance(closure, weight, moving, directions, plane)
         for (p, momentum), old in zip(balls, before, strict=True):
             if "change" in (own := self.state[p]):
                 p.add_(own["change"], alpha=momentum)

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,18 @@ from ..directions import (
     StoredDirections,
     Structure,
 )
+from ..distributed import Layout
 from ..errors import ArgumentError, DTypeError, ShapeError
+from ..feedback import Feedback
 from ..laws import key
 from ..plane import KEPT, Curvature, PlaneModel, evaluate
 from ..replay import RandomState, random_state, rehearsal
-from ..search import ExactLine, Line, NoiseAware, Proposal, Search, Whole, slope_covariance
-from .base import STATE, Chunk, Closure, Moving, Params, PlaneOptimizer
+from ..search import ExactLine, Line, NoiseAware, Proposal, Search, Whole
+from .base import STATE, Chunk, Closure, Moving, Params, PlaneOptimizer, _said
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 Guess = Callable[[], Sequence[Tensor]]
 
@@ -98,6 +104,9 @@ class PlaneSearch(PlaneOptimizer):
             curvature is evaluated at once. It pays with "hessian", whose cost grows with the square of the number of
             directions; "ggn" costs little beside the slope.
         chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`.
+        process_group: processes that step together, each with its shard of the batch, or a `DeviceMesh`; see
+            `jetplane.distributed`. A step sends a few numbers for each pair of the plane's directions and, with
+            ``model``, the estimate of the gradient as well: 4 bytes a parameter. A ``guess`` must be the same on all.
 
     Raises:
         ArgumentError, DTypeError, DeviceError: settings or parameters that cannot be.
@@ -130,6 +139,7 @@ class PlaneSearch(PlaneOptimizer):
         clip: float | None = None, weight_decay: float = 0.0, seed: int = 0,
         chunk: Chunk = None, rank: int | None = None, density: float | None = None, orthogonal: bool = False,
         preconditioned: bool = False, every: int = 1,
+        process_group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:  # fmt: skip
         if k == 0 and model is None:
             raise ArgumentError(
@@ -163,7 +173,7 @@ class PlaneSearch(PlaneOptimizer):
         lr = rate if isinstance(rate, (int, float)) else 1.0
         super().__init__(
             params, lr, k or 1, law, tangents, clip=clip, weight_decay=weight_decay, seed=seed, chunk=chunk,
-            rank=rank, density=density,
+            rank=rank, density=density, process_group=process_group,
         )  # fmt: skip
         if k is None:
             k = 0 if model is not None else min(DRAWN, sum(p.numel() for p, _, _ in self._moving()))
@@ -219,7 +229,7 @@ class PlaneSearch(PlaneOptimizer):
 
     def _stored(self, moving: Moving) -> list[list[Tensor]]:
         """What is known, as directions of norm one: for each a tensor for each parameter."""
-        found = [] if self.guess is None else [_checked_guess(self.guess(), moving)]
+        found = [] if self.guess is None else [self._guessed(self.guess, moving)]
         states = [(p, self.state[p]) for p, _, _ in moving]
         averages = [AVERAGE.format(b) for b in self.averages]
         for name in (*averages, *([PREVIOUS] if self.previous else [])):
@@ -231,6 +241,26 @@ class PlaneSearch(PlaneOptimizer):
             )
         norms = [_norm(tensors) for tensors in found]
         return [[t / norm for t in tensors] for tensors, norm in zip(found, norms, strict=True) if norm > 0]
+
+    def _guessed(self, guess: Guess, moving: Moving) -> list[Tensor]:
+        if self.ranks is None:
+            return _checked_guess(guess(), moving)
+        self.ranks.greet(self._facts)
+        return self.ranks.agreed("guess", lambda: _checked_guess(guess(), moving), moving[0][0].device)
+
+    def _layout(self, directions: AbstractDirections) -> Layout:
+        return Layout(directions.k, self.curvature, "all", self.search.examples)
+
+    def _held(self, moving: Moving) -> dict[str, Tensor]:
+        states = ((place, self.state[p]) for p, _, place in moving)
+        return {f"{name} of parameter {place}": tensor for place, state in states for name, tensor in state.items()}
+
+    def _facts(self) -> dict[str, Any]:
+        names = ("curvature", "averages", "scaled", "previous", "passes", "rank", "density", "orthogonal")
+        own = {n: getattr(self, n) for n in (*names, "preconditioned", "every")}
+        remembered = sorted({name for p, _, _ in self._moving() for name in self.state[p]})
+        own |= {"search": _said(self.search), "guess": self.guess is not None, "remembered": remembered}
+        return super()._facts() | own | {"model": None if self.model is None else type(self.model).__name__}
 
     _lasting: bool  # whether directions of this step's plane are there in the next one
     _random: RandomState  # where random numbers stood before the evaluation of this step
@@ -247,7 +277,7 @@ class PlaneSearch(PlaneOptimizer):
     # --- the step ----------------------------------------------------------------------------------------
 
     def _advance(
-        self, closure: Closure, moving: Moving, directions: AbstractDirections, plane: PlaneModel
+        self, closure: Closure, weight: float, moving: Moving, directions: AbstractDirections, plane: PlaneModel
     ) -> dict[str, Any]:
         own = self.state[STATE]  # type: ignore[index]
         params = [p for p, _, _ in moving]
@@ -264,38 +294,41 @@ class PlaneSearch(PlaneOptimizer):
         def line(kappa: Tensor) -> Line:
             steps = steps_along(kappa)
 
-            def loss_at(rate: float) -> float:
+            def loss_of_shard_at(rate: float) -> float:
                 with _moved(rate, params, steps), rehearsal(self._random):
                     return float(closure())
+
+            def loss_at(rate: float) -> float:
+                if self.ranks is None:
+                    return loss_of_shard_at(rate)
+                dtype, device = plane.value.dtype, plane.value.device
+                options: dict[str, Any] = {"dtype": torch.float64, "device": device}
+                loss = self.ranks.mean(lambda: torch.tensor([loss_of_shard_at(rate)], **options), 1, weight, **options)
+                return loss.to(dtype).item()  # rounded as that of one process
 
             return Line(loss_at, lambda: _norm([step for _, step in steps]))
 
         factor = max(float(group["lr"]) for _, group, _ in moving)
-        covariance = slope_covariance(plane.examples)
+        covariance = None if plane.moments is None else plane.moments.covariance
         proposal = Proposal(plane.value.item(), plane.slope, solution, covariance, line, factor)
         kappa, rate, record = self.search(proposal, own.get("search", {}))
         steps = steps_along(kappa)
-        changed: dict[str, Any] = {"search": record}
+        found, changed = self._estimates(closure, weight, params, directions, plane.slope)
         if self.every > 1:
             changed["curvature"] = plane.curvature if self._lasting else None
-        found, shares = self._estimates(closure, params, directions, plane.slope)
-        changed["shares"] = {name: tuple(share) for name, share in shares.items()}  # plain, for checkpoints
         steps = [(i, rate * step) for i, step in steps]
         self._move(moving, steps)
         self._remember(params, found, steps)
-        return changed
+        return changed | {"search": record}
 
     def _estimates(
-        self, closure: Closure, params: list[Tensor], directions: AbstractDirections, slope: Tensor
-    ) -> tuple[list[Tensor], dict[str, Share]]:
-        """Estimates of the gradient from this batch, for the planes of later ones, and what the layers' shares are."""
+        self, closure: Closure, weight: float, params: list[Tensor], directions: AbstractDirections, slope: Tensor
+    ) -> tuple[list[Tensor], dict[str, Any]]:
+        """Estimates of the gradient from this batch, for planes of later ones, and what of the state has changed."""
         if not self.averages:
             return [], {}
-        own = self.state[STATE]  # type: ignore[index]
         if self.model is not None:
-            shares = {name: Share(*share) for name, share in own.get("shares", {}).items()}
-            shares = shares or allot(closure, self.model, params, self.passes)
-            return estimate(closure, self.model, params, shares, int(key(own["seed"], own["step"]))), shares
+            return self._perturbed(closure, weight, params, self.model)
         # The drawn directions, of which there are k at the end, give mean_k (F_k v_k).
         weights = torch.cat([slope.new_zeros(len(slope) - self.k), slope[-self.k :] / self.k])
         assert isinstance(directions, HeldDirections)
@@ -309,6 +342,36 @@ class PlaneSearch(PlaneOptimizer):
                 for f, (_, _, place) in zip(found, moving, strict=True)
             ]
         return found, {}
+
+    def _perturbed(
+        self, closure: Closure, weight: float, params: list[Tensor], model: nn.Module
+    ) -> tuple[list[Tensor], dict[str, Any]]:
+        """Estimates by noise on the model's layers; the layers' shares, and what their feedback has learned."""
+        own, ranks, device = self.state[STATE], self.ranks, params[0].device  # type: ignore[index]
+        before, whole = (0.0, weight) if ranks is None else ranks.place(weight, device)
+
+        def allotted() -> dict[str, Share]:
+            return allot(closure, model, params, self.passes, whole / weight)
+
+        shares = {name: Share.of(fields) for name, fields in own.get("shares", {}).items()}
+        if not shares:
+            shares = allotted() if ranks is None else ranks.first(lambda: allotted() if weight else None)
+        courses = {name: share.course for name, share in shares.items() if share.course is not None}
+        dtype = torch.float64 if torch.float64 in {p.dtype for p in params} else torch.float32
+        feedback = Feedback(courses, own.get("feedback", {}), torch.empty(0, dtype=dtype, device=device))
+
+        def numbers() -> Tensor:
+            seed = int(key(own["seed"], own["step"]))
+            found = estimate(closure, model, params, shares, seed, before / weight, feedback, weight / whole)
+            return torch.cat([t.flatten().to(dtype) for t in (*found, *feedback.lessons)])
+
+        shapes = [p.shape for p in params] + [t.shape for t in feedback.lessons]
+        sizes = [shape.numel() for shape in shapes]
+        together = numbers() if ranks is None else ranks.mean(numbers, sum(sizes), weight, dtype, device)
+        parts = [part.reshape(shape) for part, shape in zip(together.split(sizes), shapes, strict=True)]
+        found = [part.to(p.dtype, copy=True) for part, p in zip(parts, params, strict=False)]
+        record = feedback.learned(parts[len(params) :])
+        return found, {"shares": {name: share.plain() for name, share in shares.items()}, "feedback": record}
 
     def _remember(self, params: list[Tensor], found: list[Tensor], steps: list[tuple[int, Tensor]]) -> None:
         if self.previous and any(bool(step.any()) for _, step in steps):

@@ -1,0 +1,235 @@
+"""How training runs went, and what is made of them: tables, times to a target, the picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+from jetplane.experiments.report import COLOURS, STYLES, plt
+
+from .rivals import PLANE
+
+Rows = list[dict[str, float]]
+
+
+@dataclass
+class Course:
+    """How one run went.
+
+    Attributes:
+        rows: seconds, steps, epochs, forward passes, the mean loss of the batches since the row before,
+            each before its step ("train"), and held-out loss and measure.
+        rate: None if the method has none.
+        measure: what is reported, "accuracy" or an error.
+        budget: the seconds it was given.
+        sweep: the rates that were tried and the train loss that each came to; empty if none were.
+        sweep_seconds: how long each of them was tried.
+        memory: bytes at the peak of training above the weights, if that was measured.
+    """
+
+    method: str
+    seed: int
+    rate: float | None
+    measure: str = "accuracy"
+    rows: Rows = field(default_factory=list)
+    status: str = "finished"
+    budget: float = 0.0
+    sweep: dict[str, float] = field(default_factory=dict)
+    sweep_seconds: float = 0.0
+    memory: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        """How long it was to go."""
+        return self.budget or self.rows[-1]["seconds"]
+
+    def at(self, seconds: float) -> dict[str, float] | None:
+        """The last row that is not later, if the run came so far."""
+        if self.status == "finished" and self.seconds < 0.98 * seconds:
+            return None
+        return next((row for row in reversed(self.rows) if row["seconds"] <= 1.02 * seconds + 0.02), None)
+
+    def when(self, reached: Callable[[dict[str, float]], bool]) -> float | None:
+        """The seconds of the first row that is good enough."""
+        return next((row["seconds"] for row in self.rows if reached(row)), None)
+
+
+Results = dict[str, list[Course]]  # by task
+
+
+def save(results: Results, machine: str, path: Path) -> None:
+    rows = {name: [asdict(c) for c in courses] for name, courses in results.items()}
+    path.write_text(json.dumps({"machine": machine, "results": rows}, indent=1) + "\n")
+
+
+def load(paths: Iterable[Path]) -> tuple[list[str], Results]:
+    """Machines and courses of earlier runs; of the same task, method and seed the last one counts."""
+    machines: list[str] = []
+    found: dict[str, dict[tuple[str, int], Course]] = {}
+    for path in paths:
+        held = json.loads(path.read_text())
+        machines.append(held["machine"])
+        for name, courses in held["results"].items():
+            for c in courses:
+                found.setdefault(name, {})[c["method"], c["seed"]] = Course(**c)
+    return list(dict.fromkeys(machines)), {name: list(courses.values()) for name, courses in found.items()}
+
+
+def merged(earlier: Results, later: Results) -> Results:
+    """Both; of the same task, method and seed the later one."""
+    out = {name: list(courses) for name, courses in earlier.items()}
+    for name, courses in later.items():
+        new = {(c.method, c.seed) for c in courses}
+        out[name] = [c for c in out.get(name, []) if (c.method, c.seed) not in new] + courses
+    return out
+
+
+def by_method(courses: list[Course]) -> dict[str, list[Course]]:
+    return {method: [c for c in courses if c.method == method] for method in dict.fromkeys(c.method for c in courses)}
+
+
+# --- tables -----------------------------------------------------------------------------------------------
+
+
+def shown(value: float, measure: str) -> str:
+    return f"{100 * value:.1f} %" if measure == "accuracy" else f"{value:.3g}"
+
+
+def _cell(courses: list[Course], seconds: float) -> str:
+    rows = [row for c in courses if (row := c.at(seconds)) is not None]
+    if not rows:
+        return ""
+    measure, values = courses[0].measure, [row["measure"] for row in rows]
+    spread = f" ± {shown(max(values) - min(values), measure)}" if len(values) > 1 else ""
+    return shown(fmean(values), measure) + spread
+
+
+def table(name: str, courses: list[Course]) -> str:
+    """Means over seeds at a few times, what a step costs in forward passes, and peak memory if it was measured."""
+    longest = max(c.seconds for c in courses)
+    times = [longest / 16, longest / 4, longest]
+    heads = [name, "rate", *(f"{t:.3g} s" for t in times), "train loss", "epochs", "forwards a step"]
+    measured = any(c.memory is not None for c in courses)
+    if measured:
+        heads.append("peak above the weights, MiB")
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
+    for method, own in by_method(courses).items():
+        last = own[0].rows[-1]
+        note = "" if all(c.status == "finished" for c in own) else " (diverged)"
+        cells = [
+            method + note,
+            "none" if own[0].rate is None else f"{own[0].rate:.3g}",
+            *(_cell(own, t) for t in times),
+            f"{fmean(c.rows[-1]['train'] for c in own):.3g}" if all("train" in c.rows[-1] for c in own) else "",
+            f"{last['epochs']:.3g}",
+            f"{last['forwards'] / max(last['steps'], 1):.3g}",
+        ]
+        if measured:
+            cells.append("" if own[0].memory is None else f"{own[0].memory / 2**20:.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def sweeps(name: str, courses: list[Course]) -> str:
+    """What rates were tried, and how they did; nothing if none were."""
+    swept = {method: own[0] for method, own in by_method(courses).items() if own[0].sweep}
+    lines = [
+        f"- {method}, {c.sweep_seconds:g} s each: "
+        + "; ".join(
+            f"**{rate}: {loss:.4g}**" if float(rate) == c.rate else f"{rate}: {loss:.4g}"
+            for rate, loss in c.sweep.items()
+        )
+        for method, c in swept.items()
+    ]
+    return "\n".join([f"Rates that were tried on {name}, and the train loss at the end:", "", *lines]) if lines else ""
+
+
+def targets(name: str, courses: list[Course], at: float | None = None) -> str:
+    """What each rival has at the end, or after so many seconds, and when plane-search has it."""
+    methods = by_method(courses)
+    ours = methods.pop(PLANE, [])
+    if not ours or not methods:
+        return ""
+    measure = courses[0].measure
+    word = measure if measure == "accuracy" else "held-out error"
+    lines = [
+        f"| {name} | after | train loss | {PLANE} has it after | times sooner | {word} | {PLANE} has it after "
+        "| times sooner |",
+        "|---|" + "--:|" * 7,
+    ]
+    for method, own in methods.items():
+        if method.startswith(PLANE):
+            continue
+        rows = [c.at(at) if at else c.rows[-1] for c in own]
+        rows = [row for row in rows if row is not None and row["seconds"] > 0]
+        if not rows:
+            continue
+        seconds = fmean(row["seconds"] for row in rows)
+        loss = fmean(row.get("train", math.nan) for row in rows)
+        score = fmean(row["measure"] for row in rows)
+
+        def better(row: dict[str, float], score: float = score) -> bool:
+            return row["measure"] >= score if measure == "accuracy" else row["measure"] <= score
+
+        sooner = [
+            _sooner(seconds, [c.when(lambda row, loss=loss: row.get("train", math.nan) <= loss) for c in ours]),
+            _sooner(seconds, [c.when(better) for c in ours]),
+        ]
+        cells = [method, f"{seconds:.3g} s", f"{loss:.3g}", *sooner[0], shown(score, measure), *sooner[1]]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _sooner(seconds: float, ours: list[float | None]) -> tuple[str, str]:
+    """When ours were there, and how many times sooner that is."""
+    reached = [t for t in ours if t is not None]
+    if len(reached) < len(ours):
+        return "not reached", ""
+    mean = fmean(reached)
+    return f"{mean:.3g} s", f"{seconds / mean:.3g}" if mean else ""
+
+
+def report(results: Results, machine: str, at: float | None = None) -> str:
+    """All tables."""
+    parts = [machine]
+    for name, courses in results.items():
+        if courses:
+            parts += [table(name, courses), targets(name, courses, at), sweeps(name, courses)]
+    return "\n\n".join(part for part in parts if part)
+
+
+# --- the picture ------------------------------------------------------------------------------------------
+
+
+def draw(results: Results, path: Path, title: str) -> None:
+    """The measure over seconds, a panel for each task."""
+    results = {name: courses for name, courses in results.items() if courses}
+    figure, panels = plt.subplots(
+        1, len(results), figsize=(1 + 4.4 * len(results), 4.2), squeeze=False, layout="constrained"
+    )
+    figure.suptitle(title, fontsize=12)
+    methods = list(dict.fromkeys(c.method for courses in results.values() for c in courses))
+    for panel, (name, courses) in zip(panels[0], results.items(), strict=True):
+        error = courses[0].measure == "accuracy"
+        for c in courses:
+            n = methods.index(c.method)
+            panel.plot(
+                [r["seconds"] for r in c.rows[1:]],
+                [1 - r["measure"] if error else r["measure"] for r in c.rows[1:]],
+                color=COLOURS[n % len(COLOURS)], linestyle=STYLES[(2 * (n // len(COLOURS)) + n) % len(STYLES)],
+                linewidth=2.6 if c.method == PLANE else 1.4, label=c.method,
+            )  # fmt: skip
+        panel.set(xscale="log", yscale="log", title=name, xlabel="seconds")
+        panel.set_ylabel("test error" if error else "held-out error")
+        panel.grid(True, which="major", color="#dddddd", linewidth=0.7)
+        panel.spines[["top", "right"]].set_visible(False)
+    named = {
+        label: line for panel in panels[0] for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }  # one line a method, however many panels and seeds it is in
+    figure.legend([named[m] for m in methods], methods, frameon=False, fontsize=9, loc="outside lower center", ncols=5)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
