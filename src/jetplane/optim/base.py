@@ -195,7 +195,8 @@ class PlaneOptimizer(torch.optim.Optimizer):
 
     def _held(self, moving: Moving) -> dict[str, Tensor]:
         """Tensors beside parameters that must be the same on all ranks in every step, and their names."""
-        return {}
+        states = ((place, self.state.get(p, {})) for p, _, place in moving)
+        return {f"{name} of parameter {place}": t for place, state in states for name, t in state.items()}
 
     def _facts(self) -> dict[str, Any]:
         """What must be the same on all ranks at the start."""

@@ -195,13 +195,9 @@ class PlaneSearch(PlaneOptimizer):
     def _layout(self, directions: AbstractDirections) -> Layout:
         return Layout(directions.k, self.curvature, "all", self.search.examples)
 
-    def _held(self, moving: Moving) -> dict[str, Tensor]:
-        states = ((place, self.state[p]) for p, _, place in moving)
-        return {f"{name} of parameter {place}": tensor for place, state in states for name, tensor in state.items()}
-
     def _facts(self) -> dict[str, Any]:
         own = {n: getattr(self, n) for n in ("curvature", "averages", "scaled", "previous", "passes")}
-        remembered = sorted({name for p, _, _ in self._moving() for name in self.state[p]})
+        remembered = sorted({name for p, _, _ in self._moving() for name in self.state.get(p, {})})
         own |= {"search": _said(self.search), "guess": self.guess is not None, "remembered": remembered}
         return super()._facts() | own | {"model": None if self.model is None else type(self.model).__name__}
 
