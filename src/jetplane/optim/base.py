@@ -196,7 +196,8 @@ class PlaneOptimizer(torch.optim.Optimizer):
     def _held(self, moving: Moving) -> dict[str, Tensor]:
         """Tensors beside parameters that must be the same on all ranks in every step, and their names."""
         states = ((place, self.state.get(p, {})) for p, _, place in moving)
-        return {f"{name} of parameter {place}": t for place, state in states for name, t in state.items()}
+        every = ((f"{name} of parameter {place}", t) for place, state in states for name, t in state.items())
+        return {name: t for name, t in every if isinstance(t, Tensor)}
 
     def _facts(self) -> dict[str, Any]:
         """What must be the same on all ranks at the start."""
@@ -204,7 +205,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         named = {n: getattr(self, n) for n in ("k", "law", "tangents", "planes", "clip")}
         return {
             "optimizer": type(self).__name__,
-            "descent": _said(self.descent),
+            "descent": comparable(self.descent),
             **named,
             **self._progress(),
             "number of parameters": sum(p.numel() for p in every),
@@ -282,7 +283,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         self.state[STATE] = dict(self.state[STATE])  # type: ignore[index]
 
 
-def _said(value: Any) -> str:
+def comparable(value: Any) -> str:
     """What of a setting can be compared over ranks."""
     return repr(value) if is_dataclass(value) else type(value).__name__
 

@@ -19,7 +19,7 @@ from ..laws import key
 from ..plane import KEPT, Curvature, PlaneModel, evaluate
 from ..replay import RandomState, random_state, rehearsal
 from ..search import NoiseAware, Proposal, Search, Whole
-from .base import STATE, Chunk, Closure, Moving, Params, PlaneOptimizer, _said
+from .base import STATE, Chunk, Closure, Moving, Params, PlaneOptimizer, comparable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -198,7 +198,7 @@ class PlaneSearch(PlaneOptimizer):
     def _facts(self) -> dict[str, Any]:
         own = {n: getattr(self, n) for n in ("curvature", "averages", "scaled", "previous", "passes")}
         remembered = sorted({name for p, _, _ in self._moving() for name in self.state.get(p, {})})
-        own |= {"search": _said(self.search), "guess": self.guess is not None, "remembered": remembered}
+        own |= {"search": comparable(self.search), "guess": self.guess is not None, "remembered": remembered}
         return super()._facts() | own | {"model": None if self.model is None else type(self.model).__name__}
 
     _random: RandomState  # where random numbers stood before the evaluation of this step
@@ -271,15 +271,12 @@ class PlaneSearch(PlaneOptimizer):
         shares = known or ranks.first(
             lambda: allot(closure, model, params, self.passes, whole / weight) if weight else None
         )
-        sizes, dtype = (
-            [p.numel() for p in params],
-            torch.float64 if torch.float64 in {p.dtype for p in params} else torch.float32,
-        )
+        sizes = [p.numel() for p in params]
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
 
         def shard() -> Tensor:
-            return torch.cat(
-                [t.flatten().to(dtype) for t in estimate(closure, model, params, shares, seed, before / weight)]
-            )
+            found = estimate(closure, model, params, shares, seed, before / weight)
+            return torch.cat([t.flatten().to(dtype) for t in found])
 
         parts = ranks.mean(shard, sum(sizes), weight, dtype, device).split(sizes)
         return [part.reshape(p.shape).to(p.dtype, copy=True) for part, p in zip(parts, params, strict=True)], shares
