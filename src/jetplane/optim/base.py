@@ -202,7 +202,8 @@ class PlaneOptimizer(torch.optim.Optimizer):
     def _facts(self) -> dict[str, Any]:
         """What must be the same on all ranks at the start."""
         every = [p for group in self.param_groups for p in group["params"]]
-        named = {n: getattr(self, n) for n in ("k", "law", "tangents", "planes", "clip")}
+        apart = ("chunk", "compile", "plane", "_descent")  # of no consequence to others, or said otherwise
+        named = {n: comparable(getattr(self, n)) for n in self._own if n not in apart}
         return {
             "optimizer": type(self).__name__,
             "descent": comparable(self.descent),
@@ -283,8 +284,10 @@ class PlaneOptimizer(torch.optim.Optimizer):
         self.state[STATE] = dict(self.state[STATE])  # type: ignore[index]
 
 
-def comparable(value: Any) -> str:
+def comparable(value: Any) -> Any:
     """What of a setting can be compared over ranks."""
+    if value is None or isinstance(value, (bool, int, float, str, tuple)):
+        return value
     return repr(value) if is_dataclass(value) else type(value).__name__
 
 

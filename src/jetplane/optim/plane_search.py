@@ -19,7 +19,7 @@ from ..laws import key
 from ..plane import KEPT, Curvature, PlaneModel, evaluate
 from ..replay import RandomState, random_state, rehearsal
 from ..search import NoiseAware, Proposal, Search, Whole
-from .base import STATE, Chunk, Closure, Moving, Params, PlaneOptimizer, comparable
+from .base import STATE, Chunk, Closure, Moving, Params, PlaneOptimizer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -196,10 +196,8 @@ class PlaneSearch(PlaneOptimizer):
         return Layout(directions.k, self.curvature, "all", self.search.examples)
 
     def _facts(self) -> dict[str, Any]:
-        own = {n: getattr(self, n) for n in ("curvature", "averages", "scaled", "previous", "passes")}
         remembered = sorted({name for p, _, _ in self._moving() for name in self.state.get(p, {})})
-        own |= {"search": comparable(self.search), "guess": self.guess is not None, "remembered": remembered}
-        return super()._facts() | own | {"model": None if self.model is None else type(self.model).__name__}
+        return super()._facts() | {"remembered": remembered}
 
     _random: RandomState  # where random numbers stood before the evaluation of this step
 
