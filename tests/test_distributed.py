@@ -771,6 +771,31 @@ def test_a_rank_that_is_killed_is_named(four):
         assert seconds < 12 and untouched
 
 
+def killed_in_the_guard(rank):
+    net, (x, y) = network(), batch()
+    opt = SEARCHES["drawn"](net, process_group=dist.group.WORLD)
+    train(net, opt, x, y, 2)
+    before, calls = tensors_of(net.state_dict(), opt.state_dict()), []
+
+    def loss():
+        calls.append(1)
+        if rank == 1 and len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return F.cross_entropy(net(x), y)
+
+    return step_of(opt, loss), equal(tensors_of(net.state_dict(), opt.state_dict()), before)
+
+
+def test_a_rank_that_is_killed_in_the_guard_is_named(tmp_path):
+    gang = Gang(2, tmp_path, timeout=30)
+    try:
+        (error, untouched), nothing = gang.run(killed_in_the_guard)
+    finally:
+        gang.stop()
+    assert isinstance(error, jp.LostRankError) and error.ranks == (1,)
+    assert untouched and nothing is None
+
+
 def hanging(rank):
     net, (x, y) = network(), batch()
     opt = OPTIMIZERS["fgd"](net.parameters(), process_group=dist.group.WORLD)

@@ -196,15 +196,18 @@ class PlaneOptimizer(torch.optim.Optimizer):
 
     def _held(self, moving: Moving) -> dict[str, Tensor]:
         """Tensors beside parameters that must be the same on all ranks in every step, and their names."""
-        return {}
+        states = ((place, self.state.get(p, {})) for p, _, place in moving)
+        every = ((f"{name} of parameter {place}", t) for place, state in states for name, t in state.items())
+        return {name: t for name, t in every if isinstance(t, Tensor)}
 
     def _facts(self) -> dict[str, Any]:
         """What must be the same on all ranks at the start."""
         every = [p for group in self.param_groups for p in group["params"]]
-        named = {n: getattr(self, n) for n in ("k", "law", "tangents", "planes", "clip")}
+        apart = ("chunk", "compile", "plane", "_descent")  # of no consequence to others, or said otherwise
+        named = {n: comparable(getattr(self, n)) for n in self._own if n not in apart}
         return {
             "optimizer": type(self).__name__,
-            "descent": _said(self.descent),
+            "descent": comparable(self.descent),
             **named,
             **self._progress(),
             "number of parameters": sum(p.numel() for p in every),
@@ -282,8 +285,10 @@ class PlaneOptimizer(torch.optim.Optimizer):
         self.state[STATE] = dict(self.state[STATE])  # type: ignore[index]
 
 
-def _said(value: Any) -> str:
+def comparable(value: Any) -> Any:
     """What of a setting can be compared over ranks."""
+    if value is None or isinstance(value, (bool, int, float, str, tuple)):
+        return value
     return repr(value) if is_dataclass(value) else type(value).__name__
 
 

@@ -30,7 +30,7 @@ from ..laws import key
 from ..plane import KEPT, Curvature, PlaneModel, evaluate
 from ..replay import RandomState, random_state, rehearsal
 from ..search import ExactLine, Line, NoiseAware, Proposal, Search, Whole
-from .base import STATE, Chunk, Closure, Moving, Params, PlaneOptimizer, _said
+from .base import STATE, Chunk, Closure, Moving, Params, PlaneOptimizer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -251,16 +251,9 @@ class PlaneSearch(PlaneOptimizer):
     def _layout(self, directions: AbstractDirections) -> Layout:
         return Layout(directions.k, self.curvature, "all", self.search.examples)
 
-    def _held(self, moving: Moving) -> dict[str, Tensor]:
-        states = ((place, self.state[p]) for p, _, place in moving)
-        return {f"{name} of parameter {place}": tensor for place, state in states for name, tensor in state.items()}
-
     def _facts(self) -> dict[str, Any]:
-        names = ("curvature", "averages", "scaled", "previous", "passes", "rank", "density", "orthogonal")
-        own = {n: getattr(self, n) for n in (*names, "preconditioned", "every")}
-        remembered = sorted({name for p, _, _ in self._moving() for name in self.state[p]})
-        own |= {"search": _said(self.search), "guess": self.guess is not None, "remembered": remembered}
-        return super()._facts() | own | {"model": None if self.model is None else type(self.model).__name__}
+        remembered = sorted({name for p, _, _ in self._moving() for name in self.state.get(p, {})})
+        return super()._facts() | {"remembered": remembered}
 
     _lasting: bool  # whether directions of this step's plane are there in the next one
     _random: RandomState  # where random numbers stood before the evaluation of this step
@@ -357,7 +350,7 @@ class PlaneSearch(PlaneOptimizer):
         if not shares:
             shares = allotted() if ranks is None else ranks.first(lambda: allotted() if weight else None)
         courses = {name: share.course for name, share in shares.items() if share.course is not None}
-        dtype = torch.float64 if torch.float64 in {p.dtype for p in params} else torch.float32
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
         feedback = Feedback(courses, own.get("feedback", {}), torch.empty(0, dtype=dtype, device=device))
 
         def numbers() -> Tensor:
