@@ -74,7 +74,8 @@ def run(
 ) -> Course:  # fmt: skip
     """Train for the seconds of the course, or the least number of steps if they take longer.
 
-    Scores are taken at times that grow by a third, outside of the clock.
+    Scores are taken at times that grow by a third, outside of the clock. An interrupt ends the run, and its rows so far
+    are kept.
     """
     torch.manual_seed(course.seed)
     model = task.model()
@@ -104,6 +105,11 @@ def run(
         except (jp.NonFiniteError, jp.SingularPlaneError) as error:
             course.status = f"diverged: {error}"
             break
+        except KeyboardInterrupt:
+            if not scored:
+                raise
+            course.status, course.budget = "interrupted", course.rows[-1]["seconds"]
+            return course
         seconds += clock() - start
         losses.append(float(before))
         if not math.isfinite(losses[-1]):
@@ -262,6 +268,8 @@ def courses_of(task: Task, name: str, method: str, how: Method, args: argparse.N
         done.sweep, done.sweep_seconds, done.memory = tried, args.sweep_seconds if tried else 0.0, memory
         print(f"{name}, {method}, seed {seed}: {json.dumps(done.rows[-1])} {done.status}", file=sys.stderr)
         out.append(done)
+        if done.status == "interrupted":
+            break
     return out
 
 
@@ -296,6 +304,9 @@ def main() -> None:
             if how.tasks is None or name in how.tasks:
                 results[name] += courses_of(task, name, method, how, args)
                 write()
+                if results[name][-1].status == "interrupted":
+                    print(write())
+                    return
     print(write())
 
 

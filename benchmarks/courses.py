@@ -49,7 +49,7 @@ class Course:
 
     def at(self, seconds: float) -> dict[str, float] | None:
         """The last row that is not later, if the run came so far."""
-        if self.status == "finished" and self.seconds < 0.98 * seconds:
+        if not self.status.startswith("diverged") and self.seconds < 0.98 * seconds:
             return None
         return next((row for row in reversed(self.rows) if row["seconds"] <= 1.02 * seconds + 0.02), None)
 
@@ -119,7 +119,7 @@ def table(name: str, courses: list[Course]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
     for method, own in by_method(courses).items():
         last = own[0].rows[-1]
-        note = "" if all(c.status == "finished" for c in own) else " (diverged)"
+        note = " (diverged)" if any(c.status.startswith("diverged") for c in own) else ""
         cells = [
             method + note,
             "none" if own[0].rate is None else f"{own[0].rate:.3g}",
