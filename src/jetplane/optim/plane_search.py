@@ -341,7 +341,10 @@ class PlaneSearch(PlaneOptimizer):
     ) -> tuple[list[Tensor], dict[str, Any]]:
         """Estimates by noise on the model's layers; the layers' shares, and what their feedback has learned."""
         own, ranks, device = self.state[STATE], self.ranks, params[0].device  # type: ignore[index]
-        before, whole = (0.0, weight) if ranks is None else ranks.place(weight, device)
+        if ranks is None:
+            before, weight, whole = 0.0, 1.0, 1.0
+        else:
+            before, whole = ranks.place(weight, device)
 
         def allotted() -> dict[str, Share]:
             return allot(closure, model, params, self.passes, whole / weight)
