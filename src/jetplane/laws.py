@@ -190,8 +190,10 @@ def twists(start: int | Tensor, streams: range, device: torch.device) -> Tensor:
     return _mix(_outputs(streams, device) + start)
 
 
-def pieces(law: Law, start: int | Tensor, twists: Tensor, size: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Draw `size` numbers for each of the streams ``(start, twists[k])``, a piece at a time.
+def pieces(
+    law: Law, start: int | Tensor, twists: Tensor, size: int, run: slice | None = None
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Draw `size` numbers for each of the streams ``(start, twists[k])``, or a run of them, a piece at a time.
 
     Yields:
         (which streams, which of the numbers, their values (streams, numbers) in float32). A piece is
@@ -199,25 +201,36 @@ def pieces(law: Law, start: int | Tensor, twists: Tensor, size: int) -> Iterator
     """
     device, streams = twists.device, twists.numel()
     lanes = -(-size // law.rows)
-    if lanes == 0:
-        return
-    width = min(_chunk(device), lanes)
-    height = max(1, _chunk(device) // width)
-    steps = _outputs(range(width), device)
-    for left in range(0, lanes, width):
-        begun = _begin(steps[: lanes - left] + _moved(start, left))
-        for top in range(0, streams, height):
-            block = slice(top, min(top + height, streams))
-            for row, values in law.draw(_finish(begun, twists[block].unsqueeze(1))):
-                if row * lanes + left >= size:
-                    break
-                # Rows that hold all their lanes lie one behind the other; others are written one by one.
-                group = [values.flatten(1)] if values.shape[2] == lanes else values.unbind(1)
-                for i, piece in enumerate(group):
-                    first = (row + i) * lanes + left
-                    last = min(first + piece.shape[1], size)
-                    if first < last:
-                        yield block, slice(first, last), piece[:, : last - first]
+    run = slice(0, size) if run is None else run
+    for needed in _lanes(lanes, run):
+        width = min(_chunk(device), len(needed))
+        height = max(1, _chunk(device) // width)
+        steps = _outputs(range(width), device)
+        for left in needed[::width]:
+            begun = _begin(steps[: needed.stop - left] + _moved(start, left))
+            for top in range(0, streams, height):
+                block = slice(top, min(top + height, streams))
+                for row, values in law.draw(_finish(begun, twists[block].unsqueeze(1))):
+                    if row * lanes + left >= run.stop:
+                        break
+                    # Rows that hold all their lanes lie one behind the other; others are written one by one.
+                    group = [values.flatten(1)] if values.shape[2] == lanes else values.unbind(1)
+                    for i, piece in enumerate(group):
+                        place = (row + i) * lanes + left
+                        first, last = max(place, run.start), min(place + piece.shape[1], run.stop)
+                        if first < last:
+                            yield block, slice(first, last), piece[:, first - place : last - place]
+
+
+def _lanes(lanes: int, run: slice) -> list[range]:
+    """Which lanes of the grid a run of its numbers lies in."""
+    if run.start >= run.stop:
+        return []
+    above, left = divmod(run.start, lanes)
+    below, right = divmod(run.stop - 1, lanes)
+    if above == below:
+        return [range(left, right + 1)]
+    return [range(right + 1), range(left, lanes)] if below == above + 1 and right < left else [range(lanes)]
 
 
 def coins(start: int | Tensor, twists: Tensor, places: slice, chance: float) -> Tensor:

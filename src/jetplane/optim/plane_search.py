@@ -138,6 +138,9 @@ class PlaneSearch(PlaneOptimizer):
             k = 0 if model is not None else min(DRAWN, sum(p.numel() for p, _, _ in self._moving()))
         self.k = k
 
+    def _without_sharding(self) -> str:
+        return type(self).__name__
+
     @property
     def descent(self) -> Spectral:
         """What solves the plane."""

@@ -1,7 +1,7 @@
-"""Collectives of torch.distributed inside a loss, as tensor parallelism by hand has them.
+"""Collectives of torch.distributed inside a loss: those of tensor parallelism, by `DTensor` or by hand.
 
-Functional sums over ranks are linear. The collectives that write in place are refused: their results would arrive
-without derivatives.
+Functional sums over ranks, and collectives that move parts of tensors between ranks, are linear. The collectives that
+write in place are refused: their results would arrive without derivatives.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from ..errors import DerivativeError
 from ..jet import Space, make, parts
 from .registry import RULES
 
+_functional = torch.ops._c10d_functional
 
-def _all_reduce(space: Space, x: Any, reduction: str, group: str) -> Tensor:
-    """The sum or mean over ranks, of value and coefficients together in one message.
 
-    Ranks must send alike, so coefficients that are zero by structure, perhaps on this rank alone, are sent as zeros.
+def _linear(op: Any, space: Space, x: Any, *args: Any) -> Tensor:
+    """Value and coefficients together in one message.
+
+    They lie along the second axis, as collectives cut and join along the first one. Ranks must send alike, so
+    coefficients that are zero by structure, perhaps on this rank alone, are sent as zeros.
     """
-    if reduction.lower() not in ("sum", "avg"):
-        raise DerivativeError(f"all_reduce of jets by {reduction!r}: only 'sum' and 'avg' are linear")
     value, first, second = parts(x, space)
     counts = [1, space.k, space.pairs if space.order == 2 or space.gauss_newton else 0]
     rows = [
@@ -30,11 +31,30 @@ def _all_reduce(space: Space, x: Any, reduction: str, group: str) -> Tensor:
         for part, count in zip((value.unsqueeze(0), first, second), counts, strict=True)
     ]
     dtype = torch.promote_types(value.dtype, rows[1].dtype)  # half-precision values have coefficients in single
-    stacked = torch.cat([row.to(dtype) for row in rows])
-    functional = torch.ops._c10d_functional
-    total = functional.wait_tensor(functional.all_reduce(stacked, reduction, group))
-    value, first, second = total.split(counts)
+    axis = min(value.dim(), 1)
+    stacked = torch.cat([row.to(dtype) for row in rows]).movedim(0, axis).contiguous()
+    result = _functional.wait_tensor(op(stacked, *args))
+    value, first, second = result.movedim(axis, 0).split(counts)
     return make(value[0].to(rows[0].dtype), first, second if counts[2] else None, space)
+
+
+def _enter(name: str) -> None:
+    """A rule for a collective, and for the one of several tensors, where torch has them."""
+    op = getattr(_functional, name).default
+
+    def rule(space: Space, x: Any, *args: Any) -> Tensor:
+        _check_linear(name, args)
+        return _linear(op, space, x, *args)
+
+    RULES[op] = rule
+    if hasattr(_functional, f"{name}_coalesced"):
+        several = getattr(_functional, f"{name}_coalesced").default
+        RULES[several] = lambda space, xs, *args: [rule(space, x, *args) for x in xs]
+
+
+def _check_linear(name: str, args: tuple[Any, ...]) -> None:
+    if "reduce" in name and args[0].lower() not in ("sum", "avg"):
+        raise DerivativeError(f"{name} of jets by {args[0]!r}: only 'sum' and 'avg' are linear")
 
 
 def _refuse(name: str) -> Any:
@@ -48,10 +68,11 @@ def _refuse(name: str) -> Any:
 
 
 if torch.distributed.is_available():
-    RULES[torch.ops._c10d_functional.all_reduce.default] = _all_reduce
-    for _name in ("wait_tensor", "_wrap_tensor_autograd"):  # the sum has been waited for
-        if hasattr(torch.ops._c10d_functional, _name):
-            RULES[getattr(torch.ops._c10d_functional, _name).default] = lambda space, x: x
+    for _name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "broadcast"):
+        _enter(_name)
+    for _name in ("wait_tensor", "_wrap_tensor_autograd"):  # the result has been waited for
+        if hasattr(_functional, _name):
+            RULES[getattr(_functional, _name).default] = lambda space, x: x
     for _name in {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("c10d::")}:
         _packet = getattr(torch.ops.c10d, _name.removeprefix("c10d::"))
         for _overload in _packet.overloads():

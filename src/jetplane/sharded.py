@@ -1,0 +1,290 @@
+"""Models of which each rank holds a part: tensor parallelism by `DTensor`, and FSDP2.
+
+A `DTensor` outside, a jet inside: torch decides how tensors are laid out and when ranks exchange parts of them, and
+does the rest on local tensors, which may be jets. The collectives it calls have rules (`jetplane.rules.collectives`).
+
+FSDP2 computes with whole copies of the parameters, which its hooks gather before a module runs and free after it. Each
+copy becomes the jet of the parameter that it was gathered from: its tangents are drawn whole, on every rank, for as long
+as the module runs, and no tangent is ever sent.
+
+At the update each rank draws the tangents of its own part alone, and moves it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from .errors import ArgumentError
+from .rules.custom import differentiate_forward
+
+
+def is_sharded(x: Any) -> bool:
+    """Whether x is a `DTensor`."""
+    if type(x) in (Tensor, nn.Parameter):
+        return False
+    loaded = sys.modules.get("torch.distributed.tensor")  # where nobody has loaded it there are none
+    return loaded is not None and isinstance(x, loaded.DTensor)
+
+
+# --- which part of a tensor this rank has -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """A box of a tensor: what this rank has of it.
+
+    Attributes:
+        whole: the shape of the tensor.
+        box: where the part lies in each dimension.
+    """
+
+    whole: torch.Size
+    box: tuple[slice, ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the part."""
+        return torch.Size(b.stop - b.start for b in self.box)
+
+    @property
+    def run(self) -> slice:
+        """The shortest run of the tensor's elements, in their order, that holds the part.
+
+        >>> Part(torch.Size((4, 3)), (slice(1, 3), slice(0, 3))).run
+        slice(3, 9, None)
+        """
+        if self.shape.numel() == 0:
+            return slice(0, 0)
+        first = last = 0
+        for size, b in zip(self.whole, self.box, strict=True):
+            first, last = first * size + b.start, last * size + b.stop - 1
+        return slice(first, last + 1)
+
+    def entries(self, run: slice, device: torch.device) -> tuple[slice | Tensor, slice | Tensor]:
+        """Which elements of a run belong to the part, and where in it they lie; the run is within `run`.
+
+        >>> Part(torch.Size((2, 4)), (slice(0, 2), slice(1, 3))).entries(slice(1, 6), torch.device("cpu"))
+        (tensor([0, 1, 4]), tensor([0, 1, 2]))
+        """
+        start, stop = self.run.start, self.run.stop
+        if stop - start == self.shape.numel():  # in one piece
+            return slice(0, run.stop - run.start), slice(run.start - start, run.stop - start)
+        rest = torch.arange(run.start, run.stop, device=device)
+        inside = torch.ones_like(rest, dtype=torch.bool)
+        place, stride = torch.zeros_like(rest), 1
+        for size, b in zip(reversed(self.whole), reversed(self.box), strict=True):
+            at = rest % size - b.start
+            inside &= (at >= 0) & (at < b.stop - b.start)
+            place += at * stride
+            rest, stride = rest // size, stride * (b.stop - b.start)
+        chosen = inside.nonzero().flatten()
+        return chosen, place[chosen]
+
+    def of(self, stack: Tensor) -> Tensor:
+        """The part of each of n whole tensors, (n, *whole)."""
+        return stack[(slice(None), *self.box)]
+
+    def of_factors(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors (n, r, rows) and (n, r, columns) of the part of a product of low rank."""
+        rows, columns = self.box[0], self.box[1:]
+        cut = right.unflatten(2, self.whole[1:])[(slice(None), slice(None), *columns)]
+        return left[:, :, rows], cut.flatten(2)
+
+
+def part_of(param: Tensor) -> Part | None:
+    """The part that this rank has of a `DTensor`; None for any other tensor.
+
+    Raises:
+        ArgumentError: it is not a box of the tensor.
+    """
+    if not is_sharded(param):
+        return None
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    spec: Any = param
+    shape, offset = compute_local_shape_and_global_offset(param.shape, spec.device_mesh, spec.placements)
+    partial = any(p.is_partial() for p in spec.placements)
+    if partial or len(shape) != len(offset) or tuple(shape) != tuple(local(param).shape):
+        raise ArgumentError(
+            f"a parameter of shape {tuple(param.shape)}, {spec.placements} on {spec.device_mesh}: this rank holds no "
+            f"box of it but a tensor of shape {tuple(local(param).shape)}; expected Shard and Replicate placements"
+        )
+    return Part(param.shape, tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True)))
+
+
+def local(param: Tensor) -> Tensor:
+    """The tensor in this rank's memory: of a `DTensor` its part, of any other itself."""
+    return param._local_tensor if is_sharded(param) else param  # type: ignore[attr-defined]
+
+
+def whole(param: Tensor) -> Tensor:
+    """A tensor without memory of the whole parameter's shape, dtype and device."""
+    return torch.empty((), dtype=param.dtype, device=param.device).expand(param.shape)
+
+
+def norm(step: Tensor, param: Tensor) -> Tensor:
+    """The Euclidean norm of a step, double precision, given this rank's part of it."""
+    step = step.double()
+    return wrapped(step, param).norm().full_tensor() if is_sharded(param) else step.norm()  # type: ignore[attr-defined]
+
+
+def wrapped(part: Tensor, param: Tensor) -> Tensor:
+    """A `DTensor`, laid out as the parameter, of this rank's part of it."""
+    from dataclasses import replace
+
+    from torch.distributed.tensor import DTensor
+
+    spec: Any = param._spec  # type: ignore[attr-defined]
+    if part.dtype != param.dtype:
+        spec = replace(spec, tensor_meta=spec.tensor_meta._replace(dtype=part.dtype))
+    return DTensor(part, spec, requires_grad=False)  # not from_local(), which would look at a jet's tangents
+
+
+def held_alike(param: Tensor, ranks: Sequence[int]) -> bool:
+    """Whether those of the ranks that hold the parameter hold the same part of it."""
+    if not is_sharded(param):
+        return True
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    at = [(mesh.mesh == rank).nonzero() for rank in ranks]
+    split = [i for i, p in enumerate(placements) if not p.is_replicate()]
+    return len({tuple(place[0][split].tolist()) for place in at if len(place)}) <= 1
+
+
+def refuse(params: Sequence[Tensor], what: str) -> None:
+    """Raise where models that are sharded cannot be had.
+
+    Raises:
+        ArgumentError: a parameter is a `DTensor`.
+    """
+    for i, p in enumerate(params):
+        if is_sharded(p):
+            spec: Any = p
+            raise ArgumentError(
+                f"{what} cannot be had for models that are sharded: parameter {i} of shape {tuple(p.shape)} is a "
+                f"DTensor, {spec.placements} on {spec.device_mesh}. FGD, FoMoH and FoMoHKD take it"
+            )
+
+
+# --- the evaluation ---------------------------------------------------------------------------------
+
+
+def unwrapped(x: Any) -> Any:
+    """The jet inside what a collective returns while it may still be under way: rules have waited for theirs."""
+    return getattr(x, "elem", x) if type(x).__name__ == "AsyncCollectiveTensor" else x
+
+
+def gathered(loss: Any) -> Any:
+    """A loss that is a `DTensor`, as one number on every rank."""
+    return loss.full_tensor() if is_sharded(loss) else loss
+
+
+@contextlib.contextmanager
+def running(params: Sequence[Tensor], gathered: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """Let a closure run on jets of sharded parameters.
+
+    Args:
+        params: of the evaluation. Where none of them is sharded, nothing is done.
+        gathered: called with a parameter and the whole copy of it that FSDP2 has made for a module.
+    """
+    if not any(map(is_sharded, params)):
+        yield
+        return
+    _follow_layout_functions()
+    with _gathering(params, gathered), _Composites():
+        yield
+
+
+@functools.cache
+def _follow_layout_functions() -> None:
+    """Changes of layout are written as autograd functions; their forward passes are made of what has rules."""
+    from torch.distributed.tensor import _api, _redistribute
+
+    for module, name in (
+        (_api, "_FromTorchTensor"),
+        (_api, "_ToTorchTensor"),
+        (_redistribute, "Redistribute"),
+        (_redistribute, "NestedRedistribute"),
+    ):
+        if hasattr(module, name):
+            differentiate_forward(getattr(module, name))
+
+
+class _Composites(TorchDispatchMode):
+    """Breaks composite operators on `DTensor`s up.
+
+    Outside of inference mode `DTensor` never sees them. It takes them, but finds worse layouts for them: a linear layer
+    whose weight is split along its inputs gathered weight and inputs.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        composite = torch._C.DispatchKey.CompositeImplicitAutograd
+        if any(t.__name__ == "DTensor" for t in types) and func.has_kernel_for_dispatch_key(composite):
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _gathering(params: Sequence[Tensor], gathered: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """Gather the parameters of FSDP2's modules ahead of its hooks, to see which copy is whose.
+
+    FSDP2 leaves the root's copies in place after the forward pass, for the backward pass to come. None comes, and they
+    would be out of date after the update: they are given back at the end.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        yield
+        return
+    known = {id(p) for p in params}
+    seen: dict[int, Any] = {}
+    thread = threading.get_ident()
+
+    def before(module: nn.Module, args: Any) -> None:
+        if not isinstance(module, fsdp.FSDPModule) or threading.get_ident() != thread:
+            return
+        first = id(module) not in seen
+        seen[id(module)] = module
+        # As outside of an evaluation: copies that are made in inference mode could not be used for training later.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch._C.DisableTorchFunction(),
+            _disable_current_modes(),
+        ):
+            if first:
+                module._get_fsdp_state()._lazy_init()  # else its own hook will, among jets
+                module.reshard()
+            parts = dict(module.named_parameters(remove_duplicate=False))
+            module.unshard()
+            copies = dict(module.named_parameters(remove_duplicate=False))
+        for name, part in parts.items():
+            if copies[name] is not part and id(part) in known:
+                gathered(part, copies[name])
+
+    handle = nn.modules.module.register_module_forward_pre_hook(before)
+    whole = False
+    try:
+        yield
+        whole = True
+    finally:
+        handle.remove()
+        for module in seen.values():
+            if not whole and hasattr(module, "reset_iter_state"):  # it was in the middle of a pass
+                with contextlib.suppress(RuntimeError):  # not the root
+                    module.reset_iter_state()
+            module.reshard()
+
+
