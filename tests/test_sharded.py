@@ -98,7 +98,8 @@ def examples(name):
 
 def loss_of(net, batch):
     if len(batch) == 1:
-        return net(input_ids=batch[0], labels=batch[0]).loss
+        logits = net(input_ids=batch[0]).logits  # its own loss is computed in single precision
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[0][:, 1:].flatten())
     return F.cross_entropy(net(batch[0]), batch[1])
 
 
@@ -124,7 +125,7 @@ def tensor_parallel(net):
         "transformer.h.*.attn.c_attn": Columns(**whole),
         "transformer.h.*.attn.c_proj": Rows(**whole),
         "transformer.h.*.mlp.c_fc": Columns(),
-        "transformer.h.*.mlp.c_proj": Rows(),
+        "transformer.h.*.mlp.c_proj": Rows(input_layouts=Shard(-1), output_layouts=Replicate()),
     }
     parallelize_module(net, mesh, plan)
     net.lm_head.weight = net.transformer.wte.weight  # tied as before
