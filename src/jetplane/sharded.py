@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -109,17 +110,25 @@ def part_of(param: Tensor) -> Part | None:
     """
     if not is_sharded(param):
         return None
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
     spec: Any = param
-    shape, offset = compute_local_shape_and_global_offset(param.shape, spec.device_mesh, spec.placements)
-    partial = any(p.is_partial() for p in spec.placements)
-    if partial or len(shape) != len(offset) or tuple(shape) != tuple(local(param).shape):
+    mesh, placements, box = spec.device_mesh, spec.placements, [range(size) for size in param.shape]
+    at = mesh.get_coordinate()
+    splits = [(i, p) for i, p in enumerate(placements) if hasattr(p, "dim") and not p.is_partial()]
+    # FSDP2 splits what tensor parallelism has split before, although its dimension of the mesh comes first.
+    late = [(i, p) for i, p in splits if hasattr(p, "split_factor")]
+    early = [split for split in splits if split not in late]
+    known = len(splits) == sum(not p.is_replicate() for p in placements) and all(
+        p.split_factor == math.prod(mesh.size(j) for j, q in early if j > i and q.dim == p.dim) for i, p in late
+    )
+    for i, p in (*early, *reversed(late)) if at is not None and known else ():
+        each = -(-len(box[p.dim]) // mesh.size(i))
+        box[p.dim] = box[p.dim][at[i] * each : (at[i] + 1) * each]
+    if at is None or not known or [len(b) for b in box] != list(local(param).shape):
         raise ArgumentError(
-            f"a parameter of shape {tuple(param.shape)}, {spec.placements} on {spec.device_mesh}: this rank holds no "
-            f"box of it but a tensor of shape {tuple(local(param).shape)}; expected Shard and Replicate placements"
+            f"a parameter of shape {tuple(param.shape)}, {placements} on {mesh}: expected that this rank holds a box of "
+            f"it, split by Shard and Replicate; its own tensor is of shape {tuple(local(param).shape)}"
         )
-    return Part(param.shape, tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True)))
+    return Part(param.shape, tuple(slice(b.start, b.stop) for b in box))
 
 
 def local(param: Tensor) -> Tensor:
@@ -132,10 +141,24 @@ def whole(param: Tensor) -> Tensor:
     return torch.empty((), dtype=param.dtype, device=param.device).expand(param.shape)
 
 
-def norm(step: Tensor, param: Tensor) -> Tensor:
-    """The Euclidean norm of a step, double precision, given this rank's part of it."""
-    step = step.double()
-    return wrapped(step, param).norm().full_tensor() if is_sharded(param) else step.norm()  # type: ignore[attr-defined]
+def joint_norm(steps: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm over all parameters of steps of which this rank has its part."""
+    squares: dict[tuple[Any, ...], Tensor] = {}
+    for step, param in zip(steps, params, strict=True):
+        axes = _split_axes(param)
+        squares[axes] = step.double().square().sum() + squares.get(axes, 0)
+    for axes, total in squares.items():
+        for mesh, axis in axes:
+            torch.distributed.all_reduce(total, group=mesh.get_group(axis))
+    return torch.stack(list(squares.values())).sum().sqrt()
+
+
+def _split_axes(param: Tensor) -> tuple[tuple[Any, int], ...]:
+    """The meshes' axes that a parameter is split along."""
+    if not is_sharded(param):
+        return ()
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    return tuple((mesh, i) for i, p in enumerate(placements) if not p.is_replicate())
 
 
 def wrapped(part: Tensor, param: Tensor) -> Tensor:
@@ -152,12 +175,12 @@ def wrapped(part: Tensor, param: Tensor) -> Tensor:
 
 def held_alike(param: Tensor, ranks: Sequence[int]) -> bool:
     """Whether those of the ranks that hold the parameter hold the same part of it."""
-    if not is_sharded(param):
-        return True
-    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-    at = [(mesh.mesh == rank).nonzero() for rank in ranks]
-    split = [i for i, p in enumerate(placements) if not p.is_replicate()]
-    return len({tuple(place[0][split].tolist()) for place in at if len(place)}) <= 1
+    axes = [(mesh.mesh, axis) for mesh, axis in _split_axes(param)]
+    places = [[(ids == rank).nonzero() for rank in ranks] for ids, _ in axes]
+    return all(
+        len({int(place[0, axis]) for place in found if len(place)}) <= 1
+        for (_, axis), found in zip(axes, places, strict=True)
+    )
 
 
 def refuse(params: Sequence[Tensor], what: str) -> None:

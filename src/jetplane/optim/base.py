@@ -263,9 +263,9 @@ class PlaneOptimizer(torch.optim.Optimizer):
         steps: Iterable[Tensor]
         steps = (directions.combine(i, moving[i][0], moving[i][1]["lr"] * kappa) for i in used)
         if self.clip is not None:
-            steps = list(steps)
-            norms = [sharded.norm(step, moving[i][0]) for i, step in zip(used, steps, strict=True)]
-            steps = clipped(steps, self.clip, norms)
+            steps, params = list(steps), [moving[i][0] for i in used]
+            norm = sharded.joint_norm(steps, params) if any(map(sharded.is_sharded, params)) else None
+            steps = clipped(steps, self.clip, norm)
         return zip(used, steps, strict=True)
 
     def _move(self, moving: Moving, steps: Iterable[tuple[int, Tensor]]) -> None:

@@ -1,7 +1,7 @@
 """Collectives of torch.distributed inside a loss: those of tensor parallelism, by `DTensor` or by hand.
 
-Functional sums over ranks, and collectives that move parts of tensors between ranks, are linear. The collectives that
-write in place are refused: their results would arrive without derivatives.
+Functional sums over ranks, and collectives that move parts of tensors between ranks, are linear; maxima take what the
+rank has that won. The collectives that write in place are refused: their results would arrive without derivatives.
 """
 
 from __future__ import annotations
@@ -38,23 +38,32 @@ def _linear(op: Any, space: Space, x: Any, *args: Any) -> Tensor:
     return make(value[0].to(rows[0].dtype), first, second if counts[2] else None, space)
 
 
+def _extremum(space: Space, x: Any, reduction: str, group: Any) -> Tensor:
+    """The largest or smallest value over ranks, with the coefficients of the rank that has it; of all, if several do."""
+    value, first, second = parts(x, space)
+    best = _functional.wait_tensor(_functional.all_reduce(value, reduction, group))
+    mine = (value == best).to(value.dtype)
+    share = mine / _functional.wait_tensor(_functional.all_reduce(mine, "sum", group))
+    coefficients = make(value, *(None if c is None else share * c for c in (first, second)), space)
+    _, first, second = parts(_linear(_functional.all_reduce.default, space, coefficients, "sum", group), space)
+    return make(best, first, second, space)
+
+
 def _enter(name: str) -> None:
     """A rule for a collective, and for the one of several tensors, where torch has them."""
     op = getattr(_functional, name).default
+    words = {"all_reduce": ("sum", "avg", "max", "min"), "reduce_scatter_tensor": ("sum", "avg")}.get(name)
 
     def rule(space: Space, x: Any, *args: Any) -> Tensor:
-        _check_linear(name, args)
-        return _linear(op, space, x, *args)
+        word = args[0].lower() if words else ""
+        if words and word not in words:
+            raise DerivativeError(f"{name} of jets by {word!r}: known are {', '.join(words)}")
+        return _extremum(space, x, *args) if word in ("max", "min") else _linear(op, space, x, *args)
 
     RULES[op] = rule
     if hasattr(_functional, f"{name}_coalesced"):
         several = getattr(_functional, f"{name}_coalesced").default
         RULES[several] = lambda space, xs, *args: [rule(space, x, *args) for x in xs]
-
-
-def _check_linear(name: str, args: tuple[Any, ...]) -> None:
-    if "reduce" in name and args[0].lower() not in ("sum", "avg"):
-        raise DerivativeError(f"{name} of jets by {args[0]!r}: only 'sum' and 'avg' are linear")
 
 
 def _refuse(name: str) -> Any:
