@@ -117,7 +117,11 @@ def fully_sharded(net):
 def tensor_parallel(net):
     mesh = init_device_mesh("cpu", (2,))
     if not hasattr(net, "transformer"):
-        return parallelize_module(net, mesh, {"0": ColwiseParallel(output_layouts=Replicate()), "3": RowwiseParallel(input_layouts=Replicate())})
+        return parallelize_module(
+            net,
+            mesh,
+            {"0": ColwiseParallel(output_layouts=Replicate()), "3": RowwiseParallel(input_layouts=Replicate())},
+        )
     whole = {"input_layouts": Replicate(), "output_layouts": Replicate()}
     plan = {
         "transformer.wte": RowwiseParallel(**whole),
@@ -155,7 +159,10 @@ def trained(rank, model, way, optimizer, settings, steps=3):
     opt = OPTIMIZERS[optimizer](net.parameters(), process_group=dist.group.WORLD if data else None, **settings)
     mine = shard_of(rank, batch) if data else batch
     losses = [
-        (single.step(lambda: loss_of(alone, batch)).item(), opt.step(lambda: loss_of(net, mine), weight=len(mine[0])).item())
+        (
+            single.step(lambda: loss_of(alone, batch)).item(),
+            opt.step(lambda: loss_of(net, mine), weight=len(mine[0])).item(),
+        )
         for _ in range(steps)
     ]
     return losses, [(whole(p), whole(q)) for p, q in zip(alone.parameters(), net.parameters(), strict=True)]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, DTypeError, ShapeError
-from .laws import LAWS, coins, key, pieces, twists
-from .sharded import local, part_of, whole
+from .laws import LAWS, coins, key, pieces, twists, windows
+from .sharded import Part, Pieces, local, part_of, whole
 from .tangents import Deferred, LowRank, Stacked, Tangents
 
 Structure = Literal["dense", "rank-one", "low-rank", "sparse", "block"]
@@ -24,8 +24,6 @@ Structure = Literal["dense", "rank-one", "low-rank", "sparse", "block"]
 # The fourth moment of one entry, for rules that set the step size by it. "sphere": 3 P / (P + 2) for P
 # parameters, here its limit.
 KURTOSIS: dict[str, float] = {name: law.kurtosis for name, law in LAWS.items()} | {"sphere": 3.0}
-
-Pieces = Iterator[tuple[slice, slice | Tensor, Tensor]]  # directions, elements, their numbers
 
 _ELEMENT, _DIRECTION, _KEPT = 1, 2, 3  # what a key is for
 
@@ -280,26 +278,26 @@ class Directions(AbstractDirections):
         return numbers
 
     def _entries(self, index: int, param: Tensor, directions: slice | None) -> Pieces:
-        """The numbers of dense tangents. Those of a part are picked from the run of the whole that holds them."""
-        part = part_of(param)
-        if part is None:
-            yield from self._pieces(index, param, param.numel(), directions)
-            return
-        for streams, run, values in self._pieces(index, param, param.numel(), directions, part.run):
-            chosen, place = part.entries(run, values.device)
-            yield streams, place, values[:, chosen]
+        """The numbers of dense tangents."""
+        return self._pieces(index, param, param.numel(), directions, part_of(param))
 
     def _pieces(
-        self, index: int, param: Tensor, size: int, directions: slice | None, run: slice | None = None
+        self, index: int, param: Tensor, size: int, directions: slice | None, part: Part | None = None
     ) -> Pieces:
+        """`size` numbers for each direction, or those of a part of them."""
         if not param.dtype.is_floating_point:
             raise DTypeError(f"parameter {index}: expected a floating dtype, got {param.dtype}")
         law = LAWS["gaussian" if self.law == "sphere" else self.law]
         stream = key(self.seed, self.step, index)
         apart = twists(key(stream, _DIRECTION), self._chosen(directions), param.device)
-        drawn = pieces(law, key(stream, _ELEMENT), apart, size, run)
-        if self.structure == "sparse":
-            return self._thinned(drawn, key(stream, _KEPT), apart)
+        begin, inside, drawn = key(stream, _ELEMENT), None if part is None else part.windows, None
+        if inside is not None and self.structure != "sparse":
+            drawn = windows(law, begin, apart, size, *inside)
+        if drawn is None:
+            drawn = pieces(law, begin, apart, size, None if part is None else part.run)
+            if self.structure == "sparse":
+                drawn = self._thinned(drawn, key(stream, _KEPT), apart)
+            drawn = drawn if part is None else part.picked(drawn)
         if self.structure == "block":
             scale = torch.zeros(len(self._chosen(directions)), 1, device=param.device)
             scale[self._moved(index, directions)] = math.sqrt(len(self._order))

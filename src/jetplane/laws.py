@@ -222,6 +222,45 @@ def pieces(
                             yield block, slice(first, last), piece[:, first - place : last - place]
 
 
+def windows(
+    law: Law, start: int | Tensor, twists: Tensor, size: int, period: int, window: slice
+) -> Iterator[tuple[slice, slice, Tensor]] | None:
+    """Draw those of `size` numbers that lie in a window of every `period` of them, one window behind the other.
+
+    Returns:
+        As `pieces`; places are those among what is drawn. None where the rows of the grid do not hold whole periods.
+    """
+    lanes = -(-size // law.rows)
+    if size == 0 or size % period or lanes % period:
+        return None
+    return _windows(law, start, twists, size // period, period, window, lanes // period)
+
+
+def _windows(
+    law: Law, start: int | Tensor, twists: Tensor, count: int, period: int, window: slice, in_row: int
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    device, streams, width = twists.device, twists.numel(), window.stop - window.start
+    if width == 0:
+        return
+    together = max(1, _chunk(device) // width)
+    steps = _outputs(range(window.start, window.stop), device) + start
+    for first in range(0, in_row, together):
+        last = min(first + together, in_row)
+        shifts = _outputs(range(first * period - 1, last * period - 1, period), device)
+        begun = _begin((shifts.unsqueeze(1) + steps).flatten())
+        height = max(1, _chunk(device) // begun.numel())
+        for top in range(0, streams, height):
+            block = slice(top, min(top + height, streams))
+            for row, values in law.draw(_finish(begun, twists[block].unsqueeze(1))):
+                if row * in_row + first >= count:
+                    break
+                for i, piece in enumerate(values.unbind(1)):
+                    place = ((row + i) * in_row + first) * width
+                    stop = min(place + piece.shape[1], count * width)
+                    if place < stop:
+                        yield block, slice(place, stop), piece[:, : stop - place]
+
+
 def _lanes(lanes: int, run: slice) -> list[range]:
     """Which lanes of the grid a run of its numbers lies in."""
     if run.start >= run.stop:

@@ -417,9 +417,7 @@ def _copies_planted(mode: Interception, params: Sequence[Tensor], drawn: Abstrac
         yield
 
 
-def _seed(
-    param: Tensor, index: int, drawn: AbstractDirections, space: Space, like: Tensor
-) -> Callable[[], Tensor]:
+def _seed(param: Tensor, index: int, drawn: AbstractDirections, space: Space, like: Tensor) -> Callable[[], Tensor]:
     def seed() -> Tensor:
         tangents = drawn.structured(index, like)
         if tangents is None:  # a block that no direction moves

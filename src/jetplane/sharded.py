@@ -37,6 +37,9 @@ def is_sharded(x: Any) -> bool:
     return loaded is not None and isinstance(x, loaded.DTensor)
 
 
+Pieces = Iterator[tuple[slice, slice | Tensor, Tensor]]  # which of K directions, which elements, their numbers
+
+
 # --- which part of a tensor this rank has -----------------------------------------------------------
 
 
@@ -71,23 +74,38 @@ class Part:
             first, last = first * size + b.start, last * size + b.stop - 1
         return slice(first, last + 1)
 
-    def entries(self, run: slice, device: torch.device) -> tuple[slice | Tensor, slice | Tensor]:
-        """Which elements of a run belong to the part, and where in it they lie; the run is within `run`.
+    @property
+    def windows(self) -> tuple[int, slice] | None:
+        """A period and a window, if the part is what lies in the window of every period of elements.
 
-        >>> Part(torch.Size((2, 4)), (slice(0, 2), slice(1, 3))).entries(slice(1, 6), torch.device("cpu"))
-        (tensor([0, 1, 4]), tensor([0, 1, 2]))
+        >>> Part(torch.Size((2, 4)), (slice(0, 2), slice(1, 3))).windows
+        (4, slice(1, 3, None))
         """
+        split = [d for d, (size, b) in enumerate(zip(self.whole, self.box, strict=True)) if b != slice(0, size)]
+        if len(split) != 1:
+            return None
+        b, inner = self.box[split[0]], math.prod(self.whole[split[0] + 1 :])
+        return self.whole[split[0]] * inner, slice(b.start * inner, b.stop * inner)
+
+    def picked(self, drawn: Iterator[tuple[slice, slice, Tensor]]) -> Pieces:
+        """Of numbers drawn for `run`, a piece at a time, those of the part, and where in it they lie."""
         start, stop = self.run.start, self.run.stop
-        if stop - start == self.shape.numel():  # in one piece
-            return slice(0, run.stop - run.start), slice(run.start - start, run.stop - start)
-        rest = torch.arange(run.start, run.stop, device=device)
-        inside = torch.ones_like(rest, dtype=torch.bool)
-        place, stride = torch.zeros_like(rest), 1
+        for streams, run, values in drawn:
+            if stop - start == self.shape.numel():  # in one piece
+                yield streams, slice(run.start - start, run.stop - start), values
+                continue
+            chosen, place = self._inside(torch.arange(run.start, run.stop, device=values.device))
+            yield streams, place, values[:, chosen]
+
+    def _inside(self, elements: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the whole tensor's elements belong to the part, and where in it they lie."""
+        inside = torch.ones_like(elements, dtype=torch.bool)
+        place, stride = torch.zeros_like(elements), 1
         for size, b in zip(reversed(self.whole), reversed(self.box), strict=True):
-            at = rest % size - b.start
+            at = elements % size - b.start
             inside &= (at >= 0) & (at < b.stop - b.start)
             place += at * stride
-            rest, stride = rest // size, stride * (b.stop - b.start)
+            elements, stride = elements // size, stride * (b.stop - b.start)
         chosen = inside.nonzero().flatten()
         return chosen, place[chosen]
 
@@ -309,5 +327,3 @@ def _gathering(params: Sequence[Tensor], gathered: Callable[[Tensor, Tensor], No
                 with contextlib.suppress(RuntimeError):  # not the root
                     module.reset_iter_state()
             module.reshard()
-
-
