@@ -1,19 +1,33 @@
 """Models of which each rank holds a part give the numbers of whole ones: two real processes over gloo."""
 
-import copy
+import math
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import Gang
 from torch import nn
+from torch.distributed._functional_collectives import (
+    all_gather_tensor,
+    all_reduce,
+    all_to_all_single,
+    reduce_scatter_tensor,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
 from torch.nn import functional as F
 
 import jetplane as jp
+from jetplane import directions, laws, sharded
+from jetplane.sharded import Part
 
 pytestmark = pytest.mark.filterwarnings("ignore::jetplane.RescueWarning")
 
@@ -26,7 +40,6 @@ TANGENTS = {
     "signs": {"law": "rademacher"},
     "sphere": {"law": "sphere"},
     "rank-one": {"tangents": "rank-one"},
-    "sparse": {},
     "block": {"tangents": "block"},
 }
 
@@ -136,7 +149,18 @@ def tensor_parallel(net):
     return net
 
 
+def sequence_parallel(net):
+    """Of the MLP: the layer norm, too, sees a part of the rows."""
+    plan = {
+        "0": ColwiseParallel(output_layouts=Shard(0)),
+        "2": SequenceParallel(sequence_dim=0),
+        "3": RowwiseParallel(input_layouts=Shard(0)),
+    }
+    return parallelize_module(net, init_device_mesh("cpu", (2,)), plan)
+
+
 WAYS = {"fsdp": fully_sharded, "tensor parallel": tensor_parallel}
+EVERY_WAY = WAYS | {"sequence parallel": sequence_parallel}
 
 
 def shard_of(rank, batch):
@@ -168,11 +192,15 @@ def trained(rank, model, way, optimizer, settings, steps=3):
     return losses, [(whole(p), whole(q)) for p, q in zip(alone.parameters(), net.parameters(), strict=True)]
 
 
-def check(answers):
+def raised(answers):
     for answer in answers:
         if isinstance(answer, Exception):
             raise answer
-        losses, params = answer
+    return answers
+
+
+def check(answers):
+    for losses, params in raised(answers):
         for expected, got in losses:
             assert got == pytest.approx(expected, rel=1e-9)
         for expected, got in params:
@@ -186,7 +214,300 @@ def test_trajectories_of_sharded_models(two, model, way, optimizer):
     check(two.run(trained, model, way, optimizer, {}))
 
 
-@pytest.mark.parametrize("kind", ["signs", "sphere", "rank-one", "block"])
+@pytest.mark.parametrize("kind", TANGENTS)
 @pytest.mark.parametrize("way", WAYS)
 def test_kinds_of_tangents(two, way, kind):
     check(two.run(trained, "uneven", way, "fomoh-kd", TANGENTS[kind]))
+
+
+# --- one plane ---------------------------------------------------------------------------------------
+
+
+def full(p):
+    return p.full_tensor() if isinstance(p, DTensor) else p
+
+
+def decayed(net, batch):
+    return loss_of(net, batch) + 0.1 * sum(full(p.pow(4).sum()) for p in net.parameters())
+
+
+def by_hand(net, batch):
+    """A parameter that a closure lays out by itself."""
+    w = net[0].weight
+    if not isinstance(w, DTensor):
+        return loss_of(net, batch) + w.pow(2).sum() + w.tanh().sum()
+    own = all_reduce(w.to_local().pow(2).sum(), "sum", dist.group.WORLD)
+    moved = w.redistribute(placements=[Shard(1)]).redistribute(placements=[Replicate()]).to_local()
+    return loss_of(net, batch) + own + moved.tanh().sum()
+
+
+def given(net):
+    """Tangents of the user's own, dense and of low rank."""
+    torch.manual_seed(5)
+    return [
+        jp.LowRank(torch.randn(3, 2, len(p)).double(), torch.randn(3, 2, p.shape[1]).double(), p.shape)
+        if p.dim() > 1
+        else torch.randn(3, *p.shape, dtype=p.dtype)
+        for p in net.parameters()
+    ]
+
+
+PLANES = {
+    "hessian": {},
+    "diagonal": {"pairs": "diagonal"},
+    "gauss-newton": {"curvature": "ggn"},
+    "examples": {"curvature": "ggn", "examples": True},
+    "in chunks": {"chunk": 2},
+    "given": {"directions": given},
+    "regularized": {"loss": decayed},
+    "regularized gauss-newton": {"loss": decayed, "curvature": "ggn"},
+    "by hand": {"loss": by_hand},
+    "sparse": {"directions": lambda net: jp.Directions(4, tangents="sparse", density=0.5)},
+}
+
+
+def evaluated(rank, way, settings):
+    settings = {"directions": lambda net: jp.Directions(4, seed=1), "loss": loss_of} | PLANES[settings]
+    draw, loss = settings.pop("directions"), settings.pop("loss")
+    net, batch, planes = mlp(), examples("mlp"), []
+    for model in (net, EVERY_WAY[way](mlp())):
+        before = [whole(p) for p in model.parameters()]
+        params = list(model.parameters())
+        planes.append(vars(jp.evaluate(lambda model=model: loss(model, batch), params, draw(net), **settings)))
+        assert all(p is q for p, q in zip(params, model.parameters(), strict=True))
+        assert all(torch.equal(p, whole(q)) for p, q in zip(before, params, strict=True))
+    return planes
+
+
+@pytest.mark.parametrize("settings", PLANES)
+@pytest.mark.parametrize("way", EVERY_WAY)
+def test_planes_of_sharded_models(two, way, settings):
+    for alone, together in raised(two.run(evaluated, way, settings)):
+        torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-13)
+
+
+def classes_apart(rank, parallel):
+    """Each rank has some of the classes, and the loss finds the largest logit over ranks."""
+    net, (x, y) = mlp(), examples("mlp")
+    alone = jp.evaluate(lambda: loss_of(net, (x, y)), list(net.parameters()), jp.Directions(4, seed=1))
+    mesh = init_device_mesh("cpu", (2,))
+    parallelize_module(net, mesh, {"3": ColwiseParallel(use_local_output=False)})
+    for name, p in list(net.named_parameters()):  # a DTensor meets DTensors only
+        if not isinstance(p, DTensor):
+            module, _, key = name.rpartition(".")
+            net.get_submodule(module).register_parameter(key, nn.Parameter(distribute_tensor(p, mesh, [Replicate()])))
+    x, y = (distribute_tensor(t, mesh, [Replicate()]) for t in (x, y))
+
+    def loss():
+        with loss_parallel() if parallel else torch.no_grad():
+            return F.cross_entropy(net(x), y)
+
+    return vars(alone), vars(jp.evaluate(loss, list(net.parameters()), jp.Directions(4, seed=1)))
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_loss_over_classes_that_are_apart(two, parallel):
+    for alone, together in raised(two.run(classes_apart, parallel)):
+        torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-13)
+
+
+def messages_of(rank, way):
+    """The collectives that one evaluation makes of jets."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    net, batch = EVERY_WAY[way](mlp()), examples("mlp")
+    with CommDebugMode() as plain, torch.no_grad():
+        loss_of(net, batch)
+    with CommDebugMode() as carried:
+        jp.evaluate(lambda: loss_of(net, batch), list(net.parameters()), jp.Directions(2))
+    return [{str(op): n for op, n in mode.get_comm_counts().items()} for mode in (plain, carried)]
+
+
+@pytest.mark.parametrize("way", ["tensor parallel", "sequence parallel"])
+def test_jets_need_the_messages_of_a_plain_pass(two, way):
+    for plain, carried in raised(two.run(messages_of, way)):
+        assert plain and carried == plain
+
+
+def carried_by_hand(rank, how):
+    """A function of a vector by collectives; the same on one rank; each with its derivatives."""
+    group, w, v = dist.group.WORLD, torch.arange(1.0, 9.0).double() / 8, torch.randn(3, 8).double()
+    own = slice(4 * rank, 4 * rank + 4)
+    weights = torch.arange(8.0).double().reshape(2, 4)
+    functions = {
+        "gather": (lambda x: all_gather_tensor(x[own].square(), 0, group), lambda x: x.square()),
+        "scatter": (
+            lambda x: all_gather_tensor(reduce_scatter_tensor(weights[rank].repeat(2) * x, "sum", 0, group), 0, group),
+            lambda x: (weights[0] + weights[1]).repeat(2) * x,
+        ),
+        "exchange": (
+            lambda x: all_gather_tensor(all_to_all_single(x[own].sin(), [2, 2], [2, 2], group), 0, group),
+            lambda x: x.sin().reshape(2, 2, 2).transpose(0, 1).flatten(),
+        ),
+        "largest": (
+            lambda x: all_reduce(weights[rank] * x[own].square(), "max", group),
+            lambda x: 7 * 0 + torch.maximum(weights[0] * x[:4].square(), weights[1] * x[4:].square()),
+        ),
+        "smallest": (
+            lambda x: all_reduce(x[own].square(), "min", group),
+            lambda x: torch.minimum(x[:4].square(), x[4:].square()),
+        ),
+        "ties": (lambda x: all_reduce(x[:4].square(), "max", group), lambda x: x[:4].square()),
+        "number": (lambda x: all_reduce(x.prod(), "avg", group), lambda x: x.prod()),
+    }
+    return [jp.jet(f, w, v) for f in functions[how]]
+
+
+@pytest.mark.parametrize("how", ["gather", "scatter", "exchange", "largest", "smallest", "ties", "number"])
+def test_collectives(two, how):
+    for together, alone in raised(two.run(carried_by_hand, how)):
+        torch.testing.assert_close(together, alone, rtol=1e-13, atol=1e-14)
+
+
+# --- drawing a part ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tangents", ["dense", "sparse", "rank-one", "block"])
+@pytest.mark.parametrize("law", laws.LAWS)
+@pytest.mark.parametrize("shape", [(7,), (64, 6), (5, 7), (8, 3, 5)])
+def test_a_part_is_drawn_as_the_whole(monkeypatch, law, tangents, shape):
+    source = jp.Directions(3, law, tangents, density=0.5 if tangents == "sparse" else None)
+    param, kappa = torch.empty(shape), torch.tensor([1.0, -2.0, 3.0])
+    source.prepare([param])
+    whole, step = source.draw(0, param), source.combine(0, param, kappa)
+    for dim, size in enumerate(shape):
+        for start, stop in ((0, size // 2), (size // 2, size), (1, size - 1), (size, size)):
+            part = Part(
+                param.shape, tuple(slice(start, stop) if d == dim else slice(0, n) for d, n in enumerate(shape))
+            )
+            with monkeypatch.context() as patch:
+                patch.setattr(directions, "part_of", lambda p, part=part: part)
+                patch.setattr(directions, "local", lambda p, part=part: torch.empty(part.shape))
+                assert torch.equal(source.draw(0, param), part.of(whole))
+                torch.testing.assert_close(source.combine(0, param, kappa), step[part.box])
+
+
+@pytest.mark.parametrize(("dim", "parts"), [(0, 8), (1, 8)])
+def test_the_rest_of_the_whole_is_not_drawn(monkeypatch, dim, parts):
+    shape, drawn = (64, 32), []
+    gaussian = laws.LAWS["gaussian"]
+    counting = laws.Law(2, lambda lanes: (drawn.append(lanes.numel()), gaussian.draw(lanes))[1], 3.0)
+    monkeypatch.setitem(laws.LAWS, "gaussian", counting)
+    each = shape[dim] // parts
+    part = Part(
+        torch.Size(shape), tuple(slice(each, 2 * each) if d == dim else slice(0, n) for d, n in enumerate(shape))
+    )
+    monkeypatch.setattr(directions, "part_of", lambda p: part)
+    monkeypatch.setattr(directions, "local", lambda p: torch.empty(part.shape))
+    jp.Directions(1).draw(0, torch.empty(shape))
+    assert sum(drawn) <= math.prod(shape) // parts  # a lane gives two numbers
+
+
+# --- what can go wrong ---------------------------------------------------------------------------------
+
+
+def refused(rank):
+    said, mesh = {}, init_device_mesh("cpu", (2,))
+    axes = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "direction"))
+    net, batch = tensor_parallel(mlp()), examples("mlp")
+    params = list(net.parameters())
+    mixed = nn.Parameter(DTensor.from_local(torch.ones(2), mesh, [torch.distributed.tensor.Partial()], run_check=False))
+    tries = {
+        "compile": lambda: jp.optim.FGD(params, compile=True),
+        "auto": lambda: jp.optim.FoMoH(params, chunk="auto"),
+        "directions": lambda: jp.optim.FoMoH(params, process_group=axes),
+        "plane search": lambda: jp.optim.PlaneSearch(params),
+        "backprop": lambda: jp.optim.FoMoHBP(params),
+        "newton": lambda: jp.solve_newton(lambda: loss_of(net, batch), params),
+        "hessian": lambda: jp.estimate_hessian(lambda: loss_of(net, batch), params, 4),
+        "partial": lambda: jp.optim.FGD([mixed]),
+    }
+    for name, attempt in tries.items():
+        try:
+            attempt()
+        except jp.ArgumentError as error:
+            said[name] = str(error)
+    return said
+
+
+def test_what_sharded_models_cannot_have(two):
+    for said in raised(two.run(refused)):
+        assert said["compile"].startswith(
+            "compile=True cannot be had for models that are sharded: parameter 0 of shape"
+        )
+        assert 'chunk="auto"' in said["auto"] and "shares of the directions" in said["directions"]
+        assert "PlaneSearch" in said["plane search"] and "FoMoHBP" in said["backprop"]
+        assert "solve_newton" in said["newton"] and "estimates" in said["hessian"]
+        assert "expected that this rank holds a box of it" in said["partial"]
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * g
+
+
+def interrupted(rank, way):
+    """A closure that fails in the middle of the model: what was raised, and whether all is as before."""
+    net, (x, y) = WAYS[way](mlp()), examples("mlp")
+    opt = jp.optim.FGD(net.parameters(), k=2)
+    before, said = [whole(p) for p in net.parameters()], []
+    tries = {
+        jp.DerivativeError: lambda h: torch.tensor(h.numpy()),
+        ZeroDivisionError: lambda h: h * (1 / 0),
+        jp.NonFiniteError: lambda h: h * math.nan,
+    }
+    for kind, spoil in tries.items():
+        handle = net[1].register_forward_hook(lambda module, inputs, h, spoil=spoil: spoil(h))
+        try:
+            opt.step(lambda: F.cross_entropy(net(x), y))
+        except kind:
+            said.append(kind)
+        handle.remove()
+    try:
+        opt.step(lambda: full(Doubled.apply(net[0].weight).sum()))
+    except jp.DerivativeError as error:
+        said.append(str(error))
+    same = all(torch.equal(a, whole(p)) for a, p in zip(before, net.parameters(), strict=True))
+    loss = F.cross_entropy(net(x), y)  # and the model can go on, by backprop or not
+    loss.backward()
+    with torch.no_grad():
+        alone = F.cross_entropy(mlp()(x), y)
+    return (
+        said,
+        same,
+        torch.equal(loss.detach(), alone),
+        opt.step(lambda: F.cross_entropy(net(x), y)).item() - alone.item(),
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_failed_step_leaves_a_sharded_model_whole(two, way):
+    for said, same, usable, difference in raised(two.run(interrupted, way)):
+        assert said[:3] == [jp.DerivativeError, ZeroDivisionError, jp.NonFiniteError]
+        assert "Doubled defines its own derivatives" in said[3]
+        assert same and abs(difference) < 1e-12
+        assert usable or way == "tensor parallel"  # which adds up in another order
+
+
+def apart(rank, way):
+    """One rank's parameter has moved by itself."""
+    net, batch = WAYS[way](mlp()), examples("mlp")
+    opt = jp.optim.FGD(net.parameters(), process_group=dist.group.WORLD)
+    opt.step(lambda: loss_of(net, batch))
+    with torch.no_grad():
+        sharded.local(net[3].bias)[:1] += rank
+    try:
+        opt.step(lambda: loss_of(net, batch))
+    except jp.RanksDifferError as error:
+        return str(error)
+
+
+def test_ranks_compare_what_they_hold_alike(two):
+    for said in raised(two.run(apart, "tensor parallel")):
+        assert "parameter 5" in said and "parameter 4" not in said
+    assert two.run(apart, "fsdp") == [None, None]  # each has its own part

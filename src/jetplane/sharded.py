@@ -4,8 +4,8 @@ A `DTensor` outside, a jet inside: torch decides how tensors are laid out and wh
 does the rest on local tensors, which may be jets. The collectives it calls have rules (`jetplane.rules.collectives`).
 
 FSDP2 computes with whole copies of the parameters, which its hooks gather before a module runs and free after it. Each
-copy becomes the jet of the parameter that it was gathered from: its tangents are drawn whole, on every rank, for as long
-as the module runs, and no tangent is ever sent.
+copy becomes the jet of the parameter that it was gathered from: its tangents are drawn whole on every rank, and none is
+ever sent.
 
 At the update each rank draws the tangents of its own part alone, and moves it.
 """
@@ -130,7 +130,7 @@ def part_of(param: Tensor) -> Part | None:
         return None
     spec: Any = param
     mesh, placements, box = spec.device_mesh, spec.placements, [range(size) for size in param.shape]
-    at = mesh.get_coordinate()
+    at: Any = mesh.get_coordinate()
     splits = [(i, p) for i, p in enumerate(placements) if hasattr(p, "dim") and not p.is_partial()]
     # FSDP2 splits what tensor parallelism has split before, although its dimension of the mesh comes first.
     late = [(i, p) for i, p in splits if hasattr(p, "split_factor")]
@@ -143,8 +143,8 @@ def part_of(param: Tensor) -> Part | None:
         box[p.dim] = box[p.dim][at[i] * each : (at[i] + 1) * each]
     if at is None or not known or [len(b) for b in box] != list(local(param).shape):
         raise ArgumentError(
-            f"a parameter of shape {tuple(param.shape)}, {placements} on {mesh}: expected that this rank holds a box of "
-            f"it, split by Shard and Replicate; its own tensor is of shape {tuple(local(param).shape)}"
+            f"a parameter of shape {tuple(param.shape)}, {placements} on {mesh}: expected that this rank holds a box "
+            f"of it, split by Shard and Replicate; its own tensor is of shape {tuple(local(param).shape)}"
         )
     return Part(param.shape, tuple(slice(b.start, b.stop) for b in box))
 

@@ -39,7 +39,7 @@ def _linear(op: Any, space: Space, x: Any, *args: Any) -> Tensor:
 
 
 def _extremum(space: Space, x: Any, reduction: str, group: Any) -> Tensor:
-    """The largest or smallest value over ranks, with the coefficients of the rank that has it; of all, if several do."""
+    """The largest or smallest value over ranks, and the coefficients of the rank that has it, or the mean of ties."""
     value, first, second = parts(x, space)
     best = _functional.wait_tensor(_functional.all_reduce(value, reduction, group))
     mine = (value == best).to(value.dtype)
