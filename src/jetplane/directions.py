@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, DTypeError, ShapeError
-from .laws import LAWS, coins, key, pieces, twists, windows
+from .laws import LAWS, Runs, coins, key, pieces, twists, windows
 from .sharded import Part, Pieces, local, part_of, whole
 from .tangents import Deferred, LowRank, Stacked, Tangents
 
@@ -290,21 +290,22 @@ class Directions(AbstractDirections):
         law = LAWS["gaussian" if self.law == "sphere" else self.law]
         stream = key(self.seed, self.step, index)
         apart = twists(key(stream, _DIRECTION), self._chosen(directions), param.device)
-        begin, inside, drawn = key(stream, _ELEMENT), None if part is None else part.windows, None
+        begin, inside = key(stream, _ELEMENT), None if part is None else part.windows
+        drawn: Pieces | None = None
         if inside is not None and self.structure != "sparse":
             drawn = windows(law, begin, apart, size, *inside)
         if drawn is None:
-            drawn = pieces(law, begin, apart, size, None if part is None else part.run)
+            runs = pieces(law, begin, apart, size, None if part is None else part.run)
             if self.structure == "sparse":
-                drawn = self._thinned(drawn, key(stream, _KEPT), apart)
-            drawn = drawn if part is None else part.picked(drawn)
+                runs = self._thinned(runs, key(stream, _KEPT), apart)
+            drawn = runs if part is None else part.picked(runs)
         if self.structure == "block":
             scale = torch.zeros(len(self._chosen(directions)), 1, device=param.device)
             scale[self._moved(index, directions)] = math.sqrt(len(self._order))
             return ((streams, place, values * scale[streams]) for streams, place, values in drawn)
         return drawn
 
-    def _thinned(self, drawn: Pieces, start: int | Tensor, apart: Tensor) -> Pieces:
+    def _thinned(self, drawn: Runs, start: int | Tensor, apart: Tensor) -> Runs:
         """Entries kept with probability ``density``, scaled to variance one."""
         assert self.density is not None
         for streams, place, values in drawn:

@@ -90,6 +90,7 @@ def key(*words: int | Tensor) -> int | Tensor:
 # Laws. Each takes lanes (m, c) and yields (first row, values (m, rows, c)) in the order of the rows.
 
 Rows = Iterator[tuple[int, Tensor]]
+Runs = Iterator[tuple[slice, slice, Tensor]]  # which streams, which of the numbers, their values
 
 
 def _low(lanes: Tensor) -> Tensor:
@@ -190,9 +191,7 @@ def twists(start: int | Tensor, streams: range, device: torch.device) -> Tensor:
     return _mix(_outputs(streams, device) + start)
 
 
-def pieces(
-    law: Law, start: int | Tensor, twists: Tensor, size: int, run: slice | None = None
-) -> Iterator[tuple[slice, slice, Tensor]]:
+def pieces(law: Law, start: int | Tensor, twists: Tensor, size: int, run: slice | None = None) -> Runs:
     """Draw `size` numbers for each of the streams ``(start, twists[k])``, or a run of them, a piece at a time.
 
     Yields:
@@ -222,9 +221,7 @@ def pieces(
                             yield block, slice(first, last), piece[:, first - place : last - place]
 
 
-def windows(
-    law: Law, start: int | Tensor, twists: Tensor, size: int, period: int, window: slice
-) -> Iterator[tuple[slice, slice, Tensor]] | None:
+def windows(law: Law, start: int | Tensor, twists: Tensor, size: int, period: int, window: slice) -> Runs | None:
     """Draw those of `size` numbers that lie in a window of every `period` of them, one window behind the other.
 
     Returns:
@@ -238,7 +235,7 @@ def windows(
 
 def _windows(
     law: Law, start: int | Tensor, twists: Tensor, count: int, period: int, window: slice, in_row: int
-) -> Iterator[tuple[slice, slice, Tensor]]:
+) -> Runs:
     device, streams, width = twists.device, twists.numel(), window.stop - window.start
     if width == 0:
         return

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .errors import ArgumentError
+from .laws import Runs
 from .rules.custom import differentiate_forward
 
 
@@ -37,7 +38,7 @@ def is_sharded(x: Any) -> bool:
     return loaded is not None and isinstance(x, loaded.DTensor)
 
 
-Pieces = Iterator[tuple[slice, slice | Tensor, Tensor]]  # which of K directions, which elements, their numbers
+Pieces = Runs | Iterator[tuple[slice, slice | Tensor, Tensor]]  # which of K directions, which elements, their numbers
 
 
 # --- which part of a tensor this rank has -----------------------------------------------------------
@@ -87,7 +88,7 @@ class Part:
         b, inner = self.box[split[0]], math.prod(self.whole[split[0] + 1 :])
         return self.whole[split[0]] * inner, slice(b.start * inner, b.stop * inner)
 
-    def picked(self, drawn: Iterator[tuple[slice, slice, Tensor]]) -> Pieces:
+    def picked(self, drawn: Runs) -> Pieces:
         """Of numbers drawn for `run`, a piece at a time, those of the part, and where in it they lie."""
         start, stop = self.run.start, self.run.stop
         for streams, run, values in drawn:
@@ -130,7 +131,7 @@ def part_of(param: Tensor) -> Part | None:
         return None
     spec: Any = param
     mesh, placements, box = spec.device_mesh, spec.placements, [range(size) for size in param.shape]
-    at: Any = mesh.get_coordinate()
+    at = mesh.get_coordinate()
     splits = [(i, p) for i, p in enumerate(placements) if hasattr(p, "dim") and not p.is_partial()]
     # FSDP2 splits what tensor parallelism has split before, although its dimension of the mesh comes first.
     late = [(i, p) for i, p in splits if hasattr(p, "split_factor")]
@@ -138,9 +139,10 @@ def part_of(param: Tensor) -> Part | None:
     known = len(splits) == sum(not p.is_replicate() for p in placements) and all(
         p.split_factor == math.prod(mesh.size(j) for j, q in early if j > i and q.dim == p.dim) for i, p in late
     )
-    for i, p in (*early, *reversed(late)) if at is not None and known else ():
-        each = -(-len(box[p.dim]) // mesh.size(i))
-        box[p.dim] = box[p.dim][at[i] * each : (at[i] + 1) * each]
+    if at is not None and known:
+        for i, p in (*early, *reversed(late)):
+            each = -(-len(box[p.dim]) // mesh.size(i))
+            box[p.dim] = box[p.dim][at[i] * each : (at[i] + 1) * each]
     if at is None or not known or [len(b) for b in box] != list(local(param).shape):
         raise ArgumentError(
             f"a parameter of shape {tuple(param.shape)}, {placements} on {mesh}: expected that this rank holds a box "
@@ -293,7 +295,7 @@ def _gathering(params: Sequence[Tensor], gathered: Callable[[Tensor, Tensor], No
     seen: dict[int, Any] = {}
     thread = threading.get_ident()
 
-    def before(module: nn.Module, args: Any) -> None:
+    def before(module: Any, args: Any) -> None:
         if not isinstance(module, fsdp.FSDPModule) or threading.get_ident() != thread:
             return
         first = id(module) not in seen

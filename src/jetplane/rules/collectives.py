@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DerivativeError
-from ..jet import Space, make, parts
+from ..jet import Space, make, parts, scale
 from .registry import RULES
 
 _functional = torch.ops._c10d_functional
@@ -44,8 +44,8 @@ def _extremum(space: Space, x: Any, reduction: str, group: Any) -> Tensor:
     best = _functional.wait_tensor(_functional.all_reduce(value, reduction, group))
     mine = (value == best).to(value.dtype)
     share = mine / _functional.wait_tensor(_functional.all_reduce(mine, "sum", group))
-    coefficients = make(value, *(None if c is None else share * c for c in (first, second)), space)
-    _, first, second = parts(_linear(_functional.all_reduce.default, space, coefficients, "sum", group), space)
+    mine = make(value, scale(share, first), scale(share, second), space)
+    _, first, second = parts(_linear(_functional.all_reduce.default, space, mine, "sum", group), space)
     return make(best, first, second, space)
 
 
