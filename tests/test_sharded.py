@@ -511,3 +511,44 @@ def test_ranks_compare_what_they_hold_alike(two):
     for said in raised(two.run(apart, "tensor parallel")):
         assert "parameter 5" in said and "parameter 4" not in said
     assert two.run(apart, "fsdp") == [None, None]  # each has its own part
+
+
+# --- both ways, and replicas -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    gang = Gang(4, tmp_path_factory.mktemp("gang"))
+    yield gang
+    gang.stop()
+
+
+def on_a_mesh(rank, both):
+    """Tensor parallelism along one axis of a mesh and FSDP2 along the other, or FSDP2 with replicas."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    alone, net, (x, y) = uneven(), uneven(), examples("mlp")
+    if both:
+        plan = {"0": ColwiseParallel(output_layouts=Replicate()), "3": RowwiseParallel(input_layouts=Replicate())}
+        parallelize_module(net, mesh["tensor"], plan)
+    for layer in (net[0], net[2], net[3]):
+        fully_shard(layer, mesh=mesh["data"] if both else mesh)
+    fully_shard(net, mesh=mesh["data"] if both else mesh)
+    for p in net.parameters():
+        assert torch.equal(whole(p)[sharded.part_of(p).box], sharded.local(p))
+    group, n = (mesh["data"].get_group(), mesh.get_local_rank("data")) if both else (dist.group.WORLD, rank)
+    part = slice(0, 4) if n == 0 else slice(4, None) if both else slice(2 + 2 * n, 4 + 2 * n)
+    single = OPTIMIZERS["fomoh-kd"](alone.parameters())
+    opt = OPTIMIZERS["fomoh-kd"](net.parameters(), process_group=group)
+    losses = [
+        (
+            single.step(lambda: F.cross_entropy(alone(x), y)).item(),
+            opt.step(lambda: F.cross_entropy(net(x[part]), y[part]), weight=len(x[part])).item(),
+        )
+        for _ in range(3)
+    ]
+    return losses, [(whole(p), whole(q)) for p, q in zip(alone.parameters(), net.parameters(), strict=True)]
+
+
+@pytest.mark.parametrize("both", [True, False], ids=["tensor parallel and fsdp", "replicas"])
+def test_meshes(four, both):
+    check(four.run(on_a_mesh, both))
