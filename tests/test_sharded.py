@@ -14,7 +14,7 @@ from torch.distributed._functional_collectives import (
     reduce_scatter_tensor,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -492,6 +492,38 @@ def test_a_failed_step_leaves_a_sharded_model_whole(two, way):
         assert "Doubled defines its own derivatives" in said[3]
         assert same and abs(difference) < 1e-12
         assert usable or way == "tensor parallel"  # which adds up in another order
+
+
+def around_the_root(rank, how):
+    """Closures by which FSDP2's copies come to be used without the call of the module that owns them."""
+    net, (x, y) = mlp(), examples("mlp")
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(net[0], mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    opt = jp.optim.FGD(net.parameters())
+    with torch.no_grad():
+        loss_of(net, (x, y))
+    assert not isinstance(net[3].weight, DTensor)  # a pass leaves the root's copies in place
+    if how == "method":
+        net.score = lambda x: nn.Sequential.forward(net, x)
+        register_fsdp_forward_method(net, "score")
+        net.reshard()
+        closure = lambda: F.cross_entropy(net.score(x), y)  # noqa: E731
+    else:  # the root is not called again
+        closure = lambda: F.cross_entropy(net[3](net[2](net[1](net[0](x)))), y)  # noqa: E731
+    try:
+        opt.step(closure)
+    except RuntimeError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("method", "FSDP2 gathered parameters in another way"), ("left", "got mixed torch.Tensor and DTensor")],
+)
+def test_copies_are_not_taken_for_constants(two, how, said):
+    for error in raised(two.run(around_the_root, how)):
+        assert said in error
 
 
 def apart(rank, way):

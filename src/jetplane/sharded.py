@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from .errors import ArgumentError
+from .errors import ArgumentError, DerivativeError
 from .laws import Runs
 from .rules.custom import differentiate_forward
 
@@ -243,7 +243,7 @@ def running(params: Sequence[Tensor], gathered: Callable[[Tensor, Tensor], None]
         yield
         return
     _follow_layout_functions()
-    with _gathering(params, gathered), _Composites():
+    with _gathering(params, gathered), _Watch():
         yield
 
 
@@ -262,15 +262,20 @@ def _follow_layout_functions() -> None:
             differentiate_forward(getattr(module, name))
 
 
-class _Composites(TorchDispatchMode):
-    """Breaks composite operators on `DTensor`s up.
+class _Watch(TorchDispatchMode):
+    """Breaks composite operators on `DTensor`s up, and sees FSDP2 gather what no hook of ours has seen.
 
-    Outside of inference mode `DTensor` never sees them. It takes them, but finds worse layouts for them: a linear layer
-    whose weight is split along its inputs gathered weight and inputs.
+    Outside of inference mode `DTensor` never sees composites. It takes them, but finds worse layouts for them: a linear
+    layer whose weight is split along its inputs gathered weight and inputs.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "fsdp":
+            raise DerivativeError(
+                "FSDP2 gathered parameters in another way than by calling a module, as methods of "
+                "register_fsdp_forward_method do: their copies would be taken for constants. Call the module itself"
+            )
         composite = torch._C.DispatchKey.CompositeImplicitAutograd
         if any(t.__name__ == "DTensor" for t in types) and func.has_kernel_for_dispatch_key(composite):
             with self:
@@ -292,14 +297,12 @@ def _gathering(params: Sequence[Tensor], gathered: Callable[[Tensor, Tensor], No
         yield
         return
     known = {id(p) for p in params}
-    seen: dict[int, Any] = {}
+    trees: dict[int, list[Any]] = {}  # the modules of each model
     thread = threading.get_ident()
 
     def before(module: Any, args: Any) -> None:
         if not isinstance(module, fsdp.FSDPModule) or threading.get_ident() != thread:
             return
-        first = id(module) not in seen
-        seen[id(module)] = module
         # As outside of an evaluation: copies that are made in inference mode could not be used for training later.
         with (
             torch.inference_mode(False),
@@ -307,9 +310,12 @@ def _gathering(params: Sequence[Tensor], gathered: Callable[[Tensor, Tensor], No
             torch._C.DisableTorchFunction(),
             _disable_current_modes(),
         ):
-            if first:
-                module._get_fsdp_state()._lazy_init()  # else its own hook will, among jets
-                module.reshard()
+            state = module._get_fsdp_state()
+            state._lazy_init()  # else its own hook will, among jets
+            tree = state._state_ctx
+            if id(tree) not in trees:  # copies that a pass before has left would not be seen
+                trees[id(tree)] = [m for every in tree.all_states for m in every._modules]
+                _give_back(trees[id(tree)])
             parts = dict(module.named_parameters(remove_duplicate=False))
             module.unshard()
             copies = dict(module.named_parameters(remove_duplicate=False))
@@ -324,8 +330,15 @@ def _gathering(params: Sequence[Tensor], gathered: Callable[[Tensor, Tensor], No
         whole = True
     finally:
         handle.remove()
-        for module in seen.values():
-            if not whole and hasattr(module, "reset_iter_state"):  # it was in the middle of a pass
-                with contextlib.suppress(RuntimeError):  # not the root
-                    module.reset_iter_state()
-            module.reshard()
+        for modules in trees.values():
+            if not whole and hasattr(
+                modules[0], "reset_iter_state"
+            ):  # in the middle of a pass, and the first is the root
+                modules[0].reset_iter_state()
+            _give_back(modules)
+
+
+def _give_back(modules: Sequence[Any]) -> None:
+    """Free whole copies."""
+    for module in modules:
+        module.reshard()
