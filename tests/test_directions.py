@@ -10,7 +10,15 @@ from torch.utils._pytree import tree_leaves
 
 import jetplane as jp
 from jetplane import laws
-from jetplane.directions import KURTOSIS, Directions, HeldDirections, MixedDirections, StoredDirections
+from jetplane.directions import (
+    KURTOSIS,
+    Directions,
+    HeldDirections,
+    MixedDirections,
+    OrthogonalDirections,
+    ScaledDirections,
+    StoredDirections,
+)
 from jetplane.tangents import Deferred
 
 DENSE = list(laws.LAWS)
@@ -293,3 +301,62 @@ def test_empty_parameters_and_wide_seeds():
     assert Directions(2).draw(0, torch.empty(0, 4)).shape == (2, 0, 4)
     assert torch.equal(draw("gaussian", 5, seed=2**64 + 1), draw("gaussian", 5, seed=1))
     assert not torch.equal(draw("gaussian", 5, seed=-1), draw("gaussian", 5, seed=1))
+
+
+def flat(tangents: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([t.reshape(len(t), -1) for t in tangents], 1).double()
+
+
+@pytest.mark.parametrize("structure", ["dense", "rank-one", "sparse"])
+def test_orthogonal_directions_span_the_same_plane(structure):
+    source = Directions(5, tangents=structure, density=0.3 if structure == "sparse" else None)
+    directions = OrthogonalDirections(source)
+    size = sum(p.numel() for p in PARAMS)
+    v, before = flat(directions.tangents(PARAMS)), flat(source.tangents(PARAMS))
+    torch.testing.assert_close(v @ v.mT, size * torch.eye(5).double(), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(v.mT @ (v @ before.mT) / size, before.mT, rtol=1e-4, atol=1e-4)
+    kappa = torch.randn(5)
+    for index, p in enumerate(PARAMS):
+        drawn = directions.draw(index, p)
+        torch.testing.assert_close(directions.draw(index, p, slice(1, 3)), drawn[1:3])
+        torch.testing.assert_close(directions.combine(index, p, kappa), torch.tensordot(kappa, drawn, 1))
+
+
+def test_orthogonal_directions_leave_the_step_of_newtons_method_alone():
+    w, target = torch.zeros(6).double(), torch.arange(6).double()
+    scale = torch.arange(1, 7).double()
+    steps = []
+    for source in (Directions(3), OrthogonalDirections(Directions(3))):
+        plane = jp.evaluate(lambda: (scale * (w - target).square()).sum(), [w], source)
+        kappa = jp.descent.Newton()(plane.slope, plane.curvature)
+        steps.append(source.combine(0, w, kappa))
+    torch.testing.assert_close(steps[0], steps[1])
+
+
+def test_directions_that_depend_on_each_other_cannot_be_orthogonal():
+    twice = StoredDirections([torch.ones(2, 4)])
+    with pytest.raises(jp.SingularPlaneError, match="depend"):
+        OrthogonalDirections(twice).prepare([torch.zeros(4)])
+    with pytest.raises(jp.ArgumentError, match="prepare"):
+        OrthogonalDirections(twice).draw(0, torch.zeros(4))
+
+
+def test_scaled_directions():
+    source, scales = Directions(4, tangents="rank-one"), {0: torch.rand(30, 7) + 0.5}
+    directions = ScaledDirections(source, scales)
+    kappa = torch.randn(4)
+    for index, p in enumerate(PARAMS):
+        expected = source.draw(index, p) * scales.get(index, torch.tensor(1.0))
+        torch.testing.assert_close(directions.draw(index, p), expected)
+        torch.testing.assert_close(directions.draw(index, p, slice(2)), expected[:2])
+        torch.testing.assert_close(directions.combine(index, p, kappa), torch.tensordot(kappa, expected, 1))
+    with pytest.raises(jp.ShapeError, match="scale of parameter 0"):
+        ScaledDirections(source, {0: torch.ones(7)}).prepare(PARAMS)
+
+
+def test_a_resting_block_beside_factors_has_its_place():
+    w = torch.zeros(3, 2)
+    mixed = MixedDirections([Directions(2, tangents="rank-one"), Directions(1, tangents="block")])
+    mixed.prepare([torch.zeros(2), w], [0, 1])
+    assert mixed.structured(1, w).formed().shape == (3, 3, 2)
+    torch.testing.assert_close(mixed.structured(1, w).formed(), mixed.draw(1, w))

@@ -13,7 +13,7 @@ import jetplane as jp
 from jetplane.activity import OTHERS
 from jetplane.descent import CurvatureScaled
 from jetplane.optim.plane_search import AVERAGE, PREVIOUS
-from jetplane.search import Backtracking, Whole
+from jetplane.search import AdaptiveCubic, Backtracking, ExactLine, NoiseAware, TrustRegion, Whole
 
 X = torch.randn(128, 6, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] > X[:, 1] ** 2).long() + (X[:, 2] > 1).long()
@@ -238,3 +238,140 @@ def test_bad_settings(name):
     build, error, message = BAD[name]
     with pytest.raises(error, match=message):
         build()
+
+
+# --- structures of the drawn directions, lazy curvature, and torch's own helpers -----------------------------
+
+NEW = {
+    "low-rank": {"tangents": "low-rank", "rank": 2},
+    "sparse": {"tangents": "sparse", "density": 0.5},
+    "block": {"tangents": "block"},
+    "dense": {"tangents": "dense"},
+    "orthogonal": {"tangents": "dense", "orthogonal": True},
+    "orthogonal rank-one": {"orthogonal": True},
+    "preconditioned": {"preconditioned": True},
+    "preconditioned and orthogonal": {"preconditioned": True, "orthogonal": True},
+    "noise by eigenvector": {"rate": NoiseAware(each=True)},
+    "truncated": {"descent": "truncated"},
+}
+
+
+@pytest.mark.parametrize("with_model", [False, True], ids=["weights", "layers"])
+@pytest.mark.parametrize("name", NEW)
+def test_settings_train_and_resume(name, with_model):
+    build = lambda net: jp.optim.PlaneSearch(net.parameters(), net if with_model else None, k=8, **NEW[name])  # noqa: E731
+    net, twin = network(), network()
+    opt = build(net)
+    losses = train(net, opt, 40)
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    assert opt.plane.slope.shape == (13,)  # the previous step and two averages, plain and scaled, beside 8
+    file = io.BytesIO()
+    torch.save({"net": net.state_dict(), "opt": opt.state_dict()}, file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    twin.load_state_dict(state["net"])
+    again = build(twin)
+    again.load_state_dict(state["opt"])
+    for model, optimizer in ((net, opt), (twin, again), (copy.deepcopy(net), None)):
+        if optimizer is not None:
+            torch.manual_seed(5)
+            train(model, optimizer, 2, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), twin.state_dict().values(), strict=True))
+    copied = copy.deepcopy(opt)
+    assert all(getattr(copied, n) == getattr(opt, n) for n in ("rank", "density", "orthogonal", "preconditioned"))
+
+
+def test_preconditioned_directions_estimate_the_gradient_all_the_same():
+    w = nn.Parameter(torch.tensor([1.0, -2.0, 3.0, 0.5]))
+    goal = torch.tensor([4.0, 4.0, -4.0, 8.0])
+    closure = lambda: (goal * w).sum() + 0 * w.square().sum()  # noqa: E731
+    total = torch.zeros(4)
+    for seed in range(500):
+        opt = jp.optim.PlaneSearch(
+            [w], k=2, curvature="hessian", descent="cubic", preconditioned=True, averages=(0.5,), seed=seed, rate=0.0
+        )
+        opt.state[w].update({AVERAGE.format(0.5): torch.zeros(4), "square": torch.tensor([1.0, 16.0, 0.25, 4.0])})
+        opt.step(closure)
+        total += 2 * opt.state[w][AVERAGE.format(0.5)]
+    scale = torch.tensor([1.0, 0.25, 2.0, 0.5])
+    deviation = (scale * goal).norm() / scale / 1000**0.5  # of a mean of 1000 (F v / scale), nearly
+    assert bool(((total / 500 - goal).abs() < 4 * deviation).all())
+
+
+def test_curvature_is_kept_for_a_few_steps():
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    opt = jp.optim.PlaneSearch(net.parameters(), net, every=3)
+    closure = lambda: F.cross_entropy(net(X), Y)  # noqa: E731
+    kept, losses = [], []
+    for _ in range(13):
+        losses.append(opt.step(closure).item())
+        kept.append(opt.plane.curvature)
+    same = [a is b or torch.equal(a, b) for a, b in zip(kept, kept[1:], strict=False) if a.shape == b.shape]
+    # Step 0 has a drawn direction, step 1 the remembered ones for the first time; then steps 3, 6, 9, 12 are fresh.
+    assert same == [step % 3 != 0 for step in range(2, 13)]
+    assert losses[-1] < losses[0]
+    slopes_only = jp.optim.PlaneSearch(
+        [w := nn.Parameter(torch.full((4,), -0.5).double())], k=4, curvature="hessian", every=2
+    )
+    values = [slopes_only.step(lambda: rosenbrock(w)).item() for _ in range(80)]
+    assert values[-1] < 1e-10 and all(b <= a for a, b in zip(values, values[1:], strict=False))
+
+
+@pytest.mark.parametrize("settings", [{"k": 8}, {"k": 0, "guess": lambda: []}], ids=["drawn", "guess"])
+def test_curvature_of_changing_directions_is_not_kept(settings):
+    net = network()
+    with pytest.raises(jp.ArgumentError, match="every = 2"):
+        jp.optim.PlaneSearch(net.parameters(), net, every=2, **settings)
+
+
+def test_a_schedule_of_torch_drives_the_rate():
+    nets = [nn.Linear(6, 3), nn.Linear(6, 3)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    opts = [jp.optim.PlaneSearch(net.parameters(), net, rate=Whole()) for net in nets]
+    schedule = torch.optim.lr_scheduler.StepLR(opts[0], step_size=1, gamma=0.5)
+    for expected in (0.5, 0.25):
+        for net, opt in zip(nets, opts, strict=True):
+            opt.step(lambda net=net: F.cross_entropy(net(X), Y))
+        schedule.step()
+        assert schedule.get_last_lr() == [expected]
+        for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+            q.data.copy_(p)
+            opts[1].state[q] = {name: value.clone() for name, value in opts[0].state[p].items()}
+        before = nets[0].weight.detach().clone()
+        for net, opt in zip(nets, opts, strict=True):
+            opt.step(lambda net=net: F.cross_entropy(net(X), Y))
+        torch.testing.assert_close(nets[0].weight - before, expected * (nets[1].weight - before))
+        nets[1].load_state_dict(nets[0].state_dict())
+        for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+            opts[1].state[q] = {name: value.clone() for name, value in opts[0].state[p].items()}
+
+
+def test_averaged_weights_for_evaluation():
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    averaged = torch.optim.swa_utils.AveragedModel(net)
+    opt = jp.optim.PlaneSearch(net.parameters(), net)
+    seen = []
+    for _ in range(4):
+        opt.step(lambda: F.cross_entropy(net(X), Y))
+        averaged.update_parameters(net)
+        seen.append(net[0].weight.detach().clone())
+    torch.testing.assert_close(averaged.module[0].weight.detach(), torch.stack(seen).mean(0))
+    assert torch.equal(net[0].weight.detach(), seen[-1])
+
+
+@pytest.mark.parametrize("rate", [ExactLine(), TrustRegion(), TrustRegion(metric="plane"), AdaptiveCubic()], ids=repr)
+def test_searches_go_down_and_leave_a_minimum_alone(rate):
+    w = nn.Parameter(torch.full((6,), -0.5).double())
+    opt = jp.optim.PlaneSearch([w], k=6, curvature="hessian", rate=rate)
+    losses = [opt.step(lambda: rosenbrock(w)).item() for _ in range(60)]
+    assert all(b <= a for a, b in zip(losses, losses[1:], strict=False)) and losses[-1] < 1e-10
+    bad = nn.Parameter(torch.tensor([1.0, 2.0]).double())
+    opt = jp.optim.PlaneSearch([bad], k=2, curvature="hessian", rate=rate)
+    calls = []
+
+    def rises():  # every pass but the one with jets finds the loss higher
+        calls.append(1)
+        return bad.square().sum() + (0 if len(calls) % 100 == 1 else 10)
+
+    opt.step(rises)
+    assert torch.equal(bad.detach(), torch.tensor([1.0, 2.0]).double())

@@ -6,11 +6,25 @@ import pytest
 import torch
 
 import jetplane as jp
-from jetplane.search import Backtracking, NoiseAware, Proposal, Whole, slope_covariance
+from jetplane.descent import Newton, SaddleFree
+from jetplane.search import (
+    AdaptiveCubic,
+    Backtracking,
+    ExactLine,
+    Line,
+    NoiseAware,
+    Proposal,
+    TrustRegion,
+    Whole,
+    slope_covariance,
+)
 
 
 def proposal(slope, inverse, examples=None, loss_at=lambda rate: math.nan, value=1.0):
-    return Proposal(value, torch.tensor(slope), torch.tensor(inverse).double(), examples, loss_at)
+    slope = torch.tensor(slope)
+    solution = Newton().solve(slope, torch.linalg.inv(torch.tensor(inverse).double()))
+    line = lambda kappa: Line(loss_at, lambda: kappa.norm().item())  # noqa: E731
+    return Proposal(value, slope, solution, slope_covariance(examples), line)
 
 
 def test_covariance_is_that_of_sums_over_batches():
@@ -24,7 +38,7 @@ def test_covariance_is_that_of_sums_over_batches():
 def test_signal_and_noise():
     examples = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
     step = proposal([4.0, 4.0], [[2.0, 0.0], [0.0, 1.0]], examples)
-    assert step.signal == 48.0
+    assert step.signal == pytest.approx(48.0)
     assert step.noise == pytest.approx(2 * 4.0 + 1 * 16.0)
     assert proposal([4.0, 4.0], [[2.0, 0.0], [0.0, 1.0]]).noise is None
 
@@ -39,7 +53,7 @@ def test_the_noise_aware_rate_minimizes_the_expected_loss():
     for _ in range(4000):
         examples = (gradient + spread * math.sqrt(20) * torch.randn(20, 3).double()) / 20
         slopes.append(examples.sum(0))
-        rate, record = search(proposal(slopes[-1].tolist(), inverse.tolist(), examples), record)
+        _, rate, record = search(proposal(slopes[-1].tolist(), inverse.tolist(), examples), record)
     steps = -torch.stack(slopes) @ inverse
 
     def expected(rate):
@@ -53,11 +67,11 @@ def test_averages_forget_and_the_floor_holds():
     search = NoiseAware(guard=False)
     pure_noise = proposal([0.0], [[1.0]], torch.tensor([[1.0], [-1.0]]))
     certain = proposal([2.0], [[1.0]], torch.tensor([[1.0], [1.0]]))
-    assert search(pure_noise, {}) == (0.0, {"noise": pytest.approx(0.2), "signal": 0.0})
-    rate, record = search(certain, {"noise": 100.0, "signal": 100.0})
+    assert search(pure_noise, {})[1:] == (0.0, {"noise": pytest.approx(0.2), "signal": 0.0})
+    _, rate, record = search(certain, {"noise": 100.0, "signal": 100.0})
     assert rate == pytest.approx(max(1e-3, 1 - 95 / (95 + 0.2)))
     for _ in range(300):
-        rate, record = search(certain, record)
+        _, rate, record = search(certain, record)
     assert rate == pytest.approx(1.0, abs=1e-4)
     given = {"noise": 1.0, "signal": 1.0}
     search(certain, given)
@@ -67,12 +81,12 @@ def test_averages_forget_and_the_floor_holds():
 def test_a_step_that_raises_the_loss_is_halved():
     examples = torch.tensor([[1.0], [3.0]])  # noise 4, signal 16: a rate of 3/4
     rises = proposal([4.0], [[1.0]], examples, lambda r: 1 - r if r < 0.2 else 2.0)
-    assert NoiseAware()(rises, {})[0] == 0.75 / 4
-    assert NoiseAware(guard=False)(rises, {})[0] == 0.75
+    assert NoiseAware()(rises, {})[1] == 0.75 / 4
+    assert NoiseAware(guard=False)(rises, {})[1] == 0.75
 
 
 def test_without_examples_the_loss_is_asked():
-    rate, record = NoiseAware()(proposal([2.0], [[2.0]], None, lambda r: (1 - 4 * r) ** 2), {"noise": 1.0})
+    _, rate, record = NoiseAware()(proposal([2.0], [[2.0]], None, lambda r: (1 - 4 * r) ** 2), {"noise": 1.0})
     assert rate == 0.25 and record == {"noise": 1.0}
 
 
@@ -86,11 +100,127 @@ def test_without_examples_the_loss_is_asked():
     ],
 )
 def test_backtracking(loss_at, rate):
-    assert Backtracking()(proposal([1.0], [[1.0]], None, loss_at), {"kept": 1.0}) == (rate, {"kept": 1.0})
+    assert Backtracking()(proposal([1.0], [[1.0]], None, loss_at), {"kept": 1.0})[1:] == (rate, {"kept": 1.0})
 
 
 def test_whole():
-    assert Whole()(proposal([1.0], [[1.0]]), {}) == (1.0, {})
+    assert Whole()(proposal([1.0], [[1.0]]), {})[1:] == (1.0, {})
+
+
+# --- noise by coordinate ---------------------------------------------------------------------------------
+
+
+def test_one_noisy_direction_does_not_slow_the_others():
+    examples = torch.tensor([[2.0, 10.0], [2.0, -9.0]])  # slope 4 without noise; slope 1 with a variance of 361
+    step = proposal([4.0, 1.0], [[1.0, 0.0], [0.0, 1.0]], examples)
+    together, rate, _ = NoiseAware(guard=False)(step, {})
+    assert rate == 1e-3
+    torch.testing.assert_close(together, torch.tensor([-4.0, -1.0]).double())
+    kappa, rate, record = NoiseAware(guard=False, each=True)(step, {})
+    torch.testing.assert_close(rate * kappa, torch.tensor([-4.0, -1e-3]).double())
+    assert all(isinstance(v, float) for name in ("noise", "signal") for v in record[name])
+
+
+def test_the_rate_of_each_coordinate_minimizes_the_expected_loss():
+    """On a quadratic, over many batches: coordinate by coordinate the rate is near the best constant one."""
+    torch.manual_seed(0)
+    hessian = torch.diag(torch.tensor([0.5, 1.0, 4.0])).double()
+    gradient, spread = torch.tensor([0.3, -0.2, 0.1]).double(), torch.tensor([0.1, 0.2, 0.2]).double()
+    inverse, record, search = torch.linalg.inv(hessian), {}, NoiseAware(memory=0.999, guard=False, each=True)
+    kappa, slope = torch.zeros(3), torch.ones(3)
+    for _ in range(4000):
+        examples = (gradient + spread * math.sqrt(20) * torch.randn(20, 3).double()) / 20
+        slope = examples.sum(0)
+        kappa, _, record = search(proposal(slope.tolist(), inverse.tolist(), examples), record)
+    taken = -kappa / (inverse @ slope)
+    torch.testing.assert_close(taken, gradient**2 / (gradient**2 + spread**2), rtol=0, atol=0.08)
+
+
+def test_averages_by_coordinate_begin_anew_in_a_larger_plane():
+    search, one = NoiseAware(guard=False, each=True), torch.tensor([[1.0, 1.0], [1.0, 1.0]])
+    _, _, record = search(proposal([2.0, 2.0], [[1.0, 0.0], [0.0, 1.0]], one), {"noise": [9.0], "signal": [1.0]})
+    assert record["noise"] == [0.0, 0.0] and record["signal"] == pytest.approx([0.2, 0.2])
+    _, _, record = search(proposal([2.0, 2.0], [[1.0, 0.0], [0.0, 1.0]], one), record)
+    assert record["signal"] == pytest.approx([0.39, 0.39])
+
+
+# --- passes along the line -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss_at", "least"),
+    [
+        (lambda r: (r - 0.3) ** 2, 0.3),
+        (lambda r: (r - 5.0) ** 2, 5.0),
+        (lambda r: -r * math.exp(-r), 1.0),
+        (lambda r: math.nan if r > 0.2 else (r - 0.1) ** 2, 0.1),
+        (lambda r: abs(r - 0.7), 0.7),
+    ],
+)
+def test_exact_line_finds_the_least_loss(loss_at, least):
+    passes = []
+    counted = lambda r: passes.append(r) or loss_at(r)  # noqa: E731
+    step = proposal([1.0], [[1.0]], None, counted, loss_at(0.0))
+    assert ExactLine(passes=25)(step, {"kept": 1.0})[1:] == (pytest.approx(least, abs=2e-2), {"kept": 1.0})
+    assert len(passes) == 25
+    for n in range(1, 25):
+        rate = ExactLine(passes=n)(step, {})[1]
+        assert loss_at(rate) <= loss_at(0.0)
+    assert ExactLine()(proposal([1.0], [[1.0]], None, lambda r: 1 + r), {})[1] == 0.0
+
+
+# --- the ratio test --------------------------------------------------------------------------------------
+
+
+def along(f, x, hessian, **settings):
+    """A proposal at x for a function of the coefficients themselves."""
+    slope = torch.func.grad(f)(x)
+
+    def line(kappa):
+        return Line(lambda r: f(x + r * kappa).item(), lambda: kappa.norm().item())
+
+    return Proposal(f(x).item(), slope, SaddleFree().solve(slope, hessian), None, line, **settings)
+
+
+def test_the_radius_follows_the_ratio():
+    eye = torch.eye(2).double()
+    f = lambda x: 0.5 * x.square().sum()  # noqa: E731
+    step = along(f, torch.tensor([3.0, 4.0]).double(), eye)
+    assert step.decrease(step.solution.step) == pytest.approx(12.5)
+    kappa, rate, record = TrustRegion(radius=1.0)(step, {})
+    assert rate == pytest.approx(0.2) and record == {"radius": 2.0}  # as promised, and at the radius
+    assert TrustRegion(radius=1.0)(step, {"radius": 2.0})[1] == pytest.approx(0.4)
+    assert TrustRegion()(step, {})[1:] == (1.0, {"radius": pytest.approx(10.0)})
+    assert TrustRegion(radius=50.0)(step, {})[2] == {"radius": 50.0}  # good, but not at the radius
+    worse = along(f, torch.tensor([3.0, 4.0]).double(), 0.1 * eye)  # ten times too long: the loss rises
+    kappa, rate, record = TrustRegion(tries=1)(worse, {})
+    assert rate == 0.0 and record == {"radius": pytest.approx(12.5)}
+    kappa, rate, record = TrustRegion(tries=5)(worse, {})
+    assert rate == pytest.approx(0.0625) and f(torch.tensor([3.0, 4.0]) + rate * kappa) < 12.5
+    metric = TrustRegion(radius=1.0, metric="plane")(along(f, torch.tensor([3.0, 4.0]).double(), 4 * eye), {})
+    assert metric[1] == pytest.approx(1 / 2.5)  # sqrt(F^T M F) = 5 / 2
+
+
+def test_the_promise_reckons_with_the_rate_of_the_group():
+    f = lambda x: 0.5 * x.square().sum()  # noqa: E731
+    step = along(f, torch.tensor([3.0, 4.0]).double(), torch.eye(2).double(), factor=0.5)
+    assert step.decrease(step.solution.step) == pytest.approx(25 * (0.5 - 0.125))
+
+
+def test_adaptive_cubic_finds_its_sigma():
+    f = lambda x: (x**4).sum() / 4 - x.square().sum() / 2  # noqa: E731
+    x, record = torch.tensor([0.01, 0.0]).double(), {}
+    values = [f(x).item()]
+    for _ in range(25):
+        kappa, rate, record = AdaptiveCubic()(along(f, x, torch.func.hessian(f)(x)), record)
+        x = x + rate * kappa
+        values.append(f(x).item())
+    assert all(b <= a for a, b in zip(values, values[1:], strict=False))
+    assert values[-1] == pytest.approx(-0.5)  # out of the saddle point of the second coordinate as well
+    rises = along(lambda x: x.square().sum(), torch.ones(2).double(), torch.eye(2).double())
+    refused = Proposal(-1.0, rises.slope, rises.solution, None, rises.line)
+    kappa, rate, record = AdaptiveCubic(sigma=1.0, tries=3)(refused, {})
+    assert rate == 0.0 and record == {"sigma": 64.0}
 
 
 @pytest.mark.parametrize(
@@ -100,6 +230,12 @@ def test_whole():
         lambda: Backtracking(halvings=-1),
         lambda: NoiseAware(memory=1.0),
         lambda: NoiseAware(floor=-0.1),
+        lambda: ExactLine(passes=0),
+        lambda: TrustRegion(radius=0.0),
+        lambda: TrustRegion(metric="loss"),  # type: ignore[arg-type]
+        lambda: TrustRegion(tries=0),
+        lambda: AdaptiveCubic(sigma=-1.0),
+        lambda: AdaptiveCubic(tries=0),
     ],
 )
 def test_bad_settings(build):

@@ -252,7 +252,16 @@ def given(net):
     ]
 
 
+def reshaped(net):
+    """Orthogonal directions, of which each entry is scaled."""
+    scales = {
+        i: 1 + torch.rand(p.shape, generator=torch.Generator().manual_seed(i)) for i, p in enumerate(net.parameters())
+    }
+    return directions.ScaledDirections(directions.OrthogonalDirections(jp.Directions(3)), scales)
+
+
 PLANES = {
+    "orthogonal and scaled": {"directions": reshaped},
     "hessian": {},
     "diagonal": {"pairs": "diagonal"},
     "gauss-newton": {"curvature": "ggn"},

@@ -14,7 +14,7 @@ from typing import Literal, final, get_args
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError, DTypeError, ShapeError
+from .errors import ArgumentError, DTypeError, ShapeError, SingularPlaneError
 from .laws import LAWS, Runs, coins, key, pieces, twists, windows
 from .sharded import Part, Pieces, local, part_of, whole
 from .tangents import Deferred, LowRank, Stacked, Tangents
@@ -392,7 +392,8 @@ class MixedDirections(AbstractDirections):
         """Each source's own, one behind the other, where one of them has factors."""
         parts = [source.structured(index, param) for source in self.sources]
         if any(isinstance(part, LowRank) for part in parts):
-            return Stacked([part for part in parts if part is not None])
+            pairs = zip(parts, self.sources, strict=True)
+            return Stacked([source.draw(index, param) if part is None else part for part, source in pairs])
         return super().structured(index, param)
 
     def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
@@ -400,6 +401,122 @@ class MixedDirections(AbstractDirections):
         parts = _checked(kappa, self.k).split([source.k for source in self.sources])
         combined = [source.combine(index, param, part) for source, part in zip(self.sources, parts, strict=True)]
         return torch.stack(combined).sum(0)
+
+
+@final
+class OrthogonalDirections(AbstractDirections):
+    """Another's directions made orthogonal over all parameters together, each of norm ``sqrt(P)`` for P parameters.
+
+        V' = sqrt(P) L^-1 V,    V V^T = L L^T
+
+    which is Gram-Schmidt: they span the same plane, so that descents which do not mind the lengths and angles of
+    directions (Newton) take the same step. What changes is what does mind: damping, and the forward gradient
+    ``mean_k (F_k v_k)``, which is then ``P / K`` times the projection of the gradient onto the plane, without the
+    variance of overlapping directions. Of Gaussian directions it makes uniformly distributed ones.
+    The combinations of rank-one or sparse tangents are dense: their products cost what dense ones do.
+
+    Args:
+        source: what is to be made orthogonal; at most as many directions as there are parameters.
+
+    Raises:
+        SingularPlaneError: (of `prepare`) the directions depend on each other.
+
+    >>> import torch, jetplane as jp
+    >>> directions = OrthogonalDirections(jp.Directions(2))
+    >>> v = torch.cat([t.flatten(1) for t in directions.tangents([torch.zeros(3, 4), torch.zeros(8)])], 1)
+    >>> (v @ v.mT).round(decimals=3).abs()
+    tensor([[20.,  0.],
+            [ 0., 20.]])
+
+    Source: Choromanski et al., arXiv 1804.02395, for orthogonal directions in gradient estimates.
+    """
+
+    def __init__(self, source: AbstractDirections) -> None:
+        self._source = source
+        self.k = source.k
+        self._turn: Tensor | None = None
+
+    def prepare(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> None:
+        """Find the combinations that are orthogonal, by one draw of all directions."""
+        self._source.prepare(params, places)
+        gram = torch.zeros(self.k, self.k, dtype=torch.float64)
+        for index, param in zip(places or range(len(params)), params, strict=True):
+            flat = self._source.draw(index, whole(param)).reshape(self.k, -1).double()
+            gram += (flat @ flat.mT).cpu()
+        triangle, failed = torch.linalg.cholesky_ex(gram)
+        diagonal = triangle.diagonal()
+        if int(failed) or bool((diagonal <= 1e-6 * gram.diagonal().sqrt()).any()):
+            raise SingularPlaneError(f"{self.k} directions are to be made orthogonal, but depend on each other")
+        size = sum(param.numel() for param in params)
+        self._turn = torch.linalg.solve_triangular(triangle, math.sqrt(size) * torch.eye(self.k).double(), upper=False)
+
+    def _turned(self) -> Tensor:
+        if self._turn is None:
+            raise ArgumentError("directions are orthogonal over all parameters: call prepare(params) before drawing")
+        return self._turn
+
+    def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
+        """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
+        turn = self._turned()[directions or slice(None)].to(param.device, _working_dtype(param))
+        drawn = self._source.draw(index, param)
+        return torch.tensordot(turn, drawn.to(turn.dtype), 1).to(param.dtype)
+
+    def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
+        """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""
+        turn = self._turned().to(kappa.device)
+        return self._source.combine(index, param, turn.mT @ _checked(kappa, self.k).double())
+
+
+@final
+class ScaledDirections(AbstractDirections):
+    """Another's directions with each entry multiplied by a scale: longer where a parameter may go far.
+
+    With one over the root of a running mean square, or of a diagonal of the curvature, that is a diagonal
+    preconditioner: directions look for what is likely to help. The forward gradient of such directions is the
+    gradient times the squares of the scales. Rank-one tangents become dense.
+
+    Args:
+        source: what is to be scaled.
+        scales: positive tensors of the parameters' shapes, by their indices; others are not scaled.
+
+    >>> import torch, jetplane as jp
+    >>> w = torch.zeros(2)
+    >>> scaled = ScaledDirections(StoredDirections([torch.ones(1, 2)]), {0: torch.tensor([1.0, 3.0])})
+    >>> scaled.draw(0, w), scaled.combine(0, w, torch.tensor([2.0]))
+    (tensor([[1., 3.]]), tensor([2., 6.]))
+
+    Source: Adam's diagonal, arXiv 1412.6980, on drawn directions.
+    """
+
+    def __init__(self, source: AbstractDirections, scales: Mapping[int, Tensor]) -> None:
+        self._source, self._scales = source, dict(scales)
+        self.k = source.k
+
+    def prepare(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> None:
+        """Prepare the source.
+
+        Raises:
+            ShapeError: a scale does not have its parameter's shape.
+        """
+        for index, param in zip(places or range(len(params)), params, strict=True):
+            if index in self._scales and self._scales[index].shape != param.shape:
+                got = tuple(self._scales[index].shape)
+                raise ShapeError(f"scale of parameter {index}: expected shape {tuple(param.shape)}, got {got}")
+        self._source.prepare(params, places)
+
+    def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
+        """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
+        return self._scaled(index, param, self._source.draw(index, param, directions))
+
+    def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
+        """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""
+        return self._scaled(index, param, self._source.combine(index, param, kappa))
+
+    def _scaled(self, index: int, param: Tensor, numbers: Tensor) -> Tensor:
+        if index not in self._scales:
+            return numbers
+        scale, part = self._scales[index], part_of(param)
+        return numbers * (scale if part is None else scale[part.box]).to(numbers.dtype)
 
 
 @final

@@ -47,6 +47,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         self, params: Params, lr: float, k: int, law: str = "gaussian", tangents: Structure = "dense",
         planes: int = 1, clip: float | None = None, weight_decay: float = 0.0, seed: int = 0,
         chunk: Chunk = None, compile: bool = False, process_group: Any = None,
+        rank: int | None = None, density: float | None = None,
     ) -> None:  # fmt: skip
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             _check_rate(name, value)
@@ -54,7 +55,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
             raise ArgumentError(f"clip must be positive or None, got {clip}")
         if isinstance(planes, bool) or not isinstance(planes, int) or planes < 1:
             raise ArgumentError(f"planes must be an integer of at least 1, got {planes!r}")
-        Directions(k, law, tangents)  # checks them
+        Directions(k, law, tangents, rank=rank, density=density)  # checks them
         if compile and chunk is not None:
             raise ArgumentError("chunk= and compile=True exclude each other: a chunked step is several runs")
         if isinstance(params, Tensor):
@@ -259,7 +260,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         """
         if not bool(torch.isfinite(kappa.float()).all()):
             raise NonFiniteError(f"the step is not finite: slope {plane.slope}, curvature {plane.curvature}")
-        used = list(directions.used) if isinstance(directions, HeldDirections) else range(len(moving))
+        used = sorted(directions.used) if isinstance(directions, HeldDirections) else range(len(moving))
         steps: Iterable[Tensor]
         steps = (directions.combine(i, moving[i][0], moving[i][1]["lr"] * kappa) for i in used)
         if self.clip is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, final
 
 import torch
@@ -12,12 +13,21 @@ from torch import Tensor, nn
 
 from ..activity import Share, allot, estimate
 from ..descent import Damped, Descent, SaddleFree, Spectral, named
-from ..directions import AbstractDirections, Directions, HeldDirections, MixedDirections, StoredDirections, Structure
+from ..directions import (
+    AbstractDirections,
+    Directions,
+    HeldDirections,
+    MixedDirections,
+    OrthogonalDirections,
+    ScaledDirections,
+    StoredDirections,
+    Structure,
+)
 from ..errors import ArgumentError, DTypeError, ShapeError
 from ..laws import key
 from ..plane import KEPT, Curvature, PlaneModel, evaluate
 from ..replay import RandomState, random_state, rehearsal
-from ..search import NoiseAware, Proposal, Search, Whole
+from ..search import ExactLine, Line, NoiseAware, Proposal, Search, Whole, slope_covariance
 from .base import STATE, Chunk, Closure, Moving, Params, PlaneOptimizer
 
 Guess = Callable[[], Sequence[Tensor]]
@@ -48,8 +58,9 @@ class PlaneSearch(PlaneOptimizer):
     Estimates enter the plane one step after the batch that they come from: in a plane of directions that were
     fitted to the very batch that judges them, the slope would be biased, and its noise taken for signal.
 
-    Where the loss does not tell its examples apart, the step is halved until the loss falls, by more passes. With
-    as many directions as parameters (``k``) the plane is the whole space, and this is (Gauss-)Newton's method.
+    Where the loss does not tell its examples apart, the step is halved until the loss falls, or with
+    ``curvature="hessian"`` the loss is minimized along it, by more passes. With as many directions as parameters
+    (``k``) the plane is the whole space, and this is (Gauss-)Newton's method.
 
     Args:
         params: parameters or groups of them, as for any torch optimizer. Groups may set ``lr`` (a factor on the
@@ -60,11 +71,16 @@ class PlaneSearch(PlaneOptimizer):
         k: directions to draw; by default 0 with a model (one, until there is something to remember), without one
             64, or as many as there are parameters.
         curvature: "ggn", which needs a loss function (see `jetplane.evaluate`), or "hessian".
-        tangents: structure of the drawn directions, "rank-one" or "dense"; see `jetplane.Directions`.
+        tangents: structure of the drawn directions: "rank-one", "dense", "low-rank" (with ``rank``), "sparse" (with
+            ``density``), or "block", each direction in one parameter alone; see `jetplane.Directions`.
+        rank, density: of such tangents.
+        orthogonal: whether the drawn directions are made orthogonal; see `jetplane.directions.OrthogonalDirections`.
+        preconditioned: whether the drawn directions' entries are divided by the root of the running mean square of
+            the gradient estimates; see `jetplane.directions.ScaledDirections`.
         rate: "auto" as above, a number for steps of that part, or a `jetplane.search.Search`.
         descent: what solves the plane, a `jetplane.descent.Spectral` or its name. By default
             `jetplane.descent.Damped` on directions of unit curvature for "ggn", and for "hessian"
-            `jetplane.descent.SaddleFree`.
+            `jetplane.descent.SaddleFree`. Others are "newton", "truncated" and "cubic".
         law: of the drawn directions.
         averages: how much of each running average is kept from step to step.
         scaled: whether the averages are in the plane in scaled form as well.
@@ -75,6 +91,12 @@ class PlaneSearch(PlaneOptimizer):
         weight_decay: decoupled: ``theta <- theta - lr * weight_decay * theta`` beside the step.
         seed: of the directions and the noise. With the averages and the previous step it is part of
             ``state_dict()``, so that training resumes bit for bit.
+        every: evaluate the curvature in every so many steps, and the slope alone in those between, with the last
+            curvature. That is for planes whose directions keep their meaning from step to step, so without drawn
+            ones, unless they are as many as the parameters and thus the coordinates; and without ``guess``. The running
+            averages and the previous step turn slowly, but they do turn. Where the plane gets another direction its
+            curvature is evaluated at once. It pays with "hessian", whose cost grows with the square of the number of
+            directions; "ggn" costs little beside the slope.
         chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`.
 
     Raises:
@@ -97,6 +119,7 @@ class PlaneSearch(PlaneOptimizer):
     _own = (
         *PlaneOptimizer._own,
         *("model", "curvature", "search", "averages", "scaled", "previous", "passes", "guess"),
+        *("rank", "density", "orthogonal", "preconditioned", "every"),
     )
 
     def __init__(
@@ -105,7 +128,8 @@ class PlaneSearch(PlaneOptimizer):
         descent: str | Descent | None = None, law: str = "gaussian", averages: Sequence[float] = (0.9, 0.99),
         scaled: bool = True, previous: bool = True, passes: float = 8.0, guess: Guess | None = None,
         clip: float | None = None, weight_decay: float = 0.0, seed: int = 0,
-        chunk: Chunk = None,
+        chunk: Chunk = None, rank: int | None = None, density: float | None = None, orthogonal: bool = False,
+        preconditioned: bool = False, every: int = 1,
     ) -> None:  # fmt: skip
         if k == 0 and model is None:
             raise ArgumentError(
@@ -117,14 +141,20 @@ class PlaneSearch(PlaneOptimizer):
             raise ArgumentError(f"curvature must be 'ggn' or 'hessian', got {curvature!r}")
         if not all(0 <= b < 1 for b in averages) or not 0 < passes < math.inf:
             raise ArgumentError(f"expected averages in [0, 1) and passes above 0, got {averages} and {passes}")
-        default = Damped(scaled=True) if curvature == "ggn" else SaddleFree(1e-9)
+        if preconditioned and not (scaled and averages):
+            raise ArgumentError("preconditioned needs the running mean square, which scaled averages alone keep")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ArgumentError(f"every must be an integer of at least 1, got {every!r}")
+        default = Damped(scaled=True) if curvature == "ggn" else SaddleFree(None)
         solver = default if descent is None else named(descent)
         if not isinstance(solver, Spectral):
             raise ArgumentError(f"descent must solve a plane as a whole, which {type(solver).__name__} does not")
         self._descent = solver
         self.model = model
         self.curvature: Curvature = curvature
-        self.search: Search = rate if isinstance(rate, Search) else NoiseAware() if rate == "auto" else Whole()
+        # Beside exact curvature, which costs as much as many passes, those of a good line search are few.
+        auto = NoiseAware(otherwise=ExactLine(10)) if curvature == "hessian" else NoiseAware()
+        self.search: Search = rate if isinstance(rate, Search) else auto if rate == "auto" else Whole()
         self.averages = tuple(averages)
         self.scaled = scaled
         self.previous = previous
@@ -132,11 +162,22 @@ class PlaneSearch(PlaneOptimizer):
         self.guess = guess
         lr = rate if isinstance(rate, (int, float)) else 1.0
         super().__init__(
-            params, lr, k or 1, law, tangents, clip=clip, weight_decay=weight_decay, seed=seed, chunk=chunk
-        )
+            params, lr, k or 1, law, tangents, clip=clip, weight_decay=weight_decay, seed=seed, chunk=chunk,
+            rank=rank, density=density,
+        )  # fmt: skip
         if k is None:
             k = 0 if model is not None else min(DRAWN, sum(p.numel() for p, _, _ in self._moving()))
         self.k = k
+        self.rank = rank
+        self.density = density
+        self.orthogonal = orthogonal
+        self.preconditioned = preconditioned
+        self.every = every
+        if every > 1 and (guess is not None or (k and k != sum(p.numel() for p, _, _ in self._moving()))):
+            raise ArgumentError(
+                f"every = {every} keeps a curvature for directions that are the same in the next step, which "
+                f"drawn ones (k = {k}) and a guess are not"
+            )
 
     def _without_sharding(self) -> str:
         return type(self).__name__
@@ -152,6 +193,7 @@ class PlaneSearch(PlaneOptimizer):
         params, places = [p for p, _, _ in moving], [place for _, _, place in moving]
         size = sum(p.numel() for p in params)
         stored = self._stored(moving)[: size - self.k]  # more directions than parameters would be dependent
+        self._lasting = self.k == size or (self.k == 0 and bool(stored))
         sources: list[AbstractDirections] = []
         if stored:
             together = zip(places, zip(*stored, strict=True), strict=True)
@@ -160,10 +202,23 @@ class PlaneSearch(PlaneOptimizer):
             sources.append(StoredDirections(dict(zip(places, _coordinates(params), strict=True))))
         elif self.k or not stored:
             own = self.state[STATE]  # type: ignore[index]
-            drawn = Directions(self.k or 1, self.law, self.tangents, own["seed"])
+            drawn = Directions(
+                self.k or 1, self.law, self.tangents, own["seed"], rank=self.rank, density=self.density
+            )  # fmt: skip
             drawn.step = own["step"]
-            sources.append(drawn)
+            new = ScaledDirections(drawn, self._scales(moving)) if self.preconditioned else drawn
+            sources.append(OrthogonalDirections(new) if self.orthogonal else new)
         return HeldDirections(MixedDirections(sources), params, places, KEPT)
+
+    def _scales(self, moving: Moving) -> dict[int, Tensor]:
+        """One over the root mean square of each entry's estimates, by place; of mean one over all, and bounded."""
+        squares = {place: self.state[p][SQUARE] for p, _, place in moving if SQUARE in self.state[p]}
+        if not squares:
+            return {}
+        mean = torch.cat([s.flatten() for s in squares.values()]).mean().clamp_min(torch.finfo(torch.float32).tiny)
+        scales = {place: (s / mean).clamp(1e-6, 1e6).rsqrt() for place, s in squares.items()}
+        level = torch.cat([s.flatten() for s in scales.values()]).mean()
+        return {place: s / level for place, s in scales.items()}
 
     def _stored(self, moving: Moving) -> list[list[Tensor]]:
         """What is known, as directions of norm one: for each a tensor for each parameter."""
@@ -180,11 +235,17 @@ class PlaneSearch(PlaneOptimizer):
         norms = [_norm(tensors) for tensors in found]
         return [[t / norm for t in tensors] for tensors, norm in zip(found, norms, strict=True) if norm > 0]
 
+    _lasting: bool  # whether directions of this step's plane are there in the next one
     _random: RandomState  # where random numbers stood before the evaluation of this step
 
     def _evaluate(self, closure: Closure, params: list[Tensor], directions: AbstractDirections) -> PlaneModel:
         self._random = random_state()
-        return evaluate(closure, params, directions, self.curvature, examples=self.search.examples, chunk=self.chunk)
+        own = self.state[STATE]  # type: ignore[index]
+        last = own.get("curvature")
+        stale = last is None or own["step"] % self.every == 0 or len(last) != directions.k
+        curvature: Curvature = self.curvature if stale else "none"
+        plane = evaluate(closure, params, directions, curvature, examples=self.search.examples, chunk=self.chunk)
+        return plane if stale else replace(plane, curvature=last)
 
     # --- the step ----------------------------------------------------------------------------------------
 
@@ -194,16 +255,32 @@ class PlaneSearch(PlaneOptimizer):
         own = self.state[STATE]  # type: ignore[index]
         params = [p for p, _, _ in moving]
         assert plane.curvature is not None
-        inverse = self.descent.inverse(plane.curvature)
-        steps = list(self._steps(moving, directions, plane, -(inverse @ plane.slope.double())))
+        solution = self.descent.solve(plane.slope, plane.curvature)
+        formed: dict[int, tuple[Tensor, list[tuple[int, Tensor]]]] = {}  # the last line's coefficients and step
 
-        def loss_at(rate: float) -> float:
-            with _moved(rate, params, steps), rehearsal(self._random):
-                return float(closure())
+        def steps_along(kappa: Tensor) -> list[tuple[int, Tensor]]:
+            if id(kappa) not in formed:
+                formed.clear()
+                formed[id(kappa)] = kappa, list(self._steps(moving, directions, plane, kappa))
+            return formed[id(kappa)][1]
 
-        proposal = Proposal(plane.value.item(), plane.slope, inverse, plane.examples, loss_at)
-        rate, record = self.search(proposal, own.get("search", {}))
+        def line(kappa: Tensor) -> Line:
+            steps = steps_along(kappa)
+
+            def loss_at(rate: float) -> float:
+                with _moved(rate, params, steps), rehearsal(self._random):
+                    return float(closure())
+
+            return Line(loss_at, lambda: _norm([step for _, step in steps]))
+
+        factor = max(float(group["lr"]) for _, group, _ in moving)
+        covariance = slope_covariance(plane.examples)
+        proposal = Proposal(plane.value.item(), plane.slope, solution, covariance, line, factor)
+        kappa, rate, record = self.search(proposal, own.get("search", {}))
+        steps = steps_along(kappa)
         changed: dict[str, Any] = {"search": record}
+        if self.every > 1:
+            changed["curvature"] = plane.curvature if self._lasting else None
         found, shares = self._estimates(closure, params, directions, plane.slope)
         changed["shares"] = {name: tuple(share) for name, share in shares.items()}  # plain, for checkpoints
         steps = [(i, rate * step) for i, step in steps]
@@ -227,6 +304,13 @@ class PlaneSearch(PlaneOptimizer):
         assert isinstance(directions, HeldDirections)
         used = directions.used
         found = [directions.combine(i, p, weights) if i in used else torch.zeros_like(p) for i, p in enumerate(params)]
+        if self.preconditioned:  # what they give is the gradient times the squares of their scales
+            moving = self._moving()
+            scales = self._scales(moving)
+            found = [
+                f / scales[place].square() if place in scales else f
+                for f, (_, _, place) in zip(found, moving, strict=True)
+            ]
         return found, {}
 
     def _remember(self, params: list[Tensor], found: list[Tensor], steps: list[tuple[int, Tensor]]) -> None:
