@@ -13,6 +13,7 @@ LAYERS = [
     {"tangents"},
     {"jet"},
     {"rules", "descent", "replay"},
+    {"sharded"},
     {"directions", "chunking"},
     {"plane"},
     {"functions", "testing", "search", "estimators", "activity", "distributed"},

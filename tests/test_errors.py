@@ -20,6 +20,13 @@ class Doubled(torch.autograd.Function):
         return 3 * g
 
 
+def test_autograd_functions_work_after_an_evaluation():
+    w = torch.ones(3, requires_grad=True)
+    jp.evaluate(lambda: w.sum(), [w], [torch.ones(1, 3)])
+    Doubled.apply(w).sum().backward()
+    assert w.grad is not None and w.grad.tolist() == [3.0, 3.0, 3.0]
+
+
 CLOSURES = {
     "vector": (lambda w: w * 2, jp.LossError, "scalar"),
     "number": (lambda w: 3.0, jp.LossError, "float"),

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, final, get_args
 
 import torch
 from torch import Tensor
 
 from .errors import ArgumentError, DTypeError, ShapeError, SingularPlaneError
-from .laws import LAWS, coins, key, pieces, twists
+from .laws import LAWS, Runs, coins, key, pieces, twists, windows
+from .sharded import Part, Pieces, local, part_of, whole
 from .tangents import Deferred, LowRank, Stacked, Tangents
 
 Structure = Literal["dense", "rank-one", "low-rank", "sparse", "block"]
@@ -23,8 +24,6 @@ Structure = Literal["dense", "rank-one", "low-rank", "sparse", "block"]
 # The fourth moment of one entry, for rules that set the step size by it. "sphere": 3 P / (P + 2) for P
 # parameters, here its limit.
 KURTOSIS: dict[str, float] = {name: law.kurtosis for name, law in LAWS.items()} | {"sphere": 3.0}
-
-Pieces = Iterator[tuple[slice, slice, Tensor]]  # directions, elements, their numbers
 
 _ELEMENT, _DIRECTION, _KEPT = 1, 2, 3  # what a key is for
 
@@ -62,7 +61,11 @@ def step_scale(law: str, size: int, k: int = 1) -> float:
 
 
 class AbstractDirections(ABC):
-    """K directions in the space of all parameters: what a plane is spanned by."""
+    """K directions in the space of all parameters: what a plane is spanned by.
+
+    Of a parameter that is a `DTensor` they have the part that this rank holds: read "this rank's part of the parameter"
+    for "parameter" wherever its shape or elements are meant.
+    """
 
     k: int
 
@@ -81,7 +84,7 @@ class AbstractDirections(ABC):
 
     def structured(self, index: int, param: Tensor) -> Tensor | Tangents | None:
         """The same as `draw`, not formed yet where that can wait; None where no direction moves the parameter."""
-        return Deferred(lambda: self.draw(index, param), param, self.k)
+        return Deferred(lambda: self.draw(index, param), local(param), self.k)
 
     def tangents(self, params: Sequence[Tensor]) -> list[Tensor]:
         """The tangents of all parameters: one tensor (K, *param.shape) for each."""
@@ -180,7 +183,7 @@ class Directions(AbstractDirections):
             ArgumentError: the law is "sphere", and `prepare` was not called in this step.
         """
         flat = self._flat(index, param, directions)
-        return self._scaled(flat, directions).reshape(len(flat), *param.shape)
+        return self._scaled(flat, directions).reshape(len(flat), *local(param).shape)
 
     def structured(self, index: int, param: Tensor) -> Tensor | Tangents | None:
         """Low-rank tangents as their factors, dense ones to be drawn later, None for a block that rests.
@@ -190,7 +193,7 @@ class Directions(AbstractDirections):
         """
         if self.is_low_rank(param):
             left, right = self._factors(index, param, None)
-            return LowRank(self._scaled(left.flatten(1)).view_as(left), right, param.shape)
+            return LowRank(self._scaled(left.flatten(1)).view_as(left), right, local(param).shape)
         if self.structure == "block" and not self._moved(index, None):
             return None
         return super().structured(index, param)
@@ -204,11 +207,12 @@ class Directions(AbstractDirections):
         kappa = _checked(kappa, self.k).to(param.device, work, copy=True)
         kappa = self._scaled(kappa.unsqueeze(1)).squeeze(1)
         if self.is_low_rank(param):
-            return LowRank(*self._factors(index, param, None), param.shape).weighted(kappa).to(param.dtype)
-        total = torch.zeros(param.numel(), dtype=work, device=param.device)
-        for streams, place, values in self._pieces(index, param, param.numel(), None):
-            total[place].addmv_(values.to(work).mT, kappa[streams])
-        return total.reshape(param.shape).to(param.dtype)
+            shape = local(param).shape
+            return LowRank(*self._factors(index, param, None), shape).weighted(kappa).to(param.dtype)
+        total = torch.zeros(local(param).numel(), dtype=work, device=param.device)
+        for streams, place, values in self._entries(index, param, None):
+            total[place] = torch.addmv(total[place], values.to(work).mT, kappa[streams])
+        return total.reshape(local(param).shape).to(param.dtype)
 
     def materialize(self, params: Sequence[Tensor]) -> list[Tensor]:
         """The same as `tangents`: what a plane would be spanned by in this step."""
@@ -221,7 +225,7 @@ class Directions(AbstractDirections):
             return
         squares = torch.zeros(self.k, dtype=torch.float64)
         for index, param in zip(places or range(len(params)), params, strict=True):
-            norms = torch.linalg.vector_norm(self._flat(index, param, None), dim=1, dtype=torch.float64)
+            norms = torch.linalg.vector_norm(self._flat(index, whole(param), None), dim=1, dtype=torch.float64)
             squares += norms.square().cpu()
         self._scales = (sum(param.numel() for param in params) / squares).sqrt_()
         self._norms_of = (self.seed, self.step)
@@ -252,40 +256,56 @@ class Directions(AbstractDirections):
         if self.is_low_rank(param):
             left, right = self._factors(index, param, directions)
             return torch.bmm(left.mT, right).flatten(1)
-        return self._numbers(index, param, param.numel(), directions)
+        return self._gathered(self._entries(index, param, directions), local(param), local(param).numel(), directions)
 
     def _factors(self, index: int, param: Tensor, directions: slice | None) -> tuple[Tensor, Tensor]:
         """Left (directions, r, rows) and right (directions, r, columns)."""
         rows = param.shape[0]
         columns = param.numel() // max(rows, 1)
-        numbers = self._numbers(index, param, self.rank * (rows + columns), directions)
+        size = self.rank * (rows + columns)
+        numbers = self._gathered(self._pieces(index, param, size, directions), param, size, directions)
         left, right = numbers.unflatten(1, (self.rank, rows + columns)).split((rows, columns), 2)
+        part = part_of(param)
+        if part is not None:
+            left, right = part.of_factors(left, right)
         return (left if self.rank == 1 else left / math.sqrt(self.rank)), right
 
-    def _numbers(self, index: int, param: Tensor, size: int, directions: slice | None) -> Tensor:
-        """`size` numbers for each direction, in the parameter's dtype."""
-        count = len(self._chosen(directions))
-        numbers = torch.empty(count, size, dtype=param.dtype, device=param.device)
-        for streams, place, values in self._pieces(index, param, size, directions):
-            numbers[streams, place] = values
+    def _gathered(self, drawn: Pieces, like: Tensor, size: int, directions: slice | None) -> Tensor:
+        """`size` numbers for each direction, in a dtype and on a device."""
+        numbers = torch.empty(len(self._chosen(directions)), size, dtype=like.dtype, device=like.device)
+        for streams, place, values in drawn:
+            numbers[streams, place] = values if isinstance(place, slice) else values.to(like.dtype)
         return numbers
 
-    def _pieces(self, index: int, param: Tensor, size: int, directions: slice | None) -> Pieces:
+    def _entries(self, index: int, param: Tensor, directions: slice | None) -> Pieces:
+        """The numbers of dense tangents."""
+        return self._pieces(index, param, param.numel(), directions, part_of(param))
+
+    def _pieces(
+        self, index: int, param: Tensor, size: int, directions: slice | None, part: Part | None = None
+    ) -> Pieces:
+        """`size` numbers for each direction, or those of a part of them."""
         if not param.dtype.is_floating_point:
             raise DTypeError(f"parameter {index}: expected a floating dtype, got {param.dtype}")
         law = LAWS["gaussian" if self.law == "sphere" else self.law]
         stream = key(self.seed, self.step, index)
         apart = twists(key(stream, _DIRECTION), self._chosen(directions), param.device)
-        drawn = pieces(law, key(stream, _ELEMENT), apart, size)
-        if self.structure == "sparse":
-            return self._thinned(drawn, key(stream, _KEPT), apart)
+        begin, inside = key(stream, _ELEMENT), None if part is None else part.windows
+        drawn: Pieces | None = None
+        if inside is not None and self.structure != "sparse":
+            drawn = windows(law, begin, apart, size, *inside)
+        if drawn is None:
+            runs = pieces(law, begin, apart, size, None if part is None else part.run)
+            if self.structure == "sparse":
+                runs = self._thinned(runs, key(stream, _KEPT), apart)
+            drawn = runs if part is None else part.picked(runs)
         if self.structure == "block":
             scale = torch.zeros(len(self._chosen(directions)), 1, device=param.device)
             scale[self._moved(index, directions)] = math.sqrt(len(self._order))
             return ((streams, place, values * scale[streams]) for streams, place, values in drawn)
         return drawn
 
-    def _thinned(self, drawn: Pieces, start: int | Tensor, apart: Tensor) -> Pieces:
+    def _thinned(self, drawn: Runs, start: int | Tensor, apart: Tensor) -> Runs:
         """Entries kept with probability ``density``, scaled to variance one."""
         assert self.density is not None
         for streams, place, values in drawn:
@@ -318,16 +338,21 @@ class StoredDirections(AbstractDirections):
 
     def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
         """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
-        held = self._tangents[index]
+        held = self.structured(index, param)
         return (held.formed() if isinstance(held, Tangents) else held)[directions or slice(None)]
 
     def structured(self, index: int, param: Tensor) -> Tensor | Tangents:
         """What was given."""
-        return self._tangents[index]
+        held, part = self._tangents[index], part_of(param)
+        if part is None:
+            return held
+        if isinstance(held, LowRank):
+            return LowRank(*part.of_factors(held.left, held.right), part.shape)
+        return part.of(held.formed() if isinstance(held, Tangents) else held)
 
     def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
         """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""
-        held, kappa = self._tangents[index], _checked(kappa, self.k)
+        held, kappa = self.structured(index, param), _checked(kappa, self.k)
         if isinstance(held, LowRank):
             return held.weighted(kappa.to(param.device, _working_dtype(param))).to(param.dtype)
         return weighted_sum(kappa, self.draw(index, param))
@@ -416,7 +441,7 @@ class OrthogonalDirections(AbstractDirections):
         self._source.prepare(params, places)
         gram = torch.zeros(self.k, self.k, dtype=torch.float64)
         for index, param in zip(places or range(len(params)), params, strict=True):
-            flat = self._source.draw(index, param).reshape(self.k, -1).double()
+            flat = self._source.draw(index, whole(param)).reshape(self.k, -1).double()
             gram += (flat @ flat.mT).cpu()
         triangle, failed = torch.linalg.cholesky_ex(gram)
         diagonal = triangle.diagonal()
@@ -481,13 +506,17 @@ class ScaledDirections(AbstractDirections):
 
     def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
         """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
-        drawn = self._source.draw(index, param, directions)
-        return drawn * self._scales[index].to(drawn.dtype) if index in self._scales else drawn
+        return self._scaled(index, param, self._source.draw(index, param, directions))
 
     def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
         """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""
-        total = self._source.combine(index, param, kappa)
-        return total * self._scales[index].to(total.dtype) if index in self._scales else total
+        return self._scaled(index, param, self._source.combine(index, param, kappa))
+
+    def _scaled(self, index: int, param: Tensor, numbers: Tensor) -> Tensor:
+        if index not in self._scales:
+            return numbers
+        scale, part = self._scales[index], part_of(param)
+        return numbers * (scale if part is None else scale[part.box]).to(numbers.dtype)
 
 
 @final
@@ -518,7 +547,7 @@ class ChosenDirections(AbstractDirections):
         whole = self._source.structured(index, param)
         if isinstance(whole, LowRank):
             left, right = (torch.cat([f[run] for run in self._runs]) for f in (whole.left, whole.right))
-            return LowRank(left, right, param.shape)
+            return LowRank(left, right, whole.shape[1:])
         return None if whole is None else super().structured(index, param)
 
     def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
@@ -564,13 +593,23 @@ class HeldDirections(AbstractDirections):
 
     def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
         """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
-        size = self.k * param.numel() * param.element_size()
-        if index not in self._held and size > self._room:
+        held = self._kept(index, param)
+        if held is not None:
+            return held[directions or slice(None)]
+        size = self.k * local(param).numel() * param.element_size()
+        if index in self._held or size > self._room:
             return self._source.draw(self._places[index], param, directions)
-        if index not in self._held:
-            self._held[index] = self._source.draw(self._places[index], param)
-            self._room -= size
+        self._held[index] = self._source.draw(self._places[index], param)
+        self._room -= size
         return self._held[index][directions or slice(None)]
+
+    def _kept(self, index: int, param: Tensor) -> Tensor | None:
+        """The tangents that are kept of a parameter; of a part of it, if those of the whole are."""
+        held = self._held.get(index)
+        if held is None or held.shape[1:] == local(param).shape:
+            return held
+        part = part_of(param)
+        return part.of(held) if part is not None and held.shape[1:] == part.whole else None
 
     def structured(self, index: int, param: Tensor) -> Tensor | Tangents | None:
         """As the source has them; `used` collects the parameters that were asked for."""
@@ -580,8 +619,9 @@ class HeldDirections(AbstractDirections):
 
     def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
         """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""
-        if index in self._held:
-            return weighted_sum(_checked(kappa, self.k), self._held[index])
+        held = self._kept(index, param)
+        if held is not None:
+            return weighted_sum(_checked(kappa, self.k), held)
         return self._source.combine(self._places[index], param, kappa)
 
 

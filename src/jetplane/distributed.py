@@ -31,11 +31,10 @@ import hashlib
 import math
 import platform
 import queue
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -50,6 +49,7 @@ from .directions import AbstractDirections, ChosenDirections, HeldDirections
 from .errors import ArgumentError, HandshakeError, JetplaneError, LostRankError, RanksDifferError, RemoteError
 from .plane import Curvature, Pairs, PlaneModel, SlopeMoments
 from .replay import rehearsal
+from .sharded import held_alike, local
 
 if TYPE_CHECKING:  # torch builds without torch.distributed lack it
     from torch.distributed import ProcessGroup
@@ -240,7 +240,7 @@ def fingerprint(params: Sequence[Tensor]) -> int:
             total += mixed.bitwise_xor_(mixed >> 31).mul_(_ODD[1]).sum()
         sums.append(total)
     result = 0
-    for value in torch.stack(sums).tolist():
+    for value in torch.stack(sums).tolist() if sums else []:
         result = (result * 6364136223846793005 + value + 1442695040888963407) % 2**64
     return result
 
@@ -277,23 +277,6 @@ def _differences(what: list[dict[str, Any]], ranks: list[int]) -> tuple[tuple[in
             said.append(f"{name}: " + ", ".join(f"{v!r} on rank {r}" for r, v in others[:4]) + f", {usual} on others")
     more = f"; and {len(said) - 4} more differences" if len(said) > 4 else ""
     return tuple(sorted(odd)), "; ".join(said[:4]) + more
-
-
-def refuse_sharded(params: Sequence[Tensor]) -> None:
-    """Raise for parameters of which each rank has a part.
-
-    Raises:
-        ArgumentError: one is a `DTensor`, as FSDP2 and tensor parallelism make them.
-    """
-    sharding = sys.modules.get("torch.distributed.tensor")  # where nobody has loaded it there are none
-    for i, p in enumerate(params):
-        if sharding is not None and isinstance(p, sharding.DTensor):
-            spec: Any = p
-            raise ArgumentError(
-                f"parameter {i} of shape {tuple(p.shape)} is a DTensor, {spec.placements} on {spec.device_mesh}: "
-                "models that are themselves sharded cannot be carried. Give the whole model to each rank, and "
-                "process_group to the optimizer: it needs memory for neither gradients nor moments of them"
-            )
 
 
 # --- the ranks themselves -------------------------------------------------------------------------
@@ -378,7 +361,7 @@ class Ranks:
         mark = int.from_bytes(hashlib.sha256(repr(state).encode()).digest()[:8], "big")
         try:
             _check_weight(weight)
-            mark ^= fingerprint(list(every.values()))
+            mark ^= fingerprint(self._alike(every.values()))
             if weight > 0:
                 value, double = self._fill(body, spreading, closure, run, directions, layout)
         except BaseException as error:  # also Ctrl-C: the others must hear of it
@@ -407,7 +390,7 @@ class Ranks:
         if failed:
             self._raise_for_all(failure)
         if not _one(marks, self.size):
-            own = {name: f"{fingerprint([tensor]):016x}" for name, tensor in every.items()}
+            own = {name: f"{fingerprint(self._alike([tensor])):016x}" for name, tensor in every.items()}
             ranks, what = _differences(self._gather(state | own), self._members)
             raise RanksDifferError(f"ranks are not in the same state before this step. {what}", ranks)
         if weights == 0:
@@ -579,6 +562,10 @@ class Ranks:
             spreading[1 : 1 + layout.k] = total
             spreading[1 + layout.k :] = products[layout.entries()]
         return values[0], plane.value.dtype == torch.float64
+
+    def _alike(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """What all ranks must have alike: tensors, and of sharded ones those that all have the same part of."""
+        return [local(t) for t in tensors if held_alike(t, self._members)]
 
     def _sum(self, message: Tensor, device: torch.device, op: Any = None) -> Tensor:
         message = message.to(self._device(device))

@@ -17,6 +17,7 @@ from torch import Tensor
 from .directions import Directions
 from .errors import ArgumentError
 from .plane import evaluate
+from .sharded import refuse
 
 Control = Literal["trace"] | float
 Status = Literal["converged", "limit", "indefinite"]
@@ -175,6 +176,7 @@ class _Lines:
 def _lines(
     closure: Callable[[], Tensor], params: list[Tensor], samples: int, control: Control, seed: int, chunk: int
 ) -> _Lines:
+    refuse(params, "estimates")
     _check_count("samples", samples, 2)
     _check_count("chunk", chunk, 1)
     if control != "trace" and not (isinstance(control, (int, float)) and math.isfinite(control)):
@@ -264,6 +266,7 @@ def solve_newton(
     params = list(params)
     if not params:
         raise ArgumentError("no parameters: expected at least one tensor that the closure uses")
+    refuse(params, "solve_newton")
     for name, number in (("damping", damping), ("tolerance", tolerance)):
         if not 0 <= number < math.inf:
             raise ArgumentError(f"{name} must be finite and at least 0, got {number!r}")

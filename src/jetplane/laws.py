@@ -90,6 +90,7 @@ def key(*words: int | Tensor) -> int | Tensor:
 # Laws. Each takes lanes (m, c) and yields (first row, values (m, rows, c)) in the order of the rows.
 
 Rows = Iterator[tuple[int, Tensor]]
+Runs = Iterator[tuple[slice, slice, Tensor]]  # which streams, which of the numbers, their values
 
 
 def _low(lanes: Tensor) -> Tensor:
@@ -190,8 +191,8 @@ def twists(start: int | Tensor, streams: range, device: torch.device) -> Tensor:
     return _mix(_outputs(streams, device) + start)
 
 
-def pieces(law: Law, start: int | Tensor, twists: Tensor, size: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Draw `size` numbers for each of the streams ``(start, twists[k])``, a piece at a time.
+def pieces(law: Law, start: int | Tensor, twists: Tensor, size: int, run: slice | None = None) -> Runs:
+    """Draw `size` numbers for each of the streams ``(start, twists[k])``, or a run of them, a piece at a time.
 
     Yields:
         (which streams, which of the numbers, their values (streams, numbers) in float32). A piece is
@@ -199,25 +200,73 @@ def pieces(law: Law, start: int | Tensor, twists: Tensor, size: int) -> Iterator
     """
     device, streams = twists.device, twists.numel()
     lanes = -(-size // law.rows)
-    if lanes == 0:
+    run = slice(0, size) if run is None else run
+    for needed in _lanes(lanes, run):
+        width = min(_chunk(device), len(needed))
+        height = max(1, _chunk(device) // width)
+        steps = _outputs(range(width), device)
+        for left in needed[::width]:
+            begun = _begin(steps[: needed.stop - left] + _moved(start, left))
+            for top in range(0, streams, height):
+                block = slice(top, min(top + height, streams))
+                for row, values in law.draw(_finish(begun, twists[block].unsqueeze(1))):
+                    if row * lanes + left >= run.stop:
+                        break
+                    # Rows that hold all their lanes lie one behind the other; others are written one by one.
+                    group = [values.flatten(1)] if values.shape[2] == lanes else values.unbind(1)
+                    for i, piece in enumerate(group):
+                        place = (row + i) * lanes + left
+                        first, last = max(place, run.start), min(place + piece.shape[1], run.stop)
+                        if first < last:
+                            yield block, slice(first, last), piece[:, first - place : last - place]
+
+
+def windows(law: Law, start: int | Tensor, twists: Tensor, size: int, period: int, window: slice) -> Runs | None:
+    """Draw those of `size` numbers that lie in a window of every `period` of them, one window behind the other.
+
+    Returns:
+        As `pieces`; places are those among what is drawn. None where the rows of the grid do not hold whole periods.
+    """
+    lanes = -(-size // law.rows)
+    if size == 0 or size % period or lanes % period:
+        return None
+    return _windows(law, start, twists, size // period, period, window, lanes // period)
+
+
+def _windows(
+    law: Law, start: int | Tensor, twists: Tensor, count: int, period: int, window: slice, in_row: int
+) -> Runs:
+    device, streams, width = twists.device, twists.numel(), window.stop - window.start
+    if width == 0:
         return
-    width = min(_chunk(device), lanes)
-    height = max(1, _chunk(device) // width)
-    steps = _outputs(range(width), device)
-    for left in range(0, lanes, width):
-        begun = _begin(steps[: lanes - left] + _moved(start, left))
+    together = max(1, _chunk(device) // width)
+    steps = _outputs(range(window.start, window.stop), device) + start
+    for first in range(0, in_row, together):
+        last = min(first + together, in_row)
+        shifts = _outputs(range(first * period - 1, last * period - 1, period), device)
+        begun = _begin((shifts.unsqueeze(1) + steps).flatten())
+        height = max(1, _chunk(device) // begun.numel())
         for top in range(0, streams, height):
             block = slice(top, min(top + height, streams))
             for row, values in law.draw(_finish(begun, twists[block].unsqueeze(1))):
-                if row * lanes + left >= size:
+                if row * in_row + first >= count:
                     break
-                # Rows that hold all their lanes lie one behind the other; others are written one by one.
-                group = [values.flatten(1)] if values.shape[2] == lanes else values.unbind(1)
-                for i, piece in enumerate(group):
-                    first = (row + i) * lanes + left
-                    last = min(first + piece.shape[1], size)
-                    if first < last:
-                        yield block, slice(first, last), piece[:, : last - first]
+                for i, piece in enumerate(values.unbind(1)):
+                    place = ((row + i) * in_row + first) * width
+                    stop = min(place + piece.shape[1], count * width)
+                    if place < stop:
+                        yield block, slice(place, stop), piece[:, : stop - place]
+
+
+def _lanes(lanes: int, run: slice) -> list[range]:
+    """Which lanes of the grid a run of its numbers lies in."""
+    if run.start >= run.stop:
+        return []
+    above, left = divmod(run.start, lanes)
+    below, right = divmod(run.stop - 1, lanes)
+    if above == below:
+        return [range(left, right + 1)]
+    return [range(right + 1), range(left, lanes)] if below == above + 1 and right < left else [range(lanes)]
 
 
 def coins(start: int | Tensor, twists: Tensor, places: slice, chance: float) -> Tensor:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from . import chunking
+from . import chunking, sharded
 from . import rules as rules  # installs the dispatcher of jets
 from .directions import AbstractDirections, ChosenDirections, HeldDirections, StoredDirections
 from .errors import (
@@ -229,10 +229,11 @@ class Interception(TorchFunctionMode):
 
     def _seeded(self, x: Any) -> Any:
         if isinstance(x, Tensor):
-            seed = self.seeds.get(id(x))
+            x = sharded.unwrapped(x)
+            seed = self.seeds.pop(id(x), None)  # what makes the jet looks at the parameter itself
             if seed is not None:
-                if id(x) not in self.jets:
-                    self.jets[id(x)] = seed()
+                self.jets[id(x)] = seed()
+            if id(x) in self.jets:
                 return self.jets[id(x)]
             if any_promoted():
                 jet = promoted(x)
@@ -372,9 +373,11 @@ def _at_once(
     block = _block(pairs, drawn.k)
     with torch.inference_mode(), expansion(drawn.k, block, order, curvature == "ggn") as space:
         space.examples = examples
-        mode = Interception(space, {id(p): _seed(p, i, drawn, space) for i, p in enumerate(params)})
-        with mode.running():
-            loss = closure()
+        mode = Interception(space, {})
+        for i, p in enumerate(params):
+            _plant(mode, p, i, drawn, p)
+        with mode.running(), _copies_planted(mode, params, drawn):
+            loss = sharded.gathered(closure())
         value, first, second = _scalar_parts(loss, space, bool(mode.jets))
         if second is None and curvature != "none":
             second = value.new_zeros(space.pairs)
@@ -435,9 +438,30 @@ def _traced(
         return PlaneModel(value, first, _matrix(second, space, pairs))
 
 
-def _seed(param: Tensor, index: int, drawn: AbstractDirections, space: Space) -> Callable[[], Tensor]:
+def _plant(mode: Interception, param: Tensor, index: int, drawn: AbstractDirections, like: Tensor) -> None:
+    """Let a parameter be replaced by its jet; where it is sharded, its part by one, and itself by a `DTensor` of it."""
+    here = sharded.local(param)
+    mode.seeds[id(here)] = _seed(here, index, drawn, mode.space, like)
+    if here is not param:
+        mode.seeds[id(param)] = lambda: sharded.wrapped(mode._seeded(here), param)
+
+
+@contextlib.contextmanager
+def _copies_planted(mode: Interception, params: Sequence[Tensor], drawn: AbstractDirections) -> Iterator[None]:
+    """Let whole copies of sharded parameters, made for a module, be replaced by jets too."""
+    places = {id(p): i for i, p in enumerate(params)}
+
+    def gathered(param: Tensor, copy: Tensor) -> None:
+        like = copy if sharded.is_sharded(copy) else sharded.whole(param)
+        _plant(mode, copy, places[id(param)], drawn, like)
+
+    with sharded.running(params, gathered):
+        yield
+
+
+def _seed(param: Tensor, index: int, drawn: AbstractDirections, space: Space, like: Tensor) -> Callable[[], Tensor]:
     def seed() -> Tensor:
-        tangents = drawn.structured(index, param)
+        tangents = drawn.structured(index, like)
         if tangents is None:  # a block that no direction moves
             return param.detach()
         jet = Jet(param.detach(), tangents.to(carried(param.dtype)), None, space)

@@ -419,12 +419,17 @@ class NoiseAware(Search):
         return kappa, Backtracking().shortened(proposal, kappa, rate) if self.guard else rate, record
 
 
-def clipped(steps: Sequence[Tensor], limit: float) -> list[Tensor]:
+def clipped(steps: Sequence[Tensor], limit: float, norm: Tensor | None = None) -> list[Tensor]:
     """Steps scaled down together so that their joint Euclidean norm is at most ``limit``.
+
+    Args:
+        steps: one for each parameter.
+        limit: their joint norm at most.
+        norm: theirs now, where what is given is a part of them.
 
     >>> import torch
     >>> clipped([torch.tensor([3.0, 4.0])], 1.0)
     [tensor([0.6000, 0.8000])]
     """
-    total = torch.stack([s.double().norm() for s in steps]).norm().item()
+    total = (torch.stack([s.double().norm() for s in steps]).norm() if norm is None else norm).item()
     return list(steps) if total <= limit else [s * (limit / total) for s in steps]

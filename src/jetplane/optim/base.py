@@ -11,9 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .. import sharded
 from ..descent import Descent
 from ..directions import AbstractDirections, Directions, HeldDirections, Structure
-from ..distributed import Layout, Ranks, refuse_sharded
+from ..distributed import Layout, Ranks
 from ..errors import ArgumentError, DeviceError, DTypeError, NonFiniteError, ShapeError
 from ..plane import KEPT, Pairs, PlaneModel, evaluate, finished
 from ..search import clipped
@@ -35,6 +36,8 @@ class PlaneOptimizer(torch.optim.Optimizer):
     """
 
     ranks: Ranks | None = None
+    chunk: Chunk = None
+    compile: bool = False
     # What a copy needs beside what every torch optimizer has.
     _own: tuple[str, ...] = (
         "k", "law", "tangents", "planes", "clip", "chunk", "compile", "plane", "_descent"
@@ -64,7 +67,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         self.k = k
         self.law = law
         self.tangents: Structure = tangents
-        self.chunk: Chunk = chunk
+        self.chunk = chunk
         self.planes = planes
         self.clip = clip
         self.compile = compile
@@ -74,6 +77,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
             raise ArgumentError("compile=True cannot be had where ranks share directions; use it with shards of data")
         self.state[STATE] = {"seed": seed, "step": 0}  # type: ignore[index]
         self._check_size(self._moving())
+        self._check_sharding(p for p, _, _ in self._moving())
 
     # Of compiled steps: the program, the parameters that it knows, and those of them that the loss uses.
     _program: Any = None
@@ -91,14 +95,14 @@ class PlaneOptimizer(torch.optim.Optimizer):
         Raises:
             DTypeError: a parameter is not of a real floating dtype.
             DeviceError: parameters lie on different devices.
-            ArgumentError: a rate of the group is negative, or parameters are sharded.
+            ArgumentError: a rate of the group is negative, or parameters are sharded in a way that cannot be had.
         """
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
             for name in ("lr", "weight_decay"):
                 _check_rate(name, group[name])
-            refuse_sharded(group["params"])
+            self._check_sharding(group["params"])
             devices = {p.device for g in self.param_groups for p in g["params"]}
             for p in group["params"]:
                 if not p.dtype.is_floating_point:
@@ -168,6 +172,21 @@ class PlaneOptimizer(torch.optim.Optimizer):
         size = sum(p.numel() for p, _, _ in moving)
         if self.k > size:
             raise ArgumentError(f"k = {self.k} directions exceed the number of parameters that may move, {size}")
+
+    def _check_sharding(self, params: Iterable[Tensor]) -> None:
+        for p in params:
+            without = self._without_sharding()
+            if without:
+                sharded.refuse([p], without)
+            sharded.part_of(p)  # there is one
+
+    def _without_sharding(self) -> str:
+        """What these settings ask for that models which are sharded cannot have."""
+        if self.compile:
+            return "compile=True"
+        if self.chunk == "auto":
+            return 'chunk="auto"'
+        return "shares of the directions" if self.ranks is not None and self.ranks.parts > 1 else ""
 
     def _moving(self) -> Moving:
         """Parameters that may move, each with its group and its place among all."""
@@ -249,8 +268,13 @@ class PlaneOptimizer(torch.optim.Optimizer):
         if not bool(torch.isfinite(kappa.float()).all()):
             raise NonFiniteError(f"the step is not finite: slope {plane.slope}, curvature {plane.curvature}")
         used = sorted(directions.used) if isinstance(directions, HeldDirections) else range(len(moving))
+        steps: Iterable[Tensor]
         steps = (directions.combine(i, moving[i][0], moving[i][1]["lr"] * kappa) for i in used)
-        return zip(used, steps if self.clip is None else clipped(list(steps), self.clip), strict=True)
+        if self.clip is not None:
+            steps, params = list(steps), [moving[i][0] for i in used]
+            norm = sharded.joint_norm(steps, params) if any(map(sharded.is_sharded, params)) else None
+            steps = clipped(steps, self.clip, norm)
+        return zip(used, steps, strict=True)
 
     def _move(self, moving: Moving, steps: Iterable[tuple[int, Tensor]]) -> None:
         """``theta <- theta - lr * weight_decay * theta + step``.
@@ -258,7 +282,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         Parameters that the loss makes no use of are left alone, as those without ``.grad`` are in torch.
         """
         for i, step in steps:
-            p, group, _ = moving[i]
+            p, group = sharded.local(moving[i][0]), moving[i][1]
             if group["weight_decay"]:
                 p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(step)

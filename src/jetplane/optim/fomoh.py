@@ -106,6 +106,9 @@ class FoMoHBP(PlaneOptimizer):
         self._descent = CurvatureScaled(eps)
         super().__init__(params, lr, 1, clip=clip, weight_decay=weight_decay)
 
+    def _without_sharding(self) -> str:
+        return type(self).__name__
+
     @property
     def descent(self) -> Descent:
         """The slope over the curvature along the gradient."""

@@ -189,6 +189,9 @@ class PlaneSearch(PlaneOptimizer):
                 f"drawn ones (k = {k}) and a guess are not"
             )
 
+    def _without_sharding(self) -> str:
+        return type(self).__name__
+
     @property
     def descent(self) -> Spectral:
         """What solves the plane."""

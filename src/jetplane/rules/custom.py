@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -100,6 +101,16 @@ def _constant_function(function: type) -> Callable[..., Any]:
     return composed
 
 
+def differentiate_forward(function: type) -> None:
+    """Say of an autograd function that its forward pass, run on jets, has the derivatives that it defines."""
+    _functions[function] = functools.partial(_original_apply, function)
+
+
+def _carries(x: Any) -> bool:
+    """Whether x is a jet, or the wrapper of one that `jetplane.sharded` makes."""
+    return isinstance(x, Jet) or isinstance(getattr(x, "_local_tensor", None), Jet)
+
+
 def _innermost(x: Any) -> Any:
     while isinstance(x, Jet):
         x = x.primal
@@ -116,14 +127,14 @@ def intercept_functions(seeded: Callable[[Any], Any], active: Callable[[], bool]
     Their forward would run on the jets as they are, and a derivative that ``backward`` defines would be
     replaced in silence by that of ``forward``.
     """
-    before = torch.autograd.Function.apply
+    before: Any = vars(torch.autograd.Function)["apply"]  # unbound: subclasses inherit it
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         if not active():  # another thread
-            return before.__func__(cls, *args, **kwargs)  # type: ignore[attr-defined]
+            return before.__func__(cls, *args, **kwargs)
         args = tuple(seeded(a) for a in args)
-        if not any(isinstance(a, Jet) for a in args):
-            return before.__func__(cls, *args, **kwargs)  # type: ignore[attr-defined]
+        if not any(map(_carries, args)):
+            return before.__func__(cls, *args, **kwargs)
         rule = _functions.get(cls)
         if rule is None:
             raise DerivativeError(
