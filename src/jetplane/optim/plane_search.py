@@ -15,7 +15,7 @@ from ..descent import Damped, Descent, SaddleFree, Spectral, named
 from ..directions import AbstractDirections, Directions, HeldDirections, MixedDirections, StoredDirections, Structure
 from ..errors import ArgumentError, DTypeError, ShapeError
 from ..laws import key
-from ..plane import KEPT, Curvature, PlaneModel, evaluate
+from ..plane import KEPT, Curvature, PlaneModel
 from ..replay import RandomState, random_state, rehearsal
 from ..search import NoiseAware, Proposal, Search, Whole
 from .base import STATE, Chunk, Closure, Moving, Params, PlaneOptimizer
@@ -76,6 +76,8 @@ class PlaneSearch(PlaneOptimizer):
         seed: of the directions and the noise. With the averages and the previous step it is part of
             ``state_dict()``, so that training resumes bit for bit.
         chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`.
+        compile: evaluate the plane as one compiled graph (`torch.compile`, ``fullgraph=True``), from the third step
+            on, when as many directions are remembered as ever will be. The other passes of a step run eagerly.
 
     Raises:
         ArgumentError, DTypeError, DeviceError: settings or parameters that cannot be.
@@ -105,7 +107,7 @@ class PlaneSearch(PlaneOptimizer):
         descent: str | Descent | None = None, law: str = "gaussian", averages: Sequence[float] = (0.9, 0.99),
         scaled: bool = True, previous: bool = True, passes: float = 8.0, guess: Guess | None = None,
         clip: float | None = None, weight_decay: float = 0.0, seed: int = 0,
-        chunk: Chunk = None,
+        chunk: Chunk = None, compile: bool = False,
     ) -> None:  # fmt: skip
         if k == 0 and model is None:
             raise ArgumentError(
@@ -132,8 +134,9 @@ class PlaneSearch(PlaneOptimizer):
         self.guess = guess
         lr = rate if isinstance(rate, (int, float)) else 1.0
         super().__init__(
-            params, lr, k or 1, law, tangents, clip=clip, weight_decay=weight_decay, seed=seed, chunk=chunk
-        )
+            params, lr, k or 1, law, tangents, clip=clip, weight_decay=weight_decay, seed=seed, chunk=chunk,
+            compile=compile,
+        )  # fmt: skip
         if k is None:
             k = 0 if model is not None else min(DRAWN, sum(p.numel() for p, _, _ in self._moving()))
         self.k = k
@@ -181,7 +184,7 @@ class PlaneSearch(PlaneOptimizer):
 
     def _evaluate(self, closure: Closure, params: list[Tensor], directions: AbstractDirections) -> PlaneModel:
         self._random = random_state()
-        return evaluate(closure, params, directions, self.curvature, examples=self.search.examples, chunk=self.chunk)
+        return self._plane(closure, params, directions, self.curvature, examples=self.search.examples)
 
     # --- the step ----------------------------------------------------------------------------------------
 

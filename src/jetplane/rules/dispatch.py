@@ -8,8 +8,8 @@ names it. In-place and ``out=`` variants are their functional counterpart and on
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -182,7 +182,12 @@ def _may_alias(func: Any) -> bool:
 
 # --- Gauss-Newton: which operators make second coefficients -----------------------------------------
 
-_inside_loss: contextvars.ContextVar[bool] = contextvars.ContextVar("jetplane_loss", default=False)
+_marked = threading.local()  # not a context variable, which compilers cannot follow
+
+
+def inside_loss() -> bool:
+    """Whether the code that runs is marked as a loss function."""
+    return getattr(_marked, "loss", False)
 
 
 @contextlib.contextmanager
@@ -200,18 +205,19 @@ def loss() -> Iterator[None]:
     >>> jp.evaluate(lambda: squared(w * x, 1.0), [w], [torch.ones(1, 1)], curvature="ggn").curvature
     tensor([[18.]])
     """
-    token = _inside_loss.set(True)
+    before = inside_loss()
+    _marked.loss = True
     try:
         yield
     finally:
-        _inside_loss.reset(token)
+        _marked.loss = before
 
 
 @contextlib.contextmanager
 def _kind_of_call(func: Any, space: Space, args: Sequence[Any]) -> Iterator[None]:
     before = space.order, space.kind
     kinds, data = _kinds(args, space)
-    if _inside_loss.get():
+    if inside_loss():
         kind = LOSS if data or kinds != {PARAMETER} else PARAMETER
     elif LOSS in kinds:
         if MODEL in kinds:
