@@ -183,8 +183,8 @@ class Jet(torch.Tensor):
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], meta: tuple[Key, int], size: Any, stride: Any) -> Jet:
         key, kind = meta
-        parts = (inner.get(name) for name in ("first", "second"))
-        jet = Jet(inner["primal"], *parts, key, None, inner.get("left"), inner.get("right"), kind)
+        first, second, left, right = (inner.get(name) for name in ("first", "second", "left", "right"))
+        jet = Jet(inner["primal"], first, second, key, None, left, right, kind)
         jet.examples = inner.get("examples")
         return jet
 
