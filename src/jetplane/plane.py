@@ -45,6 +45,7 @@ from .rules.custom import intercept_functions
 from .rules.dispatch import inside_loss
 from .rules.dispatch import loss as mark_loss
 from .rules.examples import known
+from .rules.losses import cross_entropy_whole
 from .tangents import Deferred, LowRank, Stacked, Tangents
 
 Pairs = Literal["all", "diagonal"] | int
@@ -361,6 +362,8 @@ class _Seeding(TorchFunctionMode):
         if self.space.gauss_newton and (func in _LOSSES or inside_loss()):
             # Operators meet the jets after the user's code has run: what enters a loss must say so itself.
             args, kwargs = tree_map(self._entering, (args, kwargs))
+        if func is F.cross_entropy:
+            func = cross_entropy_whole
         return func(*args, **kwargs)
 
     def _entering(self, x: Any) -> Any:
@@ -456,9 +459,9 @@ def _matrix(second: Tensor, space: Space, pairs: Pairs) -> Tensor:
     if pairs == "diagonal":
         return second
     b = space.block
-    rows = torch.triu_indices(b, b, device=second.device)
-    index = torch.empty((b, b), dtype=torch.long, device=second.device)
-    index[rows[0], rows[1]] = index[rows[1], rows[0]] = torch.arange(space.plane_pairs, device=second.device)
+    i = torch.arange(b, device=second.device)
+    low, high = torch.minimum(i[:, None], i), torch.maximum(i[:, None], i)
+    index = low * (2 * b - 1 - low) // 2 + high  # where the pair is among those of a plane
     full = second.reshape(space.planes, space.plane_pairs, *second.shape[1:])[:, index]
     return full[0] if pairs == "all" else full
 

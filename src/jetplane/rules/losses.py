@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..jet import Jet, Space, add, chain, gram, is_jet, make, parts, precise, primal
 from ..tangents import Tangents
 from . import examples
-from .registry import aten, register
+from .registry import RULES, aten, register
 
 NONE, MEAN, SUM = 0, 1, 2
 
@@ -155,7 +156,7 @@ def _(space: Space, x: Any, target: Tensor, weight: Any, reduction: int, ignore_
 
 
 @register("cross_entropy_loss")
-def _(
+def _cross_entropy(
     space: Space,
     x: Any,
     target: Any,
@@ -182,6 +183,32 @@ def _(
         curvature = add(curvature, own)
     made = make(loss.to(dtype), weighted(first, d1), curvature, space)
     return examples.keep(space, made, first, d1) if p.dim() > 1 else made
+
+
+# A compiler breaks aten's operator up before a jet meets it. This one stays whole, and jets alone meet it.
+_library = torch.library.Library("jetplane", "DEF")
+_library.define(
+    "cross_entropy(Tensor x, Tensor target, Tensor? weight, int reduction, SymInt ignore_index, float smoothing) -> Tensor"
+)
+WHOLE = torch.ops.jetplane.cross_entropy.default
+RULES[WHOLE] = _cross_entropy
+
+
+def cross_entropy_whole(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """`torch.nn.functional.cross_entropy` in code that is being compiled."""
+    if not isinstance(input, Jet) or isinstance(weight, Jet) or size_average is not None or reduce is not None:
+        return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    how = {"none": NONE, "mean": MEAN, "sum": SUM}[reduction]
+    return WHOLE(input, target, weight, how, ignore_index, label_smoothing)
 
 
 def _goal(
