@@ -188,7 +188,8 @@ def _cross_entropy(
 # A compiler breaks aten's operator up before a jet meets it. This one stays whole, and jets alone meet it.
 _library = torch.library.Library("jetplane", "DEF")
 _library.define(
-    "cross_entropy(Tensor x, Tensor target, Tensor? weight, int reduction, SymInt ignore_index, float smoothing) -> Tensor"
+    "cross_entropy(Tensor x, Tensor target, Tensor? weight, int reduction, SymInt ignore_index, float smoothing)"
+    " -> Tensor"
 )
 WHOLE = torch.ops.jetplane.cross_entropy.default
 RULES[WHOLE] = _cross_entropy
