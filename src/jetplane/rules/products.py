@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..jet import Jet, Space, add, broadcast, carried, is_jet, low_rank, make, parts, plain, precise, primal
+from ..jet import Jet, Space, broadcast, carried, is_jet, low_rank, make, parts, plain, precise, primal
 from ..tangents import LowRank, Stacked, Tangents
 from .registry import aten, register
 
@@ -45,6 +45,11 @@ class Form(ABC):
     def right(self, a: Tensor, b: Tensor) -> Tensor:
         """Products of the tensor a with each tensor of the stack b."""
         return torch.stack([self(a, t) for t in b.unbind(0)])
+
+    def onto(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        """``total + right(a, b)``; the total is ours to overwrite."""
+        y = self.right(a, b)
+        return y if total is None else _plus(total, y)
 
     def into(self, out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
         """Write the product to ``out``, or add it to what is there."""
@@ -118,10 +123,8 @@ def bilinear(space: Space, form: Form, a: Any, b: Any, y: Tensor | None = None) 
             way = _interpolated if plain(pa, fa, pb, fb) else _interpolated_apart
         first, second = way(space, form, pa, fa, pb, fb, y)
     else:
-        first = add(
-            None if fa is None else form.left(fa, pb),
-            None if fb is None else form.right(pa, fb),
-        )
+        first = None if fa is None else form.left(fa, pb)
+        first = first if fb is None else form.onto(first, pa, fb)
         second = None
     if sa is not None:
         second = _plus(second, form.left(sa, pb))
@@ -310,6 +313,13 @@ class _Rows(Form):
             torch.mm(a, b[i].t(), out=out[i])
         return out
 
+    def onto(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        if total is None or not plain(total, a, b) or b.shape[1] < NARROW:
+            return super().onto(total, a, b)
+        for out, weight in zip(total, b, strict=True):
+            out.addmm_(a, weight.t())
+        return total
+
     def into(self, out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
         if keep:
             out.addmm_(a, b.t())
@@ -360,6 +370,13 @@ class _Batched(Form):
         for i in range(b.shape[0]):
             torch.bmm(a, b[i], out=out[i])
         return out
+
+    def onto(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        if total is None or not plain(total, a, b):
+            return super().onto(total, a, b)
+        for out, factor in zip(total, b, strict=True):
+            out.baddbmm_(a, factor)
+        return total
 
     def into(self, out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
         if keep:
