@@ -383,8 +383,8 @@ DERIVATIVES: dict[str, Callable[..., Derivatives]] = {
     "heaviside": _zeros,
 }
 
-# Where there are first coefficients alone: the product c f'(x) in one pass, by torch's kernels for reverse mode. For real
-# c, x and y of one shape.
+# The product c f'(x) in one pass, by torch's kernels for reverse mode: where there are first coefficients alone. For
+# real c, x and y of one shape.
 SLOPES: dict[str, Callable[..., Tensor]] = {
     "tanh": lambda c, x, y: aten.tanh_backward(c, y),
     "sigmoid": lambda c, x, y: aten.sigmoid_backward(c, y),
