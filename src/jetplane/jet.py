@@ -509,17 +509,22 @@ def multiply(space: Space, a: Any, b: Any) -> Tensor:
     y = torch.mul(pa, pb)
     ndim = y.dim()
 
-    def left(c: Tensor | None) -> Tensor | None:
-        return None if c is None else pb * lift(c, ndim)
+    def crossed(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        left = None if a is None else pb * lift(a, ndim)
+        return left if b is None else _plus_product(left, pa, lift(b, ndim))
 
-    def right(c: Tensor | None) -> Tensor | None:
-        return None if c is None else pa * lift(c, ndim)
-
-    y1 = add(left(fa), right(fb))
-    y2 = add(left(sa), right(sb))
+    y1, y2 = crossed(fa, fb), crossed(sa, sb)
     if fa is not None and fb is not None and space.order == 2:
         y2 = add(y2, symmetric(space, lift(fa, ndim), lift(fb, ndim)))
     return make(y, broadcast(y1, y.shape), broadcast(y2, y.shape), space)
+
+
+def _plus_product(total: Tensor | None, a: Any, c: Tensor) -> Tensor:
+    """``total + a * c``, in place where that is possible: the total is ours."""
+    if total is None or not (plain(total, c) and type(a) is Tensor and a.dtype == total.dtype == c.dtype):
+        return a * c if total is None else total + a * c
+    fits = torch.broadcast_shapes(total.shape, a.shape, c.shape) == total.shape
+    return total.addcmul_(a, c) if fits else total + a * c
 
 
 def _shape(x: Any) -> Sequence[int]:
