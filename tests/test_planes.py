@@ -182,6 +182,36 @@ def test_compiled_without_graph_breaks():
     torch.testing.assert_close(compiled.curvature, eager.curvature, rtol=1e-4, atol=1e-5)
 
 
+FIRST_ORDER = {
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu by tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "elu": lambda x: F.elu(x, 0.7),
+    "softplus": lambda x: F.softplus(x, 2.0, 1.5),
+    "softmax": lambda x: torch.softmax(x, 1),
+    "layer norm": lambda x: F.layer_norm(x, x.shape[1:]),
+    "affine layer norm": lambda x: F.layer_norm(x, x.shape[2:], x.sum((0, 1)), x.prod(0).sum(0)),
+    "group norm": lambda x: F.group_norm(x, 3),
+    "broadcast": lambda x: F.gelu(x[:1].expand(5, -1, -1)),
+    "transposed": lambda x: torch.softmax(F.silu(x.transpose(0, 1)), 0),
+    "product": lambda x: x * x[:, :1] * x[0, 0],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("size", [4, 6000])  # the larger in blocks
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("name", FIRST_ORDER)
+def test_first_coefficients_alone_are_those_beside_second_ones(name: str, k: int, size: int, dtype):
+    x = torch.randn(4, 6, size, dtype=torch.float64).to(dtype)
+    v = torch.randn(k, *x.shape, dtype=torch.float64).to(dtype)
+    closure = lambda: FIRST_ORDER[name](x + x.sin()).cos().mean()  # noqa: E731
+    alone, beside = (jp.evaluate(closure, [x], [v], curvature) for curvature in ("none", "hessian"))
+    assert relative(alone.slope, beside.slope) < (1e-10 if dtype == torch.float64 else 1e-2)
+
+
 @jp.loss()
 def squared(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (output - target).square().sum(1).mean()
