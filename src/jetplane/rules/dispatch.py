@@ -105,8 +105,14 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def _on_keys(func: Any, space: Space, args: Any, kwargs: dict[str, Any], original: Sequence[Any]) -> Any:
-    with _kind_of_call(func, space, (*args, *kwargs.values())) if space.gauss_newton else contextlib.nullcontext():
+    before = space.order, space.kind
+    if space.gauss_newton:
+        space.kind = _kind_of_call(func, space, (*args, *kwargs.values()))
+        space.order = 1 if space.kind == MODEL else 2
+    try:
         result = _dispatch(func, space, args, kwargs, original)
+    finally:
+        space.order, space.kind = before
     if space.examples:
         examples.follow(func, space, args, kwargs, result)
     return result
@@ -213,26 +219,18 @@ def loss() -> Iterator[None]:
         _marked.loss = before
 
 
-@contextlib.contextmanager
-def _kind_of_call(func: Any, space: Space, args: Sequence[Any]) -> Iterator[None]:
-    before = space.order, space.kind
+def _kind_of_call(func: Any, space: Space, args: Sequence[Any]) -> int:
     kinds, data = _kinds(args, space)
     if inside_loss():
-        kind = LOSS if data or kinds != {PARAMETER} else PARAMETER
-    elif LOSS in kinds:
+        return LOSS if data or kinds != {PARAMETER} else PARAMETER
+    if LOSS in kinds:
         if MODEL in kinds:
             raise DerivativeError(
                 f"{func} combines the result of a loss function with another output of the model, whose part "
                 "of the Gauss-Newton curvature is not defined; mark what makes it a loss with jetplane.loss()"
             )
-        kind = LOSS
-    else:
-        kind = MODEL if data or MODEL in kinds else PARAMETER
-    space.order, space.kind = (1 if kind == MODEL else 2), kind
-    try:
-        yield
-    finally:
-        space.order, space.kind = before
+        return LOSS
+    return MODEL if data or MODEL in kinds else PARAMETER
 
 
 def _kinds(values: Any, space: Space) -> tuple[set[int], bool]:

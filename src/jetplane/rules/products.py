@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..jet import Jet, Space, broadcast, carried, is_jet, low_rank, make, parts, plain, precise, primal
+from ..jet import Jet, Space, broadcast, carried, is_jet, linear, low_rank, make, parts, plain, precise, primal
 from ..tangents import LowRank, Stacked, Tangents
 from .registry import aten, register
 
@@ -394,10 +394,15 @@ def _(space: Space, x: Any, weight: Any, bias: Any = None) -> Tensor:
         y = torch.mv(x, weight) if x.dim() == 2 else torch.matmul(x, weight)
         return y if bias is None else torch.add(y, bias)
     lead = x.shape[:-1]
-    rows = x if x.dim() == 2 else x.reshape(lead.numel(), x.shape[-1])
+    rows = x if x.dim() == 2 else _shaped(space, x, (lead.numel(), x.shape[-1]))
     y = F.linear(primal(rows, space), primal(weight, space), primal(bias, space))
     product = bilinear(space, ROWS, rows, weight, y) if bias is None else _biased(space, rows, weight, bias, y)
-    return product if x.dim() == 2 else product.reshape(*lead, weight.shape[0])
+    return product if x.dim() == 2 else _shaped(space, product, (*lead, weight.shape[0]))
+
+
+def _shaped(space: Space, x: Any, shape: Sequence[int]) -> Tensor:
+    """Reshaped; nobody writes to what a rule makes for itself, so that it need not be known for a view."""
+    return linear(space, x, lambda p: p.reshape(shape), lambda c: c.reshape(c.shape[0], *shape))
 
 
 def _biased(space: Space, rows: Any, weight: Any, bias: Any, y: Tensor) -> Tensor:
