@@ -197,6 +197,8 @@ FIRST_ORDER = {
     "broadcast": lambda x: F.gelu(x[:1].expand(5, -1, -1)),
     "transposed": lambda x: torch.softmax(F.silu(x.transpose(0, 1)), 0),
     "product": lambda x: x * x[:, :1] * x[0, 0],
+    "transposed layer norm": lambda x: F.layer_norm(x.transpose(0, 1), (4, x.shape[2])),
+    "silu of columns": lambda x: F.silu(x.transpose(0, 2)),
 }
 
 
