@@ -375,3 +375,20 @@ def test_searches_go_down_and_leave_a_minimum_alone(rate):
 
     opt.step(rises)
     assert torch.equal(bad.detach(), torch.tensor([1.0, 2.0]).double())
+
+
+@pytest.mark.parametrize("settings", [{}, {"k": 3}, {"curvature": "hessian"}])
+def test_compiled_steps_are_those_of_eager_ones(settings, monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **k: compile(f, **k, backend="aot_eager"))
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+        opt = jp.optim.PlaneSearch(net.parameters(), net, compile=compiled, **settings)
+        losses.append(train(net, opt, 6))
+        assert opt.plane.examples is not None
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1

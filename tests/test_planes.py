@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import jetplane as jp
+from jetplane.tangents import Deferred
 from jetplane.testing import check_plane, grad_of_grad
 
 
@@ -181,6 +182,88 @@ def test_compiled_without_graph_breaks():
     torch.testing.assert_close(compiled.curvature, eager.curvature, rtol=1e-4, atol=1e-5)
 
 
+FIRST_ORDER = {
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu by tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "elu": lambda x: F.elu(x, 0.7),
+    "softplus": lambda x: F.softplus(x, 2.0, 1.5),
+    "softmax": lambda x: torch.softmax(x, 1),
+    "layer norm": lambda x: F.layer_norm(x, x.shape[1:]),
+    "affine layer norm": lambda x: F.layer_norm(x, x.shape[2:], x.sum((0, 1)), x.prod(0).sum(0)),
+    "group norm": lambda x: F.group_norm(x, 3),
+    "broadcast": lambda x: F.gelu(x[:1].expand(5, -1, -1)),
+    "transposed": lambda x: torch.softmax(F.silu(x.transpose(0, 1)), 0),
+    "product": lambda x: x * x[:, :1] * x[0, 0],
+    "transposed layer norm": lambda x: F.layer_norm(x.transpose(0, 1), (4, x.shape[2])),
+    "silu of columns": lambda x: F.silu(x.transpose(0, 2)),
+}
+
+
+@pytest.mark.parametrize("size", [4, 6000])  # the larger in blocks
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("name", FIRST_ORDER)
+def test_first_coefficients_alone_are_those_beside_second_ones(name: str, k: int, size: int):
+    x, v = torch.randn(4, 6, size, dtype=torch.float64), torch.randn(k, 4, 6, size, dtype=torch.float64)
+    closure = lambda: FIRST_ORDER[name](x + x.sin()).cos().mean()  # noqa: E731
+    alone, beside = (jp.evaluate(closure, [x], [v], curvature) for curvature in ("none", "hessian"))
+    assert relative(alone.slope, beside.slope) < 1e-10
+
+
+@jp.loss()
+def squared(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (output - target).square().sum(1).mean()
+
+
+def marked(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    with jp.loss():
+        return (output - target).square().exp().mean()
+
+
+CROSS_ENTROPY = nn.CrossEntropyLoss(label_smoothing=0.1)
+LOSSES = {
+    "cross_entropy": lambda out, w: F.cross_entropy(out, out.detach().argmax(1).flip(0), w.new_ones(3), ignore_index=1),
+    "a module": lambda out, w: CROSS_ENTROPY(out, out.detach().argmax(1).flip(0)),
+    "binary": lambda out, w: F.binary_cross_entropy_with_logits(out, torch.ones_like(out), reduction="sum"),
+    "unreduced": lambda out, w: F.mse_loss(out, torch.ones_like(out), reduction="none").sum(1).exp().mean(),
+    "decorated": lambda out, w: squared(out, torch.ones_like(out)),
+    "in a context": lambda out, w: marked(out, torch.ones_like(out)),
+    "two terms": lambda out, w: F.huber_loss(out, 2 * torch.ones_like(out)) + 3 * squared(out, torch.ones_like(out)),
+    "a regularizer": lambda out, w: F.mse_loss(out, torch.ones_like(out)) + 0.1 * w.square().sum() + w.exp().mean(),
+    "of a parameter": lambda out, w: F.mse_loss(w.t(), torch.ones_like(w.t())) + squared(out, torch.ones_like(out)),
+}
+
+
+@pytest.mark.parametrize("tangents", ["dense", "rank-one"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiled_gauss_newton_is_the_eager_one(name: str, tangents):
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    params = list(net.parameters())
+    drawn = [jp.Directions(3, tangents=tangents).structured(i, p) for i, p in enumerate(params)]
+    given = [t.formed() if isinstance(t, Deferred) else t for t in drawn]
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    program = torch.compile(jp.evaluate, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        x = torch.randn(16, 5)
+        loss = lambda x=x: LOSSES[name](net(x), params[0])  # noqa: E731
+        eager = jp.evaluate(loss, params, given, "ggn", examples=True)
+        compiled = program(loss, params, given, "ggn", examples=True)
+        for part in ("value", "slope", "curvature", "examples"):
+            a, b = getattr(compiled, part), getattr(eager, part)
+            assert (a is None) == (b is None) and (a is None or relative(a, b) < 1e-6), part
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+
+
+def test_compiled_gauss_newton_needs_a_loss_function():
+    case = build("mlp tanh", torch.float32)
+    program = torch.compile(jp.evaluate, fullgraph=True, backend="aot_eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"LossError.*jetplane\.loss"):
+        program(lambda: case.module(torch.ones(2, 6)).square().mean(), case.params, case.tangents(2), "ggn")
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
 def test_half_precision_is_finite_and_accumulates_in_single(dtype, bound):
     net = nn.Sequential(nn.Linear(16, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU())
@@ -196,7 +279,8 @@ def test_half_precision_is_finite_and_accumulates_in_single(dtype, bound):
     )
     expected = grad_of_grad(closure, double, [t.double() for t in tangents])
     assert found.slope.dtype == found.curvature.dtype == torch.float32
-    assert relative(found.slope, expected.slope) < bound
+    alone = jp.evaluate(lambda: F.cross_entropy(net(x), y), params, tangents, curvature="none")
+    assert relative(found.slope, expected.slope) < bound and relative(alone.slope, expected.slope) < bound
     assert relative(found.curvature, expected.curvature) < bound
 
 

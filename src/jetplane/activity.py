@@ -542,8 +542,7 @@ def _slopes(site: _Site, closure: Closure) -> Tensor | None:
     """Slopes (rows, samples) of the examples along a layer's noise; None if the loss does not depend on it."""
     slopes = []
     for samples in _split(site.share):
-        with rehearsal(), torch.inference_mode(), expansion(len(samples), 1, 1) as space:
-            space.examples = True
+        with rehearsal(), torch.inference_mode(), expansion(len(samples), 1, 1, examples=True) as space:
 
             def perturb(module: nn.Module, call: int, x: Any, y: Any, space: Space = space, samples: range = samples):
                 at, first, _ = parts(y, space)

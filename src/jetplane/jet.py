@@ -30,7 +30,9 @@ from .tangents import Deferred, LowRank, Tangents
 PARAMETER, MODEL, LOSS = 0, 1, 2  # kinds of jets: see Space.gauss_newton
 
 
-Key = tuple[int, int, int, int]  # k, block, order, level of a space
+LOST = torch.empty(0)  # the examples of a jet that stands for a sum over them, but no longer tells which
+
+Key = tuple[int, int, int, int, bool, bool]  # k, block, order, level, gauss_newton and examples of a space
 
 
 @dataclass(eq=False)
@@ -60,16 +62,16 @@ class Space:
     order: int = 2
     level: int = 0
     gauss_newton: bool = False
+    examples: bool = False
     kind: int = PARAMETER
     keys: tuple[Any, Any] | None = None
     operator: str = ""
     formed: dict[str, int] = field(default_factory=dict)
-    examples: bool = False
 
     @property
     def key(self) -> Key:
         """What a compiler may hold of a space: plain numbers."""
-        return self.k, self.block, self.order, self.level
+        return self.k, self.block, self.order, self.level, self.gauss_newton, self.examples
 
     @staticmethod
     @functools.cache
@@ -134,6 +136,7 @@ class Jet(torch.Tensor):
         base: Jet | None = None,
         left: Tensor | None = None,
         right: Tensor | None = None,
+        kind: int | None = None,
     ) -> Jet:
         return torch.Tensor._make_wrapper_subclass(
             cls,
@@ -153,6 +156,7 @@ class Jet(torch.Tensor):
         base: Jet | None = None,
         left: Tensor | None = None,
         right: Tensor | None = None,
+        kind: int | None = None,
     ) -> None:
         if left is not None and right is not None:  # compiled code passes tensors alone
             first = LowRank(left, right, primal.shape)
@@ -164,21 +168,30 @@ class Jet(torch.Tensor):
         self.base = base  # the jet whose storage a view looks into
         self.version = 0 if base is None else base.version
         self.is_seed = False
-        self.kind = space.kind
+        self.kind = space.kind if kind is None else kind
         self.examples = None
 
-    def __tensor_flatten__(self) -> tuple[list[str], Key]:
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Key, int]]:
+        meta = self.space.key, self.kind
         if isinstance(self.first, LowRank):
-            return ["primal", "left", "right"], self.space.key
+            return ["primal", "left", "right"], meta
         parts(self, self.space)  # a compiler sees coefficients as they are now
-        return [n for n in ("primal", "first", "second") if getattr(self, n) is not None], self.space.key
+        known = self.examples is not None and self.examples is not LOST
+        held = [n for n in ("primal", "first", "second") if getattr(self, n) is not None]
+        return [*held, "examples"] if known else held, meta
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> Jet:
-        primal = inner["primal"]
-        if "left" in inner:
-            return Jet(primal, None, None, meta, None, inner["left"], inner["right"])
-        return Jet(primal, inner.get("first"), inner.get("second"), meta)
+    def __tensor_unflatten__(inner: dict[str, Tensor], meta: tuple[Key, int], size: Any, stride: Any) -> Jet:
+        key, kind = meta
+        first, second, left, right = (inner.get(name) for name in ("first", "second", "left", "right"))
+        jet = Jet(inner["primal"], first, second, key, None, left, right, kind)
+        jet.examples = inner.get("examples")
+        return jet
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether the first coefficients are low-rank tangents; a compiler cannot look at those themselves."""
+        return isinstance(self.first, LowRank)
 
     @property
     def left(self) -> Tensor:
@@ -496,17 +509,22 @@ def multiply(space: Space, a: Any, b: Any) -> Tensor:
     y = torch.mul(pa, pb)
     ndim = y.dim()
 
-    def left(c: Tensor | None) -> Tensor | None:
-        return None if c is None else pb * lift(c, ndim)
+    def crossed(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        left = None if a is None else pb * lift(a, ndim)
+        return left if b is None else _plus_product(left, pa, lift(b, ndim))
 
-    def right(c: Tensor | None) -> Tensor | None:
-        return None if c is None else pa * lift(c, ndim)
-
-    y1 = add(left(fa), right(fb))
-    y2 = add(left(sa), right(sb))
+    y1, y2 = crossed(fa, fb), crossed(sa, sb)
     if fa is not None and fb is not None and space.order == 2:
         y2 = add(y2, symmetric(space, lift(fa, ndim), lift(fb, ndim)))
     return make(y, broadcast(y1, y.shape), broadcast(y2, y.shape), space)
+
+
+def _plus_product(total: Tensor | None, a: Any, c: Tensor) -> Tensor:
+    """``total + a * c``, in place where that is possible: the total is ours."""
+    if total is None or not (plain(total, c) and type(a) is Tensor and a.dtype == total.dtype == c.dtype):
+        return a * c if total is None else total + a * c
+    fits = torch.broadcast_shapes(total.shape, a.shape, c.shape) == total.shape
+    return total.addcmul_(a, c) if fits else total + a * c
 
 
 def _shape(x: Any) -> Sequence[int]:

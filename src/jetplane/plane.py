@@ -39,16 +39,22 @@ from .errors import (
     UnusedParametersError,
     located,
 )
-from .jet import MODEL, PARAMETER, Jet, Space, any_promoted, carried, forget_promoted, parts, promoted
+from .jet import LOSS, MODEL, PARAMETER, Jet, Space, any_promoted, carried, forget_promoted, parts, promoted
 from .replay import rehearsal
 from .rules.custom import intercept_functions
+from .rules.dispatch import inside_loss
 from .rules.dispatch import loss as mark_loss
 from .rules.examples import known
+from .rules.losses import cross_entropy_whole
 from .tangents import Deferred, LowRank, Stacked, Tangents
 
 Pairs = Literal["all", "diagonal"] | int
 KEPT = 1 << 26  # bytes of drawn tangents that are kept for the next operator, or the update, that asks for them
 Curvature = Literal["hessian", "ggn", "none"]
+NO_LOSS = (
+    "curvature='ggn' met no loss function: it needs one of torch.nn.functional's losses on the way to the result, or "
+    "your own marked with jetplane.loss(), as a decorator or in a with statement"
+)
 
 _active = threading.local()  # depth: how many evaluations are under way in this thread
 
@@ -117,10 +123,10 @@ class PlaneModel:
 
 
 @contextlib.contextmanager
-def expansion(k: int, block: int, order: int, gauss_newton: bool = False) -> Iterator[Space]:
+def expansion(k: int, block: int, order: int, gauss_newton: bool = False, examples: bool = False) -> Iterator[Space]:
     """The space of one evaluation; evaluations inside of it get a higher level."""
     depth = getattr(_active, "depth", 0) + 1
-    space = Space(k, block, order, depth, gauss_newton)
+    space = Space(k, block, order, depth, gauss_newton, examples)
     # A dispatch mode around the evaluation is off while it handles a call, and so must its key be.
     include = torch._C._dispatch_tls_local_include_set().remove(torch._C.DispatchKey.Python)
     include = include.remove(torch._C.DispatchKey.PythonTLSSnapshot)
@@ -313,9 +319,9 @@ def evaluate(
     if curvature == "none":
         pairs, block = "diagonal", 1  # there are none
     if torch.compiler.is_compiling():
-        if chunk is not None or examples:
-            raise ArgumentError("chunk= and examples=True cannot be compiled; compile the evaluation of one chunk")
-        return _traced(closure, params, drawn, curvature, pairs)
+        if chunk is not None:
+            raise ArgumentError("chunk= cannot be compiled; compile the evaluation of one chunk")
+        return _traced(closure, params, drawn, curvature, pairs, examples)
 
     def at_once(chosen: AbstractDirections) -> PlaneModel:
         return _at_once(closure, params, chosen, curvature, pairs, examples)
@@ -371,8 +377,7 @@ def _at_once(
 ) -> PlaneModel:
     order = 2 if curvature == "hessian" else 1
     block = _block(pairs, drawn.k)
-    with torch.inference_mode(), expansion(drawn.k, block, order, curvature == "ggn") as space:
-        space.examples = examples
+    with torch.inference_mode(), expansion(drawn.k, block, order, curvature == "ggn", examples) as space:
         mode = Interception(space, {})
         for i, p in enumerate(params):
             _plant(mode, p, i, drawn, p)
@@ -391,14 +396,27 @@ def _at_once(
 class _Seeding(TorchFunctionMode):
     """What is left of `Interception` in compiled code: parameters become jets."""
 
-    def __init__(self, jets: dict[int, Jet], kind: type) -> None:
+    def __init__(self, jets: dict[int, Jet], kind: type, space: Space) -> None:
         super().__init__()
         self.jets = jets
         self.kind = kind  # of the parameters: whoever asks for the identity of data recompiles for each batch
+        self.space = space
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map(self._seeded, (args, kwargs or {}))
+        if self.space.gauss_newton and (func in _LOSSES or inside_loss()):
+            # Operators meet the jets after the user's code has run: what enters a loss must say so itself.
+            args, kwargs = tree_map(self._entering, (args, kwargs))
+        if func is F.cross_entropy:
+            func = cross_entropy_whole
         return func(*args, **kwargs)
+
+    def _entering(self, x: Any) -> Any:
+        if not isinstance(x, Jet) or x.kind == LOSS:
+            return x
+        if x.has_factors:
+            return Jet(x.primal, None, None, self.space.key, None, x.left, x.right, LOSS)
+        return Jet(x.primal, x.first, x.second, self.space.key, None, None, None, LOSS)
 
     def _seeded(self, x: Any) -> Any:
         return self.jets.get(id(x), x) if isinstance(x, self.kind) else x
@@ -410,11 +428,11 @@ def _traced(
     drawn: AbstractDirections,
     curvature: Curvature,
     pairs: Pairs,
+    examples: bool,
 ) -> PlaneModel:
     """`evaluate` as a compiler can follow it: jets are made in the graph, and nothing is checked."""
-    if curvature == "ggn":
-        raise ArgumentError("curvature='ggn' cannot be compiled; use 'hessian' or 'none', or run it eagerly")
-    space = Space(drawn.k, _block(pairs, drawn.k), 2 if curvature == "hessian" else 1, 1)
+    order = 2 if curvature == "hessian" else 1
+    space = Space(drawn.k, _block(pairs, drawn.k), order, 1, curvature == "ggn", examples)
     key = space.key
     with torch.no_grad():
         jets = {}
@@ -428,14 +446,17 @@ def _traced(
             elif tangents is not None:
                 jets[id(p)] = Jet(p.detach(), tangents.to(carried(p.dtype)), None, key)
         kind = torch.nn.Parameter if all(isinstance(p, torch.nn.Parameter) for p in params) else Tensor
-        with _Seeding(jets, kind):
+        with _Seeding(jets, kind, space):
             loss = closure()
+        if curvature == "ggn" and loss.kind == MODEL:  # type: ignore[attr-defined]
+            raise LossError(NO_LOSS)
         value, first, second = loss.primal, loss.first, loss.second  # type: ignore[attr-defined]
+        apart = loss.examples if examples else None  # type: ignore[attr-defined]
         if curvature == "none":
-            return PlaneModel(value, first, None)
+            return PlaneModel(value, first, None, apart)
         if second is None:
             second = value.new_zeros(space.pairs)
-        return PlaneModel(value, first, _matrix(second, space, pairs))
+        return PlaneModel(value, first, _matrix(second, space, pairs), apart)
 
 
 def _plant(mode: Interception, param: Tensor, index: int, drawn: AbstractDirections, like: Tensor) -> None:
@@ -491,10 +512,7 @@ def _scalar_parts(loss: Any, space: Space, touched: bool) -> tuple[Tensor, Tenso
         )
     value, first, second = parts(loss, space)
     if space.gauss_newton and loss.kind == MODEL:
-        raise LossError(
-            "curvature='ggn' met no loss function: it needs one of torch.nn.functional's losses on the way "
-            "to the result, or your own marked with jetplane.loss(), as a decorator or in a with statement"
-        )
+        raise LossError(NO_LOSS)
     return (
         value.reshape(()),
         None if first is None else first.reshape(space.k),
@@ -507,9 +525,9 @@ def _matrix(second: Tensor, space: Space, pairs: Pairs) -> Tensor:
     if pairs == "diagonal":
         return second
     b = space.block
-    rows = torch.triu_indices(b, b, device=second.device)
-    index = torch.empty((b, b), dtype=torch.long, device=second.device)
-    index[rows[0], rows[1]] = index[rows[1], rows[0]] = torch.arange(space.plane_pairs, device=second.device)
+    i = torch.arange(b, device=second.device)
+    low, high = torch.minimum(i[:, None], i), torch.maximum(i[:, None], i)
+    index = low * (2 * b - 1 - low) // 2 + high  # where the pair is among those of a plane
     full = second.reshape(space.planes, space.plane_pairs, *second.shape[1:])[:, index]
     return full[0] if pairs == "all" else full
 

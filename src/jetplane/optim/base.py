@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,9 +16,10 @@ from ..descent import Descent
 from ..directions import AbstractDirections, Directions, HeldDirections, Structure
 from ..distributed import Layout, Ranks
 from ..errors import ArgumentError, DeviceError, DTypeError, NonFiniteError, ShapeError
-from ..plane import KEPT, Pairs, PlaneModel, evaluate, finished
+from ..plane import KEPT, Curvature, Pairs, PlaneModel, evaluate, finished
+from ..rules.examples import checked
 from ..search import clipped
-from ..tangents import Deferred
+from ..tangents import Deferred, Stacked
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Moving = list[tuple[Tensor, dict[str, Any], int]]  # parameters that may move, their groups and places
@@ -79,9 +80,9 @@ class PlaneOptimizer(torch.optim.Optimizer):
         self._check_size(self._moving())
         self._check_sharding(p for p, _, _ in self._moving())
 
-    # Of compiled steps: the program, the parameters that it knows, and those of them that the loss uses.
+    # Of compiled steps: the program, for how many directions of which parameters, and those that the loss uses.
     _program: Any = None
-    _known: frozenset[int] = frozenset()
+    _known: tuple[int, frozenset[int]] = 0, frozenset()
     _used: frozenset[int] = frozenset()
 
     @property
@@ -238,9 +239,16 @@ class PlaneOptimizer(torch.optim.Optimizer):
         needs = self.descent.needs
         curvature = "none" if needs == "none" else "hessian"
         pairs = "all" if needs == "all" and self.planes == 1 else self.k if needs == "all" else "diagonal"
-        known = frozenset(id(p) for p in params)
+        return self._plane(closure, params, directions, curvature, pairs)
+
+    def _plane(
+        self, closure: Closure, params: list[Tensor], directions: AbstractDirections, curvature: Curvature,
+        pairs: Pairs = "all", examples: bool = False,
+    ) -> PlaneModel:  # fmt: skip
+        """`evaluate`, by a compiled program where there is one."""
+        known = directions.k, frozenset(id(p) for p in params)
         if not self.compile or known != self._known:
-            plane = evaluate(closure, params, directions, curvature, pairs, chunk=self.chunk)
+            plane = evaluate(closure, params, directions, curvature, pairs, examples=examples, chunk=self.chunk)
             if self.compile and isinstance(directions, HeldDirections):  # an eager step shows what the loss uses
                 self._known, self._used = known, frozenset(id(params[i]) for i in directions.used)
             return plane
@@ -248,8 +256,10 @@ class PlaneOptimizer(torch.optim.Optimizer):
             self._program = torch.compile(evaluate, fullgraph=True)
         used = [i for i, p in enumerate(params) if id(p) in self._used]
         along = [directions.structured(i, params[i]) for i in used]
-        along = [t.formed() if isinstance(t, Deferred) else t for t in along]
-        return finished(self._program(closure, [params[i] for i in used], along, curvature, pairs))
+        along = [t.formed() if isinstance(t, (Deferred, Stacked)) else t for t in along]
+        moved = [params[i] for i in used]
+        plane = finished(self._program(closure, moved, along, curvature, pairs, examples=examples))
+        return replace(plane, examples=checked(plane.examples, plane.slope))
 
     def _coefficients(self, plane: PlaneModel) -> Tensor:
         slope = plane.slope

@@ -27,7 +27,7 @@ from ..distributed import Layout
 from ..errors import ArgumentError, DTypeError, ShapeError
 from ..feedback import Feedback
 from ..laws import key
-from ..plane import KEPT, Curvature, PlaneModel, evaluate
+from ..plane import KEPT, Curvature, PlaneModel
 from ..replay import RandomState, random_state, rehearsal
 from ..search import ExactLine, Line, NoiseAware, Proposal, Search, Whole
 from .base import STATE, Chunk, Closure, Moving, Params, PlaneOptimizer
@@ -104,6 +104,8 @@ class PlaneSearch(PlaneOptimizer):
             curvature is evaluated at once. It pays with "hessian", whose cost grows with the square of the number of
             directions; "ggn" costs little beside the slope.
         chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`.
+        compile: evaluate the plane as one compiled graph (`torch.compile`, ``fullgraph=True``), from the third step
+            on, when as many directions are remembered as ever will be. The other passes of a step run eagerly.
         process_group: processes that step together, each with its shard of the batch, or a `DeviceMesh`; see
             `jetplane.distributed`. A step sends a few numbers for each pair of the plane's directions and, with
             ``model``, the estimate of the gradient as well: 4 bytes a parameter. A ``guess`` must be the same on all.
@@ -138,7 +140,7 @@ class PlaneSearch(PlaneOptimizer):
         scaled: bool = True, previous: bool = True, passes: float = 8.0, guess: Guess | None = None,
         clip: float | None = None, weight_decay: float = 0.0, seed: int = 0,
         chunk: Chunk = None, rank: int | None = None, density: float | None = None, orthogonal: bool = False,
-        preconditioned: bool = False, every: int = 1,
+        preconditioned: bool = False, every: int = 1, compile: bool = False,
         process_group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:  # fmt: skip
         if k == 0 and model is None:
@@ -173,7 +175,7 @@ class PlaneSearch(PlaneOptimizer):
         lr = rate if isinstance(rate, (int, float)) else 1.0
         super().__init__(
             params, lr, k or 1, law, tangents, clip=clip, weight_decay=weight_decay, seed=seed, chunk=chunk,
-            rank=rank, density=density, process_group=process_group,
+            rank=rank, density=density, compile=compile, process_group=process_group,
         )  # fmt: skip
         if k is None:
             k = 0 if model is not None else min(DRAWN, sum(p.numel() for p, _, _ in self._moving()))
@@ -267,7 +269,7 @@ class PlaneSearch(PlaneOptimizer):
         last = own.get("curvature")
         stale = last is None or own["step"] % self.every == 0 or len(last) != directions.k
         curvature: Curvature = self.curvature if stale else "none"
-        plane = evaluate(closure, params, directions, curvature, examples=self.search.examples, chunk=self.chunk)
+        plane = self._plane(closure, params, directions, curvature, examples=self.search.examples)
         return plane if stale else replace(plane, curvature=last)
 
     # --- the step ----------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ names it. In-place and ``out=`` variants are their functional counterpart and on
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -105,8 +105,14 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def _on_keys(func: Any, space: Space, args: Any, kwargs: dict[str, Any], original: Sequence[Any]) -> Any:
-    with _kind_of_call(func, space, (*args, *kwargs.values())) if space.gauss_newton else contextlib.nullcontext():
+    before = space.order, space.kind
+    if space.gauss_newton:
+        space.kind = _kind_of_call(func, space, (*args, *kwargs.values()))
+        space.order = 1 if space.kind == MODEL else 2
+    try:
         result = _dispatch(func, space, args, kwargs, original)
+    finally:
+        space.order, space.kind = before
     if space.examples:
         examples.follow(func, space, args, kwargs, result)
     return result
@@ -182,7 +188,12 @@ def _may_alias(func: Any) -> bool:
 
 # --- Gauss-Newton: which operators make second coefficients -----------------------------------------
 
-_inside_loss: contextvars.ContextVar[bool] = contextvars.ContextVar("jetplane_loss", default=False)
+_marked = threading.local()  # not a context variable, which compilers cannot follow
+
+
+def inside_loss() -> bool:
+    """Whether the code that runs is marked as a loss function."""
+    return getattr(_marked, "loss", False)
 
 
 @contextlib.contextmanager
@@ -200,33 +211,26 @@ def loss() -> Iterator[None]:
     >>> jp.evaluate(lambda: squared(w * x, 1.0), [w], [torch.ones(1, 1)], curvature="ggn").curvature
     tensor([[18.]])
     """
-    token = _inside_loss.set(True)
+    before = inside_loss()
+    _marked.loss = True
     try:
         yield
     finally:
-        _inside_loss.reset(token)
+        _marked.loss = before
 
 
-@contextlib.contextmanager
-def _kind_of_call(func: Any, space: Space, args: Sequence[Any]) -> Iterator[None]:
-    before = space.order, space.kind
+def _kind_of_call(func: Any, space: Space, args: Sequence[Any]) -> int:
     kinds, data = _kinds(args, space)
-    if _inside_loss.get():
-        kind = LOSS if data or kinds != {PARAMETER} else PARAMETER
-    elif LOSS in kinds:
+    if inside_loss():
+        return LOSS if data or kinds != {PARAMETER} else PARAMETER
+    if LOSS in kinds:
         if MODEL in kinds:
             raise DerivativeError(
                 f"{func} combines the result of a loss function with another output of the model, whose part "
                 "of the Gauss-Newton curvature is not defined; mark what makes it a loss with jetplane.loss()"
             )
-        kind = LOSS
-    else:
-        kind = MODEL if data or MODEL in kinds else PARAMETER
-    space.order, space.kind = (1 if kind == MODEL else 2), kind
-    try:
-        yield
-    finally:
-        space.order, space.kind = before
+        return LOSS
+    return MODEL if data or MODEL in kinds else PARAMETER
 
 
 def _kinds(values: Any, space: Space) -> tuple[set[int], bool]:

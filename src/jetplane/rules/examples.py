@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..jet import LOSS, PARAMETER, Jet, Space, is_jet, parts, promoted
-
-LOST = torch.empty(0)  # the examples of a jet that stands for a sum over them, but no longer tells which
+from ..jet import LOSS, LOST, PARAMETER, Jet, Space, is_jet, parts, promoted
 
 # Operators under which one element stays what it is.
 SAME = {
@@ -103,7 +101,12 @@ def known(loss: Any, slope: Tensor) -> Tensor | None:
     """The examples' parts of an evaluated loss, if they are known and add up to its slope."""
     jet = promoted(loss)
     examples = (loss if jet is None else jet).examples
-    if examples is None or examples is LOST:
+    return None if examples is LOST else checked(examples, slope)
+
+
+def checked(examples: Tensor | None, slope: Tensor) -> Tensor | None:
+    """The examples' parts, if they add up to the slope."""
+    if examples is None:
         return None
     rounding = 64 * torch.finfo(examples.dtype).eps * examples.abs().sum(0)
     return examples if bool(((examples.sum(0) - slope).abs() <= rounding + 1e-30).all()) else None

@@ -6,15 +6,17 @@ curvature ``sum(l' x_ij) + sum(l'' x_i x_j)``, a matrix-vector product and a Gra
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..jet import Jet, Space, add, chain, gram, is_jet, make, parts, precise, primal
+from ..jet import Jet, Space, add, chain, gram, is_jet, make, parts, plain, precise, primal
 from ..tangents import Tangents
 from . import examples
-from .registry import aten, register
+from .registry import RULES, aten, register
 
 NONE, MEAN, SUM = 0, 1, 2
 
@@ -33,7 +35,11 @@ def reduce(y: Any, reduction: int) -> Any:
 
 def weighted(c: Tensor | None, weight: Tensor) -> Tensor | None:
     """``sum(weight * c_n)`` for each tensor of a stack."""
-    return None if c is None else c.reshape(c.shape[0], -1) @ weight.reshape(-1).to(c.dtype)
+    return None if c is None else _summed(c, weight)
+
+
+def _summed(c: Tensor, weight: Tensor) -> Tensor:
+    return c.reshape(c.shape[0], -1) @ weight.reshape(-1).to(c.dtype)
 
 
 def summed_chain(space: Space, x: Any, y: Tensor, d1: Tensor, d2: Tensor | None, reduction: int) -> Any:
@@ -155,7 +161,7 @@ def _(space: Space, x: Any, target: Tensor, weight: Any, reduction: int, ignore_
 
 
 @register("cross_entropy_loss")
-def _(
+def _cross_entropy(
     space: Space,
     x: Any,
     target: Any,
@@ -169,19 +175,87 @@ def _(
     dim = 0 if x.dim() == 1 else 1
     p, first, second = parts(x, space)
     dtype, p = p.dtype, precise(p)
-    goal, mass = _goal(p, target, weight, reduction, ignore_index, label_smoothing, dim)
+    goal = _goal(p, target, weight, reduction, ignore_index, label_smoothing, dim)
+    mass = goal.mass
     z = torch.log_softmax(p, dim)
-    y = torch.exp(z)
-    loss = -(goal * torch.where(goal == 0, 0, z)).sum()
-    heavy = y * mass
-    d1 = heavy - goal
-    curvature = weighted(second, d1)
-    if first is not None and space.order == 2:
-        mean = (first * y).sum(dim + 1, keepdim=True)
-        own = gram(space, first * heavy, first) - gram(space, mean * mass, mean)
-        curvature = add(curvature, own)
-    made = make(loss.to(dtype), weighted(first, d1), curvature, space)
+    loss = goal.loss(z)
+    heavy = z.exp_().mul_(mass) if plain(z, mass) else torch.exp(z) * mass
+    slope = curvature = None
+    if first is not None:
+        weighed = first * heavy
+        mean = weighed.sum(dim + 1, keepdim=True)  # times the mass
+        slope = mean.flatten(1).sum(1) - goal.along(first)
+        if space.order == 2:
+            inverse = torch.where(mass == 0, 0, 1 / mass)
+            curvature = gram(space, weighed, first) - gram(space, mean * inverse, mean)
+    if second is None and not space.examples:
+        return make(loss.to(dtype), slope, curvature, space)
+    d1 = heavy - goal.formed(p)
+    made = make(loss.to(dtype), slope, add(curvature, weighted(second, d1)), space)
     return examples.keep(space, made, first, d1) if p.dim() > 1 else made
+
+
+# A compiler breaks aten's operator up before a jet meets it. This one stays whole, and jets alone meet it.
+_library = torch.library.Library("jetplane", "DEF")
+_library.define(
+    "cross_entropy(Tensor x, Tensor target, Tensor? weight, int reduction, SymInt ignore_index, float smoothing)"
+    " -> Tensor"
+)
+WHOLE = torch.ops.jetplane.cross_entropy.default
+RULES[WHOLE] = _cross_entropy
+
+
+def cross_entropy_whole(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """`torch.nn.functional.cross_entropy` in code that is being compiled."""
+    if not isinstance(input, Jet) or isinstance(weight, Jet) or size_average is not None or reduce is not None:
+        return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    how = {"none": NONE, "mean": MEAN, "sum": SUM}[reduction]
+    return WHOLE(input, target, weight, how, ignore_index, label_smoothing)
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """The goal of a cross entropy ``-sum(goal * log_softmax)``.
+
+    Attributes:
+        dim: the dimension of classes.
+        mass: sums over classes, which stay as a dimension of size 1.
+        given: the goal, of the logits' shape, or where all of the mass is at one class the ``labels``, of the shape
+            of ``mass``.
+    """
+
+    dim: int
+    mass: Tensor
+    given: Tensor | None = None
+    labels: Tensor | None = None
+
+    def along(self, stack: Tensor) -> Tensor:
+        """``sum(goal * c)`` for each tensor c of a stack."""
+        if self.labels is None:
+            return _summed(stack, self.formed(stack[0]))
+        return _summed(stack.gather(self.dim + 1, self.labels.expand(len(stack), *self.labels.shape)), self.mass)
+
+    def loss(self, z: Tensor) -> Tensor:
+        """``-sum(goal * z)``; where the goal is zero z may be infinite."""
+        goal, z = (self.given, z) if self.labels is None else (self.mass, z.gather(self.dim, self.labels))
+        assert goal is not None
+        return -(goal * torch.where(goal == 0, 0, z)).sum()
+
+    def formed(self, like: Tensor) -> Tensor:
+        """The goal, in the shape of the logits."""
+        if self.given is not None:
+            return self.given
+        assert self.labels is not None
+        return torch.zeros_like(like).scatter_(self.dim, self.labels, self.mass)
 
 
 def _goal(
@@ -192,8 +266,7 @@ def _goal(
     ignore_index: int,
     smoothing: float,
     dim: int,
-) -> tuple[Tensor, Tensor]:
-    """The loss as ``-sum(goal * log_softmax)``: the goal, of the logits' shape, and its sum over classes."""
+) -> _Goal:
     classes = p.shape[dim]
     shape = [1] * p.dim()
     shape[dim] = classes
@@ -203,7 +276,7 @@ def _goal(
         goal = goal if per_class is None else goal * per_class
         if reduction == MEAN:
             goal = goal / max(p.numel() // classes, 1)
-        return goal, goal.sum(dim, keepdim=True)
+        return _Goal(dim, goal.sum(dim, keepdim=True), goal)
     kept = target != ignore_index
     labels = torch.where(kept, target, 0)
     share = kept.to(p.dtype)
@@ -211,11 +284,13 @@ def _goal(
     if reduction == MEAN:
         total = hard.sum()
         share, hard = share / total, hard / total
-    goal = torch.zeros_like(p).scatter_(dim, labels.unsqueeze(dim), hard.unsqueeze(dim) * (1 - smoothing))
-    if smoothing:
-        spread = share.unsqueeze(dim) * (smoothing / classes)
-        goal = goal + (spread if per_class is None else spread * per_class)
-    return goal, goal.sum(dim, keepdim=True)
+    labels = labels.unsqueeze(dim)
+    at_labels = _Goal(dim, hard.unsqueeze(dim), labels=labels)
+    if not smoothing:
+        return at_labels
+    spread = share.unsqueeze(dim) * (smoothing / classes)
+    goal = at_labels.formed(p) * (1 - smoothing) + (spread if per_class is None else spread * per_class)
+    return _Goal(dim, goal.sum(dim, keepdim=True), goal)
 
 
 def _composed_cross_entropy(
@@ -232,7 +307,7 @@ def _composed_cross_entropy(
         w = primal(weight, space)
         if is_jet(weight, space):
             return NotImplemented
-        goal, _ = _goal(p, t, w, reduction, ignore_index, smoothing, dim)
+        goal = _goal(p, t, w, reduction, ignore_index, smoothing, dim).formed(p)
         y = torch.neg(torch.mul(goal, z)).sum(dim)
         return reduce(y, SUM if reduction != NONE else NONE)
     shape = [1] * p.dim()

@@ -9,7 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..jet import Space, add, chain, make, multiply, outer, parts, plain, precise, primal, symmetric
+from ..jet import (
+    Space,
+    add,
+    broadcast,
+    chain,
+    is_jet,
+    lift,
+    make,
+    multiply,
+    outer,
+    parts,
+    plain,
+    precise,
+    primal,
+    symmetric,
+)
 from .registry import aten, register
 from .structure import up
 
@@ -45,6 +60,13 @@ def _(space: Space, x: Any, dim: int, dtype: Any = None) -> Tensor:
     if p.dim() == 0:
         return torch.ones_like(p)
     y = torch.softmax(precise(p), dim)
+    _, first, second = parts(x, space)
+    if second is None and space.order == 1 and first is not None and plain(y, first):
+        # The Jacobian is symmetric, so that what reverse mode multiplies by serves forward mode.
+        y1 = first.new_empty(first.shape)  # contiguous: the kernel writes as if it were (torch 2.13)
+        for c, out in zip(first, y1, strict=True):
+            aten._softmax_backward_data.out(c, y, dim, y.dtype, grad_input=out)
+        return make(y.to(p.dtype), y1, None, space)
     a, t = _centred(space, x, y, dim)
     return make(y.to(p.dtype), None if a is None else a * y, None if t is None else _times(t, y), space)
 
@@ -99,9 +121,18 @@ def standardize(space: Space, x: Any, dims: Sequence[int], eps: float) -> Tensor
     p, first, second = parts(x, space)
     dtype, p = p.dtype, precise(p)
     over = list(dims)  # negative, so that they serve tensors and stacks alike
-    c0 = p - p.mean(over, keepdim=True)
-    r = torch.rsqrt((c0 * c0).mean(over, keepdim=True) + eps)
-    y = c0 * r
+    if plain(p) and over == list(range(-len(over), 0)):
+        shape = p.shape[over[0] :]
+        y, mean, r = torch.native_layer_norm(p, shape, None, None, eps)
+        if first is not None and plain(first) and second is None and space.order == 1:
+            y1 = torch.empty_like(first)
+            for c, out in zip(first, y1, strict=True):  # symmetric as softmax
+                out.copy_(aten.native_layer_norm_backward(c, p, shape, mean, r, None, None, [True, False, False])[0])
+            return make(y.to(dtype), y1, None, space)
+    else:
+        c0 = p - p.mean(over, keepdim=True)
+        r = torch.rsqrt((c0 * c0).mean(over, keepdim=True) + eps)
+        y = c0 * r
     c1 = None if first is None else first - first.mean(over, keepdim=True)
     c2 = None if second is None else second - second.mean(over, keepdim=True)
     # with u = y r: v_i / 2 = mean(c0 c_i), r_i / r = -mean(u c_i)
@@ -136,7 +167,16 @@ def _minus_symmetric(space: Space, into: Tensor | None, a: Tensor, b: Tensor) ->
 def _affine(space: Space, y: Any, weight: Any, bias: Any) -> Any:
     if weight is not None:
         y = multiply(space, y, weight)
-    return y if bias is None else torch.add(y, bias)
+    if bias is None or not is_jet(y, space):
+        return y if bias is None else torch.add(y, bias)
+    p, first, second = parts(y, space)  # what was made here may be added to
+    pb, fb, sb = parts(bias, space)
+    first, second = (_plus_broadcast(c, b, p.dim()) for c, b in ((first, fb), (second, sb)))
+    return make(torch.add(p, pb), broadcast(first, p.shape), broadcast(second, p.shape), space)
+
+
+def _plus_broadcast(c: Tensor | None, b: Tensor | None, ndim: int) -> Tensor | None:
+    return c if b is None else lift(b, ndim) if c is None else _plus(c, lift(b, ndim))
 
 
 @register("layer_norm")

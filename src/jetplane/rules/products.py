@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..jet import Jet, Space, add, broadcast, carried, is_jet, low_rank, make, parts, plain, precise, primal
+from ..jet import Jet, Space, broadcast, carried, is_jet, linear, low_rank, make, parts, plain, precise, primal
 from ..tangents import LowRank, Stacked, Tangents
 from .registry import aten, register
 
@@ -45,6 +45,11 @@ class Form(ABC):
     def right(self, a: Tensor, b: Tensor) -> Tensor:
         """Products of the tensor a with each tensor of the stack b."""
         return torch.stack([self(a, t) for t in b.unbind(0)])
+
+    def onto(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        """``total + right(a, b)``; the total is ours to overwrite."""
+        y = self.right(a, b)
+        return y if total is None else _plus(total, y)
 
     def into(self, out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
         """Write the product to ``out``, or add it to what is there."""
@@ -118,10 +123,8 @@ def bilinear(space: Space, form: Form, a: Any, b: Any, y: Tensor | None = None) 
             way = _interpolated if plain(pa, fa, pb, fb) else _interpolated_apart
         first, second = way(space, form, pa, fa, pb, fb, y)
     else:
-        first = add(
-            None if fa is None else form.left(fa, pb),
-            None if fb is None else form.right(pa, fb),
-        )
+        first = None if fa is None else form.left(fa, pb)
+        first = first if fb is None else form.onto(first, pa, fb)
         second = None
     if sa is not None:
         second = _plus(second, form.left(sa, pb))
@@ -295,20 +298,27 @@ class _Rows(Form):
     """``x @ w.T`` for a matrix x of n rows and a weight w as `torch.nn.Linear` keeps it."""
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        return a @ b.t()
+        return self._columns(a, b).t().contiguous() if 1 < b.shape[0] < NARROW else a @ b.t()
 
     def left(self, a: Tensor, b: Tensor) -> Tensor:
-        return (a.flatten(0, 1) @ b.t()).view(*a.shape[:-1], b.shape[0])
+        return self(a.flatten(0, 1), b).view(*a.shape[:-1], b.shape[0])
 
     def right(self, a: Tensor, b: Tensor) -> Tensor:
         if b.shape[1] < NARROW:  # one product reads a once
-            return (a @ b.flatten(0, 1).t()).unflatten(1, b.shape[:2]).movedim(1, 0).contiguous()
+            return self._columns(a, b.flatten(0, 1)).unflatten(0, b.shape[:2]).mT.contiguous()
         if not plain(a, b):
             return torch.matmul(a, b.transpose(1, 2))
         out = a.new_empty((b.shape[0], a.shape[0], b.shape[1]))
         for i in range(b.shape[0]):
             torch.mm(a, b[i].t(), out=out[i])
         return out
+
+    def onto(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        if total is None or not plain(total, a, b) or b.shape[1] < NARROW:
+            return super().onto(total, a, b)
+        for out, weight in zip(total, b, strict=True):
+            out.addmm_(a, weight.t())
+        return total
 
     def into(self, out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
         if keep:
@@ -323,6 +333,10 @@ class _Rows(Form):
             rows = slice(start, start + step)
             right = torch.add(b[rows], db[rows], alpha=scale, out=work("right", b[rows]))
             torch.mm(left, right.t(), out=out[:, rows])
+
+    def _columns(self, a: Tensor, b: Tensor) -> Tensor:
+        """The product transposed: rows of 10 or 30 numbers cost twice as much to make as columns."""
+        return b @ a.t()
 
     def pays(self, a: Tensor, b: Tensor) -> bool:
         return a.shape[0] >= NARROW and b.shape[0] >= NARROW
@@ -357,6 +371,13 @@ class _Batched(Form):
             torch.bmm(a, b[i], out=out[i])
         return out
 
+    def onto(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        if total is None or not plain(total, a, b):
+            return super().onto(total, a, b)
+        for out, factor in zip(total, b, strict=True):
+            out.baddbmm_(a, factor)
+        return total
+
     def into(self, out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
         if keep:
             out.baddbmm_(a, b)
@@ -373,10 +394,15 @@ def _(space: Space, x: Any, weight: Any, bias: Any = None) -> Tensor:
         y = torch.mv(x, weight) if x.dim() == 2 else torch.matmul(x, weight)
         return y if bias is None else torch.add(y, bias)
     lead = x.shape[:-1]
-    rows = x if x.dim() == 2 else x.reshape(lead.numel(), x.shape[-1])
+    rows = x if x.dim() == 2 else _shaped(space, x, (lead.numel(), x.shape[-1]))
     y = F.linear(primal(rows, space), primal(weight, space), primal(bias, space))
     product = bilinear(space, ROWS, rows, weight, y) if bias is None else _biased(space, rows, weight, bias, y)
-    return product if x.dim() == 2 else product.reshape(*lead, weight.shape[0])
+    return product if x.dim() == 2 else _shaped(space, product, (*lead, weight.shape[0]))
+
+
+def _shaped(space: Space, x: Any, shape: Sequence[int]) -> Tensor:
+    """Reshaped; nobody writes to what a rule makes for itself, so that it need not be known for a view."""
+    return linear(space, x, lambda p: p.reshape(shape), lambda c: c.reshape(c.shape[0], *shape))
 
 
 def _biased(space: Space, rows: Any, weight: Any, bias: Any, y: Tensor) -> Tensor:
