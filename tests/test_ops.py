@@ -77,7 +77,8 @@ def test_operator(op):
         except jp.UnusedParametersError:
             assert not plane.slope.any() and not plane.curvature.any()
         except jp.DerivativeError as error:
-            assert "scale_grad_by_freq" in str(error)
+            # Of the chunked cross entropy, which computes gradients in its forward pass, torch's own are no oracle.
+            assert "scale_grad_by_freq" in str(error) or "custom operator" in str(error)
 
 
 # Rules that torch's samples do not reach, each with one of its own.
