@@ -255,11 +255,13 @@ METHODS: dict[str, Method] = {
 }
 _ABLATIONS: dict[str, dict[str, Any]] = {
     "without the layers' noise: 64 drawn directions": {"model": None},
+    "without feedback": {"feedback": False},
     "without scaled averages": {"scaled": False},
     "without the previous step": {"previous": False},
     "without the longer average": {"averages": (0.9,)},
     "whole steps": {"rate": 1.0},
-    "without the guard": {"rate": NoiseAware(guard=False)},
+    "without the guard": {"rate": NoiseAware(floor=0.5, guard=False)},
+    "rates down to a thousandth": {"rate": NoiseAware()},
     "with 8 drawn directions": {"k": 8},
     "twice the passes": {"passes": 16.0},
     "exact curvature": {"curvature": "hessian"},

@@ -29,7 +29,7 @@ from ..feedback import Feedback
 from ..laws import key
 from ..plane import KEPT, Curvature, PlaneModel
 from ..replay import RandomState, random_state, rehearsal
-from ..search import ExactLine, Line, NoiseAware, Proposal, Search, Whole
+from ..search import Backtracking, ExactLine, Line, NoiseAware, Proposal, Search, Whole
 from .base import STATE, Chunk, Closure, Moving, Params, PlaneOptimizer
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ Guess = Callable[[], Sequence[Tensor]]
 
 PREVIOUS, AVERAGE, SQUARE = "previous", "average {}", "square"  # names in the state of a parameter
 DRAWN = 64  # directions, by default, where there is no model to perturb
+LEAST = 0.5  # of a step, in a plane of nothing but averages over many batches
 SQUARE_KEPT = 0.99  # how much of the average of squares is kept from step to step
 
 
@@ -60,7 +61,8 @@ class PlaneSearch(PlaneOptimizer):
     - whatever ``guess`` returns.
 
     The rate is what of the step is not noise, by the spread of the examples' slopes, and a step after which this
-    batch's loss is higher is halved (`jetplane.search.NoiseAware`).
+    batch's loss is higher is halved (`jetplane.search.NoiseAware`). Without drawn directions it is at least a half: the
+    best rate for one step is less than the best for many (Wu et al., arXiv 1803.02021).
     Estimates enter the plane one step after the batch that they come from: in a plane of directions that were
     fitted to the very batch that judges them, the slope would be biased, and its noise taken for signal.
 
@@ -92,6 +94,7 @@ class PlaneSearch(PlaneOptimizer):
         scaled: whether the averages are in the plane in scaled form as well.
         previous: whether the previous step is in the plane.
         passes: about how many forward passes the estimates by the model's layers cost in a step.
+        feedback: whether to predict gradients at layers' outputs by what their noise has taught (`jetplane.feedback`).
         guess: called before each step; returns a direction, one tensor for each parameter that may move.
         clip: largest Euclidean norm of a step over all parameters, or None.
         weight_decay: decoupled: ``theta <- theta - lr * weight_decay * theta`` beside the step.
@@ -129,7 +132,7 @@ class PlaneSearch(PlaneOptimizer):
 
     _own = (
         *PlaneOptimizer._own,
-        *("model", "curvature", "search", "averages", "scaled", "previous", "passes", "guess"),
+        *("model", "curvature", "search", "averages", "scaled", "previous", "passes", "feedback", "guess"),
         *("rank", "density", "orthogonal", "preconditioned", "every"),
     )
 
@@ -137,8 +140,8 @@ class PlaneSearch(PlaneOptimizer):
         self, params: Params, model: nn.Module | None = None, k: int | None = None, *,
         curvature: Curvature = "ggn", tangents: Structure = "rank-one", rate: str | float | Search = "auto",
         descent: str | Descent | None = None, law: str = "gaussian", averages: Sequence[float] = (0.9, 0.99),
-        scaled: bool = True, previous: bool = True, passes: float = 8.0, guess: Guess | None = None,
-        clip: float | None = None, weight_decay: float = 0.0, seed: int = 0,
+        scaled: bool = True, previous: bool = True, passes: float = 8.0, feedback: bool = True,
+        guess: Guess | None = None, clip: float | None = None, weight_decay: float = 0.0, seed: int = 0,
         chunk: Chunk = None, rank: int | None = None, density: float | None = None, orthogonal: bool = False,
         preconditioned: bool = False, every: int = 1, compile: bool = False,
         process_group: ProcessGroup | DeviceMesh | None = None,
@@ -165,12 +168,15 @@ class PlaneSearch(PlaneOptimizer):
         self.model = model
         self.curvature: Curvature = curvature
         # Beside exact curvature, which costs as much as many passes, those of a good line search are few.
-        auto = NoiseAware(otherwise=ExactLine(10)) if curvature == "hessian" else NoiseAware()
+        otherwise = ExactLine(10) if curvature == "hessian" else Backtracking()
+        remembered = model is not None and not k
+        auto = NoiseAware(floor=LEAST if remembered else NoiseAware.floor, otherwise=otherwise)
         self.search: Search = rate if isinstance(rate, Search) else auto if rate == "auto" else Whole()
         self.averages = tuple(averages)
         self.scaled = scaled
         self.previous = previous
         self.passes = passes
+        self.feedback = feedback
         self.guess = guess
         lr = rate if isinstance(rate, (int, float)) else 1.0
         super().__init__(
@@ -357,7 +363,7 @@ class PlaneSearch(PlaneOptimizer):
         shares = {name: Share.of(fields) for name, fields in own.get("shares", {}).items()}
         if not shares:
             shares = allotted() if ranks is None else ranks.first(lambda: allotted() if weight else None)
-        courses = {name: share.course for name, share in shares.items() if share.course is not None}
+        courses = {name: s.course for name, s in shares.items() if s.course is not None and self.feedback}
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
         feedback = Feedback(courses, own.get("feedback", {}), torch.empty(0, dtype=dtype, device=device))
 
