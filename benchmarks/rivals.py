@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import jetplane as jp
 from jetplane.descent import Damped
+from jetplane.optim.plane_search import LEAST
 from jetplane.search import NoiseAware
 
 from .tasks import Batch, Task
@@ -260,8 +261,9 @@ _ABLATIONS: dict[str, dict[str, Any]] = {
     "without the previous step": {"previous": False},
     "without the longer average": {"averages": (0.9,)},
     "whole steps": {"rate": 1.0},
-    "without the guard": {"rate": NoiseAware(floor=0.5, guard=False)},
+    "without the guard": {"rate": NoiseAware(floor=LEAST, guard=False)},
     "rates down to a thousandth": {"rate": NoiseAware()},
+    "at least half of a step": {"rate": NoiseAware(floor=0.5)},
     "with 8 drawn directions": {"k": 8},
     "twice the passes": {"passes": 16.0},
     "exact curvature": {"curvature": "hessian"},

@@ -161,3 +161,9 @@ def test_names(name):
 def test_bad_settings(build):
     with pytest.raises(jp.ArgumentError):
         build()
+
+
+def test_a_direction_without_effect_is_not_scaled_up():
+    curvature = torch.tensor([[1.0, 0.0], [0.0, 1e-15]])  # of a bias before a BatchNorm: rounding
+    kappa = Damped(scaled=True)(torch.tensor([1.0, 1e-9]), curvature)
+    assert abs(kappa[1]) < 1e-6

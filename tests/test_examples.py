@@ -150,3 +150,19 @@ def test_residuals_of_a_differential_equation(case):
         jp.evaluate(lambda n=n: residual(x[n : n + 1], t[n : n + 1]), params, tangents, "ggn").slope for n in range(N)
     ]
     torch.testing.assert_close(plane.examples, torch.stack(rows), rtol=1e-9, atol=1e-12)
+
+
+def test_sure_predictions_lose_no_digits():
+    """Where the loss is next to nothing, slopes are sums of small numbers and not differences of large ones."""
+    torch.manual_seed(0)
+    labels = torch.randint(10, (200,))
+    logits = 12 * F.one_hot(labels, 10) + torch.randn(200, 10)
+    tangents = torch.eye(10).unsqueeze(1).expand(10, 200, 10).contiguous()
+
+    def plane(dtype):
+        w = logits.to(dtype)
+        return jp.evaluate(lambda: F.cross_entropy(w, labels), [w], [tangents.to(dtype)], "ggn", examples=True)
+
+    single, double = plane(torch.float32), plane(torch.float64)
+    assert single.examples is not None
+    torch.testing.assert_close(single.slope.double(), double.slope, rtol=1e-3, atol=2e-8)

@@ -124,14 +124,14 @@ class Spectral(Descent):
         """
         h = _matching(slope, curvature, (*slope.shape, slope.shape[-1]))
         assert curvature is not None
-        scale = self._scale(h)
+        scale = self._scale(h, curvature.dtype)
         values, basis = torch.linalg.eigh(h if scale is None else scale.unsqueeze(-1) * h * scale.unsqueeze(-2))
         basis = basis if scale is None else scale.unsqueeze(-1) * basis
         f = (basis.mT @ slope.double().unsqueeze(-1)).squeeze(-1)
         weights, step = self._solved(values, f, curvature.dtype)
         return Solution(basis, values, f, weights, step)
 
-    def _scale(self, h: Tensor) -> Tensor | None:
+    def _scale(self, h: Tensor, dtype: torch.dtype) -> Tensor | None:
         """What to multiply directions by before anything else; None for nothing."""
         return None
 
@@ -248,8 +248,8 @@ class Damped(Weighted):
     def _inverse(self, values: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
         return 1 / (values.clamp_min(0) + self.damping * largest)
 
-    def _scale(self, h: Tensor) -> Tensor | None:
-        return _to_unit_curvature(h) if self.scaled else None
+    def _scale(self, h: Tensor, dtype: torch.dtype) -> Tensor | None:
+        return _to_unit_curvature(h, dtype) if self.scaled else None
 
 
 @dataclass(frozen=True)
@@ -323,8 +323,8 @@ class Cubic(Spectral):
     def _solved(self, values: Tensor, slope: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return cubic_step(values, slope, self.sigma)
 
-    def _scale(self, h: Tensor) -> Tensor | None:
-        return _to_unit_curvature(h) if self.scaled else None
+    def _scale(self, h: Tensor, dtype: torch.dtype) -> Tensor | None:
+        return _to_unit_curvature(h, dtype) if self.scaled else None
 
 
 def cubic_step(values: Tensor, slope: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
@@ -371,9 +371,15 @@ def cubic_step(values: Tensor, slope: Tensor, sigma: float) -> tuple[Tensor, Ten
     return weights, y
 
 
-def _to_unit_curvature(h: Tensor) -> Tensor:
+def _to_unit_curvature(h: Tensor, dtype: torch.dtype) -> Tensor:
+    """One over the root of each direction's curvature; 1 where that is rounding, which must not be blown up.
+
+    Along a direction without effect, such as a bias before a BatchNorm, outputs move by rounding, and the curvature is
+    its square.
+    """
     diagonal = h.diagonal(dim1=-2, dim2=-1).abs()
-    return torch.where(diagonal > 0, diagonal, 1).rsqrt()
+    least = (16 * torch.finfo(dtype).eps) ** 2 * diagonal.amax(-1, keepdim=True)
+    return torch.where(diagonal > least, diagonal, 1).rsqrt()
 
 
 NAMED: dict[str, type[Descent]] = {

@@ -40,7 +40,7 @@ Guess = Callable[[], Sequence[Tensor]]
 
 PREVIOUS, AVERAGE, SQUARE = "previous", "average {}", "square"  # names in the state of a parameter
 DRAWN = 64  # directions, by default, where there is no model to perturb
-LEAST = 0.5  # of a step, in a plane of nothing but averages over many batches
+LEAST = 0.1  # of a step, in a plane of nothing but averages over many batches
 SQUARE_KEPT = 0.99  # how much of the average of squares is kept from step to step
 
 
@@ -61,8 +61,8 @@ class PlaneSearch(PlaneOptimizer):
     - whatever ``guess`` returns.
 
     The rate is what of the step is not noise, by the spread of the examples' slopes, and a step after which this
-    batch's loss is higher is halved (`jetplane.search.NoiseAware`). Without drawn directions it is at least a half: the
-    best rate for one step is less than the best for many (Wu et al., arXiv 1803.02021).
+    batch's loss is higher is halved (`jetplane.search.NoiseAware`). Without drawn directions it is at least a tenth:
+    the best rate for one step is less than the best for many (Wu et al., arXiv 1803.02021).
     Estimates enter the plane one step after the batch that they come from: in a plane of directions that were
     fitted to the very batch that judges them, the slope would be biased, and its noise taken for signal.
 

@@ -35,11 +35,7 @@ def reduce(y: Any, reduction: int) -> Any:
 
 def weighted(c: Tensor | None, weight: Tensor) -> Tensor | None:
     """``sum(weight * c_n)`` for each tensor of a stack."""
-    return None if c is None else _summed(c, weight)
-
-
-def _summed(c: Tensor, weight: Tensor) -> Tensor:
-    return c.reshape(c.shape[0], -1) @ weight.reshape(-1).to(c.dtype)
+    return None if c is None else c.reshape(c.shape[0], -1) @ weight.reshape(-1).to(c.dtype)
 
 
 def summed_chain(space: Space, x: Any, y: Tensor, d1: Tensor, d2: Tensor | None, reduction: int) -> Any:
@@ -180,18 +176,15 @@ def _cross_entropy(
     z = torch.log_softmax(p, dim)
     loss = goal.loss(z)
     heavy = z.exp_().mul_(mass) if plain(z, mass) else torch.exp(z) * mass
-    slope = curvature = None
-    if first is not None:
+    curvature = None
+    if first is not None and space.order == 2:
         weighed = first * heavy
         mean = weighed.sum(dim + 1, keepdim=True)  # times the mass
-        slope = mean.flatten(1).sum(1) - goal.along(first)
-        if space.order == 2:
-            inverse = torch.where(mass == 0, 0, 1 / mass)
-            curvature = gram(space, weighed, first) - gram(space, mean * inverse, mean)
-    if second is None and not space.examples:
-        return make(loss.to(dtype), slope, curvature, space)
-    d1 = heavy - goal.formed(p)
-    made = make(loss.to(dtype), slope, add(curvature, weighted(second, d1)), space)
+        inverse = torch.where(mass == 0, 0, 1 / mass)
+        curvature = gram(space, weighed, first) - gram(space, mean * inverse, mean)
+    # Sure predictions cancel here, entry by entry; the sums of both terms would leave their rounding.
+    d1 = goal.taken_from(heavy)
+    made = make(loss.to(dtype), weighted(first, d1), add(curvature, weighted(second, d1)), space)
     return examples.keep(space, made, first, d1) if p.dim() > 1 else made
 
 
@@ -238,11 +231,13 @@ class _Goal:
     given: Tensor | None = None
     labels: Tensor | None = None
 
-    def along(self, stack: Tensor) -> Tensor:
-        """``sum(goal * c)`` for each tensor c of a stack."""
+    def taken_from(self, masses: Tensor) -> Tensor:
+        """``masses - goal``, in place of the masses where the goal is at one class."""
         if self.labels is None:
-            return _summed(stack, self.formed(stack[0]))
-        return _summed(stack.gather(self.dim + 1, self.labels.expand(len(stack), *self.labels.shape)), self.mass)
+            return masses - self.formed(masses)
+        if plain(masses, self.mass):
+            return masses.scatter_add_(self.dim, self.labels, -self.mass)
+        return masses.scatter_add(self.dim, self.labels, -self.mass)
 
     def loss(self, z: Tensor) -> Tensor:
         """``-sum(goal * z)``; where the goal is zero z may be infinite."""
