@@ -221,3 +221,15 @@ CASES: dict[str, Callable[[torch.dtype], Case]] = {
 def rosenbrock(x: Tensor) -> Tensor:
     """The Rosenbrock function; its minimum 0 is at (1, …, 1)."""
     return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
+
+
+class Doubled(torch.autograd.Function):
+    """A function that defines another derivative than that of its forward pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * g

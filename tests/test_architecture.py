@@ -16,7 +16,8 @@ LAYERS = [
     {"sharded"},
     {"directions", "chunking"},
     {"plane"},
-    {"functions", "testing", "search", "estimators", "activity", "distributed"},
+    {"functions", "testing", "search", "estimators", "activity", "layout"},
+    {"distributed"},
     {"optim"},
     {""},  # the package itself
     {"experiments"},

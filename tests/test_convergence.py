@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("matplotlib", reason="the benchmark draws with an optional library")
-convergence = pytest.importorskip("benchmarks.convergence")
-courses = pytest.importorskip("benchmarks.courses")
+from benchmarks import convergence, courses  # noqa: E402
 
 
 def course(method: str, points: list[tuple[float, float, float]], **settings: object) -> object:

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 import jetplane as jp
 from jetplane import distributed
 from jetplane.directions import StoredDirections
-from jetplane.distributed import Layout, fingerprint, plan
+from jetplane.distributed import fingerprint
+from jetplane.layout import Layout, plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::jetplane.RescueWarning")
 

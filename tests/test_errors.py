@@ -3,21 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from cases import Doubled
 from torch import nn
 
 import jetplane as jp
 
 W = torch.tensor([1.0, 2.0, 3.0])
-
-
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, g):
-        return 3 * g
 
 
 def test_autograd_functions_work_after_an_evaluation():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from cases import Doubled
 from ranks import Gang
 from torch import nn
 from torch.distributed._functional_collectives import (
@@ -451,16 +452,6 @@ def test_what_sharded_models_cannot_have(two):
         assert "PlaneSearch" in said["plane search"] and "FoMoHBP" in said["backprop"]
         assert "solve_newton" in said["newton"] and "estimates" in said["hessian"]
         assert "expected that this rank holds a box of it" in said["partial"]
-
-
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, g):
-        return 3 * g
 
 
 def interrupted(rank, way):
