@@ -35,7 +35,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -45,9 +45,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import errors
-from .directions import AbstractDirections, ChosenDirections, HeldDirections
+from .directions import AbstractDirections, HeldDirections
 from .errors import ArgumentError, HandshakeError, JetplaneError, LostRankError, RanksDifferError, RemoteError
-from .plane import Curvature, Pairs, PlaneModel, SlopeMoments
+from .layout import Layout, plan
+from .plane import PlaneModel
 from .replay import rehearsal
 from .sharded import held_alike, local
 
@@ -61,156 +62,6 @@ POLL = 1.0  # seconds between looks whether another rank has found the group bro
 BROKEN = "jetplane/broken"  # where in the store of the group ranks report that it broke
 GRACE = 3.0  # seconds that ranks of a broken group give each other to report
 SAME_LOSS = 1e-5  # relative; ranks of one batch differ by rounding at most
-
-
-# --- what is evaluated, and by whom ---------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The plane that ranks evaluate together, in the words of `jetplane.evaluate`.
-
-    Attributes:
-        k: number of directions.
-        curvature: "hessian", "ggn" or "none".
-        pairs: "all", "diagonal", or the number of directions of one of several independent planes.
-        examples: whether the moments of the slope over examples come out as well; for all pairs of a curvature.
-
-    Raises:
-        ArgumentError: moments are wanted, but not all pairs.
-    """
-
-    k: int
-    curvature: Curvature
-    pairs: Pairs
-    examples: bool = False
-
-    def __post_init__(self) -> None:
-        if self.examples and (self.pairs != "all" or self.curvature == "none"):
-            raise ArgumentError(f"moments over examples come with a curvature of all pairs only, got {self}")
-
-    def shape(self, k: int) -> tuple[int, ...] | None:
-        """Of the curvature of k of the directions."""
-        if self.curvature == "none":
-            return None
-        if isinstance(self.pairs, int):
-            return (k // self.pairs, self.pairs, self.pairs)
-        return (k,) if self.pairs == "diagonal" else (k, k)
-
-    def entries(self) -> tuple[Tensor, ...]:
-        """Indices of the curvature's entries that are sent: of a symmetric matrix, the upper triangle."""
-        shape = self.shape(self.k)
-        if shape is None:
-            return ()
-        if len(shape) == 1:
-            return (torch.arange(self.k),)
-        rows, columns = torch.triu_indices(shape[-1], shape[-1])
-        if len(shape) == 2:
-            return rows, columns
-        planes = torch.arange(shape[0]).repeat_interleave(len(rows))
-        return planes, rows.repeat(shape[0]), columns.repeat(shape[0])
-
-
-@dataclass(frozen=True)
-class Task:
-    """One evaluation of a rank: on which directions, and which of its numbers count.
-
-    Attributes:
-        directions: their indices, ascending.
-        slope: for each of them whether its slope counts, and where pairs are not given, its curvature.
-        pairs: (k, k), for each pair of all directions whether its curvature counts.
-    """
-
-    directions: list[int]
-    slope: Tensor
-    pairs: Tensor | None = None
-
-
-@functools.cache
-def plan(layout: Layout, parts: int) -> list[list[Task]]:
-    """The tasks of each of so many ranks that evaluate one batch; together they give every number once.
-
-    Lines and independent planes are dealt out. A plane with all its pairs is covered by blocks: each pair of
-    directions is in one of them at least. The busiest of two ranks then does 0.76 of the work on the exact curvature
-    of 64 directions, of three 0.46, of eight 0.21, of 64 0.04. A Gauss-Newton plane costs most in its directions,
-    not in its pairs: two ranks gain nothing, three do 0.67 of the work, 64 do 0.19.
-
-    >>> [[task.directions for task in tasks] for tasks in plan(Layout(6, "hessian", "all"), 3)]
-    [[[0, 1, 2, 3]], [[0, 1, 4, 5]], [[2, 3, 4, 5]]]
-    """
-    k = layout.k
-    if layout.curvature == "none" or layout.pairs != "all":
-        unit = layout.pairs if isinstance(layout.pairs, int) else 1
-        shares = [share.tolist() for share in torch.arange(k).reshape(-1, unit).tensor_split(parts)]
-        blocks = [[sum(share, [])] if share else [] for share in shares]
-        tasks = [[Task(b, torch.ones(len(b), dtype=torch.bool)) for b in own] for own in blocks]
-    else:
-        blocks = _cheapest_cover(k, parts, layout.curvature)
-        tasks = [[] for _ in range(parts)]
-        done = torch.zeros(k, k, dtype=torch.bool)
-        for n, block in enumerate(blocks):
-            inside = torch.zeros(k, k, dtype=torch.bool)
-            inside[torch.tensor(block)[:, None], torch.tensor(block)] = True
-            slope = ~done.diagonal()[block]
-            tasks[n % parts].append(Task(block, slope, inside & ~done))
-            done |= inside
-    # A rank without work evaluates along one direction all the same: its closure draws random numbers and moves
-    # buffers as that of the others does.
-    unit = layout.pairs if isinstance(layout.pairs, int) else 1
-    nothing = torch.zeros(k, k, dtype=torch.bool)
-    idle = Task(list(range(unit)), nothing[0, :unit], nothing if layout.pairs == "all" else None)
-    return [own or [idle] for own in tasks]
-
-
-GROUPS = 13  # as many as directions are dealt into at most: enough for the projective plane of 13 blocks
-
-
-def _cheapest_cover(k: int, parts: int, curvature: Curvature) -> list[list[int]]:
-    """Blocks of directions that hold every pair, at least work for the busiest rank."""
-
-    def cost(size: int, each: int) -> int:  # in forward products of a layer: see docs/how_it_works.md
-        return each * ((size + 1) ** 2 if curvature == "hessian" else 1 + 2 * size)
-
-    best, best_cost = [list(range(k))], cost(k, 1)
-    for each in (1, 2) if parts > 1 else ():
-        for count in range(3, min(k, GROUPS) + 1):
-            groups = torch.arange(k).tensor_split(count)
-            for size in range(2, count):
-                if cost(size * (k // count), each) >= best_cost:
-                    break
-                blocks = [torch.cat([groups[g] for g in b]).tolist() for b in _cover(count, size, parts * each)]
-                worst = cost(max(map(len, blocks)), each) if blocks else best_cost
-                if worst < best_cost:
-                    best, best_cost = blocks, worst
-    return best
-
-
-def _cover(k: int, size: int, count: int) -> list[list[int]]:
-    """At most `count` blocks of `size` of k that hold every pair, or none if this greedy way does not find them."""
-    if count * size * (size - 1) < k * (k - 1):
-        return []
-    blocks: list[list[int]] = []
-    left = ~torch.eye(k, dtype=torch.bool)
-    while bool(left.any()):
-        if len(blocks) == count:
-            return []
-        chosen: list[int] = []
-        for _ in range(size):
-            gain = left[chosen].sum(0) * k + left.sum(0)
-            gain[chosen] = -1
-            chosen.append(int(gain.argmax()))
-        chosen.sort()
-        left[torch.tensor(chosen)[:, None], torch.tensor(chosen)] = False
-        blocks.append(chosen)
-    return blocks
-
-
-def _chosen(directions: AbstractDirections, indices: list[int]) -> ChosenDirections:
-    """Some of the directions, by ascending indices."""
-    runs: list[slice] = []
-    for i in indices:
-        runs[-1:] = [slice(runs[-1].start, i + 1)] if runs and runs[-1].stop == i else [*runs[-1:], slice(i, i + 1)]
-    return ChosenDirections(directions, runs)
 
 
 # --- what ranks compare ---------------------------------------------------------------------------
@@ -356,8 +207,8 @@ class Ranks:
         """
         self.greet(facts)
         every = {f"parameter {i}": p for i, p in enumerate(params)} | dict(held or {})
-        body, value, failure, double = torch.zeros(_length(layout), dtype=torch.float64), 0.0, None, False
-        spreading = torch.zeros(_length(layout) if layout.examples else 0, dtype=torch.float64)
+        body, value, failure, double = torch.zeros(layout.length, dtype=torch.float64), 0.0, None, False
+        spreading = torch.zeros(layout.length if layout.examples else 0, dtype=torch.float64)
         mark = int.from_bytes(hashlib.sha256(repr(state).encode()).digest()[:8], "big")
         try:
             _check_weight(weight)
@@ -408,8 +259,8 @@ class Ranks:
             self._unite(used, params)
         if isinstance(directions, HeldDirections) and not (alike and self.parts == 1):
             directions.forget()  # ranks that have kept different ones would round their sums differently
-        plane = _unpacked(body / weights, layout, torch.float64 if doubles else torch.float32, params[0].device)
-        return replace(plane, pooled=_moments_of(spreading / weights**power, layout, params[0].device))
+        plane = layout.plane(body / weights, torch.float64 if doubles else torch.float32, params[0].device)
+        return replace(plane, pooled=layout.moments(spreading / weights**power, params[0].device))
 
     def greet(self, facts: Callable[[], dict[str, Any]]) -> None:
         """The `handshake`, once."""
@@ -535,18 +386,18 @@ class Ranks:
         total, products = torch.zeros_like(slope), torch.zeros(layout.k, layout.k, dtype=torch.float64)
         for n, task in enumerate(tasks):
             with _undone(written) if n + 1 < len(tasks) else contextlib.nullcontext():
-                plane = run(directions if len(task.directions) == layout.k else _chosen(directions, task.directions))
-            _check_plane(plane, layout, len(task.directions))
+                plane = run(task.chosen(directions))
+            layout.check(plane, len(task.directions))
             index = torch.tensor(task.directions)
             slope[index] += plane.slope.cpu().double() * task.slope
             if curvature is not None and plane.curvature is not None:
-                _add(curvature, plane.curvature.cpu().double(), index, task)
+                task.add(curvature, plane.curvature.cpu().double(), index)
             values.append(plane.value.item())
             moments = plane.moments
             counts.append(math.nan if moments is None else moments.count)  # NaN makes the sum over ranks unknown
             if layout.examples and moments is not None:
                 total[index] += moments.total.cpu() * task.slope
-                _add(products, moments.products.cpu(), index, task)
+                task.add(products, moments.products.cpu(), index)
         if max(values) - min(values) > SAME_LOSS * abs(values[0]):
             raise errors.LossError(
                 f"ranks that share directions call the closure {len(tasks)} times a step, and it gave different losses "
@@ -738,59 +589,3 @@ def _check_weight(weight: float) -> None:
         raise ArgumentError(
             f"weight, the number of examples of this rank, must be finite and at least 0; got {weight!r}"
         )
-
-
-def _check_plane(plane: PlaneModel, layout: Layout, k: int) -> None:
-    """Raise where numbers came that would not be sent, or not those that are expected."""
-    got = None if plane.curvature is None else tuple(plane.curvature.shape)
-    if plane.slope.shape != (k,) or got != layout.shape(k):
-        raise errors.ShapeError(
-            f"for {layout} on {k} directions: expected curvature {layout.shape(k)}, got slope "
-            f"{tuple(plane.slope.shape)} and curvature {got}"
-        )
-    if plane.examples is not None and not layout.examples:
-        raise ArgumentError(f"the examples' parts of the slope were found, which {layout} does not send")
-
-
-def _length(layout: Layout) -> int:
-    entries = layout.entries()
-    return 1 + layout.k + (len(entries[0]) if entries else 0)
-
-
-def _add(total: Tensor, part: Tensor, index: Tensor, task: Task) -> None:
-    """Add what counts of the curvature of some directions to that of all."""
-    if task.pairs is not None:
-        rows = index[:, None]
-        total[rows, index] += torch.where(task.pairs[rows, index], part, 0)
-    elif total.dim() == 3:  # whole planes
-        size = total.shape[-1]
-        total[index[::size] // size] += part * task.slope[::size, None, None]
-    else:
-        total[index] += part * task.slope
-
-
-def _unpacked(body: Tensor, layout: Layout, dtype: torch.dtype, device: torch.device) -> PlaneModel:
-    value, slope, entries = body.to(dtype).split([1, layout.k, len(body) - 1 - layout.k])
-    curvature = _mirrored(entries, layout)
-    return PlaneModel(value[0].to(device), slope.to(device), None if curvature is None else curvature.to(device))
-
-
-def _moments_of(body: Tensor, layout: Layout, device: torch.device) -> SlopeMoments | None:
-    """None where they were not wanted, or are not known of all shards."""
-    if not layout.examples or bool(body[0].isnan()):
-        return None
-    products = _mirrored(body[1 + layout.k :], layout)
-    assert products is not None
-    return SlopeMoments(round(body[0].item()), body[1 : 1 + layout.k].to(device), products.to(device))
-
-
-def _mirrored(sent: Tensor, layout: Layout) -> Tensor | None:
-    """The whole of a matrix like the curvature whose `Layout.entries` were sent."""
-    shape, entries = layout.shape(layout.k), layout.entries()
-    if shape is None:
-        return None
-    whole = sent.new_empty(shape)
-    whole[entries] = sent
-    if len(entries) > 1:
-        whole[(*entries[:-2], entries[-1], entries[-2])] = sent
-    return whole

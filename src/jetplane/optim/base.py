@@ -14,8 +14,9 @@ from torch import Tensor
 from .. import sharded
 from ..descent import Descent
 from ..directions import AbstractDirections, Directions, HeldDirections, Structure
-from ..distributed import Layout, Ranks
+from ..distributed import Ranks
 from ..errors import ArgumentError, DeviceError, DTypeError, NonFiniteError, ShapeError
+from ..layout import Layout
 from ..plane import KEPT, Curvature, Pairs, PlaneModel, evaluate, finished
 from ..rules.examples import checked
 from ..search import clipped

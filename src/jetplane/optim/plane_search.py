@@ -23,10 +23,10 @@ from ..directions import (
     StoredDirections,
     Structure,
 )
-from ..distributed import Layout
 from ..errors import ArgumentError, DTypeError, ShapeError
 from ..feedback import Feedback
 from ..laws import key
+from ..layout import Layout
 from ..plane import KEPT, Curvature, PlaneModel
 from ..replay import RandomState, random_state, rehearsal
 from ..search import Backtracking, ExactLine, Line, NoiseAware, Proposal, Search, Whole
