@@ -14,7 +14,7 @@ LAYERS = [
     {"jet"},
     {"rules", "descent", "replay"},
     {"sharded"},
-    {"directions", "chunking"},
+    {"directions", "chunking", "effects"},
     {"plane"},
     {"functions", "testing", "search", "estimators", "activity", "layout"},
     {"distributed"},

@@ -18,9 +18,10 @@ Source: Ren, Kornblith, Liao, Hinton, "Scaling forward gradient with local losse
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from torch.nn import grad as nn_grad
 from torch.utils._mode_utils import no_dispatch
 
 from .directions import Directions
+from .effects import MOST, PROBES, effective, probes
 from .errors import UnusedParametersError
 from .feedback import Course, Feedback
 from .jet import Jet, Space, carried, parts, promoted
@@ -45,6 +47,7 @@ Closure = Callable[[], Any]
 OTHERS = "*"  # the name under which an allotment has the parameters that no layer here accounts for
 _NUMBERS = 1 << 24  # coefficients of a layer's output that one pass carries at most
 _LANES = 1 << 12  # lanes of a law that are drawn together: all their numbers fit in a cache
+_FELT = 0.9  # a layer of whose outputs more than this part has an effect counts as one of which all have
 _FREE = 1 << 17  # coefficients that cost no time beside what starting a pass costs
 _NOISE_COST = 300.0  # multiply-adds that cost as much as drawing, carrying and using a number of noise
 
@@ -58,6 +61,7 @@ class Share(NamedTuple):
         samples: how many directions.
         passes: how many passes they are spread over, to bound memory.
         apart: whether each position of the output is an example to the loss, and its noise judged by that alone.
+        next: the layer at whose input it shows which outputs have an effect (`jetplane.effects`); None if all may have.
         course: what the layer's learned feedback is like, or None if it has none.
     """
 
@@ -65,6 +69,7 @@ class Share(NamedTuple):
     samples: int
     passes: int = 1
     apart: bool = False
+    next: str | None = None
     course: Course | None = None
 
     @classmethod
@@ -222,9 +227,12 @@ class _Site:
         return y.numel() // y.shape[-1] if self.share.apart or self.share.mode == "units" else len(y)
 
     def direction(
-        self, call: int, x: Tensor, y: Tensor, slopes: Tensor, lesson: _Lesson | None = None
+        self, call: int, x: Tensor, y: Tensor, slopes: Tensor, lesson: _Lesson | None, felt: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each parameter with this call's part of its direction; slopes (rows, samples)."""
+        """Each parameter with this call's part of its direction; slopes (rows, samples).
+
+        Of y none but the shape is used: it may have been written to since. ``felt`` tells which of it has an effect.
+        """
         module: Any = self.module
         rows = self.rows(y)
         if self.share.mode == "units":
@@ -240,7 +248,8 @@ class _Site:
                     yield module.bias, chosen @ bias.flatten(0, 1)
             return
         delta = torch.zeros(y.shape, dtype=carried(y.dtype), device=y.device).reshape(rows, -1)
-        predicted = None if lesson is None else lesson.predicted(y.reshape(rows, -1))
+        felt = None if felt is None else felt.reshape(rows, -1)
+        predicted = None if lesson is None else lesson.predicted(felt)
         for samples in _split(self.share):
             noise = self.noise(call, x, y, samples).reshape(len(samples), rows, -1)
             for k, u in zip(samples, noise, strict=True):
@@ -248,8 +257,10 @@ class _Site:
                 if predicted is not None:
                     mine = mine - torch.linalg.vecdot(predicted, u) / self.share.samples
                 delta.addcmul_(u, mine.unsqueeze(1))
+        if felt is not None:
+            delta.mul_(felt)
         if lesson is not None and predicted is not None:
-            lesson.learn(y.reshape(rows, -1), delta)
+            lesson.learn(delta)
             delta = delta.add_(predicted)
         yield from LAYERS[type(module)].weights(module, x, delta.reshape(y.shape))
 
@@ -261,13 +272,15 @@ class _Lesson:
     feedback: Feedback
     name: str
     errors: Tensor  # (rows, errors)
+    high: Tensor  # which outputs are above zero, (rows, outputs)
     part: float  # of the batch that these examples are
 
-    def predicted(self, rows: Tensor) -> Tensor:
-        return self.feedback.predicted(self.name, self.errors, rows > 0)
+    def predicted(self, felt: Tensor | None) -> Tensor:
+        found = self.feedback.predicted(self.name, self.errors, self.high)
+        return found if felt is None else found.mul_(felt)
 
-    def learn(self, rows: Tensor, left: Tensor) -> None:
-        self.feedback.note(self.name, self.errors, rows > 0, left, self.part)
+    def learn(self, left: Tensor) -> None:
+        self.feedback.note(self.name, self.errors, self.high, left, self.part)
 
 
 def _split(share: Share) -> Iterator[range]:
@@ -298,28 +311,103 @@ def _patches(module: Any, x: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _hooked(modules: Sequence[nn.Module], hook: Callable[..., Any], space: Space | None = None) -> Iterator[None]:
+def _hooked(
+    modules: Iterable[nn.Module],
+    hook: Callable[..., Any],
+    space: Space | None = None,
+    heads: Iterable[nn.Module] = (),
+    first: Callable[..., Any] | None = None,
+) -> Iterator[None]:
     """``hook(module, call, x, y)`` after each of the modules' calls; what it returns replaces the output.
 
-    Calls on jets of another space, inside a loss that differentiates the model itself, are passed over.
+    Before each call of ``heads``, ``first(module, x)``, whose result replaces the input. Calls on jets of another
+    space, inside a loss that differentiates the model itself, are passed over.
     """
     calls: dict[nn.Module, int] = {}
 
+    def foreign(*tensors: Any) -> bool:
+        return any(isinstance(t, Jet) and t.space is not space for t in tensors)
+
     def after(module: nn.Module, args: Any, output: Any) -> Any:
-        if not args or not isinstance(output, Tensor):
-            return None
-        if any(isinstance(t, Jet) and t.space is not space for t in (args[0], output)):
+        if not args or not isinstance(output, Tensor) or foreign(args[0], output):
             return None
         calls[module] = calls.get(module, -1) + 1
         with torch._C.DisableTorchFunction(), no_dispatch():  # thousands of small operators, none of them a jet's
             return hook(module, calls[module], args[0], output)
 
-    handles = [m.register_forward_hook(after) for m in modules]
+    def before(module: nn.Module, args: Any) -> Any:
+        if first is None or not args or foreign(args[0]):
+            return None
+        with torch._C.DisableTorchFunction(), no_dispatch():
+            return first(module, args[0]), *args[1:]
+
+    handles = [m.register_forward_hook(after) for m in modules] + [m.register_forward_pre_hook(before) for m in heads]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+Finish = Callable[[Tensor | None], None]
+
+
+def _toured(
+    closure: Closure,
+    layers: Iterable[nn.Module],
+    nexts: dict[nn.Module, nn.Module],
+    begin: Callable[[nn.Module, int, Tensor, Tensor], Finish],
+) -> bool:
+    """One pass that meets the layers' calls, and what of their outputs has an effect on the next layers' inputs.
+
+    Args:
+        closure: returns the loss.
+        layers: whose calls are of interest.
+        nexts: for some of them, the layer at whose input effects show.
+        begin: gets layer, call, input and output, and returns what is to be done once it is known which outputs have
+            an effect, or that this cannot be known (None). Until then the output may have been written to.
+
+    Returns:
+        Whether the effects of all layers with a next one go through that one alone.
+    """
+    waiting: dict[nn.Module, tuple[Finish, torch.Size]] = {}
+
+    def arrived(module: nn.Module, met: Tensor | None) -> None:
+        if module in waiting:
+            finish, shape = waiting.pop(module)
+            known = met is not None and met.shape[1] == shape[0]
+            finish(effective(met, shape[1:].numel()) if known else None)  # type: ignore[arg-type]
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(rehearsal())
+        stack.enter_context(torch.inference_mode())
+        space = stack.enter_context(expansion(PROBES, 1, 1))
+
+        def after(module: nn.Module, call: int, x: Any, y: Any) -> Any:
+            at = parts(y, space)[0]
+            finish = begin(module, call, parts(x, space)[0], at)
+            if module not in nexts:
+                return finish(None)
+            arrived(nexts[module], None)  # of an earlier call, which never came there
+            waiting[nexts[module]] = finish, at.shape
+            return Jet(at, probes(at), None, space)
+
+        def first(module: nn.Module, x: Any) -> Any:
+            at, met, _ = parts(x, space)
+            if module in waiting:
+                arrived(module, met)
+                return at
+            return x
+
+        stack.enter_context(_hooked(layers, after, space, nexts.values(), first))
+        if nexts:
+            stack.enter_context(Interception(space, {}).running())
+        loss = closure()
+        jet = promoted(loss)
+        alone = parts(loss if jet is None else jet, space)[1] is None
+    for module in list(waiting):
+        arrived(module, None)
+    return alone
 
 
 def _layers(model: nn.Module, params: Sequence[Tensor]) -> dict[str, nn.Module]:
@@ -380,16 +468,20 @@ def allot(
         probe = _slopes(_Site(layers[last], Share("signs", 1), 0), closure)  # type: ignore[index]
         rows = 0 if probe is None else len(probe)
     own_rows = {n for n in positions if apart and positions[n] == rows and rows != met[n].shape[0]}
+    effects = _effects(closure, every, met, [n for n in met if n in layers and n != last])
     total = sum(m.products for m in met.values()) or 1
-    after, sizes, costs = total, {}, {}
+    after, sizes, costs, light = total, {}, {}, set()
     for name, m in met.items():
         after -= m.products
         if name not in layers:
             continue
         weights, own = _weights_of(layers[name]), _NOISE_COST * m.outputs
         sizes[name] = m.outputs / (rows if name in own_rows else m.shape[0])
+        if name in effects:
+            sizes[name] *= effects[name].part
         if _weight_space(layers[name]) and weights < sizes[name]:
             sizes[name], own = weights, own + m.products
+            light.add(name)
         costs[name] = (after + own) / total
     covered = {id(p) for name in sizes for p in layers[name].parameters(recurse=False)}
     others = sum(p.numel() for p in params if id(p) not in covered)
@@ -407,7 +499,13 @@ def allot(
         # Moved along each of its outputs a layer is exact if the loss takes each of its positions for an example.
         alone = {met[name].shape[0]} | ({rows} if name == last or name in own_rows else set())
         exact = positions.get(name) in alone
-        shares[name] = _share(layers[name], met[name], samples, name in own_rows, exact)
+        if exact and isinstance(layers[name], nn.Linear) and met[name].shape[-1] <= samples:
+            samples, mode = met[name].shape[-1], "units"
+        else:
+            mode = "weights" if name in light else "signs"
+        parted = min(samples, math.ceil(samples * met[name].outputs / _NUMBERS))
+        following = effects[name].next if mode == "signs" and name in effects else None
+        shares[name] = Share(mode, samples, parted, name in own_rows, following)
     return _with_courses(shares, met, last, sum(p.numel() for p in params), whole)
 
 
@@ -416,12 +514,38 @@ def _by_position(module: nn.Module, met: _Met) -> bool:
     return isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm)) and met.calls == 1
 
 
-def _share(module: nn.Module, met: _Met, samples: int, apart: bool, exact: bool) -> Share:
-    if exact and isinstance(module, nn.Linear) and met.shape[-1] <= samples:
-        samples, mode = met.shape[-1], "units"
-    else:
-        mode = "weights" if _weight_space(module) and _weights_of(module) < met.outputs / met.shape[0] else "signs"
-    return Share(mode, samples, min(samples, math.ceil(samples * met.outputs / _NUMBERS)), apart)
+class _Effect(NamedTuple):
+    """Where it shows which outputs of a layer have an effect, and how large a part of them has."""
+
+    next: str
+    part: float
+
+
+def _effects(
+    closure: Closure, every: dict[str, nn.Module], met: dict[str, _Met], names: Sequence[str]
+) -> dict[str, _Effect]:
+    """Layers some of whose outputs have no effect, all of which shows at the input of the layer that is met next."""
+    follows = {
+        every[name]: every[after]
+        for name, after in itertools.pairwise(met)
+        if name in names and met[name].calls == met[after].calls == 1 and met[name].outputs <= MOST * met[name].shape[0]
+    }
+    found: dict[nn.Module, float] = {}
+
+    def begin(module: nn.Module, call: int, x: Tensor, y: Tensor) -> Finish:
+        def finish(felt: Tensor | None) -> None:
+            if felt is not None:
+                found[module] = felt.double().mean().item()
+
+        return finish
+
+    _toured(closure, follows, follows, begin)
+    names_of = {module: name for name, module in every.items()}
+    return {
+        names_of[module]: _Effect(names_of[follows[module]], part)
+        for module, part in list(found.items())
+        if part < _FELT and _toured(closure, [module], {module: follows[module]}, begin)
+    }
 
 
 def _with_courses(
@@ -513,20 +637,32 @@ def estimate(
         found = {module: _slopes(site, closure) for module, site in sites.items()}
         errors = None if last is None or last.share.mode != "units" else found[last.module]
 
-        def add(module: nn.Module, call: int, x: Tensor, y: Tensor) -> None:
+        def begin(module: nn.Module, call: int, x: Tensor, y: Tensor) -> Finish:
             site, slopes = sites[module], found[module]
-            if slopes is None:
-                return
             taught = feedback is not None and errors is not None and site.share.course is not None
             # Examples may be fewer than in the batch that shares were allotted for, but must be the errors' own.
-            taught = taught and site.rows(y) == len(errors)  # type: ignore[arg-type]
-            lesson = _Lesson(feedback, names[module], errors, part) if taught else None  # type: ignore[arg-type]
-            for param, direction in site.direction(call, x, y, slopes, lesson):
-                if id(param) in total:
-                    total[id(param)] += direction
+            taught = taught and slopes is not None and site.rows(y) == len(errors)  # type: ignore[arg-type]
+            high = (y > 0).reshape(len(errors), -1) if taught else None  # type: ignore[arg-type]
+            lesson = _Lesson(feedback, names[module], errors, high, part) if taught else None  # type: ignore[arg-type]
+            if module in nexts:
+                x = x.clone()
 
-        with rehearsal(), torch.inference_mode(), _hooked(list(sites), add):
-            closure()
+            def finish(felt: Tensor | None) -> None:
+                if slopes is None:
+                    return
+                for param, direction in site.direction(call, x, y, slopes, lesson, felt):
+                    if id(param) in total:
+                        total[id(param)] += direction
+
+            return finish
+
+        every = dict(model.named_modules())
+        nexts = {m: every[site.share.next] for m, site in sites.items() if site.share.next is not None}
+        if not _toured(closure, sites, nexts, begin):  # the model has changed its ways
+            nexts = {}
+            for t in total.values():
+                t.zero_()
+            _toured(closure, sites, nexts, begin)
         covered = {id(p) for module in sites for p in module.parameters(recurse=False)}
         others = [p for p in params if id(p) not in covered]
         if others and OTHERS in shares:
