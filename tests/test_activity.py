@@ -58,6 +58,7 @@ MODELS = {
                                          padding_mode="circular", dilation=2), nn.Tanh()), (2, 5, 5)),
     "convolutions in one dimension": (lambda: images(nn.Conv1d(2, 2, 3, padding=2, dilation=2, stride=2), nn.Tanh(),
                                       nn.Conv1d(2, 3, 2, groups=1)), (2, 12)),
+    "convolution and pooling": (lambda: images(nn.Conv2d(2, 8, 5), nn.ReLU(inplace=True), nn.MaxPool2d(2)), (2, 6, 6)),
     "tokens": (Tokens, None),
     "recurrent": (Recurrent, (3, 2)),
 }  # fmt: skip
@@ -239,6 +240,62 @@ def test_positions_that_are_mixed_are_a_choice():
     for apart in (False, True):
         shares = allot(closure, net, params, 10, apart=apart)
         assert {n for n, s in shares.items() if s.apart} == ({"embed", "norm", "mix", "head"} if apart else set())
+
+
+# --- outputs without effect ------------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """Half of what the first layer puts out goes past the second one."""
+
+    def __init__(self, past: bool):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(5, 80), nn.Linear(80, 80), nn.Linear(80, 4)
+        self.past = past
+
+    def forward(self, x):
+        h = self.first(x)
+        y = self.second(h.relu())
+        return self.last((y + h if self.past else y).relu())
+
+
+def test_noise_without_effect_is_left_out():
+    torch.manual_seed(0)
+    net = images(nn.Conv2d(2, 8, 5), nn.ReLU(), nn.MaxPool2d(2)).double()
+    x, y = torch.randn(9, 2, 6, 6).double(), torch.randint(4, (9,))
+    closure = lambda: F.cross_entropy(net(x), y)  # noqa: E731
+    closure()
+    params = list(net.parameters())
+    shares = allot(closure, net, params, 4)
+    last = list(shares)[-1]
+    assert (shares["0"].mode, shares["0"].next, shares[last].next) == ("signs", last, None)
+    truth, error = gradient(closure, params), {}
+    for name, used in (("left out", shares), ("all", {n: s._replace(next=None) for n, s in shares.items()})):
+        found = [flat(estimate(closure, net, params, used, seed)) - truth for seed in range(30)]
+        error[name] = torch.stack(found).square().sum()
+    assert error["left out"] < 0.35 * error["all"]  # of four of a window one counts at most
+
+
+def test_only_layers_all_of_whose_effect_is_seen():
+    x, y = torch.randn(30, 5), torch.randint(4, (30,))
+    for past in (False, True):
+        net = Residual(past)
+        shares = allot(lambda net=net: F.cross_entropy(net(x), y), net, list(net.parameters()), 1)
+        assert [shares[name].next for name in ("first", "second")] == [None if past else "second", "last"]
+
+
+def test_a_model_that_changes_its_ways_is_met_with_all_of_the_noise():
+    torch.manual_seed(2)
+    net = Residual(False).double()
+    x, y = torch.randn(8, 5).double(), torch.randint(4, (8,))
+    closure = lambda: F.cross_entropy(net(x), y)  # noqa: E731
+    params = list(net.parameters())
+    shares = allot(closure, net, params, 1)
+    net.past = True
+    same = {n: s._replace(next=None) for n, s in shares.items()}
+    a, b = (flat(estimate(closure, net, params, s, 5)) for s in (shares, same))
+    assert shares["first"].next == "second"
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 # --- feedback -------------------------------------------------------------------------------------------

@@ -368,15 +368,20 @@ def _toured(
             an effect, or that this cannot be known (None). Until then the output may have been written to.
 
     Returns:
-        Whether the effects of all layers with a next one go through that one alone.
+        Whether all effects of layers with a next one were seen at that one, and were known.
     """
-    waiting: dict[nn.Module, tuple[Finish, torch.Size]] = {}
+    waiting: dict[nn.Module, tuple[Finish, torch.Size, int]] = {}
+    numbers, unknown = itertools.count(), []
 
     def arrived(module: nn.Module, met: Tensor | None) -> None:
-        if module in waiting:
-            finish, shape = waiting.pop(module)
-            known = met is not None and met.shape[1] == shape[0]
-            finish(effective(met, shape[1:].numel()) if known else None)  # type: ignore[arg-type]
+        if module not in waiting:
+            return
+        finish, shape, number = waiting.pop(module)
+        alike = met is not None and met.shape[1] == shape[0]
+        felt = effective(met, shape[1:].numel(), number) if alike else None  # type: ignore[arg-type]
+        if felt is None:
+            unknown.append(module)
+        finish(felt)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(rehearsal())
@@ -389,8 +394,9 @@ def _toured(
             if module not in nexts:
                 return finish(None)
             arrived(nexts[module], None)  # of an earlier call, which never came there
-            waiting[nexts[module]] = finish, at.shape
-            return Jet(at, probes(at), None, space)
+            number = next(numbers)
+            waiting[nexts[module]] = finish, at.shape, number
+            return Jet(at, probes(at, number), None, space)
 
         def first(module: nn.Module, x: Any) -> Any:
             at, met, _ = parts(x, space)
@@ -407,7 +413,7 @@ def _toured(
         alone = parts(loss if jet is None else jet, space)[1] is None
     for module in list(waiting):
         arrived(module, None)
-    return alone
+    return alone and not unknown
 
 
 def _layers(model: nn.Module, params: Sequence[Tensor]) -> dict[str, nn.Module]:
@@ -539,12 +545,11 @@ def _effects(
 
         return finish
 
-    _toured(closure, follows, follows, begin)
     names_of = {module: name for name, module in every.items()}
     return {
-        names_of[module]: _Effect(names_of[follows[module]], part)
-        for module, part in list(found.items())
-        if part < _FELT and _toured(closure, [module], {module: follows[module]}, begin)
+        names_of[module]: _Effect(names_of[after], found[module])
+        for module, after in follows.items()
+        if _toured(closure, [module], {module: after}, begin) and found[module] < _FELT
     }
 
 
