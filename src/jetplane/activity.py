@@ -623,7 +623,7 @@ def estimate(
     >>> params = list(net.parameters())
     >>> shares = allot(closure, net, params, passes=50)
     >>> shares
-    {'0': Share(mode='units', samples=3, passes=1, apart=False, course=None)}
+    {'0': Share(mode='units', samples=3, passes=1, apart=False, next=None, course=None)}
     >>> weight, bias = estimate(closure, net, params, shares, seed=0)  # exact: all outputs were moved
     >>> slopes = torch.autograd.grad(closure(), params)
     >>> bool(torch.allclose(weight, slopes[0], atol=1e-6))
