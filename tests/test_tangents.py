@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import jetplane as jp
 from jetplane import chunking
-from jetplane.directions import HeldDirections
+from jetplane.directions import HeldDirections, MixedDirections, StoredDirections
 
 STRUCTURES = {
     "rank-one": {"tangents": "rank-one"},
@@ -206,6 +206,135 @@ def test_auto_takes_what_memory_allows():
     assert c + c * (c + 1) // 2 <= 100 < (c + 2) + (c + 2) * (c + 3) // 2
     alive = chunking.activations(lambda: torch.ones(1000).exp().exp().exp().sum())
     assert 8_000 <= alive <= 16_100
+
+
+# --- chunks of Gauss-Newton planes ------------------------------------------------------------------
+
+
+class Heads(nn.Module):
+    """Two losses, one with a parameter of its own, a regularizer, buffers that are written to, a weight made of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 4), nn.Linear(6, 2)
+        self.noise, self.gain = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.ones(6, 1))
+        self.double()
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        h = torch.empty(len(x), 6, dtype=torch.float64)
+        h[:, :3], h[:, 3:] = self.body(x).tanh().chunk(2, 1)
+        weight = self.gain.T * self.a.weight.T.contiguous().T
+        classes = F.cross_entropy(F.linear(h, weight, self.a.bias), y, label_smoothing=0.1)
+        values = F.gaussian_nll_loss(self.b(h), z, self.noise.exp().expand(len(x), 2))
+        with jp.loss():
+            own = ((h.sum(1) - 1) ** 4).mean()
+        return classes + values + own + 0.1 * sum((p**2).sum() for p in self.parameters())
+
+
+def heads(**structure):
+    torch.manual_seed(1)
+    net, x, y, z = Heads(), torch.randn(5, 3).double(), torch.randint(4, (5,)), torch.randn(5, 2).double()
+    params = list(net.parameters())
+    runs = []
+
+    def loss() -> torch.Tensor:
+        runs.append(0)
+        return net(x, y, z)
+
+    return loss, params, jp.Directions(7, seed=3, **structure), runs
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 6])
+@pytest.mark.parametrize("structure", [{}, *STRUCTURES.values()], ids=["dense", *STRUCTURES])
+def test_chunks_of_a_gauss_newton_plane_take_one_run_each(structure, chunk: int):
+    loss, params, directions, runs = heads(**structure)
+    whole = jp.evaluate(loss, params, directions, "ggn", examples=True)
+    runs.clear()
+    parts = jp.evaluate(loss, params, directions, "ggn", examples=True, chunk=chunk)
+    agree(parts, whole, 1e-12)
+    assert len(runs) == -(-7 // chunk)
+    assert (parts.examples is None) == (whole.examples is None)
+
+
+def test_directions_of_several_kinds_in_chunks():
+    loss, params, drawn, _ = heads(tangents="rank-one")
+    given = StoredDirections([torch.randn(3, *p.shape, dtype=torch.float64) for p in params])
+    mixed = MixedDirections([given, drawn])
+    whole = jp.evaluate(loss, params, mixed, "ggn")
+    for chunk in (1, 2, 4, 5):
+        agree(jp.evaluate(loss, params, mixed, "ggn", chunk=chunk), whole, 1e-12)
+
+
+def test_examples_in_chunks():
+    net, (x, y) = nn.Linear(3, 4).double(), (torch.randn(5, 3).double(), torch.randint(4, (5,)))
+    params, tangents = list(net.parameters()), [torch.randn(6, *p.shape).double() for p in net.parameters()]
+    found = [
+        jp.evaluate(lambda: F.cross_entropy(net(x), y), params, tangents, "ggn", examples=True, chunk=chunk)
+        for chunk in (None, 1, 4)
+    ]
+    for parts in found[1:]:
+        torch.testing.assert_close(parts.examples, found[0].examples, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("where", ["memory of a parameter", "output of the model"])
+def test_writing_across_kinds_meets_by_halves(where: str):
+    torch.manual_seed(2)
+    w, x = torch.randn(3, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    runs = []
+
+    def loss() -> torch.Tensor:
+        runs.append(0)
+        if where == "output of the model":
+            out = x @ w
+            with jp.loss():
+                return out.sub_(1).pow_(2).sum()
+        held = torch.zeros_like(w)
+        row = held[0]
+        held.copy_((x @ w)[:3])
+        return F.mse_loss(row * held, torch.ones(3, 3).double())
+
+    tangents = [torch.randn(4, 3, 3, dtype=torch.float64)]
+    whole = jp.evaluate(loss, [w], tangents, "ggn")
+    runs.clear()
+    agree(jp.evaluate(loss, [w], tangents, "ggn", chunk=1), whole, 1e-12)
+    assert len(runs) == 1 + 6  # one that found it, then any two of four
+
+
+def test_a_closure_that_changes_between_chunks_is_told():
+    w, x = torch.randn(3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    runs = []
+
+    def loss() -> torch.Tensor:
+        runs.append(0)
+        return F.mse_loss((x @ w)[: len(runs) + 1], torch.zeros(len(runs) + 1, dtype=torch.float64))
+
+    with pytest.raises(jp.DerivativeError, match="expected a closure that does the same each time"):
+        jp.evaluate(loss, [w], [torch.eye(3, dtype=torch.float64)], "ggn", chunk=1)
+
+
+def test_a_gauss_newton_plane_in_chunks_carries_one_chunk_through_the_model():
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+    x, y = torch.randn(6, 3), torch.randint(2, (6,))
+    carried = []
+    for module in net:
+        module.register_forward_hook(lambda module, args, out: carried.append(len(out.first)))
+    jp.evaluate(lambda: F.cross_entropy(net(x), y), list(net.parameters()), jp.Directions(5), "ggn", chunk=2)
+    assert carried == [2, 2, 2, 2, 2, 2, 1, 1, 1]
+
+
+def test_model_outputs_in_plain_memory_have_no_curvature_of_their_own():
+    w, x = torch.randn(3, 3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
+
+    def loss(in_memory: bool) -> torch.Tensor:
+        h = x @ w
+        if in_memory:
+            memory = torch.empty(3, 3, dtype=torch.float64)
+            memory[:] = h
+            h = memory
+        return F.mse_loss(h * h, torch.ones(3, 3, dtype=torch.float64))
+
+    tangents = [torch.randn(2, 3, 3, dtype=torch.float64)]
+    agree(*[jp.evaluate(lambda m=m: loss(m), [w], tangents, "ggn") for m in (True, False)], 1e-12)
 
 
 # --- memory ---------------------------------------------------------------------------------------

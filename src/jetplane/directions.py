@@ -84,7 +84,7 @@ class AbstractDirections(ABC):
 
     def structured(self, index: int, param: Tensor) -> Tensor | Tangents | None:
         """The same as `draw`, not formed yet where that can wait; None where no direction moves the parameter."""
-        return Deferred(lambda: self.draw(index, param), local(param), self.k)
+        return Deferred(lambda run: self.draw(index, param, run), local(param), self.k)
 
     def tangents(self, params: Sequence[Tensor]) -> list[Tensor]:
         """The tangents of all parameters: one tensor (K, *param.shape) for each."""
@@ -548,6 +548,8 @@ class ChosenDirections(AbstractDirections):
         if isinstance(whole, LowRank):
             left, right = (torch.cat([f[run] for run in self._runs]) for f in (whole.left, whole.right))
             return LowRank(left, right, whole.shape[1:])
+        if isinstance(whole, Stacked) and len(self._runs) == 1:
+            return whole[self._runs[0]]
         return None if whole is None else super().structured(index, param)
 
     def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:

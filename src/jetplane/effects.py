@@ -5,9 +5,10 @@ Three tangents on a layer's outputs, the same for every example,
     one = 1,    place = j,    mark = m_j    at output j, with numbers m that nothing smooth goes through,
 
 come to the next layer's input i as ``sum_j J_ij (1, j, m_j)``. If input i depends on one output alone, ``place / one``
-is that output's j, and ``mark = m_j one`` confirms it. Every layer has marks of its own. Where that holds of all inputs, outputs that none of them names
-have no effect: their gradient is zero, and noise on them is noise and nothing else. It holds behind activation
-functions, pooling by maximum, dropout and whatever moves numbers around; not behind normalization or averages.
+is that output's j, and ``mark = m_j one`` confirms it. Every layer has marks of its own. Where that holds of all
+inputs, outputs that none of them names have no effect: their gradient is zero, and noise on them is noise and nothing
+else. It holds behind activation functions, pooling by maximum, dropout and whatever moves numbers around; not behind
+normalization or averages.
 """
 
 from __future__ import annotations

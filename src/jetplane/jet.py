@@ -55,6 +55,7 @@ class Space:
         level: nesting depth. Jets of an outer evaluation have a smaller level and are constants
             for this one, which is what rules perturbation confusion out.
         examples: whether each example's part of the slope is kept: see `jetplane.rules.examples`.
+        entrance: where the model carries a part of the directions only: see `jetplane.rules.entrance`.
     """
 
     k: int
@@ -67,6 +68,7 @@ class Space:
     keys: tuple[Any, Any] | None = None
     operator: str = ""
     formed: dict[str, int] = field(default_factory=dict)
+    entrance: Any = None
 
     @property
     def key(self) -> Key:
@@ -264,6 +266,11 @@ def parts(x: Any, space: Space) -> tuple[Any, Tensor | None, Tensor | None]:
     return x.primal, first, x.second
 
 
+def kind_of(x: Jet) -> int:
+    """The kind of a jet, of a view with what was written into its memory since."""
+    return max(x.kind, x.root().kind)
+
+
 def low_rank(x: Any, space: Space) -> LowRank | None:
     """The tangents of a parameter's jet where they are of low rank: for operators that can use the factors."""
     return x.first if is_jet(x, space) and isinstance(x.first, LowRank) else None
@@ -281,7 +288,7 @@ def products(x: Any, space: Space) -> Outer | None:
 
 def _bent(x: Jet, space: Space) -> bool:
     """Whether a function of the parameters enters the model, which Gauss-Newton takes to be linear in it."""
-    return x.kind < space.kind == MODEL
+    return kind_of(x) < space.kind == MODEL
 
 
 def make(primal: Tensor, first: Tensor | None, second: Tensor | Outer | None, space: Space) -> Tensor:
@@ -683,7 +690,7 @@ def promoted(x: Tensor) -> Jet | None:
     root = _promoted.get(storage(x)._cdata)
     if root is None or root.dtype != x.dtype:
         return None
-    view = Jet(x, None, None, root.space, root)
+    view = Jet(x, None, None, root.space, root, kind=root.kind)
     _refresh(view)
     return view
 

@@ -39,11 +39,12 @@ from .errors import (
     UnusedParametersError,
     located,
 )
-from .jet import LOSS, MODEL, PARAMETER, Jet, Space, any_promoted, carried, forget_promoted, parts, promoted
+from .jet import LOSS, MODEL, PARAMETER, Jet, Space, any_promoted, carried, forget_promoted, kind_of, parts, promoted
 from .replay import rehearsal
 from .rules.custom import intercept_functions
 from .rules.dispatch import inside_loss
 from .rules.dispatch import loss as mark_loss
+from .rules.entrance import Entrance, LastEntrance
 from .rules.examples import known
 from .rules.losses import cross_entropy_whole
 from .tangents import Deferred, LowRank, Stacked, Tangents
@@ -283,9 +284,10 @@ def evaluate(
             function takes, and their parts are known for torch's own losses, times constants, in sums, and,
             with "ggn", beside regularizers and for losses marked with `jetplane.loss`. Else None.
         chunk: directions to carry at a time; all by default. The closure then runs once for each chunk, and
-            where all pairs are wanted once for each two halves of chunks: the same numbers for less memory. All
-            runs but the last leave no trace: random numbers are drawn again, and buffers set back. "auto" takes
-            the largest chunk that ``memory`` allows, by the activations that one plain run keeps alive.
+            where all pairs of exact curvature are wanted once for each two halves of chunks: the same numbers for
+            less memory. With "ggn" parameters and losses have all directions at once, and the model a chunk of
+            them. All runs but the last leave no trace: random numbers are drawn again, and buffers set back. "auto"
+            takes the largest chunk that ``memory`` allows, by the activations that one plain run keeps alive.
         memory: bytes for "auto"; half of what is free by default.
 
     Returns:
@@ -329,13 +331,39 @@ def evaluate(
     if chunk is None:
         return at_once(drawn)
     crossed = pairs == "all" and curvature != "none"
+    completed = crossed and curvature == "ggn" and not any(sharded.is_sharded(p) for p in params)
+    if completed:
+        crossed, block = False, 1
     if chunk == "auto":
         room = chunking.free_memory(params[0].device) // 2 if memory is None else memory
         alive = chunking.activations(closure)
         size = chunking.affordable(drawn.k, block, curvature == "hessian", crossed, alive, room)
     else:
         size = chunking.checked(chunk, drawn.k, block, crossed)
-    return at_once(drawn) if size >= drawn.k else _in_chunks(at_once, drawn, pairs, size, crossed)
+    if size >= drawn.k:
+        return at_once(drawn)
+    if completed:
+        model = _completed(closure, params, drawn, size, examples)
+        if model is not None:
+            return model
+        size, crossed = max(size, 2), True
+    return _in_chunks(at_once, drawn, pairs, size, crossed)
+
+
+def _completed(
+    closure: Callable[[], Tensor], params: Sequence[Tensor], drawn: AbstractDirections, size: int, examples: bool
+) -> PlaneModel | None:
+    """A Gauss-Newton plane whose last run puts together what enters the losses; None where that cannot be."""
+    runs = [run for (run,) in chunking.parts_of(drawn.k, size, crossed=False)]
+    kept = []
+    for run in runs[:-1]:
+        entrance = Entrance()
+        with rehearsal():
+            _at_once(closure, params, ChosenDirections(drawn, [run]), "ggn", "all", False, entrance)
+        if entrance.barred:
+            return None
+        kept.append(entrance.kept)
+    return _at_once(closure, params, drawn, "ggn", "all", examples, LastEntrance(kept, runs[-1]))
 
 
 def _in_chunks(
@@ -374,10 +402,12 @@ def _at_once(
     curvature: Curvature,
     pairs: Pairs,
     examples: bool,
+    entrance: Entrance | None = None,
 ) -> PlaneModel:
     order = 2 if curvature == "hessian" else 1
     block = _block(pairs, drawn.k)
     with torch.inference_mode(), expansion(drawn.k, block, order, curvature == "ggn", examples) as space:
+        space.entrance = entrance
         mode = Interception(space, {})
         for i, p in enumerate(params):
             _plant(mode, p, i, drawn, p)
@@ -511,7 +541,7 @@ def _scalar_parts(loss: Any, space: Space, touched: bool) -> tuple[Tensor, Tenso
             )
         )
     value, first, second = parts(loss, space)
-    if space.gauss_newton and loss.kind == MODEL:
+    if space.gauss_newton and kind_of(loss) == MODEL:
         raise LossError(NO_LOSS)
     return (
         value.reshape(()),

@@ -33,28 +33,46 @@ class Tangents(ABC):
     def to(self, dtype: torch.dtype) -> Tangents:
         """The same in another dtype."""
 
+    @abstractmethod
+    def __getitem__(self, directions: slice) -> Tensor | Tangents:
+        """A run of the K."""
+
 
 @final
 class Deferred(Tangents):
     """Tangents that are drawn each time an operator asks for them, and freed after it.
 
     Args:
-        draw: gives the tensor (K, *S).
+        draw: gives the directions of a slice, as a tensor (their number, *S).
         like: a tensor of shape S.
-        k: number of tangents.
+        k: number of tangents there are.
+        run: which of them these are.
     """
 
-    def __init__(self, draw: Callable[[], Tensor], like: Tensor, k: int, dtype: torch.dtype | None = None) -> None:
-        self._draw, self._like = draw, like
-        self.shape, self.dtype, self.device = torch.Size((k, *like.shape)), dtype or like.dtype, like.device
+    def __init__(
+        self,
+        draw: Callable[[slice], Tensor],
+        like: Tensor,
+        k: int,
+        dtype: torch.dtype | None = None,
+        run: slice = slice(None),
+    ) -> None:
+        self._draw, self._like, self._k, self._run = draw, like, k, run
+        self.shape = torch.Size((len(range(k)[run]), *like.shape))
+        self.dtype, self.device = dtype or like.dtype, like.device
 
     def formed(self) -> Tensor:
         """The tensor (K, *S), drawn."""
-        return self._draw().to(self.dtype)
+        return self._draw(self._run).to(self.dtype)
 
     def to(self, dtype: torch.dtype) -> Deferred:
         """The same in another dtype."""
-        return Deferred(self._draw, self._like, self.shape[0], dtype)
+        return Deferred(self._draw, self._like, self._k, dtype, self._run)
+
+    def __getitem__(self, directions: slice) -> Deferred:
+        """A run of them, drawn when it is asked for."""
+        some = range(self._k)[self._run][directions]
+        return Deferred(self._draw, self._like, self._k, self.dtype, slice(some.start, some.stop))
 
 
 @final
@@ -139,3 +157,13 @@ class Stacked(Tangents):
     def to(self, dtype: torch.dtype) -> Stacked:
         """The same in another dtype."""
         return Stacked([part.to(dtype) for part in self.parts])
+
+    def __getitem__(self, directions: slice) -> Tensor | Tangents:
+        """A run of them, of those parts that it reaches into."""
+        wanted, found, start = range(self.shape[0])[directions], [], 0
+        for part in self.parts:
+            first, last = max(wanted.start - start, 0), min(wanted.stop - start, part.shape[0])
+            if first < last:
+                found.append(part[first:last])
+            start += part.shape[0]
+        return found[0] if len(found) == 1 else Stacked(found)

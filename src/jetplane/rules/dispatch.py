@@ -28,6 +28,7 @@ from ..jet import (
     any_promoted,
     forget_promotions,
     is_jet,
+    kind_of,
     mark_view,
     primal,
     promote,
@@ -105,14 +106,16 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def _on_keys(func: Any, space: Space, args: Any, kwargs: dict[str, Any], original: Sequence[Any]) -> Any:
-    before = space.order, space.kind
-    if space.gauss_newton:
-        space.kind = _kind_of_call(func, space, (*args, *kwargs.values()))
-        space.order = 1 if space.kind == MODEL else 2
+    before = space.order, space.kind, space.k, space.block
     try:
+        if space.gauss_newton:
+            space.kind = _kind_of_call(func, space, (*args, *kwargs.values()))
+            space.order = 1 if space.kind == MODEL else 2
+            if space.entrance is not None:
+                args, kwargs = space.entrance.admit(func, space, args, kwargs)
         result = _dispatch(func, space, args, kwargs, original)
     finally:
-        space.order, space.kind = before
+        space.order, space.kind, space.k, space.block = before
     if space.examples:
         examples.follow(func, space, args, kwargs, result)
     return result
@@ -239,7 +242,7 @@ def _kinds(values: Any, space: Space) -> tuple[set[int], bool]:
     data = False
     for v in values:
         if is_jet(v, space):
-            kinds.add(v.kind)
+            kinds.add(kind_of(v))
         elif isinstance(v, Tensor):
             data = data or v.dim() > 0
         elif isinstance(v, (list, tuple)):
