@@ -267,7 +267,7 @@ _ABLATIONS: dict[str, dict[str, Any]] = {
     "with 8 drawn directions": {"k": 8},
     "twice the passes": {"passes": 16.0},
     "exact curvature": {"curvature": "hessian"},
-    "in chunks of two": {"chunk": 2},
+    "one direction at a time": {"chunk": 1},
 }
 ABLATIONS = {
     name: Method(plane_search(**s), {"": s["rate"]} if isinstance(s.get("rate"), float) else None)

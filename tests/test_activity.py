@@ -114,6 +114,21 @@ def test_late_layers_get_more_samples_and_the_budget_is_kept():
     assert OTHERS not in shares
 
 
+def test_chunks_bound_what_a_pass_carries():
+    net = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 3))
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    params = list(net.parameters())
+    whole = allot(lambda: F.cross_entropy(net(x), y), net, params, 50)
+    parts = allot(lambda: F.cross_entropy(net(x), y), net, params, 50, chunk=2)
+    for name, share in parts.items():
+        assert share._replace(passes=1) == whole[name]
+    carried = {name: -(-share.samples // share.passes) for name, share in parts.items()}
+    assert carried["0"] <= 2 and carried["2"] <= 2 * 8 and parts["0"].passes > 1
+    estimates = [estimate(lambda: F.cross_entropy(net(x), y), net, params, shares, 0) for shares in (whole, parts)]
+    for a, b in zip(*estimates, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_frozen_layers_count_in_what_noise_costs():
     layer, tail = nn.Linear(8, 64), [nn.Linear(64, 1024), nn.Tanh(), nn.Linear(1024, 1024), nn.Linear(1024, 3)]
     x, y = torch.randn(32, 8), torch.randint(3, (32,))

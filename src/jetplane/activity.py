@@ -427,7 +427,13 @@ def _layers(model: nn.Module, params: Sequence[Tensor]) -> dict[str, nn.Module]:
 
 
 def allot(
-    closure: Closure, model: nn.Module, params: Sequence[Tensor], passes: float, whole: float = 1.0, apart: bool = True
+    closure: Closure,
+    model: nn.Module,
+    params: Sequence[Tensor],
+    passes: float,
+    whole: float = 1.0,
+    apart: bool = True,
+    chunk: int | None = None,
 ) -> dict[str, Share]:
     """How many samples each layer gets, so that all of them cost about ``passes`` forward passes.
 
@@ -450,6 +456,7 @@ def allot(
         passes: what all of it may cost, in forward passes.
         whole: how many times the closure's examples a batch has of which they are a shard.
         apart: whether positions may be taken for examples.
+        chunk: a pass carries no more coefficients than the widest layer has in a plane of so many directions.
 
     Returns:
         Shares by the names of layers that the closure made use of. `OTHERS` stands for the parameters that none of
@@ -509,7 +516,8 @@ def allot(
             samples, mode = met[name].shape[-1], "units"
         else:
             mode = "weights" if name in light else "signs"
-        parted = min(samples, math.ceil(samples * met[name].outputs / _NUMBERS))
+        held = met[name].outputs / _NUMBERS if chunk is None else widest[name] / (chunk * max(widest.values()))
+        parted = min(samples, math.ceil(samples * held))
         following = effects[name].next if mode == "signs" and name in effects else None
         shares[name] = Share(mode, samples, parted, name in own_rows, following)
     return _with_courses(shares, met, last, sum(p.numel() for p in params), whole)
@@ -540,17 +548,23 @@ def _effects(
 
     def begin(module: nn.Module, call: int, x: Tensor, y: Tensor) -> Finish:
         def finish(felt: Tensor | None) -> None:
-            if felt is not None:
-                found[module] = felt.double().mean().item()
+            if felt is None:
+                raise _Told
+            found[module] = felt.double().mean().item()
 
         return finish
 
+    effects = {}
     names_of = {module: name for name, module in every.items()}
-    return {
-        names_of[module]: _Effect(names_of[after], found[module])
-        for module, after in follows.items()
-        if _toured(closure, [module], {module: after}, begin) and found[module] < _FELT
-    }
+    for module, after in follows.items():
+        with contextlib.suppress(_Told):
+            if _toured(closure, [module], {module: after}, begin) and found[module] < _FELT:
+                effects[names_of[module]] = _Effect(names_of[after], found[module])
+    return effects
+
+
+class _Told(BaseException):
+    """Nothing more is to be learned from a pass; no error, so that no closure takes it for one."""
 
 
 def _with_courses(

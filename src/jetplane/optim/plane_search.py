@@ -358,7 +358,8 @@ class PlaneSearch(PlaneOptimizer):
             before, whole = ranks.place(weight, device)
 
         def allotted() -> dict[str, Share]:
-            return allot(closure, model, params, self.passes, whole / weight)
+            chunk = self.chunk if isinstance(self.chunk, int) else None
+            return allot(closure, model, params, self.passes, whole / weight, chunk=chunk)
 
         shares = {name: Share.of(fields) for name, fields in own.get("shares", {}).items()}
         if not shares:
