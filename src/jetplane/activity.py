@@ -426,6 +426,12 @@ def _layers(model: nn.Module, params: Sequence[Tensor]) -> dict[str, nn.Module]:
     }
 
 
+def perturbable(model: nn.Module, params: Sequence[Tensor]) -> int:
+    """How many numbers of the parameters belong to layers that can be perturbed."""
+    owned = {id(p) for layer in _layers(model, params).values() for p in layer.parameters(recurse=False)}
+    return sum(p.numel() for p in params if id(p) in owned)
+
+
 def allot(
     closure: Closure,
     model: nn.Module,

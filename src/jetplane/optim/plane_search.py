@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
-from ..activity import Share, allot, estimate
+from ..activity import Share, allot, estimate, perturbable
 from ..descent import Damped, Descent, SaddleFree, Spectral, named
 from ..directions import (
     AbstractDirections,
@@ -76,8 +76,8 @@ class PlaneSearch(PlaneOptimizer):
             refused) and ``weight_decay``. Frozen parameters are left alone.
         model: holds the layers to perturb. The closure is called several times a step and must compute the same
             each time; what it writes to buffers, and torch's random numbers, move once.
-        k: directions to draw; by default 0 with a model (one, until there is something to remember), without one
-            64, or as many as there are parameters.
+        k: directions to draw; by default 0 with a model whose layers that can be perturbed own half of the parameters
+            or more (one, until there is something to remember), otherwise 64, or as many as there are parameters.
         curvature: "ggn", which needs a loss function (see `jetplane.evaluate`), or "hessian".
         tangents: structure of the drawn directions: "rank-one", "dense", "low-rank" (with ``rank``), "sparse" (with
             ``density``), or "block", each direction in one parameter alone; see `jetplane.Directions`.
@@ -169,9 +169,6 @@ class PlaneSearch(PlaneOptimizer):
         self.curvature: Curvature = curvature
         # Beside exact curvature, which costs as much as many passes, those of a good line search are few.
         otherwise = ExactLine(10) if curvature == "hessian" else Backtracking()
-        remembered = model is not None and not k
-        auto = NoiseAware(floor=LEAST if remembered else NoiseAware.floor, otherwise=otherwise)
-        self.search: Search = rate if isinstance(rate, Search) else auto if rate == "auto" else Whole()
         self.averages = tuple(averages)
         self.scaled = scaled
         self.previous = previous
@@ -183,15 +180,19 @@ class PlaneSearch(PlaneOptimizer):
             params, lr, k or 1, law, tangents, clip=clip, weight_decay=weight_decay, seed=seed, chunk=chunk,
             rank=rank, density=density, compile=compile, process_group=process_group,
         )  # fmt: skip
+        moving = [p for p, _, _ in self._moving()]
+        size = sum(p.numel() for p in moving)
         if k is None:
-            k = 0 if model is not None else min(DRAWN, sum(p.numel() for p, _, _ in self._moving()))
+            k = 0 if model is not None and 2 * perturbable(model, moving) >= size else min(DRAWN, size)
         self.k = k
+        auto = NoiseAware(floor=NoiseAware.floor if k else LEAST, otherwise=otherwise)
+        self.search: Search = rate if isinstance(rate, Search) else auto if rate == "auto" else Whole()
         self.rank = rank
         self.density = density
         self.orthogonal = orthogonal
         self.preconditioned = preconditioned
         self.every = every
-        if every > 1 and (guess is not None or (k and k != sum(p.numel() for p, _, _ in self._moving()))):
+        if every > 1 and (guess is not None or k not in (0, size)):
             raise ArgumentError(
                 f"every = {every} keeps a curvature for directions that are the same in the next step, which "
                 f"drawn ones (k = {k}) and a guess are not"
