@@ -44,7 +44,7 @@ BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
     "cnn": {
         "smoke": {"epochs": 2, "seeds": [0, 1], "drop_every": 1, "sweep_epochs": 1, "rates": 2},
         "hour": {
-            "epochs": 9, "seeds": [0, 1, 3], "drop_every": 3, "examples": 20_000, "sweep_epochs": 2, "rates": 4,
+            "epochs": 9, "seeds": [0, 1], "drop_every": 3, "examples": 20_000, "sweep_epochs": 2, "rates": 4,
         },
         "paper": {"epochs": 3000, "seeds": [0, 1, 3], "drop_every": 1000, "sweep_epochs": 100, "rates": 13},
     },
