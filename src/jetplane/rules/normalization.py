@@ -63,7 +63,7 @@ def _(space: Space, x: Any, dim: int, dtype: Any = None) -> Tensor:
     _, first, second = parts(x, space)
     if second is None and space.order == 1 and first is not None and plain(y, first):
         # The Jacobian is symmetric, so that what reverse mode multiplies by serves forward mode.
-        y1 = first.new_empty(first.shape)  # contiguous: the kernel writes as if it were (torch 2.13)
+        y1 = space.memory.empty(first.shape, first)  # contiguous: the kernel writes as if it were (torch 2.13)
         for c, out in zip(first, y1, strict=True):
             aten._softmax_backward_data.out(c, y, dim, y.dtype, grad_input=out)
         return make(y.to(p.dtype), y1, None, space)
@@ -125,7 +125,7 @@ def standardize(space: Space, x: Any, dims: Sequence[int], eps: float) -> Tensor
         shape = p.shape[over[0] :]
         y, mean, r = torch.native_layer_norm(p, shape, None, None, eps)
         if first is not None and plain(first) and second is None and space.order == 1:
-            y1 = torch.empty_like(first)
+            y1 = space.memory.empty(first.shape, first)
             for c, out in zip(first, y1, strict=True):  # symmetric as softmax
                 out.copy_(aten.native_layer_norm_backward(c, p, shape, mean, r, None, None, [True, False, False])[0])
             return make(y.to(dtype), y1, None, space)

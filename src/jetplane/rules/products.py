@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..jet import Jet, Space, broadcast, carried, is_jet, linear, low_rank, make, parts, plain, precise, primal
+from ..jet import Jet, Space, apply, broadcast, carried, is_jet, linear, low_rank, make, parts, plain, precise, primal
 from ..tangents import LowRank, Stacked, Tangents
 from .registry import aten, register
 
@@ -38,17 +38,17 @@ class Form(ABC):
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """The product."""
 
-    def left(self, a: Tensor, b: Tensor) -> Tensor:
+    def left(self, space: Space, a: Tensor, b: Tensor) -> Tensor:
         """Products of each tensor of the stack a with the tensor b."""
         return torch.stack([self(t, b) for t in a.unbind(0)])
 
-    def right(self, a: Tensor, b: Tensor) -> Tensor:
+    def right(self, space: Space, a: Tensor, b: Tensor) -> Tensor:
         """Products of the tensor a with each tensor of the stack b."""
         return torch.stack([self(a, t) for t in b.unbind(0)])
 
-    def onto(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    def onto(self, space: Space, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         """``total + right(a, b)``; the total is ours to overwrite."""
-        y = self.right(a, b)
+        y = self.right(space, a, b)
         return y if total is None else _plus(total, y)
 
     def into(self, out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
@@ -71,7 +71,7 @@ class Form(ABC):
 
     by_rows = False  # whether each row of b, along its first axis, makes a channel of its own: the second axis of y
 
-    def spread(self, onto: Tensor | None, inner: Tensor, left: Tensor) -> Tensor:
+    def spread(self, space: Space, onto: Tensor | None, inner: Tensor, left: Tensor) -> Tensor:
         """``onto[n] + sum_m inner[n, :, m] left[n, m]``: channels m spread to those of the result.
 
         Args:
@@ -84,7 +84,7 @@ class Form(ABC):
             return y if onto is None else onto + y
         left = left.reshape(*left.shape[:2], 1, left.shape[2], *[1] * (inner.dim() - 3))
         if onto is None:
-            onto = inner[:, :, :1] * left[:, 0]
+            onto = apply(space, torch.mul, inner[:, :, :1], left[:, 0])
             inner, left = inner[:, :, 1:], left[:, 1:]
         for m in range(left.shape[1]):
             onto.addcmul_(inner[:, :, m : m + 1], left[:, m])
@@ -123,13 +123,13 @@ def bilinear(space: Space, form: Form, a: Any, b: Any, y: Tensor | None = None) 
             way = _interpolated if plain(pa, fa, pb, fb) else _interpolated_apart
         first, second = way(space, form, pa, fa, pb, fb, y)
     else:
-        first = None if fa is None else form.left(fa, pb)
-        first = first if fb is None else form.onto(first, pa, fb)
+        first = None if fa is None else form.left(space, fa, pb)
+        first = first if fb is None else form.onto(space, first, pa, fb)
         second = None
     if sa is not None:
-        second = _plus(second, form.left(sa, pb))
+        second = _plus(second, form.left(space, sa, pb))
     if sb is not None:
-        second = _plus(second, form.right(pa, sb))
+        second = _plus(second, form.right(space, pa, sb))
     return make(y, first, second, space)
 
 
@@ -142,10 +142,10 @@ def _low_rank(space: Space, form: Form, a: Any, pb: Tensor, tangents: LowRank, y
     pa, fa, sa = parts(a, space)
     y = form(pa, pb) if y is None else y
     pa, pb = precise(pa), precise(pb)
-    first = _along(form, pa, tangents, None if fa is None else form.left(fa, pb))
-    second = None if sa is None else form.left(sa, pb)
+    first = _along(space, form, pa, tangents, None if fa is None else form.left(space, fa, pb))
+    second = None if sa is None else form.left(space, sa, pb)
     if fa is not None and space.order == 2:
-        second = form.spread(second, *_crossed(space, form, fa, _rows(tangents), tangents.left))
+        second = form.spread(space, second, *_crossed(space, form, fa, _rows(tangents), tangents.left))
     return make(y, first, second, space)
 
 
@@ -154,10 +154,10 @@ def _rows(tangents: LowRank) -> Tensor:
     return tangents.right.reshape(-1, *tangents.shape[2:])
 
 
-def _along(form: Form, a: Tensor, tangents: LowRank, onto: Tensor | None) -> Tensor:
+def _along(space: Space, form: Form, a: Tensor, tangents: LowRank, onto: Tensor | None) -> Tensor:
     """``onto + f(a, right_i) left_i`` for each direction."""
     inner = form(a, _rows(tangents)).unflatten(1, tangents.left.shape[:2]).movedim(1, 0)
-    return form.spread(onto, inner, tangents.left)
+    return form.spread(space, onto, inner, tangents.left)
 
 
 def _stacked(space: Space, form: Form, a: Any, pb: Tensor, tangents: Stacked, y: Tensor | None) -> Tensor:
@@ -167,15 +167,15 @@ def _stacked(space: Space, form: Form, a: Any, pb: Tensor, tangents: Stacked, y:
     pa, pb = precise(pa), precise(pb)
     first = [None] * len(tangents.parts)
     if fa is not None:
-        first = form.left(fa, pb).split([part.shape[0] for part in tangents.parts])
+        first = form.left(space, fa, pb).split([part.shape[0] for part in tangents.parts])
     own = []
     for onto, part in zip(first, tangents.parts, strict=True):
         if isinstance(part, LowRank):
-            own.append(_along(form, pa, part, onto))
+            own.append(_along(space, form, pa, part, onto))
         else:
-            product = form.right(pa, part.formed() if isinstance(part, Tangents) else part)
+            product = form.right(space, pa, part.formed() if isinstance(part, Tangents) else part)
             own.append(product if onto is None else onto + product)
-    return make(y, torch.cat(own), None if sa is None else form.left(sa, pb), space)
+    return make(y, torch.cat(own), None if sa is None else form.left(space, sa, pb), space)
 
 
 def _crossed(space: Space, form: Form, fa: Tensor, rows: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,7 +185,7 @@ def _crossed(space: Space, form: Form, fa: Tensor, rows: Tensor, left: Tensor) -
     i, j = upper[0], upper[1]
     inner, outer = [], []
     for n in range(0, space.k, b):  # each plane's directions meet each other alone
-        cross = form.left(fa[n : n + b], rows[n * r : (n + b) * r]).unflatten(2, (b, r)).movedim(2, 1)
+        cross = form.left(space, fa[n : n + b], rows[n * r : (n + b) * r]).unflatten(2, (b, r)).movedim(2, 1)
         inner.append(torch.cat([cross[i, j], cross[j, i]], 2))
         own = left[n : n + b]
         outer.append(torch.cat([own[j], own[i]], 1))
@@ -203,12 +203,12 @@ def _direct(
 ) -> tuple[Tensor, Tensor]:
     """First and second coefficients, product by product."""
     if not plain(pa, fa, pb, fb):
-        first = form.left(fa, pb) + form.right(pa, fb)
+        first = form.left(space, fa, pb) + form.right(space, pa, fb)
         return first, torch.stack([form(fa[i], fb[j]) + form(fa[j], fb[i]) for i, j in space.indices()])
-    first = form.left(fa, pb)
+    first = form.left(space, fa, pb)
     for i in range(space.k):
         form.into(first[i], pa, fb[i], True)
-    second = first.new_empty((space.pairs, *y.shape))
+    second = space.memory.empty((space.pairs, *y.shape), first)
     for n, (i, j) in enumerate(space.indices()):
         form.into(second[n], fa[i], fb[j], False)
         if i == j:
@@ -231,7 +231,7 @@ def _interpolated(
         s_i s_j y_ij   = f(s_i a_i + s_j a_j, s_i b_i + s_j b_j) - D_i - D_j
     """
     s = _scales(pa, fa, pb, fb)
-    first, second = y.new_empty((space.k, *y.shape)), y.new_empty((space.pairs, *y.shape))
+    first, second = (space.memory.empty((n, *y.shape), y) for n in (space.k, space.pairs))
     where = {pair: n for n, pair in enumerate(space.indices())}
     work = Work()
     for i in range(space.k):
@@ -300,22 +300,26 @@ class _Rows(Form):
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         return self._columns(a, b).t().contiguous() if 1 < b.shape[0] < NARROW else a @ b.t()
 
-    def left(self, a: Tensor, b: Tensor) -> Tensor:
-        return self(a.flatten(0, 1), b).view(*a.shape[:-1], b.shape[0])
+    def left(self, space: Space, a: Tensor, b: Tensor) -> Tensor:
+        if 1 < b.shape[0] < NARROW or not plain(a, b):
+            return self(a.flatten(0, 1), b).view(*a.shape[:-1], b.shape[0])
+        out = space.memory.empty((*a.shape[:-1], b.shape[0]), a)
+        torch.mm(a.flatten(0, 1), b.t(), out=out.flatten(0, 1))
+        return out
 
-    def right(self, a: Tensor, b: Tensor) -> Tensor:
+    def right(self, space: Space, a: Tensor, b: Tensor) -> Tensor:
         if b.shape[1] < NARROW:  # one product reads a once
             return self._columns(a, b.flatten(0, 1)).unflatten(0, b.shape[:2]).mT.contiguous()
         if not plain(a, b):
             return torch.matmul(a, b.transpose(1, 2))
-        out = a.new_empty((b.shape[0], a.shape[0], b.shape[1]))
+        out = space.memory.empty((b.shape[0], a.shape[0], b.shape[1]), a)
         for i in range(b.shape[0]):
             torch.mm(a, b[i].t(), out=out[i])
         return out
 
-    def onto(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    def onto(self, space: Space, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         if total is None or not plain(total, a, b) or b.shape[1] < NARROW:
-            return super().onto(total, a, b)
+            return super().onto(space, total, a, b)
         for out, weight in zip(total, b, strict=True):
             out.addmm_(a, weight.t())
         return total
@@ -343,10 +347,12 @@ class _Rows(Form):
 
     by_rows = True
 
-    def spread(self, onto: Tensor | None, inner: Tensor, left: Tensor) -> Tensor:
+    def spread(self, space: Space, onto: Tensor | None, inner: Tensor, left: Tensor) -> Tensor:
+        if not plain(onto, inner, left):
+            return torch.matmul(inner, left) if onto is None else onto + torch.matmul(inner, left)
         if onto is None:
-            return torch.matmul(inner, left)
-        return onto.baddbmm_(inner, left) if plain(onto, inner, left) else onto + torch.matmul(inner, left)
+            return torch.bmm(inner, left, out=space.memory.empty((*inner.shape[:2], left.shape[2]), left))
+        return onto.baddbmm_(inner, left)
 
 
 class _Batched(Form):
@@ -355,25 +361,25 @@ class _Batched(Form):
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.bmm(a, b)
 
-    def left(self, a: Tensor, b: Tensor) -> Tensor:
+    def left(self, space: Space, a: Tensor, b: Tensor) -> Tensor:
         if not plain(a, b):
             return torch.matmul(a, b)
-        out = a.new_empty((a.shape[0], a.shape[1], a.shape[2], b.shape[2]))
+        out = space.memory.empty((a.shape[0], a.shape[1], a.shape[2], b.shape[2]), a)
         for i in range(a.shape[0]):
             torch.bmm(a[i], b, out=out[i])
         return out
 
-    def right(self, a: Tensor, b: Tensor) -> Tensor:
+    def right(self, space: Space, a: Tensor, b: Tensor) -> Tensor:
         if not plain(a, b):
             return torch.matmul(a, b)
-        out = b.new_empty((b.shape[0], a.shape[0], a.shape[1], b.shape[3]))
+        out = space.memory.empty((b.shape[0], a.shape[0], a.shape[1], b.shape[3]), b)
         for i in range(b.shape[0]):
             torch.bmm(a, b[i], out=out[i])
         return out
 
-    def onto(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    def onto(self, space: Space, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         if total is None or not plain(total, a, b):
-            return super().onto(total, a, b)
+            return super().onto(space, total, a, b)
         for out, factor in zip(total, b, strict=True):
             out.baddbmm_(a, factor)
         return total
@@ -526,13 +532,13 @@ class _Convolution(Form):
             self.groups,
         )
 
-    def left(self, a: Tensor, b: Tensor) -> Tensor:
+    def left(self, space: Space, a: Tensor, b: Tensor) -> Tensor:
         y = self(a.flatten(0, 1), b)
         return y.reshape(*a.shape[:2], *y.shape[1:])
 
-    def right(self, a: Tensor, b: Tensor) -> Tensor:
+    def right(self, space: Space, a: Tensor, b: Tensor) -> Tensor:
         if self.groups > 1 or self.transposed:
-            return super().right(a, b)
+            return super().right(space, a, b)
         y = self(a, b.flatten(0, 1))  # one convolution with n times the output channels
         return y.unflatten(1, b.shape[:2]).movedim(1, 0)
 
