@@ -15,7 +15,7 @@ with the few rows of ``right_i``, spread by ``left_i`` (see `_low_rank`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from ..tangents import LowRank, Stacked, Tangents
 from .registry import aten, register
 
 BLOCK = 1 << 17  # elements of a sum of weights that are held at a time
+IMAGES = 1 << 21  # elements of images that are convolved at a time
 NARROW = 96  # rows or columns below which reading a factor costs as much as multiplying it
 
 
@@ -533,14 +534,34 @@ class _Convolution(Form):
         )
 
     def left(self, space: Space, a: Tensor, b: Tensor) -> Tensor:
-        y = self(a.flatten(0, 1), b)
-        return y.reshape(*a.shape[:2], *y.shape[1:])
+        def some(part: Tensor) -> Tensor:
+            y = self(part.flatten(0, 1), b)
+            return y.reshape(*part.shape[:2], *y.shape[1:])
+
+        return self._in_blocks(space, some, a, a[0].numel())
 
     def right(self, space: Space, a: Tensor, b: Tensor) -> Tensor:
         if self.groups > 1 or self.transposed:
             return super().right(space, a, b)
-        y = self(a, b.flatten(0, 1))  # one convolution with n times the output channels
-        return y.unflatten(1, b.shape[:2]).movedim(1, 0)
+
+        def some(part: Tensor) -> Tensor:
+            y = self(a, part.flatten(0, 1))  # one convolution with more output channels
+            return y.unflatten(1, part.shape[:2]).movedim(1, 0)
+
+        return self._in_blocks(space, some, b, a.numel() // a.shape[1] * b.shape[1])
+
+    def _in_blocks(self, space: Space, some: Callable[[Tensor], Tensor], stack: Tensor, size: int) -> Tensor:
+        """A stack's results, made of so many tensors at a time that the library's own copies stay in the cache."""
+        step = max(1, IMAGES // max(size, 1))
+        if step >= len(stack) or not plain(stack):
+            return some(stack)
+        out = None
+        for start in range(0, len(stack), step):
+            y = some(stack[start : start + step])
+            out = space.memory.empty((len(stack), *y.shape[1:]), y) if out is None else out
+            out[start : start + step].copy_(y)
+        assert out is not None
+        return out
 
     def pays(self, a: Tensor, b: Tensor) -> bool:
         return True
