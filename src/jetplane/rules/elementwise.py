@@ -17,6 +17,7 @@ from ..jet import (
     Space,
     accumulate,
     add_jets,
+    apply,
     broadcast,
     carried,
     chain,
@@ -471,7 +472,6 @@ def _(space: Space, x: Any) -> Tensor:
     if not plain(p) or p.dtype != carried(p.dtype):
         return chain(space, x, torch.relu(p), *_mask(p > 0, p))
 
-
     def on_stack(c: Tensor) -> Tensor:  # one pass, no mask in memory
         if not plain(c):
             return aten.threshold_backward(c, p, 0)
@@ -532,7 +532,9 @@ def _(space: Space, a: Any, b: Any) -> Tensor:
     _, first, _ = parts(b, space)
     if first is None:
         divisor = primal(b, space)
-        return linear(space, a, lambda _: y, lambda c: expand(lift(c, y.dim()) / divisor, y.shape))
+        return linear(
+            space, a, lambda _: y, lambda c: expand(apply(space, torch.div, lift(c, y.dim()), divisor), y.shape)
+        )
     product = multiply(space, a, torch.reciprocal(b))
     return make(y, *parts(product, space)[1:], space)
 

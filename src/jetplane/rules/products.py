@@ -47,10 +47,13 @@ class Form(ABC):
         """Products of the tensor a with each tensor of the stack b."""
         return torch.stack([self(a, t) for t in b.unbind(0)])
 
-    def onto(self, space: Space, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    def onto(self, space: Space, total: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """``total + right(a, b)``; the total is ours to overwrite."""
-        y = self.right(space, a, b)
-        return y if total is None else _plus(total, y)
+        return _plus(total, self.right(space, a, b))
+
+    def both(self, space: Space, a: Tensor, da: Tensor, b: Tensor, db: Tensor) -> Tensor:
+        """``f(a_i, b) + f(a, b_i)`` for each direction."""
+        return self.onto(space, self.left(space, da, b), a, db)
 
     def into(self, out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
         """Write the product to ``out``, or add it to what is there."""
@@ -124,9 +127,11 @@ def bilinear(space: Space, form: Form, a: Any, b: Any, y: Tensor | None = None) 
             way = _interpolated if plain(pa, fa, pb, fb) else _interpolated_apart
         first, second = way(space, form, pa, fa, pb, fb, y)
     else:
-        first = None if fa is None else form.left(space, fa, pb)
-        first = first if fb is None else form.onto(space, first, pa, fb)
-        second = None
+        first, second = None, None
+        if fa is not None:
+            first = form.left(space, fa, pb) if fb is None else form.both(space, pa, fa, pb, fb)
+        elif fb is not None:
+            first = form.right(space, pa, fb)
     if sa is not None:
         second = _plus(second, form.left(space, sa, pb))
     if sb is not None:
@@ -318,8 +323,8 @@ class _Rows(Form):
             torch.mm(a, b[i].t(), out=out[i])
         return out
 
-    def onto(self, space: Space, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-        if total is None or not plain(total, a, b) or b.shape[1] < NARROW:
+    def onto(self, space: Space, total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        if not plain(total, a, b) or b.shape[1] < NARROW:
             return super().onto(space, total, a, b)
         for out, weight in zip(total, b, strict=True):
             out.addmm_(a, weight.t())
@@ -357,39 +362,51 @@ class _Rows(Form):
 
 
 class _Batched(Form):
-    """``a @ b`` for batches of matrices, (m, r, s) and (m, s, t)."""
+    """``a @ b`` for batches of matrices, (*batch, r, s) and (*batch, s, t): each direction apart, in the cache."""
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.bmm(a, b)
+        return torch.matmul(a, b)
 
     def left(self, space: Space, a: Tensor, b: Tensor) -> Tensor:
         if not plain(a, b):
             return torch.matmul(a, b)
-        out = space.memory.empty((a.shape[0], a.shape[1], a.shape[2], b.shape[2]), a)
-        for i in range(a.shape[0]):
-            torch.bmm(a[i], b, out=out[i])
+        out = space.memory.empty((*a.shape[:-1], b.shape[-1]), a)
+        b = _matrices(b)
+        for y, factor in zip(out, a, strict=True):
+            torch.bmm(_matrices(factor), b, out=_matrices(y))
         return out
 
     def right(self, space: Space, a: Tensor, b: Tensor) -> Tensor:
         if not plain(a, b):
             return torch.matmul(a, b)
-        out = space.memory.empty((b.shape[0], a.shape[0], a.shape[1], b.shape[3]), b)
-        for i in range(b.shape[0]):
-            torch.bmm(a, b[i], out=out[i])
+        out = space.memory.empty((*b.shape[:-2], a.shape[-2], b.shape[-1]), b)
+        a = _matrices(a)
+        for y, factor in zip(out, b, strict=True):
+            torch.bmm(a, _matrices(factor), out=_matrices(y))
         return out
 
-    def onto(self, space: Space, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-        if total is None or not plain(total, a, b):
-            return super().onto(space, total, a, b)
-        for out, factor in zip(total, b, strict=True):
-            out.baddbmm_(a, factor)
-        return total
+    def both(self, space: Space, a: Tensor, da: Tensor, b: Tensor, db: Tensor) -> Tensor:
+        if not plain(a, da, b, db):
+            return super().both(space, a, da, b, db)
+        out = space.memory.empty((*da.shape[:-1], b.shape[-1]), da)
+        a, b = _matrices(a), _matrices(b)
+        for y, left, right in zip(out, da, db, strict=True):
+            torch.bmm(_matrices(left), b, out=_matrices(y)).baddbmm_(a, _matrices(right))
+        return out
 
     def into(self, out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
+        out, a, b = _matrices(out), _matrices(a), _matrices(b)
         if keep:
             out.baddbmm_(a, b)
         else:
             torch.bmm(a, b, out=out)
+
+
+def _matrices(x: Tensor) -> Tensor:
+    """The batch as one dimension; transposed matrices stay so."""
+    if x.dim() == 3:
+        return x
+    return x.mT.flatten(0, -3).mT if x.stride(-2) == 1 else x.flatten(0, -3)
 
 
 ROWS, BATCHED = _Rows(), _Batched()
@@ -501,9 +518,7 @@ def _(space: Space, a: Any, b: Any) -> Tensor:
         rows = a.reshape(a.shape[:-1].numel(), a.shape[-1])
         return torch.mm(rows, b) if a.dim() == 2 else torch.mm(rows, b).reshape(*a.shape[:-1], b.shape[1])
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    left = a.expand(*batch, *a.shape[-2:]).reshape(batch.numel(), *a.shape[-2:])
-    right = b.expand(*batch, *b.shape[-2:]).reshape(batch.numel(), *b.shape[-2:])
-    return torch.bmm(left, right).reshape(*batch, a.shape[-2], b.shape[-1])
+    return bilinear(space, BATCHED, a.expand(*batch, *a.shape[-2:]), b.expand(*batch, *b.shape[-2:]))
 
 
 # --- convolutions -----------------------------------------------------------------------------
