@@ -85,6 +85,11 @@ class Space:
         """Where large coefficients of this evaluation are; compiled code has its own."""
         return Memory()
 
+    def finish(self) -> None:
+        """The evaluation is over; tensors that it returned may be in its memory."""
+        if "memory" in self.__dict__:
+            self.memory.trim()
+
     @property
     def planes(self) -> int:
         """Number of independent planes, k / block."""
@@ -345,6 +350,17 @@ def apply(space: Space, op: Callable[..., Tensor], c: Tensor, other: Any, **opti
         return op(c, other, **options)
     shape = c.shape if number or other.dim() == 0 else torch.broadcast_shapes(c.shape, other.shape)
     return op(c, other, out=space.memory.empty(shape, c), **options)
+
+
+def reshaped(space: Space, c: Tensor, shape: Sequence[int]) -> Tensor:
+    """A view of the given shape where there is one, else a copy in the memory of the evaluation."""
+    if not plain(c):
+        return c.reshape(shape)
+    try:
+        return c.view(shape)
+    except RuntimeError:
+        out = space.memory.empty(c.shape, c)
+        return out.copy_(c).view(shape)
 
 
 def plain(*tensors: Tensor | None) -> bool:

@@ -2,59 +2,69 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
+import os
 import threading
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 LARGE = 1 << 23  # bytes from which on the C library asks the system for pages each time
-WASTE = 1.5  # a block may be so much larger than what is put into it
+PAGE = 1 << 21  # bytes of a huge page
 
 
 class Memory:
-    """Large tensors, in blocks that are used again as soon as no tensor looks into them.
+    """A region of addresses in which large tensors take the place of those that nobody looks into any more.
 
-    Blocks in use and kept ones together are never more than were in use at once. On Linux they are of huge pages
-    where the system has them.
+    Only what was written to takes memory, in huge pages where the system has them. Where there are no such regions, each tensor has memory of its own.
     """
 
     def __init__(self) -> None:
-        self._blocks: list[torch.UntypedStorage] = []
-        self._most = 0
+        self._taken: list[tuple[int, int, StorageWeakRef]] = []  # from, to, by whom; in order
         self._lock = threading.Lock()
+
+    @functools.cached_property
+    def _region(self) -> mmap.mmap | None:
+        try:  # as many addresses as there is memory
+            size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            region.madvise(mmap.MADV_HUGEPAGE)
+        except (AttributeError, OSError, ValueError):
+            return None
+        return region
 
     def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """An uninitialized contiguous tensor of this shape, with dtype and device of another."""
         size = math.prod(shape) * like.element_size()
         if size < LARGE or like.device.type != "cpu":
             return like.new_empty(shape)
-        with self._lock:  # until the tensor looks into it, a block seems to be free
-            return torch.empty(0, dtype=like.dtype).set_(self._block(size), 0, torch.Size(shape))
+        with self._lock:
+            region = self._region
+            if region is None:
+                return like.new_empty(shape)
+            for n, (start, end) in enumerate(self._gaps(region)):
+                if start + size <= end:
+                    flat = torch.frombuffer(region, dtype=like.dtype, count=math.prod(shape), offset=start)
+                    end = start + -(-size // PAGE) * PAGE
+                    self._taken.insert(n, (start, end, StorageWeakRef(flat.untyped_storage())))
+                    return flat.view(shape)
+        return like.new_empty(shape)
 
-    def _block(self, size: int) -> torch.UntypedStorage:
-        free = [b for b in self._blocks if torch._C._storage_Use_Count(b._cdata) == 1]
-        fitting = [b for b in free if size <= b.nbytes() <= WASTE * size]
-        if fitting:
-            return min(fitting, key=torch.UntypedStorage.nbytes)
-        held = size + sum(b.nbytes() for b in self._blocks)
-        self._most = max(self._most, held - sum(b.nbytes() for b in free))
-        for block in free:  # the oldest first
-            if held <= self._most:
-                break
-            self._blocks.remove(block)
-            held -= block.nbytes()
-        block = _pages(size)
-        self._blocks.append(block)
-        return block
+    def trim(self) -> None:
+        """Give back what nobody looks into."""
+        with self._lock:
+            region = self._region if self._taken else None
+            if region is not None:
+                for start, end in self._gaps(region):
+                    if start < end:
+                        region.madvise(mmap.MADV_DONTNEED, start, end - start)
 
-
-def _pages(size: int) -> torch.UntypedStorage:
-    try:
-        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    except (AttributeError, OSError):  # another system, or one without huge pages
-        return torch.UntypedStorage(size)
-    return torch.frombuffer(pages, dtype=torch.uint8).untyped_storage()
+    def _gaps(self, region: mmap.mmap) -> list[tuple[int, int]]:
+        """What is free, from and to, before each place that is taken and behind all of them."""
+        self._taken = [place for place in self._taken if not place[2].expired()]
+        starts = [0, *(end for _, end, _ in self._taken)]
+        return list(zip(starts, [*(start for start, _, _ in self._taken), len(region)], strict=True))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..jet import Jet, Space, apply, broadcast, carried, is_jet, linear, low_rank, make, parts, plain, precise, primal
+from ..jet import Jet, Space, apply, broadcast, carried, is_jet, linear, low_rank, make, parts, plain, precise, primal, reshaped
 from ..tangents import LowRank, Stacked, Tangents
 from .registry import aten, register
 
@@ -426,7 +426,7 @@ def _(space: Space, x: Any, weight: Any, bias: Any = None) -> Tensor:
 
 def _shaped(space: Space, x: Any, shape: Sequence[int]) -> Tensor:
     """Reshaped; nobody writes to what a rule makes for itself, so that it need not be known for a view."""
-    return linear(space, x, lambda p: p.reshape(shape), lambda c: c.reshape(c.shape[0], *shape))
+    return linear(space, x, lambda p: p.reshape(shape), lambda c: reshaped(space, c, (c.shape[0], *shape)))
 
 
 def _biased(space: Space, rows: Any, weight: Any, bias: Any, y: Tensor) -> Tensor:
