@@ -83,7 +83,7 @@ class Space:
     @functools.cached_property
     def memory(self) -> Memory:
         """Where large coefficients of this evaluation are; compiled code has its own."""
-        return Memory()
+        return Memory(self.k)
 
     def finish(self) -> None:
         """The evaluation is over; tensors that it returned may be in its memory."""

@@ -13,17 +13,22 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-LARGE = 1 << 23  # bytes from which on the C library asks the system for pages each time
-PAGE = 1 << 21  # bytes of a huge page
+LARGE, LARGEST = 1 << 23, 1 << 25  # bytes from which on the C library may, and does, ask for fresh pages each time
+FEW = 3  # directions up to which little memory matters more than little time
 
 
 class Memory:
     """A region of addresses in which large tensors take the place of those that nobody looks into any more.
 
-    Only what was written to takes memory, in huge pages where the system has them. Where there are no such regions, each tensor has memory of its own.
+    Only what was written to takes memory, in huge pages where the system has them. Where there are no such regions,
+    each tensor has memory of its own.
+
+    Args:
+        k: number of directions.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, k: int) -> None:
+        self._least = LARGE if k > FEW else LARGEST
         self._taken: list[tuple[int, int, StorageWeakRef]] = []  # from, to, by whom; in order
         self._lock = threading.Lock()
 
@@ -40,7 +45,7 @@ class Memory:
     def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """An uninitialized contiguous tensor of this shape, with dtype and device of another."""
         size = math.prod(shape) * like.element_size()
-        if size < LARGE or like.device.type != "cpu":
+        if size < self._least or like.device.type != "cpu":
             return like.new_empty(shape)
         with self._lock:
             region = self._region
@@ -49,7 +54,7 @@ class Memory:
             for n, (start, end) in enumerate(self._gaps(region)):
                 if start + size <= end:
                     flat = torch.frombuffer(region, dtype=like.dtype, count=math.prod(shape), offset=start)
-                    end = start + -(-size // PAGE) * PAGE
+                    end = start + -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
                     self._taken.insert(n, (start, end, StorageWeakRef(flat.untyped_storage())))
                     return flat.view(shape)
         return like.new_empty(shape)

@@ -23,7 +23,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..jet import Jet, Space, apply, broadcast, carried, is_jet, linear, low_rank, make, parts, plain, precise, primal, reshaped
+from ..jet import (
+    Jet,
+    Space,
+    apply,
+    broadcast,
+    carried,
+    is_jet,
+    linear,
+    low_rank,
+    make,
+    parts,
+    plain,
+    precise,
+    primal,
+    reshaped,
+)
 from ..tangents import LowRank, Stacked, Tangents
 from .registry import aten, register
 
@@ -79,6 +94,7 @@ class Form(ABC):
         """``onto[n] + sum_m inner[n, :, m] left[n, m]``: channels m spread to those of the result.
 
         Args:
+            space: of the evaluation.
             onto: a stack of results (n, N, channels, ...), which may be overwritten, or None.
             inner: (n, N, m, ...).
             left: (n, m, channels).

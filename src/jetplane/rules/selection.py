@@ -120,7 +120,9 @@ def _pooled(space: Space, x: Any, y: Tensor, index: Tensor, spatial: int) -> Ten
     def on_stack(c: Tensor) -> Tensor:
         at = index.flatten(-spatial).expand(c.shape[0], *index.shape[:-spatial], -1)
         flat = c.flatten(-spatial)
-        picked = torch.gather(flat, -1, at, out=space.memory.empty(at.shape, c)) if plain(c, at) else flat.gather(-1, at)
+        picked = (
+            torch.gather(flat, -1, at, out=space.memory.empty(at.shape, c)) if plain(c, at) else flat.gather(-1, at)
+        )
         return picked.reshape(c.shape[0], *y.shape)
 
     return linear(space, x, lambda _: y, on_stack)
