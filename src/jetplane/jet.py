@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .errors import DerivativeError
+from .memory import Memory
 from .tangents import Deferred, LowRank, Tangents
 
 PARAMETER, MODEL, LOSS = 0, 1, 2  # kinds of jets: see Space.gauss_newton
@@ -80,6 +81,16 @@ class Space:
     def of(key: Key) -> Space:
         """The one space with this key, for compiled code."""
         return Space(*key)
+
+    @functools.cached_property
+    def memory(self) -> Memory:
+        """Where large coefficients of this evaluation are; compiled code has its own."""
+        return Memory(self.k)
+
+    def finish(self) -> None:
+        """The evaluation is over; tensors that it returned may be in its memory."""
+        if "memory" in self.__dict__:
+            self.memory.trim()
 
     @property
     def planes(self) -> int:
@@ -339,6 +350,26 @@ def scale(factor: Any, c: Tensor | None) -> Tensor | None:
     return None if c is None else factor * c
 
 
+def apply(space: Space, op: Callable[..., Tensor], c: Tensor, other: Any, **options: Any) -> Tensor:
+    """An elementwise ``op(c, other)``, written to the memory of the evaluation."""
+    number = type(other) in (int, float)
+    if not plain(c) or not (number or (plain(other) and other.dtype == c.dtype)):
+        return op(c, other, **options)
+    shape = c.shape if number or other.dim() == 0 else torch.broadcast_shapes(c.shape, other.shape)
+    return op(c, other, out=space.memory.empty(shape, c), **options)
+
+
+def reshaped(space: Space, c: Tensor, shape: Sequence[int]) -> Tensor:
+    """A view of the given shape where there is one, else a copy in the memory of the evaluation."""
+    if not plain(c):
+        return c.reshape(shape)
+    try:
+        return c.view(shape)
+    except RuntimeError:
+        out = space.memory.empty(c.shape, c)
+        return out.copy_(c).view(shape)
+
+
 def plain(*tensors: Tensor | None) -> bool:
     """Whether in-place kernels may be used: no outer jet and no compiler's stand-in among them."""
     return all(t is None or type(t) in _PLAIN for t in tensors)
@@ -370,7 +401,8 @@ def outer(space: Space, a: Tensor, b: Tensor) -> Tensor:
     if not plain(a, b):
         return torch.cat([pa[:, r : r + 1] * pb[:, r:] for r, _ in space.rows()], 1).flatten(0, 1)
     shape = torch.broadcast_shapes(a.shape[1:], b.shape[1:])
-    out = a.new_empty((space.planes, space.plane_pairs, *shape), dtype=torch.result_type(a, b))
+    like = a.new_empty(0, dtype=torch.result_type(a, b))
+    out = space.memory.empty((space.planes, space.plane_pairs, *shape), like)
     for r, row in space.rows():
         torch.mul(pa[:, r : r + 1], pb[:, r:], out=out[:, row])
     return out.flatten(0, 1)
@@ -517,8 +549,8 @@ def multiply(space: Space, a: Any, b: Any) -> Tensor:
     ndim = y.dim()
 
     def crossed(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-        left = None if a is None else pb * lift(a, ndim)
-        return left if b is None else _plus_product(left, pa, lift(b, ndim))
+        left = None if a is None else apply(space, torch.mul, lift(a, ndim), pb)
+        return left if b is None else _plus_product(space, left, pa, lift(b, ndim))
 
     y1, y2 = crossed(fa, fb), crossed(sa, sb)
     if fa is not None and fb is not None and space.order == 2:
@@ -526,10 +558,12 @@ def multiply(space: Space, a: Any, b: Any) -> Tensor:
     return make(y, broadcast(y1, y.shape), broadcast(y2, y.shape), space)
 
 
-def _plus_product(total: Tensor | None, a: Any, c: Tensor) -> Tensor:
+def _plus_product(space: Space, total: Tensor | None, a: Any, c: Tensor) -> Tensor:
     """``total + a * c``, in place where that is possible: the total is ours."""
-    if total is None or not (plain(total, c) and type(a) is Tensor and a.dtype == total.dtype == c.dtype):
-        return a * c if total is None else total + a * c
+    if total is None:
+        return apply(space, torch.mul, c, a)
+    if not (plain(total, c) and type(a) is Tensor and a.dtype == total.dtype == c.dtype):
+        return total + a * c
     fits = torch.broadcast_shapes(total.shape, a.shape, c.shape) == total.shape
     return total.addcmul_(a, c) if fits else total + a * c
 
@@ -542,16 +576,16 @@ def add_jets(space: Space, a: Any, b: Any, y: Tensor, alpha: Any = 1) -> Tensor:
     """``a + alpha * b`` with broadcasting; y is the primal result."""
     _, fa, sa = parts(a, space)
     _, fb, sb = parts(b, space)
-    return make(y, _add_scaled(fa, fb, alpha, y.shape), _add_scaled(sa, sb, alpha, y.shape), space)
+    return make(y, _add_scaled(space, fa, fb, alpha, y.shape), _add_scaled(space, sa, sb, alpha, y.shape), space)
 
 
-def _add_scaled(a: Tensor | None, b: Tensor | None, alpha: Any, shape: Sequence[int]) -> Tensor | None:
+def _add_scaled(space: Space, a: Tensor | None, b: Tensor | None, alpha: Any, shape: Sequence[int]) -> Tensor | None:
     a, b = broadcast(a, shape), broadcast(b, shape)
     if b is None:
         return a
     if a is None:
         return b if alpha == 1 else b * alpha
-    return torch.add(a, b, alpha=alpha)
+    return apply(space, torch.add, a, b, alpha=alpha)
 
 
 # --- storage: views and in-place writes ----------------------------------------------------

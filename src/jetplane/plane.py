@@ -138,6 +138,7 @@ def expansion(k: int, block: int, order: int, gauss_newton: bool = False, exampl
     finally:
         _active.depth = depth - 1
         forget_promoted(space)
+        space.finish()
 
 
 def nested() -> bool:

@@ -17,6 +17,7 @@ from ..jet import (
     Space,
     accumulate,
     add_jets,
+    apply,
     broadcast,
     carried,
     chain,
@@ -446,8 +447,8 @@ def _in_blocks(space: Space, x: Any, p: Tensor, y: Tensor, of: Callable[[Tensor,
     d1, d2 = of(p[:1], flat[:1])
     if d1 is None or (second is None and d2 is not None):  # products that may never be formed are `chain`'s
         return NotImplemented
-    y1 = torch.empty_like(first)
-    y2 = None if second is None else torch.empty_like(second.view(-1, n))
+    y1 = space.memory.empty(first.shape, first)
+    y2 = None if second is None else space.memory.empty((second.shape[0], n), second)
     for start in range(0, n, BLOCK):
         part = slice(start, start + BLOCK)
         d1, d2 = of(p[part], flat[part])
@@ -470,7 +471,13 @@ def _(space: Space, x: Any) -> Tensor:
     p = primal(x, space)
     if not plain(p) or p.dtype != carried(p.dtype):
         return chain(space, x, torch.relu(p), *_mask(p > 0, p))
-    return linear(space, x, torch.relu, lambda c: aten.threshold_backward(c, p, 0))  # one pass, no mask in memory
+
+    def on_stack(c: Tensor) -> Tensor:  # one pass, no mask in memory
+        if not plain(c):
+            return aten.threshold_backward(c, p, 0)
+        return aten.threshold_backward.grad_input(c, p, 0, grad_input=space.memory.empty(c.shape, c))
+
+    return linear(space, x, torch.relu, on_stack)
 
 
 @register("pow.Scalar")
@@ -525,7 +532,9 @@ def _(space: Space, a: Any, b: Any) -> Tensor:
     _, first, _ = parts(b, space)
     if first is None:
         divisor = primal(b, space)
-        return linear(space, a, lambda _: y, lambda c: expand(lift(c, y.dim()) / divisor, y.shape))
+        return linear(
+            space, a, lambda _: y, lambda c: expand(apply(space, torch.div, lift(c, y.dim()), divisor), y.shape)
+        )
     product = multiply(space, a, torch.reciprocal(b))
     return make(y, *parts(product, space)[1:], space)
 

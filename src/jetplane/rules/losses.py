@@ -19,6 +19,7 @@ from . import examples
 from .registry import RULES, aten, register
 
 NONE, MEAN, SUM = 0, 1, 2
+BLOCK = 1 << 19  # elements of a stack that are weighed at a time
 
 
 def reduce(y: Any, reduction: int) -> Any:
@@ -178,14 +179,29 @@ def _cross_entropy(
     heavy = z.exp_().mul_(mass) if plain(z, mass) else torch.exp(z) * mass
     curvature = None
     if first is not None and space.order == 2:
-        weighed = first * heavy
-        mean = weighed.sum(dim + 1, keepdim=True)  # times the mass
+        curvature, mean = _weighed_gram(space, first, heavy, dim)
         inverse = torch.where(mass == 0, 0, 1 / mass)
-        curvature = gram(space, weighed, first) - gram(space, mean * inverse, mean)
+        curvature = curvature - gram(space, mean * inverse, mean)
     # Sure predictions cancel here, entry by entry; the sums of both terms would leave their rounding.
     d1 = goal.taken_from(heavy)
     made = make(loss.to(dtype), weighted(first, d1), add(curvature, weighted(second, d1)), space)
     return examples.keep(space, made, first, d1) if p.dim() > 1 else made
+
+
+def _weighed_gram(space: Space, first: Tensor, weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """``sum(weight x_i x_j)`` for each pair and ``sum(weight x_i)`` over a dimension, which stays.
+
+    Where stacks are large, some rows at a time: what is weighed stays in the cache.
+    """
+    rows = max(1, BLOCK // max(first[:, :1].numel(), 1)) if dim == 1 and plain(first, weight) else len(weight)
+    curvature, means = None, []
+    for n in range(0, max(len(weight), 1), max(rows, 1)):
+        some = first[:, n : n + rows]
+        weighed = some * weight[n : n + rows]
+        means.append(weighed.sum(dim + 1, keepdim=True))
+        curvature = add(curvature, gram(space, weighed, some))
+    assert curvature is not None
+    return curvature, torch.cat(means, 1)
 
 
 # A compiler breaks aten's operator up before a jet meets it. This one stays whole, and jets alone meet it.

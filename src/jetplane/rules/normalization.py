@@ -63,7 +63,7 @@ def _(space: Space, x: Any, dim: int, dtype: Any = None) -> Tensor:
     _, first, second = parts(x, space)
     if second is None and space.order == 1 and first is not None and plain(y, first):
         # The Jacobian is symmetric, so that what reverse mode multiplies by serves forward mode.
-        y1 = first.new_empty(first.shape)  # contiguous: the kernel writes as if it were (torch 2.13)
+        y1 = space.memory.empty(first.shape, first)  # contiguous: the kernel writes as if it were (torch 2.13)
         for c, out in zip(first, y1, strict=True):
             aten._softmax_backward_data.out(c, y, dim, y.dtype, grad_input=out)
         return make(y.to(p.dtype), y1, None, space)
@@ -123,12 +123,9 @@ def standardize(space: Space, x: Any, dims: Sequence[int], eps: float) -> Tensor
     over = list(dims)  # negative, so that they serve tensors and stacks alike
     if plain(p) and over == list(range(-len(over), 0)):
         shape = p.shape[over[0] :]
-        y, mean, r = torch.native_layer_norm(p, shape, None, None, eps)
         if first is not None and plain(first) and second is None and space.order == 1:
-            y1 = torch.empty_like(first)
-            for c, out in zip(first, y1, strict=True):  # symmetric as softmax
-                out.copy_(aten.native_layer_norm_backward(c, p, shape, mean, r, None, None, [True, False, False])[0])
-            return make(y.to(dtype), y1, None, space)
+            return _layer_norm(space, x, shape, None, None, eps)
+        y, _, r = torch.native_layer_norm(p, shape, None, None, eps)
     else:
         c0 = p - p.mean(over, keepdim=True)
         r = torch.rsqrt((c0 * c0).mean(over, keepdim=True) + eps)
@@ -156,6 +153,28 @@ def standardize(space: Space, x: Any, dims: Sequence[int], eps: float) -> Tensor
     if y2 is not None and m2 is not None:
         y2 = torch.addcmul(y2, y, m2, value=-1) if plain(y2, m2, y) else y2 - y * m2
     return make(y.to(dtype), y1, y2, space)
+
+
+def _layer_norm(space: Space, x: Any, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Tensor:
+    """First coefficients of a layer norm, each direction from beginning to end in the cache."""
+    p, first, _ = parts(x, space)
+    assert first is not None
+    dtype, p = p.dtype, precise(p)
+    y, mean, r = torch.native_layer_norm(p, shape, None, None, eps)
+    pw, fw, _ = parts(weight, space)
+    pb, fb, _ = parts(bias, space)
+    y1 = space.memory.empty(first.shape, first)
+    for i, (c, out) in enumerate(zip(first, y1, strict=True)):
+        # The Jacobian is symmetric, as that of softmax.
+        c = aten.native_layer_norm_backward(c, p, shape, mean, r, None, None, [True, False, False])[0]
+        out.copy_(c) if pw is None else torch.mul(c, pw, out=out)
+        if fw is not None:
+            out.addcmul_(y, fw[i])
+        if fb is not None:
+            out.add_(fb[i])
+    y = y.to(dtype)
+    y = y if pw is None else torch.mul(y, pw)
+    return make(y if pb is None else torch.add(y, pb), y1, None, space)
 
 
 def _minus_symmetric(space: Space, into: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
@@ -189,8 +208,12 @@ def _(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Tensor:
-    y = standardize(space, x, range(-len(shape), 0), eps)
-    return _affine(space, y, weight, bias)
+    p, first, second = parts(x, space)
+    own = [c for t in (weight, bias) for c in parts(t, space)[:2] if c is not None]
+    if space.order == 1 and first is not None and second is None and plain(p, first, *own):
+        if all(c.dtype == first.dtype for c in own):
+            return _layer_norm(space, x, shape, weight, bias, eps)
+    return _affine(space, standardize(space, x, range(-len(shape), 0), eps), weight, bias)
 
 
 @register("native_layer_norm")

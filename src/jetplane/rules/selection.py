@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..jet import Space, linear, make, mark_view, parts, primal
+from ..jet import Space, linear, make, mark_view, parts, plain, primal
 from .registry import RULES, aten, overload, register
 from .structure import up
 
@@ -119,7 +119,11 @@ def _pooled(space: Space, x: Any, y: Tensor, index: Tensor, spatial: int) -> Ten
 
     def on_stack(c: Tensor) -> Tensor:
         at = index.flatten(-spatial).expand(c.shape[0], *index.shape[:-spatial], -1)
-        return c.flatten(-spatial).gather(-1, at).reshape(c.shape[0], *y.shape)
+        flat = c.flatten(-spatial)
+        picked = (
+            torch.gather(flat, -1, at, out=space.memory.empty(at.shape, c)) if plain(c, at) else flat.gather(-1, at)
+        )
+        return picked.reshape(c.shape[0], *y.shape)
 
     return linear(space, x, lambda _: y, on_stack)
 

@@ -29,6 +29,7 @@ from ..jet import (
     plain,
     primal,
     products,
+    reshaped,
 )
 from .registry import RULES, aten, overload, register
 
@@ -176,7 +177,6 @@ def _view(c: Tensor, size: Any) -> Tensor:
 LINEAR: dict[str, Callable[..., Any]] = {
     # views and copies
     "view": _view,
-    "reshape": _view,
     "_unsafe_view": _view,
     "view_as": lambda c, other: _view(c, other.shape),
     "reshape_as": lambda c, other: _view(c, other.shape),
@@ -302,6 +302,12 @@ for _name, _on_stack in LINEAR.items():
     _enter_linear(_name, _on_stack)
 for _name, _rank in FOLDED.items():
     _enter_folded(_name, _rank)
+
+
+@register("reshape")
+def _(space: Space, x: Any, shape: Sequence[int]) -> Any:
+    y = primal(x, space).reshape(shape)
+    return linear(space, x, lambda _: y, lambda c: reshaped(space, c, (c.shape[0], *y.shape)))
 
 
 # --- sums over everything ---------------------------------------------------------------------
