@@ -211,6 +211,19 @@ def test_a_layer_that_the_loss_does_not_use_gets_zero():
     assert all(bool(found[i].any()) == (i < 2) for i in range(6))
 
 
+def test_a_layer_before_a_normalization_over_the_batch_is_found():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)).double()
+    x, y = torch.randn(64, 5).double(), torch.randint(4, (64,))
+    closure, weight = lambda: F.cross_entropy(net(x), y), net[0].weight
+    shares = allot(closure, net, [weight, *net[3].parameters()], 40)
+    found = torch.stack([estimate(closure, net, [weight], shares, seed)[0] for seed in range(30)]).mean(0)
+    (truth,) = torch.autograd.grad(closure(), [weight])
+    assert F.cosine_similarity(found.flatten(), truth.flatten(), dim=0) > 0.6  # what examples do to others is left out
+    net.eval()
+    assert allot(closure, net, [weight, *net[3].parameters()], 40)["0"].mode == "units"
+
+
 def by_position():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 40), nn.Tanh(), nn.LayerNorm(40), nn.Linear(40, 3)).double()

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn import grad as nn_grad
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._mode_utils import no_dispatch
 
 from .directions import Directions
@@ -493,6 +494,7 @@ def allot(
     others = sum(p.numel() for p in params if id(p) not in covered)
     if others:
         sizes[OTHERS], costs[OTHERS] = others, 2.0
+    normalized = any(isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in model.modules())
     scale = passes / (sum(math.sqrt(sizes[n] * costs[n]) for n in sizes) or 1)
     shares = {}
     widest = dict(zip(reversed(met), accumulate((m.outputs for m in reversed(met.values())), max), strict=True))
@@ -504,7 +506,8 @@ def allot(
         samples = max(samples, min(_FREE // max(round(whole * widest[name]), 1), 64))
         # Moved along each of its outputs a layer is exact if the loss takes each of its positions for an example.
         alone = {met[name].shape[0]} | ({rows} if name == last or name in own_rows else set())
-        exact = positions.get(name) in alone
+        # One direction for all examples says nothing where a batch is normalized: its mean takes it away.
+        exact = positions.get(name) in alone and (name == last or not normalized)
         if exact and isinstance(layers[name], nn.Linear) and met[name].shape[-1] <= samples:
             samples, mode = met[name].shape[-1], "units"
         else:
