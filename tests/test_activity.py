@@ -380,3 +380,34 @@ def test_lessons_of_shards_are_those_of_the_batch():
     parts = [(n, lessons(slice(at, at + n), at, n)) for at, n in ((0, 4), (4, 2), (6, 3))]
     for i, lesson in enumerate(whole):
         torch.testing.assert_close(sum(n / 9 * found[i] for n, found in parts), lesson)
+
+
+def test_rare_errors_do_not_learn_the_noise_of_their_few_rows():
+    generator = torch.Generator().manual_seed(0)
+    outputs, kinds, rows, record = 64, 20, 256, {}
+    truth = torch.randn(outputs, kinds, generator=generator)
+    often = 1.0 / torch.arange(1, kinds + 1) ** 3  # the last kind comes every 40 steps
+    high = torch.ones(rows, outputs, dtype=torch.bool)
+    courses = {"layer": Course(outputs, kinds, outputs * kinds / rows)}
+    for _ in range(100):
+        errors = F.one_hot(torch.multinomial(often, rows, True, generator=generator), kinds).float()
+        feedback = Feedback(courses, record, errors)
+        left = errors @ truth.mT - feedback.predicted("layer", errors, high)
+        noise = torch.randint(2, left.shape, generator=generator) * 2.0 - 1
+        feedback.note("layer", errors, high, (left * noise).sum(1, keepdim=True) * noise)
+        record = feedback.learned(feedback.lessons)
+    assert left.square().mean() < 0.3 * (errors @ truth.mT).square().mean()
+    every = torch.eye(kinds)
+    wrong = every @ truth.mT - Feedback(courses, record, every).predicted("layer", every, high[:kinds])
+    assert wrong[-3:].norm() < 2 * truth[:, -3:].norm()
+
+
+def test_the_last_layer_is_moved_along_each_output_if_that_costs_no_more_than_the_passes():
+    net = nn.Sequential(nn.Linear(512, 2048), nn.Tanh(), nn.Linear(2048, 100))
+    x, y = torch.randn(64, 512), torch.randint(100, (64,))
+    modes = {}
+    for passes in (0.5, 8):
+        found = allot(lambda: F.cross_entropy(net(x), y), net, list(net.parameters()), passes)
+        modes[passes] = [share.mode for share in found.values()]
+        assert (found["0"].course is not None) == (passes == 8)
+    assert modes == {0.5: ["signs", "signs"], 8: ["signs", "units"]}
