@@ -437,7 +437,7 @@ def _kept(b: float, n: int) -> float:
     weighs no more than its age leaves it.
 
     >>> [round(_kept(0.9, n), 3) for n in (0, 1, 10, 1000)]
-    [0.0, 0.474, 0.855, 0.9]
+    [0.0, 0.474, 0.854, 0.9]
     """
     return b * (1 - b**n) / (1 - b ** (n + 1))
 
