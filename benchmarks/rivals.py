@@ -258,6 +258,7 @@ _ABLATIONS: dict[str, dict[str, Any]] = {
     "without the layers' noise: 64 drawn directions": {"model": None},
     "without feedback": {"feedback": False},
     "without scaled averages": {"scaled": False},
+    "without parts": {"parts": 1},
     "without the previous step": {"previous": False},
     "without the longer average": {"averages": (0.9,)},
     "whole steps": {"rate": 1.0},

@@ -226,6 +226,19 @@ def test_a_layer_that_the_loss_does_not_use_gets_zero():
     assert all(bool(found[i].any()) == (i < 2) for i in range(6))
 
 
+def test_a_layer_before_a_normalization_over_the_batch_is_found():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)).double()
+    x, y = torch.randn(64, 5).double(), torch.randint(4, (64,))
+    closure, weight = lambda: F.cross_entropy(net(x), y), net[0].weight
+    shares = allot(closure, net, [weight, *net[3].parameters()], 40)
+    found = torch.stack([estimate(closure, net, [weight], shares, seed)[0] for seed in range(30)]).mean(0)
+    (truth,) = torch.autograd.grad(closure(), [weight])
+    assert F.cosine_similarity(found.flatten(), truth.flatten(), dim=0) > 0.6  # what examples do to others is left out
+    net.eval()
+    assert allot(closure, net, [weight, *net[3].parameters()], 40)["0"].mode == "units"
+
+
 def by_position():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 40), nn.Tanh(), nn.LayerNorm(40), nn.Linear(40, 3)).double()
@@ -382,3 +395,34 @@ def test_lessons_of_shards_are_those_of_the_batch():
     parts = [(n, lessons(slice(at, at + n), at, n)) for at, n in ((0, 4), (4, 2), (6, 3))]
     for i, lesson in enumerate(whole):
         torch.testing.assert_close(sum(n / 9 * found[i] for n, found in parts), lesson)
+
+
+def test_rare_errors_do_not_learn_the_noise_of_their_few_rows():
+    generator = torch.Generator().manual_seed(0)
+    outputs, kinds, rows, record = 64, 20, 256, {}
+    truth = torch.randn(outputs, kinds, generator=generator)
+    often = 1.0 / torch.arange(1, kinds + 1) ** 3  # the last kind comes every 40 steps
+    high = torch.ones(rows, outputs, dtype=torch.bool)
+    courses = {"layer": Course(outputs, kinds, outputs * kinds / rows)}
+    for _ in range(100):
+        errors = F.one_hot(torch.multinomial(often, rows, True, generator=generator), kinds).float()
+        feedback = Feedback(courses, record, errors)
+        left = errors @ truth.mT - feedback.predicted("layer", errors, high)
+        noise = torch.randint(2, left.shape, generator=generator) * 2.0 - 1
+        feedback.note("layer", errors, high, (left * noise).sum(1, keepdim=True) * noise)
+        record = feedback.learned(feedback.lessons)
+    assert left.square().mean() < 0.3 * (errors @ truth.mT).square().mean()
+    every = torch.eye(kinds)
+    wrong = every @ truth.mT - Feedback(courses, record, every).predicted("layer", every, high[:kinds])
+    assert wrong[-3:].norm() < 2 * truth[:, -3:].norm()
+
+
+def test_the_last_layer_is_moved_along_each_output_if_that_costs_no_more_than_the_passes():
+    net = nn.Sequential(nn.Linear(512, 2048), nn.Tanh(), nn.Linear(2048, 100))
+    x, y = torch.randn(64, 512), torch.randint(100, (64,))
+    modes = {}
+    for passes in (0.5, 8):
+        found = allot(lambda: F.cross_entropy(net(x), y), net, list(net.parameters()), passes)
+        modes[passes] = [share.mode for share in found.values()]
+        assert (found["0"].course is not None) == (passes == 8)
+    assert modes == {0.5: ["signs", "signs"], 8: ["signs", "units"]}

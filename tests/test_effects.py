@@ -24,6 +24,8 @@ NOT_TOLD = {
     "mean of windows": nn.AvgPool2d(2),
     "normalized": nn.LayerNorm(6),
     "softmax": nn.Softmax(-1),
+    "normalized over the batch": nn.BatchNorm2d(2),
+    "mean of the batch taken away": nn.BatchNorm2d(2, affine=False, track_running_stats=False),
     "mixed": nn.Conv2d(2, 3, 2),
 }
 

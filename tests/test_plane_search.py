@@ -108,7 +108,7 @@ def test_the_plane_is_spanned_by_what_is_remembered():
     new = [opt.state[p][AVERAGE.format(0.0)] for p in net.parameters()]
     for p, b, a, c in zip(net.parameters(), first, old, new, strict=True):
         torch.testing.assert_close(opt.state[p][PREVIOUS], p.detach() - b)
-        torch.testing.assert_close(opt.state[p][AVERAGE.format(0.5)], 0.5 * a + 0.5 * c)
+        torch.testing.assert_close(opt.state[p][AVERAGE.format(0.5)], a / 3 + 2 * c / 3)  # as one half to its square
     assert torch.equal(idle.detach(), torch.ones(2)) and OTHERS in opt.state["jetplane"]["shares"]
     stored = opt._stored(opt._moving())
     norms = [torch.cat([t.flatten() for t in direction]).norm() for direction in stored]
@@ -122,13 +122,38 @@ def test_scaled_averages_are_in_the_plane_as_well():
     closure = lambda: F.cross_entropy(net(X), Y)  # noqa: E731
     for _ in range(2):
         opt.step(closure)
-    average, previous, scaled = opt._stored(opt._moving())
+    average, previous, *scaled = opt._stored(opt._moving())
     mean = [opt.state[p][AVERAGE.format(0.5)] for p, _, _ in opt._moving()]
     square = [opt.state[p]["square"] for p, _, _ in opt._moving()]
     expected = torch.cat([(m / s.sqrt()).flatten() for m, s in zip(mean, square, strict=True)])
-    torch.testing.assert_close(torch.cat([t.flatten() for t in scaled]), expected / expected.norm())
+    for cut, part in zip(scaled, (slice(0, 5), slice(5, None)), strict=True):  # each layer's part for itself
+        direction = torch.cat([t.flatten() for t in cut])
+        torch.testing.assert_close(direction[part], expected[part] / expected[part].norm())
+        assert direction.count_nonzero() == direction[part].count_nonzero()
     opt.step(closure)
-    assert opt.plane.slope.shape == (3,)
+    assert opt.plane.slope.shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        (1, [[0, 1, 2, 3, 4, 5]]),
+        (2, [[0, 1, 2, 3, 4], [5]]),
+        (3, [[0], [1, 2, 3, 4], [5]]),
+        (4, [[0], [1, 2], [3, 4], [5]]),
+        (9, [[0], [1], [2], [3], [4], [5]]),
+    ],
+)
+def test_the_first_layer_and_the_last_are_parts_of_their_own(parts, expected):
+    net = nn.Sequential(*[nn.Linear(3, 3) for _ in range(6)])
+    opt = jp.optim.PlaneSearch(reversed(list(net.parameters())), net, parts=parts, averages=(0.5,), previous=False)
+    for _ in range(2):
+        opt.step(lambda: F.cross_entropy(net(X[:, :3]), Y))
+    places = [int(name.split(".")[0]) for name, _ in reversed(list(net.named_parameters()))]
+    directions = opt._stored(opt._moving())[1:]
+    found = [sorted({layer for layer, t in zip(places, d, strict=True) if bool(t.any())}) for d in directions]
+    assert found == expected
+    assert len(jp.optim.PlaneSearch(net.parameters(), k=2, parts=parts)._parts(opt._moving())) == 12
 
 
 def test_estimates_do_not_come_from_the_batch_that_judges_them():
@@ -223,6 +248,7 @@ BAD = {
     "negative rate": (lambda: jp.optim.PlaneSearch(W, k=1, rate=-1.0), jp.ArgumentError, "lr"),
     "curvature": (lambda: jp.optim.PlaneSearch(W, k=1, curvature="none"), jp.ArgumentError, "curvature"),
     "averages": (lambda: jp.optim.PlaneSearch(W, k=1, averages=(1.0,)), jp.ArgumentError, "averages"),
+    "parts": (lambda: jp.optim.PlaneSearch(W, k=1, parts=0), jp.ArgumentError, "parts"),
     "passes": (lambda: jp.optim.PlaneSearch(W, k=1, passes=0), jp.ArgumentError, "passes"),
     "descent": (lambda: jp.optim.PlaneSearch(W, k=1, descent=CurvatureScaled()), jp.ArgumentError, "CurvatureScaled"),
     "structure": (lambda: jp.optim.PlaneSearch(W, k=1, tangents="sparse"), jp.ArgumentError, "density"),
@@ -273,7 +299,8 @@ def test_settings_train_and_resume(name, with_model):
     opt = build(net)
     losses = train(net, opt, 40)
     assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
-    assert opt.plane.slope.shape == (13,)  # the previous step and two averages, plain and scaled, beside 8
+    cut = 2 if with_model else 0  # the first scaled average is in three parts
+    assert opt.plane.slope.shape == (13 + cut,)  # the previous step and two averages, plain and scaled, beside 8
     file = io.BytesIO()
     torch.save({"net": net.state_dict(), "opt": opt.state_dict()}, file)
     file.seek(0)
@@ -301,7 +328,7 @@ def test_preconditioned_directions_estimate_the_gradient_all_the_same():
         )
         opt.state[w].update({AVERAGE.format(0.5): torch.zeros(4), "square": torch.tensor([1.0, 16.0, 0.25, 4.0])})
         opt.step(closure)
-        total += 2 * opt.state[w][AVERAGE.format(0.5)]
+        total += opt.state[w][AVERAGE.format(0.5)]  # the first estimate, whatever stood there
     scale = torch.tensor([1.0, 0.25, 2.0, 0.5])
     deviation = (scale * goal).norm() / scale / 1000**0.5  # of a mean of 1000 (F v / scale), nearly
     assert bool(((total / 500 - goal).abs() < 4 * deviation).all())

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn import grad as nn_grad
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._mode_utils import no_dispatch
 
 from .directions import Directions
@@ -446,8 +447,9 @@ def allot(
     The variance of a layer's estimate is taken to be ``d / K`` for d numbers that it puts out (or weights, where
     those are fewer), K samples of which cost ``K c``, c the share of the model that comes after the layer. The
     sum of variances is then least for K in proportion to ``sqrt(d / c)``. A layer that gets d samples or more
-    is perturbed along each of its outputs instead. If that is the last one, the layers before it learn from its
-    errors (`jetplane.feedback`), as far as their feedback takes no more memory than the parameters.
+    is perturbed along each of its outputs instead; the last one also if that costs as much again as ``passes``, since
+    the layers before it then learn from its errors (`jetplane.feedback`), as far as their feedback takes no more
+    memory than the parameters.
 
     A loss over the positions of sequences tells positions apart. If as many positions come out of a layer, ``apart``
     lets each position's noise be judged by its own loss alone. Where no later layer mixes positions, that is
@@ -506,6 +508,7 @@ def allot(
     others = sum(p.numel() for p in params if id(p) not in covered)
     if others:
         sizes[OTHERS], costs[OTHERS] = others, 2.0
+    normalized = any(isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in model.modules())
     scale = passes / (sum(math.sqrt(sizes[n] * costs[n]) for n in sizes) or 1)
     shares = {}
     widest = dict(zip(reversed(met), accumulate((m.outputs for m in reversed(met.values())), max), strict=True))
@@ -517,8 +520,11 @@ def allot(
         samples = max(samples, min(_FREE // max(round(whole * widest[name]), 1), 64))
         # Moved along each of its outputs a layer is exact if the loss takes each of its positions for an example.
         alone = {met[name].shape[0]} | ({rows} if name == last or name in own_rows else set())
-        exact = positions.get(name) in alone
-        if exact and isinstance(layers[name], nn.Linear) and met[name].shape[-1] <= samples:
+        # One direction for all examples says nothing where a batch is normalized: its mean takes it away.
+        exact = positions.get(name) in alone and (name == last or not normalized)
+        outputs = met[name].shape[-1]
+        enough = outputs <= samples or (name == last and outputs * costs[name] <= passes)
+        if exact and isinstance(layers[name], nn.Linear) and enough:
             samples, mode = met[name].shape[-1], "units"
         else:
             mode = "weights" if name in light else "signs"
@@ -588,7 +594,8 @@ def _with_courses(
         outputs = m.outputs // rows
         memory -= 2 * outputs * errors
         if memory < 0:
-            break
+            memory += 2 * outputs * errors
+            continue
         if rows == (m.outputs // m.shape[-1] if share.apart else m.shape[0]):
             course = Course(outputs, errors, outputs * errors / (share.samples * round(rows * whole)))
             found[name] = share._replace(course=course)

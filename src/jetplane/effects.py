@@ -1,14 +1,15 @@
 """Which outputs of a layer have an effect: of a ReLU's inputs those above zero, of a max-pool's the largest.
 
-Three tangents on a layer's outputs, the same for every example,
+Three tangents on a layer's outputs,
 
-    one = 1,    place = j,    mark = m_j    at output j, with numbers m that nothing smooth goes through,
+    one = 1,    place = j,    mark = m_nj    at output j of example n, with numbers m that nothing smooth goes through,
 
-come to the next layer's input i as ``sum_j J_ij (1, j, m_j)``. If input i depends on one output alone, ``place / one``
-is that output's j, and ``mark = m_j one`` confirms it. Every layer has marks of its own. Where that holds of all
-inputs, outputs that none of them names have no effect: their gradient is zero, and noise on them is noise and nothing
-else. It holds behind activation functions, pooling by maximum, dropout and whatever moves numbers around; not behind
-normalization or averages.
+come to the next layer's input i as ``sum_j J_ij (1, j, m_nj)``. If input i depends on one output alone, ``place / one``
+is that output's j, and ``mark = m_nj one`` confirms it. Every layer has marks of its own, and every example, since
+normalization over a batch takes away whatever is the same in all of it. Where that holds of all inputs, outputs that
+none of them names have no effect: their gradient is zero, and noise on them is noise and nothing else. It holds behind
+activation functions, pooling by maximum, dropout and whatever moves numbers around; not behind normalization or
+averages.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ _NEAR = 1e-3  # how well a mark has to be met, relative to the derivative
 
 def probes(y: Tensor, layer: int = 0) -> Tensor:
     """The three tangents of outputs y, (3, *y.shape), with the marks of a layer of this number."""
-    place = torch.arange(y[0].numel(), device=y.device)
+    place = torch.arange(y[0].numel(), device=y.device).expand(len(y), -1)
     rows = torch.stack([torch.ones_like(place), place, _marks(place, layer)]).to(carried(y.dtype))
     rows[2] /= _MODULUS
-    return rows.unsqueeze(1).expand(-1, len(y), -1).reshape(PROBES, *y.shape)
+    return rows.reshape(PROBES, *y.shape)
 
 
 def effective(met: Tensor, outputs: int, layer: int = 0) -> Tensor | None:
@@ -54,5 +55,6 @@ _MODULUS = 65521
 
 
 def _marks(place: Tensor, layer: int) -> Tensor:
-    """An integer for each place, of the square: marks of a mean of places are not the mean of their marks."""
-    return (place * place * 40503 + place * 12345 + layer * 7919 + 1) % _MODULUS
+    """An integer for each place of each example, of squares: marks of a mean are not the mean of the marks."""
+    example = torch.arange(len(place), device=place.device).unsqueeze(1)
+    return (place * place * 40503 + place * 12345 + example * example * 30011 + layer * 7919 + 1) % _MODULUS

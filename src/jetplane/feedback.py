@@ -11,7 +11,7 @@ slopes ``s_nk`` along noise ``u_nk``,
     delta_n = predicted_n + mean_k ((s_nk - predicted_n . u_nk) u_nk)
 
 has the same expectation whatever was predicted, and a variance of only what was not. The part behind the mean is
-what is learned from, by least squares in the metric of the errors, recursively.
+what is learned from, by least squares in the metric of the errors, recursively, with a ridge of the lessons' noise.
 
 Sources: feedback weights learned by perturbation, Lansdell, Prakash and Kording, arXiv 1906.00889; control variates,
 Owen, Monte Carlo theory, methods and examples, chapter 8.
@@ -108,13 +108,15 @@ class Feedback:
         mean = self._record[ERRORS].to(now) if ERRORS in self._record else now
         mean = _KEPT * mean + (1 - _KEPT) * now
         metric = (mean + now) / 2  # a step of much larger errors than before must not overshoot
-        metric = metric + _RIDGE * metric.diagonal().mean() * torch.eye(len(now), dtype=now.dtype, device=now.device)
+        one = metric.diagonal().mean() * torch.eye(len(now), dtype=now.dtype, device=now.device)
         steps = 1 + self._record.get("steps", 0)
         record: Record = {"steps": steps, ERRORS: mean.to(self._like.dtype)}
         for name, course in self.courses.items():
             # Of rows, each side of zero has about half.
             gain = max(min(1.0, 2 / (steps + course.noise)), min(_LEAST, 0.2 / course.noise))
-            moved = gain * torch.linalg.solve(metric, told[name].double(), left=False)
+            # As in ridge regression: rare errors, of which few rows tell, must not learn those rows' noise.
+            ridge = (_RIDGE + gain * course.noise) * one
+            moved = gain * torch.linalg.solve(metric + ridge, told[name].double(), left=False)
             record[name] = self._record.get(name, 0) + moved.to(told[name].dtype)
         return record
 

@@ -55,7 +55,9 @@ class PlaneSearch(PlaneOptimizer):
 
     - running averages of gradient estimates from earlier batches: with ``model``, by noise on its layers'
       outputs (`jetplane.activity`), else the forward gradients ``mean_k (F_k v_k)`` of the drawn directions;
-    - the same averages, each entry over the root of its running mean square (``scaled``), as Adam's steps are;
+    - the same averages, each entry over the root of its running mean square (``scaled``), as Adam's steps are; with
+      ``model`` the first of them is cut into ``parts``, directions of their own: the first layer, the last one, and
+      runs of those in between, whose right lengths differ;
     - the previous step;
     - ``k`` directions drawn anew;
     - whatever ``guess`` returns.
@@ -92,6 +94,7 @@ class PlaneSearch(PlaneOptimizer):
         law: of the drawn directions.
         averages: how much of each running average is kept from step to step.
         scaled: whether the averages are in the plane in scaled form as well.
+        parts: into how many parts the first scaled average is cut, where there is a ``model``; 1 for none.
         previous: whether the previous step is in the plane.
         passes: about how many forward passes the estimates by the model's layers cost in a step.
         feedback: whether to predict gradients at layers' outputs by what their noise has taught (`jetplane.feedback`).
@@ -132,7 +135,7 @@ class PlaneSearch(PlaneOptimizer):
 
     _own = (
         *PlaneOptimizer._own,
-        *("model", "curvature", "search", "averages", "scaled", "previous", "passes", "feedback", "guess"),
+        *("model", "curvature", "search", "averages", "scaled", "parts", "previous", "passes", "feedback", "guess"),
         *("rank", "density", "orthogonal", "preconditioned", "every"),
     )
 
@@ -140,7 +143,7 @@ class PlaneSearch(PlaneOptimizer):
         self, params: Params, model: nn.Module | None = None, k: int | None = None, *,
         curvature: Curvature = "ggn", tangents: Structure = "rank-one", rate: str | float | Search = "auto",
         descent: str | Descent | None = None, law: str = "gaussian", averages: Sequence[float] = (0.9, 0.99),
-        scaled: bool = True, previous: bool = True, passes: float = 8.0, feedback: bool = True,
+        scaled: bool = True, parts: int = 3, previous: bool = True, passes: float = 8.0, feedback: bool = True,
         guess: Guess | None = None, clip: float | None = None, weight_decay: float = 0.0, seed: int = 0,
         chunk: Chunk = None, rank: int | None = None, density: float | None = None, orthogonal: bool = False,
         preconditioned: bool = False, every: int = 1, compile: bool = False,
@@ -156,6 +159,8 @@ class PlaneSearch(PlaneOptimizer):
             raise ArgumentError(f"curvature must be 'ggn' or 'hessian', got {curvature!r}")
         if not all(0 <= b < 1 for b in averages) or not 0 < passes < math.inf:
             raise ArgumentError(f"expected averages in [0, 1) and passes above 0, got {averages} and {passes}")
+        if isinstance(parts, bool) or not isinstance(parts, int) or parts < 1:
+            raise ArgumentError(f"parts must be an integer of at least 1, got {parts!r}")
         if preconditioned and not (scaled and averages):
             raise ArgumentError("preconditioned needs the running mean square, which scaled averages alone keep")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
@@ -171,6 +176,7 @@ class PlaneSearch(PlaneOptimizer):
         otherwise = ExactLine(10) if curvature == "hessian" else Backtracking()
         self.averages = tuple(averages)
         self.scaled = scaled
+        self.parts = parts
         self.previous = previous
         self.passes = passes
         self.feedback = feedback
@@ -248,11 +254,29 @@ class PlaneSearch(PlaneOptimizer):
             if any(name in state for _, state in states):
                 found.append([state[name] if name in state else torch.zeros_like(p) for p, state in states])
         for name in averages if any(SQUARE in state for _, state in states) else ():
-            found.append(
-                [_scaled(state[name], state[SQUARE]) if name in state else torch.zeros_like(p) for p, state in states]
-            )
+            whole = [
+                _scaled(state[name], state[SQUARE]) if name in state else torch.zeros_like(p) for p, state in states
+            ]
+            found += _cut(whole, self._parts(moving)) if name == averages[0] else [whole]
         norms = [_norm(tensors) for tensors in found]
         return [[t / norm for t in tensors] for tensors, norm in zip(found, norms, strict=True) if norm > 0]
+
+    def _parts(self, moving: Moving) -> list[int]:
+        """The part of each parameter: that of the first layer, of the last one, or of a run of those in between."""
+        if self.model is None or self.parts == 1:
+            return [0] * len(moving)
+        owners = {id(p): i for i, m in enumerate(self.model.modules()) for p in m.parameters(recurse=False)}
+        layers = [owners.get(id(p), 0) for p, _, _ in moving]
+        order = {layer: i for i, layer in enumerate(sorted(set(layers)))}
+        last, inner = len(order) - 1, max(self.parts - 2, 0)
+        runs = max(last - 1, 1)
+
+        def part(i: int) -> int:
+            if i == last:
+                return self.parts - 1
+            return 0 if i == 0 or not inner else 1 + (i - 1) * inner // runs
+
+        return [part(order[layer]) for layer in layers]
 
     def _guessed(self, guess: Guess, moving: Moving) -> list[Tensor]:
         if self.ranks is None:
@@ -323,7 +347,7 @@ class PlaneSearch(PlaneOptimizer):
             changed["curvature"] = plane.curvature if self._lasting else None
         steps = [(i, rate * step) for i, step in steps]
         self._move(moving, steps)
-        self._remember(params, found, steps)
+        self._remember(params, found, steps, own["step"])
         return changed | {"search": record}
 
     def _estimates(
@@ -382,7 +406,7 @@ class PlaneSearch(PlaneOptimizer):
         record = feedback.learned(parts[len(params) :])
         return found, {"shares": {name: share.plain() for name, share in shares.items()}, "feedback": record}
 
-    def _remember(self, params: list[Tensor], found: list[Tensor], steps: list[tuple[int, Tensor]]) -> None:
+    def _remember(self, params: list[Tensor], found: list[Tensor], steps: list[tuple[int, Tensor]], n: int) -> None:
         if self.previous and any(bool(step.any()) for _, step in steps):
             for i, step in steps:
                 self.state[params[i]][PREVIOUS] = step
@@ -391,7 +415,8 @@ class PlaneSearch(PlaneOptimizer):
             if self.scaled:
                 new[SQUARE] = SQUARE_KEPT, estimated * estimated
             for name, (b, value) in new.items():
-                state[name] = b * state[name] + (1 - b) * value if name in state else value
+                kept = _kept(b, n)
+                state[name] = kept * state[name] + (1 - kept) * value if name in state else value
 
 
 @contextlib.contextmanager
@@ -407,9 +432,29 @@ def _moved(rate: float, params: list[Tensor], steps: list[tuple[int, Tensor]]) -
             params[i].copy_(held)
 
 
+def _kept(b: float, n: int) -> float:
+    """How much of a running average of n values is kept for another one.
+
+    Values weigh ``b**age`` in parts of the sum of all weights, as in Adam's corrected averages: the first of them
+    weighs no more than its age leaves it.
+
+    >>> [round(_kept(0.9, n), 3) for n in (0, 1, 10, 1000)]
+    [0.0, 0.474, 0.854, 0.9]
+    """
+    return b * (1 - b**n) / (1 - b ** (n + 1))
+
+
 def _scaled(average: Tensor, square: Tensor) -> Tensor:
     """``average / sqrt(square)``; where nothing was ever estimated, zero."""
     return average * torch.where(square > 0, square, 1).rsqrt()
+
+
+def _cut(tensors: list[Tensor], parts: list[int]) -> list[list[Tensor]]:
+    """A direction as several, each zero outside of its part."""
+    return [
+        [t if mine == part else torch.zeros_like(t) for t, mine in zip(tensors, parts, strict=True)]
+        for part in sorted(set(parts))
+    ]
 
 
 def _coordinates(params: list[Tensor]) -> list[Tensor]:
