@@ -31,17 +31,6 @@ class Tokens(nn.Module):
         return (self.scale * self.head(h)).flatten(0, 1)
 
 
-class Narrow(nn.Module):
-    """Layers of fewer weights than outputs, on positions that the loss does not tell apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.head = nn.Linear(3, 2, bias=False), nn.Linear(2, 5), nn.Linear(5, 4)
-
-    def forward(self, x):
-        return self.head(self.b(self.a(x).tanh()).tanh().mean((1, 2)))
-
-
 class Recurrent(nn.Module):
     """One layer that is called at every step."""
 
@@ -71,7 +60,6 @@ MODELS = {
                                       nn.Conv1d(2, 3, 2, groups=1)), (2, 12)),
     "convolution and pooling": (lambda: images(nn.Conv2d(2, 8, 5), nn.ReLU(inplace=True), nn.MaxPool2d(2)), (2, 6, 6)),
     "tokens": (Tokens, None),
-    "narrow": (Narrow, (3, 4, 3)),
     "recurrent": (Recurrent, (3, 2)),
 }  # fmt: skip
 
@@ -139,13 +127,6 @@ def test_chunks_bound_what_a_pass_carries():
     estimates = [estimate(lambda: F.cross_entropy(net(x), y), net, params, shares, 0) for shares in (whole, parts)]
     for a, b in zip(*estimates, strict=True):
         torch.testing.assert_close(a, b)
-
-
-def test_noise_on_the_fewer_of_weights_and_outputs():
-    torch.manual_seed(0)
-    net, x, y = Narrow(), torch.randn(N, 3, 4, 3), torch.randint(4, (N,))
-    shares = allot(lambda: F.cross_entropy(net(x), y), net, list(net.parameters()), 8)
-    assert [shares[name].mode for name in ("a", "b", "head")] == ["weights", "weights", "units"]
 
 
 def test_frozen_layers_count_in_what_noise_costs():

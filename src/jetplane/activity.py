@@ -210,10 +210,9 @@ class _Site:
         weight, bias = self._weight_noise(call, x, samples)
         patches = _patches(self.module, x.to(weight.dtype))
         moved = weight.transpose(0, 1).reshape(len(x), -1, patches.shape[1]) @ patches
-        moved = moved.reshape(len(x), len(samples), weight.shape[2], -1)
+        moved = moved.reshape(len(x), len(samples), y.shape[1], -1)
         if bias is not None:
             moved = moved.add_(bias.transpose(0, 1).unsqueeze(-1))
-        moved = moved.mT if isinstance(self.module, nn.Linear) else moved
         return moved.transpose(0, 1).reshape(len(samples), *y.shape)
 
     def _weight_noise(self, call: int, x: Tensor, samples: range) -> tuple[Tensor, Tensor | None]:
@@ -301,9 +300,7 @@ def _per(slopes: Tensor, n: int) -> Tensor:
 
 
 def _patches(module: Any, x: Tensor) -> Tensor:
-    """What each output position of a layer sees: (N, fan-in, positions)."""
-    if isinstance(module, nn.Linear):
-        return x.reshape(len(x), -1, module.in_features).mT
+    """What each output position of a convolution sees: (N, fan-in, positions)."""
     x, settings = _padded(module, x)
     kernel, stride, dilation = module.kernel_size, settings["stride"], settings["dilation"]
     if x.dim() == 3:
@@ -503,7 +500,7 @@ def allot(
         sizes[name] = m.outputs / (rows if name in own_rows else m.shape[0])
         if name in effects:
             sizes[name] *= effects[name].part
-        if name not in own_rows and _weight_space(layers[name]) and weights < sizes[name]:
+        if _weight_space(layers[name]) and weights < sizes[name]:
             sizes[name], own = weights, own + m.products
             light.add(name)
         costs[name] = (after + own) / total
@@ -611,7 +608,7 @@ def _weights_of(module: nn.Module) -> int:
 
 def _weight_space(module: nn.Module) -> bool:
     """Whether noise may be on the weights, of each example its own."""
-    return isinstance(module, nn.Linear) or (isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.groups == 1)
+    return isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.groups == 1
 
 
 def estimate(
@@ -630,8 +627,8 @@ def estimate(
         closure: returns the loss. It is called several times, and must compute the same each time; torch's
             random numbers, and what it writes to buffers, are set back after each.
         model: holds the layers: `nn.Linear`, `nn.Conv1d`, `nn.Conv2d`, `nn.Embedding` and `nn.LayerNorm` are
-            perturbed at their outputs; one with more outputs for an example than weights, at its weights. Axis 0
-            of what they put out counts examples, or parts of examples in their order.
+            perturbed at their outputs; a convolution with more outputs than weights, at its weights. Axis 0 of what
+            they put out counts examples, or parts of examples in their order.
         params: what to estimate the gradient for. Those that no such layer owns are moved themselves.
         shares: of each layer, as `allot` gives them.
         seed: an integer; equal seeds give equal noise.
