@@ -575,11 +575,8 @@ class _Convolution(Form):
         if self.groups > 1 or self.transposed:
             return super().right(space, a, b)
 
-        def some(part: Tensor) -> Tensor:
-            y = self(a, part.flatten(0, 1))  # one convolution with more output channels
-            return y.unflatten(1, part.shape[:2]).movedim(1, 0)
-
-        return self._in_blocks(space, some, b, a.numel() // a.shape[1] * b.shape[1])
+        y = self(a, b.flatten(0, 1))  # one convolution with n times the output channels
+        return y.unflatten(1, b.shape[:2]).movedim(1, 0)
 
     def _in_blocks(self, space: Space, some: Callable[[Tensor], Tensor], stack: Tensor, size: int) -> Tensor:
         """A stack's results, made of so many tensors at a time that the library's own copies stay in the cache."""
