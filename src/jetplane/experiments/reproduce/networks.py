@@ -60,6 +60,7 @@ BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
         "paper": {"epochs": 3000, "seeds": [0, 1, 3], "drop_every": 1000, "sweep_epochs": 100, "rates": 13},
     },
 }  # fmt: skip
+THROWN = 100.0  # a cross entropy at which the figure ends: a run beyond it was thrown, and how far tells nothing
 METHODS: dict[str, dict[str, Any]] = {
     "FGD": {"method": "fgd"},
     "FoMoH": {"method": "fomoh"},
@@ -252,6 +253,7 @@ class Networks(Experiment):
             tidy(panels[0, column], "test loss", "", "cross entropy" if column == 0 else "")
             tidy(panels[1, column], "test accuracy", x, "%" if column == 0 else "")
         panels[0, 0].set_yscale("log")
+        panels[0, 0].set_ylim(top=min(panels[0, 0].get_ylim()[1], THROWN))
         panels[0, 1].set_xscale("log")
         plain_log(panels[0, 0].yaxis)
         plain_log(panels[1, 1].xaxis)
