@@ -30,7 +30,7 @@ class Gang:
         for _, other in pipes:
             other.close()
 
-    def run(self, function: Callable[..., Any], *args: Any, seconds: float = 40.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, seconds: float = 90.0) -> list[Any]:
         """What function(rank, *args) gives on each rank; what it raises; None where the process ended."""
         for connection in self.connections:
             with contextlib.suppress(OSError):

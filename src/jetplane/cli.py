@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -315,4 +316,4 @@ def main() -> None:
         Console(stderr=True).print("stopped; go on with jetplane train --resume FOLDER", soft_wrap=True)
         raise SystemExit(130) from None
     finally:
-        together.end()
+        together.end(sys.exc_info()[1])

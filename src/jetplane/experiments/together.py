@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -27,10 +28,19 @@ def start() -> None:
         dist.init_process_group(timeout=TIMEOUT, store=attempt, rank=place, world_size=count)
 
 
-def end() -> None:
-    """Leave them."""
-    if group() is not None:
-        dist.destroy_process_group()
+def end(reason: BaseException | None) -> None:
+    """Leave them; a process that is through with its work and asks to exit does so at once.
+
+    Torch's threads may still run when the interpreter takes itself apart, and then abort a process whose work is done
+    (torch 2.13, "terminate called without an active exception").
+    """
+    if group() is None:
+        return
+    dist.destroy_process_group()
+    if isinstance(reason, SystemExit):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(reason.code if isinstance(reason.code, int) else int(reason.code is not None))
 
 
 def group() -> Any:
