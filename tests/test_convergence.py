@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("matplotlib", reason="the benchmark draws with an optional library")
-from benchmarks import convergence, courses  # noqa: E402
+from benchmarks import convergence, courses
 
 
 def course(method: str, points: list[tuple[float, float, float]], **settings: object) -> object:

@@ -9,10 +9,7 @@ from pathlib import Path
 import pytest
 
 import jetplane as jp
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-benchmark = pytest.importorskip("benchmarks.distributed")
+from benchmarks import distributed as benchmark
 
 RANK = """
 import sys, time

@@ -223,7 +223,8 @@ def chromium() -> str | None:
 
 @pytest.mark.parametrize("width", [1200, 400])
 def test_a_browser_shows_it(width, runs, tmp_path):
-    playwright = pytest.importorskip("playwright.sync_api")
+    from playwright import sync_api as playwright
+
     browser_path = chromium()
     if browser_path is None:
         pytest.skip("no Chromium is installed; JETPLANE_CHROMIUM names one")

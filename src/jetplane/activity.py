@@ -525,7 +525,7 @@ def allot(
         outputs = met[name].shape[-1]
         enough = outputs <= samples or (name == last and outputs * costs[name] <= passes)
         if exact and isinstance(layers[name], nn.Linear) and enough:
-            samples, mode = met[name].shape[-1], "units"
+            samples, mode = outputs, "units"
         else:
             mode = "weights" if name in light else "signs"
         held = met[name].outputs / _NUMBERS if chunk is None else widest[name] / (chunk * max(widest.values()))
@@ -592,10 +592,10 @@ def _with_courses(
             continue
         share, m = shares[name], met[name]
         outputs = m.outputs // rows
-        memory -= 2 * outputs * errors
-        if memory < 0:
-            memory += 2 * outputs * errors
+        needed = 2 * outputs * errors
+        if needed > memory:
             continue
+        memory -= needed
         if rows == (m.outputs // m.shape[-1] if share.apart else m.shape[0]):
             course = Course(outputs, errors, outputs * errors / (share.samples * round(rows * whole)))
             found[name] = share._replace(course=course)

@@ -15,7 +15,7 @@ with the few rows of ``right_i``, spread by ``left_i`` (see `_low_rank`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,13 +62,9 @@ class Form(ABC):
         """Products of the tensor a with each tensor of the stack b."""
         return torch.stack([self(a, t) for t in b.unbind(0)])
 
-    def onto(self, space: Space, total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """``total + right(a, b)``; the total is ours to overwrite."""
-        return _plus(total, self.right(space, a, b))
-
     def both(self, space: Space, a: Tensor, da: Tensor, b: Tensor, db: Tensor) -> Tensor:
         """``f(a_i, b) + f(a, b_i)`` for each direction."""
-        return self.onto(space, self.left(space, da, b), a, db)
+        return _plus(self.left(space, da, b), self.right(space, a, db))
 
     def into(self, out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
         """Write the product to ``out``, or add it to what is there."""
@@ -339,10 +335,11 @@ class _Rows(Form):
             torch.mm(a, b[i].t(), out=out[i])
         return out
 
-    def onto(self, space: Space, total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        if not plain(total, a, b) or b.shape[1] < NARROW:
-            return super().onto(space, total, a, b)
-        for out, weight in zip(total, b, strict=True):
+    def both(self, space: Space, a: Tensor, da: Tensor, b: Tensor, db: Tensor) -> Tensor:
+        if not plain(a, da, b, db) or db.shape[1] < NARROW:
+            return super().both(space, a, da, b, db)
+        total = self.left(space, da, b)
+        for out, weight in zip(total, db, strict=True):
             out.addmm_(a, weight.t())
         return total
 
@@ -565,31 +562,28 @@ class _Convolution(Form):
         )
 
     def left(self, space: Space, a: Tensor, b: Tensor) -> Tensor:
-        def some(part: Tensor) -> Tensor:
-            y = self(part.flatten(0, 1), b)
-            return y.reshape(*part.shape[:2], *y.shape[1:])
-
-        return self._in_blocks(space, some, a, a[0].numel())
+        # So many tensors of the stack at a time that the library's own copies of them stay in the cache.
+        step = max(1, IMAGES // max(a[0].numel(), 1))
+        if step >= len(a) or not plain(a, b):
+            return self._images(a, b)
+        out = None
+        for start in range(0, len(a), step):
+            y = self._images(a[start : start + step], b)
+            out = space.memory.empty((len(a), *y.shape[1:]), y) if out is None else out
+            out[start : start + step].copy_(y)
+        assert out is not None
+        return out
 
     def right(self, space: Space, a: Tensor, b: Tensor) -> Tensor:
         if self.groups > 1 or self.transposed:
             return super().right(space, a, b)
-
         y = self(a, b.flatten(0, 1))  # one convolution with n times the output channels
         return y.unflatten(1, b.shape[:2]).movedim(1, 0)
 
-    def _in_blocks(self, space: Space, some: Callable[[Tensor], Tensor], stack: Tensor, size: int) -> Tensor:
-        """A stack's results, made of so many tensors at a time that the library's own copies stay in the cache."""
-        step = max(1, IMAGES // max(size, 1))
-        if step >= len(stack) or not plain(stack):
-            return some(stack)
-        out = None
-        for start in range(0, len(stack), step):
-            y = some(stack[start : start + step])
-            out = space.memory.empty((len(stack), *y.shape[1:]), y) if out is None else out
-            out[start : start + step].copy_(y)
-        assert out is not None
-        return out
+    def _images(self, a: Tensor, b: Tensor) -> Tensor:
+        """A stack of images as one batch."""
+        y = self(a.flatten(0, 1), b)
+        return y.reshape(*a.shape[:2], *y.shape[1:])
 
     def pays(self, a: Tensor, b: Tensor) -> bool:
         return True
