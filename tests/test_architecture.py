@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "jetplane"
 
 # From the bottom to the top; modules of one line may not import each other, except within `rules`.
 LAYERS = [
-    {"errors", "feedback", "laws", "memory"},
+    {"errors", "feedback", "laws", "layers", "memory"},
     {"tangents"},
     {"jet"},
     {"rules", "descent", "replay"},

@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -28,8 +27,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn import grad as nn_grad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._mode_utils import no_dispatch
 
@@ -39,6 +36,7 @@ from .errors import UnusedParametersError
 from .feedback import Course, Feedback
 from .jet import Jet, Space, carried, parts, promoted
 from .laws import LAWS, key, pieces, twists
+from .layers import LAYERS, has_weight_noise, moving, patches, weights_of
 from .plane import Interception, evaluate, expansion
 from .replay import rehearsal
 from .rules.examples import known
@@ -94,85 +92,6 @@ class _Met:
     shape: torch.Size
 
 
-# --- how a layer's parameters take part in its output ---------------------------------------------------
-
-
-class _Layer(ABC):
-    """A kind of module: from the change of its output, or noise on its weights, to a direction."""
-
-    @abstractmethod
-    def products(self, module: Any, x: Tensor, y: Tensor) -> int:
-        """Multiply-adds of a call."""
-
-    @abstractmethod
-    def weights(self, module: Any, x: Tensor, delta: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each parameter with ``sum_n delta_n . d output_n / d parameter``."""
-
-
-class _Linear(_Layer):
-    def products(self, module: nn.Linear, x: Tensor, y: Tensor) -> int:
-        return y.numel() * module.in_features
-
-    def weights(self, module: nn.Linear, x: Tensor, delta: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        flat = delta.reshape(-1, module.out_features)
-        yield module.weight, flat.mT @ x.reshape(-1, module.in_features).to(flat.dtype)
-        if module.bias is not None:
-            yield module.bias, flat.sum(0)
-
-
-class _Convolution(_Layer):
-    def products(self, module: Any, x: Tensor, y: Tensor) -> int:
-        return y.numel() * module.weight[0].numel()
-
-    def weights(self, module: Any, x: Tensor, delta: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        x, settings = _padded(module, x.to(delta.dtype))
-        of_weight = nn_grad.conv2d_weight if module.weight.dim() == 4 else nn_grad.conv1d_weight
-        yield module.weight, of_weight(x, module.weight.shape, delta, **settings)
-        if module.bias is not None:
-            yield module.bias, delta.transpose(0, 1).flatten(1).sum(1)
-
-
-class _Embedding(_Layer):
-    def products(self, module: nn.Embedding, x: Tensor, y: Tensor) -> int:
-        return y.numel()
-
-    def weights(self, module: nn.Embedding, x: Tensor, delta: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        rows = torch.zeros(module.weight.shape, dtype=delta.dtype, device=delta.device)
-        rows.index_add_(0, x.reshape(-1), delta.reshape(-1, module.embedding_dim))
-        if module.padding_idx is not None:
-            rows[module.padding_idx] = 0
-        yield module.weight, rows
-
-
-class _LayerNorm(_Layer):
-    def products(self, module: nn.LayerNorm, x: Tensor, y: Tensor) -> int:
-        return y.numel()
-
-    def weights(self, module: nn.LayerNorm, x: Tensor, delta: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        shape = module.normalized_shape
-        flat = delta.reshape(-1, *shape)
-        if module.weight is not None:
-            yield module.weight, (F.layer_norm(x.to(delta.dtype), shape, eps=module.eps).reshape_as(flat) * flat).sum(0)
-        if module.bias is not None:
-            yield module.bias, flat.sum(0)
-
-
-LAYERS: dict[type[nn.Module], _Layer] = {
-    nn.Linear: _Linear(),
-    nn.Conv1d: _Convolution(),
-    nn.Conv2d: _Convolution(),
-    nn.Embedding: _Embedding(),
-    nn.LayerNorm: _LayerNorm(),
-}
-
-
-def _padded(module: Any, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """A convolution's input with its padding on, whatever mode and words it has, and the settings left."""
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    x = F.pad(x, module._reversed_padding_repeated_twice, mode)
-    return x, {"stride": module.stride, "padding": 0, "dilation": module.dilation, "groups": module.groups}
-
-
 # --- noise ----------------------------------------------------------------------------------------------
 
 
@@ -208,8 +127,8 @@ class _Site:
             unit = torch.eye(y.shape[-1], dtype=carried(y.dtype), device=y.device)[samples.start : samples.stop]
             return unit.reshape(len(samples), *([1] * (y.dim() - 1)), -1).expand(-1, *y.shape).contiguous()
         weight, bias = self._weight_noise(call, x, samples)
-        patches = _patches(self.module, x.to(weight.dtype))
-        moved = weight.transpose(0, 1).reshape(len(x), -1, patches.shape[1]) @ patches
+        seen = patches(self.module, x.to(weight.dtype))
+        moved = weight.transpose(0, 1).reshape(len(x), -1, seen.shape[1]) @ seen
         moved = moved.reshape(len(x), len(samples), y.shape[1], -1)
         if bias is not None:
             moved = moved.add_(bias.transpose(0, 1).unsqueeze(-1))
@@ -297,15 +216,6 @@ def _per(slopes: Tensor, n: int) -> Tensor:
     if rows % n == 0:
         return slopes.reshape(n, rows // n, -1).sum(1)
     return slopes.repeat_interleave(n // rows, 0) if n % rows == 0 else slopes.sum(0).expand(n, -1)
-
-
-def _patches(module: Any, x: Tensor) -> Tensor:
-    """What each output position of a convolution sees: (N, fan-in, positions)."""
-    x, settings = _padded(module, x)
-    kernel, stride, dilation = module.kernel_size, settings["stride"], settings["dilation"]
-    if x.dim() == 3:
-        x, kernel, stride, dilation = x.unsqueeze(2), (1, *kernel), (1, *stride), (1, *dilation)
-    return F.unfold(x, kernel, dilation, 0, stride)
 
 
 # --- passes ---------------------------------------------------------------------------------------------
@@ -417,22 +327,6 @@ def _toured(
     return alone and not unknown
 
 
-def _layers(model: nn.Module, params: Sequence[Tensor]) -> dict[str, nn.Module]:
-    """The modules that can be perturbed and own one of the parameters, by name."""
-    moving = {id(p) for p in params}
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) in LAYERS and any(id(p) in moving for p in module.parameters(recurse=False))
-    }
-
-
-def perturbable(model: nn.Module, params: Sequence[Tensor]) -> int:
-    """How many numbers of the parameters belong to layers that can be perturbed."""
-    owned = {id(p) for layer in _layers(model, params).values() for p in layer.parameters(recurse=False)}
-    return sum(p.numel() for p in params if id(p) in owned)
-
-
 def allot(
     closure: Closure,
     model: nn.Module,
@@ -471,7 +365,7 @@ def allot(
         them owns; it is there if such parameters are.
     """
     met: dict[str, _Met] = {}
-    layers = _layers(model, params)
+    layers = moving(model, params)
     every = {name: module for name, module in model.named_modules() if type(module) in LAYERS}  # frozen ones cost too
     names = {module: name for name, module in every.items()}
 
@@ -496,11 +390,11 @@ def allot(
         after -= m.products
         if name not in layers:
             continue
-        weights, own = _weights_of(layers[name]), _NOISE_COST * m.outputs
+        weights, own = weights_of(layers[name]), _NOISE_COST * m.outputs
         sizes[name] = m.outputs / (rows if name in own_rows else m.shape[0])
         if name in effects:
             sizes[name] *= effects[name].part
-        if _weight_space(layers[name]) and weights < sizes[name]:
+        if has_weight_noise(layers[name]) and weights < sizes[name]:
             sizes[name], own = weights, own + m.products
             light.add(name)
         costs[name] = (after + own) / total
@@ -602,15 +496,6 @@ def _with_courses(
     return found
 
 
-def _weights_of(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters(recurse=False))
-
-
-def _weight_space(module: nn.Module) -> bool:
-    """Whether noise may be on the weights, of each example its own."""
-    return isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.groups == 1
-
-
 def estimate(
     closure: Closure,
     model: nn.Module,
@@ -656,7 +541,7 @@ def estimate(
     >>> bool(torch.allclose(weight, slopes[0], atol=1e-6))
     True
     """
-    layers = _layers(model, params)
+    layers = moving(model, params)
     sites = {
         layers[name]: _Site(layers[name], share, key(seed, i), ahead)
         for i, (name, share) in enumerate(shares.items())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
-from ..activity import Share, allot, estimate, perturbable
+from ..activity import Share, allot, estimate
 from ..descent import Damped, Descent, SaddleFree, Spectral, named
 from ..directions import (
     AbstractDirections,
@@ -26,6 +26,7 @@ from ..directions import (
 from ..errors import ArgumentError, DTypeError, ShapeError
 from ..feedback import Feedback
 from ..laws import key
+from ..layers import perturbable
 from ..layout import Layout
 from ..plane import KEPT, Curvature, PlaneModel
 from ..replay import RandomState, random_state, rehearsal
