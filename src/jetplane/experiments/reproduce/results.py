@@ -94,9 +94,14 @@ def mean_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def pm(values: Sequence[float], digits: int = 3, scale: float = 1.0) -> str:
-    """Mean and standard error as a table shows them."""
+    """Mean and standard error as a table shows them; what was thrown far by its order of magnitude.
+
+    >>> pm([1.0, 2.0]), pm([2e12, 55.1])
+    ('1.500 ± 0.500', '1e+12 ± 1e+12')
+    """
     mean, error = mean_error([scale * v for v in values])
-    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if error == error else "")
+    form = f".{digits}f" if abs(mean) < 1e6 else ".1g"
+    return f"{mean:{form}}" + (f" ± {error:{form}}" if error == error else "")
 
 
 def _write(path: Path, content: Any) -> None:
