@@ -167,7 +167,7 @@ def peak(case: dict[str, Any]) -> int:
         torch.manual_seed(0)
         return list(islice(task.batches(batch, torch.Generator().manual_seed(0)), steps))
 
-    train(task.model(), taken(8, 1))  # code, thread pools
+    train(task.model(), taken(8, MEASURED_STEPS))  # code, thread pools
     torch.manual_seed(0)
     model, batches = task.model(), taken(case["batch"], MEASURED_STEPS)
     return peak_growth(lambda: train(model, batches))

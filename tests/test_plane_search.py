@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import jetplane as jp
 from jetplane.activity import OTHERS
 from jetplane.descent import CurvatureScaled
+from jetplane.optim import plane_search
 from jetplane.optim.plane_search import AVERAGE, PREVIOUS
 from jetplane.search import AdaptiveCubic, Backtracking, ExactLine, NoiseAware, TrustRegion, Whole
 
@@ -428,3 +429,36 @@ def test_compiled_steps_are_those_of_eager_ones(settings, monkeypatch):
         assert opt.plane.examples is not None
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # steps amplify rounding
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+
+
+# --- averages of noise, models that do not hold, and models of which little moves -----------------------------
+
+
+def test_averages_of_noise_count_for_little():
+    torch.manual_seed(0)
+    state, signal = {}, torch.full((200,), 0.1)
+    worth = {}
+    for name, part in {"noise": 0.0, "signal": 1.0}.items():
+        params = [torch.nn.Parameter(torch.zeros(200))]
+        opt = jp.optim.PlaneSearch(params, k=1)
+        found = []
+        for n in range(50):
+            opt._remember(params, [part * signal + 0.1 * torch.randn(200)], [], n)
+            found.append([plane_search._worth(opt.state[params[0]], b, n + 1) for b in opt.averages])
+        worth[name] = found
+        state = opt.state[params[0]]
+        alone = state["alone 0.9"].item() / state["average 0.9"].square().sum().item()
+        assert (alone > 0.8) == (name == "noise")
+    assert worth["noise"][0] == [1.0, 1.0]  # of one estimate nothing is known
+    assert sum(sum(w) for w in worth["noise"][20:]) / 60 < 0.3
+    assert all(w == [1.0, 1.0] for w in worth["signal"][10:])
+
+
+def test_few_parameters_of_a_model_take_little_memory():
+    net = torch.nn.Sequential(torch.nn.Linear(50, 50), torch.nn.Linear(50, 2))
+    assert jp.optim.PlaneSearch(net.parameters(), net).chunk is None
+    net[0].requires_grad_(False)
+    head = list(net[1].parameters())
+    assert jp.optim.PlaneSearch(head, net).chunk == 1
+    assert jp.optim.PlaneSearch(head, net, chunk=2).chunk == 2
+    assert jp.optim.PlaneSearch(head, net, curvature="hessian").chunk is None

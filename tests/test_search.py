@@ -94,6 +94,44 @@ def test_a_step_that_raises_the_loss_is_halved():
     assert NoiseAware(guard=False)(rises, {})[1] == 0.75
 
 
+def curved(loss_of):
+    """A plane of a steep and a flat direction of length one, and a loss of the coefficients that is not its model's."""
+    slope, hessian = torch.tensor([1.0, 0.1]).double(), torch.diag(torch.tensor([1.0, 0.001])).double()
+    solve = lambda damping: Newton().solve(slope, hessian + damping * torch.eye(2))  # noqa: E731
+    line = lambda kappa: Line(lambda rate: loss_of(rate * kappa), lambda: kappa.norm().item())  # noqa: E731
+    sure = SlopeMoments.of(slope.repeat(2, 1) / 2).covariance
+    return Proposal(0.0, slope, solve(0.0), sure, line, damped=solve, stiffest=1.0)
+
+
+def test_a_plane_whose_model_does_not_hold_is_damped():
+    def loss(kappa):  # far along the flat direction it rises
+        return (kappa[0] + kappa[0] ** 2 / 2 + 0.1 * kappa[1] + 0.05 * kappa[1] ** 2).item()
+
+    kappa, rate, record = NoiseAware()(curved(loss), {})
+    assert rate == pytest.approx(1.0)
+    assert record["damping"] == pytest.approx(0.1)  # a thousandth of the steepest, and ten times as much twice
+    assert kappa.tolist() == pytest.approx([-1 / 1.1, -0.1 / 0.101])
+    assert loss(kappa) < -0.4
+    kappa, rate, again = NoiseAware()(curved(loss), record)
+    assert again["damping"] == pytest.approx(0.1 / 3)  # it held at once
+
+
+def test_a_plane_whose_model_holds_is_not_damped():
+    model = lambda kappa: (kappa @ torch.tensor([1.0, 0.1]).double() + (kappa**2) @ MODEL / 2).item()  # noqa: E731
+    kappa, rate, record = NoiseAware()(curved(model), {})
+    assert (rate, record["damping"]) == (1.0, 0.0)
+    assert kappa.tolist() == pytest.approx([-1.0, -100.0])
+
+
+def test_what_no_damping_helps_is_halved():
+    rises = curved(lambda kappa: -1e-3 if kappa.norm() < 0.2 else 1.0)
+    kappa, rate, record = NoiseAware()(rises, {})
+    assert rate in (0.125, 0.25) and record["damping"] == pytest.approx(1.0)
+
+
+MODEL = torch.tensor([1.0, 0.001]).double()
+
+
 def test_without_examples_the_loss_is_asked():
     _, rate, record = NoiseAware()(proposal([2.0], [[2.0]], None, lambda r: (1 - 4 * r) ** 2), {"noise": 1.0})
     assert rate == 0.25 and record == {"noise": 1.0}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,8 @@ from .descent import Solution, cubic_step
 from .errors import ArgumentError
 
 Record = dict[str, Any]
+_HOLDS = 0.75  # of the promised decrease: below it a plane's model does not hold where a step leads
+_TRIES = 5  # with more damping each
 Chosen = tuple[Tensor, float, Record]  # coefficients kappa, how much of them to go, and the new record
 
 
@@ -48,6 +50,9 @@ class Proposal:
             see `jetplane.plane.SlopeMoments`.
         line: the line along coefficients kappa. Searches that know no other go along ``proposal.kappa``.
         factor: the rate by which lines are shorter than their coefficients say.
+        damped: the plane solved anew with so much added to the curvature of each direction for every unit of its
+            squared length, or None where there is no such thing.
+        stiffest: the largest curvature of a direction for its squared length.
     """
 
     value: float
@@ -56,6 +61,8 @@ class Proposal:
     covariance: Tensor | None
     line: Callable[[Tensor], Line]
     factor: float = 1.0
+    damped: Callable[[float], Solution] | None = None
+    stiffest: float = 1.0
 
     @property
     def kappa(self) -> Tensor:
@@ -359,7 +366,11 @@ class NoiseAware(Search):
     first term is worth going for. C comes from the examples' parts of the slope, at no cost. It is unbiased where
     the directions do not depend on the batch: see `jetplane.activity`.
 
-    The model of the plane may be wrong where the step leads: it is halved until the loss of the same batch falls.
+    The model of the plane may be wrong where the step leads, above all where directions that are mostly noise, and so
+    hardly curve, are gone far along. If the loss of the same batch falls by less than three quarters of what the model
+    promises, the plane is solved again with ``damping`` times the squared length of the step added to it (Levenberg,
+    Marquardt), ten times as much for each try. What was needed is remembered, and a third of it after each good step.
+    If nothing helps the step is halved until the loss falls.
 
     With ``each`` every coordinate of the plane, an eigenvector of its curvature as the descent scales it, is shrunk
     for itself, ``max(floor, 1 - c_i / f_i^2)`` with f_i the slope along it and c_i the variance of that: one noisy
@@ -371,7 +382,7 @@ class NoiseAware(Search):
         floor: the least that is taken of a step, unless the loss rises.
         each: whether coordinates are shrunk one by one.
         otherwise: what decides where the loss does not tell its examples apart.
-        guard: whether to look at the loss after the step, by a pass of its own. Else nothing is halved.
+        guard: whether to look at the loss after the step, by a pass of its own. Else nothing is damped or halved.
 
     >>> import torch, jetplane as jp
     >>> slope, plane = torch.tensor([4.0]), jp.descent.Newton().solve(torch.tensor([4.0]), torch.tensor([[1.0]]))
@@ -394,10 +405,32 @@ class NoiseAware(Search):
 
     def __call__(self, proposal: Proposal, record: Record) -> Chosen:
         """See `Search`."""
-        kappa = proposal.kappa
         if proposal.covariance is None:
             return self.otherwise(proposal, record)
-        solution = proposal.solution
+        if not self.guard:
+            return self._shrunk(proposal, record)
+        damping = record.get("damping", 0.0)
+        for n in range(_TRIES):
+            tried = proposal
+            if damping and proposal.damped is not None:
+                tried = replace(proposal, solution=proposal.damped(damping))
+            kappa, rate, told = self._shrunk(tried, record)
+            if rate == 0 or proposal.damped is None:
+                break
+            promised = proposal.decrease(torch.linalg.solve(proposal.solution.basis, kappa), rate)
+            if proposal.value - proposal.line(kappa).loss_at(rate) >= _HOLDS * promised:
+                if n == 0:
+                    damping = damping / 3 if damping > 1e-4 * proposal.stiffest else 0.0
+                return kappa, rate, told | {"damping": damping}
+            if n < _TRIES - 1:
+                damping = max(10 * damping, 1e-3 * proposal.stiffest)
+        if rate > 0:
+            rate = Backtracking().shortened(proposal, kappa, rate)
+        return kappa, rate, told | {"damping": damping}
+
+    def _shrunk(self, proposal: Proposal, record: Record) -> Chosen:
+        """What of a step is not noise."""
+        kappa, solution = proposal.kappa, proposal.solution
         noise, signal = solution.weights * proposal.noises(), -solution.slope * solution.step
         if not self.each:
             noise, signal = noise.sum(0, keepdim=True), signal.sum(0, keepdim=True)
@@ -416,7 +449,7 @@ class NoiseAware(Search):
             rate = kept.item()
         if not bool(kept.any()):
             return kappa, 0.0, record
-        return kappa, Backtracking().shortened(proposal, kappa, rate) if self.guard else rate, record
+        return kappa, rate, record
 
 
 def clipped(steps: Sequence[Tensor], limit: float, norm: Tensor | None = None) -> list[Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activity import Share, allot, estimate
-from ..descent import Damped, Descent, SaddleFree, Spectral, named
+from ..descent import Damped, Descent, SaddleFree, Solution, Spectral, named
 from ..directions import (
     AbstractDirections,
     Directions,
@@ -25,6 +25,7 @@ from ..directions import (
 )
 from ..errors import ArgumentError, DTypeError, ShapeError
 from ..feedback import Feedback
+from ..jet import carried
 from ..laws import key
 from ..layers import perturbable
 from ..layout import Layout
@@ -39,9 +40,11 @@ if TYPE_CHECKING:
 
 Guess = Callable[[], Sequence[Tensor]]
 
-PREVIOUS, AVERAGE, SQUARE = "previous", "average {}", "square"  # names in the state of a parameter
+PREVIOUS, AVERAGE, ALONE, SQUARE = "previous", "average {}", "alone {}", "square"  # names in the state of a parameter
 DRAWN = 64  # directions, by default, where there is no model to perturb
 LEAST = 0.1  # of a step, in a plane of nothing but averages over many batches
+FEW = 0.1  # of a model's parameters: where fewer move, memory for all directions at a time is not spent
+CLEAR = 0.25  # an average of which more than this part is signal counts in full
 SQUARE_KEPT = 0.99  # how much of the average of squares is kept from step to step
 
 
@@ -110,7 +113,8 @@ class PlaneSearch(PlaneOptimizer):
             averages and the previous step turn slowly, but they do turn. Where the plane gets another direction its
             curvature is evaluated at once. It pays with "hessian", whose cost grows with the square of the number of
             directions; "ggn" costs little beside the slope.
-        chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`.
+        chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`. By default all of them, but
+            one where less than a tenth of ``model`` moves, as in adapters: what is scarce there is memory.
         compile: evaluate the plane as one compiled graph (`torch.compile`, ``fullgraph=True``), from the third step
             on, when as many directions are remembered as ever will be. The other passes of a step run eagerly.
         process_group: processes that step together, each with its shard of the batch, or a `DeviceMesh`; see
@@ -192,6 +196,9 @@ class PlaneSearch(PlaneOptimizer):
         if k is None:
             k = 0 if model is not None and 2 * perturbable(model, moving) >= size else min(DRAWN, size)
         self.k = k
+        if chunk is None and not compile and curvature == "ggn" and model is not None:
+            whole = sum(p.numel() for p in model.parameters())
+            self.chunk = 1 if size < FEW * whole else None
         auto = NoiseAware(floor=NoiseAware.floor if k else LEAST, otherwise=otherwise)
         self.search: Search = rate if isinstance(rate, Search) else auto if rate == "auto" else Whole()
         self.rank = rank
@@ -251,12 +258,18 @@ class PlaneSearch(PlaneOptimizer):
         found = [] if self.guess is None else [self._guessed(self.guess, moving)]
         states = [(p, self.state[p]) for p, _, _ in moving]
         averages = [AVERAGE.format(b) for b in self.averages]
+        step = self.state[STATE]["step"]  # type: ignore[index]
+        worth = [{AVERAGE.format(b): _worth(state, b, step) for b in self.averages} for _, state in states]
         for name in (*averages, *([PREVIOUS] if self.previous else [])):
             if any(name in state for _, state in states):
-                found.append([state[name] if name in state else torch.zeros_like(p) for p, state in states])
+                found.append([
+                    state[name] * of.get(name, 1) if name in state else torch.zeros_like(p)
+                    for (p, state), of in zip(states, worth, strict=True)
+                ])  # fmt: skip
         for name in averages if any(SQUARE in state for _, state in states) else ():
             whole = [
-                _scaled(state[name], state[SQUARE]) if name in state else torch.zeros_like(p) for p, state in states
+                _scaled(state[name], state[SQUARE]) * of[name] if name in state else torch.zeros_like(p)
+                for (p, state), of in zip(states, worth, strict=True)
             ]
             found += _cut(whole, self._parts(moving)) if name == averages[0] else [whole]
         norms = [_norm(tensors) for tensors in found]
@@ -340,7 +353,13 @@ class PlaneSearch(PlaneOptimizer):
 
         factor = max(float(group["lr"]) for _, group, _ in moving)
         covariance = None if plane.moments is None else plane.moments.covariance
-        proposal = Proposal(plane.value.item(), plane.slope, solution, covariance, line, factor)
+        curvature, lengths = plane.curvature, self._lengths(params, plane.slope)
+
+        def damped(damping: float) -> Solution:
+            return self.descent.solve(plane.slope, (curvature + damping * lengths.diag()).to(curvature.dtype))
+
+        stiffest = (curvature.diagonal() / lengths).max().item()
+        proposal = Proposal(plane.value.item(), plane.slope, solution, covariance, line, factor, damped, stiffest)
         kappa, rate, record = self.search(proposal, own.get("search", {}))
         steps = steps_along(kappa)
         found, changed = self._estimates(closure, weight, params, directions, plane.slope)
@@ -350,6 +369,14 @@ class PlaneSearch(PlaneOptimizer):
         self._move(moving, steps)
         self._remember(params, found, steps, own["step"])
         return changed | {"search": record}
+
+    def _lengths(self, params: list[Tensor], slope: Tensor) -> Tensor:
+        """The squared lengths of the plane's directions: one if remembered, as many as parameters if drawn."""
+        size = sum(p.numel() for p in params)
+        lengths = torch.ones(len(slope), dtype=torch.float64, device=slope.device)
+        if self.k < size:
+            lengths[len(slope) - (self.k or len(slope) == 1) :] = size
+        return lengths
 
     def _estimates(
         self, closure: Closure, weight: float, params: list[Tensor], directions: AbstractDirections, slope: Tensor
@@ -415,6 +442,10 @@ class PlaneSearch(PlaneOptimizer):
             state, new = self.state[p], {AVERAGE.format(b): (b, estimated) for b in self.averages}
             if self.scaled:
                 new[SQUARE] = SQUARE_KEPT, estimated * estimated
+            square = estimated.double().square().sum().to(carried(p.dtype))
+            for b in self.averages:
+                kept, name = _kept(b, n), ALONE.format(b)
+                state[name] = kept**2 * state.get(name, 0.0) + (1 - kept) ** 2 * square
             for name, (b, value) in new.items():
                 kept = _kept(b, n)
                 state[name] = kept * state[name] + (1 - kept) * value if name in state else value
@@ -443,6 +474,21 @@ def _kept(b: float, n: int) -> float:
     [0.0, 0.474, 0.854, 0.9]
     """
     return b * (1 - b**n) / (1 - b ** (n + 1))
+
+
+def _worth(state: dict[str, Any], b: float, n: int) -> float:
+    """How much to make of a running average of n estimates: what part of its square is signal, in parts of `CLEAR`.
+
+    The square of ``sum_i w_i g_i`` without its terms ``w_i^2 |g_i|^2`` is on average that of the estimates' mean,
+    however noisy they are, less the weight of those terms. It is never zero, so that planes keep their size.
+    """
+    name, alone = AVERAGE.format(b), ALONE.format(b)
+    weight = (1 - b) / (1 + b) * (1 + b**n) / (1 - b**n) if n else 1.0  # sum_i w_i^2
+    if weight == 1 or name not in state or alone not in state:  # of one estimate nothing is known
+        return 1.0
+    whole = state[name].double().square().sum().item()
+    signal = (whole - state[alone].item()) / ((1 - weight) * whole) if whole > 0 else 0.0
+    return min(max(signal / CLEAR, 0.01), 1.0)
 
 
 def _scaled(average: Tensor, square: Tensor) -> Tensor:
