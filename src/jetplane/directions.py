@@ -385,6 +385,8 @@ class MixedDirections(AbstractDirections):
 
     def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
         """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
+        if len(self.sources) == 1:
+            return self.sources[0].draw(index, param, directions)
         every = torch.cat([source.draw(index, param) for source in self.sources])
         return every[directions or slice(None)]
 
