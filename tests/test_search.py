@@ -1,6 +1,7 @@
 """Searches: how far a step is taken."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,6 +122,12 @@ def test_a_plane_whose_model_holds_is_not_damped():
     kappa, rate, record = NoiseAware()(curved(model), {})
     assert (rate, record["damping"]) == (1.0, 0.0)
     assert kappa.tolist() == pytest.approx([-1.0, -100.0])
+
+
+def test_what_is_rounded_away_is_no_reason_to_damp():
+    still = replace(curved(lambda kappa: 0.1), rounding=10.0)
+    assert NoiseAware()(still, {})[2]["damping"] == 0.0
+    assert NoiseAware()(replace(still, rounding=0.0), {})[1] == 0.0
 
 
 def test_what_no_damping_helps_is_halved():

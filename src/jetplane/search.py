@@ -20,9 +20,10 @@ from .descent import Solution, cubic_step
 from .errors import ArgumentError
 
 Record = dict[str, Any]
+Chosen = tuple[Tensor, float, Record]  # coefficients kappa, how much of them to go, and the new record
+
 _HOLDS = 0.75  # of the promised decrease: below it a plane's model does not hold where a step leads
 _TRIES = 5  # with more damping each
-Chosen = tuple[Tensor, float, Record]  # coefficients kappa, how much of them to go, and the new record
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Proposal:
         damped: the plane solved anew with so much added to the curvature of each direction for every unit of its
             squared length, or None where there is no such thing.
         stiffest: the largest curvature of a direction for its squared length.
+        rounding: the error of the loss as a number.
     """
 
     value: float
@@ -63,6 +65,7 @@ class Proposal:
     factor: float = 1.0
     damped: Callable[[float], Solution] | None = None
     stiffest: float = 1.0
+    rounding: float = 0.0
 
     @property
     def kappa(self) -> Tensor:
@@ -418,7 +421,8 @@ class NoiseAware(Search):
             if rate == 0 or proposal.damped is None:
                 break
             promised = proposal.decrease(torch.linalg.solve(proposal.solution.basis, kappa), rate)
-            if proposal.value - proposal.line(kappa).loss_at(rate) >= _HOLDS * promised:
+            fallen = proposal.value - proposal.line(kappa).loss_at(rate)
+            if fallen >= _HOLDS * max(promised, 0.0) - proposal.rounding:
                 if n == 0:
                     damping = damping / 3 if damping > 1e-4 * proposal.stiffest else 0.0
                 return kappa, rate, told | {"damping": damping}

@@ -66,9 +66,11 @@ class PlaneSearch(PlaneOptimizer):
     - ``k`` directions drawn anew;
     - whatever ``guess`` returns.
 
-    The rate is what of the step is not noise, by the spread of the examples' slopes, and a step after which this
-    batch's loss is higher is halved (`jetplane.search.NoiseAware`). Without drawn directions it is at least a tenth:
-    the best rate for one step is less than the best for many (Wu et al., arXiv 1803.02021).
+    In averages a parameter counts for less where they are mostly noise, by what its estimates have in common.
+
+    The rate is what of the step is not noise, by the spread of the examples' slopes; where this batch's loss does
+    not fall as the plane promises, the plane is damped (`jetplane.search.NoiseAware`). Without drawn directions the
+    rate is at least a tenth: the best rate for one step is less than the best for many (Wu et al., arXiv 1803.02021).
     Estimates enter the plane one step after the batch that they come from: in a plane of directions that were
     fitted to the very batch that judges them, the slope would be biased, and its noise taken for signal.
 
@@ -359,7 +361,9 @@ class PlaneSearch(PlaneOptimizer):
             return self.descent.solve(plane.slope, (curvature + damping * lengths.diag()).to(curvature.dtype))
 
         stiffest = (curvature.diagonal() / lengths).max().item()
-        proposal = Proposal(plane.value.item(), plane.slope, solution, covariance, line, factor, damped, stiffest)
+        value = plane.value.item()
+        rounding = 2 * torch.finfo(plane.value.dtype).eps * abs(value)
+        proposal = Proposal(value, plane.slope, solution, covariance, line, factor, damped, stiffest, rounding)
         kappa, rate, record = self.search(proposal, own.get("search", {}))
         steps = steps_along(kappa)
         found, changed = self._estimates(closure, weight, params, directions, plane.slope)
