@@ -414,6 +414,8 @@ class NoiseAware(Search):
             return self._shrunk(proposal, record)
         damping = record.get("damping", 0.0)
         for n in range(_TRIES):
+            if n:
+                damping = max(10 * damping, 1e-3 * proposal.stiffest)
             tried = proposal
             if damping and proposal.damped is not None:
                 tried = replace(proposal, solution=proposal.damped(damping))
@@ -426,8 +428,6 @@ class NoiseAware(Search):
                 if n == 0:
                     damping = damping / 3 if damping > 1e-4 * proposal.stiffest else 0.0
                 return kappa, rate, told | {"damping": damping}
-            if n < _TRIES - 1:
-                damping = max(10 * damping, 1e-3 * proposal.stiffest)
         if rate > 0:
             rate = Backtracking().shortened(proposal, kappa, rate)
         return kappa, rate, told | {"damping": damping}

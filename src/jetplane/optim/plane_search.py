@@ -230,6 +230,7 @@ class PlaneSearch(PlaneOptimizer):
         stored = self._stored(moving)[: size - self.k]  # more directions than parameters would be dependent
         self._lasting = self.k == size or (self.k == 0 and bool(stored))
         sources: list[AbstractDirections] = []
+        self._drawn = 0
         if stored:
             together = zip(places, zip(*stored, strict=True), strict=True)
             sources.append(StoredDirections({place: torch.stack(tensors) for place, tensors in together}))
@@ -237,8 +238,9 @@ class PlaneSearch(PlaneOptimizer):
             sources.append(StoredDirections(dict(zip(places, _coordinates(params), strict=True))))
         elif self.k or not stored:
             own = self.state[STATE]  # type: ignore[index]
+            self._drawn = self.k or 1
             drawn = Directions(
-                self.k or 1, self.law, self.tangents, own["seed"], rank=self.rank, density=self.density
+                self._drawn, self.law, self.tangents, own["seed"], rank=self.rank, density=self.density
             )  # fmt: skip
             drawn.step = own["step"]
             new = ScaledDirections(drawn, self._scales(moving)) if self.preconditioned else drawn
@@ -262,17 +264,20 @@ class PlaneSearch(PlaneOptimizer):
         averages = [AVERAGE.format(b) for b in self.averages]
         step = self.state[STATE]["step"]  # type: ignore[index]
         worth = [{AVERAGE.format(b): _worth(state, b, step) for b in self.averages} for _, state in states]
-        for name in (*averages, *([PREVIOUS] if self.previous else [])):
-            if any(name in state for _, state in states):
-                found.append([
-                    state[name] * of.get(name, 1) if name in state else torch.zeros_like(p)
-                    for (p, state), of in zip(states, worth, strict=True)
-                ])  # fmt: skip
-        for name in averages if any(SQUARE in state for _, state in states) else ():
-            whole = [
-                _scaled(state[name], state[SQUARE]) * of[name] if name in state else torch.zeros_like(p)
+
+        def held(name: str, scaled: bool) -> list[Tensor]:
+            return [
+                of.get(name, 1.0) * (_scaled(state[name], state[SQUARE]) if scaled else state[name])
+                if name in state
+                else torch.zeros_like(p)
                 for (p, state), of in zip(states, worth, strict=True)
             ]
+
+        for name in (*averages, *([PREVIOUS] if self.previous else [])):
+            if any(name in state for _, state in states):
+                found.append(held(name, scaled=False))
+        for name in averages if any(SQUARE in state for _, state in states) else ():
+            whole = held(name, scaled=True)
             found += _cut(whole, self._parts(moving)) if name == averages[0] else [whole]
         norms = [_norm(tensors) for tensors in found]
         return [[t / norm for t in tensors] for tensors, norm in zip(found, norms, strict=True) if norm > 0]
@@ -307,6 +312,7 @@ class PlaneSearch(PlaneOptimizer):
         remembered = sorted({name for p, _, _ in self._moving() for name in self.state.get(p, {})})
         return super()._facts() | {"remembered": remembered}
 
+    _drawn: int  # how many directions of this step's plane were drawn anew; they are its last ones
     _lasting: bool  # whether directions of this step's plane are there in the next one
     _random: RandomState  # where random numbers stood before the evaluation of this step
 
@@ -376,10 +382,8 @@ class PlaneSearch(PlaneOptimizer):
 
     def _lengths(self, params: list[Tensor], slope: Tensor) -> Tensor:
         """The squared lengths of the plane's directions: one if remembered, as many as parameters if drawn."""
-        size = sum(p.numel() for p in params)
         lengths = torch.ones(len(slope), dtype=torch.float64, device=slope.device)
-        if self.k < size:
-            lengths[len(slope) - (self.k or len(slope) == 1) :] = size
+        lengths[len(slope) - self._drawn :] = sum(p.numel() for p in params)
         return lengths
 
     def _estimates(
