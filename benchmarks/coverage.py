@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import jetplane as jp
-from jetplane.plane import PlaneModel
+from jetplane.evaluation.plane import PlaneModel
 from jetplane.rules import RULES, fallback
 from jetplane.testing import central_differences, contract, grad_of_grad
 

@@ -33,8 +33,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import jetplane as jp
-from jetplane.distributed import fingerprint
-from jetplane.layout import Layout
+from jetplane.parallel.layout import Layout
+from jetplane.parallel.ranks import fingerprint
 
 from .measuring import ROOT, environment, machine, wait_for_quiet
 from .problems import Problem, make

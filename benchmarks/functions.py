@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import jetplane as jp
-from jetplane.descent import Newton
-from jetplane.search import Backtracking, Line, Proposal
+from jetplane.subspace.descent import Newton
+from jetplane.subspace.search import Backtracking, Line, Proposal
 
 GOAL, MOST = 1e-10, 2000
 Function = Callable[[Tensor], Tensor]

@@ -23,9 +23,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import jetplane as jp
-from jetplane.descent import Damped
 from jetplane.optim.plane_search import LEAST
-from jetplane.search import NoiseAware
+from jetplane.subspace.descent import Damped
+from jetplane.subspace.search import NoiseAware
 
 from .tasks import Batch, Task
 

@@ -14,7 +14,7 @@ from torch.func import functional_call, jvp, vmap
 from torch.nn import functional as F
 
 import jetplane as jp
-from jetplane.tangents import Deferred
+from jetplane.jets.structured import Deferred
 
 from .adapter import plane_eval
 from .problems import Problem

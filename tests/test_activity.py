@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import jetplane as jp
-from jetplane.activity import OTHERS, Share, allot, estimate
-from jetplane.feedback import Course, Feedback
+from jetplane.gradients.feedback import Course, Feedback
+from jetplane.gradients.perturbation import OTHERS, Share, allot, estimate
 
 N = 6
 

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import jetplane as jp
-from jetplane.descent import (
+from jetplane.subspace.descent import (
     Cubic,
     CurvatureScaled,
     Damped,

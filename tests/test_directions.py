@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import jetplane as jp
-from jetplane import laws
 from jetplane.directions import (
     KURTOSIS,
     Directions,
@@ -18,8 +17,9 @@ from jetplane.directions import (
     OrthogonalDirections,
     ScaledDirections,
     StoredDirections,
+    laws,
 )
-from jetplane.tangents import Deferred
+from jetplane.jets.structured import Deferred
 
 DENSE = list(laws.LAWS)
 EVERY = list(KURTOSIS)

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import jetplane as jp
-from jetplane import distributed
 from jetplane.directions import StoredDirections
-from jetplane.distributed import fingerprint
-from jetplane.layout import Layout, plan
+from jetplane.parallel import ranks as distributed
+from jetplane.parallel.layout import Layout, plan
+from jetplane.parallel.ranks import fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore::jetplane.RescueWarning")
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from jetplane.effects import effective, probes
-from jetplane.functions import jet
+from jetplane.gradients.active_outputs import effective, probes
+from jetplane.transforms.functions import jet
 
 N = 5
 TOLD = {
@@ -72,7 +72,7 @@ def test_a_difference_of_two_is_not_taken_for_none(distance: int):
 
 
 def test_places_are_told_apart_up_to_the_most():
-    from jetplane.effects import MOST
+    from jetplane.gradients.active_outputs import MOST
 
     y = torch.randn(1, MOST)
     assert torch.equal(effective(met(lambda v: 0.1 * F.relu(3 * v), y), MOST), y > 0)  # type: ignore[arg-type]

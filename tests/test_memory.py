@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from jetplane import memory
-from jetplane.memory import LARGE, Memory
+from jetplane.jets import memory
+from jetplane.jets.memory import LARGE, Memory
 
 LIKE = torch.empty(0)
 N = LARGE // 4

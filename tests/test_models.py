@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import jetplane as jp
-from jetplane.plane import PlaneModel
+from jetplane.evaluation.plane import PlaneModel
 from jetplane.testing import grad_of_grad
 
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import jetplane as jp
-from jetplane import replay
-from jetplane.descent import CurvatureScaled, Damped, ForwardGradient, Newton, SaddleFree
+from jetplane.evaluation import side_effects as replay
+from jetplane.subspace.descent import CurvatureScaled, Damped, ForwardGradient, Newton, SaddleFree
 
 ALL = {
     "fgd": lambda p, **k: jp.optim.FGD(p, lr=0.01, k=2, **k),

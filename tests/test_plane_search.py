@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import jetplane as jp
-from jetplane.activity import OTHERS
-from jetplane.descent import CurvatureScaled
+from jetplane.gradients.perturbation import OTHERS
 from jetplane.optim import plane_search
 from jetplane.optim.plane_search import AVERAGE, PREVIOUS
-from jetplane.search import AdaptiveCubic, Backtracking, ExactLine, NoiseAware, TrustRegion, Whole
+from jetplane.subspace.descent import CurvatureScaled
+from jetplane.subspace.search import AdaptiveCubic, Backtracking, ExactLine, NoiseAware, TrustRegion, Whole
 
 X = torch.randn(128, 6, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] > X[:, 1] ** 2).long() + (X[:, 2] > 1).long()

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import jetplane as jp
-from jetplane.tangents import Deferred
+from jetplane.jets.structured import Deferred
 from jetplane.testing import check_plane, grad_of_grad
 
 

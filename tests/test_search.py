@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import jetplane as jp
-from jetplane.descent import Newton, SaddleFree
-from jetplane.plane import SlopeMoments
-from jetplane.search import (
+from jetplane.evaluation.plane import SlopeMoments
+from jetplane.subspace.descent import Newton, SaddleFree
+from jetplane.subspace.search import (
     AdaptiveCubic,
     Backtracking,
     ExactLine,

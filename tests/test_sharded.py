@@ -27,8 +27,9 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional as F
 
 import jetplane as jp
-from jetplane import directions, laws, sharded
-from jetplane.sharded import Part
+from jetplane.directions import directions, laws
+from jetplane.evaluation import sharded
+from jetplane.evaluation.sharded import Part
 
 pytestmark = pytest.mark.filterwarnings("ignore::jetplane.RescueWarning")
 

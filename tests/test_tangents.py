@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import jetplane as jp
-from jetplane import chunking
 from jetplane.directions import HeldDirections, MixedDirections, StoredDirections
+from jetplane.evaluation import chunks as chunking
 
 STRUCTURES = {
     "rank-one": {"tangents": "rank-one"},

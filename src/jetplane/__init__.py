@@ -1,6 +1,6 @@
 """Jetplane: forward-only, second-order training of PyTorch models."""
 
-from . import descent, distributed, errors, optim, testing
+from . import errors, optim, testing
 from .directions import Directions, step_scale
 from .errors import (
     ArgumentError,
@@ -23,7 +23,12 @@ from .errors import (
     SingularPlaneError,
     UnusedParametersError,
 )
-from .estimators import (
+from .evaluation.plane import PlaneModel, evaluate
+from .jets.structured import LowRank
+from .parallel import ranks as distributed
+from .rules import loss, register_rule, strict
+from .subspace import descent
+from .transforms.estimators import (
     DiagonalEstimate,
     HessianEstimate,
     NewtonSolution,
@@ -31,10 +36,7 @@ from .estimators import (
     estimate_hessian,
     solve_newton,
 )
-from .functions import hessian, hvp, jet, laplacian, quadratic_form
-from .plane import PlaneModel, evaluate
-from .rules import loss, register_rule, strict
-from .tangents import LowRank
+from .transforms.functions import hessian, hvp, jet, laplacian, quadratic_form
 
 __all__ = [
     "ArgumentError",

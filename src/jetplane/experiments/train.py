@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import optim
-from ..distributed import Ranks, fingerprint
 from ..errors import ArgumentError, CheckpointError, NonFiniteError, RunFolderError, SingularPlaneError
+from ..parallel.ranks import Ranks, fingerprint
 from . import data, environment, models, store, together
 from .config import Config
 

@@ -11,16 +11,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import sharded
-from ..descent import Descent
+from .. import _sharding as sharded
 from ..directions import AbstractDirections, Directions, HeldDirections, Structure
-from ..distributed import Ranks
 from ..errors import ArgumentError, DeviceError, DTypeError, NonFiniteError, ShapeError
-from ..layout import Layout
-from ..plane import KEPT, Curvature, Pairs, PlaneModel, evaluate, finished
+from ..evaluation.plane import KEPT, Curvature, Pairs, PlaneModel, evaluate, finished
+from ..jets.structured import Deferred, Stacked
+from ..parallel.layout import Layout
+from ..parallel.ranks import Ranks
 from ..rules.examples import checked
-from ..search import clipped
-from ..tangents import Deferred, Stacked
+from ..subspace.descent import Descent
+from ..subspace.search import clipped
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Moving = list[tuple[Tensor, dict[str, Any], int]]  # parameters that may move, their groups and places
@@ -34,7 +34,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
 
     Attributes:
         plane: the `PlaneModel` of the last step, or None before the first.
-        ranks: the processes that step together (`jetplane.distributed.Ranks`), or None.
+        ranks: the processes that step together (`jetplane.parallel.ranks.Ranks`), or None.
     """
 
     ranks: Ranks | None = None
@@ -132,7 +132,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
             LossError, UnusedParametersError, NonFiniteError, DerivativeError: as `jetplane.evaluate`.
             SingularPlaneError: the plane gives no step.
             HandshakeError, RanksDifferError, LostRankError, RemoteError: with a process group; see
-                `jetplane.distributed.Ranks.evaluate`. An error of one rank is raised on all of them.
+                `jetplane.parallel.ranks.Ranks.evaluate`. An error of one rank is raised on all of them.
 
         Whatever is raised, parameters and the optimizer's state are as they were.
         """

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, final
 
-from ..descent import Descent, ForwardGradient
 from ..directions import AbstractDirections, Structure
 from ..errors import ArgumentError
-from ..plane import PlaneModel
+from ..evaluation.plane import PlaneModel
+from ..subspace.descent import Descent, ForwardGradient
 from .base import Chunk, Closure, Moving, Params, PlaneOptimizer
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class FGD(PlaneOptimizer):
         chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`.
         compile: run every step but the first as one compiled graph (`torch.compile`, ``fullgraph=True``).
         process_group: of `torch.distributed`, whose ranks have a shard of each batch each, or a `DeviceMesh` with
-            the dimensions "data" and "direction"; see `jetplane.distributed`. None, which is also what
+            the dimensions "data" and "direction"; see `jetplane.parallel.ranks`. None, which is also what
             ``torch.distributed.group.WORLD`` is before ``init_process_group()``: this process is alone.
 
     Raises:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
-from ..descent import CurvatureScaled, Descent
 from ..directions import StoredDirections, Structure
 from ..errors import LossError, UnusedParametersError
-from ..replay import rehearsal
+from ..evaluation.side_effects import rehearsal
+from ..subspace.descent import CurvatureScaled, Descent
 from .base import Chunk, Closure, Moving, Params, PlaneOptimizer
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class FoMoH(PlaneOptimizer):
         chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`.
         compile: run every step but the first as one compiled graph (`torch.compile`, ``fullgraph=True``).
         process_group: of `torch.distributed`, whose ranks have a shard of each batch each, or a `DeviceMesh` with
-            the dimensions "data" and "direction"; see `jetplane.distributed`. None, which is also what
+            the dimensions "data" and "direction"; see `jetplane.parallel.ranks`. None, which is also what
             ``torch.distributed.group.WORLD`` is before ``init_process_group()``: this process is alone.
 
     Raises:

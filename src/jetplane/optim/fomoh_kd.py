@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, final
 
-from ..descent import Descent, named
 from ..directions import Structure
+from ..subspace.descent import Descent, named
 from .base import Chunk, Params, PlaneOptimizer
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class FoMoHKD(PlaneOptimizer):
         lr: the rate; 1 is the plain Newton step in the plane.
         k: directions of a plane, at most the number of parameters.
         descent: "newton" as above, "saddle-free" (eigenvalues of H by absolute value and bounded away from
-            zero), "damped", or a `jetplane.descent.Descent`.
+            zero), "damped", or a `jetplane.subspace.descent.Descent`.
         law: of the tangents; see `jetplane.Directions`.
         tangents: "dense", "rank-one" (nearly free beside the plain forward) or "block"; see
             `jetplane.Directions`.
@@ -39,7 +39,7 @@ class FoMoHKD(PlaneOptimizer):
         chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`.
         compile: run every step but the first as one compiled graph (`torch.compile`, ``fullgraph=True``).
         process_group: of `torch.distributed`, whose ranks have a shard of each batch each, or a `DeviceMesh` with
-            the dimensions "data" and "direction"; see `jetplane.distributed`. None, which is also what
+            the dimensions "data" and "direction"; see `jetplane.parallel.ranks`. None, which is also what
             ``torch.distributed.group.WORLD`` is before ``init_process_group()``: this process is alone.
 
     Raises:

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
-from ..activity import Share, allot, estimate
-from ..descent import Damped, Descent, SaddleFree, Solution, Spectral, named
 from ..directions import (
     AbstractDirections,
     Directions,
@@ -23,15 +21,17 @@ from ..directions import (
     StoredDirections,
     Structure,
 )
+from ..directions.laws import key
 from ..errors import ArgumentError, DTypeError, ShapeError
-from ..feedback import Feedback
-from ..jet import carried
-from ..laws import key
-from ..layers import perturbable
-from ..layout import Layout
-from ..plane import KEPT, Curvature, PlaneModel
-from ..replay import RandomState, random_state, rehearsal
-from ..search import Backtracking, ExactLine, Line, NoiseAware, Proposal, Search, Whole
+from ..evaluation.plane import KEPT, Curvature, PlaneModel
+from ..evaluation.side_effects import RandomState, random_state, rehearsal
+from ..gradients.feedback import Feedback
+from ..gradients.layers import perturbable
+from ..gradients.perturbation import Share, allot, estimate
+from ..jets.jet import carried
+from ..parallel.layout import Layout
+from ..subspace.descent import Damped, Descent, SaddleFree, Solution, Spectral, named
+from ..subspace.search import Backtracking, ExactLine, Line, NoiseAware, Proposal, Search, Whole
 from .base import STATE, Chunk, Closure, Moving, Params, PlaneOptimizer
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class PlaneSearch(PlaneOptimizer):
     is spanned by
 
     - running averages of gradient estimates from earlier batches: with ``model``, by noise on its layers'
-      outputs (`jetplane.activity`), else the forward gradients ``mean_k (F_k v_k)`` of the drawn directions;
+      outputs (`.gradients.perturbation`), else the forward gradients ``mean_k (F_k v_k)`` of the drawn directions;
     - the same averages, each entry over the root of its running mean square (``scaled``), as Adam's steps are; with
       ``model`` the first of them is cut into ``parts``, directions of their own: the first layer, the last one, and
       runs of those in between, whose right lengths differ;
@@ -69,7 +69,7 @@ class PlaneSearch(PlaneOptimizer):
     In averages a parameter counts for less where they are mostly noise, by what its estimates have in common.
 
     The rate is what of the step is not noise, by the spread of the examples' slopes; where this batch's loss does
-    not fall as the plane promises, the plane is damped (`jetplane.search.NoiseAware`). Without drawn directions the
+    not fall as the plane promises, the plane is damped (`.search.NoiseAware`). Without drawn directions the
     rate is at least a tenth: the best rate for one step is less than the best for many (Wu et al., arXiv 1803.02021).
     Estimates enter the plane one step after the batch that they come from: in a plane of directions that were
     fitted to the very batch that judges them, the slope would be biased, and its noise taken for signal.
@@ -93,17 +93,17 @@ class PlaneSearch(PlaneOptimizer):
         orthogonal: whether the drawn directions are made orthogonal; see `jetplane.directions.OrthogonalDirections`.
         preconditioned: whether the drawn directions' entries are divided by the root of the running mean square of
             the gradient estimates; see `jetplane.directions.ScaledDirections`.
-        rate: "auto" as above, a number for steps of that part, or a `jetplane.search.Search`.
-        descent: what solves the plane, a `jetplane.descent.Spectral` or its name. By default
-            `jetplane.descent.Damped` on directions of unit curvature for "ggn", and for "hessian"
-            `jetplane.descent.SaddleFree`. Others are "newton", "truncated" and "cubic".
+        rate: "auto" as above, a number for steps of that part, or a `jetplane.subspace.search.Search`.
+        descent: what solves the plane, a `jetplane.subspace.descent.Spectral` or its name. By default
+            `jetplane.subspace.descent.Damped` on directions of unit curvature for "ggn", and for "hessian"
+            `jetplane.subspace.descent.SaddleFree`. Others are "newton", "truncated" and "cubic".
         law: of the drawn directions.
         averages: how much of each running average is kept from step to step.
         scaled: whether the averages are in the plane in scaled form as well.
         parts: into how many parts the first scaled average is cut, where there is a ``model``; 1 for none.
         previous: whether the previous step is in the plane.
         passes: about how many forward passes the estimates by the model's layers cost in a step.
-        feedback: whether to predict gradients at layers' outputs by what their noise has taught (`jetplane.feedback`).
+        feedback: whether to predict gradients at layers' outputs by what their noise has taught.
         guess: called before each step; returns a direction, one tensor for each parameter that may move.
         clip: largest Euclidean norm of a step over all parameters, or None.
         weight_decay: decoupled: ``theta <- theta - lr * weight_decay * theta`` beside the step.
@@ -120,7 +120,7 @@ class PlaneSearch(PlaneOptimizer):
         compile: evaluate the plane as one compiled graph (`torch.compile`, ``fullgraph=True``), from the third step
             on, when as many directions are remembered as ever will be. The other passes of a step run eagerly.
         process_group: processes that step together, each with its shard of the batch, or a `DeviceMesh`; see
-            `jetplane.distributed`. A step sends a few numbers for each pair of the plane's directions and, with
+            `jetplane.parallel.ranks`. A step sends a few numbers for each pair of the plane's directions and, with
             ``model``, the estimate of the gradient as well: 4 bytes a parameter. A ``guess`` must be the same on all.
 
     Raises:

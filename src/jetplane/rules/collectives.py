@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DerivativeError
-from ..jet import Space, make, parts, scale
+from ..jets.jet import Space, make, parts, scale
 from .registry import RULES
 
 _functional = torch.ops._c10d_functional

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError, DerivativeError
-from ..jet import Jet, Space, chain, primal
-from ..jet import linear as linear_jet
+from ..jets.jet import Jet, Space, chain, primal
+from ..jets.jet import linear as linear_jet
 from .fallback import missing
 from .registry import RULES
 
@@ -107,7 +107,7 @@ def differentiate_forward(function: type) -> None:
 
 
 def _carries(x: Any) -> bool:
-    """Whether x is a jet, or the wrapper of one that `jetplane.sharded` makes."""
+    """Whether x is a jet, or the wrapper of one that `jetplane.evaluation.sharded` makes."""
     return isinstance(x, Jet) or isinstance(getattr(x, "_local_tensor", None), Jet)
 
 

@@ -19,7 +19,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import DerivativeError, MissingRuleError
-from ..jet import (
+from ..jets.jet import (
     LOSS,
     MODEL,
     PARAMETER,

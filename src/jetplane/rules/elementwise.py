@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..jet import (
+from ..jets.jet import (
     Space,
     accumulate,
     add_jets,

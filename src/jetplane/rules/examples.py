@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..jet import LOSS, LOST, PARAMETER, Jet, Space, is_jet, parts, promoted
+from ..jets.jet import LOSS, LOST, PARAMETER, Jet, Space, is_jet, parts, promoted
 
 # Operators under which one element stays what it is.
 SAME = {

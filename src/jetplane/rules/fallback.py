@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import FallbackWarning, MissingRuleError
-from ..jet import Jet, Space, chain, make, parts, plain
+from ..jets.jet import Jet, Space, chain, make, parts, plain
 
 _strict: contextvars.ContextVar[bool] = contextvars.ContextVar("jetplane_strict", default=False)
 _announced: set[Any] = set()

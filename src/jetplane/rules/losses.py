@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..jet import Jet, Space, add, chain, gram, is_jet, make, parts, plain, precise, primal
-from ..tangents import Tangents
+from ..jets.jet import Jet, Space, add, chain, gram, is_jet, make, parts, plain, precise, primal
+from ..jets.structured import Tangents
 from . import examples
 from .registry import RULES, aten, register
 

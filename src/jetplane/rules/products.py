@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..jet import (
+from ..jets.jet import (
     Jet,
     Space,
     apply,
@@ -39,7 +39,7 @@ from ..jet import (
     primal,
     reshaped,
 )
-from ..tangents import LowRank, Stacked, Tangents
+from ..jets.structured import LowRank, Stacked, Tangents
 from .registry import aten, register
 
 BLOCK = 1 << 17  # elements of a sum of weights that are held at a time

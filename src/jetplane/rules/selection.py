@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..jet import Space, linear, make, mark_view, parts, plain, primal
+from ..jets.jet import Space, linear, make, mark_view, parts, plain, primal
 from .registry import RULES, aten, overload, register
 from .structure import up
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import DerivativeError
-from ..jet import (
+from ..jets.jet import (
     Jet,
     Space,
     broadcast,

@@ -20,8 +20,8 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from ... import optim
-from ...descent import Newton, SaddleFree
 from ...errors import NonFiniteError, RescueWarning, SingularPlaneError
+from ...subspace.descent import Newton, SaddleFree
 from .experiment import Budget, Experiment, Progress, Unit
 from .figures import band, style, tidy
 from .results import Results, markdown, pm

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .jet import Jet
+from ..jets.jet import Jet
 
 
 class _Journal(TorchDispatchMode):

@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .directions import Directions
-from .errors import ArgumentError
-from .plane import evaluate
-from .sharded import refuse
+from .._sharding import refuse
+from ..directions import Directions
+from ..errors import ArgumentError
+from ..evaluation.plane import evaluate
 
 Control = Literal["trace"] | float
 Status = Literal["converged", "limit", "indefinite"]

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError
 from .descent import Solution, cubic_step
-from .errors import ArgumentError
 
 Record = dict[str, Any]
 Chosen = tuple[Tensor, float, Record]  # coefficients kappa, how much of them to go, and the new record
@@ -46,9 +46,9 @@ class Proposal:
     Attributes:
         value: the loss before it.
         slope: F, shape (K,).
-        solution: the plane in coordinates of its own, and the step in them: see `jetplane.descent.Solution`.
+        solution: the plane in coordinates of its own, and the step in them: see `jetplane.subspace.descent.Solution`.
         covariance: C, that of the slope as one of a random batch, (K, K) in float64, or None where it is not known;
-            see `jetplane.plane.SlopeMoments`.
+            see `jetplane.evaluation.plane.SlopeMoments`.
         line: the line along coefficients kappa. Searches that know no other go along ``proposal.kappa``.
         factor: the rate by which lines are shorter than their coefficients say.
         damped: the plane solved anew with so much added to the curvature of each direction for every unit of its
@@ -315,7 +315,7 @@ class TrustRegion(RatioTest):
 
 @dataclass(frozen=True)
 class AdaptiveCubic(RatioTest):
-    """`jetplane.descent.Cubic` with a sigma that the ratio test finds, whatever descent the optimizer has.
+    """`jetplane.subspace.descent.Cubic` with a sigma that the ratio test finds, whatever descent the optimizer has.
 
     The descent says in which coordinates the step is short (scaled or not). Sigma is four times as large after
     a poor try, a third after a good one.
@@ -367,7 +367,7 @@ class NoiseAware(Search):
     With the true slope G, ``F = G + noise`` and noise of covariance C, the loss of a quadratic model after ``rate``
     times the step ``-M F`` falls most, on average, for this rate: ``E[F^T M F] = G^T M G + tr(M C)``, of which the
     first term is worth going for. C comes from the examples' parts of the slope, at no cost. It is unbiased where
-    the directions do not depend on the batch: see `jetplane.activity`.
+    the directions do not depend on the batch: see `jetplane.gradients.perturbation`.
 
     The model of the plane may be wrong where the step leads, above all where directions that are mostly noise, and so
     hardly curve, are gone far along. If the loss of the same batch falls by less than three quarters of what the model

@@ -24,10 +24,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from . import chunking, sharded
-from . import rules as rules  # installs the dispatcher of jets
-from .directions import AbstractDirections, ChosenDirections, HeldDirections, StoredDirections
-from .errors import (
+from .. import _sharding
+from .. import rules as rules  # installs the dispatcher of jets
+from ..directions import AbstractDirections, ChosenDirections, HeldDirections, StoredDirections
+from ..errors import (
     ArgumentError,
     DerivativeError,
     DeviceError,
@@ -39,15 +39,29 @@ from .errors import (
     UnusedParametersError,
     located,
 )
-from .jet import LOSS, MODEL, PARAMETER, Jet, Space, any_promoted, carried, forget_promoted, kind_of, parts, promoted
-from .replay import rehearsal
-from .rules.custom import intercept_functions
-from .rules.dispatch import inside_loss
-from .rules.dispatch import loss as mark_loss
-from .rules.entrance import Entrance, LastEntrance
-from .rules.examples import known
-from .rules.losses import cross_entropy_whole
-from .tangents import Deferred, LowRank, Stacked, Tangents
+from ..jets.jet import (
+    LOSS,
+    MODEL,
+    PARAMETER,
+    Jet,
+    Space,
+    any_promoted,
+    carried,
+    forget_promoted,
+    kind_of,
+    parts,
+    promoted,
+)
+from ..jets.structured import Deferred, LowRank, Stacked, Tangents
+from ..rules.custom import intercept_functions
+from ..rules.dispatch import inside_loss
+from ..rules.dispatch import loss as mark_loss
+from ..rules.examples import known
+from ..rules.losses import cross_entropy_whole
+from . import chunks as chunking
+from . import sharded
+from .entrance import Entrance, LastEntrance
+from .side_effects import rehearsal
 
 Pairs = Literal["all", "diagonal"] | int
 KEPT = 1 << 26  # bytes of drawn tangents that are kept for the next operator, or the update, that asks for them
@@ -332,7 +346,7 @@ def evaluate(
     if chunk is None:
         return at_once(drawn)
     crossed = pairs == "all" and curvature != "none"
-    completed = crossed and curvature == "ggn" and not any(sharded.is_sharded(p) for p in params)
+    completed = crossed and curvature == "ggn" and not any(_sharding.is_sharded(p) for p in params)
     if completed:
         crossed, block = False, 1
     if chunk == "auto":
@@ -492,10 +506,10 @@ def _traced(
 
 def _plant(mode: Interception, param: Tensor, index: int, drawn: AbstractDirections, like: Tensor) -> None:
     """Let a parameter be replaced by its jet; where it is sharded, its part by one, and itself by a `DTensor` of it."""
-    here = sharded.local(param)
+    here = _sharding.local(param)
     mode.seeds[id(here)] = _seed(here, index, drawn, mode.space, like)
     if here is not param:
-        mode.seeds[id(param)] = lambda: sharded.wrapped(mode._seeded(here), param)
+        mode.seeds[id(param)] = lambda: _sharding.wrapped(mode._seeded(here), param)
 
 
 @contextlib.contextmanager
@@ -504,7 +518,7 @@ def _copies_planted(mode: Interception, params: Sequence[Tensor], drawn: Abstrac
     places = {id(p): i for i, p in enumerate(params)}
 
     def gathered(param: Tensor, copy: Tensor) -> None:
-        like = copy if sharded.is_sharded(copy) else sharded.whole(param)
+        like = copy if _sharding.is_sharded(copy) else _sharding.whole(param)
         _plant(mode, copy, places[id(param)], drawn, like)
 
     with sharded.running(params, gathered):

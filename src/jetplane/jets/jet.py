@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import DerivativeError
+from ..errors import DerivativeError
 from .memory import Memory
-from .tangents import Deferred, LowRank, Tangents
+from .structured import Deferred, LowRank, Tangents
 
 PARAMETER, MODEL, LOSS = 0, 1, 2  # kinds of jets: see Space.gauss_newton
 
@@ -56,7 +56,7 @@ class Space:
         level: nesting depth. Jets of an outer evaluation have a smaller level and are constants
             for this one, which is what rules perturbation confusion out.
         examples: whether each example's part of the slope is kept: see `jetplane.rules.examples`.
-        entrance: where the model carries a part of the directions only: see `jetplane.rules.entrance`.
+        entrance: where the model carries a part of the directions only: see `jetplane.evaluation.entrance`.
     """
 
     k: int

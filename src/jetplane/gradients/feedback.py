@@ -5,8 +5,8 @@ on which side of zero each output is (exactly so below one ReLU):
 
     predicted_n = P e_n where a_n > 0, N e_n elsewhere
 
-P and N are learned from the noisy estimates that `jetplane.activity` makes, and serve them as control variate: with
-slopes ``s_nk`` along noise ``u_nk``,
+P and N are learned from the noisy estimates that `jetplane.gradients.perturbation` makes, and serve them as control
+variate: with slopes ``s_nk`` along noise ``u_nk``,
 
     delta_n = predicted_n + mean_k ((s_nk - predicted_n . u_nk) u_nk)
 

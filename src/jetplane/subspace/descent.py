@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError, RescueWarning, ShapeError, SingularPlaneError
+from ..errors import ArgumentError, RescueWarning, ShapeError, SingularPlaneError
 
 
 class Descent(ABC):
@@ -301,7 +301,7 @@ class Cubic(Spectral):
 
     Attributes:
         sigma: of the loss' third derivative along directions of the given lengths: with a Lipschitz constant of the
-            Hessian the loss falls at every step. `jetplane.search.AdaptiveCubic` finds it.
+            Hessian the loss falls at every step. `jetplane.subspace.search.AdaptiveCubic` finds it.
         scaled: first scale the directions to unit curvature each; see `Damped`.
 
     >>> import torch

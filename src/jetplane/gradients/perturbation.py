@@ -30,16 +30,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._mode_utils import no_dispatch
 
-from .directions import Directions
-from .effects import MOST, PROBES, effective, probes
-from .errors import UnusedParametersError
+from ..directions import Directions
+from ..directions.laws import LAWS, key, pieces, twists
+from ..errors import UnusedParametersError
+from ..evaluation.plane import Interception, evaluate, expansion
+from ..evaluation.side_effects import rehearsal
+from ..jets.jet import Jet, Space, carried, parts, promoted
+from ..rules.examples import known
+from .active_outputs import MOST, PROBES, effective, probes
 from .feedback import Course, Feedback
-from .jet import Jet, Space, carried, parts, promoted
-from .laws import LAWS, key, pieces, twists
 from .layers import LAYERS, has_weight_noise, moving, patches, weights_of
-from .plane import Interception, evaluate, expansion
-from .replay import rehearsal
-from .rules.examples import known
 
 Closure = Callable[[], Any]
 
@@ -60,7 +60,7 @@ class Share(NamedTuple):
         samples: how many directions.
         passes: how many passes they are spread over, to bound memory.
         apart: whether each position of the output is an example to the loss, and its noise judged by that alone.
-        next: the layer at whose input it shows which outputs have an effect (`jetplane.effects`); None if all may have.
+        next: the layer at whose input it shows which outputs have an effect (`.active_outputs`); None if all may have.
         course: what the layer's learned feedback is like, or None if it has none.
     """
 
@@ -342,7 +342,7 @@ def allot(
     those are fewer), K samples of which cost ``K c``, c the share of the model that comes after the layer. The
     sum of variances is then least for K in proportion to ``sqrt(d / c)``. A layer that gets d samples or more
     is perturbed along each of its outputs instead; the last one also if that costs as much again as ``passes``, since
-    the layers before it then learn from its errors (`jetplane.feedback`), as far as their feedback takes no more
+    the layers before it then learn from its errors (`.feedback`), as far as their feedback takes no more
     memory than the parameters.
 
     A loss over the positions of sequences tells positions apart. If as many positions come out of a layer, ``apart``

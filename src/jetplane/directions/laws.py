@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._sharding import Runs
+
 
 def _signed(word: int) -> int:
     """The 64 low bits of `word`, read as a two's complement number."""
@@ -90,7 +92,6 @@ def key(*words: int | Tensor) -> int | Tensor:
 # Laws. Each takes lanes (m, c) and yields (first row, values (m, rows, c)) in the order of the rows.
 
 Rows = Iterator[tuple[int, Tensor]]
-Runs = Iterator[tuple[slice, slice, Tensor]]  # which streams, which of the numbers, their values
 
 
 def _low(lanes: Tensor) -> Tensor:

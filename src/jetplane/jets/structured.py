@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .errors import DTypeError, ShapeError
+from ..errors import DTypeError, ShapeError
 
 
 class Tangents(ABC):

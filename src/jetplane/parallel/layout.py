@@ -1,7 +1,7 @@
 """Which numbers a plane has, how they lie in a message, and which rank finds which of them.
 
 Ranks that evaluate one batch together deal out its directions: blocks of them that hold every pair where the curvature
-of all pairs is wanted. Nothing here communicates; `jetplane.distributed` does.
+of all pairs is wanted. Nothing here communicates; `jetplane.parallel.ranks` does.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .directions import AbstractDirections, ChosenDirections
-from .errors import ArgumentError, ShapeError
-from .plane import Curvature, Pairs, PlaneModel, SlopeMoments
+from ..directions import AbstractDirections, ChosenDirections
+from ..errors import ArgumentError, ShapeError
+from ..evaluation.plane import Curvature, Pairs, PlaneModel, SlopeMoments
 
 
 @dataclass(frozen=True)

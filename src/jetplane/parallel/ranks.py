@@ -44,13 +44,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import errors
-from .directions import AbstractDirections, HeldDirections
-from .errors import ArgumentError, HandshakeError, JetplaneError, LostRankError, RanksDifferError, RemoteError
+from .. import errors
+from .._sharding import held_alike, local
+from ..directions import AbstractDirections, HeldDirections
+from ..errors import ArgumentError, HandshakeError, JetplaneError, LostRankError, RanksDifferError, RemoteError
+from ..evaluation.plane import PlaneModel
+from ..evaluation.side_effects import rehearsal
 from .layout import Layout, plan
-from .plane import PlaneModel
-from .replay import rehearsal
-from .sharded import held_alike, local
 
 if TYPE_CHECKING:  # torch builds without torch.distributed lack it
     from torch.distributed import ProcessGroup
@@ -100,7 +100,7 @@ def fingerprint(params: Sequence[Tensor]) -> int:
 def code() -> str:
     """A digest of this package's own source."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

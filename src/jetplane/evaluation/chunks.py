@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .errors import ArgumentError
-from .replay import rehearsal
+from ..errors import ArgumentError
+from .side_effects import rehearsal
 
 Part = list[slice]  # runs of directions that are carried together
 

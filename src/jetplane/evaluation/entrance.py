@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import DerivativeError
-from ..jet import LOSS, MODEL, PARAMETER, Jet, Space, is_jet, kind_of, parts
-from ..tangents import Tangents
+from ..jets.jet import LOSS, MODEL, PARAMETER, Jet, Space, is_jet, kind_of, parts
+from ..jets.structured import Tangents
 
 
 class Entrance:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .errors import ArgumentError, DTypeError, ShapeError
-from .jet import Jet, Space, parts, precise, promoted
-from .plane import Interception, Pairs, _block, _matrix, expansion
+from ..errors import ArgumentError, DTypeError, ShapeError
+from ..evaluation.plane import Interception, Pairs, _block, _matrix, expansion
+from ..jets.jet import Jet, Space, parts, precise, promoted
 
 Primals = Tensor | Sequence[Tensor]
 

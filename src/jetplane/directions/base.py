@@ -1,0 +1,73 @@
+"""What all sources of directions have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._sharding import local
+from ..errors import ShapeError
+from ..jets.structured import Deferred, Tangents
+
+
+class AbstractDirections(ABC):
+    """K directions in the space of all parameters: what a plane is spanned by.
+
+    Of a parameter that is a `DTensor` they have the part that this rank holds: read "this rank's part of the parameter"
+    for "parameter" wherever its shape or elements are meant.
+    """
+
+    k: int
+
+    @abstractmethod
+    def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
+        """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
+
+    @abstractmethod
+    def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
+        """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""
+
+    def prepare(  # noqa: B027 (most have nothing to prepare)
+        self, params: Sequence[Tensor], places: Sequence[int] | None = None
+    ) -> None:
+        """Called before one step's draws with all its parameters, and their indices if not 0, 1, 2, ..."""
+
+    def structured(self, index: int, param: Tensor) -> Tensor | Tangents | None:
+        """The same as `draw`, not formed yet where that can wait; None where no direction moves the parameter."""
+        return Deferred(lambda run: self.draw(index, param, run), local(param), self.k)
+
+    def tangents(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """The tangents of all parameters: one tensor (K, *param.shape) for each."""
+        self.prepare(params)
+        return [self.draw(index, param) for index, param in enumerate(params)]
+
+
+def weighted_sum(weights: Tensor, tensors: Tensor) -> Tensor:
+    """``sum_k weights[k] tensors[k]``, summed in single precision at least, without a copy of them all."""
+    work = working_dtype(tensors)
+    weights = weights.to(tensors.device, work)
+    if work == tensors.dtype:
+        return torch.tensordot(weights, tensors, 1)
+    total = torch.zeros(tensors.shape[1:], dtype=work, device=tensors.device)
+    for weight, tensor in zip(weights, tensors, strict=True):
+        total.addcmul_(tensor, weight)
+    return total.to(tensors.dtype)
+
+
+def working_dtype(param: Tensor) -> torch.dtype:
+    """The dtype in which tangents of a parameter are summed: single precision at least."""
+    return torch.float32 if param.dtype.itemsize < 4 else param.dtype
+
+
+def checked(kappa: Tensor, k: int) -> Tensor:
+    """Coefficients of K directions.
+
+    Raises:
+        ShapeError: there are not as many.
+    """
+    if kappa.shape != (k,):
+        raise ShapeError(f"kappa: expected shape {(k,)}, got {tuple(kappa.shape)}")
+    return kappa

@@ -1,0 +1,1 @@
+"""Internal: one evaluation of a closure on a plane."""

@@ -1,0 +1,1 @@
+"""Internal: estimates of the gradient."""

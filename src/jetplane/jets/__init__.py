@@ -1,0 +1,1 @@
+"""Internal: tensors with derivatives, and their calculus."""

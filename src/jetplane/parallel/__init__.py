@@ -1,0 +1,1 @@
+"""Internal: many processes that evaluate one plane."""

@@ -1,0 +1,1 @@
+"""Internal: from a plane to a step."""

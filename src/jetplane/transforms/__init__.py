@@ -1,0 +1,1 @@
+"""Internal: derivatives of functions of tensors."""
