@@ -24,7 +24,7 @@ from .errors import (
     UnusedParametersError,
 )
 from .evaluation.plane import PlaneModel, evaluate
-from .jets.structured import LowRank
+from .jets import LowRank
 from .parallel import ranks as distributed
 from .rules import loss, register_rule, strict
 from .subspace import descent

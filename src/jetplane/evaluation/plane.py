@@ -39,12 +39,20 @@ from ..errors import (
     UnusedParametersError,
     located,
 )
-from ..jets.jet import (
+from ..jets import (
     LOSS,
     MODEL,
     PARAMETER,
+    AllPairs,
+    Deferred,
+    Diagonal,
     Jet,
+    LowRank,
+    PairStructure,
+    Planes,
     Space,
+    Stacked,
+    Tangents,
     any_promoted,
     carried,
     forget_promoted,
@@ -52,7 +60,6 @@ from ..jets.jet import (
     parts,
     promoted,
 )
-from ..jets.structured import Deferred, LowRank, Stacked, Tangents
 from ..rules.custom import intercept_functions
 from ..rules.dispatch import inside_loss
 from ..rules.dispatch import loss as mark_loss
@@ -138,10 +145,12 @@ class PlaneModel:
 
 
 @contextlib.contextmanager
-def expansion(k: int, block: int, order: int, gauss_newton: bool = False, examples: bool = False) -> Iterator[Space]:
+def expansion(
+    structure: PairStructure, order: int, gauss_newton: bool = False, examples: bool = False
+) -> Iterator[Space]:
     """The space of one evaluation; evaluations inside of it get a higher level."""
     depth = getattr(_active, "depth", 0) + 1
-    space = Space(k, block, order, depth, gauss_newton, examples)
+    space = Space(structure, order, depth, gauss_newton, examples)
     # A dispatch mode around the evaluation is off while it handles a call, and so must its key be.
     include = torch._C._dispatch_tls_local_include_set().remove(torch._C.DispatchKey.Python)
     include = include.remove(torch._C.DispatchKey.PythonTLSSnapshot)
@@ -194,7 +203,7 @@ _LOSSES = {
 
 def _warn_if_flat(func: Any, result: Any, space: Space) -> Any:
     _, first, second = parts(result, space)
-    if first is not None and second is None:
+    if first and not second:
         hint = {
             "nll_loss": "; cross_entropy of the logits has one",
             "kl_div": "; mark log_softmax and kl_div",
@@ -420,8 +429,8 @@ def _at_once(
     entrance: Entrance | None = None,
 ) -> PlaneModel:
     order = 2 if curvature == "hessian" else 1
-    block = _block(pairs, drawn.k)
-    with torch.inference_mode(), expansion(drawn.k, block, order, curvature == "ggn", examples) as space:
+    structure = structure_for(pairs, drawn.k)
+    with torch.inference_mode(), expansion(structure, order, curvature == "ggn", examples) as space:
         space.entrance = entrance
         mode = Interception(space, {})
         for i, p in enumerate(params):
@@ -430,11 +439,11 @@ def _at_once(
             loss = sharded.gathered(closure())
         value, first, second = _scalar_parts(loss, space, bool(mode.jets))
         if second is None and curvature != "none":
-            second = value.new_zeros(space.pairs)
+            second = value.new_zeros(structure.count)
         if first is None:
             first = value.new_zeros(drawn.k)
-        second = None if second is None else _matrix(second, space, pairs)
-        model = PlaneModel(value, first, second, known(loss, first) if examples else None, space.formed)
+        second = None if second is None else structure.matrix(second)
+        model = PlaneModel(value, first, second, known(loss, first) if examples else None, space.materialized)
     return model if space.level > 1 else finished(model)
 
 
@@ -461,7 +470,7 @@ class _Seeding(TorchFunctionMode):
             return x
         if x.has_factors:
             return Jet(x.primal, None, None, self.space.key, None, x.left, x.right, LOSS)
-        return Jet(x.primal, x.first, x.second, self.space.key, None, None, None, LOSS)
+        return Jet(x.primal, x.first_tensor, x.second_tensor, self.space.key, None, None, None, LOSS)
 
     def _seeded(self, x: Any) -> Any:
         return self.jets.get(id(x), x) if isinstance(x, self.kind) else x
@@ -477,14 +486,15 @@ def _traced(
 ) -> PlaneModel:
     """`evaluate` as a compiler can follow it: jets are made in the graph, and nothing is checked."""
     order = 2 if curvature == "hessian" else 1
-    space = Space(drawn.k, _block(pairs, drawn.k), order, 1, curvature == "ggn", examples)
+    structure = structure_for(pairs, drawn.k)
+    space = Space(structure, order, 1, curvature == "ggn", examples)
     key = space.key
     with torch.no_grad():
         jets = {}
         for i, p in enumerate(params):
             tangents = drawn.structured(i, p)
             if isinstance(tangents, (Deferred, Stacked)):
-                tangents = tangents.formed()
+                tangents = tangents.materialized()
             if isinstance(tangents, LowRank):
                 low = tangents.to(carried(p.dtype))
                 jets[id(p)] = Jet(p.detach(), None, None, key, None, low.left, low.right)
@@ -495,13 +505,13 @@ def _traced(
             loss = closure()
         if curvature == "ggn" and loss.kind == MODEL:  # type: ignore[attr-defined]
             raise LossError(NO_LOSS)
-        value, first, second = loss.primal, loss.first, loss.second  # type: ignore[attr-defined]
+        value, first, second = loss.primal, loss.first_tensor, loss.second_tensor  # type: ignore[attr-defined]
         apart = loss.examples if examples else None  # type: ignore[attr-defined]
         if curvature == "none":
             return PlaneModel(value, first, None, apart)
         if second is None:
-            second = value.new_zeros(space.pairs)
-        return PlaneModel(value, first, _matrix(second, space, pairs), apart)
+            second = value.new_zeros(structure.count)
+        return PlaneModel(value, first, structure.matrix(second), apart)
 
 
 def _plant(mode: Interception, param: Tensor, index: int, drawn: AbstractDirections, like: Tensor) -> None:
@@ -555,26 +565,20 @@ def _scalar_parts(loss: Any, space: Space, touched: bool) -> tuple[Tensor, Tenso
                 else "the closure uses none of them; expected a loss computed from these very tensors"
             )
         )
-    value, first, second = parts(loss, space)
     if space.gauss_newton and kind_of(loss) == MODEL:
         raise LossError(NO_LOSS)
+    first, second = loss.first_tensor, loss.second_tensor
     return (
-        value.reshape(()),
+        loss.primal.reshape(()),
         None if first is None else first.reshape(space.k),
-        None if second is None else second.reshape(space.pairs),
+        None if second is None else second.reshape(space.structure.count),
     )
 
 
-def _matrix(second: Tensor, space: Space, pairs: Pairs) -> Tensor:
-    """Second coefficients (pairs, *S) as (k, *S), (k, k, *S) or (planes, b, b, *S)."""
-    if pairs == "diagonal":
-        return second
-    b = space.block
-    i = torch.arange(b, device=second.device)
-    low, high = torch.minimum(i[:, None], i), torch.maximum(i[:, None], i)
-    index = low * (2 * b - 1 - low) // 2 + high  # where the pair is among those of a plane
-    full = second.reshape(space.planes, space.plane_pairs, *second.shape[1:])[:, index]
-    return full[0] if pairs == "all" else full
+def structure_for(pairs: Pairs, k: int) -> PairStructure:
+    """The second coefficients that ``pairs`` of `evaluate` asks for."""
+    block = _block(pairs, k)
+    return AllPairs(k) if pairs == "all" else Diagonal(k) if pairs == "diagonal" else Planes(k, block)
 
 
 def finished(model: PlaneModel) -> PlaneModel:
@@ -592,8 +596,6 @@ def finished(model: PlaneModel) -> PlaneModel:
     for name, t in (("loss", value), ("slope", slope), ("curvature", curvature)):
         if t is not None and not bool(torch.isfinite(t).all()):
             raise NonFiniteError(f"the {name} is not finite: {t.tolist() if t.numel() <= 9 else 'NaN or inf inside'}")
-    examples = None if model.examples is None else plain(model.examples)
-    return replace(model, value=value, slope=slope, curvature=curvature, examples=examples)
     examples = None if model.examples is None else plain(model.examples)
     return replace(model, value=value, slope=slope, curvature=curvature, examples=examples)
 

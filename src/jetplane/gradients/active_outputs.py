@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..jets.jet import carried
+from ..jets import carried
 
 PROBES = 3
 MOST = 1 << 17  # outputs of an example whose places single precision tells apart

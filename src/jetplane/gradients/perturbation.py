@@ -35,7 +35,7 @@ from ..directions.laws import LAWS, key, pieces, twists
 from ..errors import UnusedParametersError
 from ..evaluation.plane import Interception, evaluate, expansion
 from ..evaluation.side_effects import rehearsal
-from ..jets.jet import Jet, Space, carried, parts, promoted
+from ..jets import Diagonal, Jet, Space, carried, parts, promoted
 from ..rules.examples import known
 from .active_outputs import MOST, PROBES, effective, probes
 from .feedback import Course, Feedback
@@ -297,7 +297,7 @@ def _toured(
     with contextlib.ExitStack() as stack:
         stack.enter_context(rehearsal())
         stack.enter_context(torch.inference_mode())
-        space = stack.enter_context(expansion(PROBES, 1, 1))
+        space = stack.enter_context(expansion(Diagonal(PROBES), 1))
 
         def after(module: nn.Module, call: int, x: Any, y: Any) -> Any:
             at = parts(y, space)[0]
@@ -312,7 +312,7 @@ def _toured(
         def first(module: nn.Module, x: Any) -> Any:
             at, met, _ = parts(x, space)
             if module in waiting:
-                arrived(module, met)
+                arrived(module, met.tensor if met else None)
                 return at
             return x
 
@@ -321,7 +321,7 @@ def _toured(
             stack.enter_context(Interception(space, {}).running())
         loss = closure()
         jet = promoted(loss)
-        alone = parts(loss if jet is None else jet, space)[1] is None
+        alone = not parts(loss if jet is None else jet, space)[1]
     for module in list(waiting):
         arrived(module, None)
     return alone and not unknown
@@ -595,21 +595,21 @@ def _slopes(site: _Site, closure: Closure) -> Tensor | None:
     """Slopes (rows, samples) of the examples along a layer's noise; None if the loss does not depend on it."""
     slopes = []
     for samples in _split(site.share):
-        with rehearsal(), torch.inference_mode(), expansion(len(samples), 1, 1, examples=True) as space:
+        with rehearsal(), torch.inference_mode(), expansion(Diagonal(len(samples)), 1, examples=True) as space:
 
             def perturb(module: nn.Module, call: int, x: Any, y: Any, space: Space = space, samples: range = samples):
                 at, first, _ = parts(y, space)
                 noise = site.noise(call, parts(x, space)[0], at, samples)
-                return Jet(at, noise if first is None else first + noise, None, space)
+                return Jet(at, first.tensor + noise if first else noise, None, space)
 
             with _hooked([site.module], perturb, space), Interception(space, {}).running():
                 loss = closure()
             jet = promoted(loss)
             loss = loss if jet is None else jet
             slope = parts(loss, space)[1]
-            if slope is None:
+            if not slope:
                 return None
-            slope = slope.reshape(len(samples))
+            slope = slope.tensor.reshape(len(samples))
             rows = known(loss, slope)
             slopes.append(slope.unsqueeze(0) if rows is None else rows)
     return torch.cat(slopes, 1)

@@ -15,7 +15,7 @@ from .. import _sharding as sharded
 from ..directions import AbstractDirections, Directions, HeldDirections, Structure
 from ..errors import ArgumentError, DeviceError, DTypeError, NonFiniteError, ShapeError
 from ..evaluation.plane import KEPT, Curvature, Pairs, PlaneModel, evaluate, finished
-from ..jets.structured import Deferred, Stacked
+from ..jets import Deferred, Stacked
 from ..parallel.layout import Layout
 from ..parallel.ranks import Ranks
 from ..rules.examples import checked
@@ -257,7 +257,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
             self._program = torch.compile(evaluate, fullgraph=True)
         used = [i for i, p in enumerate(params) if id(p) in self._used]
         along = [directions.structured(i, params[i]) for i in used]
-        along = [t.formed() if isinstance(t, (Deferred, Stacked)) else t for t in along]
+        along = [t.materialized() if isinstance(t, (Deferred, Stacked)) else t for t in along]
         moved = [params[i] for i in used]
         plane = finished(self._program(closure, moved, along, curvature, pairs, examples=examples))
         return replace(plane, examples=checked(plane.examples, plane.slope))

@@ -28,7 +28,7 @@ from ..evaluation.side_effects import RandomState, random_state, rehearsal
 from ..gradients.feedback import Feedback
 from ..gradients.layers import perturbable
 from ..gradients.perturbation import Share, allot, estimate
-from ..jets.jet import carried
+from ..jets import carried
 from ..parallel.layout import Layout
 from ..subspace.descent import Damped, Descent, SaddleFree, Solution, Spectral, named
 from ..subspace.search import Backtracking, ExactLine, Line, NoiseAware, Proposal, Search, Whole

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..jets.jet import Space, primal
+from ..jets import Space, primal
 from .registry import register
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError, DerivativeError
-from ..jets.jet import Jet, Space, chain, primal
-from ..jets.jet import linear as linear_jet
+from ..jets import Jet, Space, chain, primal
+from ..jets import linear as linear_jet
 from .fallback import missing
 from .registry import RULES
 

@@ -1,9 +1,13 @@
 """What is left when an operator has no rule and no decomposition: autograd inside that one operator.
 
-With inputs x(a) = x + sum a_i x_i + 1/2 sum a_i a_j x_ij along real a in R^K and a cotangent u,
-``g(a, u) = d<u, op(x(a))>/da`` is linear in u, so its derivatives by u are the first coefficients,
-and those of ``dg/da`` are the second ones: reverse over reverse over a linear map. It is exact where
-torch's own backward formulas are, local (nothing is kept after the operator), and slow, K² passes.
+With inputs ``x(a, c) = x + sum a_i x_i + sum c_n x_n``, a and c real numbers for each first and second coefficient, and
+a cotangent u, the derivatives
+
+    g(a, c, u) = d<u, op(x(a, c))> / d(a, c)
+
+are linear in u, so their derivatives by u are those of the result: ``y_i = d/du dg/da_i``, and for a second coefficient
+that sums pairs ``y_n = d/du (dg/dc_n + sum w d²g / da_i da_j)``: reverse over reverse over a linear map. It is exact
+where torch's own backward formulas are, local (nothing is kept after the operator), and slow, a pass for each.
 """
 
 from __future__ import annotations
@@ -16,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .._torch import tree_flatten, tree_unflatten
 from ..errors import FallbackWarning, MissingRuleError
-from ..jets.jet import Jet, Space, chain, make, parts, plain
+from ..jets import Coefficients, Jet, Space, chain, make, parts, writable
 
 _strict: contextvars.ContextVar[bool] = contextvars.ContextVar("jetplane_strict", default=False)
 _announced: set[Any] = set()
@@ -60,7 +64,7 @@ def pointwise(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, An
     if torch.Tag.pointwise not in func.tags or len(jets) != 1 or any(isinstance(a, (list, tuple)) for a in args):
         return NotImplemented
     p = parts(jets[0], space)[0]
-    if not plain(p) or not p.dtype.is_floating_point:
+    if not writable(p) or not p.dtype.is_floating_point:
         return NotImplemented
     try:
         with torch.inference_mode(False), torch.enable_grad():
@@ -83,7 +87,7 @@ def reverse(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
     """Any differentiable operator, by reverse over reverse inside it."""
     leaves, spec = tree_flatten((tuple(args), kwargs))
     carried = [parts(a, space) for a in leaves]
-    if not plain(*(t for c in carried for t in c if isinstance(t, Tensor))):
+    if not writable(*(p for p, _, _ in carried), *(c.tensor for _, *cs in carried for c in cs if c)):
         raise missing(func, "the local fallback does not reach into nested jets")
     if func.namespace not in TRUSTED:
         raise missing(func, "nothing says that the backward pass of a custom operator can be differentiated again")
@@ -91,10 +95,10 @@ def reverse(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
         raise missing(func, "jetplane.strict() forbids the local fallback")
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            outputs, a = _along(func, space, leaves, carried, spec)
+            outputs, along = _along(func, space, carried, spec)
             if not any(isinstance(y, Tensor) and y.requires_grad for y in outputs[0]):
                 raise NotImplementedError("it has no derivative in torch")  # which is not to be zero
-            found = [_coefficients(y, a, space) if isinstance(y, Tensor) else (y,) for y in outputs[0]]
+            found = [_coefficients(y, *along, space) if isinstance(y, Tensor) else (y,) for y in outputs[0]]
     except (RuntimeError, NotImplementedError) as error:
         raise missing(func, f"autograd cannot differentiate it twice either ({str(error).splitlines()[0]})") from error
     if func not in _announced:
@@ -109,43 +113,43 @@ def reverse(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
     return tree_unflatten([make(*f, space) if len(f) == 3 else f[0] for f in found], outputs[1])
 
 
-def _along(func: Any, space: Space, leaves: Sequence[Any], carried: Sequence[Any], spec: Any) -> tuple[Any, Tensor]:
-    """The operator's outputs as functions of a, at a = 0."""
-    reals = [t for _, *cs in carried for t in cs if t is not None]
+def _along(func: Any, space: Space, carried: Sequence[Any], spec: Any) -> tuple[Any, tuple[Tensor, Tensor]]:
+    """The operator's outputs as functions of a and c, at zero."""
+    reals = [c.tensor for _, *cs in carried for c in cs if c]
     dtype = torch.float64 if any(t.dtype in (torch.float64, torch.complex128) for t in reals) else torch.float32
-    a = torch.zeros(space.k, dtype=dtype, device=reals[0].device, requires_grad=True)
-    half = torch.stack([a[i] * a[j] * (0.5 if i == j else 1.0) for i, j in space.indices()])
+    a, c = (
+        torch.zeros(count, dtype=dtype, device=reals[0].device, requires_grad=True)
+        for count in (space.k, space.structure.count)
+    )
 
-    def at(leaf: Any, c: Any) -> Any:
-        p, first, second = c
-        if first is None and second is None:
+    def at(p: Any, x1: Coefficients, x2: Coefficients) -> Any:
+        if not (x1 or x2):
             return _normal(p)
         x = p.clone()
-        if first is not None:
-            x = x + torch.tensordot(a.to(first.dtype), first.clone(), 1).to(p.dtype)
-        if second is not None:
-            x = x + torch.tensordot(half.to(second.dtype), second.clone(), 1).to(p.dtype)
+        for along, coefficients in ((a, x1), (c, x2)):
+            if coefficients:
+                stack = coefficients.full(p.shape, coefficients.tensor.dtype, p.device)
+                x = x + torch.tensordot(along.to(stack.dtype), stack.clone(), 1).to(p.dtype)
         return x
 
-    inner_args, inner_kwargs = tree_unflatten([at(x, c) for x, c in zip(leaves, carried, strict=True)], spec)
-    return tree_flatten(func(*inner_args, **inner_kwargs)), a
+    inner_args, inner_kwargs = tree_unflatten([at(*c) for c in carried], spec)
+    return tree_flatten(func(*inner_args, **inner_kwargs)), (a, c)
 
 
-def _coefficients(y: Tensor, a: Tensor, space: Space) -> tuple[Any, ...]:
-    """Primal, first and second coefficients of one output y(a); the primal alone where it is constant."""
+def _coefficients(y: Tensor, a: Tensor, c: Tensor, space: Space) -> tuple[Any, ...]:
+    """Primal, first and second coefficients of one output y(a, c); the primal alone where it is constant."""
     if not y.requires_grad:
         return (y.detach(),)
     real = torch.view_as_real(y) if y.is_complex() else y
     try:
-        first, second = _by_cotangent(real, a, space)
+        first, second = _by_cotangent(real, a, c, space)
     except (RuntimeError, NotImplementedError):
         if real.numel() > ELEMENTWISE_LIMIT:
             raise
-        first, second = _by_element(real, a, space)
+        first, second = _by_element(real, a, c, space)
     if y.is_complex():
-        first = torch.view_as_complex(first.contiguous())
-        second = None if second is None else torch.view_as_complex(second.contiguous())
-    return y.detach(), first, second
+        first, second = (None if s is None else torch.view_as_complex(s.contiguous()) for s in (first, second))
+    return y.detach(), Coefficients(space, 1, first), Coefficients(space, 2, second)
 
 
 def _grad(y: Tensor, x: Tensor, u: Tensor | None = None, create: bool = False) -> Tensor:
@@ -155,25 +159,33 @@ def _grad(y: Tensor, x: Tensor, u: Tensor | None = None, create: bool = False) -
     return torch.zeros_like(x) if g is None else g
 
 
-def _by_cotangent(y: Tensor, a: Tensor, space: Space) -> tuple[Tensor, Tensor | None]:
+def _sums(g: Tensor, gc: Tensor, a: Tensor, space: Space) -> list[Tensor]:
+    """``dg/dc_n + sum w d²g / da_i da_j`` for each second coefficient."""
+    rows: dict[int, Tensor] = {}
+    sums = list(gc.unbind())
+    for n, i, j, weight in space.structure.terms():
+        if i not in rows:
+            rows[i] = _grad(g[i], a, create=True)
+        sums[n] = sums[n] + (rows[i][j] if weight == 1 else weight * rows[i][j])
+    return sums
+
+
+def _by_cotangent(y: Tensor, a: Tensor, c: Tensor, space: Space) -> tuple[Tensor, Tensor | None]:
     u = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=_generator(y), requires_grad=True)
     g = _grad(y, a, u, create=True)
     first = torch.stack([_grad(g[i], u) for i in range(space.k)])
+    gc = _grad(y, c, u, create=True)
     if space.order == 1:
-        return first.detach(), None
-    rows: dict[int, Tensor] = {}
-    second = []
-    for i, j in space.indices():
-        if i not in rows:
-            rows[i] = _grad(g[i], a, create=True)
-        second.append(_grad(rows[i][j], u))
-    curvature = torch.stack(second).detach()
+        second = torch.stack([_grad(e, u) for e in gc.unbind()]) if gc.requires_grad else None
+        return first.detach(), None if second is None else second.detach()
+    sums = _sums(g, gc, a, space)
+    second = torch.stack([_grad(e, u) for e in sums]).detach()
     # Both are linear in u, so contracting with u gives back what they are derivatives of. Where a formula
     # of torch forgets its cotangent it does not, and the result must not be trusted.
-    expected = torch.stack([rows[i][j].detach() for i, j in space.indices()])
-    if not (_contracts(first, u, g) and _contracts(curvature, u, expected)):
+    expected = torch.stack([e.detach() for e in sums])
+    if not (_contracts(first, u, g) and _contracts(second, u, expected)):
         raise RuntimeError("its double backward is not linear in the cotangent")
-    return first.detach(), curvature
+    return first.detach(), second
 
 
 def _contracts(c: Tensor, u: Tensor, expected: Tensor) -> bool:
@@ -187,13 +199,12 @@ def _generator(y: Tensor) -> torch.Generator:
     return torch.Generator(y.device).manual_seed(0)
 
 
-def _by_element(y: Tensor, a: Tensor, space: Space) -> tuple[Tensor, Tensor | None]:
+def _by_element(y: Tensor, a: Tensor, c: Tensor, space: Space) -> tuple[Tensor, Tensor | None]:
     firsts, seconds = [], []
     for element in y.reshape(-1).unbind(0):
-        g = _grad(element, a, create=True)
+        g, gc = _grad(element, a, create=True), _grad(element, c, create=True)
         firsts.append(g.detach())
-        if space.order == 2:
-            rows = torch.stack([_grad(g[i], a) for i in range(space.k)])
-            seconds.append(torch.stack([rows[i, j] for i, j in space.indices()]).detach())
-    first = torch.stack(firsts, -1).reshape(space.k, *y.shape)
-    return first, torch.stack(seconds, -1).reshape(space.pairs, *y.shape) if seconds else None
+        sums = _sums(g, gc, a, space) if space.order == 2 else list(gc.unbind())
+        seconds.append(torch.stack(sums).detach())
+    shape = y.shape
+    return torch.stack(firsts, -1).reshape(space.k, *shape), torch.stack(seconds, -1).reshape(len(seconds[0]), *shape)
