@@ -111,17 +111,17 @@ def _in_blocks(
         return NotImplemented
     y1 = space.memory.empty(first.shape, first)
     y2 = None if second is None else space.memory.empty(second.shape, second)
-    rows = [
-        (c.view(-1, n), out.view(-1, n)) for c, out in ((first, y1), (second, y2)) if c is not None and out is not None
-    ]
+    flat1, new1 = first.view(-1, n), y1.view(-1, n)
     for start in range(0, n, BLOCK):
         part = slice(start, start + BLOCK)
         d1, d2 = of(p[part], flat[part])
-        for c, out in rows:
-            torch.mul(c[:, part], d1, out=out[:, part])
-        if d2 is not None and x2:
-            some = rows[0][0][:, part]
-            space.structure.add_outer(rows[1][1][:, part], d2 * some, some)
+        assert d1 is not None
+        torch.mul(flat1[:, part], d1, out=new1[:, part])
+        if second is not None and y2 is not None:
+            new2 = y2.view(-1, n)[:, part]
+            torch.mul(second.view(-1, n)[:, part], d1, out=new2)
+            if d2 is not None:
+                space.structure.add_outer(new2, d2 * flat1[:, part], flat1[:, part])
     return make(y, Coefficients(space, 1, y1, x1.rows), Coefficients(space, 2, y2), space)
 
 

@@ -12,6 +12,7 @@ may be overwritten) are known here alone: rules are written in the arithmetic of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,11 +27,20 @@ from .structured import Deferred, Partial, Tangents
 Rows = tuple[int, ...]  # which of the coefficients are there, ascending
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+SMALL = 1 << 14  # elements below which fresh memory costs nothing that matters
 
 
 def writable(*tensors: Any) -> bool:
     """Whether kernels that write to given memory may be used: no jet and no compiler's stand-in among the tensors."""
     return all(type(t) in _PLAIN or not isinstance(t, Tensor) for t in tensors)
+
+
+def broadcast(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
+    """The shape that two shapes broadcast to; `torch.broadcast_shapes` takes as long as a small operator."""
+    if len(a) < len(b):
+        a, b = b, a
+    ahead = len(a) - len(b)
+    return (*a[:ahead], *(n if m == 1 else m for m, n in zip(a[ahead:], b, strict=True)))
 
 
 def overwritten(own: Tensor, op: str, *args: Any) -> Tensor:
@@ -56,8 +66,8 @@ class _Outer:
     b: Tensor
 
     @property
-    def shape(self) -> torch.Size:
-        return torch.broadcast_shapes(self.a.shape[1:], self.b.shape[1:])
+    def shape(self) -> tuple[int, ...]:
+        return broadcast(self.a.shape[1:], self.b.shape[1:])
 
     def materialized(self, space: Space) -> Tensor:
         if not writable(self.a, self.b):
@@ -72,8 +82,8 @@ class _Outer:
     def summed(self, weight: Tensor | None) -> Tensor:
         """The sums over all elements, times a weight."""
         a = self.a if weight is None else self.a * weight
-        shape = torch.broadcast_shapes(a.shape[1:], self.b.shape[1:])
-        a, b = (c.expand(c.shape[0], *shape).reshape(c.shape[0], shape.numel()) for c in (a, self.b))
+        shape = broadcast(a.shape[1:], self.b.shape[1:])
+        a, b = (c.expand(c.shape[0], *shape).reshape(c.shape[0], math.prod(shape)) for c in (a, self.b))
         return self.structure.gram(a, b)
 
 
@@ -238,13 +248,11 @@ class Coefficients:
 
     def expanded(self, shape: Sequence[int]) -> Coefficients:
         """Expanded to a value of the given shape."""
-        if self.held is None:
+        held = self.held
+        if held is None:
             return self
-        size = torch.Size(shape)
-        if isinstance(self.held, (_Outer, Tensor)):
-            of = self.held.shape if isinstance(self.held, _Outer) else self.held.shape[1:]
-            if of == size:
-                return self
+        if (held.shape if isinstance(held, _Outer) else held.shape[1:]) == shape:
+            return self
         return self._new(expand(self.tensor, shape), False)
 
     def lifted(self, ndim: int) -> Coefficients:
@@ -285,7 +293,7 @@ class Coefficients:
         ndim = factor.dim() if isinstance(factor, Tensor) else 0
         if isinstance(self.held, _Outer):
             outer = self.held
-            if ndim == 0 or torch.broadcast_shapes(outer.a.shape[1:], factor.shape) == outer.a.shape[1:]:
+            if ndim == 0 or broadcast(outer.a.shape[1:], factor.shape) == outer.a.shape[1:]:
                 product = _Outer(outer.structure, factor * outer.a, outer.b)
                 return Coefficients(self.space, 2, product, self.rows, True)
         return self._new(_written(self.space, torch.mul, lift(self.tensor, ndim), factor))
@@ -364,7 +372,7 @@ class Coefficients:
             assert isinstance(target, Tensor)
             term = lift(other.tensor, target.dim() - 1)
             if factor.dtype == target.dtype == term.dtype and factor.dim() < target.dim():
-                if torch.broadcast_shapes(target.shape, factor.shape, term.shape) == target.shape:
+                if broadcast(broadcast(target.shape, factor.shape), term.shape) == target.shape:
                     target.addcmul_(factor, term, value=value)
                     return self
         return self.plus(other * factor, value)
@@ -377,7 +385,7 @@ def _fits(target: Tensor, factor: Any) -> bool:
     return (
         factor.dim() < target.dim()
         and torch.result_type(target, factor) == target.dtype
-        and torch.broadcast_shapes(target.shape[1:], factor.shape) == target.shape[1:]
+        and broadcast(target.shape[1:], factor.shape) == target.shape[1:]
     )
 
 
@@ -385,7 +393,7 @@ def _fits_stack(target: Tensor, term: Tensor) -> bool:
     return (
         term.dim() == target.dim()
         and torch.result_type(target, term) == target.dtype
-        and (term.shape == target.shape or torch.broadcast_shapes(target.shape, term.shape) == target.shape)
+        and (term.shape == target.shape or broadcast(target.shape, term.shape) == target.shape)
     )
 
 
@@ -394,7 +402,9 @@ def _written(space: Space, op: Callable[..., Tensor], c: Tensor, other: Any, **o
     number = type(other) in (int, float)
     if not writable(c, other) or not (number or (isinstance(other, Tensor) and other.dtype == c.dtype)):
         return op(c, other, **options)
-    shape = c.shape if number or other.dim() == 0 else torch.broadcast_shapes(c.shape, other.shape)
+    if c.numel() < SMALL:  # of which the memory of the evaluation would not be told anyway
+        return op(c, other, **options)
+    shape = c.shape if number or other.dim() == 0 else broadcast(c.shape, other.shape)
     return op(c, other, out=space.memory.empty(shape, c), **options)
 
 
@@ -447,7 +457,10 @@ def aligned(*several: Coefficients) -> tuple[Rows | None, *tuple[Tensor, ...]]:
 
 def absent(space: Space, order: int) -> Coefficients:
     """Coefficients that are all zero by structure."""
-    return Coefficients(space, order)
+    found = space.absent.get(order)
+    if found is None:
+        found = space.absent[order] = Coefficients(space, order)
+    return found
 
 
 def jointly(

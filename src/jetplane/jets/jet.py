@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .._torch import disabled_torch_function, make_wrapper_subclass
-from .coefficients import Coefficients
+from .coefficients import Coefficients, absent
 from .space import MODEL, Key, Space
 from .structured import LowRank, Tangents
 
@@ -207,14 +207,14 @@ def is_jet(x: Any, space: Space) -> bool:
 def parts(x: Any, space: Space) -> tuple[Any, Coefficients, Coefficients]:
     """Primal, first and second coefficients of anything; those of a constant are absent."""
     if not (isinstance(x, Jet) and x.space is space):
-        return x, Coefficients(space, 1), Coefficients(space, 2)
+        return x, absent(space, 1), absent(space, 2)
     if x.base is not None and x.base.version != x.version:
         _refresh(x)
     first, second = x.first, x.second
     if first.structured is not None:  # a rule may look at the tensor more than once, and the jet does not keep it
         first = Coefficients(space, 1, first.held, first.rows)
     if kind_of(x) < space.kind == MODEL:  # Gauss-Newton: the model is linear in functions of the parameters
-        second = Coefficients(space, 2)
+        second = absent(space, 2)
     return x.primal, first, second
 
 
@@ -237,15 +237,16 @@ def innermost(x: Any) -> Any:
 
 def make(primal: Tensor, first: Coefficients, second: Coefficients, space: Space) -> Tensor:
     """A jet, its coefficients expanded to the primal's shape; the bare primal where none is left."""
-    if not (first or second) or not (primal.dtype.is_floating_point or primal.dtype.is_complex):
+    dtype, shape = primal.dtype, primal.shape
+    if (first.held is None and second.held is None) or not (dtype.is_floating_point or dtype.is_complex):
         return primal
-    dtype, shape = carried(primal.dtype), primal.shape
+    dtype = carried(dtype)
     # 0-dim primals do not promote, (K,) coefficients would
     return Jet(primal, _fitted(first, dtype, shape), _fitted(second, dtype, shape), space)
 
 
 def _fitted(c: Coefficients, dtype: torch.dtype, shape: torch.Size) -> Coefficients:
-    if not c:
+    if c.held is None:
         return c
     if c.dtype is not None and c.dtype != dtype:
         c = c.to(dtype)
@@ -254,7 +255,7 @@ def _fitted(c: Coefficients, dtype: torch.dtype, shape: torch.Size) -> Coefficie
 
 def carried(dtype: torch.dtype) -> torch.dtype:
     """The dtype of coefficients: that of the primal, but single precision beside a half-precision one."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return torch.float32 if dtype.itemsize == 2 and dtype.is_floating_point else dtype
 
 
 def precise(p: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ class Space:
         operator: the name of the operator being carried.
         materialized: operators that materialized low-rank tangents since they could not use the factors, and how
             often.
+        absent: the coefficients of each order of which none is there.
         entrance: where the model carries a part of the directions only: see `jetplane.evaluation.entrance`.
     """
 
@@ -46,6 +47,7 @@ class Space:
     operator: str = ""
     materialized: dict[str, int] = field(default_factory=dict)
     entrance: Any = None
+    absent: dict[int, Any] = field(default_factory=dict, repr=False)
 
     @property
     def k(self) -> int:

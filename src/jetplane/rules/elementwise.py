@@ -6,6 +6,7 @@ derivative that is zero everywhere. Functions of several tensors give their grad
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -394,7 +395,7 @@ NOT_HOLOMORPHIC = {"abs"}
 
 def _unary(name: str) -> Rule:
     derivatives, slope, packet = DERIVATIVES[name], SLOPES.get(name), name.partition(".")[0]
-    op = operator(name)
+    op: Any = operator(name)
 
     def rule(space: Space, x: Any, *args: Any, **kwargs: Any) -> Any:
         p = primal(x, space)
@@ -406,11 +407,15 @@ def _unary(name: str) -> Rule:
             x,
             op(p, *args, **kwargs),
             lambda p, y: derivatives(p, y, *args, **kwargs),
-            None if slope is None else lambda c, p, y: slope(c, p, y, *args, **kwargs),
+            None if slope is None else functools.partial(_slope, slope, args, kwargs),
             blocks=not any(isinstance(a, Tensor) for a in args),
         )
 
     return rule
+
+
+def _slope(slope: Callable[..., Tensor], args: Any, kwargs: Any, c: Tensor, p: Tensor, y: Tensor) -> Tensor:
+    return slope(c, p, y, *args, **kwargs)
 
 
 for _name in DERIVATIVES:

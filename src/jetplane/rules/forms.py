@@ -45,7 +45,7 @@ class Form(ABC):
         """The same with kernels that write to given memory; itself where there are none."""
         return self
 
-    def chosen(self, *tensors: Tensor) -> Form:
+    def chosen(self, *tensors: Any) -> Form:
         """The form to be used for these tensors."""
         return self.in_place if writable(*tensors) else self
 
