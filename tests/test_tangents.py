@@ -192,8 +192,8 @@ def test_chunks_that_cannot_be(pairs, chunk):
 @pytest.mark.parametrize("size", [2, 3, 4, 7])
 def test_every_two_directions_meet(k: int, size: int):
     met = set()
-    for part in chunking.parts_of(k, size, crossed=True):
-        inside = [i for run in part for i in range(k)[run]]
+    for chunk in chunking.chunks_of(k, size, crossed=True):
+        inside = [i for run in chunk for i in range(k)[run]]
         assert len(inside) <= size
         met |= {(i, j) for i in inside for j in inside}
     assert len(met) == k * k
@@ -365,7 +365,7 @@ def test_tangents_beyond_the_limit_are_drawn_again():
 
 @pytest.mark.parametrize("tangents", ["dense", "rank-one"])
 def test_a_step_never_holds_all_tangents(tangents, monkeypatch):
-    monkeypatch.setattr("jetplane.optim.base.KEPT", 0)
+    monkeypatch.setattr("jetplane.optim.base.CACHED_BYTES", 0)
     k, width = 64, 128
     net = nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(4)])
     x = torch.randn(2, width)

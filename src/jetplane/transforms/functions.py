@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..errors import ArgumentError, DTypeError, ShapeError
-from ..evaluation.plane import Interception, Pairs, _block, _matrix, expansion
+from ..evaluation.context import curvature_of, expansion
+from ..evaluation.interception import Interception
+from ..evaluation.specification import Pairs, PlaneSpec
 from ..jets.jet import Jet, Space, parts, precise, promoted
 
 Primals = Tensor | Sequence[Tensor]
@@ -53,7 +55,7 @@ def jet(
     Source: Cobb et al., arXiv 2408.10419, section 2 (hyper-dual numbers), for K directions at once.
     """
     xs, vs, k = _checked(primals, tangents)
-    with torch.inference_mode(), expansion(k, _block(pairs, k), order) as space:
+    with torch.inference_mode(), expansion(PlaneSpec(k, "hessian" if order == 2 else "none", pairs)) as space:
         result = _call(f, xs, vs, space)
         value, first, second = (tree_map(lambda y, n=n: _part(y, space, n, pairs), result) for n in range(3))
     if space.level > 1:
@@ -62,7 +64,7 @@ def jet(
 
 
 def _call(f: Callable[..., Any], xs: Sequence[Tensor], vs: Sequence[Tensor], space: Space) -> Any:
-    with Interception(space, {}).running():
+    with Interception(space).running():
         return f(
             *[
                 Jet(x if isinstance(x, Jet) else x.detach(), precise(v), None, space)
@@ -85,7 +87,7 @@ def _part(y: Any, space: Space, n: int, pairs: Pairs) -> Any:
         return None
     if second is None:
         second = torch.zeros_like(p).expand(space.pairs, *p.shape)
-    return _matrix(second, space, pairs)
+    return curvature_of(second, space, pairs)
 
 
 def _released(tree: Any) -> Any:
