@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import jetplane as jp
 from jetplane.directions import StoredDirections
 from jetplane.errors import TorchVersionError
-from jetplane.evaluation.plane import expansion
+from jetplane.evaluation.context import expansion
 from jetplane.jets import (
     AllPairs,
     Coefficients,

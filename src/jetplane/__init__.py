@@ -23,7 +23,8 @@ from .errors import (
     SingularPlaneError,
     UnusedParametersError,
 )
-from .evaluation.plane import PlaneModel, evaluate
+from .evaluation.api import evaluate
+from .evaluation.plane import PlaneModel
 from .jets import LowRank
 from .parallel import ranks as distributed
 from .rules import loss, register_rule, strict

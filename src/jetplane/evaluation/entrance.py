@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
+from .._torch import tree_leaves, tree_map
 from ..errors import DerivativeError
 from ..jets import LOSS, MODEL, PARAMETER, Jet, Space, is_jet, kind_of, parts
 

@@ -33,8 +33,10 @@ from torch.utils._mode_utils import no_dispatch
 from ..directions import Directions
 from ..directions.laws import LAWS, key, pieces, twists
 from ..errors import UnusedParametersError
-from ..evaluation.plane import Interception, evaluate, expansion
-from ..evaluation.side_effects import rehearsal
+from ..evaluation.api import evaluate
+from ..evaluation.context import expansion
+from ..evaluation.interception import Interception
+from ..evaluation.side_effects import without_side_effects
 from ..jets import Diagonal, Jet, Space, carried, parts, promoted
 from ..rules.examples import known
 from .active_outputs import MOST, PROBES, effective, probes
@@ -295,7 +297,7 @@ def _toured(
         finish(felt)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(rehearsal())
+        stack.enter_context(without_side_effects())
         stack.enter_context(torch.inference_mode())
         space = stack.enter_context(expansion(Diagonal(PROBES), 1))
 
@@ -318,7 +320,7 @@ def _toured(
 
         stack.enter_context(_hooked(layers, after, space, nexts.values(), first))
         if nexts:
-            stack.enter_context(Interception(space, {}).running())
+            stack.enter_context(Interception(space).running())
         loss = closure()
         jet = promoted(loss)
         alone = not parts(loss if jet is None else jet, space)[1]
@@ -374,7 +376,7 @@ def allot(
         products = LAYERS[type(module)].products(module, x, y)
         met[names[module]] = _Met(before.outputs + y.numel(), before.products + products, call + 1, y.shape)
 
-    with rehearsal(), torch.inference_mode(), _hooked(list(every.values()), meet):
+    with without_side_effects(), torch.inference_mode(), _hooked(list(every.values()), meet):
         closure()
     last = next((name for name in reversed(met) if name in layers), None)
     positions = {n: m.outputs // m.shape[-1] for n, m in met.items() if n in layers and _by_position(layers[n], m)}
@@ -584,7 +586,7 @@ def estimate(
         others = [p for p in params if id(p) not in covered]
         if others and OTHERS in shares:
             directions = Directions(shares[OTHERS].samples, seed=int(key(seed, -1)))
-            with rehearsal(), contextlib.suppress(UnusedParametersError):
+            with without_side_effects(), contextlib.suppress(UnusedParametersError):
                 slope = evaluate(closure, others, directions, "none").slope
                 for i, p in enumerate(others):
                     total[id(p)] = directions.combine(i, p, slope / directions.k)
@@ -595,14 +597,15 @@ def _slopes(site: _Site, closure: Closure) -> Tensor | None:
     """Slopes (rows, samples) of the examples along a layer's noise; None if the loss does not depend on it."""
     slopes = []
     for samples in _split(site.share):
-        with rehearsal(), torch.inference_mode(), expansion(Diagonal(len(samples)), 1, examples=True) as space:
+        structure = Diagonal(len(samples))
+        with without_side_effects(), torch.inference_mode(), expansion(structure, 1, examples=True) as space:
 
             def perturb(module: nn.Module, call: int, x: Any, y: Any, space: Space = space, samples: range = samples):
                 at, first, _ = parts(y, space)
                 noise = site.noise(call, parts(x, space)[0], at, samples)
                 return Jet(at, first.tensor + noise if first else noise, None, space)
 
-            with _hooked([site.module], perturb, space), Interception(space, {}).running():
+            with _hooked([site.module], perturb, space), Interception(space).running():
                 loss = closure()
             jet = promoted(loss)
             loss = loss if jet is None else jet

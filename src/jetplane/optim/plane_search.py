@@ -23,13 +23,14 @@ from ..directions import (
 )
 from ..directions.laws import key
 from ..errors import ArgumentError, DTypeError, ShapeError
-from ..evaluation.plane import KEPT, Curvature, PlaneModel
-from ..evaluation.side_effects import RandomState, random_state, rehearsal
+from ..evaluation.checks import CACHED_BYTES
+from ..evaluation.plane import PlaneModel
+from ..evaluation.side_effects import RandomState, random_state, without_side_effects
+from ..evaluation.specification import Curvature, PlaneSpec
 from ..gradients.feedback import Feedback
 from ..gradients.layers import perturbable
 from ..gradients.perturbation import Share, allot, estimate
 from ..jets import carried
-from ..parallel.layout import Layout
 from ..subspace.descent import Damped, Descent, SaddleFree, Solution, Spectral, named
 from ..subspace.search import Backtracking, ExactLine, Line, NoiseAware, Proposal, Search, Whole
 from .base import STATE, Chunk, Closure, Moving, Params, PlaneOptimizer
@@ -245,7 +246,7 @@ class PlaneSearch(PlaneOptimizer):
             drawn.step = own["step"]
             new = ScaledDirections(drawn, self._scales(moving)) if self.preconditioned else drawn
             sources.append(OrthogonalDirections(new) if self.orthogonal else new)
-        return HeldDirections(MixedDirections(sources), params, places, KEPT)
+        return HeldDirections(MixedDirections(sources), params, places, CACHED_BYTES)
 
     def _scales(self, moving: Moving) -> dict[int, Tensor]:
         """One over the root mean square of each entry's estimates, by place; of mean one over all, and bounded."""
@@ -305,8 +306,8 @@ class PlaneSearch(PlaneOptimizer):
         self.ranks.greet(self._facts)
         return self.ranks.agreed("guess", lambda: _checked_guess(guess(), moving), moving[0][0].device)
 
-    def _layout(self, directions: AbstractDirections) -> Layout:
-        return Layout(directions.k, self.curvature, "all", self.search.examples)
+    def _spec(self, directions: AbstractDirections) -> PlaneSpec:
+        return PlaneSpec(directions.k, self.curvature, "all", self.search.examples, self.chunk)
 
     def _facts(self) -> dict[str, Any]:
         remembered = sorted({name for p, _, _ in self._moving() for name in self.state.get(p, {})})
@@ -316,13 +317,15 @@ class PlaneSearch(PlaneOptimizer):
     _lasting: bool  # whether directions of this step's plane are there in the next one
     _random: RandomState  # where random numbers stood before the evaluation of this step
 
-    def _evaluate(self, closure: Closure, params: list[Tensor], directions: AbstractDirections) -> PlaneModel:
+    def _evaluate(
+        self, closure: Closure, params: list[Tensor], directions: AbstractDirections, spec: PlaneSpec
+    ) -> PlaneModel:
         self._random = random_state()
         own = self.state[STATE]  # type: ignore[index]
         last = own.get("curvature")
         stale = last is None or own["step"] % self.every == 0 or len(last) != directions.k
-        curvature: Curvature = self.curvature if stale else "none"
-        plane = self._plane(closure, params, directions, curvature, examples=self.search.examples)
+        spec = spec if stale else replace(spec, curvature="none")
+        plane = super()._evaluate(closure, params, directions, spec)
         return plane if stale else replace(plane, curvature=last)
 
     # --- the step ----------------------------------------------------------------------------------------
@@ -346,7 +349,7 @@ class PlaneSearch(PlaneOptimizer):
             steps = steps_along(kappa)
 
             def loss_of_shard_at(rate: float) -> float:
-                with _moved(rate, params, steps), rehearsal(self._random):
+                with _moved(rate, params, steps), without_side_effects(self._random):
                     return float(closure())
 
             def loss_at(rate: float) -> float:

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from .._torch import tree_map
 from ..errors import ArgumentError, DTypeError, ShapeError
-from ..evaluation.plane import Interception, Pairs, expansion, structure_for
+from ..evaluation.context import expansion
+from ..evaluation.interception import Interception
+from ..evaluation.specification import Pairs, PlaneSpec
 from ..jets import Jet, PairStructure, Space, Star, Sums, parts, precise, promoted
 
 Primals = Tensor | Sequence[Tensor]
@@ -55,7 +57,7 @@ def jet(
     xs, vs, k = _checked(primals, tangents)
     if order not in (1, 2):
         raise ArgumentError(f"order must be 1 or 2, got {order!r}")
-    return _along(f, xs, vs, structure_for(pairs, k), order)
+    return _along(f, xs, vs, PlaneSpec(k, pairs=pairs).structure, order)
 
 
 def _along(
@@ -71,7 +73,7 @@ def _along(
 
 
 def _call(f: Callable[..., Any], xs: Sequence[Tensor], vs: Sequence[Tensor], space: Space) -> Any:
-    with Interception(space, {}).running():
+    with Interception(space).running():
         return f(
             *[
                 Jet(x if isinstance(x, Jet) else x.detach(), precise(v), None, space)
