@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import jetplane as jp
-from jetplane.gradients.perturbation import OTHERS
+from jetplane.gradients import OTHERS
 from jetplane.optim import plane_search
 from jetplane.optim.plane_search import AVERAGE, PREVIOUS
 from jetplane.subspace.descent import CurvatureScaled
@@ -110,7 +110,7 @@ def test_the_plane_is_spanned_by_what_is_remembered():
     for p, b, a, c in zip(net.parameters(), first, old, new, strict=True):
         torch.testing.assert_close(opt.state[p][PREVIOUS], p.detach() - b)
         torch.testing.assert_close(opt.state[p][AVERAGE.format(0.5)], a / 3 + 2 * c / 3)  # as one half to its square
-    assert torch.equal(idle.detach(), torch.ones(2)) and OTHERS in opt.state["jetplane"]["shares"]
+    assert torch.equal(idle.detach(), torch.ones(2)) and OTHERS in opt.state["jetplane"]["plans"]
     stored = opt._stored(opt._moving())
     norms = [torch.cat([t.flatten() for t in direction]).norm() for direction in stored]
     torch.testing.assert_close(torch.stack(norms), torch.ones(4))
