@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -76,52 +76,35 @@ def allocate(
         Plans by the names of layers that the closure made use of. `OTHERS` stands for the parameters that none of
         them accounts for; it is there if such parameters are. They hold as long as the `signature` is the same.
     """
-    known = registered_modules(model)
-    modules = perturbed_modules(model, params)
-    traces, total = trace(closure, known)  # of frozen layers too, which cost as well
-    names = [name for name in traces if name in modules]  # in the order of first calls
-    last = names[-1] if names else None
-    positions = _positions(modules, traces)
-    rows = _loss_rows(closure, last, modules, traces, positions)
-    own_rows = {n for n in positions if per_position and positions[n] == rows and rows != traces[n].rows}
-    activity = _activity(closure, known, traces, [n for n in names if n != last])
-
-    demands = {}
-    for name in names:
-        t = traces[name]
-        outputs = t.outputs / (rows if name in own_rows else t.rows)
-        if name in activity:
-            outputs *= activity[name].part
-        demands[name] = _demand(modules[name], t, outputs, total or 1)
-    covered = owned({name: modules[name] for name in names})
+    facts = _observe(closure, model, params, per_position)
+    demands = {name: facts.demand(name) for name in facts.names}
+    covered = owned({name: facts.modules[name] for name in facts.names})
     others = sum(p.numel() for p in params if id(p) not in covered)
     if others:
         demands[OTHERS] = _Demand("parameters", others, 2.0)
     scale = passes / (sum(math.sqrt(d.variance * d.cost) for d in demands.values()) or 1)
 
-    normalized = _normalizes_batches(model)
-    widest = dict(zip(reversed(traces), accumulate((t.outputs for t in reversed(traces.values())), max), strict=True))
+    outputs = [t.outputs for t in facts.traces.values()]
+    widest = dict(zip(reversed(facts.traces), accumulate(reversed(outputs), max), strict=True))  # from here on
     plans = {}
     for name, demand in demands.items():
         samples = max(1, round(scale * math.sqrt(demand.variance / demand.cost)))
         if name == OTHERS:
             plans[name] = LayerPlan("parameters", samples)
             continue
-        free = min(_FREE // max(round(whole * widest[name]), 1), _MOST_FREE_SAMPLES)
-        samples, mode = max(samples, free), demand.mode
-        # Moved along each of its outputs a layer is exact if the loss takes each of its positions for an example.
-        alone = {traces[name].rows} | ({rows} if name == last or name in own_rows else set())
-        # One direction for all examples says nothing where a batch is normalized: its mean takes it away.
-        exact = positions.get(name) in alone and (name == last or not normalized)
-        features = traces[name].shape[-1]
-        if exact and (features <= samples or (name == last and features * demand.cost <= passes)):
-            samples, mode = features, "basis"
-        held = traces[name].outputs / _COEFFICIENTS
+        samples = max(samples, min(_FREE // max(round(whole * widest[name]), 1), _MOST_FREE_SAMPLES))
+        mode, features = demand.mode, facts.traces[name].shape[-1]
+        affordable = features <= samples or (name == facts.last and features * demand.cost <= passes)
+        if affordable and facts.exact_by_features(name):
+            mode, samples = "basis", features
+        held = facts.traces[name].outputs / _COEFFICIENTS
         if chunk is not None:
-            held = widest[name] / (chunk * max(widest.values()))
-        successor = activity[name].successor if mode == "outputs" and name in activity else None
-        plans[name] = LayerPlan(mode, samples, min(samples, math.ceil(samples * held)), name in own_rows, successor)
-    return _with_feedback(plans, traces, last, sum(p.numel() for p in params), whole)
+            held = widest[name] / (chunk * max(outputs))
+        successor = facts.activity[name].successor if mode == "outputs" and name in facts.activity else None
+        plans[name] = LayerPlan(
+            mode, samples, min(samples, math.ceil(samples * held)), name in facts.own_rows, successor
+        )
+    return _with_feedback(plans, facts, sum(p.numel() for p in params), whole)
 
 
 def signature(model: nn.Module, params: Sequence[Tensor]) -> str:
@@ -144,62 +127,11 @@ def signature(model: nn.Module, params: Sequence[Tensor]) -> str:
 # --- what the loss and the layers are like ----------------------------------------------------------------
 
 
-def _positions(modules: Mapping[str, nn.Module], traces: Mapping[str, LayerTrace]) -> dict[str, int]:
-    """How many positions come out of each positionwise layer that is called once."""
-    found = {}
-    for name, t in traces.items():
-        layer = layer_of(modules[name]) if name in modules else None
-        if layer is not None and layer.positionwise and t.calls == 1:
-            found[name] = t.outputs // t.shape[-1]
-    return found
-
-
-def _loss_rows(
-    closure: Closure,
-    last: str | None,
-    modules: Mapping[str, nn.Module],
-    traces: Mapping[str, LayerTrace],
-    positions: Mapping[str, int],
-) -> int:
-    """How many parts the loss tells apart; 0 if it tells none, or if no layer's positions are other than its rows."""
-    if last is None or all(positions[name] == traces[name].rows for name in positions):
-        return 0
-    slopes = perturbed(last, modules[last], LayerPlan("outputs", 1), stream=0).slopes(closure)
-    return 0 if slopes is None else len(slopes)
-
-
-def _normalizes_batches(model: nn.Module) -> bool:
-    """Whether some module normalizes by the mean of the batch at hand."""
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    return any(isinstance(m, kinds) and (m.training or m.running_mean is None) for m in model.modules())
-
-
 class _Activity(NamedTuple):
     """Where it shows which outputs of a layer are active, and what part of them is."""
 
     successor: str
     part: float
-
-
-def _activity(
-    closure: Closure, known: Mapping[str, nn.Module], traces: Mapping[str, LayerTrace], names: Sequence[str]
-) -> dict[str, _Activity]:
-    """Layers some of whose outputs are not active, all of which shows at the input of the layer that is met next."""
-    found = {}
-    for name, following in itertools.pairwise(traces):
-        t = traces[name]
-        if name not in names or not t.calls == traces[following].calls == 1 or t.outputs > MOST * t.rows:
-            continue
-        parts: list[float] = []
-
-        def begin(module: nn.Module, call: int, x: Tensor, y: Tensor, parts: list[float] = parts) -> Finish:
-            return lambda active: None if active is None else parts.append(active.double().mean().item())
-
-        module = known[name]
-        told = visit(closure, [module], {module: known[following]}, begin)
-        if told and parts and parts[0] < _ACTIVE:
-            found[name] = _Activity(following, parts[0])
-    return found
 
 
 class _Demand(NamedTuple):
@@ -216,39 +148,121 @@ class _Demand(NamedTuple):
     cost: float
 
 
-def _demand(module: nn.Module, t: LayerTrace, outputs: float, total: int) -> _Demand:
-    """Noise on the weights where those are fewer than the active outputs of a row, and the layer takes it."""
-    layer = layer_of(module)
-    assert layer is not None
-    weights = sum(p.numel() for p in parameters_of(module, layer).values())
-    flops = t.remaining + _NOISE_FLOPS * t.outputs
-    if isinstance(layer, WeightPerturbableLayer) and weights < outputs:
-        return _Demand("weights", weights, (flops + t.flops) / total)
-    return _Demand("outputs", outputs, flops / total)
+@dataclass(frozen=True)
+class _Facts:
+    """What a few passes tell of a model and its loss.
+
+    Attributes:
+        modules: those to perturb, by name, called or not.
+        traces: of all modules that can be perturbed and were called, frozen ones too.
+        flops: of a pass.
+        names: of the modules to perturb that were called, in the order of first calls.
+        positions: how many come out of each positionwise layer that is called once.
+        rows: how many parts the loss tells apart; 0 if it tells none, or if that makes no difference.
+        own_rows: the layers whose positions are taken for examples.
+        activity: of layers some of whose outputs are not active.
+        normalized: whether some module normalizes by the mean of the batch at hand.
+    """
+
+    modules: dict[str, nn.Module]
+    traces: dict[str, LayerTrace]
+    flops: int
+    names: list[str]
+    positions: dict[str, int]
+    rows: int
+    own_rows: set[str]
+    activity: dict[str, _Activity]
+    normalized: bool
+
+    @property
+    def last(self) -> str | None:
+        return self.names[-1] if self.names else None
+
+    def demand(self, name: str) -> _Demand:
+        """Noise on the weights where those are fewer than the active outputs of a row, and the layer takes it."""
+        t, layer = self.traces[name], layer_of(self.modules[name])
+        assert layer is not None
+        outputs = t.outputs / (self.rows if name in self.own_rows else t.rows)
+        if name in self.activity:
+            outputs *= self.activity[name].part
+        flops, total = t.remaining + _NOISE_FLOPS * t.outputs, self.flops or 1
+        weights = sum(p.numel() for p in parameters_of(self.modules[name], layer).values())
+        if isinstance(layer, WeightPerturbableLayer) and weights < outputs:
+            return _Demand("weights", weights, (flops + t.flops) / total)
+        return _Demand("outputs", outputs, flops / total)
+
+    def exact_by_features(self, name: str) -> bool:
+        """Whether slopes along each feature of a layer are its output's gradient.
+
+        They are if the loss takes each of the layer's positions for an example. One direction for all examples says
+        nothing where a batch is normalized: its mean takes it away.
+        """
+        layer = layer_of(self.modules[name])
+        apart = {self.traces[name].rows}
+        if name == self.last or name in self.own_rows:
+            apart.add(self.rows)
+        undisturbed = name == self.last or not self.normalized
+        return layer is not None and layer.featurewise and self.positions.get(name) in apart and undisturbed
 
 
-def _with_feedback(
-    plans: dict[str, LayerPlan], traces: Mapping[str, LayerTrace], last: str | None, memory: int, whole: float
-) -> dict[str, LayerPlan]:
+def _observe(closure: Closure, model: nn.Module, params: Sequence[Tensor], per_position: bool) -> _Facts:
+    known, modules = registered_modules(model), perturbed_modules(model, params)
+    traces, flops = trace(closure, known)
+    names = [name for name in traces if name in modules]
+    positions = {}
+    for name in names:
+        layer, t = layer_of(modules[name]), traces[name]
+        if layer is not None and layer.positionwise and t.calls == 1:
+            positions[name] = t.outputs // t.shape[-1]
+    rows = 0
+    if any(positions[name] != traces[name].rows for name in positions):
+        slopes = perturbed(names[-1], modules[names[-1]], LayerPlan("outputs", 1), stream=0).slopes(closure)
+        rows = 0 if slopes is None else len(slopes)
+    own_rows = {name for name in positions if per_position and positions[name] == rows != traces[name].rows}
+    batch_norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    normalized = any(isinstance(m, batch_norms) and (m.training or m.running_mean is None) for m in model.modules())
+    activity = _activity(closure, known, traces, names[:-1])
+    return _Facts(modules, traces, flops, names, positions, rows, own_rows, activity, normalized)
+
+
+def _activity(
+    closure: Closure, known: Mapping[str, nn.Module], traces: Mapping[str, LayerTrace], names: Sequence[str]
+) -> dict[str, _Activity]:
+    """Layers some of whose outputs are not active, all of which shows at the input of the layer that is met next."""
+    found = {}
+    for name, following in itertools.pairwise(traces):
+        t = traces[name]
+        if name not in names or not t.calls == traces[following].calls == 1 or t.outputs > MOST * t.rows:
+            continue
+        parts: list[float] = []
+
+        def begin(module: nn.Module, call: int, x: Tensor, y: Tensor, parts: list[float] = parts) -> Finish:
+            return lambda active: None if active is None else parts.append(active.double().mean().item())
+
+        told = visit(closure, [known[name]], {known[name]: known[following]}, begin)
+        if told and parts and parts[0] < _ACTIVE:
+            found[name] = _Activity(following, parts[0])
+    return found
+
+
+def _with_feedback(plans: dict[str, LayerPlan], facts: _Facts, memory: int, whole: float) -> dict[str, LayerPlan]:
     """Plans with feedback for layers whose rows are those of the last one's errors, late layers first.
 
     Args:
         plans: of all layers.
-        traces: of all layers.
-        last: name of the last one.
+        facts: of the model.
         memory: how many numbers feedback may have in all.
-        whole: how many times the traced examples a batch has.
+        whole: how many times the examples at hand a batch has.
     """
-    if last is None or plans[last].mode != "basis":
+    if facts.last is None or plans[facts.last].mode != "basis":
         return plans
-    errors, found = plans[last].samples, dict(plans)
-    rows = traces[last].outputs // errors
-    for name, t in reversed(list(traces.items())):
-        if name not in plans or plans[name].mode != "outputs" or t.calls != 1:
-            continue
-        plan, outputs = plans[name], t.outputs // rows
+    errors, found = plans[facts.last].samples, dict(plans)
+    rows = facts.traces[facts.last].outputs // errors
+    for name in reversed(facts.names):
+        plan, t = plans[name], facts.traces[name]
+        outputs = t.outputs // rows
         needed = 2 * outputs * errors
-        if needed > memory:
+        if plan.mode != "outputs" or t.calls != 1 or needed > memory:
             continue
         memory -= needed
         if rows == (t.outputs // t.shape[-1] if plan.per_position else t.rows):

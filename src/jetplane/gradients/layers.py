@@ -51,11 +51,15 @@ class PerturbableLayer(ABC):
         parameters: names of the module's own parameters that `vjp` accounts for. One that a module lacks is None.
         methods: names of the methods that compute y. A subclass that overrides one of them is another kind of layer.
         positionwise: whether the last axis of y holds the features of one position, and the others count positions.
+        featurewise: whether a positionwise layer is moved along each of its features where it gets as many samples.
+            All positions move at once, so this is exact where no later layer mixes positions: leave it out for layers
+            that stand before those that do.
     """
 
     parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
     methods: ClassVar[tuple[str, ...]] = ("forward",)
     positionwise: ClassVar[bool] = False
+    featurewise: ClassVar[bool] = True
 
     @abstractmethod
     def vjp(self, module: Any, x: Tensor, cotangent: Tensor) -> Mapping[str, Tensor]:
@@ -218,6 +222,7 @@ class EmbeddingLayer(PerturbableLayer):
 
     parameters = ("weight",)
     positionwise = True
+    featurewise = False
 
     def vjp(self, module: nn.Embedding, x: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
         """See `PerturbableLayer.vjp`. The row of ``padding_idx`` has no gradient, as in torch."""
@@ -233,6 +238,7 @@ class LayerNormLayer(PerturbableLayer):
     """``y = W * normalized(x) + b``."""
 
     positionwise = True
+    featurewise = False
 
     def vjp(self, module: nn.LayerNorm, x: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
         """See `PerturbableLayer.vjp`."""
