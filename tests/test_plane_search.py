@@ -226,6 +226,26 @@ def test_frozen_parameters_stay_and_groups_have_their_own_rate():
     assert moved == [False, True, False, False]
 
 
+def test_layers_that_are_frozen_or_unfrozen_later_are_planned_anew():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    x, y = torch.randn(64, 4), torch.randint(2, (64,))
+    net[0].requires_grad_(False)
+    opt = jp.optim.PlaneSearch(net.parameters(), net)
+    first = [p.clone() for p in net[0].parameters()]
+    for _ in range(3):
+        opt.step(lambda: F.cross_entropy(net(x), y))
+    assert all(torch.equal(a, b) for a, b in zip(first, net[0].parameters(), strict=True))
+    net[0].requires_grad_(True)
+    net[2].requires_grad_(False)
+    last = [p.clone() for p in net[2].parameters()]
+    for _ in range(3):
+        opt.step(lambda: F.cross_entropy(net(x), y))
+    assert not any(torch.equal(a, b) for a, b in zip(first, net[0].parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(last, net[2].parameters(), strict=True))
+    assert set(opt.state["jetplane"]["plans"]) == {"0"}
+
+
 def test_few_parameters_are_all_moved():
     w = nn.Parameter(torch.ones(3))
     assert jp.optim.PlaneSearch([w]).k == 3

@@ -25,7 +25,7 @@ from ..directions.laws import key
 from ..errors import ArgumentError, DTypeError, ShapeError
 from ..evaluation.plane import KEPT, Curvature, PlaneModel
 from ..evaluation.side_effects import RandomState, random_state, rehearsal
-from ..gradients import Feedback, FeedbackState, LayerPlan, allocate, estimate, perturbable
+from ..gradients import Feedback, FeedbackState, LayerPlan, allocate, estimate, perturbable, signature
 from ..jets.jet import carried
 from ..parallel.layout import Layout
 from ..subspace.descent import Damped, Descent, SaddleFree, Solution, Spectral, named
@@ -421,7 +421,8 @@ class PlaneSearch(PlaneOptimizer):
             return allocate(closure, model, params, self.passes, whole / weight, chunk=chunk)
 
         plans = {name: LayerPlan.of(fields) for name, fields in own.get("plans", {}).items()}
-        if not plans:
+        planned_for = signature(model, params)
+        if planned_for != own.get("planned for"):  # at first, and when layers were frozen, unfrozen, or changed mode
             plans = allocated() if ranks is None else ranks.first(lambda: allocated() if weight else None)
         specs = {name: plan.feedback for name, plan in plans.items() if plan.feedback is not None and self.feedback}
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
@@ -439,7 +440,8 @@ class PlaneSearch(PlaneOptimizer):
         parts = [part.reshape(shape) for part, shape in zip(together.split(sizes), shapes, strict=True)]
         found = [part.to(p.dtype, copy=True) for part, p in zip(parts, params, strict=False)]
         learned = feedback.update(parts[len(params) :]).plain()
-        return found, {"plans": {name: plan.plain() for name, plan in plans.items()}, "feedback": learned}
+        plain = {name: plan.plain() for name, plan in plans.items()}
+        return found, {"plans": plain, "planned for": planned_for, "feedback": learned}
 
     def _remember(self, params: list[Tensor], found: list[Tensor], steps: list[tuple[int, Tensor]], n: int) -> None:
         if self.previous and any(bool(step.any()) for _, step in steps):
