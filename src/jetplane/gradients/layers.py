@@ -212,7 +212,7 @@ class ConvolutionLayer(WeightPerturbableLayer):
         y = (weight.flatten(2, 3) @ patches).reshape(n, groups, samples, outputs // groups, -1)
         y = y.permute(2, 0, 1, 3, 4).reshape(samples, n, outputs, -1)
         if "bias" in tangents:
-            y = y + tangents["bias"].unsqueeze(-1)
+            y = y.add_(tangents["bias"].unsqueeze(-1))
         return y.reshape(samples, n, outputs, *positions)
 
 

@@ -121,22 +121,14 @@ def estimate(
             "while these were frozen, or for another model. Call allocate anew"
         )
     every = dict(model.named_modules())
-    successors = {}
-    for layer in layers:
-        if layer.plan.successor is not None:
-            successors[layer.module] = every[layer.plan.successor]
+    successors = {layer.module: every[layer.plan.successor] for layer in layers if layer.plan.successor in every}
     with torch.no_grad():
         slopes = {layer.module: layer.slopes(closure) for layer in layers}
-        found = _directions(closure, layers, slopes, successors, feedback)
+        found = _directions(closure, params, layers, slopes, successors, feedback)
         if found is None:  # the model takes another way than when its successors were found
-            found = _directions(closure, layers, slopes, {}, feedback)
+            found = _directions(closure, params, layers, slopes, {}, feedback)
             assert found is not None
-        directions, correlations = found
-        total: dict[int, Tensor] = {}  # by the ids of parameters
-        for layer in layers:
-            for name, direction in directions[layer.name].items():
-                p = layer.parameters[name]
-                total[id(p)] = total[id(p)] + direction if id(p) in total else direction
+        total, correlations = found
         if others:
             moved = _forward_gradient(closure, others, plans[OTHERS].samples, int(key(seed, -1)))
             total |= {id(p): direction for p, direction in zip(others, moved, strict=True)}
@@ -156,18 +148,20 @@ def _errors(layers: Sequence[PerturbedLayer], slopes: Slopes) -> Tensor | None:
 
 def _directions(
     closure: Closure,
+    params: Sequence[Tensor],
     layers: Sequence[PerturbedLayer],
     slopes: Slopes,
     successors: Mapping[nn.Module, nn.Module],
     feedback: Feedback | None,
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]] | None:
-    """A last pass: the directions of each layer's parameters, by their names, and what its feedback learns from.
+) -> tuple[dict[int, Tensor], dict[str, Tensor]] | None:
+    """A last pass: the directions by the ids of parameters, and what each layer's feedback learns from by its name.
 
     None if it could not be told which outputs are active.
     """
     errors = _errors(layers, slopes)
     of = {layer.module: layer for layer in layers}
-    found: dict[str, dict[str, Tensor]] = {layer.name: {} for layer in layers}
+    moving = {id(p) for p in params}
+    total: dict[int, Tensor] = {}
     correlations: dict[str, Tensor] = {}
     read_later = set(successors.values())
 
@@ -175,7 +169,7 @@ def _directions(
         layer, slope = of[module], slopes[module]
         control = None
         # Examples may be fewer than in the batch that was planned for, but must be the errors' own.
-        if feedback is not None and errors is not None and slope is not None and layer.plan.feedback is not None:
+        if feedback is not None and layer.name in feedback.specs and errors is not None and slope is not None:
             if layer.rows(y.shape) == len(errors):
                 control = _ControlVariate(feedback, layer.name, errors, (y > 0).reshape(len(errors), -1))
         if module in read_later:
@@ -185,14 +179,15 @@ def _directions(
             if slope is None:
                 return
             directions, correlation = layer.directions(call, x, y, slope, active, control)
-            before = found[layer.name]
-            found[layer.name] = {n: before[n] + d if n in before else d for n, d in directions.items()}
+            for name, p in layer.parameters.items():
+                if id(p) in moving:
+                    total[id(p)] = total[id(p)] + directions[name] if id(p) in total else directions[name]
             if correlation is not None:
                 correlations[layer.name] = correlation
 
         return finish
 
-    return (found, correlations) if visit(closure, of, successors, begin) else None
+    return (total, correlations) if visit(closure, of, successors, begin) else None
 
 
 def _forward_gradient(closure: Closure, params: list[Tensor], samples: int, seed: int) -> list[Tensor]:
