@@ -164,7 +164,7 @@ class TestPlaneSearch:
         assert (bits - flat(net)).norm() <= 30 * close * bits.norm()  # flat directions keep what rounding adds
         alone = opt.state["jetplane"]["search"]
         assert own["search"] == pytest.approx(alone, rel=100 * close) and alone["noise"] > 0
-        assert own.get("shares") == opt.state["jetplane"].get("shares")
+        assert own.get("plans") == opt.state["jetplane"].get("plans")
 
     @pytest.mark.parametrize("name", SEARCHES)
     @pytest.mark.parametrize(("dtype", "close"), BOTH, ids=str)
@@ -352,7 +352,8 @@ def search_sent(rank, with_model):
     before = opt.ranks.sent
     calls = []
     opt.step(lambda: calls.append(1) or F.cross_entropy(net(x), y), weight=len(x))
-    taught = [t for t in opt.state["jetplane"].get("feedback", {}).values() if isinstance(t, torch.Tensor)]
+    learned = opt.state["jetplane"].get("feedback")
+    taught = [] if learned is None else [learned["second_moments"], *learned["maps"].values()]
     assert len(taught) == 2 * with_model  # of the first layer, and the errors' moments
     size = sum(t.numel() for t in (*net.parameters(), *taught))
     return opt.ranks.sent - before, len(opt.plane.slope), len(calls) - 1, size
