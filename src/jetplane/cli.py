@@ -200,9 +200,9 @@ def reproduce(
     with _progress() as progress:
         task = progress.add_task(name, total=None, loss="")
 
-        def observe(done: float, total: float, unit: str, loss: float) -> None:
+        def observe(done: float, total: float, item: str, loss: float) -> None:
             shown = "" if loss != loss else f"{loss:.2e}"
-            progress.update(task, completed=done, total=total, description=unit.replace("/", " "), loss=shown)
+            progress.update(task, completed=done, total=total, description=item.replace("/", " "), loss=shown)
 
         try:
             run_experiment(experiment(name, budget, data_dir, device, epochs), folder, observe)
