@@ -148,7 +148,8 @@ def _sgd(params: Params, model: nn.Module | None, settings: Settings) -> torch.o
 # --- the registry -----------------------------------------------------------------------------------------
 
 _BACKPROP = 3  # forward passes that a forward and a backward pass cost
-# Directions of PlaneSearch that are not drawn: 2 averages, the previous step, 2 scaled averages (the first in 3 parts).
+# Directions of PlaneSearch that are not drawn: 2 averages, the previous step, 2 scaled averages, the first of them in 3
+# parts (for a model of three layers or more).
 _REMEMBERED = 2 + 1 + (3 + 1)
 _ESTIMATES = 8  # forward passes that PlaneSearch spends on estimates of the gradient
 
