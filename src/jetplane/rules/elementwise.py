@@ -20,8 +20,6 @@ from ..jets.jet import (
     apply,
     broadcast,
     carried,
-    chain,
-    chain_many,
     expand,
     lift,
     linear,
@@ -32,7 +30,9 @@ from ..jets.jet import (
     precise,
     primal,
 )
+from . import zeros
 from .registry import RULES, aten, overload, register
+from .zeros import chain, chain_many
 
 Derivatives = tuple[Tensor | None, Tensor | None]
 
@@ -255,7 +255,8 @@ def _softplus(x: Tensor, y: Tensor, beta: Any = 1, threshold: Any = 20) -> Deriv
 
 
 def _mask(condition: Tensor, x: Tensor) -> Derivatives:
-    return condition.to(x.dtype), None
+    """A derivative that is one or zero: coefficients are selected, not multiplied."""
+    return condition, None
 
 
 def _leaky_relu(x: Tensor, y: Tensor, negative_slope: Any = 0.01) -> Derivatives:
@@ -395,6 +396,14 @@ SLOPES: dict[str, Callable[..., Tensor]] = {
     "softplus": lambda c, x, y, beta=1, threshold=20: aten.softplus_backward(c, x, beta, threshold),
 }
 
+# Functions whose derivatives are infinite or undefined somewhere, at infinity too.
+SINGULAR = {
+    "log", "log1p", "log2", "log10", "sqrt", "rsqrt", "reciprocal", "square", "pow.Tensor_Scalar",
+    "tan", "asin", "acos", "atan", "asinh", "acosh", "atanh", "sinc", "logit", "erf", "erfc", "erfinv",
+    "special_erfcx", "special_entr", "special_ndtr", "special_ndtri", "special_log_ndtr",
+    "lgamma", "digamma", "i0", "special_i0e", "special_i1",
+}  # fmt: skip
+
 # Functions whose value on complex numbers is not holomorphic: the chain rule above does not hold.
 NOT_HOLOMORPHIC = {"abs"}
 
@@ -405,6 +414,7 @@ def _unary(name: str, derivatives: Callable[..., Derivatives]) -> None:
         return
     packet = name.partition(".")[0]
     slope = SLOPES.get(name)
+    singular = name in SINGULAR
 
     def rule(space: Space, x: Any, *args: Any, **kwargs: Any) -> Any:
         p = primal(x, space)
@@ -428,15 +438,17 @@ def _unary(name: str, derivatives: Callable[..., Derivatives]) -> None:
                 first = quick(first[0].contiguous(), precise(p), precise(y), *args, **kwargs)[None]
                 return make(y, first, None, space)
         if p.numel() > BLOCK and not any(isinstance(a, Tensor) for a in args):
-            result = _in_blocks(space, x, p, y, of)
+            result = _in_blocks(space, x, p, y, of, singular)
             if result is not NotImplemented:
                 return result
-        return chain(space, x, y, *of(p, y))
+        return chain(space, x, y, *of(p, y), singular)
 
     RULES[op] = rule
 
 
-def _in_blocks(space: Space, x: Any, p: Tensor, y: Tensor, of: Callable[[Tensor, Tensor], Derivatives]) -> Any:
+def _in_blocks(
+    space: Space, x: Any, p: Tensor, y: Tensor, of: Callable[[Tensor, Tensor], Derivatives], singular: bool
+) -> Any:
     """`chain`, some elements at a time: the derivatives stay in the cache and take no memory of the result's size."""
     _, first, second = parts(x, space)
     held = [t for t in (p, y, first, second) if t is not None]
@@ -445,7 +457,8 @@ def _in_blocks(space: Space, x: Any, p: Tensor, y: Tensor, of: Callable[[Tensor,
     n = p.numel()
     p, flat, first = p.view(n), y.view(n), first.view(-1, n)
     d1, d2 = of(p[:1], flat[:1])
-    if d1 is None or (second is None and d2 is not None):  # products that may never be formed are `chain`'s
+    if d1 is None or d1.dtype == torch.bool or (second is None and d2 is not None):
+        # a selection takes no derivatives in memory; products that may never be formed are `chain`'s
         return NotImplemented
     y1 = space.memory.empty(first.shape, first)
     y2 = None if second is None else space.memory.empty((second.shape[0], n), second)
@@ -453,6 +466,8 @@ def _in_blocks(space: Space, x: Any, p: Tensor, y: Tensor, of: Callable[[Tensor,
         part = slice(start, start + BLOCK)
         d1, d2 = of(p[part], flat[part])
         assert d1 is not None
+        if singular and not zeros.finite(d1, d2):
+            return NotImplemented
         torch.mul(first[:, part], d1, out=y1[:, part])
         if y2 is not None and second is not None:
             bent = y2[:, part]
@@ -589,7 +604,8 @@ def _(space: Space, magnitude: Any, angle: Any) -> Tensor:
 @register("nextafter")
 def _(space: Space, a: Any, b: Any) -> Tensor:
     y = torch.nextafter(primal(a, space), primal(b, space))
-    return linear(space, a, lambda _: y, lambda c: expand(c, y.shape))
+    apart = primal(a, space) != primal(b, space)  # where they are equal, torch's derivative is zero
+    return linear(space, a, lambda _: y, lambda c: torch.where(apart, lift(c, y.dim()), 0))
 
 
 # --- functions of two tensors --------------------------------------------------------------
@@ -610,19 +626,19 @@ def _(space: Space, a: Any, b: Any) -> Tensor:
 def _(space: Space, a: Any, b: Any) -> Tensor:
     y, x = primal(a, space), primal(b, space)
     n = y * y + x * x
-    n2 = n * n
-    cross = 2 * x * y / n2
-    hessian = {(0, 0): -cross, (0, 1): (y * y - x * x) / n2, (1, 1): cross}
-    return chain_many(space, (a, b), torch.atan2(y, x), (x / n, -y / n), hessian)
+    n = torch.where(n == 0, torch.inf, n)  # as torch: no derivatives at the origin
+    u, v = x / n, y / n
+    hessian = {(0, 0): -2 * u * v, (0, 1): v * v - u * u, (1, 1): 2 * u * v}
+    return chain_many(space, (a, b), torch.atan2(y, x), (u, -v), hessian)
 
 
 @register("hypot")
 def _(space: Space, a: Any, b: Any) -> Tensor:
     x, y = primal(a, space), primal(b, space)
     r = torch.hypot(x, y)
-    r3 = r**3
-    hessian = {(0, 0): y * y / r3, (0, 1): -x * y / r3, (1, 1): x * x / r3}
-    return chain_many(space, (a, b), r, (x / r, y / r), hessian)
+    u, v = x / r, y / r
+    hessian = {(0, 0): v * v / r, (0, 1): -u * v / r, (1, 1): u * u / r}
+    return chain_many(space, (a, b), r, (u, v), hessian)
 
 
 @register("xlogy.Tensor", "xlogy.Scalar_Other", "xlogy.Scalar_Self")
@@ -685,27 +701,32 @@ def _(space: Space, a: Any, b: Any) -> Tensor:
     return linear(space, a, lambda _: y, lambda c: expand(lift(c, y.dim()) * ratio, y.shape))
 
 
-def _selecting(space: Space, a: Any, b: Any, y: Tensor, left: Tensor) -> Tensor:
-    """The first where left is 1, the second where it is 0, and the mean where it is 1/2."""
-    left = left.to(y.dtype)
-    return chain_many(space, (a, b), y, (left, 1 - left), {})
+def _selecting(space: Space, a: Any, b: Any, y: Tensor, left: Tensor, ties: Tensor | None = None) -> Tensor:
+    """The coefficients of the first where ``left``, of the second elsewhere, and their mean where there are ties."""
 
+    def pick(ca: Tensor | None, cb: Tensor | None) -> Tensor | None:
+        ca, cb = broadcast(ca, y.shape), broadcast(cb, y.shape)
+        if ca is None and cb is None:
+            return None
+        ca, cb = (torch.zeros((), dtype=carried(y.dtype), device=y.device) if c is None else c for c in (ca, cb))
+        chosen = torch.where(left, ca, cb)
+        return chosen if ties is None else torch.where(ties, 0.5 * (ca + cb), chosen)
 
-def _share(x: Tensor, y: Tensor, larger: bool) -> Tensor:
-    ahead = (x > y) if larger else (x < y)
-    return torch.where(x == y, 0.5, ahead.to(torch.float64))
+    _, fa, sa = parts(a, space)
+    _, fb, sb = parts(b, space)
+    return make(y, pick(fa, fb), pick(sa, sb), space)
 
 
 @register("maximum")
 def _(space: Space, a: Any, b: Any) -> Tensor:
     x, y = primal(a, space), primal(b, space)
-    return _selecting(space, a, b, torch.maximum(x, y), _share(x, y, True))
+    return _selecting(space, a, b, torch.maximum(x, y), x > y, x == y)
 
 
 @register("minimum")
 def _(space: Space, a: Any, b: Any) -> Tensor:
     x, y = primal(a, space), primal(b, space)
-    return _selecting(space, a, b, torch.minimum(x, y), _share(x, y, False))
+    return _selecting(space, a, b, torch.minimum(x, y), x < y, x == y)
 
 
 @register("fmax")
@@ -736,12 +757,11 @@ def _clamped(space: Space, x: Any, low: Any, high: Any) -> Tensor:
     bounds = [(b, primal(b, space)) for b in (low, high)]
     below = torch.zeros_like(y, dtype=torch.bool) if low is None else p < bounds[0][1]
     above = torch.zeros_like(y, dtype=torch.bool) if high is None else p > bounds[1][1]
-    if low is not None and high is not None:
-        crossed = bounds[0][1] > bounds[1][1]
-        above = above | crossed
-        below = below & ~crossed
-    below = below & ~above
     inside = ~(below | above)
+    if low is not None and high is not None:  # as torch: bounds in the wrong order give the upper one,
+        above = above | (bounds[0][1] > bounds[1][1])
+        below = below & (bounds[0][1] < bounds[1][1])  # and equal ones no derivative below them
+        inside = inside & ~above
     xs, gradient = [x], [inside.to(y.dtype)]
     for bound, hit in ((low, below), (high, above)):
         if bound is not None:
@@ -800,6 +820,7 @@ def _(
     generator: Any = None,
 ) -> Any:
     p = primal(x, space)
-    y = aten.rrelu(p, lower, upper, training, generator)
-    slope = torch.where(p > 0, 1.0, torch.where(p == 0, 1.0, y / p)).to(p.dtype)
-    return chain(space, x, y, slope, None)
+    noise = torch.empty_like(p)
+    y = aten.rrelu_with_noise(p, noise, lower, upper, training, generator)
+    leak = noise if training else (lower + upper) / 2
+    return chain(space, x, y, torch.where(p > 0, 1.0, leak).to(p.dtype), None, singular=False)

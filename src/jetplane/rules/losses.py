@@ -17,8 +17,10 @@ from ..jets.jet import Jet, Space, add, chain, gram, is_jet, make, parts, plain,
 from ..jets.structured import Tangents
 from . import examples
 from .registry import RULES, aten, register
+from .zeros import chain_many
 
 NONE, MEAN, SUM = 0, 1, 2
+CLAMPED = 1e-12  # the least p (1 - p) in derivatives of the binary cross entropy
 BLOCK = 1 << 19  # elements of a stack that are weighed at a time
 
 
@@ -102,9 +104,11 @@ def _(space: Space, x: Any, target: Any, weight: Any = None, pos_weight: Any = N
     p = primal(x, space)
     y = aten.binary_cross_entropy_with_logits(p, target, weight, pos_weight, NONE)
     s = torch.sigmoid(p)
-    positive = target if pos_weight is None else target * pos_weight
-    total = 1 - target + positive
-    d1, d2 = s * total - positive, s * (1 - s) * total
+    d1, d2 = s - target, s * (1 - s)
+    if pos_weight is not None:
+        positive = target * pos_weight
+        total = 1 - target + positive
+        d1, d2 = s * total - positive, d2 * total
     if weight is not None:
         d1, d2 = d1 * weight, d2 * weight
     return summed_chain(space, x, y, d1, d2, reduction)
@@ -112,13 +116,17 @@ def _(space: Space, x: Any, target: Any, weight: Any = None, pos_weight: Any = N
 
 @register("binary_cross_entropy")
 def _(space: Space, x: Any, target: Any, weight: Any = None, reduction: int = MEAN) -> Any:
-    p, t = primal(x, space), primal(target, space)
-    if is_jet(target, space) or is_jet(weight, space):
-        y = torch.neg(torch.add(torch.mul(target, torch.log(x)), torch.mul(1 - target, torch.log1p(torch.neg(x)))))
-        return reduce(y if weight is None else torch.mul(y, weight), reduction)
-    y = aten.binary_cross_entropy(p, t, weight, NONE)
+    # As torch, which takes logarithms to be at least -100, and p (1 - p) in the derivatives to be at least 1e-12.
+    p, t = precise(primal(x, space)), precise(primal(target, space))
     q = 1 - p
-    d1, d2 = (p - t) / (p * q), t / (p * p) + (1 - t) / (q * q)
+    both = (p * q).clamp(min=CLAMPED)
+    d1, d2 = (p - t) / both, (t * q * q + (1 - t) * p * p) / (both * both)
+    if is_jet(target, space) or is_jet(weight, space):
+        y = aten.binary_cross_entropy(primal(x, space), primal(target, space), None, NONE)
+        gradient = d1, torch.log1p(-p) - torch.log(p)
+        y = chain_many(space, (x, target), y, gradient, {(0, 0): d2, (0, 1): -1 / both})
+        return reduce(y if weight is None else torch.mul(y, weight), reduction)
+    y = aten.binary_cross_entropy(primal(x, space), primal(target, space), weight, NONE)
     if weight is not None:
         d1, d2 = d1 * weight, d2 * weight
     return summed_chain(space, x, y, d1, d2, reduction)

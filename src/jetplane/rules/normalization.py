@@ -13,7 +13,6 @@ from ..jets.jet import (
     Space,
     add,
     broadcast,
-    chain,
     is_jet,
     lift,
     make,
@@ -27,6 +26,7 @@ from ..jets.jet import (
 )
 from .registry import aten, register
 from .structure import up
+from .zeros import chain
 
 # --- softmax: with y the result and a_i = x_i - sum(y x_i) ------------------------------------
 
@@ -375,13 +375,11 @@ def _(space: Space, x: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False
 
 
 def _root(space: Space, x: Any, power: float) -> Any:
-    """``x ** power`` with derivative zero at zero: the subgradient that torch takes for norms."""
-    p = primal(x, space)
+    """``x ** power`` with both derivatives zero at zero: what torch takes for norms and standard deviations."""
+    p = precise(primal(x, space))
     y = torch.sqrt(p) if power == 0.5 else torch.pow(p, power)
-    at_zero = torch.eq(p, 0)
-    safe = torch.where(at_zero, 1, p)
-    d1 = torch.where(at_zero, 0, power * torch.where(at_zero, 1, y) / safe)
-    return chain(space, x, y, d1, (power - 1) * d1 / safe)
+    d1 = torch.where(p == 0, 0, 0.5 / y if power == 0.5 else power * p ** (power - 1))
+    return chain(space, x, y.to(x.dtype), d1, (power - 1) * d1 / torch.where(p == 0, 1, p))
 
 
 # --- variance and norms ------------------------------------------------------------------------
@@ -407,7 +405,8 @@ def _(space: Space, x: Any, dim: Any = None, *, correction: Any = None, keepdim:
 
 @register("std.correction")
 def _(space: Space, x: Any, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Any:
-    return torch.sqrt(torch.var(x, dim, correction=1 if correction is None else correction, keepdim=keepdim))
+    var = torch.var(x, dim, correction=1 if correction is None else correction, keepdim=keepdim)
+    return _root(space, var, 0.5)
 
 
 @register("var_mean.correction")

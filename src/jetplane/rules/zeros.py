@@ -1,0 +1,92 @@
+"""The chain rule where derivatives may be infinite: what does not move contributes nothing.
+
+A mask in front of a function stops reverse mode: ``relu(x).sqrt()`` has the derivative zero at x < 0, although that
+of ``sqrt`` at zero is infinite. In forward mode the mask has made the coefficient zero before, and ``0 * inf`` would
+be NaN. Here zero times anything is zero, in each direction apart; what does move where a derivative is infinite gets
+an infinite coefficient, as in reverse mode. A mask behind a function selects instead of multiplying, so that what is
+not finite before it is forgotten.
+
+The usual formulas serve wherever the derivatives are finite, which is seen from their sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..jets import jet
+from ..jets.jet import Space, add, broadcast, make, outer, parts, plain
+
+
+def finite(*derivatives: Tensor | None) -> bool:
+    """Whether all are known to be finite; it is not asked where that would make an accelerator wait."""
+    return all(
+        d is None or (plain(d) and d.device.type == "cpu" and bool(torch.isfinite(d.sum()))) for d in derivatives
+    )
+
+
+def product(d: Tensor | None, c: Tensor | None) -> Tensor | None:
+    """``d * c`` for a derivative and a stack of coefficients, zero where one of them is; None is zero."""
+    return None if d is None or c is None else torch.where((d == 0) | (c == 0), 0, d * c)
+
+
+def strong_outer(space: Space, a: Tensor, b: Tensor) -> Tensor:
+    """``a_i * b_j`` for each pair i <= j, zero where one of them is."""
+    moves = outer(space, (a != 0).to(a.dtype), (b != 0).to(b.dtype))
+    return torch.where(moves == 0, 0, outer(space, a, b))
+
+
+def select(condition: Tensor, c: Tensor | None) -> Tensor | None:
+    """Coefficients where a condition holds, zero elsewhere, whatever they are there."""
+    return None if c is None else torch.where(condition, c, 0)
+
+
+def chain(space: Space, x: Any, y: Tensor, d1: Tensor | None, d2: Tensor | None, singular: bool = True) -> Tensor:
+    """As `jetplane.jets.jet.chain`; a boolean first derivative selects.
+
+    Args:
+        space: of the evaluation.
+        x: the argument.
+        y: the value.
+        d1: the first derivative, f'(x).
+        d2: the second.
+        singular: whether the derivatives may be infinite or NaN where x does not move.
+    """
+    if d1 is not None and d1.dtype == torch.bool:
+        _, first, second = parts(x, space)
+        return make(y, select(d1, first), select(d1, second), space)
+    if not singular or finite(d1, d2):
+        return jet.chain(space, x, y, d1, d2)
+    return chain_many(space, (x,), y, (d1,), {} if d2 is None else {(0, 0): d2})
+
+
+def chain_many(
+    space: Space,
+    xs: Sequence[Any],
+    y: Tensor,
+    gradient: Sequence[Tensor | None],
+    hessian: dict[tuple[int, int], Tensor],
+) -> Tensor:
+    """As `jetplane.jets.jet.chain_many`, for derivatives that may be infinite."""
+    if finite(*gradient, *hessian.values()):
+        return jet.chain_many(space, xs, y, gradient, hessian)
+    every = [parts(x, space) for x in xs]
+    firsts = [broadcast(first, y.shape) for _, first, _ in every]
+    y1 = y2 = None
+    for d, first, (_, _, second) in zip(gradient, firsts, every, strict=True):
+        y1 = add(y1, product(d, first))
+        y2 = add(y2, product(d, broadcast(second, y.shape)))
+    if space.order == 2:
+        for (a, b), d in hessian.items():
+            fa, fb = firsts[a], firsts[b]
+            if fa is None or fb is None:
+                continue
+            bent = product(d, fa)
+            assert bent is not None
+            y2 = add(y2, strong_outer(space, bent, fb))
+            if a != b:
+                y2 = add(y2, strong_outer(space, fb, bent))
+    return make(y, y1, y2, space)
