@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import FallbackWarning, MissingRuleError
-from ..jets.jet import Jet, Space, chain, make, parts, plain
+from ..jets.jet import Jet, Space, make, parts, plain
+from .zeros import chain
 
 _strict: contextvars.ContextVar[bool] = contextvars.ContextVar("jetplane_strict", default=False)
 _announced: set[Any] = set()
@@ -122,13 +123,19 @@ def _along(func: Any, space: Space, leaves: Sequence[Any], carried: Sequence[Any
             return _normal(p)
         x = p.clone()
         if first is not None:
-            x = x + torch.tensordot(a.to(first.dtype), first.clone(), 1).to(p.dtype)
+            x = x + _combined(a, first).to(p.dtype)
         if second is not None:
-            x = x + torch.tensordot(half.to(second.dtype), second.clone(), 1).to(p.dtype)
+            x = x + _combined(half, second).to(p.dtype)
         return x
 
     inner_args, inner_kwargs = tree_unflatten([at(x, c) for x, c in zip(leaves, carried, strict=True)], spec)
     return tree_flatten(func(*inner_args, **inner_kwargs)), a
+
+
+def _combined(a: Tensor, c: Tensor) -> Tensor:
+    """``sum_n a_n c_n``; what does not move passes no gradient back, infinite ones neither."""
+    moves = c != 0
+    return torch.where(moves, a.to(c.dtype).reshape(-1, *[1] * (c.dim() - 1)) * c.clone(), 0).sum(0)
 
 
 def _coefficients(y: Tensor, a: Tensor, space: Space) -> tuple[Any, ...]:

@@ -96,10 +96,10 @@ def _(space: Space, x: Any, target: Any, reduction: int = MEAN, beta: float = 1.
 @register("binary_cross_entropy_with_logits")
 def _(space: Space, x: Any, target: Any, weight: Any = None, pos_weight: Any = None, reduction: int = MEAN) -> Any:
     if any(is_jet(t, space) for t in (target, weight, pos_weight)) or target.shape != x.shape:
-        negative = torch.mul(torch.sub(1, target), torch.nn.functional.softplus(x, 1, 1e6))
-        positive = torch.mul(target, torch.nn.functional.softplus(torch.neg(x), 1, 1e6))
+        negative = torch.mul(torch.sub(1, target), F.logsigmoid(torch.neg(x)))
+        positive = torch.mul(target, F.logsigmoid(x))
         positive = positive if pos_weight is None else torch.mul(positive, pos_weight)
-        y = torch.add(negative, positive)
+        y = torch.neg(torch.add(negative, positive))
         return reduce(y if weight is None else torch.mul(y, weight), reduction)
     p = primal(x, space)
     y = aten.binary_cross_entropy_with_logits(p, target, weight, pos_weight, NONE)
@@ -134,7 +134,7 @@ def _(space: Space, x: Any, target: Any, weight: Any = None, reduction: int = ME
 
 @register("soft_margin_loss")
 def _(space: Space, x: Any, target: Any, reduction: int = MEAN) -> Any:
-    return reduce(torch.nn.functional.softplus(torch.neg(torch.mul(x, target)), 1, 1e6), reduction)
+    return reduce(torch.neg(F.logsigmoid(torch.mul(x, target))), reduction)
 
 
 # --- classes --------------------------------------------------------------------------------------

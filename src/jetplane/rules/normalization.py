@@ -113,6 +113,29 @@ def _(space: Space, x: Any, dim: Sequence[int], keepdim: bool = False) -> Tensor
     return jet if keepdim else jet.squeeze(tuple(dims))
 
 
+@register("logcumsumexp")
+def _(space: Space, x: Any, dim: int) -> Tensor:
+    p, first, second = parts(x, space)
+    if p.dim() == 0:
+        return x
+    if p.is_complex() or not plain(p, first, second):
+        return NotImplemented
+    p = precise(p)
+    z = torch.logcumsumexp(p, dim)
+    base = torch.where(z.isinf(), 0, z)
+
+    def mean(c: Tensor) -> Tensor:
+        """``sum(exp(x_j - z) c_j)`` over what is before each place, positive and negative parts apart."""
+        up_to, down_to = (torch.logcumsumexp(p + (s * c).clamp(min=0).log(), up(dim)) for s in (1, -1))
+        return torch.exp(up_to - base) - torch.exp(down_to - base)
+
+    m = None if first is None else mean(first)
+    s = None if second is None else mean(second)
+    if first is not None and m is not None and space.order == 2:
+        s = add(s, mean(outer(space, first, first)) - outer(space, m, m))
+    return make(z.to(x.dtype), m, s, space)
+
+
 # --- normalization by mean and variance -------------------------------------------------------
 
 
