@@ -219,38 +219,28 @@ def points(op, samples: int, every: int) -> Iterator[tuple[str, Point]]:
                 yield f"sample {n}, {how}, mask {mask}", p
 
 
+# Where autograd's number is not held against jets, by kind.
+SINGULAR = "of a matrix that is singular, not positive definite or not finite torch gives parts of an infinite gradient"
+EXEMPT = {
+    **dict.fromkeys(
+        (
+            "lu", "lu_solve", "linalg.lu", "linalg.lu_factor_ex", "linalg.lu_solve", "linalg.cholesky_ex", "ormqr", "qr",
+            "linalg.qr", "linalg.householder_product", "triangular_solve", "linalg.solve_triangular", "svd_lowrank",
+        ),
+        SINGULAR,
+    ),
+    "polar": "torch's derivative by the magnitude is zero at magnitude zero, where the function is smooth",
+    "logcumsumexp": "torch adds logarithms of gradients to logits of 1e30, which rounds them away",
+    "scatter_reduce.prod": "a result that is NaN makes the local reverse pass NaN",
+}  # fmt: skip
+
 # Operators that fall short of it.
 SHORT = {
-    "grid_sampler_2d",
-    "grid_sampler_3d",
-    "linalg.cholesky_ex",
-    "linalg.eigh",
-    "linalg.householder_product",
-    "linalg.lu",
-    "linalg.lu_factor",
-    "linalg.lu_factor_ex",
-    "linalg.lu_solve",
-    "linalg.qr",
-    "linalg.solve_triangular",
-    "logcumsumexp",
-    "lu",
-    "lu_solve",
-    "nn.functional.binary_cross_entropy_with_logits",
-    "nn.functional.ctc_loss",
-    "nn.functional.gaussian_nll_loss",
-    "nn.functional.grid_sample",
-    "norm.nuc",
-    "ormqr",
-    "pca_lowrank",
-    "polar",
-    "qr",
-    "scatter_reduce.prod",
-    "svd_lowrank",
-    "triangular_solve",
+    "nn.functional.gaussian_nll_loss",  # clamps under no_grad, which derivatives go through in reverse mode
 }
 
 
-@pytest.mark.parametrize("op", OPS, ids=name_of)
+@pytest.mark.parametrize("op", [op for op in OPS if name_of(op) not in EXEMPT], ids=name_of)
 def test_operator(op, request):
     if name_of(op) in SHORT:
         request.applymarker(pytest.mark.xfail(strict=True))

@@ -95,7 +95,8 @@ def reverse(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
             outputs, a = _along(func, space, leaves, carried, spec)
             if not any(isinstance(y, Tensor) and y.requires_grad for y in outputs[0]):
                 raise NotImplementedError("it has no derivative in torch")  # which is not to be zero
-            found = [_coefficients(y, a, space) if isinstance(y, Tensor) else (y,) for y in outputs[0]]
+            moving = _Moving(space, carried)
+            found = [moving.checked(*_coefficients(y, a, space)) if isinstance(y, Tensor) else (y,) for y in outputs[0]]
     except (RuntimeError, NotImplementedError) as error:
         raise missing(func, f"autograd cannot differentiate it twice either ({str(error).splitlines()[0]})") from error
     if func not in _announced:
@@ -133,9 +134,40 @@ def _along(func: Any, space: Space, leaves: Sequence[Any], carried: Sequence[Any
 
 
 def _combined(a: Tensor, c: Tensor) -> Tensor:
-    """``sum_n a_n c_n``; what does not move passes no gradient back, infinite ones neither."""
-    moves = c != 0
+    """``sum_n a_n c_n``; what does not move, or is not finite, passes no gradient back, infinite ones neither."""
+    moves = (c != 0) & c.isfinite()
     return torch.where(moves, a.to(c.dtype).reshape(-1, *[1] * (c.dim() - 1)) * c.clone(), 0).sum(0)
+
+
+class _Moving:
+    """Along which directions the inputs move, and whether by finite coefficients.
+
+    Where a gradient is not finite, a direction in which nothing moves still has coefficients zero, and one that is
+    not finite itself leaves the others as they are.
+    """
+
+    def __init__(self, space: Space, carried: Sequence[Any]) -> None:
+        first, second = (
+            sum(
+                (c[n].abs().flatten(1).sum(1).double() for c in carried if c[n] is not None),
+                torch.zeros(size, dtype=torch.float64),
+            )
+            for n, size in ((1, space.k), (2, space.pairs))
+        )
+        i, j = torch.tensor(space.indices()).T
+        both = torch.where((first[i] == 0) | (first[j] == 0), 0, first[i] + first[j])
+        self.first, self.second = first, second + both
+
+    def checked(self, y: Tensor, first: Tensor | None = None, second: Tensor | None = None) -> tuple[Any, ...]:
+        """The coefficients of a result, zero for directions that do not move and NaN for those that are not finite."""
+
+        def known(c: Tensor | None, size: Tensor) -> Tensor | None:
+            if c is None:
+                return None
+            size = size.to(c.device).reshape(-1, *[1] * (c.dim() - 1))
+            return torch.where(size == 0, 0, torch.where(size.isfinite(), c, torch.nan))
+
+        return (y,) if first is None else (y, known(first, self.first), known(second, self.second))
 
 
 def _coefficients(y: Tensor, a: Tensor, space: Space) -> tuple[Any, ...]:

@@ -115,25 +115,16 @@ def _(space: Space, x: Any, dim: Sequence[int], keepdim: bool = False) -> Tensor
 
 @register("logcumsumexp")
 def _(space: Space, x: Any, dim: int) -> Tensor:
-    p, first, second = parts(x, space)
-    if p.dim() == 0:
+    p = primal(x, space)
+    if p.numel() == 0 or p.dim() == 0:
         return x
-    if p.is_complex() or not plain(p, first, second):
+    if p.is_complex():
         return NotImplemented
-    p = precise(p)
-    z = torch.logcumsumexp(p, dim)
-    base = torch.where(z.isinf(), 0, z)
-
-    def mean(c: Tensor) -> Tensor:
-        """``sum(exp(x_j - z) c_j)`` over what is before each place, positive and negative parts apart."""
-        up_to, down_to = (torch.logcumsumexp(p + (s * c).clamp(min=0).log(), up(dim)) for s in (1, -1))
-        return torch.exp(up_to - base) - torch.exp(down_to - base)
-
-    m = None if first is None else mean(first)
-    s = None if second is None else mean(second)
-    if first is not None and m is not None and space.order == 2:
-        s = add(s, mean(outer(space, first, first)) - outer(space, m, m))
-    return make(z.to(x.dtype), m, s, space)
+    sums = list(x.unbind(dim))
+    for i in range(1, len(sums)):
+        sums[i] = torch.logaddexp(sums[i - 1], sums[i])
+    _, first, second = parts(torch.stack(sums, dim), space)
+    return make(torch.logcumsumexp(p, dim), first, second, space)
 
 
 # --- normalization by mean and variance -------------------------------------------------------
