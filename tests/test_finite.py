@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_ops import SKIPPED, name_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -82,6 +83,21 @@ DRAWS = [
     ("equal", "none"),
     ("equal", "inf"),
 ]
+
+
+# Draws that are left out.
+EXEMPT = {
+    # torch itself reads outside of the image there
+    **dict.fromkeys(
+        ("nn.functional.grid_sample", "grid_sampler_2d", "grid_sampler_3d"), {"saturated", "-inf", "inf", "nan"}
+    ),
+    # torch's derivative by the magnitude is zero at magnitude zero, where the function is smooth
+    "polar": {"zeros", "some zeros", "kinks", "integers", "0"},
+    # torch adds logarithms of gradients to logits of 1e30, which rounds them away
+    "logcumsumexp": {"saturated"},
+    # a result that is not a number spoils the local reverse pass, of which all results are one
+    "scatter_reduce.prod": {"nan"},
+}
 
 
 @dataclass
@@ -212,26 +228,18 @@ def points(op, samples: int, every: int) -> Iterator[tuple[str, Point]]:
         if n >= samples:
             return
         for how, mask in DRAWS[n % every :: every]:
-            if "grid_sample" in op.name and (how == "saturated" or mask in ("-inf", "inf", "nan")):
-                continue  # torch itself reads outside of the image there
+            if {how, mask} & EXEMPT.get(name_of(op), set()):
+                continue
             p = point(op, sample, how, mask, n)
             if p is not None:
                 yield f"sample {n}, {how}, mask {mask}", p
 
 
-# Where autograd's number is not held against jets, by kind.
-SINGULAR = "of a matrix that is singular, not positive definite or not finite torch gives parts of an infinite gradient"
-EXEMPT = {
-    **dict.fromkeys(
-        (
-            "lu", "lu_solve", "linalg.lu", "linalg.lu_factor_ex", "linalg.lu_solve", "linalg.cholesky_ex", "ormqr", "qr",
-            "linalg.qr", "linalg.householder_product", "triangular_solve", "linalg.solve_triangular", "svd_lowrank",
-        ),
-        SINGULAR,
-    ),
-    "polar": "torch's derivative by the magnitude is zero at magnitude zero, where the function is smooth",
-    "logcumsumexp": "torch adds logarithms of gradients to logits of 1e30, which rounds them away",
-    "scatter_reduce.prod": "a result that is NaN makes the local reverse pass NaN",
+# Where autograd's number is not held against jets. Of a matrix that is singular, not positive definite or not finite
+# torch gives parts of an infinite gradient.
+NOT_DEFINED = {
+    "lu", "lu_solve", "linalg.lu", "linalg.lu_factor_ex", "linalg.lu_solve", "linalg.cholesky_ex", "ormqr", "qr",
+    "linalg.qr", "linalg.householder_product", "triangular_solve", "linalg.solve_triangular", "svd_lowrank",
 }  # fmt: skip
 
 # Operators that fall short of it.
@@ -240,9 +248,234 @@ SHORT = {
 }
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if name_of(op) not in EXEMPT], ids=name_of)
+@pytest.mark.parametrize("op", [op for op in OPS if name_of(op) not in NOT_DEFINED], ids=name_of)
 def test_operator(op, request):
     if name_of(op) in SHORT:
         request.applymarker(pytest.mark.xfail(strict=True))
     found = [f"{where}: {failure}" for where, p in points(op, SAMPLES, EVERY) for failure in failures(p)]
     assert not found, "\n".join(found)
+
+
+INF, NAN = torch.inf, torch.nan
+BOTH = torch.tensor([[True, True], [False, True]])
+TARGETS = torch.tensor([0.0, 1.0, 0.5, 1.0])
+
+
+def like(x: Tensor, values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=x.dtype)
+
+
+def attention(x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(x, x, x.sin(), torch.tensor([[True, False], [False, False]]))
+
+
+# Programs whose gradient by reverse mode is finite, though a formula in them is not.
+PROGRAMS = {
+    "a softmax of which all is masked, nan_to_num": (
+        lambda x: x.view(2, 2).masked_fill(BOTH, -INF).softmax(-1).nan_to_num(), [0.0, 0.5, 1.0, 2.0]
+    ),
+    "the same by where": (
+        lambda x: torch.where(BOTH.all(1, True), 0, torch.where(BOTH, -INF, x.view(2, 2)).softmax(-1)), [0.0, 0.5, 1, 2]
+    ),
+    "a log softmax of which all is masked": (
+        lambda x: x.view(2, 2).masked_fill(BOTH, -INF).log_softmax(-1).nan_to_num(0, 0, 0), [0.0, 0.5, 1.0, 2.0]
+    ),
+    "a mask that is added": (lambda x: (x + like(x, [0, -INF, 0, -INF])).softmax(0), [0.3, 0.1, 0.2, 0.5]),
+    "logsumexp of masked logits": (
+        lambda x: (x + like(x, [0, -INF, 0, -INF])).logsumexp(0).exp() + x.sum(), [0.3, 0.1, 0.2, 0.5]
+    ),
+    "attention of rows that see nothing": (lambda x: attention(x.view(1, 2, 2)), [0.3, 0.1, 0.2, 0.5]),
+    "cross entropy of masked logits": (
+        lambda x: F.cross_entropy(x.view(2, 2) + like(x, [0, -INF, 0, 0]).view(2, 2), torch.tensor([0, 1])),
+        [0.3, 1.0, 2.0, 3.0],
+    ),
+    "cross entropy of confident logits": (
+        lambda x: F.cross_entropy(x.view(2, 2), torch.tensor([0, 1])), [1e4, -1e4, 1e4, -1e4]
+    ),
+    "binary cross entropy of a saturated sigmoid": (
+        lambda x: F.binary_cross_entropy(torch.sigmoid(x), TARGETS.to(x.dtype)), [-800.0, 800.0, 40.0, -800.0]
+    ),
+    "binary cross entropy of zeros and ones": (
+        lambda x: F.binary_cross_entropy(x, TARGETS.to(x.dtype), reduction="none"), [0.0, 1.0, 1.0, 0.0]
+    ),
+    "binary cross entropy of large logits": (
+        lambda x: F.binary_cross_entropy_with_logits(x, TARGETS.to(x.dtype)), [-1e4, 1e4, 1e4, -1e4]
+    ),
+    "binary cross entropy of large logits, targets that move": (
+        lambda x: F.binary_cross_entropy_with_logits(x, x.sin() / 2 + 0.5), [-1e4, 1e4, 100.0, -100.0]
+    ),
+    "soft margin of large scores": (
+        lambda x: F.soft_margin_loss(x, like(x, [1, -1, 1, -1])), [-40.0, 40.0, 40.0, -40.0]
+    ),
+    "divergence from a distribution with zeros": (
+        lambda x: F.kl_div(x.log_softmax(0), TARGETS.to(x.dtype), reduction="sum"), [0.0, 1.0, 2.0, 3.0]
+    ),
+    "divergence from masked logits": (
+        lambda x: F.kl_div(
+            x.masked_fill(x > 2, -INF).log_softmax(0).nan_to_num(neginf=-9),
+            like(x, [0.2, 0.8, 0, 0]), reduction="sum",
+        ),
+        [0.0, 1.0, 2.0, 3.0],
+    ),
+    "entropy of clamped probabilities": (
+        lambda x: torch.special.entr(F.relu(x)) + torch.xlogy(F.relu(x), F.relu(x)), [-1.0, 1.0, 0.5, -2.0]
+    ),
+    "deviation of a constant": (lambda x: x.std() + x.sum(), [2.0, 2.0, 2.0]),
+    "deviation without correction": (lambda x: x.std(0, correction=0) + x.sum(), [2.0, 2.0, 2.0]),
+    "deviation and mean of rows": (lambda x: torch.cat(torch.std_mean(x.view(2, 2), 1)), [2.0, 2.0, 1.0, 3.0]),
+    "norm of zeros": (lambda x: x.norm() + x.sum(), [0.0, 0.0]),
+    "norms of zeros": (
+        lambda x: sum(torch.linalg.vector_norm(x, p) for p in (0.5, 1, 1.5, 3, INF)) + x.sum(), [0.0, 0.0]
+    ),
+    "norms with one zero": (lambda x: sum(torch.linalg.vector_norm(x, p) for p in (1, 2, 3, INF)), [0.0, 1.0, -1.0]),
+    "normalized zeros": (lambda x: F.normalize(x.view(2, 2), dim=1), [0.0, 0.0, 3.0, 4.0]),
+    "cosine with zeros": (lambda x: F.cosine_similarity(x[:2], x[2:], dim=0), [0.0, 0.0, 3.0, 4.0]),
+    "distances of equal points": (
+        lambda x: torch.cdist(x.view(3, 2), x.view(3, 2)).sum() + F.pdist(x.view(3, 2)), [1.0, 2.0, 1.0, 2.0, 0.0, 1.0]
+    ),
+    "distances of equal points, other norms": (
+        lambda x: sum(torch.cdist(x.view(3, 2), x.view(3, 2).sin(), p) for p in (1.0, 3.0, INF)),
+        [0.0, 0.0, 0.0, 0.0, 0.0, 1.0],
+    ),
+    "distances of many points": (
+        lambda x: torch.cdist(x.view(1, 2).expand(30, 2), x.view(1, 2).expand(30, 2).sin()), [0.0, 1.0]
+    ),
+    "pairwise distance of equal points": (lambda x: F.pairwise_distance(x.view(1, 2), x.view(1, 2)), [1.0, 2.0]),
+    "triplets of equal points": (
+        lambda x: F.triplet_margin_loss(x[None, :2], x[None, 2:4], x[None, 4:]), [1.0, 2, 1, 2, 1, 2]
+    ),
+    "root of what relu cut off": (lambda x: F.relu(x).sqrt(), [-1.0, 4.0, -2.0]),
+    "powers of what relu cut off": (
+        lambda x: F.relu(x) ** 0.5 + F.relu(x) ** 1.5 + F.relu(x).pow(like(x, [0.3] * 3)), [-1.0, 4.0, -2.0]
+    ),
+    "inverses behind a mask": (
+        lambda x: torch.where(x > 0, x, 1).rsqrt() + torch.where(x > 0, x, INF).reciprocal(), [0.0, 4.0, -2.0]
+    ),
+    "a guard before and behind": (
+        lambda x: torch.where(x > 0, torch.where(x > 0, x, 0).log(), 0) + 1 / torch.where(x > 0, x, INF), [0.0, 4, -2]
+    ),
+    "angles at the border, masked": (
+        lambda x: x.clamp(-1, 1).acos() + torch.where(x.abs() < 1, x, 1).asin()
+        + x.clamp(-1, 1).atanh().nan_to_num(0, 0, 0),
+        [-1.5, 0.5, 2.0],
+    ),
+    "masked to minus infinity, then exp": (lambda x: x.masked_fill(x < 0, -INF).exp(), [-1.0, 0.5, 2.0]),
+    "times a mask": (lambda x: F.relu(x) * like(x, [0, 0, 1]) + F.relu(x) * 0, [-1.0, 0.5, 0.0]),
+    "infinities that saturate": (
+        lambda x: sum(
+            f(x + like(x, [INF, -INF, 0])) for f in (torch.sigmoid, torch.tanh, torch.erf, torch.atan, F.logsigmoid)
+        ).nan_to_num(0, 0, 0),
+        [1.0, 0.5, 2.0],
+    ),
+    "not a number on one side": (
+        lambda x: torch.fmax(x, like(x, [NAN, 0, 9])) + torch.fmin(like(x, [NAN, 0, 9]), x), [1.0, 0.5, 2.0]
+    ),
+    "sums without what is not a number": (
+        lambda x: torch.where(x > 1, NAN, x).nansum() + torch.where(x > 1, NAN, x).nanmean(), [1.0, 0.5, 2.0]
+    ),
+    "ties": (
+        lambda x: x.max() + x.min() + x.amax() + x.median() + x.nanmedian() + x.sort()[0] * like(x, [1, 2, 3, 4])
+        + x.topk(2)[0].sum() + x.cummax(0)[0] + x.cummin(0)[0] + torch.maximum(x, x.flip(0)) + x.kthvalue(2)[0]
+        + x.median(0)[0] + x.mode(0)[0],
+        [1.0, 2.0, 1.0, 1.0],
+    ),
+    "ties in pools": (
+        lambda x: F.max_pool1d(x.view(1, 1, 4), 2).sum() + F.adaptive_max_pool1d(x.view(1, 1, 4), 2).sum()
+        + F.max_pool2d(x.view(1, 1, 2, 2), 2).sum(),
+        [1.0, 1.0, 0.0, 0.0],
+    ),
+    "products with zeros": (lambda x: x.prod() + x.cumprod(0) + x.view(2, 2).prod(0).sum(), [0.0, 2.0, 0.0, 3.0]),
+    "one zero in a product": (lambda x: x.prod() + x.cumprod(0), [3.0, 2.0, 0.0, 3.0]),
+    "kinks": (
+        lambda x: sum(
+            f(x)
+            for f in (
+                F.relu, F.relu6, F.elu, F.selu, F.celu, F.leaky_relu, F.hardtanh, F.hardswish, F.hardsigmoid,
+                F.softshrink, F.hardshrink, F.softsign, F.rrelu, torch.abs, torch.sign, torch.frac, torch.floor,
+            )
+        ),
+        [0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 3.0, -3.0, 6.0],
+    ),
+    "bounds": (
+        lambda x: x.clamp(0, 1) + x.clamp(min=0) + x.clamp(max=1) + torch.clamp(x, x * 0, x * 0 + 1),
+        [0.0, 1.0, 2.0, -1.0],
+    ),
+    "kinks of losses": (
+        lambda x: F.huber_loss(x, x * 0) + F.smooth_l1_loss(x, x * 0) + F.l1_loss(x, x * 0)
+        + F.hinge_embedding_loss(x, -torch.ones_like(x)),
+        [0.0, 1.0, -1.0],
+    ),
+    "prelu at zero": (lambda x: F.prelu(x[:3], x[3:]), [0.0, -1.0, 1.0, 0.25]),
+    "random leaks at zero": (lambda x: F.rrelu(x, training=True), [0.0, -1.0, 1.0, -0.0]),
+    "normalization of constants": (
+        lambda x: F.layer_norm(x.view(2, 2), (2,)) + F.batch_norm(x.view(2, 2), None, None, training=True)
+        + F.group_norm(x.view(2, 2), 1) + F.rms_norm(x.view(2, 2), (2,)),
+        [0.0, 0.0, 0.0, 0.0],
+    ),
+    "renormalized": (lambda x: torch.renorm(x.view(2, 2), 2, 0, 1.0), [0.0, 0.0, 3.0, 4.0]),
+    "angle and length at the origin": (lambda x: torch.atan2(x, x * 2) + x, [0.0, 1.0]),
+    "logaddexp of what is impossible": (
+        lambda x: torch.logaddexp(x, torch.where(x > 0, x, -INF)) + torch.logcumsumexp(x, 0), [-1.0, 2.0, 0.0]
+    ),
+    "logit with bounds": (lambda x: torch.logit(x, 1e-3), [0.0, 1.0, 0.5, 1e-3]),
+    "numbers for what is not one": (lambda x: torch.where(x > 1, INF, x).nan_to_num() / 1e300, [0.0, 2.0]),
+    "rounding": (lambda x: x.fmod(2) + x.remainder(2) + x.round() + x.trunc(), [0.0, 2, -2, 3]),
+    "between pixels": (
+        lambda x: F.grid_sample(x[:4].view(1, 1, 2, 2), x[4:].view(1, 2, 1, 2), align_corners=True)
+        + F.interpolate(x[:4].view(1, 1, 2, 2), scale_factor=2, mode="bilinear").sum(),
+        [1.0, 2.0, 3.0, 4.0, 0.0, 0.0, 1.0, -1.0],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_program(name):
+    f, x = PROGRAMS[name]
+
+    def loss(x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return contract(f(x + CURVATURE * (x - x.detach()) ** 2), [], torch.Generator().manual_seed(1))
+
+    p = Point(loss, [torch.tensor(x, dtype=torch.float64)])
+    found = gradient(p)
+    assert found is not None and torch.isfinite(found[0]).all(), "nothing is demanded where autograd is not finite"
+    assert not list(failures(p))
+    second = jp.hessian(loss, p.leaves[0])
+    assert torch.isfinite(second).all()
+
+
+# Programs whose gradient by reverse mode is not finite, where jets forget what a mask behind takes away.
+BETTER = {
+    "a logarithm cut off": (lambda x: x.log().clamp(min=-100), [0.0, 1.0], [0.0, 1.0]),
+    "a root masked": (lambda x: torch.where(x > 0, x.sqrt(), 0), [0.0, 1.0], [0.0, 0.5]),
+    "an inverse made finite": (lambda x: (1 / x).nan_to_num(0, 0, 0), [0.0, 1.0], [0.0, -1.0]),
+    "the larger of two roots": (lambda x: x.sqrt().amax(), [0.0, 1.0], [0.0, 0.5]),
+}
+
+
+@pytest.mark.parametrize("name", BETTER)
+def test_masks_behind_a_function(name):
+    f, x, expected = BETTER[name]
+    x = torch.tensor(x)
+    _, first, second = jp.jet(lambda x: f(x).sum(), x, torch.eye(2))
+    torch.testing.assert_close(first, torch.tensor(expected))
+    assert torch.isfinite(second).all()
+
+
+def test_large_tensors_with_a_mask():
+    """Elementwise functions of many elements are carried in blocks."""
+    x = torch.linspace(-1, 1, 1 << 17, dtype=torch.float64)
+    for f in (lambda x: F.relu(x).sqrt(), lambda x: x.log().clamp(min=-9).nan_to_num(-9), lambda x: x.clamp(-0.5, 0.5)):
+        plane = jp.evaluate(lambda f=f: f(x).sum(), [x], [torch.ones(1, *x.shape).double()])
+        inside = jp.evaluate(
+            lambda f=f: f(x[x > 0.01]).sum() + f(x[x <= 0.01]).sum(), [x], [torch.ones(1, *x.shape).double()]
+        )
+        torch.testing.assert_close(plane.slope, inside.slope)
+
+
+def test_directions_that_stay_away_from_an_infinite_slope():
+    """Each direction has its own coefficients: an infinite one does not spoil the others."""
+    x = torch.tensor([0.0, 4.0], dtype=torch.float64)
+    _, first, second = jp.jet(lambda x: x.sqrt().sum(), x, torch.eye(2).double())
+    torch.testing.assert_close(first, torch.tensor([INF, 0.25]).double())
+    torch.testing.assert_close(second[1], torch.tensor([0.0, -1 / 32]).double())

@@ -42,6 +42,11 @@ BLOCK = 1 << 16  # elements at a time: a few tensors of them fit into the cache
 LN2, LN10 = math.log(2), math.log(10)
 
 
+def _fading(x: Tensor, d: Tensor) -> Tensor:
+    """``x * d`` for d that vanishes where x is infinite."""
+    return torch.where(d == 0, 0, x * d)
+
+
 def _tan(x: Tensor, y: Tensor) -> Derivatives:
     d = 1 + y * y
     return d, 2 * y * d
@@ -76,7 +81,7 @@ def _mish(x: Tensor, y: Tensor) -> Derivatives:
 
 def _erf(x: Tensor, y: Tensor) -> Derivatives:
     d = TWO_OVER_SQRT_PI * torch.exp(-x * x)
-    return d, -2 * x * d
+    return d, -2 * _fading(x, d)
 
 
 def _erfinv(x: Tensor, y: Tensor) -> Derivatives:
@@ -102,7 +107,7 @@ def _acos(x: Tensor, y: Tensor) -> Derivatives:
 
 def _atan(x: Tensor, y: Tensor) -> Derivatives:
     d = 1 / (1 + x * x)
-    return d, -2 * x * d * d
+    return d, -2 * _fading(x, d * d)
 
 
 def _asinh(x: Tensor, y: Tensor) -> Derivatives:
@@ -168,7 +173,7 @@ def _logit(x: Tensor, y: Tensor, eps: float | None = None) -> Derivatives:
 
 def _ndtr(x: Tensor, y: Tensor) -> Derivatives:
     d = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-    return d, -x * d
+    return d, -_fading(x, d)
 
 
 def _ndtri(x: Tensor, y: Tensor) -> Derivatives:
@@ -178,7 +183,7 @@ def _ndtri(x: Tensor, y: Tensor) -> Derivatives:
 
 def _log_ndtr(x: Tensor, y: Tensor) -> Derivatives:
     d = TWO_OVER_SQRT_PI / math.sqrt(2) / torch.special.erfcx(-x / math.sqrt(2))
-    return d, -d * (x + d)
+    return d, -_fading(x + d, d)
 
 
 def _entr(x: Tensor, y: Tensor) -> Derivatives:

@@ -74,8 +74,9 @@ def _(space: Space, x: Any, target: Any, reduction: int = MEAN, delta: float = 1
     d = torch.sub(x, target)
     p = primal(d, space)
     near = p.abs() <= delta
+    bent = (p.abs() < delta).to(p.dtype)
     y = torch.where(near, 0.5 * p * p, delta * (p.abs() - 0.5 * delta))
-    return summed_chain(space, d, y, torch.where(near, p, delta * torch.sgn(p)), near.to(p.dtype), reduction)
+    return summed_chain(space, d, y, torch.where(near, p, delta * torch.sgn(p)), bent, reduction)
 
 
 @register("smooth_l1_loss")

@@ -15,6 +15,7 @@ from ..jets.jet import (
     broadcast,
     is_jet,
     lift,
+    linear,
     make,
     multiply,
     outer,
@@ -394,6 +395,38 @@ def _root(space: Space, x: Any, power: float) -> Any:
     y = torch.sqrt(p) if power == 0.5 else torch.pow(p, power)
     d1 = torch.where(p == 0, 0, 0.5 / y if power == 0.5 else power * p ** (power - 1))
     return chain(space, x, y.to(x.dtype), d1, (power - 1) * d1 / torch.where(p == 0, 1, p))
+
+
+def _distance(space: Space, difference: Any, p: float) -> Any:
+    """The p-norm along the last dimension, with the derivatives that torch's distances have.
+
+    Zero at equal points; for the largest difference, each that is as large counts in full.
+    """
+    if p != math.inf:
+        return torch.linalg.vector_norm(difference, p, -1)
+    size = torch.abs(difference)
+    y = torch.amax(primal(size, space), -1)
+    hit = primal(size, space) == y.unsqueeze(-1)
+    return linear(space, size, lambda _: y, lambda c: torch.where(hit, c, 0).sum(-1))
+
+
+@register("_cdist_forward")
+def _(space: Space, a: Any, b: Any, p: float, compute_mode: Any = None) -> Any:
+    y = aten._cdist_forward(primal(a, space), primal(b, space), p, compute_mode)
+    return make(y, *parts(_distance(space, a.unsqueeze(-2) - b.unsqueeze(-3), p), space)[1:], space)
+
+
+@register("_euclidean_dist")
+def _(space: Space, a: Any, b: Any) -> Any:
+    y = aten._euclidean_dist(primal(a, space), primal(b, space))
+    return make(y, *parts(_distance(space, a.unsqueeze(-2) - b.unsqueeze(-3), 2), space)[1:], space)
+
+
+@register("_pdist_forward")
+def _(space: Space, x: Any, p: float = 2) -> Any:
+    i, j = torch.triu_indices(x.shape[0], x.shape[0], 1, device=x.device)
+    y = aten._pdist_forward(primal(x, space), p)
+    return make(y, *parts(_distance(space, x[i] - x[j], p), space)[1:], space)
 
 
 # --- variance and norms ------------------------------------------------------------------------
