@@ -1,19 +1,20 @@
 """Scaled dot-product attention of jets by blocks of queries and keys: memory linear in the lengths.
 
-With scores s = scale q kᵀ + mask of a query (a jet, as q, k, v and even the mask may be), a number m that is no jet,
-and ``e = exp(s - m)``, the output of a query is
+With scores s = scale q kᵀ + mask of a query (a jet, as q, k, v and even the mask may be), a shift m of all of its
+scores and ``e = exp(s - m)``, the output of a query is
 
     o = N / Z,    N = sum over keys of e v,    Z = sum over keys of e
 
-The shift m cancels in o and in its derivatives. N and Z are sums over keys, so they, and their coefficients, add up
-over blocks of keys. With p = exp(s - m) the product and the chain rule give for a block
+The shift cancels in o and in its derivatives. N and Z are sums over keys, so they, and their coefficients, add up over
+blocks of keys. With p = exp(s - m), and s_i short for (s - m)_i, the product and the chain rule give for a block
 
     N_i  = sum p (s_i v + v_i)                                        Z_i  = sum p s_i
     N_ij = sum p ((s_ij + s_i s_j) v + s_i v_j + s_j v_i + v_ij)      Z_ij = sum p (s_ij + s_i s_j)
 
-m is the running maximum of the scores: where a block raises it from m to m', what was summed so far, with all its
-coefficients, is multiplied by exp(m - m'): the running softmax of Milakov and Gimelshein, arXiv 1805.02867, and of
-Rabe and Staats, arXiv 2112.05682, for jets. At the end
+m is the largest score so far, as a jet: the term of the key that decides is then exactly one and has no coefficients,
+and nothing large cancels. Where a block brings a larger one, m', what was summed so far is multiplied by the jet
+exp(m - m'): the running softmax of Milakov and Gimelshein, arXiv 1805.02867, and of Rabe and Staats, arXiv 2112.05682,
+for jets. At the end
 
     o_i  = (N_i - o Z_i) / Z
     o_ij = (N_ij - o Z_ij - o_i Z_j - o_j Z_i) / Z
@@ -51,6 +52,8 @@ def _(
 ) -> Any:
     rows, columns = query.shape[-2], key.shape[-2]
     batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2] if not enable_gqa else ())
+    if not columns:
+        return query.new_zeros(*batch, rows, value.shape[-1])
     small = batch.numel() * rows * columns <= WHOLE
     kept = _kept((*batch, rows, columns), primal(query, space), dropout_p)
     dtype = carried(query.dtype)
@@ -101,18 +104,19 @@ def _kept(shape: tuple[int, ...], like: Tensor, dropout: float) -> Tensor | None
     return torch.nn.functional.dropout(like.new_ones(shape), dropout) if dropout else None
 
 
-def _added(space: Space, running: Any, scores: Any, values: Any, kept: Tensor | None) -> tuple[Any, Any, Tensor]:
-    """Numerator, denominator and maximum after another block of keys."""
-    highest = primal(scores, space).amax(-1, keepdim=True) if scores.shape[-1] else None
+def _added(space: Space, running: Any, scores: Any, values: Any, kept: Tensor | None) -> tuple[Any, Any, Any]:
+    """Numerator, denominator and largest score after another block of keys."""
+    largest, place = primal(scores, space).max(-1, keepdim=True)
+    highest = scores.gather(-1, place)
     if running is not None:
-        highest = torch.maximum(running[2], highest)
-    assert highest is not None
-    shift = torch.where(highest.isneginf(), 0, highest).detach()
+        highest = torch.where(primal(running[2], space) >= largest, running[2], highest)
+    # A query that has seen nothing yet has no score to shift by.
+    shift = torch.where(primal(highest, space).isneginf(), 0, highest)
     weights = torch.exp(torch.sub(scores, shift))
     denominator = weights.sum(-1, keepdim=True)
     numerator = torch.matmul(weights if kept is None else torch.mul(weights, kept.to(weights.dtype)), values)
     if running is not None:
-        before = torch.exp(torch.where(running[2].isneginf(), -math.inf, running[2] - shift)).detach()
+        before = torch.exp(torch.sub(running[2], shift))
         numerator = torch.add(torch.mul(running[0], before), numerator)
         denominator = torch.add(torch.mul(running[1], before), denominator)
     return numerator, denominator, highest

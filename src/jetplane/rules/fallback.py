@@ -98,7 +98,10 @@ def reverse(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
             outputs, along = _along(func, space, carried, spec)
             if not any(isinstance(y, Tensor) and y.requires_grad for y in outputs[0]):
                 raise NotImplementedError("it has no derivative in torch")  # which is not to be zero
-            found = [_coefficients(y, *along, space) if isinstance(y, Tensor) else (y,) for y in outputs[0]]
+            moving = _Moving(space, carried)
+            found = [
+                moving.checked(*_coefficients(y, *along, space)) if isinstance(y, Tensor) else (y,) for y in outputs[0]
+            ]
     except (RuntimeError, NotImplementedError) as error:
         raise missing(func, f"autograd cannot differentiate it twice either ({str(error).splitlines()[0]})") from error
     if func not in _announced:
@@ -129,11 +132,58 @@ def _along(func: Any, space: Space, carried: Sequence[Any], spec: Any) -> tuple[
         for along, coefficients in ((a, x1), (c, x2)):
             if coefficients:
                 stack = coefficients.full(p.shape, coefficients.tensor.dtype, p.device)
-                x = x + torch.tensordot(along.to(stack.dtype), stack.clone(), 1).to(p.dtype)
+                x = x + _combined(along, stack).to(p.dtype)
         return x
 
     inner_args, inner_kwargs = tree_unflatten([at(*c) for c in carried], spec)
     return tree_flatten(func(*inner_args, **inner_kwargs)), (a, c)
+
+
+def _combined(a: Tensor, c: Tensor) -> Tensor:
+    """``sum_n a_n c_n``; what does not move, or is not finite, passes no gradient back, infinite ones neither."""
+    moves = (c != 0) & c.isfinite()
+    return torch.where(moves, a.to(c.dtype).reshape(-1, *[1] * (c.dim() - 1)) * c.clone(), 0).sum(0)
+
+
+class _Moving:
+    """Along which directions the inputs move, and whether by finite coefficients.
+
+    Where a gradient is not finite, a direction in which nothing moves still has coefficients zero, and one that is
+    not finite itself leaves the others as they are.
+    """
+
+    def __init__(self, space: Space, carried: Sequence[Any]) -> None:
+        first, second = (
+            sum(
+                (c[order].full((), torch.float64, torch.device("cpu")) for c in self._sizes(carried) if c[order]),
+                torch.zeros(space.count(order), dtype=torch.float64),
+            )
+            for order in (1, 2)
+        )
+        self.first, self.second = first, second.clone()
+        for n, i, j, _ in space.structure.terms():
+            if first[i] != 0 and first[j] != 0:
+                self.second[n] += first[i] + first[j]
+
+    def _sizes(self, carried: Sequence[Any]) -> list[Any]:
+        return [
+            (p, *(c.map(lambda t: t.abs().reshape(t.shape[0], -1).sum(1).double().cpu()) for c in cs))
+            for p, *cs in carried
+        ]
+
+    def checked(self, y: Tensor, first: Coefficients | None = None, second: Coefficients | None = None) -> Any:
+        """The coefficients of a result, zero for directions that do not move and NaN for those that are not finite."""
+
+        def known(c: Coefficients, size: Tensor) -> Coefficients:
+            def of(t: Tensor) -> Tensor:
+                sizes = size.to(t.device).reshape(-1, *[1] * (t.dim() - 1))
+                return torch.where(sizes == 0, 0, torch.where(sizes.isfinite(), t, torch.nan))
+
+            return c.map(of, True)
+
+        if first is None or second is None:
+            return (y,)
+        return y, known(first, self.first), known(second, self.second)
 
 
 def _coefficients(y: Tensor, a: Tensor, c: Tensor, space: Space) -> tuple[Any, ...]:

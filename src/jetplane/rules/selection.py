@@ -58,11 +58,10 @@ def _extremum(op: Any) -> Rule:
         dims = [dim] if isinstance(dim, int) else list(dim) or list(range(p.dim()))
         y = extreme(p, dims, True)
         hit = (p == y) | (p.isnan() & y.isnan())
-        share = hit.to(p.dtype)
-        share = share / share.sum(dims, keepdim=True)
+        count = hit.sum(dims, keepdim=keepdim)
         over = [up(d) for d in dims]
         value = y if keepdim else y.squeeze(dims)  # type: ignore[arg-type]
-        return linear(space, x, lambda _: value, lambda c: (c * share).sum(over, keepdim=keepdim))
+        return linear(space, x, lambda _: value, lambda c: torch.where(hit, c, 0).sum(over, keepdim=keepdim) / count)
 
     return rule
 
@@ -77,12 +76,18 @@ def _(space: Space, x: Any, *, dim: int | None = None, keepdim: bool = False) ->
 
 
 def _middle(op: Any) -> Rule:
+    """Medians of all elements, which share the derivative equally among ties too."""
+
     def rule(space: Space, x: Any) -> Any:
         p = primal(x, space)
         y = op(p)
-        flat = p.flatten()
-        index = ((flat == y) | (flat.isnan() & y.isnan())).to(torch.int8).argmax()
-        return linear(space, x, lambda _: y, lambda c: c.reshape(c.shape[0], -1)[:, index])
+        hit = (p == y) | (p.isnan() & y.isnan())
+        over = list(range(1, p.dim() + 1))
+
+        def on_stack(c: Tensor) -> Tensor:
+            return torch.where(hit, c, 0).sum(over) / hit.sum() if over else c
+
+        return linear(space, x, lambda _: y, on_stack)
 
     return rule
 
