@@ -1,4 +1,4 @@
-"""Attention by blocks against the dense formula and reverse over reverse, over blocks that do not divide the lengths."""
+"""Attention by blocks against the dense formula and reverse over reverse; blocks do not divide the lengths."""
 
 import math
 
