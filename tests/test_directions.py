@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_leaves
 import jetplane as jp
 from jetplane.directions import (
     KURTOSIS,
+    CachedDirections,
+    ConcatenatedDirections,
     Directions,
-    HeldDirections,
-    MixedDirections,
     OrthogonalDirections,
     ScaledDirections,
     StoredDirections,
@@ -148,7 +148,7 @@ class TestOnDemand:
         directions = self.directions(law, structure)
         kappa = torch.randn(5, dtype=torch.float64)
         tangents = directions.tangents(PARAMS)
-        held, stored = HeldDirections(directions, PARAMS), StoredDirections(tangents)
+        held, stored = CachedDirections(directions, PARAMS), StoredDirections(tangents)
         for i, (p, t) in enumerate(zip(PARAMS, tangents, strict=True)):
             expected = torch.tensordot(kappa, t.double(), 1).float()
             for source in (directions, held, stored):
@@ -217,7 +217,7 @@ def test_the_sphere_has_one_norm_over_all_parameters(structure):
     directions.step = 1
     with pytest.raises(jp.ArgumentError, match="prepare"):
         directions.draw(0, PARAMS[0])
-    held = HeldDirections(directions, PARAMS[:2], places=[5, 9])
+    held = CachedDirections(directions, PARAMS[:2], places=[5, 9])
     some = torch.cat([held.draw(i, p).flatten(1) for i, p in enumerate(PARAMS[:2])], 1)
     torch.testing.assert_close(some.norm(dim=1), torch.full((3,), math.sqrt(223)))
 
@@ -243,7 +243,7 @@ def test_combining_needs_the_memory_of_one_direction(law, structure):
 
 
 def test_held_directions_draw_once_and_only_what_is_asked_for():
-    held = HeldDirections(Directions(2), PARAMS, places=[4, 5, 6, 7])
+    held = CachedDirections(Directions(2), PARAMS, places=[4, 5, 6, 7])
     assert held.used == set()
     tangents = held.structured(1, PARAMS[1])
     assert isinstance(tangents, Deferred) and held.used == {1}
@@ -254,7 +254,7 @@ def test_held_directions_draw_once_and_only_what_is_asked_for():
 def test_mixed_directions_are_their_sources_one_behind_the_other():
     stored = [torch.randn(2, *p.shape) for p in PARAMS]
     sphere = Directions(3, "sphere")
-    mixed = MixedDirections([StoredDirections(dict(enumerate(stored))), sphere])
+    mixed = ConcatenatedDirections([StoredDirections(dict(enumerate(stored))), sphere])
     tangents = mixed.tangents(PARAMS)
     expected = sphere.tangents(PARAMS)
     kappa = torch.randn(5)
@@ -285,7 +285,7 @@ BAD = {
     ),
     "complex": (lambda: Directions(1).draw(0, torch.ones(2) * 1j), jp.DTypeError, "complex64"),
     "kappa": (lambda: Directions(2).combine(0, torch.ones(2), torch.ones(3)), jp.ShapeError, "kappa"),
-    "nothing to mix": (lambda: MixedDirections([]), jp.ArgumentError, "at least one"),
+    "nothing to mix": (lambda: ConcatenatedDirections([]), jp.ArgumentError, "at least one"),
     "stored": (lambda: StoredDirections([torch.ones(2, 3), torch.ones(3, 3)]), jp.ShapeError, "one K"),
 }
 
@@ -356,7 +356,7 @@ def test_scaled_directions():
 
 def test_a_resting_block_beside_factors_has_its_place():
     w = torch.zeros(3, 2)
-    mixed = MixedDirections([Directions(2, tangents="rank-one"), Directions(1, tangents="block")])
+    mixed = ConcatenatedDirections([Directions(2, tangents="rank-one"), Directions(1, tangents="block")])
     mixed.prepare([torch.zeros(2), w], [0, 1])
     assert mixed.structured(1, w).formed().shape == (3, 3, 2)
     torch.testing.assert_close(mixed.structured(1, w).formed(), mixed.draw(1, w))

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import jetplane as jp
-from jetplane.directions import HeldDirections, MixedDirections, StoredDirections
+from jetplane.directions import CachedDirections, ConcatenatedDirections, StoredDirections
 from jetplane.evaluation import chunks as chunking
 
 STRUCTURES = {
@@ -259,7 +259,7 @@ def test_chunks_of_a_gauss_newton_plane_take_one_run_each(structure, chunk: int)
 def test_directions_of_several_kinds_in_chunks():
     loss, params, drawn, _ = heads(tangents="rank-one")
     given = StoredDirections([torch.randn(3, *p.shape, dtype=torch.float64) for p in params])
-    mixed = MixedDirections([given, drawn])
+    mixed = ConcatenatedDirections([given, drawn])
     whole = jp.evaluate(loss, params, mixed, "ggn")
     for chunk in (1, 2, 4, 5):
         agree(jp.evaluate(loss, params, mixed, "ggn", chunk=chunk), whole, 1e-12)
@@ -354,7 +354,7 @@ class Largest(TorchDispatchMode):
 
 def test_tangents_beyond_the_limit_are_drawn_again():
     params = [torch.empty(50, 10), torch.empty(30, 10)]
-    held = HeldDirections(jp.Directions(2, seed=1), params, limit=4 * 2 * 300)
+    held = CachedDirections(jp.Directions(2, seed=1), params, limit=4 * 2 * 300)
     first, second = (held.draw(i, p) for i, p in enumerate(params))
     assert held.draw(1, params[1]).data_ptr() == second.data_ptr()
     assert held.draw(0, params[0]).data_ptr() != first.data_ptr()

@@ -2,11 +2,11 @@
 
 from .base import AbstractDirections, weighted_sum
 from .compositions import (
-    ChosenDirections,
-    HeldDirections,
-    MixedDirections,
+    CachedDirections,
+    ConcatenatedDirections,
     OrthogonalDirections,
     ScaledDirections,
+    SelectedDirections,
     StoredDirections,
 )
 from .random import KURTOSIS, Directions, Structure, step_scale
@@ -14,10 +14,10 @@ from .random import KURTOSIS, Directions, Structure, step_scale
 __all__ = [
     "KURTOSIS",
     "AbstractDirections",
-    "ChosenDirections",
+    "SelectedDirections",
     "Directions",
-    "HeldDirections",
-    "MixedDirections",
+    "CachedDirections",
+    "ConcatenatedDirections",
     "OrthogonalDirections",
     "ScaledDirections",
     "StoredDirections",

@@ -58,7 +58,7 @@ class StoredDirections(AbstractDirections):
 
 
 @final
-class MixedDirections(AbstractDirections):
+class ConcatenatedDirections(AbstractDirections):
     """The directions of several sources, one behind the other: say, previous steps beside drawn ones.
 
     Args:
@@ -66,7 +66,7 @@ class MixedDirections(AbstractDirections):
 
     >>> import torch, jetplane as jp
     >>> w = torch.zeros(3)
-    >>> mixed = MixedDirections([StoredDirections([torch.ones(1, 3)]), jp.Directions(2)])
+    >>> mixed = ConcatenatedDirections([StoredDirections([torch.ones(1, 3)]), jp.Directions(2)])
     >>> mixed.k, mixed.combine(0, w, torch.tensor([5.0, 0.0, 0.0]))
     (3, tensor([5., 5., 5.]))
     """
@@ -221,7 +221,7 @@ class ScaledDirections(AbstractDirections):
 
 
 @final
-class ChosenDirections(AbstractDirections):
+class SelectedDirections(AbstractDirections):
     """Some of another's directions: consecutive runs of them.
 
     Args:
@@ -262,7 +262,7 @@ class ChosenDirections(AbstractDirections):
 
 
 @final
-class HeldDirections(AbstractDirections):
+class CachedDirections(AbstractDirections):
     """The tangents of given parameters in one step: kept once drawn while they fit, drawn again otherwise.
 
     What is kept spares the next drawing: at the update, or where a layer is used more than once.

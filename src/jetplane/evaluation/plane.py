@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map
 
 from .. import _sharding
 from .. import rules as rules  # installs the dispatcher of jets
-from ..directions import AbstractDirections, ChosenDirections, HeldDirections, StoredDirections
+from ..directions import AbstractDirections, CachedDirections, SelectedDirections, StoredDirections
 from ..errors import (
     ArgumentError,
     DerivativeError,
@@ -374,7 +374,7 @@ def _completed(
     for run in runs[:-1]:
         entrance = Entrance()
         with rehearsal():
-            _at_once(closure, params, ChosenDirections(drawn, [run]), "ggn", "all", False, entrance)
+            _at_once(closure, params, SelectedDirections(drawn, [run]), "ggn", "all", False, entrance)
         if entrance.barred:
             return None
         kept.append(entrance.kept)
@@ -393,7 +393,7 @@ def _in_chunks(
     for part in plan:
         last = len(models) + 1 == len(plan)
         with contextlib.nullcontext() if last else rehearsal():
-            models.append(at_once(ChosenDirections(drawn, part)))
+            models.append(at_once(SelectedDirections(drawn, part)))
 
     def joined(pieces: list[Tensor | None], square: bool = False) -> Tensor | None:
         known = [piece for piece in pieces if piece is not None]
@@ -617,10 +617,10 @@ def _checked_directions(
             raise DTypeError(f"parameter {i} must be of a floating dtype, got {p.dtype}")
     if len({id(p) for p in params}) != len(params):
         raise ArgumentError("a parameter is given twice; expected each tensor once")
-    if isinstance(directions, (HeldDirections, StoredDirections)):
+    if isinstance(directions, (CachedDirections, StoredDirections)):
         return directions
     if isinstance(directions, AbstractDirections):
-        return HeldDirections(directions, params, limit=KEPT)
+        return CachedDirections(directions, params, limit=KEPT)
     if len(directions) != len(params):
         raise ShapeError(f"expected one tensor of tangents for each of {len(params)} parameters, got {len(directions)}")
     k = directions[0].shape[0] if len(directions[0].shape) else 0

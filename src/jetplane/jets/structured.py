@@ -167,3 +167,54 @@ class Stacked(Tangents):
                 found.append(part[first:last])
             start += part.shape[0]
         return found[0] if len(found) == 1 else Stacked(found)
+
+
+@final
+class Partial(Tangents):
+    """K tangents of which only some are there; the others are zero.
+
+    Args:
+        k: how many tangents there are, with those that are zero.
+        rows: which of the K are there, ascending.
+        tangents: these, (len(rows), *S).
+
+    Raises:
+        ShapeError: the rows are not as many as the tangents, not ascending, or not below k.
+
+    >>> import torch
+    >>> Partial(3, (1,), torch.ones(1, 2)).formed()
+    tensor([[0., 0.],
+            [1., 1.],
+            [0., 0.]])
+    """
+
+    def __init__(self, k: int, rows: Sequence[int], tangents: Tensor | Tangents) -> None:
+        rows = tuple(rows)
+        if len(rows) != tangents.shape[0] or list(rows) != sorted(set(rows)) or not set(rows) <= set(range(k)):
+            raise ShapeError(
+                f"partial tangents: expected ascending rows below k = {k}, one for each of {tangents.shape[0]} "
+                f"tangents, got {rows}"
+            )
+        self.rows, self.tangents = rows, tangents
+        self.shape, self.dtype, self.device = torch.Size((k, *tangents.shape[1:])), tangents.dtype, tangents.device
+
+    def formed(self) -> Tensor:
+        """The tensor (K, *S), zero where nothing is there."""
+        whole = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        if self.rows:
+            there = self.tangents.formed() if isinstance(self.tangents, Tangents) else self.tangents
+            whole[torch.tensor(self.rows, device=self.device)] = there
+        return whole
+
+    def to(self, dtype: torch.dtype) -> Partial:
+        """The same in another dtype."""
+        return Partial(self.shape[0], self.rows, self.tangents.to(dtype))
+
+    def __getitem__(self, directions: slice) -> Partial:
+        """A run of the K."""
+        run = range(self.shape[0])[directions]
+        first = sum(row < run.start for row in self.rows)
+        inside = [row - run.start for row in self.rows if row in run]
+        if not inside:
+            return Partial(len(run), (), torch.empty(0, *self.shape[1:], dtype=self.dtype, device=self.device))
+        return Partial(len(run), inside, self.tangents[first : first + len(inside)])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _sharding as sharded
-from ..directions import AbstractDirections, Directions, HeldDirections, Structure
+from ..directions import AbstractDirections, CachedDirections, Directions, Structure
 from ..errors import ArgumentError, DeviceError, DTypeError, NonFiniteError, ShapeError
 from ..evaluation.plane import KEPT, Curvature, Pairs, PlaneModel, evaluate, finished
 from ..jets.structured import Deferred, Stacked
@@ -200,7 +200,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         own = self.state[STATE]  # type: ignore[index]
         directions = Directions(self.k * self.planes, self.law, self.tangents, own["seed"])
         directions.step = own["step"]
-        return HeldDirections(directions, [p for p, _, _ in moving], [i for _, _, i in moving], KEPT)
+        return CachedDirections(directions, [p for p, _, _ in moving], [i for _, _, i in moving], KEPT)
 
     def _layout(self, directions: AbstractDirections) -> Layout:
         """What `_evaluate` gives on these directions, for ranks that put it together."""
@@ -250,7 +250,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         known = directions.k, frozenset(id(p) for p in params)
         if not self.compile or known != self._known:
             plane = evaluate(closure, params, directions, curvature, pairs, examples=examples, chunk=self.chunk)
-            if self.compile and isinstance(directions, HeldDirections):  # an eager step shows what the loss uses
+            if self.compile and isinstance(directions, CachedDirections):  # an eager step shows what the loss uses
                 self._known, self._used = known, frozenset(id(params[i]) for i in directions.used)
             return plane
         if self._program is None:
@@ -278,7 +278,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         """
         if not bool(torch.isfinite(kappa.float()).all()):
             raise NonFiniteError(f"the step is not finite: slope {plane.slope}, curvature {plane.curvature}")
-        used = sorted(directions.used) if isinstance(directions, HeldDirections) else range(len(moving))
+        used = sorted(directions.used) if isinstance(directions, CachedDirections) else range(len(moving))
         steps: Iterable[Tensor]
         steps = (directions.combine(i, moving[i][0], moving[i][1]["lr"] * kappa) for i in used)
         if self.clip is not None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..directions import (
     AbstractDirections,
+    CachedDirections,
+    ConcatenatedDirections,
     Directions,
-    HeldDirections,
-    MixedDirections,
     OrthogonalDirections,
     ScaledDirections,
     StoredDirections,
@@ -224,7 +224,7 @@ class PlaneSearch(PlaneOptimizer):
 
     # --- the plane ---------------------------------------------------------------------------------------
 
-    def _directions(self, moving: Moving, closure: Closure) -> HeldDirections:
+    def _directions(self, moving: Moving, closure: Closure) -> CachedDirections:
         params, places = [p for p, _, _ in moving], [place for _, _, place in moving]
         size = sum(p.numel() for p in params)
         stored = self._stored(moving)[: size - self.k]  # more directions than parameters would be dependent
@@ -245,7 +245,7 @@ class PlaneSearch(PlaneOptimizer):
             drawn.step = own["step"]
             new = ScaledDirections(drawn, self._scales(moving)) if self.preconditioned else drawn
             sources.append(OrthogonalDirections(new) if self.orthogonal else new)
-        return HeldDirections(MixedDirections(sources), params, places, KEPT)
+        return CachedDirections(ConcatenatedDirections(sources), params, places, KEPT)
 
     def _scales(self, moving: Moving) -> dict[int, Tensor]:
         """One over the root mean square of each entry's estimates, by place; of mean one over all, and bounded."""
@@ -396,7 +396,7 @@ class PlaneSearch(PlaneOptimizer):
             return self._perturbed(closure, weight, params, self.model)
         # The drawn directions, of which there are k at the end, give mean_k (F_k v_k).
         weights = torch.cat([slope.new_zeros(len(slope) - self.k), slope[-self.k :] / self.k])
-        assert isinstance(directions, HeldDirections)
+        assert isinstance(directions, CachedDirections)
         used = directions.used
         found = [directions.combine(i, p, weights) if i in used else torch.zeros_like(p) for i, p in enumerate(params)]
         if self.preconditioned:  # what they give is the gradient times the squares of their scales
