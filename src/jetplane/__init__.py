@@ -1,6 +1,6 @@
 """Jetplane: forward-only, second-order training of PyTorch models."""
 
-from . import errors, optim, testing
+from . import directions, errors, gradients, optim, testing
 from .directions import Directions, step_scale
 from .errors import (
     ArgumentError,
@@ -27,7 +27,7 @@ from .evaluation.plane import PlaneModel, evaluate
 from .jets.structured import LowRank
 from .parallel import ranks as distributed
 from .rules import loss, register_rule, strict
-from .subspace import descent
+from .subspace import descent, search, sources
 from .transforms.estimators import (
     DiagonalEstimate,
     HessianEstimate,
@@ -65,11 +65,13 @@ __all__ = [
     "SingularPlaneError",
     "UnusedParametersError",
     "descent",
+    "directions",
     "distributed",
     "errors",
     "estimate_diagonal",
     "estimate_hessian",
     "evaluate",
+    "gradients",
     "hessian",
     "hvp",
     "jet",
@@ -78,7 +80,9 @@ __all__ = [
     "optim",
     "quadratic_form",
     "register_rule",
+    "search",
     "solve_newton",
+    "sources",
     "step_scale",
     "strict",
     "testing",

@@ -1,1 +1,5 @@
-"""Internal: estimates of the gradient."""
+"""Estimates of the gradient: how they are made."""
+
+from .estimators import ActivityPerturbation, Batch, Estimate, Estimator, ForwardGradients
+
+__all__ = ["ActivityPerturbation", "Batch", "Estimate", "Estimator", "ForwardGradients"]
