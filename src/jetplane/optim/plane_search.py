@@ -19,7 +19,7 @@ from ..gradients.estimators import ActivityPerturbation, Batch, Estimate, Estima
 from ..gradients.layers import perturbable
 from ..parallel.layout import Layout
 from ..subspace.descent import Damped, Descent, SaddleFree, Spectral, named
-from ..subspace.search import Backtracking, Decision, ExactLine, NoiseAware, Outcome, Proposal, Search
+from ..subspace.search import Backtracking, Decision, ExactLine, NoiseAware, Outcome, Proposal, Search, advance
 from ..subspace.sources import Averages, Context, Drawn, PreviousStep, Result, Source, State, Subspace
 from .base import STATE, Closure, Moving, Params, PlaneOptimizer, comparable
 
@@ -80,7 +80,7 @@ class PlaneSearch(PlaneOptimizer):
 
     Args:
         params: parameters or groups of them, as for any torch optimizer. Groups may set ``lr`` (with unlike ones the
-            step is not the plane's solution, and may be refused) and ``weight_decay``. Frozen parameters are left alone.
+            step is not the plane's solution, and may be refused) and ``weight_decay``. Frozen parameters stay.
         model: holds the layers to perturb, and tells layers apart. The closure is called several times a step and must
             compute the same each time; what it writes to buffers, and torch's random numbers, move once.
         lr: a factor on the step, which schedulers may change.
@@ -151,11 +151,10 @@ class PlaneSearch(PlaneOptimizer):
             self.chunk = 1 if size < FEW * sum(p.numel() for p in model.parameters()) else None
         if isinstance(self.gradient, ActivityPerturbation) and model is None:
             raise ArgumentError(
-                "ActivityPerturbation needs the model whose layers it perturbs: PlaneSearch(params, model)"
+                "ActivityPerturbation needs the model whose layers it perturbs, got None: PlaneSearch(params, model)"
             )
-        if isinstance(self.gradient, ForwardGradients) and all(
-            isinstance(s, (Averages, PreviousStep)) for s in sources
-        ):
+        drawless = all(isinstance(source, (Averages, PreviousStep)) for source in sources)
+        if isinstance(self.gradient, ForwardGradients) and drawless:
             raise ArgumentError(
                 "forward gradients come from drawn directions, and the subspace has none: put jetplane.sources.Drawn() "
                 "into it, or give a model"
@@ -247,41 +246,34 @@ class PlaneSearch(PlaneOptimizer):
         self.ranks.agreed(f"directions of {type(source).__name__}", drawn, context.params[0].device)
         return found[0] if found else None
 
-    def _evaluate(self, closure: Closure, params: list[Tensor], directions: AbstractDirections) -> PlaneModel:
-        return self._plane(closure, params, directions, self.curvature, examples=self.search.examples)
-
     def _decided(
         self, closure: Closure, weight: float, moving: Moving, span: _Span, plane: PlaneModel, proposal: Proposal,
         begin: RandomState,
     ) -> tuple[Decision, Changes]:  # fmt: skip
         """What the search makes of the proposal, told the losses that it asks for; and what is added to parameters."""
         params, factor = [p for p, _, _ in moving], max(float(group["lr"]) for _, group, _ in moving)
-        kappa, changes, shortened = None, [], 1.0
         trials = self.search.decide(proposal, _restored(self.search, self.state[STATE]))  # type: ignore[index]
-        answer: Outcome | None = None
+        kappa, changes, shortened, outcome = None, [], 1.0, None
         while True:
-            try:
-                asked = trials.send(answer)  # type: ignore[arg-type]  # None begins
-            except StopIteration as end:
-                decision: Decision = end.value
-                asked = decision
+            asked = advance(trials, outcome)
             if asked.kappa is not kappa:
                 kappa = asked.kappa
                 changes, shortened = self._changes(moving, span.directions, plane, kappa)
             if isinstance(asked, Decision):
                 return asked, [(i, asked.rate * change) for i, change in changes]
             with _moved(asked.rate, params, changes):
-                answer = Outcome(self._loss(closure, weight, plane, begin), factor * shortened)
+                outcome = Outcome(self._loss(closure, weight, plane, begin), factor * shortened)
 
     def _changes(
         self, moving: Moving, directions: CachedDirections, plane: PlaneModel, kappa: Tensor
     ) -> tuple[Changes, float]:
-        """``lr * sum_k kappa_k v_k`` of each parameter that the loss makes use of, and how much clipping shortens it."""
+        """``lr * sum_k kappa_k v_k`` of each parameter that the loss uses, and by how much clipping shortens it."""
         changes = list(self._unclipped(moving, directions, plane, kappa))
-        norm = torch.stack([change.double().norm() for _, change in changes]).norm().item()
-        if self.clip is None or norm <= self.clip:
+        if self.clip is None:
             return changes, 1.0
-        return [(i, change * (self.clip / norm)) for i, change in changes], self.clip / norm
+        norm = torch.stack([change.double().norm() for _, change in changes]).norm().item()
+        shortened = min(1.0, self.clip / norm) if norm > 0 else 1.0
+        return [(i, shortened * change) for i, change in changes], shortened
 
     def _loss(self, closure: Closure, weight: float, plane: PlaneModel, begin: RandomState) -> float:
         """The loss where parameters are now, with the random numbers of the plane's evaluation."""

@@ -1,9 +1,9 @@
 """How far to step along what a descent proposes.
 
 The rate itself is the parameter group's ``lr``, so that torch's schedulers drive it; a search scales the step besides,
-or solves the plane anew with damping. A search is a generator: it yields a `Trial` where it wants to know the loss after
-a step, receives its `Outcome`, and returns a `Decision`. What it must remember from step to step is its *state*, a
-frozen record that goes in and comes out.
+or solves the plane anew with damping. A search is a generator: it yields a `Trial` where it wants to know the loss
+after a step, receives its `Outcome`, and returns a `Decision`. What it must remember from step to step is its *state*,
+a frozen record that goes in and comes out.
 
 >>> import torch, jetplane as jp
 >>> slope, curvature = torch.tensor([2.0]), torch.tensor([[0.5]])
@@ -67,7 +67,7 @@ class Proposal:
         return Proposal(value, slope, curvature, descent, solution, norms.to(slope.device), covariance, rounding)
 
     def damped(self, damping: float) -> Proposal:
-        """The plane solved with ``damping * |v_k|^2`` added to the curvature of each direction (Levenberg, Marquardt)."""
+        """The plane solved with ``damping * |v_k|^2`` added to each direction's curvature (Levenberg, Marquardt)."""
         if not damping:
             return self
         curvature = (self.curvature + damping * self.squared_norms.diag()).to(self.curvature.dtype)
@@ -147,15 +147,21 @@ class Decision:
 Trials = Generator[Trial, Outcome, Decision]
 
 
-def decided(search: Search, proposal: Proposal, state: Any, outcome: Callable[[Trial], Outcome]) -> Decision:
-    """Run a search to its end."""
-    trials = search.decide(proposal, state)
+def advance(trials: Trials, outcome: Outcome | None) -> Trial | Decision:
+    """What a search asks next, told the outcome of its last trial (None: there is none yet), or its decision."""
     try:
-        trial = next(trials)
-        while True:
-            trial = trials.send(outcome(trial))
+        return next(trials) if outcome is None else trials.send(outcome)
     except StopIteration as end:
         return end.value
+
+
+def decided(search: Search, proposal: Proposal, state: Any, outcome: Callable[[Trial], Outcome]) -> Decision:
+    """The decision of a search whose trials have these outcomes."""
+    trials = search.decide(proposal, state)
+    asked = advance(trials, None)
+    while isinstance(asked, Trial):
+        asked = advance(trials, outcome(asked))
+    return asked
 
 
 class Search(ABC):

@@ -239,8 +239,8 @@ class Subspace:
         sources: of its directions, in this order and at most as many as there are parameters. None for the default: see
             `jetplane.optim.PlaneSearch`.
         curvature: "ggn", the Gauss-Newton one, which needs a loss function, or "hessian"; see `jetplane.evaluate`.
-        chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`. None for all of them, but one
-            with "ggn" where less than a tenth of the model moves, as in adapters: what is scarce there is memory.
+        chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`. None for all of them, but
+            one with "ggn" where less than a tenth of the model moves, as in adapters: memory is what is scarce there.
 
     Raises:
         ArgumentError: no source, or another curvature.
@@ -270,7 +270,7 @@ def kept_of_average(decay: float, n: int) -> float:
 
 
 def signal_fraction(average: Tensor, energy: Tensor, decay: float, n: int) -> float:
-    """What part of the square of a running average of n estimates is signal; 1 for one estimate, of which nothing is known.
+    """What part of the square of a running average of n estimates is signal; 1 for n = 1, where nothing is known.
 
     The square of ``sum_i w_i g_i`` without its terms ``w_i^2 |g_i|^2``, whose sum is the energy, is on average that of
     the estimates' mean, however noisy they are, less the weight of those terms: ``1 - sum_i w_i^2`` corrects for it.
