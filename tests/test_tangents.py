@@ -18,7 +18,6 @@ STRUCTURES = {
     "rank-one": {"tangents": "rank-one"},
     "rank 3": {"tangents": "low-rank", "rank": 3},
     "sparse": {"tangents": "sparse", "density": 0.3},
-    "block": {"tangents": "block"},
 }
 WITH_A_LOSS = {"logistic regression", "mlp gelu", "paper cnn", "causal attention, tied", "resnet train"}
 
@@ -122,20 +121,6 @@ def test_sparse_tangents_have_their_density_and_the_same_numbers_in_parts():
     torch.testing.assert_close(directions.draw(0, w, slice(2, 4)), v[2:4])
     kappa = torch.tensor([1.0, -2.0, 0.5, 3.0])
     torch.testing.assert_close(directions.combine(0, w, kappa), torch.tensordot(kappa, v, 1))
-
-
-def test_blocks_take_turns_and_rest():
-    params = [torch.empty(2, 2), torch.empty(3), torch.empty(1)]
-    directions = jp.Directions(2, tangents="block")
-    moved = []
-    for step in range(3):
-        directions.step = step
-        moved.append([[bool(t[k].any()) for t in directions.tangents(params)] for k in range(2)])
-    order = [row.index(True) for rows in moved for row in rows]
-    assert order == [0, 1, 2, 0, 1, 2] and all(sum(row) == 1 for rows in moved for row in rows)
-    directions.step = 0
-    directions.prepare(params)
-    assert directions.structured(2, params[2]) is None
 
 
 def test_what_low_rank_tangents_refuse():
