@@ -43,7 +43,7 @@ class Config:
         data: "digits" (scikit-learn's, 8 x 8), "mnist" or "cifar10".
         model: "logreg", "mlp", "cnn" or "cnn-bn" (BatchNorm and dropout).
         method: "fgd", "fomoh", "fomoh-kd", "fomoh-bp", "plane-search" or "sgd".
-        k: directions drawn per step; 0 for the methods without any, and where plane-search remembers enough.
+        k: directions drawn per step; 0 for the methods without any, and for plane-search's own choice.
         lr: the rate at the start; plane-search needs none, and takes it for a factor on its own.
         schedule: "constant", "cosine" (to zero at the end), "step" (a tenth after 60 and 85 % of the epochs), "drops"
             (times ``drop`` after each ``drop_every`` epochs) or "drops-at-once" (as many drops, all of them after the
@@ -125,7 +125,7 @@ class Config:
         [3, 3, 4, 7, 16]
         """
         k, backprop = self.k or 0, 3
-        remembered, estimates = 5, 8  # what PlaneSearch remembers, and what it spends on estimates of the gradient
+        remembered, estimates = 7, 8  # what PlaneSearch remembers, and what it spends on estimates of the gradient
         return {
             "sgd": backprop, "fgd": 1 + 2 * k, "fomoh": 1 + 3 * k, "fomoh-bp": backprop + 1 + 3,
             "fomoh-kd": (1 + k) ** 2, "plane-search": 1 + 2 * (k + remembered) + estimates,

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from .. import optim
 from ..errors import ArgumentError, CheckpointError, NonFiniteError, RunFolderError, SingularPlaneError
 from ..parallel.ranks import Ranks, fingerprint
+from ..subspace import sources
 from . import data, environment, models, store, together
 from .config import Config
 
@@ -41,13 +42,8 @@ def optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     if config.method == "fomoh-bp":
         return optim.FoMoHBP(params, **shared)
     if config.method == "plane-search":
-        opt = optim.PlaneSearch(
-            params, model, k=k, seed=config.seed, clip=config.clip or None, weight_decay=config.weight_decay,
-            process_group=together.group(),
-        )  # fmt: skip
-        for group in opt.param_groups:
-            group["lr"] = lr
-        return opt
+        subspace = [sources.Drawn(k), sources.Averages(), sources.PreviousStep()] if k else None
+        return optim.PlaneSearch(params, model, subspace=subspace, seed=config.seed, **shared)
     if config.method == "fomoh-kd":
         return optim.FoMoHKD(params, k=k, descent=config.descent, seed=config.seed, **shared)
     kind = optim.FGD if config.method == "fgd" else optim.FoMoH

@@ -344,8 +344,8 @@ class PlaneSearch(PlaneOptimizer):
 
     def _facts(self) -> dict[str, Any]:
         remembered = sorted({name for p, _, _ in self._moving() for name in self.state.get(p, {})})
-        sources = tuple(comparable(source) for source in self.subspace)
-        return super()._facts() | {"subspace": sources, "remembered": remembered}
+        sources = dict(zip(self._labels, map(comparable, self.subspace), strict=True))
+        return super()._facts() | {"subspace": ", ".join(self._labels)} | sources | {"remembered": remembered}
 
 
 def _proposed(plane: PlaneModel, descent: Spectral, squared_norms: Tensor) -> Proposal:
