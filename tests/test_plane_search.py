@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 import jetplane as jp
 from jetplane.gradients import ActivityPerturbation, Batch, Estimate, Estimator
 from jetplane.gradients.perturbation import OTHERS
-from jetplane.subspace.descent import CurvatureScaled
+from jetplane.subspace.descent import CurvatureScaled, Damped, SaddleFree
 from jetplane.subspace.search import Backtracking, ExactLine, FullStep, NoiseAware
 from jetplane.subspace.sources import (
     Averages,
@@ -474,6 +474,19 @@ def test_weight_decay_comes_before_the_step():
         torch.testing.assert_close(steps[0.2], steps[0.0])
 
 
+def test_the_loss_after_a_step_sees_the_random_numbers_of_the_plane():
+    w, drawn = nn.Parameter(torch.ones(3)), []
+    opt = jp.optim.PlaneSearch([w], search=Backtracking())
+
+    def closure():
+        drawn.append(torch.rand(()).item())
+        return F.mse_loss(w, torch.zeros(3))
+
+    for _ in range(2):
+        opt.step(closure)
+    assert drawn[0] == drawn[1] and drawn[2] == drawn[3] and drawn[0] != drawn[2]
+
+
 def test_steps_are_clipped_by_their_joint_norm():
     pair = [nn.Parameter(torch.zeros(3).double()), nn.Parameter(torch.zeros(2).double())]
     loss = lambda: F.mse_loss(torch.cat(list(pair)), torch.full((5,), 10.0).double())  # noqa: E731
@@ -523,6 +536,23 @@ def test_few_parameters_are_all_moved():
     assert torch.equal(spanned(opt)[0], torch.eye(3))
     with pytest.raises(jp.ArgumentError, match="exceed"):
         jp.optim.PlaneSearch([w], subspace=[Drawn(4)])
+
+
+def test_the_default_parts():
+    net, opts = nn.Linear(6, 3), {}
+    for name, settings in {
+        "model": {"model": net},
+        "drawn": {},
+        "exact": {"subspace": Subspace(curvature="hessian")},
+    }.items():
+        opts[name] = jp.optim.PlaneSearch(net.parameters(), **settings)
+    assert opts["model"].subspace == (Averages(), PreviousStep()) and opts["model"].gradient == ActivityPerturbation()
+    assert opts["drawn"].subspace == (Drawn(), Averages(), PreviousStep())
+    assert opts["drawn"].gradient == opts["exact"].gradient == ForwardGradients()
+    # Whole steps of drawn directions are noise; of averages over many batches at least a tenth is worth going.
+    assert [opt.search.floor for opt in opts.values()] == [0.1, 1e-3, 1e-3]
+    assert [opt.search.otherwise for opt in opts.values()] == [Backtracking(), Backtracking(), ExactLine(10)]
+    assert [opt.descent for opt in opts.values()] == [Damped(scaled=True), Damped(scaled=True), SaddleFree(None)]
 
 
 def test_models_that_can_hardly_be_perturbed_have_directions_drawn():

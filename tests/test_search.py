@@ -235,6 +235,11 @@ def test_exact_line_finds_the_least_loss(loss_at, least):
     assert along(ExactLine(), proposal([1.0], [[1.0]]), lambda r: 1 + r).rate == 0.0
 
 
+def test_the_first_parabola_has_the_slope_of_the_shortened_step():
+    parabola = lambda r: 1 - 0.1 * r + 0.1 * r**2 / 0.6  # noqa: E731
+    assert along(ExactLine(2), proposal([1.0], [[1.0]]), parabola, scale=0.1).rate == pytest.approx(0.3)
+
+
 @pytest.mark.parametrize(
     "build",
     [
