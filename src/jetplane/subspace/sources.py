@@ -149,7 +149,8 @@ class Averages(Source):
 
     def remember(self, context: Context, result: Result) -> Sequence[State]:
         """See `Source`."""
-        return [self._averaged(old, g, context.step) for old, g in zip(context.state, result.gradient, strict=True)]
+        pairs = zip(context.state, result.gradient, strict=True)
+        return [self._averaged(old, g, context.step if old else 0) for old, g in pairs]
 
     def _averaged(self, old: State, gradient: Tensor, n: int) -> State:
         new = {}
