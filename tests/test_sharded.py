@@ -27,10 +27,10 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional as F
 
 import jetplane as jp
+from jetplane import _sharding as sharded
+from jetplane._sharding import Part
 from jetplane.directions import laws
 from jetplane.directions import random as directions
-from jetplane.evaluation import sharded
-from jetplane.evaluation.sharded import Part
 
 pytestmark = pytest.mark.filterwarnings("ignore::jetplane.RescueWarning")
 

@@ -57,7 +57,7 @@ def _joined(pieces: list[Tensor | Tangents], param: Tensor) -> Tensor | Tangents
 
 @final
 class StoredDirections(AbstractDirections):
-    """Directions that are given: a gradient, previous steps, a guess.
+    """Directions that are given: a gradient, previous steps.
 
     Args:
         tangents: for each parameter one tensor (K, *param.shape), or `jetplane.LowRank`: in their order, or by
