@@ -51,12 +51,14 @@ def train(net, opt, steps, seed=0):
     losses = []
     for _ in range(steps):
         x, y = next(data)
+        x = x.to(next(net.parameters()).dtype)
         losses.append(opt.step(lambda x=x, y=y: F.cross_entropy(net(x), y)).item())
     return losses
 
 
 REMEMBERED = [Averages(), PreviousStep()]
 SETTINGS = {
+    "half precision": lambda net: jp.optim.PlaneSearch(net.bfloat16().parameters(), net),
     "memory": lambda net: jp.optim.PlaneSearch(net.parameters(), net),
     "memory and noise": lambda net: jp.optim.PlaneSearch(
         net.parameters(), net, subspace=[Drawn(4), *REMEMBERED], weight_decay=1e-4

@@ -332,6 +332,15 @@ class PlaneSearch(PlaneOptimizer):
     def _layout(self, directions: AbstractDirections) -> Layout:
         return Layout(directions.k, self.curvature, "all", self.search.examples)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `PlaneOptimizer.load_state_dict`. What is remembered keeps its dtype."""
+        super().load_state_dict(state_dict)
+        params = [p for group in self.param_groups for p in group["params"]]
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for p, i in zip(params, saved, strict=True):
+            for name, t in state_dict["state"].get(i, {}).items():
+                self.state[p][name] = t.to(p.device)
+
     def _check_size(self, moving: Moving) -> None:
         """Sources see to it themselves."""
 
