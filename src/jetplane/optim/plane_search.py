@@ -34,6 +34,21 @@ Changes = list[tuple[int, Tensor]]  # what is added to parameters, by their plac
 
 
 @dataclass(frozen=True)
+class _Shard:
+    """This process's part of the batch.
+
+    Attributes:
+        closure: returns its loss.
+        weight: of this loss in the mean over processes.
+        begin: where torch's random numbers stand before the plane is evaluated.
+    """
+
+    closure: Closure
+    weight: float
+    begin: RandomState
+
+
+@dataclass(frozen=True)
 class _Span:
     """The directions of one step's plane.
 
@@ -185,11 +200,11 @@ class PlaneSearch(PlaneOptimizer):
         with torch.no_grad():
             contexts = self._contexts(moving)
             span = self._spanned(contexts)
-            begin = random_state()
+            shard = _Shard(closure, weight, random_state())
             plane = self._evaluated(closure, weight, moving, span.directions)
             proposal = _proposed(plane, self.descent, span.squared_norms)
-            decision, changes = self._decided(closure, weight, moving, span, plane, proposal, begin)
-            estimate, signature = self._estimated(closure, weight, contexts[0], span, plane)
+            decision, changes = self._decided(shard, moving, span, plane, proposal)
+            estimate, signature = self._estimated(shard, contexts[0], span, plane)
             result = Result(estimate.gradient, [dict(changes).get(i) for i in range(len(moving))])
             pairs = zip(self.subspace, contexts, strict=True)
             remembered = [source.remember(context, result) for source, context in pairs]
@@ -247,22 +262,21 @@ class PlaneSearch(PlaneOptimizer):
         return found[0] if found else None
 
     def _decided(
-        self, closure: Closure, weight: float, moving: Moving, span: _Span, plane: PlaneModel, proposal: Proposal,
-        begin: RandomState,
-    ) -> tuple[Decision, Changes]:  # fmt: skip
+        self, shard: _Shard, moving: Moving, span: _Span, plane: PlaneModel, proposal: Proposal
+    ) -> tuple[Decision, Changes]:
         """What the search makes of the proposal, told the losses that it asks for; and what is added to parameters."""
         params, factor = [p for p, _, _ in moving], max(float(group["lr"]) for _, group, _ in moving)
         trials = self.search.decide(proposal, _restored(self.search, self.state[STATE]))  # type: ignore[index]
         kappa, changes, shortened, outcome = None, [], 1.0, None
         while True:
             asked = advance(trials, outcome)
-            if asked.kappa is not kappa:
+            if kappa is None or not torch.equal(asked.kappa, kappa):
                 kappa = asked.kappa
                 changes, shortened = self._changes(moving, span.directions, plane, kappa)
             if isinstance(asked, Decision):
                 return asked, [(i, asked.rate * change) for i, change in changes]
             with _moved(asked.rate, params, changes):
-                outcome = Outcome(self._loss(closure, weight, plane, begin), factor * shortened)
+                outcome = Outcome(self._loss(shard, plane), factor * shortened)
 
     def _changes(
         self, moving: Moving, directions: CachedDirections, plane: PlaneModel, kappa: Tensor
@@ -275,27 +289,26 @@ class PlaneSearch(PlaneOptimizer):
         shortened = min(1.0, self.clip / norm) if norm > 0 else 1.0
         return [(i, shortened * change) for i, change in changes], shortened
 
-    def _loss(self, closure: Closure, weight: float, plane: PlaneModel, begin: RandomState) -> float:
+    def _loss(self, shard: _Shard, plane: PlaneModel) -> float:
         """The loss where parameters are now, with the random numbers of the plane's evaluation."""
 
         def of_shard() -> float:
-            with rehearsal(begin):
-                return float(closure())
+            with rehearsal(shard.begin):
+                return float(shard.closure())
 
         if self.ranks is None:
             return of_shard()
         options: dict[str, Any] = {"dtype": torch.float64, "device": plane.value.device}
-        mean = self.ranks.mean(lambda: torch.tensor([of_shard()], **options), 1, weight, **options)
+        mean = self.ranks.mean(lambda: torch.tensor([of_shard()], **options), 1, shard.weight, **options)
         return mean.to(plane.value.dtype).item()  # rounded as that of one process
 
-    def _estimated(
-        self, closure: Closure, weight: float, context: Context, span: _Span, plane: PlaneModel
-    ) -> tuple[Estimate, str]:
+    def _estimated(self, shard: _Shard, context: Context, span: _Span, plane: PlaneModel) -> tuple[Estimate, str]:
         """An estimate of the gradient on this batch, for planes of later ones, and what its preparation depended on."""
-        own, estimator, ranks = self.state[STATE], self.gradient, self.ranks  # type: ignore[index]
+        own, estimator = self.state[STATE], self.gradient  # type: ignore[index]
+        ranks, weight = self.ranks, shard.weight
         state, signature = own.get("gradient", {}), estimator.signature(context.params, self.model)
         batch = Batch(
-            closure, context.params, self.model, span.directions, plane, span.drawn, frozenset(span.directions.used),
+            shard.closure, context.params, self.model, span.directions, plane, span.drawn, frozenset(span.directions.used),
             int(key(own["seed"], own["step"])), chunk=self.chunk if isinstance(self.chunk, int) else None,
         )  # fmt: skip
         if not any(source.learns for source in self.subspace):
