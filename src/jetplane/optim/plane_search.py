@@ -308,8 +308,9 @@ class PlaneSearch(PlaneOptimizer):
         ranks, weight = self.ranks, shard.weight
         state, signature = own.get("gradient", {}), estimator.signature(context.params, self.model)
         batch = Batch(
-            shard.closure, context.params, self.model, span.directions, plane, span.drawn, frozenset(span.directions.used),
-            int(key(own["seed"], own["step"])), chunk=self.chunk if isinstance(self.chunk, int) else None,
+            shard.closure, context.params, self.model, span.directions, plane, span.drawn,
+            frozenset(span.directions.used), int(key(own["seed"], own["step"])),
+            chunk=self.chunk if isinstance(self.chunk, int) else None,
         )  # fmt: skip
         if not any(source.learns for source in self.subspace):
             return Estimate([], state), signature
