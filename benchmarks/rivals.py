@@ -24,9 +24,10 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import jetplane as jp
 from jetplane.experiments import methods
-from jetplane.optim.plane_search import LEAST
+from jetplane.gradients import ActivityPerturbation
 from jetplane.subspace.descent import Damped
-from jetplane.subspace.search import NoiseAware
+from jetplane.subspace.search import FullStep, NoiseAware
+from jetplane.subspace.sources import Averages, Drawn, PreviousStep, Subspace
 
 from .tasks import Batch, Task
 
@@ -107,9 +108,10 @@ def label(name: str, k: int | None = None) -> str:
 def sofo(model: nn.Module, task: Task, rate: float) -> Trainer:
     """SOFO's method with its published settings for MNIST: K = 340 dense tangents, damping 1e-3, a fixed rate."""
     size = sum(p.numel() for p in moving(model))
-    return plane_search(
-        model=None, k=min(340, size), tangents="dense", averages=(), previous=False, descent=Damped(1e-3), rate=rate
-    )(model, task, rate)
+    drawn = Drawn(min(340, size), tangents="dense")
+    return plane_search(model=None, lr=rate, subspace=[drawn], descent=Damped(1e-3), search=FullStep())(
+        model, task, rate
+    )
 
 
 def mezo(model: nn.Module, task: Task, rate: float) -> Trainer:
@@ -265,23 +267,21 @@ METHODS: dict[str, Method] = {
     "SGD, checkpointed": Method(backprop(torch.optim.SGD, checkpoints=True), {"": 0.1}, reverse=True),
     "Adam, checkpointed": Method(backprop(torch.optim.Adam, checkpoints=True), {"": 1e-3}, reverse=True),
 }
+
+
 _ABLATIONS: dict[str, dict[str, Any]] = {
     "without the layers' noise: 64 drawn directions": {"model": None},
-    "without feedback": {"feedback": False},
-    "without scaled averages": {"scaled": False},
-    "without parts": {"parts": 1},
-    "without the previous step": {"previous": False},
-    "without the longer average": {"averages": (0.9,)},
-    "whole steps": {"rate": 1.0},
-    "without the guard": {"rate": NoiseAware(floor=LEAST, guard=False)},
-    "rates down to a thousandth": {"rate": NoiseAware()},
-    "at least half of a step": {"rate": NoiseAware(floor=0.5)},
-    "with 8 drawn directions": {"k": 8},
-    "twice the passes": {"passes": 16.0},
-    "exact curvature": {"curvature": "hessian"},
-    "one direction at a time": {"chunk": 1},
+    "without feedback": {"gradient": ActivityPerturbation(feedback=False)},
+    "without scaled averages": {"subspace": [Averages(scaled=False), PreviousStep()]},
+    "without groups of layers": {"subspace": [Averages(groups=1), PreviousStep()]},
+    "without the previous step": {"subspace": [Averages()]},
+    "without the longer average": {"subspace": [Averages((0.9,)), PreviousStep()]},
+    "whole steps": {"search": FullStep()},
+    "rates down to a thousandth": {"search": NoiseAware()},
+    "at least half of a step": {"search": NoiseAware(floor=0.5)},
+    "with 8 drawn directions": {"subspace": [Drawn(8), Averages(), PreviousStep()]},
+    "twice the passes": {"gradient": ActivityPerturbation(passes=16.0)},
+    "exact curvature": {"subspace": Subspace(curvature="hessian")},
+    "one direction at a time": {"subspace": Subspace(chunk=1)},
 }
-ABLATIONS = {
-    name: Method(plane_search(**s), {"": s["rate"]} if isinstance(s.get("rate"), float) else None)
-    for name, s in _ABLATIONS.items()
-}
+ABLATIONS = {name: Method(plane_search(**settings), None) for name, settings in _ABLATIONS.items()}

@@ -1,6 +1,6 @@
 """Jetplane: forward-only, second-order training of PyTorch models."""
 
-from . import errors, optim, testing
+from . import directions, errors, gradients, optim, testing
 from .directions import Directions, step_scale
 from .errors import (
     ArgumentError,
@@ -28,7 +28,7 @@ from .evaluation.plane import PlaneModel
 from .jets import LowRank
 from .parallel import ranks as distributed
 from .rules import loss, register_rule, strict
-from .subspace import descent
+from .subspace import descent, search, sources
 from .transforms.estimators import (
     DiagonalEstimate,
     HessianEstimate,
@@ -66,11 +66,13 @@ __all__ = [
     "SingularPlaneError",
     "UnusedParametersError",
     "descent",
+    "directions",
     "distributed",
     "errors",
     "estimate_diagonal",
     "estimate_hessian",
     "evaluate",
+    "gradients",
     "hessian",
     "hvp",
     "jet",
@@ -79,7 +81,9 @@ __all__ = [
     "optim",
     "quadratic_form",
     "register_rule",
+    "search",
     "solve_newton",
+    "sources",
     "step_scale",
     "strict",
     "testing",

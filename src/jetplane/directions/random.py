@@ -19,7 +19,7 @@ from ..jets import LowRank, Tangents
 from .base import AbstractDirections, checked, working_dtype
 from .laws import LAWS, coins, key, pieces, twists, windows
 
-Structure = Literal["dense", "rank-one", "low-rank", "sparse", "block"]
+Structure = Literal["dense", "rank-one", "low-rank", "sparse"]
 
 # The fourth moment of one entry, for rules that set the step size by it. "sphere": 3 P / (P + 2) for P
 # parameters, here its limit.
@@ -75,8 +75,6 @@ class Directions(AbstractDirections):
             Products use the factors, so such tangents cost nearly nothing beside the plain forward.
             "low-rank": ``(a_1 b_1^T + ... + a_r b_r^T) / sqrt(r)``.
             "sparse": entries are kept with probability ``density``, and those divided by its root.
-            "block": each direction moves one parameter alone, the next direction the next one, going on from
-            step to step; times the root of their number.
         rank: r of "low-rank".
         density: of "sparse".
         seed: any integer of 64 bits.
@@ -97,6 +95,8 @@ class Directions(AbstractDirections):
     >>> torch.equal(directions.draw(0, w, slice(2, 3)), v[2:3])
     True
     """
+
+    isotropic = True
 
     def __init__(
         self, k: int, law: str = "gaussian", tangents: Structure = "dense", seed: int = 0,
@@ -126,7 +126,6 @@ class Directions(AbstractDirections):
         self.step: int | Tensor = 0
         self._scales = torch.empty(0)  # of the sphere
         self._norms_of: tuple[int, int | Tensor] | None = None  # the seed and step they belong to
-        self._order: dict[int, int] = {}  # of the parameters that blocks take turns in
 
     def __repr__(self) -> str:
         return f"Directions(k={self.k}, law={self.law!r}, tangents={self.structure!r}, seed={self.seed})"
@@ -154,7 +153,7 @@ class Directions(AbstractDirections):
         return self._scaled(flat, directions).reshape(len(flat), *local(param).shape)
 
     def structured(self, index: int, param: Tensor) -> Tensor | Tangents | None:
-        """Low-rank tangents as their factors, dense ones to be drawn later, None for a block that rests.
+        """Low-rank tangents as their factors, dense ones to be drawn later.
 
         Raises:
             ArgumentError: as `draw`.
@@ -162,8 +161,6 @@ class Directions(AbstractDirections):
         if self.is_low_rank(param):
             left, right = self._factors(index, param, None)
             return LowRank(self._scaled(left.flatten(1)).view_as(left), right, local(param).shape)
-        if self.structure == "block" and not self._moved(index, None):
-            return None
         return super().structured(index, param)
 
     def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
@@ -187,8 +184,7 @@ class Directions(AbstractDirections):
         return self.tangents(params)
 
     def prepare(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> None:
-        """Find what the draws of one step share: the order of blocks; for the law "sphere", the norms."""
-        self._order = {index: n for n, index in enumerate(places or range(len(params)))}
+        """Find what the draws of one step share: for the law "sphere", the norms."""
         if self.law != "sphere" or self._norms_of == (self.seed, self.step):
             return
         squares = torch.zeros(self.k, dtype=torch.float64)
@@ -197,6 +193,10 @@ class Directions(AbstractDirections):
             squares += norms.square().cpu()
         self._scales = (sum(param.numel() for param in params) / squares).sqrt_()
         self._norms_of = (self.seed, self.step)
+
+    def squared_norms(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> Tensor:
+        """What is expected of each: the number of parameters, since entries have variance one."""
+        return torch.full((self.k,), float(sum(param.numel() for param in params)), dtype=torch.float64)
 
     def _scaled(self, numbers: Tensor, directions: slice | None = None) -> Tensor:
         if self.law != "sphere":
@@ -208,16 +208,6 @@ class Directions(AbstractDirections):
             )
         scales = self._scales[directions or slice(None)]
         return numbers.mul_(scales.to(numbers.device, numbers.dtype).unsqueeze(1))
-
-    def _moved(self, index: int, directions: slice | None) -> list[int]:
-        """Which of the chosen directions move this parameter, all of them unless they are blocks."""
-        chosen = self._chosen(directions)
-        if self.structure != "block":
-            return list(range(len(chosen)))
-        if index not in self._order:
-            raise ArgumentError("blocks take turns over all parameters: call prepare(params) before drawing for one")
-        step = int(self.step) * self.k
-        return [n for n, i in enumerate(chosen) if (step + i) % len(self._order) == self._order[index]]
 
     def _flat(self, index: int, param: Tensor, directions: slice | None) -> Tensor:
         """Tangents (directions, elements) before the sphere's scaling."""
@@ -267,10 +257,6 @@ class Directions(AbstractDirections):
             if self.structure == "sparse":
                 runs = self._thinned(runs, key(stream, _KEPT), apart)
             drawn = runs if part is None else part.picked(runs)
-        if self.structure == "block":
-            scale = torch.zeros(len(self._chosen(directions)), 1, device=param.device)
-            scale[self._moved(index, directions)] = math.sqrt(len(self._order))
-            return ((streams, place, values * scale[streams]) for streams, place, values in drawn)
         return drawn
 
     def _thinned(self, drawn: Runs, start: int | Tensor, apart: Tensor) -> Runs:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..directions import AbstractDirections, HeldDirections, StoredDirections
+from ..directions import AbstractDirections, CachedDirections, StoredDirections
 from ..errors import (
     ArgumentError,
     DeviceError,
@@ -54,10 +54,10 @@ def as_directions(
     Raises:
         ArgumentError, ShapeError, DTypeError, DeviceError: tangents that do not match their parameter.
     """
-    if isinstance(directions, (HeldDirections, StoredDirections)):
+    if isinstance(directions, (CachedDirections, StoredDirections)):
         return directions
     if isinstance(directions, AbstractDirections):
-        return HeldDirections(directions, params, limit=CACHED_BYTES)
+        return CachedDirections(directions, params, limit=CACHED_BYTES)
     if len(directions) != len(params):
         raise ShapeError(f"expected one tensor of tangents for each of {len(params)} parameters, got {len(directions)}")
     k = directions[0].shape[0] if len(directions[0].shape) else 0

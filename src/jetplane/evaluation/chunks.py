@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _sharding
 from .._torch import TorchDispatchMode, tree_leaves
-from ..directions import AbstractDirections, ChosenDirections
+from ..directions import AbstractDirections, SelectedDirections
 from .eager import evaluate_at_once
 from .entrance import Entrance, LastEntrance
 from .plane import PlaneModel
@@ -64,7 +64,7 @@ def _gauss_newton(
     kept = []
     for run in runs[:-1]:
         entrance = Entrance()
-        chosen = ChosenDirections(directions, [run])
+        chosen = SelectedDirections(directions, [run])
         with without_side_effects():
             evaluate_at_once(closure, params, chosen, PlaneSpec(chosen.k, "ggn"), entrance)
         if entrance.barred:
@@ -83,7 +83,7 @@ def _assembled(
     """A plane from the planes of its chunks."""
     models: list[PlaneModel] = []
     for chunk in chunks:
-        chosen = ChosenDirections(directions, chunk)
+        chosen = SelectedDirections(directions, chunk)
         last = len(models) + 1 == len(chunks)
         with contextlib.nullcontext() if last else without_side_effects():
             models.append(evaluate_at_once(closure, params, chosen, spec.restricted(chosen.k)))

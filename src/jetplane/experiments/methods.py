@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .. import optim
+from ..subspace import sources
 from ..subspace.descent import CurvatureScaled, Descent
 
 DescentName = Literal["newton", "saddle-free", "damped"]
@@ -133,12 +134,8 @@ def _fomoh_bp(params: Params, model: nn.Module | None, settings: Settings) -> to
 
 
 def _plane_search(params: Params, model: nn.Module | None, settings: Settings) -> torch.optim.Optimizer:
-    shared = _shared(settings)
-    factor = shared.pop("lr")
-    opt = optim.PlaneSearch(params, model, k=settings.k, **shared)
-    for group in opt.param_groups:
-        group["lr"] = factor
-    return opt
+    subspace = [sources.Drawn(settings.k), sources.Averages(), sources.PreviousStep()] if settings.k else None
+    return optim.PlaneSearch(params, model, subspace=subspace, **_shared(settings))
 
 
 def _sgd(params: Params, model: nn.Module | None, settings: Settings) -> torch.optim.Optimizer:

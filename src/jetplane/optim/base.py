@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _sharding as sharded
-from ..directions import AbstractDirections, Directions, HeldDirections, Structure
+from ..directions import AbstractDirections, CachedDirections, Directions, Structure
 from ..errors import ArgumentError, DeviceError, DTypeError, NonFiniteError, ShapeError
 from ..evaluation.api import evaluate_plane
 from ..evaluation.checks import CACHED_BYTES, as_directions, checked_finite
@@ -138,29 +138,36 @@ class PlaneOptimizer(torch.optim.Optimizer):
 
         Whatever is raised, parameters and the optimizer's state are as they were.
         """
-        if closure is None:
-            raise ArgumentError("step() needs a closure that returns the loss: there are no gradients to use")
-        moving = self._moving()
-        if not moving:
-            raise ArgumentError("no parameter requires gradients, so none may move; unfreeze some of them")
-        self._check_size(moving)
-        params = [p for p, _, _ in moving]
+        closure, moving = self._started(closure)
         with torch.no_grad():
             directions = self._directions(moving, closure)
-            spec = self._spec(directions)
-            if self.ranks is None:
-                plane = self._evaluate(closure, params, directions, spec)
-            else:
-                plane = self.ranks.evaluate(
-                    closure, lambda part: self._evaluate(closure, params, part, spec.restricted(part.k)), directions,
-                    spec, params, self._progress(), self._facts, weight, self._held(moving),
-                )  # fmt: skip
+            plane = self._evaluated(closure, weight, moving, directions)
             changed = self._advance(closure, weight, moving, directions, plane)
         self.plane = plane
         # A new record: one that state_dict() has handed out must not move on.
         own = self.state[STATE]  # type: ignore[index]
         self.state[STATE] = own | changed | {"step": own["step"] + 1}  # type: ignore[index]
         return plane.value
+
+    def _started(self, closure: Closure | None) -> tuple[Closure, Moving]:
+        """The closure and the parameters of a step, checked."""
+        if closure is None:
+            raise ArgumentError("step() needs a closure that returns the loss: there are no gradients to use")
+        moving = self._moving()
+        if not moving:
+            raise ArgumentError("no parameter requires gradients, so none may move; unfreeze some of them")
+        self._check_size(moving)
+        return closure, moving
+
+    def _evaluated(self, closure: Closure, weight: float, moving: Moving, directions: AbstractDirections) -> PlaneModel:
+        """The plane of the whole batch."""
+        params, spec = [p for p, _, _ in moving], self._spec(directions)
+        if self.ranks is None:
+            return self._evaluate(closure, params, directions, spec)
+        return self.ranks.evaluate(
+            closure, lambda part: self._evaluate(closure, params, part, spec.restricted(part.k)), directions,
+            spec, params, self._progress(), self._facts, weight, self._held(moving),
+        )  # fmt: skip
 
     def _advance(
         self, closure: Closure, weight: float, moving: Moving, directions: AbstractDirections, plane: PlaneModel
@@ -203,7 +210,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         own = self.state[STATE]  # type: ignore[index]
         directions = Directions(self.k * self.planes, self.law, self.tangents, own["seed"])
         directions.step = own["step"]
-        return HeldDirections(directions, [p for p, _, _ in moving], [i for _, _, i in moving], CACHED_BYTES)
+        return CachedDirections(directions, [p for p, _, _ in moving], [i for _, _, i in moving], CACHED_BYTES)
 
     def _spec(self, directions: AbstractDirections) -> PlaneSpec:
         """The plane that the descent needs on these directions."""
@@ -246,7 +253,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         known = spec.k, frozenset(id(p) for p in params)
         if not self.compile or known != self._known:
             plane = evaluate_plane(closure, params, as_directions(params, directions), spec)
-            if self.compile and isinstance(directions, HeldDirections):  # an eager step shows what the loss uses
+            if self.compile and isinstance(directions, CachedDirections):  # an eager step shows what the loss uses
                 self._known, self._used = known, frozenset(id(params[i]) for i in directions.used)
             return plane
         if self._program is None:
@@ -266,21 +273,27 @@ class PlaneOptimizer(torch.optim.Optimizer):
     def _steps(
         self, moving: Moving, directions: AbstractDirections, plane: PlaneModel, kappa: Tensor
     ) -> Iterator[tuple[int, Tensor]]:
-        """``lr * sum_k kappa_k v_k``, clipped, of each parameter that the loss makes use of, by its place in `moving`.
+        """``lr * sum_k kappa_k v_k``, clipped, of each parameter that the loss uses, by its place in `moving`."""
+        steps = self._unclipped(moving, directions, plane, kappa)
+        if self.clip is None:
+            return steps
+        used, tensors = zip(*steps, strict=True)
+        params = [moving[i][0] for i in used]
+        norm = sharded.joint_norm(tensors, params) if any(map(sharded.is_sharded, params)) else None
+        return zip(used, clipped(tensors, self.clip, norm), strict=True)
+
+    def _unclipped(
+        self, moving: Moving, directions: AbstractDirections, plane: PlaneModel, kappa: Tensor
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The same without clipping.
 
         Raises:
             NonFiniteError: NaN or infinity in the coefficients.
         """
         if not bool(torch.isfinite(kappa.float()).all()):
             raise NonFiniteError(f"the step is not finite: slope {plane.slope}, curvature {plane.curvature}")
-        used = sorted(directions.used) if isinstance(directions, HeldDirections) else range(len(moving))
-        steps: Iterable[Tensor]
-        steps = (directions.combine(i, moving[i][0], moving[i][1]["lr"] * kappa) for i in used)
-        if self.clip is not None:
-            steps, params = list(steps), [moving[i][0] for i in used]
-            norm = sharded.joint_norm(steps, params) if any(map(sharded.is_sharded, params)) else None
-            steps = clipped(steps, self.clip, norm)
-        return zip(used, steps, strict=True)
+        used = sorted(directions.used) if isinstance(directions, CachedDirections) else range(len(moving))
+        return ((i, directions.combine(i, moving[i][0], moving[i][1]["lr"] * kappa)) for i in used)
 
     def _move(self, moving: Moving, steps: Iterable[tuple[int, Tensor]]) -> None:
         """``theta <- theta - lr * weight_decay * theta + step``.

@@ -30,8 +30,7 @@ class FGD(PlaneOptimizer):
         k: directions per step.
         momentum: of the heavy ball, in [0, 1).
         law: of the tangents; see `jetplane.Directions`.
-        tangents: "dense", "rank-one" (nearly free beside the plain forward) or "block"; see
-            `jetplane.Directions`.
+        tangents: "dense" or "rank-one" (nearly free beside the plain forward); see `jetplane.Directions`.
         planes: multiplies the number of directions; they are averaged.
         clip: largest Euclidean norm of a step over all parameters, or None.
         weight_decay: decoupled: ``theta <- theta - lr * weight_decay * theta`` beside the step.

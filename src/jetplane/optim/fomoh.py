@@ -33,8 +33,7 @@ class FoMoH(PlaneOptimizer):
         k: directions per step, each on its own line.
         eps: added to the curvature.
         law: of the tangents; see `jetplane.Directions`.
-        tangents: "dense", "rank-one" (nearly free beside the plain forward) or "block"; see
-            `jetplane.Directions`.
+        tangents: "dense" or "rank-one" (nearly free beside the plain forward); see `jetplane.Directions`.
         planes: multiplies the number of directions; they are averaged.
         clip: largest Euclidean norm of a step over all parameters, or None.
         weight_decay: decoupled: ``theta <- theta - lr * weight_decay * theta`` beside the step.

@@ -30,8 +30,7 @@ class FoMoHKD(PlaneOptimizer):
         descent: "newton" as above, "saddle-free" (eigenvalues of H by absolute value and bounded away from
             zero), "damped", or a `jetplane.subspace.descent.Descent`.
         law: of the tangents; see `jetplane.Directions`.
-        tangents: "dense", "rank-one" (nearly free beside the plain forward) or "block"; see
-            `jetplane.Directions`.
+        tangents: "dense" or "rank-one" (nearly free beside the plain forward); see `jetplane.Directions`.
         planes: independent planes of one evaluation, whose steps are averaged.
         clip: largest Euclidean norm of a step over all parameters, or None.
         weight_decay: decoupled: ``theta <- theta - lr * weight_decay * theta`` beside the step.

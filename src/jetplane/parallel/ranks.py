@@ -46,7 +46,7 @@ from torch import Tensor
 
 from .. import errors
 from .._sharding import held_alike, local
-from ..directions import AbstractDirections, HeldDirections
+from ..directions import AbstractDirections, CachedDirections
 from ..errors import ArgumentError, HandshakeError, JetplaneError, LostRankError, RanksDifferError, RemoteError
 from ..evaluation.plane import PlaneModel
 from ..evaluation.side_effects import without_side_effects
@@ -222,7 +222,7 @@ class Ranks:
             failure, weight, value = error, 0.0, 0.0
             body.zero_()
             moments.zero_()
-        used = directions.used if isinstance(directions, HeldDirections) else None
+        used = directions.used if isinstance(directions, CachedDirections) else None
         difference = _contrast(self.part, self.parts) * weight * value
         head = [
             float(failure is not None),
@@ -260,7 +260,7 @@ class Ranks:
         alike = _one(uses, self.size)
         if used is not None and not alike:
             self._unite(used, params)
-        if isinstance(directions, HeldDirections) and not (alike and self.parts == 1):
+        if isinstance(directions, CachedDirections) and not (alike and self.parts == 1):
             directions.forget()  # ranks that have kept different ones would round their sums differently
         plane = message.plane(body / weights, torch.float64 if doubles else torch.float32, params[0].device)
         return replace(plane, pooled=message.moments(moments / weights**power, params[0].device))

@@ -113,7 +113,7 @@ def reverse(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
             stacklevel=2,
         )
     # jets are made here, under inference mode again, where all others are made
-    return tree_unflatten([make(*f, space) if len(f) == 3 else f[0] for f in found], outputs[1])
+    return tree_unflatten([make(f[0], f[1], f[2], space) if len(f) == 3 else f[0] for f in found], outputs[1])
 
 
 def _along(func: Any, space: Space, carried: Sequence[Any], spec: Any) -> tuple[Any, tuple[Tensor, Tensor]]:
