@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ArgumentError
+from ..rules.grad_mode import forward_only
 from .side_effects import rehearsal
 
 Part = list[slice]  # runs of directions that are carried together
@@ -109,6 +110,6 @@ class _Alive(TorchDispatchMode):
 
 def activations(closure: Callable[[], Any]) -> int:
     """Bytes that a plain run of the closure keeps alive at once; the run leaves no trace."""
-    with torch.inference_mode(), rehearsal(), _Alive() as alive:
+    with forward_only(), rehearsal(), _Alive() as alive:
         closure()
     return alive.peak

@@ -53,6 +53,7 @@ from ..jets.jet import (
     promoted,
 )
 from ..jets.structured import Deferred, LowRank, Stacked, Tangents
+from ..rules import grad_mode
 from ..rules.custom import intercept_functions
 from ..rules.dispatch import inside_loss
 from ..rules.dispatch import loss as mark_loss
@@ -142,13 +143,10 @@ def expansion(k: int, block: int, order: int, gauss_newton: bool = False, exampl
     """The space of one evaluation; evaluations inside of it get a higher level."""
     depth = getattr(_active, "depth", 0) + 1
     space = Space(k, block, order, depth, gauss_newton, examples)
-    # A dispatch mode around the evaluation is off while it handles a call, and so must its key be.
-    include = torch._C._dispatch_tls_local_include_set().remove(torch._C.DispatchKey.Python)
-    include = include.remove(torch._C.DispatchKey.PythonTLSSnapshot)
-    space.keys = include, torch._C._dispatch_tls_local_exclude_set()
     _active.depth = depth
     try:
-        yield space
+        with grad_mode.evaluation(space):
+            yield space
     finally:
         _active.depth = depth - 1
         forget_promoted(space)
@@ -216,6 +214,7 @@ class Interception(TorchFunctionMode):
         self.space = space
         self.seeds = seeds
         self.jets: dict[int, Tensor] = {}
+        self.unmoved: dict[int, Tensor] = {}  # parameters where derivatives stop
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -234,6 +233,8 @@ class Interception(TorchFunctionMode):
         args = tuple(self._seeded(a) for a in args)
         kwargs = {name: self._seeded(a) for name, a in kwargs.items()} if kwargs else {}
         if func in _EXITS and args and isinstance(args[0], Jet):
+            if grad_mode.stopped(args[0].space):
+                return func(grad_mode.innermost(args[0]), *args[1:], **kwargs)
             raise DerivativeError(
                 f"{_EXITS[func]} on a tensor of shape {tuple(args[0].shape)} that depends on the "
                 "parameters: its derivatives would be lost. Stay in torch, or detach() the tensor first "
@@ -252,6 +253,12 @@ class Interception(TorchFunctionMode):
     def _seeded(self, x: Any) -> Any:
         if isinstance(x, Tensor):
             x = sharded.unwrapped(x)
+            if id(x) in self.seeds and grad_mode.stopped(self.space):  # no tangents are drawn for it
+                if id(x) not in self.unmoved:
+                    here = _sharding.local(x)
+                    jet = grad_mode.unmoved(here, self.space)
+                    self.unmoved[id(x)] = jet if here is x else _sharding.wrapped(jet, x)
+                return self.unmoved[id(x)]
             seed = self.seeds.pop(id(x), None)  # what makes the jet looks at the parameter itself
             if seed is not None:
                 self.jets[id(x)] = seed()
@@ -421,14 +428,14 @@ def _at_once(
 ) -> PlaneModel:
     order = 2 if curvature == "hessian" else 1
     block = _block(pairs, drawn.k)
-    with torch.inference_mode(), expansion(drawn.k, block, order, curvature == "ggn", examples) as space:
+    with expansion(drawn.k, block, order, curvature == "ggn", examples) as space:
         space.entrance = entrance
         mode = Interception(space, {})
         for i, p in enumerate(params):
             _plant(mode, p, i, drawn, p)
         with mode.running(), _copies_planted(mode, params, drawn):
             loss = sharded.gathered(closure())
-        value, first, second = _scalar_parts(loss, space, bool(mode.jets))
+        value, first, second = _scalar_parts(loss, space, bool(mode.jets or mode.unmoved))
         if second is None and curvature != "none":
             second = value.new_zeros(space.pairs)
         if first is None:
@@ -448,6 +455,11 @@ class _Seeding(TorchFunctionMode):
         self.space = space
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not torch.is_grad_enabled():  # switched off by the user's own code: derivatives stop
+            target = args[0] if args else None
+            args, kwargs = tree_map(self._constant, (args, kwargs or {}))
+            result = func(*args, **kwargs)
+            return target if isinstance(target, Jet) and result is target.primal else result
         args, kwargs = tree_map(self._seeded, (args, kwargs or {}))
         if self.space.gauss_newton and (func in _LOSSES or inside_loss()):
             # Operators meet the jets after the user's code has run: what enters a loss must say so itself.
@@ -464,7 +476,12 @@ class _Seeding(TorchFunctionMode):
         return Jet(x.primal, x.first, x.second, self.space.key, None, None, None, LOSS)
 
     def _seeded(self, x: Any) -> Any:
-        return self.jets.get(id(x), x) if isinstance(x, self.kind) else x
+        if isinstance(x, self.kind):
+            x = self.jets.get(id(x), x)
+        return x.detach() if isinstance(x, Tensor) and x.requires_grad else x  # nothing is recorded for reverse mode
+
+    def _constant(self, x: Any) -> Any:
+        return x.primal if isinstance(x, Jet) else x
 
 
 def _traced(
@@ -491,7 +508,7 @@ def _traced(
             elif tangents is not None:
                 jets[id(p)] = Jet(p.detach(), tangents.to(carried(p.dtype)), None, key)
         kind = torch.nn.Parameter if all(isinstance(p, torch.nn.Parameter) for p in params) else Tensor
-        with _Seeding(jets, kind, space):
+        with _Seeding(jets, kind, space), torch.enable_grad():
             loss = closure()
         if curvature == "ggn" and loss.kind == MODEL:  # type: ignore[attr-defined]
             raise LossError(NO_LOSS)
@@ -550,7 +567,8 @@ def _scalar_parts(loss: Any, space: Space, touched: bool) -> tuple[Tensor, Tenso
         raise UnusedParametersError(
             "the loss does not depend on the parameters: "
             + (
-                "they were used, but every path to the loss was cut (detach(), item(), a comparison)"
+                "they were used, but every path to the loss was cut (detach(), torch.no_grad() in the closure, item(), "
+                "a comparison)"
                 if touched
                 else "the closure uses none of them; expected a loss computed from these very tensors"
             )

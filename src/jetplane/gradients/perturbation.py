@@ -37,6 +37,7 @@ from ..evaluation.plane import Interception, evaluate, expansion
 from ..evaluation.side_effects import rehearsal
 from ..jets.jet import Jet, Space, carried, parts, promoted
 from ..rules.examples import known
+from ..rules.grad_mode import forward_only
 from .active_outputs import MOST, PROBES, effective, probes
 from .feedback import Course, Feedback
 from .layers import LAYERS, has_weight_noise, moving, patches, weights_of
@@ -296,7 +297,6 @@ def _toured(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(rehearsal())
-        stack.enter_context(torch.inference_mode())
         space = stack.enter_context(expansion(PROBES, 1, 1))
 
         def after(module: nn.Module, call: int, x: Any, y: Any) -> Any:
@@ -374,7 +374,7 @@ def allot(
         products = LAYERS[type(module)].products(module, x, y)
         met[names[module]] = _Met(before.outputs + y.numel(), before.products + products, call + 1, y.shape)
 
-    with rehearsal(), torch.inference_mode(), _hooked(list(every.values()), meet):
+    with rehearsal(), forward_only(), _hooked(list(every.values()), meet):
         closure()
     last = next((name for name in reversed(met) if name in layers), None)
     positions = {n: m.outputs // m.shape[-1] for n, m in met.items() if n in layers and _by_position(layers[n], m)}
@@ -595,7 +595,7 @@ def _slopes(site: _Site, closure: Closure) -> Tensor | None:
     """Slopes (rows, samples) of the examples along a layer's noise; None if the loss does not depend on it."""
     slopes = []
     for samples in _split(site.share):
-        with rehearsal(), torch.inference_mode(), expansion(len(samples), 1, 1, examples=True) as space:
+        with rehearsal(), expansion(len(samples), 1, 1, examples=True) as space:
 
             def perturb(module: nn.Module, call: int, x: Any, y: Any, space: Space = space, samples: range = samples):
                 at, first, _ = parts(y, space)

@@ -30,6 +30,11 @@ from .structured import Deferred, LowRank, Tangents
 
 PARAMETER, MODEL, LOSS = 0, 1, 2  # kinds of jets: see Space.gauss_newton
 
+WRITTEN = (
+    "a parameter was written to in place inside the closure; expected a closure that leaves the "
+    "parameters of the evaluation as they are. Write to a copy (parameter.clone()), or outside of it"
+)
+
 
 LOST = torch.empty(0)  # the examples of a jet that stands for a sum over them, but no longer tells which
 
@@ -57,6 +62,8 @@ class Space:
             for this one, which is what rules perturbation confusion out.
         examples: whether each example's part of the slope is kept: see `jetplane.rules.examples`.
         entrance: where the model carries a part of the directions only: see `jetplane.evaluation.entrance`.
+        stopped: whether derivatives stop, since an evaluation inside of this one began while the user had switched
+            grad mode off: see `jetplane.rules.grad_mode`.
     """
 
     k: int
@@ -70,6 +77,7 @@ class Space:
     operator: str = ""
     formed: dict[str, int] = field(default_factory=dict)
     entrance: Any = None
+    stopped: bool = False
 
     @property
     def key(self) -> Key:
@@ -626,10 +634,7 @@ def write(target: Jet, value: Any, space: Space) -> Jet:
     """
     base = target.root()
     if base.is_seed:
-        raise DerivativeError(
-            "a parameter was written to in place inside the closure; expected a closure that leaves the "
-            "parameters of the evaluation as they are. Write to a copy (parameter.clone()), or outside of it"
-        )
+        raise DerivativeError(WRITTEN)
     if any(s == 0 and n > 1 for n, s in zip(target.primal.shape, target.primal.stride(), strict=True)):
         raise DerivativeError("in-place write to an expanded tensor, whose elements share memory; clone() it first")
     if not plain(target.primal, value.primal if is_jet(value, space) else value) and target is not base:

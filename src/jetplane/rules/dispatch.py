@@ -37,7 +37,7 @@ from ..jets.jet import (
     set_dispatcher,
     write,
 )
-from . import examples, fallback
+from . import examples, fallback, grad_mode
 from .registry import RULES, overload
 
 ALIASING = {
@@ -102,6 +102,8 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if space is None:  # jets that lost their coefficients to promotion cannot occur; plain calls can
         return func(*args, **kwargs)
     with torch._C._ForceDispatchKeyGuard(*space.keys) if space.keys else contextlib.nullcontext():
+        if grad_mode.stopped(space) and torch.Tag.inplace_view not in func.tags:
+            return grad_mode.on_primals(func, args, kwargs, original)
         return _on_keys(func, space, args, kwargs, original)
 
 
@@ -332,9 +334,11 @@ def _more_names(a: Signature, b: Signature) -> bool:
 
 def _mutate(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any], original: Sequence[Any]) -> Any:
     packet = func._schema.name.partition("::")[2]
+    if packet == "detach_":
+        return _detach_in_place(args[0])
     if torch.Tag.inplace_view in func.tags:
         return _reshape_in_place(func, args, kwargs)
-    if packet in ("requires_grad_", "detach_", "rename_"):
+    if packet in ("requires_grad_", "rename_"):
         return args[0]
     schema = func._schema.arguments
     outs = {a.name for a in schema if a.is_out}
@@ -356,6 +360,16 @@ def _mutate(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
     if written != [0]:
         raise fallback.missing(func, "it writes to several of its arguments in place")
     return _store([args[0]], [dispatch(op, _reordered(func, op, args), kwargs)], space, original[0])
+
+
+def _detach_in_place(x: Jet) -> Jet:
+    """``x.detach_()``: derivatives stop, those of views that were made before excepted."""
+    if x.is_seed or x.base is not None:
+        raise DerivativeError(
+            "detach_() of a parameter of the evaluation, or of a view; use detach(), which makes another tensor"
+        )
+    x.first = x.second = None
+    return x
 
 
 def _reordered(func: Any, op: Any, args: Sequence[Any]) -> Sequence[Any]:
@@ -388,6 +402,7 @@ def _store(targets: Sequence[Any], values: Sequence[Any], space: Space, returned
         write(target, value, space)
         return returned
     if is_jet(value, space) and (target.dtype.is_floating_point or target.dtype.is_complex):
+        grad_mode.check_view(target)
         write(promote(target, space), value, space)
         return returned
     target.copy_(primal(value, space))

@@ -53,7 +53,7 @@ def jet(
     Source: Cobb et al., arXiv 2408.10419, section 2 (hyper-dual numbers), for K directions at once.
     """
     xs, vs, k = _checked(primals, tangents)
-    with torch.inference_mode(), expansion(k, _block(pairs, k), order) as space:
+    with expansion(k, _block(pairs, k), order) as space:
         result = _call(f, xs, vs, space)
         value, first, second = (tree_map(lambda y, n=n: _part(y, space, n, pairs), result) for n in range(3))
     if space.level > 1:
@@ -89,7 +89,7 @@ def _part(y: Any, space: Space, n: int, pairs: Pairs) -> Any:
 
 
 def _released(tree: Any) -> Any:
-    """Ordinary tensors instead of inference tensors and views of internals."""
+    """Tensors of their own instead of views of internals."""
     return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, tree)
 
 

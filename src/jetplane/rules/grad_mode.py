@@ -1,0 +1,129 @@
+"""How a closure runs: without autograd, and with the user's own ``torch.no_grad()`` heeded.
+
+A closure runs below torch's autograd, so that composite operators arrive whole at jets and no graph is recorded. It
+does not run under ``torch.inference_mode()``: what it makes are ordinary tensors, with version counters, which reverse
+mode can use afterwards.
+
+Grad mode means nothing below autograd. It is switched on where an evaluation begins, so that a jet which meets an
+operator while it is off knows that the user's own code has switched it off: ``torch.no_grad()``,
+``torch.set_grad_enabled(False)`` or ``torch.inference_mode()`` inside of the closure. Derivatives stop there, as in
+reverse mode. Around the whole evaluation, as in optimizers' steps, these change nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ..errors import DerivativeError
+from ..jets.jet import WRITTEN, Jet, Space
+
+_running = threading.local()  # spaces: those of the evaluations that are under way in this thread
+
+
+@contextlib.contextmanager
+def forward_only() -> Iterator[None]:
+    """Run code without autograd: operators arrive whole, nothing is recorded, and tensors are ordinary ones."""
+    with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad():
+        yield
+
+
+@contextlib.contextmanager
+def autograd() -> Iterator[None]:
+    """Run code with autograd inside of `forward_only`: for rules that ask it for the derivatives of one operator."""
+    view = torch._C.DispatchKey.ADInplaceOrView
+    with torch.inference_mode(False), torch.enable_grad():  # gives back autograd's dispatch keys
+        include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+        with torch._C._ForceDispatchKeyGuard(include, exclude.remove(view)):
+            yield
+
+
+@contextlib.contextmanager
+def evaluation(space: Space) -> Iterator[None]:
+    """One evaluation, on the jets of this space. Where it begins while grad mode is off, outer derivatives stop."""
+    outer: list[Space] = getattr(_running, "spaces", [])
+    stopping = [] if torch.is_grad_enabled() else [s for s in outer if not s.stopped]
+    for s in stopping:
+        s.stopped = True
+    _running.spaces = [*outer, space]
+    try:
+        with forward_only():
+            # Rules run below view tracking too: torch itself marks what a view operator of the user's returns.
+            view = torch._C.DispatchKey.ADInplaceOrView
+            # A dispatch mode around the evaluation is off while it handles a call, and so must its key be.
+            include = torch._C._dispatch_tls_local_include_set().remove(torch._C.DispatchKey.Python)
+            include = include.remove(torch._C.DispatchKey.PythonTLSSnapshot)
+            space.keys = include, torch._C._dispatch_tls_local_exclude_set().add(view)
+            yield
+    finally:
+        _running.spaces = outer
+        for s in stopping:
+            s.stopped = False
+
+
+def stopped(space: Space) -> bool:
+    """Whether derivatives of an evaluation stop here: the user has switched grad mode off."""
+    # Compiled code has no keys, and the operators of a compiler's graph are not the user's.
+    return space.keys is not None and (space.stopped or not torch.is_grad_enabled())
+
+
+def unmoved(param: Tensor, space: Space) -> Jet:
+    """A parameter where derivatives stop: no directions move it, and it may not be written to."""
+    jet = Jet(param.detach(), None, None, space)
+    jet.is_seed = True
+    return jet
+
+
+def on_primals(func: Any, args: Any, kwargs: dict[str, Any], original: Any) -> Any:
+    """An operator where derivatives stop: of values alone.
+
+    What it writes to in place keeps the derivatives that it had, as in reverse mode.
+
+    Args:
+        func: the operator.
+        args: with jets for plain tensors that jets were written into.
+        kwargs: likewise.
+        original: the arguments as they came.
+
+    Raises:
+        DerivativeError: it writes to a parameter.
+    """
+    named = zip(func._schema.arguments, args, strict=False)
+    written = {a.name: x for a, x in named if a.alias_info is not None and a.alias_info.is_write}
+    outs = {a.name: kwargs[a.name] for a in func._schema.arguments if a.is_out and a.name in kwargs}
+    for target in (*written.values(), *outs.values()):
+        if isinstance(target, Jet) and target.root().is_seed:
+            raise DerivativeError(WRITTEN)
+    result = func(*tree_map(innermost, args), **tree_map(innermost, kwargs))
+    if not func._schema.returns or not func._schema.is_mutable:
+        return result
+    if outs:
+        return next(iter(outs.values())) if len(outs) == 1 else tuple(outs.values())
+    return original[0] if written else result
+
+
+def innermost(x: Any) -> Any:
+    """The value of a jet of any evaluation; anything else as it is."""
+    while isinstance(x, Jet):
+        x = x.primal
+    return x
+
+
+def check_view(target: Tensor) -> None:
+    """A plain tensor into which a jet is about to be written.
+
+    Raises:
+        DerivativeError: it looks into the memory of a jet, and was made where derivatives stop.
+    """
+    meta = torch._C._autograd._get_creation_meta(target) if target._is_view() else None
+    if meta == torch._C._autograd.CreationMeta.NO_GRAD_MODE and isinstance(target._base, Jet):
+        raise DerivativeError(
+            "a view that was made under torch.no_grad() of a tensor with derivatives is written to with grad mode on: "
+            "derivatives would not reach that tensor, and reverse mode raises too. Make the view outside of no_grad()"
+        )
