@@ -47,7 +47,6 @@ from ..jets.jet import (
     Space,
     any_promoted,
     carried,
-    forget_promoted,
     kind_of,
     parts,
     promoted,
@@ -60,7 +59,7 @@ from ..rules.dispatch import loss as mark_loss
 from ..rules.examples import known
 from ..rules.losses import cross_entropy_whole
 from . import chunks as chunking
-from . import sharded
+from . import leaving, sharded
 from .entrance import Entrance, LastEntrance
 from .side_effects import rehearsal
 
@@ -149,7 +148,7 @@ def expansion(k: int, block: int, order: int, gauss_newton: bool = False, exampl
             yield space
     finally:
         _active.depth = depth - 1
-        forget_promoted(space)
+        leaving.release(space)
         space.finish()
 
 
@@ -180,6 +179,8 @@ _ASKING = {
     torch.Tensor.dim,
     torch.Tensor.numel,
 }
+# Numbers for people to read.
+_SHOWING = {torch.Tensor.__repr__, torch.Tensor.__format__}
 _REVERSE = {torch.autograd.grad: "torch.autograd.grad", torch.Tensor.backward: "backward()"}
 
 _LOSSES = {
@@ -230,6 +231,9 @@ class Interception(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ASKING:
             return func(*args, **(kwargs or {}))
+        if func in _SHOWING:
+            return func(grad_mode.innermost(args[0]), *args[1:], **(kwargs or {}))
+        leaving.check_entering(func, args, kwargs or {})
         args = tuple(self._seeded(a) for a in args)
         kwargs = {name: self._seeded(a) for name, a in kwargs.items()} if kwargs else {}
         if func in _EXITS and args and isinstance(args[0], Jet):
@@ -429,7 +433,7 @@ def _at_once(
     order = 2 if curvature == "hessian" else 1
     block = _block(pairs, drawn.k)
     with expansion(drawn.k, block, order, curvature == "ggn", examples) as space:
-        space.entrance = entrance
+        space.entrance, space.remembered = entrance, True
         mode = Interception(space, {})
         for i, p in enumerate(params):
             _plant(mode, p, i, drawn, p)
@@ -603,6 +607,7 @@ def finished(model: PlaneModel) -> PlaneModel:
     """
 
     def plain(t: Tensor) -> Tensor:
+        t = leaving.plain_result(t)
         return t.clone() if t.dtype in (torch.float32, torch.float64) else t.float()
 
     value, slope = plain(model.value), plain(model.slope)

@@ -17,12 +17,15 @@ directions in one number so that the primal and the first coefficients are compu
 from __future__ import annotations
 
 import functools
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..errors import DerivativeError
 from .memory import Memory
@@ -64,6 +67,10 @@ class Space:
         entrance: where the model carries a part of the directions only: see `jetplane.evaluation.entrance`.
         stopped: whether derivatives stop, since an evaluation inside of this one began while the user had switched
             grad mode off: see `jetplane.rules.grad_mode`.
+        made: the jets, for those that are left to become ordinary tensors at the end: see
+            `jetplane.evaluation.leaving`; None in compiled code, and afterwards.
+        written: plain tensors that jets were written into.
+        remembered: whether tensors that carried derivatives may not enter a later evaluation.
     """
 
     k: int
@@ -78,6 +85,23 @@ class Space:
     formed: dict[str, int] = field(default_factory=dict)
     entrance: Any = None
     stopped: bool = False
+    made: deque[weakref.ref[Jet]] | None = None
+    written: list[weakref.ref[Tensor]] = field(default_factory=list)
+    remembered: bool = False
+    _most: int = 1 << 12
+
+    def hold(self, jet: Jet) -> None:
+        """Remember a jet weakly: see ``made``. Safe under threads."""
+        made = self.made
+        if made is None:
+            return
+        made.append(weakref.ref(jet))
+        if len(made) > self._most:  # many of them are gone
+            for _ in range(len(made)):
+                kept = made.popleft()
+                if kept() is not None:
+                    made.append(kept)
+            self._most = 2 * len(made) + (1 << 12)
 
     @property
     def key(self) -> Key:
@@ -191,6 +215,7 @@ class Jet(torch.Tensor):
         self.is_seed = False
         self.kind = space.kind if kind is None else kind
         self.examples = None
+        space.hold(self)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Key, int]]:
         meta = self.space.key, self.kind
@@ -228,11 +253,19 @@ class Jet(torch.Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         order = 0 if self.first is None else 1 if self.second is None else 2
-        return f"Jet(shape={tuple(self.shape)}, dtype={self.dtype}, k={self.space.k}, carried order={order})"
+        return f"Jet({self.primal!r}, k={self.space.k}, carried order={order})"
+
+    def __format__(self, spec: str) -> str:
+        return format(self.primal, spec) if spec else repr(self)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _dispatch(func, args, kwargs or {})
+        try:
+            return _dispatch(func, args, kwargs or {})
+        except AttributeError:  # in another thread the evaluation ended meanwhile, and jets became ordinary tensors
+            if func._schema.is_mutable or any(isinstance(x, Jet) for x in tree_leaves((args, kwargs))):
+                raise
+            return func(*args, **(kwargs or {}))
 
     def __copy__(self) -> Jet:
         return self.alias(self.primal)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -403,6 +404,7 @@ def _store(targets: Sequence[Any], values: Sequence[Any], space: Space, returned
         return returned
     if is_jet(value, space) and (target.dtype.is_floating_point or target.dtype.is_complex):
         grad_mode.check_view(target)
+        space.written.append(weakref.ref(target._base if target._is_view() else target))
         write(promote(target, space), value, space)
         return returned
     target.copy_(primal(value, space))

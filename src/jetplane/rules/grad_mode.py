@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_map
 from ..errors import DerivativeError
 from ..jets.jet import WRITTEN, Jet, Space
 
+_modes: Any = torch._C._autograd  # type: ignore[attr-defined]
 _running = threading.local()  # spaces: those of the evaluations that are under way in this thread
 
 
@@ -52,6 +54,7 @@ def evaluation(space: Space) -> Iterator[None]:
     for s in stopping:
         s.stopped = True
     _running.spaces = [*outer, space]
+    space.made = deque()
     try:
         with forward_only():
             # Rules run below view tracking too: torch itself marks what a view operator of the user's returns.
@@ -121,8 +124,9 @@ def check_view(target: Tensor) -> None:
     Raises:
         DerivativeError: it looks into the memory of a jet, and was made where derivatives stop.
     """
-    meta = torch._C._autograd._get_creation_meta(target) if target._is_view() else None
-    if meta == torch._C._autograd.CreationMeta.NO_GRAD_MODE and isinstance(target._base, Jet):
+    if not (target._is_view() and isinstance(target._base, Jet)):
+        return
+    if _modes._get_creation_meta(target) == _modes.CreationMeta.NO_GRAD_MODE:
         raise DerivativeError(
             "a view that was made under torch.no_grad() of a tensor with derivatives is written to with grad mode on: "
             "derivatives would not reach that tensor, and reverse mode raises too. Make the view outside of no_grad()"

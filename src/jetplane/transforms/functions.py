@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..errors import ArgumentError, DTypeError, ShapeError
+from ..evaluation.leaving import plain_result
 from ..evaluation.plane import Interception, Pairs, _block, _matrix, expansion
 from ..jets.jet import Jet, Space, parts, precise, promoted
 
@@ -90,7 +91,7 @@ def _part(y: Any, space: Space, n: int, pairs: Pairs) -> Any:
 
 def _released(tree: Any) -> Any:
     """Tensors of their own instead of views of internals."""
-    return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, tree)
+    return tree_map(lambda t: plain_result(t).clone() if isinstance(t, Tensor) else t, tree)
 
 
 def _checked(primals: Primals, tangents: Primals) -> tuple[list[Tensor], list[Tensor], int]:
