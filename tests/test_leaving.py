@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import l1_unstructured
 
 import jetplane as jp
-from jetplane.errors import DerivativeError, UnusedParametersError
+from jetplane.errors import DerivativeError, JetplaneWarning, UnusedParametersError
 
 
 def slope(closure, params: list[Tensor], **options) -> Tensor:
@@ -723,3 +723,88 @@ class TestEnteringLater:
             kept.clear()
             fresh = [torch.ones(3) for _ in range(5)]
             evaluate_once(lambda: sum(fresh, w * 1).sum(), [w])  # noqa: B023
+
+
+class TestGradientHooks:
+    @pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+    def test_of_parameters_are_announced_once(self, register):
+        w, other = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+        getattr(w, register)(lambda g: None)
+        opt = jp.optim.FGD([w, other], lr=0.1)
+        closure = lambda: (w**2).sum() + other.sum()  # noqa: E731
+        with pytest.warns(JetplaneWarning, match=r"hooks do not run.*1 parameter\(s\) have some, of shape \(3,\)"):
+            opt.step(closure)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            opt.step(closure)
+            evaluate_once(closure, [w, other])
+
+    def test_removed_ones_are_not(self):
+        w = nn.Parameter(torch.ones(3))
+        w.register_hook(lambda g: 0 * g).remove()
+        evaluate_once(lambda: (w**2).sum(), [w])
+
+    @pytest.mark.parametrize("way", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+    @pytest.mark.parametrize("keywords", [False, True])
+    def test_of_modules_are_announced_once(self, way, keywords):
+        net, x = nn.Sequential(nn.Linear(3, 2), nn.Tanh()), torch.ones(1, 3)
+        getattr(net[0], way)(lambda module, *grads: None)
+        closure = (lambda: net[0](input=x).sum()) if keywords else lambda: net(x).sum()
+        with pytest.warns(JetplaneWarning, match="backward hooks do not run in forward mode, and Linear has some"):
+            evaluate_once(closure, list(net.parameters()))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            evaluate_once(closure, list(net.parameters()))
+
+    def test_of_activations_are_announced(self):
+        w = torch.ones(3)
+
+        def closure():
+            h = w * 2
+            h.retain_grad()
+            h.register_hook(lambda g: 0 * g).remove()
+            return h.sum()
+
+        with pytest.warns(JetplaneWarning) as heard:
+            assert torch.equal(slope(closure, [w]), torch.full((3,), 2.0))
+        assert [str(m.message).partition("()")[0] for m in heard] == ["retain_grad", "register_hook"]
+        assert all(m.filename == __file__ for m in heard)
+
+
+class TestResultsAreOrdinary:
+    def test_of_nested_evaluations(self):
+        w, x = vector(3), vector(3)
+        inner = []
+
+        def closure():
+            plane = jp.evaluate(lambda: (w * x**3).sum(), [x], [torch.eye(3, dtype=torch.float64)])
+            inner.append(plane)
+            return plane.slope.sum() + plane.curvature.sum() + plane.value
+
+        plane = jp.evaluate(closure, [w], [torch.eye(3, dtype=torch.float64)])
+        torch.testing.assert_close(plane.slope, 3 * x**2 + 6 * x + x**3)
+        for model in (plane, *inner):
+            assert {type(t) for t in (model.value, model.slope, model.curvature)} == {Tensor}
+        torch.testing.assert_close(inner[0].slope, 3 * w * x**2)
+
+    @pytest.mark.parametrize("way", ["evaluate", "jet"])
+    def test_a_jet_of_another_threads_evaluation_is_refused(self, way):
+        w, u, x = torch.ones(3), torch.ones(3), torch.ones(3)
+        jets, made, used = [], threading.Event(), threading.Event()
+
+        def one():
+            evaluate_once(lambda: (jets.append(w * 2), made.set(), used.wait(10), (w * w).sum())[-1], [w])
+
+        thread = threading.Thread(target=one)
+        thread.start()
+        made.wait(10)
+        try:
+            with pytest.raises(DerivativeError, match="another thread"):
+                if way == "evaluate":
+                    jp.evaluate(lambda: (u * jets[0]).sum(), [u], [torch.ones(1, 3)])
+                else:
+                    jp.jet(lambda z: z * jets[0], x, torch.ones(1, 3))
+        finally:
+            used.set()
+            thread.join()
+        assert type(jets[0]) is Tensor

@@ -59,7 +59,7 @@ from ..rules.dispatch import loss as mark_loss
 from ..rules.examples import known
 from ..rules.losses import cross_entropy_whole
 from . import chunks as chunking
-from . import leaving, sharded
+from . import gradient_hooks, leaving, sharded
 from .entrance import Entrance, LastEntrance
 from .side_effects import rehearsal
 
@@ -230,9 +230,13 @@ class Interception(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ASKING:
+            if func in gradient_hooks.ASKED_FOR_HOOKS:
+                gradient_hooks.announce_module()
             return func(*args, **(kwargs or {}))
         if func in _SHOWING:
             return func(grad_mode.innermost(args[0]), *args[1:], **(kwargs or {}))
+        if func in gradient_hooks.REGISTERING:
+            return gradient_hooks.registered(func, args, kwargs or {})
         leaving.check_entering(func, args, kwargs or {})
         args = tuple(self._seeded(a) for a in args)
         kwargs = {name: self._seeded(a) for name, a in kwargs.items()} if kwargs else {}
@@ -435,6 +439,7 @@ def _at_once(
     with expansion(drawn.k, block, order, curvature == "ggn", examples) as space:
         space.entrance, space.remembered = entrance, True
         mode = Interception(space, {})
+        gradient_hooks.announce(params)
         for i, p in enumerate(params):
             _plant(mode, p, i, drawn, p)
         with mode.running(), _copies_planted(mode, params, drawn):
