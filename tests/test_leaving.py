@@ -808,3 +808,48 @@ class TestResultsAreOrdinary:
             used.set()
             thread.join()
         assert type(jets[0]) is Tensor
+
+
+class TestPlainRuns:
+    """Runs without jets beside the evaluations: they must not launder what an evaluation would refuse."""
+
+    def test_a_cache_that_the_measurement_of_memory_fills(self):
+        w, cache = torch.ones(3), {}
+
+        def closure():
+            if not cache:
+                cache["y"] = w.exp()
+                cache["data"] = torch.arange(3.0)
+            return (cache["y"] * w * cache["data"]).sum()
+
+        with pytest.raises(DerivativeError, match="earlier evaluation"):
+            jp.evaluate(closure, [w], jp.Directions(k=2), "none", chunk="auto")
+        assert type(cache["y"]) is Tensor and not cache["y"].requires_grad
+
+    def test_a_hidden_state_in_a_search_along_the_step(self):
+        cell, read, x, held = TestEnteringLater.state()
+        params = [*cell.parameters(), *read.parameters()]
+        opt = jp.optim.PlaneSearch(params, k=2)
+
+        def closure():
+            held["h"] = cell(x, held["h"])
+            return F.mse_loss(read(held["h"]), torch.zeros(4, 1))
+
+        with pytest.raises(DerivativeError, match="earlier evaluation"):
+            for _ in range(2):
+                opt.step(closure)
+
+    def test_buffers_and_data_stay_what_they_are(self):
+        net, x = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)), torch.randn(8, 3)
+        opt = jp.optim.PlaneSearch(net.parameters(), net, k=2)
+        kept = []
+
+        def closure():
+            loss = F.mse_loss(net(x), torch.zeros(8, 1))
+            kept.append((loss.item(), loss.detach(), x * 2))
+            return loss
+
+        for _ in range(2):
+            opt.step(closure)
+        jp.evaluate(closure, list(net.parameters()), jp.Directions(k=4), "none", chunk="auto")
+        assert all(type(t) is Tensor for t in kept[-1][1:])

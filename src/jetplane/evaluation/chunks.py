@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ArgumentError
-from ..rules.grad_mode import forward_only
+from .leaving import plain_run
 from .side_effects import rehearsal
 
 Part = list[slice]  # runs of directions that are carried together
@@ -108,8 +108,8 @@ class _Alive(TorchDispatchMode):
         self.now -= size
 
 
-def activations(closure: Callable[[], Any]) -> int:
+def activations(closure: Callable[[], Any], params: Sequence[Tensor]) -> int:
     """Bytes that a plain run of the closure keeps alive at once; the run leaves no trace."""
-    with forward_only(), rehearsal(), _Alive() as alive:
+    with plain_run(params), rehearsal(), _Alive() as alive:
         closure()
     return alive.peak

@@ -11,15 +11,19 @@ later evaluation computes with it; ``detach()`` gives a tensor that may enter.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ..errors import DerivativeError
 from ..jets.jet import Jet, Space, forget_promoted, promoted
+from ..rules.grad_mode import forward_only
 
 
 class WeakTensors:
@@ -182,3 +186,59 @@ def _check(x: Any) -> None:
     elif isinstance(x, dict):
         for item in x.values():
             _check(item)
+
+
+# --- plain runs of a closure beside evaluations -----------------------------------------------------------------------
+
+
+class _PlainRun(TorchFunctionMode):
+    """Sees what of a plain run depends on parameters, and refuses what an evaluation would refuse."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.params = {id(p) for p in params}
+        self.moved: list[weakref.ref[Tensor]] = []
+        self.known = WeakTensors()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _HARMLESS or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        check_entering(func, args, kwargs)
+        moved = any(map(self._depends, (*args, *kwargs.values())))
+        result = func(*args, **kwargs)
+        if moved:
+            for x in (*tree_leaves(result), args[0] if func is Tensor.__setitem__ else None):
+                if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) and id(x) not in self.params:
+                    self.known.add(x)
+                    self.moved.append(weakref.ref(x))
+        return result
+
+    def _depends(self, x: Any) -> bool:
+        if isinstance(x, Tensor):
+            return id(x) in self.params or x in self.known
+        if isinstance(x, (list, tuple)):
+            return any(map(self._depends, x))
+        return isinstance(x, dict) and any(map(self._depends, x.values()))
+
+
+@contextlib.contextmanager
+def plain_run(params: Sequence[Tensor], again: bool = False) -> Iterator[None]:
+    """Run a closure without jets, as an evaluation of it runs: what depends on parameters may not enter a later one.
+
+    Args:
+        params: of the evaluations around this run.
+        again: an evaluation has run the closure before. Where that has left nothing behind, nothing is watched.
+
+    Raises:
+        DerivativeError: something of an earlier evaluation is computed with.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(forward_only())
+        watch = None if again and not _earlier else stack.enter_context(_PlainRun(params))
+        try:
+            yield
+        finally:
+            for x in (known() for known in (watch.moved if watch else ())):
+                if x is not None:
+                    _earlier.add(x)

@@ -366,7 +366,7 @@ def evaluate(
         crossed, block = False, 1
     if chunk == "auto":
         room = chunking.free_memory(params[0].device) // 2 if memory is None else memory
-        alive = chunking.activations(closure)
+        alive = chunking.activations(closure, params)
         size = chunking.affordable(drawn.k, block, curvature == "hessian", crossed, alive, room)
     else:
         size = chunking.checked(chunk, drawn.k, block, crossed)

@@ -33,11 +33,11 @@ from torch.utils._mode_utils import no_dispatch
 from ..directions import Directions
 from ..directions.laws import LAWS, key, pieces, twists
 from ..errors import UnusedParametersError
+from ..evaluation.leaving import plain_run
 from ..evaluation.plane import Interception, evaluate, expansion
 from ..evaluation.side_effects import rehearsal
 from ..jets.jet import Jet, Space, carried, parts, promoted
 from ..rules.examples import known
-from ..rules.grad_mode import forward_only
 from .active_outputs import MOST, PROBES, effective, probes
 from .feedback import Course, Feedback
 from .layers import LAYERS, has_weight_noise, moving, patches, weights_of
@@ -374,7 +374,7 @@ def allot(
         products = LAYERS[type(module)].products(module, x, y)
         met[names[module]] = _Met(before.outputs + y.numel(), before.products + products, call + 1, y.shape)
 
-    with rehearsal(), forward_only(), _hooked(list(every.values()), meet):
+    with rehearsal(), plain_run(params), _hooked(list(every.values()), meet):
         closure()
     last = next((name for name in reversed(met) if name in layers), None)
     positions = {n: m.outputs // m.shape[-1] for n, m in met.items() if n in layers and _by_position(layers[n], m)}

@@ -23,6 +23,7 @@ from ..directions import (
 )
 from ..directions.laws import key
 from ..errors import ArgumentError, DTypeError, ShapeError
+from ..evaluation.leaving import plain_run
 from ..evaluation.plane import KEPT, Curvature, PlaneModel
 from ..evaluation.side_effects import RandomState, random_state, rehearsal
 from ..gradients.feedback import Feedback
@@ -346,7 +347,7 @@ class PlaneSearch(PlaneOptimizer):
             steps = steps_along(kappa)
 
             def loss_of_shard_at(rate: float) -> float:
-                with _moved(rate, params, steps), rehearsal(self._random):
+                with _moved(rate, params, steps), rehearsal(self._random), plain_run(params, again=True):
                     return float(closure())
 
             def loss_at(rate: float) -> float:

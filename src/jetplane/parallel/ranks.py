@@ -48,6 +48,7 @@ from .. import errors
 from .._sharding import held_alike, local
 from ..directions import AbstractDirections, HeldDirections
 from ..errors import ArgumentError, HandshakeError, JetplaneError, LostRankError, RanksDifferError, RemoteError
+from ..evaluation.leaving import plain_run
 from ..evaluation.plane import PlaneModel
 from ..evaluation.side_effects import rehearsal
 from .layout import Layout, plan
@@ -214,7 +215,7 @@ class Ranks:
             _check_weight(weight)
             mark ^= fingerprint(self._alike(every.values()))
             if weight > 0:
-                value, double = self._fill(body, spreading, closure, run, directions, layout)
+                value, double = self._fill(body, spreading, closure, run, directions, layout, params)
         except BaseException as error:  # also Ctrl-C: the others must hear of it
             failure, weight, value = error, 0.0, 0.0
             body.zero_()
@@ -371,6 +372,7 @@ class Ranks:
         run: Callable[[AbstractDirections], PlaneModel],
         directions: AbstractDirections,
         layout: Layout,
+        params: Sequence[Tensor],
     ) -> tuple[float, bool]:
         """Write this rank's numbers, unweighted; the loss, and whether they are in double precision."""
         slope = torch.zeros(layout.k, dtype=torch.float64)
@@ -379,7 +381,7 @@ class Ranks:
         tasks = plan(layout, self.parts)[self.part]
         written: list[Tensor] = []
         if len(tasks) > 1:  # all but the last are to leave no trace
-            with rehearsal() as journal:
+            with plain_run(params), rehearsal() as journal:
                 closure()
             written = [tensor for tensor, _ in journal.saved.values()]
         values, counts = [], []
