@@ -52,7 +52,7 @@ def announce(params: Sequence[Tensor]) -> None:
 
 def announce_module() -> None:
     """Called where torch asks a tensor one of `ASKED_FOR_HOOKS`: warn if it is for a module's backward hooks."""
-    frame = sys._getframe(2)
+    frame = sys._getframe(3)  # of whoever asks
     if frame.f_code not in _ASKING:
         return
     owner = frame.f_locals["self"]
@@ -74,7 +74,7 @@ def registered(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         f"{func.__name__}() on a tensor that depends on the parameters has no effect: forward mode computes no "
         "gradient of it",
         JetplaneWarning,
-        stacklevel=3 if func is torch.Tensor.retain_grad else 5,  # the others are written in Python
+        stacklevel=4 if func is torch.Tensor.retain_grad else 6,  # the others are written in Python
     )
     return None if func is torch.Tensor.retain_grad else RemovableHandle(OrderedDict())
 

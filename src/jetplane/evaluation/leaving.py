@@ -30,30 +30,27 @@ class WeakTensors:
     """A set of tensors, by identity, that keeps none of them alive. Safe under threads."""
 
     def __init__(self) -> None:
-        self._known: dict[int, weakref.ref[Tensor]] = {}
+        self.known: dict[int, weakref.ref[Tensor]] = {}
 
     def add(self, x: Tensor) -> None:
         """Put a tensor in."""
         key = id(x)
-        self._known[key] = weakref.ref(x, lambda gone: self._forget(key, gone))
+        self.known[key] = weakref.ref(x, lambda gone: self._forget(key, gone))
 
     def discard(self, x: Tensor) -> None:
         """Take a tensor out, if it is there."""
-        self._known.pop(id(x), None)
+        self.known.pop(id(x), None)
 
     def _forget(self, key: int, gone: weakref.ref[Tensor]) -> None:
-        if self._known.get(key) is gone:  # another tensor may have taken its place
-            self._known.pop(key, None)
+        if self.known.get(key) is gone:  # another tensor may have taken its place
+            self.known.pop(key, None)
 
     def __contains__(self, x: Tensor) -> bool:
-        known = self._known.get(id(x))
+        known = self.known.get(id(x))
         return known is not None and known() is x
 
-    def __bool__(self) -> bool:
-        return bool(self._known)
 
-
-_earlier = WeakTensors()  # what carried derivatives in an evaluation that has ended
+earlier = WeakTensors()  # what carried derivatives in an evaluation that has ended
 
 
 def release(space: Space) -> None:
@@ -63,7 +60,7 @@ def release(space: Space) -> None:
             owner = buffer()
             jet = None if owner is None else promoted(owner)
             if jet is not None and _carries(jet):
-                _earlier.add(owner)  # type: ignore[arg-type]
+                earlier.add(owner)  # type: ignore[arg-type]
     forget_promoted(space)
     made, space.made = space.made or (), None
     alive = [(jet, _carries(jet)) for jet in (known() for known in made) if isinstance(jet, Jet)]
@@ -73,7 +70,7 @@ def release(space: Space) -> None:
             continue
         _into_ordinary(jet)
         if carried and space.remembered:
-            _earlier.add(jet)
+            earlier.add(jet)
 
 
 def _carries(jet: Jet) -> bool:
@@ -87,7 +84,8 @@ def _into_outer(jet: Jet, value: Jet) -> None:
         value.primal, value.first, value.second, value.kind, value.examples
     )  # fmt: skip
     jet.space, jet.base, jet.version, jet.is_seed = value.space, value.root(), value.version, False
-    value.space.hold(jet)
+    if value.space.made is not None:
+        value.space.made.append(weakref.ref(jet))
 
 
 def _into_ordinary(jet: Jet) -> None:
@@ -156,12 +154,12 @@ def check_entering(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
     Raises:
         DerivativeError: one of them has.
     """
-    if not _earlier or not torch.is_grad_enabled() or func in _HARMLESS:
+    if not torch.is_grad_enabled() or func in _HARMLESS:
         return
     out = kwargs.get("out")
     for x in out if isinstance(out, (list, tuple)) else (out, args[0] if args and _overwrites(func, args) else None):
         if isinstance(x, Tensor):
-            _earlier.discard(x)
+            earlier.discard(x)
     for x in (*args, *kwargs.values()):
         _check(x)
 
@@ -174,7 +172,7 @@ def _overwrites(func: Any, args: Any) -> bool:
 
 def _check(x: Any) -> None:
     if isinstance(x, Tensor):
-        if x in _earlier:
+        if x in earlier:
             raise DerivativeError(
                 f"a tensor of shape {tuple(x.shape)} was made by an earlier evaluation, from its parameters: it would "
                 "be taken for a constant here, where reverse mode would go back through a graph that is gone. If that "
@@ -204,7 +202,8 @@ class _PlainRun(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _HARMLESS or not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        check_entering(func, args, kwargs)
+        if earlier.known:
+            check_entering(func, args, kwargs)
         moved = any(map(self._depends, (*args, *kwargs.values())))
         result = func(*args, **kwargs)
         if moved:
@@ -235,10 +234,10 @@ def plain_run(params: Sequence[Tensor], again: bool = False) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(forward_only())
-        watch = None if again and not _earlier else stack.enter_context(_PlainRun(params))
+        watch = None if again and not earlier.known else stack.enter_context(_PlainRun(params))
         try:
             yield
         finally:
             for x in (known() for known in (watch.moved if watch else ())):
                 if x is not None:
-                    _earlier.add(x)
+                    earlier.add(x)

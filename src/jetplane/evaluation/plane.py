@@ -181,6 +181,7 @@ _ASKING = {
 }
 # Numbers for people to read.
 _SHOWING = {torch.Tensor.__repr__, torch.Tensor.__format__}
+_ASIDE = _ASKING | _SHOWING | gradient_hooks.REGISTERING
 _REVERSE = {torch.autograd.grad: "torch.autograd.grad", torch.Tensor.backward: "backward()"}
 
 _LOSSES = {
@@ -229,15 +230,10 @@ class Interception(TorchFunctionMode):
                 raise
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _ASKING:
-            if func in gradient_hooks.ASKED_FOR_HOOKS:
-                gradient_hooks.announce_module()
-            return func(*args, **(kwargs or {}))
-        if func in _SHOWING:
-            return func(grad_mode.innermost(args[0]), *args[1:], **(kwargs or {}))
-        if func in gradient_hooks.REGISTERING:
-            return gradient_hooks.registered(func, args, kwargs or {})
-        leaving.check_entering(func, args, kwargs or {})
+        if func in _ASIDE:
+            return self._aside(func, args, kwargs or {})
+        if leaving.earlier.known:
+            leaving.check_entering(func, args, kwargs or {})
         args = tuple(self._seeded(a) for a in args)
         kwargs = {name: self._seeded(a) for name, a in kwargs.items()} if kwargs else {}
         if func in _EXITS and args and isinstance(args[0], Jet):
@@ -256,6 +252,16 @@ class Interception(TorchFunctionMode):
         if self.space.gauss_newton and func in _LOSSES:
             with mark_loss():
                 return _warn_if_flat(func, func(*args, **kwargs), self.space)
+        return func(*args, **kwargs)
+
+    def _aside(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A call that asks about a tensor, shows its numbers, or registers a hook."""
+        if func in gradient_hooks.REGISTERING:
+            return gradient_hooks.registered(func, args, kwargs)
+        if func in _SHOWING:
+            return func(grad_mode.innermost(args[0]), *args[1:], **kwargs)
+        if func in gradient_hooks.ASKED_FOR_HOOKS:
+            gradient_hooks.announce_module()
         return func(*args, **kwargs)
 
     def _seeded(self, x: Any) -> Any:

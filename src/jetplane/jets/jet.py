@@ -17,11 +17,11 @@ directions in one number so that the primal and the first coefficients are compu
 from __future__ import annotations
 
 import functools
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -69,6 +69,7 @@ class Space:
             grad mode off: see `jetplane.rules.grad_mode`.
         made: the jets, for those that are left to become ordinary tensors at the end: see
             `jetplane.evaluation.leaving`; None in compiled code, and afterwards.
+        most: how many ``made`` may hold before those that are gone are taken out.
         written: plain tensors that jets were written into.
         remembered: whether tensors that carried derivatives may not enter a later evaluation.
     """
@@ -85,23 +86,19 @@ class Space:
     formed: dict[str, int] = field(default_factory=dict)
     entrance: Any = None
     stopped: bool = False
-    made: deque[weakref.ref[Jet]] | None = None
-    written: list[weakref.ref[Tensor]] = field(default_factory=list)
+    made: deque[ref[Jet]] | None = None
+    written: list[ref[Tensor]] = field(default_factory=list)
     remembered: bool = False
-    _most: int = 1 << 12
+    most: int = 1 << 12
 
-    def hold(self, jet: Jet) -> None:
-        """Remember a jet weakly: see ``made``. Safe under threads."""
-        made = self.made
-        if made is None:
-            return
-        made.append(weakref.ref(jet))
-        if len(made) > self._most:  # many of them are gone
-            for _ in range(len(made)):
-                kept = made.popleft()
-                if kept() is not None:
-                    made.append(kept)
-            self._most = 2 * len(made) + (1 << 12)
+    def forget(self) -> None:
+        """Take jets that are gone out of ``made``. Safe under threads."""
+        made = self.made or deque()
+        for _ in range(len(made)):
+            kept = made.popleft()
+            if kept() is not None:
+                made.append(kept)
+        self.most = 2 * len(made) + (1 << 12)
 
     @property
     def key(self) -> Key:
@@ -215,7 +212,11 @@ class Jet(torch.Tensor):
         self.is_seed = False
         self.kind = space.kind if kind is None else kind
         self.examples = None
-        space.hold(self)
+        made = space.made
+        if made is not None:
+            made.append(ref(self))
+            if len(made) > space.most:
+                space.forget()
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Key, int]]:
         meta = self.space.key, self.kind

@@ -52,6 +52,7 @@ ALIASING = {
     "dropout",
     "ravel",
 }
+_grad_enabled = torch.is_grad_enabled
 RANDOM = {
     "normal_",
     "uniform_",
@@ -103,7 +104,8 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if space is None:  # jets that lost their coefficients to promotion cannot occur; plain calls can
         return func(*args, **kwargs)
     with torch._C._ForceDispatchKeyGuard(*space.keys) if space.keys else contextlib.nullcontext():
-        if grad_mode.stopped(space) and torch.Tag.inplace_view not in func.tags:
+        # Compiled code has no keys, and the operators of a compiler's graph are not the user's.
+        if (space.stopped or not _grad_enabled()) and space.keys and torch.Tag.inplace_view not in func.tags:
             return grad_mode.on_primals(func, args, kwargs, original)
         return _on_keys(func, space, args, kwargs, original)
 

@@ -72,8 +72,7 @@ def evaluation(space: Space) -> Iterator[None]:
 
 def stopped(space: Space) -> bool:
     """Whether derivatives of an evaluation stop here: the user has switched grad mode off."""
-    # Compiled code has no keys, and the operators of a compiler's graph are not the user's.
-    return space.keys is not None and (space.stopped or not torch.is_grad_enabled())
+    return space.stopped or not torch.is_grad_enabled()
 
 
 def unmoved(param: Tensor, space: Space) -> Jet:
