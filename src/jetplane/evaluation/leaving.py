@@ -63,8 +63,9 @@ def release(space: Space) -> None:
                 earlier.add(owner)  # type: ignore[arg-type]
     forget_promoted(space)
     made, space.made = space.made or (), None
-    alive = [(jet, _carries(jet)) for jet in (known() for known in made) if isinstance(jet, Jet)]
-    for jet, carried in alive:  # all are looked at before any changes, since views look at their base
+    alive = [jet for known in made if (jet := known()) is not None]
+    carrying = [_carries(jet) for jet in alive]  # before any changes, since views look at their base
+    for jet, carried in zip(alive, carrying, strict=True):
         if isinstance(jet.primal, Jet):
             _into_outer(jet, jet.primal)
             continue

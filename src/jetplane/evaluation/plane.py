@@ -457,6 +457,8 @@ def _at_once(
             first = value.new_zeros(drawn.k)
         second = None if second is None else _matrix(second, space, pairs)
         model = PlaneModel(value, first, second, known(loss, first) if examples else None, space.formed)
+        mode.jets.clear()  # what nobody else holds need not become ordinary tensors
+        del loss
     return model if space.level > 1 else finished(model)
 
 
