@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -54,21 +55,40 @@ _force_keys: Any = _taken("torch", "_C._ForceDispatchKeyGuard")
 _python: Any = _taken("torch", "_C.DispatchKey.Python")
 _python_snapshot: Any = _taken("torch", "_C.DispatchKey.PythonTLSSnapshot")
 _composite: Any = _taken("torch", "_C.DispatchKey.CompositeImplicitAutograd")
+_view_tracking: Any = _taken("torch", "_C.DispatchKey.ADInplaceOrView")
+
+below_autograd: Any = _taken("torch", "_C._AutoDispatchBelowAutograd")
+swap_tensors: Any = _taken("torch", "_C._swap_tensor_impl")
+_creation_meta: Any = _taken("torch", "_C._autograd._get_creation_meta")
+_no_grad_mode: Any = _taken("torch", "_C._autograd.CreationMeta.NO_GRAD_MODE")
 
 Keys = tuple[Any, Any]  # dispatch keys that are on and off in this thread
 
 
 def user_keys() -> Keys:
-    """The dispatch keys as they are for user code, without those of a dispatch mode around the evaluation.
+    """The dispatch keys for rules: as they are for user code, but for two kinds.
 
-    That mode is off while it handles a call, and so must its key be.
+    A dispatch mode around the evaluation is off while it handles a call, and so must its key be. Rules run below view
+    tracking too: torch itself marks what a view operator of the user's returns.
     """
-    return _included().remove(_python).remove(_python_snapshot), _excluded()
+    return _included().remove(_python).remove(_python_snapshot), _excluded().add(_view_tracking)
 
 
 def under(keys: Keys | None) -> contextlib.AbstractContextManager[Any]:
     """Run under these dispatch keys; None leaves them as they are."""
     return contextlib.nullcontext() if keys is None else _force_keys(*keys)
+
+
+@contextlib.contextmanager
+def tracking_views() -> Iterator[None]:
+    """Run with view tracking and counted versions, below which rules run."""
+    with _force_keys(_included(), _excluded().remove(_view_tracking)):
+        yield
+
+
+def made_without_grad(view: Tensor) -> bool:
+    """Whether a view was made while grad mode was off."""
+    return _creation_meta(view) == _no_grad_mode
 
 
 # --- operators ----------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from ..errors import (
     UnusedParametersError,
 )
 from ..jets import MODEL, Jet, Space, Tangents, kind_of, promoted
+from .leaving import plain_result
 from .plane import PlaneModel
 
 CACHED_BYTES = 1 << 26  # of drawn tangents, kept for the next operator, or the update, that asks for them
@@ -97,7 +98,8 @@ def coefficients_of(loss: Any, space: Space, used: bool) -> tuple[Tensor, Tensor
         raise UnusedParametersError(
             "the loss does not depend on the parameters: "
             + (
-                "they were used, but every path to the loss was cut (detach(), item(), a comparison)"
+                "they were used, but every path to the loss was cut (detach(), torch.no_grad() in the closure, item(), "
+                "a comparison)"
                 if used
                 else "the closure uses none of them; expected a loss computed from these very tensors"
             )
@@ -120,6 +122,7 @@ def checked_finite(model: PlaneModel) -> PlaneModel:
     """
 
     def plain(t: Tensor) -> Tensor:
+        t = plain_result(t)
         return t.clone() if t.dtype in (torch.float32, torch.float64) else t.float()
 
     value, slope = plain(model.value), plain(model.slope)

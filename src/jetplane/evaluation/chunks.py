@@ -17,6 +17,7 @@ from .._torch import TorchDispatchMode, tree_leaves
 from ..directions import AbstractDirections, SelectedDirections
 from .eager import evaluate_at_once
 from .entrance import Entrance, LastEntrance
+from .leaving import plain_run
 from .plane import PlaneModel
 from .side_effects import without_side_effects
 from .specification import PlaneSpec
@@ -44,7 +45,7 @@ def evaluate_in_chunks(
         size = min(spec.chunk, spec.k)
     else:
         room = free_memory(params[0].device) // 2 if spec.memory is None else spec.memory
-        size = affordable(spec.k, block, spec.order == 2, crossed, activations(closure), room)
+        size = affordable(spec.k, block, spec.order == 2, crossed, activations(closure, params), room)
     whole = spec.at_once()
     if size >= spec.k:
         return evaluate_at_once(closure, params, directions, whole)
@@ -178,8 +179,8 @@ class _LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def activations(closure: Callable[[], Any]) -> int:
+def activations(closure: Callable[[], Any], params: Sequence[Tensor]) -> int:
     """The most bytes that a plain run of the closure keeps alive at once; the run is without side effects."""
-    with torch.inference_mode(), without_side_effects(), _LiveBytes() as live:
+    with plain_run(params), without_side_effects(), _LiveBytes() as live:
         closure()
     return live.peak

@@ -6,8 +6,9 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-from .._torch import user_keys
-from ..jets import PairStructure, Space, forget_promoted
+from ..jets import PairStructure, Space
+from ..rules import grad_mode
+from . import leaving
 
 _evaluations = threading.local()  # depth: how many evaluations are under way in this thread
 
@@ -25,11 +26,12 @@ def expansion(
         examples: whether each example's part of the slope is kept.
     """
     depth = getattr(_evaluations, "depth", 0) + 1
-    space = Space(structure, order, depth, gauss_newton, examples, keys=user_keys())
+    space = Space(structure, order, depth, gauss_newton, examples)
     _evaluations.depth = depth
     try:
-        yield space
+        with grad_mode.evaluation(space):
+            yield space
     finally:
         _evaluations.depth = depth - 1
-        forget_promoted(space)
+        leaving.release(space)
         space.finish()

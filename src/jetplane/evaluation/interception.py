@@ -17,10 +17,11 @@ from .. import _sharding
 from .. import rules as rules  # installs the dispatcher of jets
 from ..directions import AbstractDirections
 from ..errors import DerivativeError, JetplaneWarning, located
-from ..jets import PARAMETER, Jet, Space, any_promoted, carried, parts, promoted
+from ..jets import PARAMETER, Jet, Space, any_promoted, carried, innermost, parts, promoted
+from ..rules import grad_mode
 from ..rules.custom import intercept_functions
 from ..rules.dispatch import loss as mark_loss
-from . import sharded
+from . import gradient_hooks, leaving, sharded
 
 # Ways out of torch on which a jet's coefficients would be lost.
 _EXITS = {
@@ -44,6 +45,9 @@ _QUERIES = {
     torch.Tensor.dim,
     torch.Tensor.numel,
 }
+# Numbers for people to read.
+_SHOWING = {torch.Tensor.__repr__, torch.Tensor.__format__}
+_ASIDE = _QUERIES | _SHOWING | gradient_hooks.REGISTERING
 _REVERSE_MODE = {torch.autograd.grad: "torch.autograd.grad", torch.Tensor.backward: "backward()"}
 
 LOSSES = {
@@ -80,12 +84,14 @@ class Interception(TorchFunctionMode):
 
     Attributes:
         used: the jets of the parameters that were used so far, by the parameters' identities.
+        unmoved: the same of parameters that were used where derivatives stop.
     """
 
     def __init__(self, space: Space) -> None:
         super().__init__()
         self.space = space
         self.used: dict[int, Tensor] = {}
+        self.unmoved: dict[int, Tensor] = {}
         self._unused: dict[int, Callable[[], Tensor]] = {}  # what makes the jet of a parameter at its first use
 
     def register(self, param: Tensor, index: int, directions: AbstractDirections, like: Tensor) -> None:
@@ -124,11 +130,15 @@ class Interception(TorchFunctionMode):
                 raise
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _QUERIES:
-            return func(*args, **(kwargs or {}))
+        if func in _ASIDE:
+            return self._aside(func, args, kwargs or {})
+        if leaving.earlier.known:
+            leaving.check_entering(func, args, kwargs or {})
         args = tuple(self._replaced(a) for a in args)
         kwargs = {name: self._replaced(a) for name, a in kwargs.items()} if kwargs else {}
         if func in _EXITS and args and isinstance(args[0], Jet):
+            if grad_mode.stopped(args[0].space):
+                return func(innermost(args[0]), *args[1:], **kwargs)
             raise DerivativeError(
                 f"{_EXITS[func]} on a tensor of shape {tuple(args[0].shape)} that depends on the "
                 "parameters: its derivatives would be lost. Stay in torch, or detach() the tensor first "
@@ -144,10 +154,26 @@ class Interception(TorchFunctionMode):
                 return _warn_if_flat(func, func(*args, **kwargs), self.space)
         return func(*args, **kwargs)
 
+    def _aside(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A call that asks about a tensor, shows its numbers, or registers a hook."""
+        if func in gradient_hooks.REGISTERING:
+            return gradient_hooks.registered(func, args, kwargs)
+        if func in _SHOWING:
+            return func(innermost(args[0]), *args[1:], **kwargs)
+        if func in gradient_hooks.ASKED_FOR_HOOKS:
+            gradient_hooks.announce_module()
+        return func(*args, **kwargs)
+
     def _replaced(self, x: Any) -> Any:
         """An argument with every parameter in it, and every plain tensor over memory of jets, replaced by its jet."""
         if isinstance(x, Tensor):
             x = sharded.unwrapped(x)
+            if id(x) in self._unused and grad_mode.stopped(self.space):  # no tangents are drawn for it
+                if id(x) not in self.unmoved:
+                    here = _sharding.local(x)
+                    bare = grad_mode.unmoved(here, self.space)
+                    self.unmoved[id(x)] = bare if here is x else _sharding.wrapped(bare, x)
+                return self.unmoved[id(x)]
             jet = self._unused.pop(id(x), None)  # what makes the jet looks at the parameter itself
             if jet is not None:
                 self.used[id(x)] = jet()

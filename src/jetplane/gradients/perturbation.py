@@ -295,11 +295,8 @@ class PerturbedLayer(ABC):
         return torch.cat(found, 1)
 
     def _slopes(self, closure: Closure, samples: range) -> Tensor | None:
-        with (
-            without_side_effects(),
-            torch.inference_mode(),
-            expansion(Diagonal(len(samples)), 1, examples=True) as space,
-        ):
+        structure = Diagonal(len(samples))
+        with without_side_effects(), expansion(structure, 1, examples=True) as space:
 
             def after(module: nn.Module, call: int, x: Any, y: Any) -> Any:
                 at, first, _ = parts(y, space)

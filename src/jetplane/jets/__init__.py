@@ -2,7 +2,7 @@
 
 from .calculus import Derivatives, add_jets, as_jet, chain, chain_many, elementwise, jointly, linear, multiply
 from .coefficients import Coefficients, absent, aligned, expand, lift, outer, overwritten, symmetric, writable
-from .jet import LOST, Jet, carried, innermost, is_jet, kind_of, make, parts, precise, primal, set_dispatcher
+from .jet import LOST, WRITTEN, Jet, carried, innermost, is_jet, kind_of, make, parts, precise, primal, set_dispatcher
 from .pairs import AllPairs, Diagonal, PairStructure, Planes, Star, Sums
 from .space import LOSS, MODEL, PARAMETER, Key, Space
 from .storage import (
@@ -23,6 +23,7 @@ __all__ = [
     "LOST",
     "MODEL",
     "PARAMETER",
+    "WRITTEN",
     "AllPairs",
     "Coefficients",
     "Deferred",

@@ -17,14 +17,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 
-from .._torch import disabled_torch_function, make_wrapper_subclass
+from .._torch import disabled_torch_function, make_wrapper_subclass, tree_leaves
 from .coefficients import Coefficients, absent
 from .space import MODEL, Key, Space
 from .structured import LowRank, Tangents
+
+WRITTEN = (
+    "a parameter was written to in place inside the closure; expected a closure that leaves the "
+    "parameters of the evaluation as they are. Write to a copy (parameter.clone()), or outside of it"
+)
 
 LOST = torch.empty(0)  # the examples of a jet that stands for a sum over them, but no longer tells which
 
@@ -105,6 +111,11 @@ class Jet(torch.Tensor):
         self.is_seed = False
         self.kind = space.kind if kind is None else kind
         self.examples = None
+        made = space.made
+        if made is not None:
+            made.append(ref(self))
+            if len(made) > space.most:
+                space.forget()
 
     # --- what a compiler sees: tensors and plain numbers ---------------------------------------------------
 
@@ -158,11 +169,19 @@ class Jet(torch.Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         order = 2 if self.second else 1 if self.first else 0
-        return f"Jet(shape={tuple(self.shape)}, dtype={self.dtype}, k={self.space.k}, carried order={order})"
+        return f"Jet({self.primal!r}, k={self.space.k}, carried order={order})"
+
+    def __format__(self, spec: str) -> str:
+        return format(self.primal, spec) if spec else repr(self)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _dispatch(func, args, kwargs or {})
+        try:
+            return _dispatch(func, args, kwargs or {})
+        except AttributeError:  # in another thread the evaluation ended meanwhile, and jets became ordinary tensors
+            if func._schema.is_mutable or any(isinstance(x, Jet) for x in tree_leaves((args, kwargs))):
+                raise
+            return func(*args, **(kwargs or {}))
 
     def __copy__(self) -> Jet:
         return self.alias(self.primal)

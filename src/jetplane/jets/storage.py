@@ -15,7 +15,7 @@ from torch import Tensor
 from .._torch import memory_of
 from ..errors import DerivativeError
 from .coefficients import Coefficients, aligned, writable
-from .jet import Jet, carried, innermost, is_jet, parts, set_refresh
+from .jet import WRITTEN, Jet, carried, innermost, is_jet, parts, set_refresh
 from .space import Space
 
 
@@ -47,10 +47,7 @@ def write(target: Jet, value: Any, space: Space) -> Jet:
     """
     base = target.root()
     if base.is_seed:
-        raise DerivativeError(
-            "a parameter was written to in place inside the closure; expected a closure that leaves the "
-            "parameters of the evaluation as they are. Write to a copy (parameter.clone()), or outside of it"
-        )
+        raise DerivativeError(WRITTEN)
     if any(s == 0 and n > 1 for n, s in zip(target.primal.shape, target.primal.stride(), strict=True)):
         raise DerivativeError("in-place write to an expanded tensor, whose elements share memory; clone() it first")
     if not writable(target.primal, value.primal if is_jet(value, space) else value) and target is not base:

@@ -14,6 +14,7 @@ from ..directions import AbstractDirections, CachedDirections, ConcatenatedDirec
 from ..directions.laws import key
 from ..errors import ArgumentError
 from ..evaluation.checks import CACHED_BYTES
+from ..evaluation.leaving import plain_run
 from ..evaluation.plane import PlaneModel
 from ..evaluation.side_effects import RandomState, random_state, without_side_effects
 from ..evaluation.specification import Curvature, PlaneSpec
@@ -277,7 +278,7 @@ class PlaneSearch(PlaneOptimizer):
             if isinstance(asked, Decision):
                 return asked, [(i, asked.rate * change) for i, change in changes]
             with _moved(asked.rate, params, changes):
-                outcome = Outcome(self._loss(shard, plane), factor * shortened)
+                outcome = Outcome(self._loss(shard, params, plane), factor * shortened)
 
     def _changes(
         self, moving: Moving, directions: CachedDirections, plane: PlaneModel, kappa: Tensor
@@ -290,11 +291,11 @@ class PlaneSearch(PlaneOptimizer):
         shortened = min(1.0, self.clip / norm) if norm > 0 else 1.0
         return [(i, shortened * change) for i, change in changes], shortened
 
-    def _loss(self, shard: _Shard, plane: PlaneModel) -> float:
+    def _loss(self, shard: _Shard, params: Sequence[Tensor], plane: PlaneModel) -> float:
         """The loss where parameters are now, with the random numbers of the plane's evaluation."""
 
         def of_shard() -> float:
-            with without_side_effects(shard.begin):
+            with without_side_effects(shard.begin), plain_run(params, again=True):
                 return float(shard.closure())
 
         if self.ranks is None:

@@ -48,6 +48,7 @@ from .. import errors
 from .._sharding import held_alike, local
 from ..directions import AbstractDirections, CachedDirections
 from ..errors import ArgumentError, HandshakeError, JetplaneError, LostRankError, RanksDifferError, RemoteError
+from ..evaluation.leaving import plain_run
 from ..evaluation.plane import PlaneModel
 from ..evaluation.side_effects import without_side_effects
 from ..evaluation.specification import PlaneSpec
@@ -217,7 +218,7 @@ class Ranks:
             _check_weight(weight)
             mark ^= fingerprint(self._alike(every.values()))
             if weight > 0:
-                value, double = self._fill(body, moments, closure, run, directions, message)
+                value, double = self._fill(body, moments, closure, run, directions, message, params)
         except BaseException as error:  # also Ctrl-C: the others must hear of it
             failure, weight, value = error, 0.0, 0.0
             body.zero_()
@@ -374,6 +375,7 @@ class Ranks:
         run: Callable[[AbstractDirections], PlaneModel],
         directions: AbstractDirections,
         message: PlaneMessage,
+        params: Sequence[Tensor],
     ) -> tuple[float, bool]:
         """Evaluate this rank's work items, and write their numbers, unweighted, into ``body`` and ``sums``.
 
@@ -387,7 +389,7 @@ class Ranks:
         items = plan(spec, self.parts)[self.part]
         written: list[Tensor] = []
         if len(items) > 1:  # all but the last are to be without side effects
-            with without_side_effects() as log:
+            with plain_run(params), without_side_effects() as log:
                 closure()
             written = [tensor for tensor, _ in log.saved.values()]
         values, counts = [], []

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.autograd.function import FunctionCtx
 
 from ..errors import ArgumentError, DerivativeError
 from ..jets import Jet, Space, chain, primal
 from ..jets import linear as linear_jet
 from .fallback import missing
+from .grad_mode import innermost
 from .registry import RULES
 
 _functions: dict[type, Callable[..., Any]] = {}
@@ -96,25 +97,25 @@ def _overload(op: Any) -> Any:
 
 def _constant_function(function: type) -> Callable[..., Any]:
     def composed(*args: Any) -> Any:
-        return _original_apply(function, *[_innermost(a) for a in args])
+        return _original_apply(function, *[innermost(a) for a in args])
 
     return composed
 
 
 def differentiate_forward(function: type) -> None:
     """Say of an autograd function that its forward pass, run on jets, has the derivatives that it defines."""
-    _functions[function] = functools.partial(_original_apply, function)
+
+    def forward(*args: Any) -> Any:
+        context = FunctionCtx()
+        context.needs_input_grad = (False,) * len(args)  # type: ignore[attr-defined]
+        return function.forward(context, *args)  # type: ignore[attr-defined]  # apply() would switch grad mode off
+
+    _functions[function] = forward
 
 
 def _carries(x: Any) -> bool:
     """Whether x is a jet, or the wrapper of one that `jetplane.evaluation.sharded` makes."""
     return isinstance(x, Jet) or isinstance(getattr(x, "_local_tensor", None), Jet)
-
-
-def _innermost(x: Any) -> Any:
-    while isinstance(x, Jet):
-        x = x.primal
-    return x
 
 
 _original_apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
@@ -133,6 +134,8 @@ def intercept_functions(seeded: Callable[[Any], Any], active: Callable[[], bool]
         if not active():  # another thread
             return before.__func__(cls, *args, **kwargs)
         args = tuple(seeded(a) for a in args)
+        if not torch.is_grad_enabled():
+            args = tuple(innermost(a) for a in args)
         if not any(map(_carries, args)):
             return before.__func__(cls, *args, **kwargs)
         rule = _functions.get(cls)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..jets import (
     PARAMETER,
     Jet,
     Space,
+    absent,
     any_promoted,
     forget_promotions,
     is_jet,
@@ -36,8 +38,10 @@ from ..jets import (
     set_dispatcher,
     write,
 )
-from . import examples, fallback
+from . import examples, fallback, grad_mode
 from .registry import ALIASING, RANDOM, RULES
+
+_grad_enabled = torch.is_grad_enabled
 
 
 def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -49,6 +53,9 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if space is None:  # jets that lost their coefficients to promotion cannot occur; plain calls can
         return func(*args, **kwargs)
     with under(space.keys):
+        # Compiled code has no keys, and the operators of a compiler's graph are not the user's.
+        if (space.stopped or not _grad_enabled()) and space.keys and torch.Tag.inplace_view not in func.tags:
+            return grad_mode.on_primals(func, args, kwargs, original)
         return _on_keys(func, space, args, kwargs, original)
 
 
@@ -267,9 +274,11 @@ def _more_names(a: Signature, b: Signature) -> bool:
 
 def _mutate(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any], original: Sequence[Any]) -> Any:
     packet = func._schema.name.partition("::")[2]
+    if packet == "detach_":
+        return _detach_in_place(args[0])
     if torch.Tag.inplace_view in func.tags:
         return _reshape_in_place(func, args, kwargs)
-    if packet in ("requires_grad_", "detach_", "rename_"):
+    if packet in ("requires_grad_", "rename_"):
         return args[0]
     schema = func._schema.arguments
     outs = {a.name for a in schema if a.is_out}
@@ -291,6 +300,16 @@ def _mutate(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
     if written != [0]:
         raise fallback.missing(func, "it writes to several of its arguments in place")
     return _store([args[0]], [dispatch(op, _reordered(func, op, args), kwargs)], space, original[0])
+
+
+def _detach_in_place(x: Jet) -> Jet:
+    """``x.detach_()``: derivatives stop, those of views that were made before excepted."""
+    if x.is_seed or x.base is not None:
+        raise DerivativeError(
+            "detach_() of a parameter of the evaluation, or of a view; use detach(), which makes another tensor"
+        )
+    x.first, x.second = absent(x.space, 1), absent(x.space, 2)
+    return x
 
 
 def _reordered(func: Any, op: Any, args: Sequence[Any]) -> Sequence[Any]:
@@ -323,6 +342,8 @@ def _store(targets: Sequence[Any], values: Sequence[Any], space: Space, returned
         write(target, value, space)
         return returned
     if is_jet(value, space) and (target.dtype.is_floating_point or target.dtype.is_complex):
+        grad_mode.check_view(target)
+        space.written.append(weakref.ref(target._base if target._is_view() else target))
         write(promote(target, space), value, space)
         return returned
     target.copy_(primal(value, space))

@@ -24,6 +24,7 @@ from torch import Tensor
 from .._torch import tree_flatten, tree_unflatten
 from ..errors import FallbackWarning, MissingRuleError
 from ..jets import Coefficients, Jet, Space, chain, make, parts, writable
+from .grad_mode import autograd
 
 _strict: contextvars.ContextVar[bool] = contextvars.ContextVar("jetplane_strict", default=False)
 _announced: set[Any] = set()
@@ -67,7 +68,7 @@ def pointwise(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, An
     if not writable(p) or not p.dtype.is_floating_point:
         return NotImplemented
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with autograd():
             x = p.clone().requires_grad_()
             y = func(*[x if a is jets[0] else _normal(a) for a in args], **kwargs)
             if not isinstance(y, Tensor) or y.shape != x.shape or not y.requires_grad:
@@ -94,7 +95,7 @@ def reverse(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
     if _strict.get():
         raise missing(func, "jetplane.strict() forbids the local fallback")
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with autograd():
             outputs, along = _along(func, space, carried, spec)
             if not any(isinstance(y, Tensor) and y.requires_grad for y in outputs[0]):
                 raise NotImplementedError("it has no derivative in torch")  # which is not to be zero
@@ -112,7 +113,7 @@ def reverse(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
             FallbackWarning,
             stacklevel=2,
         )
-    # jets are made here, under inference mode again, where all others are made
+    # jets are made here, without autograd again, where all others are made
     return tree_unflatten([make(f[0], f[1], f[2], space) if len(f) == 3 else f[0] for f in found], outputs[1])
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..directions import AbstractDirections, Directions, StoredDirections, Structure, Term, UnitDirections
 from ..errors import ArgumentError
-from ..jets.jet import carried
+from ..jets import carried
 
 State = Mapping[str, Tensor]  # what a source remembers of one parameter, {} at first
 Curvature = Literal["ggn", "hessian"]

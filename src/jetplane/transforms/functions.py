@@ -16,6 +16,7 @@ from .._torch import tree_map
 from ..errors import ArgumentError, DTypeError, ShapeError
 from ..evaluation.context import expansion
 from ..evaluation.interception import Interception
+from ..evaluation.leaving import plain_result
 from ..evaluation.specification import Pairs, PlaneSpec
 from ..jets import Jet, PairStructure, Space, Star, Sums, parts, precise, promoted
 
@@ -64,7 +65,7 @@ def _along(
     f: Callable[..., Any], xs: Sequence[Tensor], vs: Sequence[Tensor], structure: PairStructure, order: int = 2
 ) -> tuple[Any, Any, Any]:
     """Value, first and second coefficients of f along K directions, for a structure of pairs."""
-    with torch.inference_mode(), expansion(structure, order) as space:
+    with expansion(structure, order) as space:
         result = _call(f, xs, vs, space)
         value, first, second = (tree_map(lambda y, n=n: _part(y, space, n), result) for n in range(3))
     if space.level > 1:
@@ -97,8 +98,8 @@ def _part(y: Any, space: Space, n: int) -> Any:
 
 
 def _released(tree: Any) -> Any:
-    """Ordinary tensors instead of inference tensors and views of internals."""
-    return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, tree)
+    """Tensors of their own instead of views of internals."""
+    return tree_map(lambda t: plain_result(t).clone() if isinstance(t, Tensor) else t, tree)
 
 
 def _checked(primals: Primals, tangents: Primals) -> tuple[list[Tensor], list[Tensor], int]:
