@@ -7,6 +7,7 @@ from cases import Doubled
 from torch import nn
 
 import jetplane as jp
+from jetplane.rules.functions import REGISTERED
 
 W = torch.tensor([1.0, 2.0, 3.0])
 
@@ -157,9 +158,7 @@ class TestRegisterRule:
             plane = jp.evaluate(lambda: Doubled.apply(W).sum(), [W], [torch.ones(1, 3)])
             assert plane.slope.item() == 6.0
         finally:
-            from jetplane.rules.custom import _functions
-
-            del _functions[Doubled]
+            del REGISTERED[Doubled]
 
     @pytest.mark.parametrize("ways", [{}, {"constant": True, "linear": lambda c: c}])
     def test_exactly_one_way(self, ways):

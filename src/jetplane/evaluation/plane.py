@@ -53,10 +53,10 @@ from ..jets.jet import (
     promoted,
 )
 from ..jets.structured import Deferred, LowRank, Stacked, Tangents
-from ..rules.custom import intercept_functions
 from ..rules.dispatch import inside_loss
 from ..rules.dispatch import loss as mark_loss
 from ..rules.examples import known
+from ..rules.functions import intercept_functions
 from ..rules.losses import cross_entropy_whole
 from . import chunks as chunking
 from . import sharded
@@ -220,8 +220,7 @@ class Interception(TorchFunctionMode):
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Intercept whatever a user's function calls; errors say where in it they arose."""
-        thread = threading.get_ident()
-        with intercept_functions(self._seeded, lambda: threading.get_ident() == thread), self:
+        with intercept_functions(self._seeded), self:
             try:
                 yield
             except DerivativeError as error:

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from .._sharding import is_sharded
 from ..errors import DerivativeError
-from ..rules.custom import differentiate_forward
+from ..rules.functions import differentiate_forward
 
 
 def unwrapped(x: Any) -> Any:
