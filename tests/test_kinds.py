@@ -1,12 +1,39 @@
 """Kinds of tensors and code that a closure may hold: carried with right derivatives, or told."""
 
 import threading
+import warnings
 
+import numpy as np
+import pytest
 import torch
 from cases import Doubled
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import jetplane as jp
-from jetplane.rules.functions import REGISTERED
+from jetplane.testing import check_plane
+
+pytestmark = pytest.mark.filterwarnings("ignore::jetplane.FallbackWarning")
+
+
+def double(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def moving(params: list[Tensor], k: int = 2) -> list[Tensor]:
+    return [torch.randn(k, *p.shape, dtype=p.dtype) for p in params]
+
+
+def slope(closure, params: list[Tensor], tangents: list[Tensor], **options) -> Tensor:
+    return jp.evaluate(closure, params, tangents, "none", **options).slope
+
+
+def reverse_slope(closure, params: list[Tensor], tangents: list[Tensor]) -> Tensor:
+    params = [p.requires_grad_() for p in params]
+    gradient = torch.autograd.grad(closure(), params)
+    return torch.stack([(g * t).flatten(1).sum(1) for g, t in zip(gradient, tangents, strict=True)]).sum(0)
 
 
 class TestThreads:
@@ -23,16 +50,12 @@ class TestThreads:
 
         def second() -> None:
             first_in.wait(5)
-            jp.register_rule(Doubled, composed=lambda x: 3 * x)
             closure = lambda: (second_in.set(), first_out.wait(5), Doubled.apply(u).sum())[2]  # noqa: E731
             found["slope"] = jp.evaluate(closure, [u], [torch.ones(1, 3)]).slope
 
         threads = [threading.Thread(target=f) for f in (first, second)]
-        try:
-            [t.start() for t in threads]
-            [t.join(20) for t in threads]
-        finally:
-            REGISTERED.pop(Doubled, None)
+        [t.start() for t in threads]
+        [t.join(20) for t in threads]
         assert found["slope"].tolist() == [9.0]
         assert vars(torch.autograd.Function)["apply"] is original
 
@@ -74,3 +97,402 @@ class TestThreads:
             torch.autograd.Function.apply = original  # type: ignore[method-assign]
             jp.evaluate(lambda: (w * w).sum(), [w], [torch.ones(1, 3)])
         assert vars(torch.autograd.Function)["apply"] is original
+
+
+class Gelu(torch.autograd.Function):
+    """The approximation of GELU by tanh, with a backward pass of its own, as in Bloom."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return F.gelu(x, approximate="tanh")
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        inner = torch.tanh(0.7978845608028654 * x * (1 + 0.044715 * x * x))
+        bent = (1 - inner * inner) * (0.7978845608028654 + 0.1070322243 * x * x)
+        return g * (0.5 * x * bent + 0.5 * (1 + inner))
+
+
+class Intermediate(torch.autograd.Function):
+    """Saves a result of its own, which torch's double backward takes for a constant."""
+
+    @staticmethod
+    def forward(ctx, x):
+        s = torch.sigmoid(x)
+        ctx.save_for_backward(x, s)
+        return x * s
+
+    @staticmethod
+    def backward(ctx, g):
+        x, s = ctx.saved_tensors
+        return g * (s + x * s * (1 - s))
+
+
+class Once(Gelu):
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return Gelu.backward(ctx, g)
+
+
+class Numpy(torch.autograd.Function):
+    """The logarithm of cosh, in NumPy both ways."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.x = x.detach().numpy()
+        return torch.from_numpy(np.log(np.cosh(ctx.x)))
+
+    @staticmethod
+    def backward(ctx, g):
+        return torch.from_numpy(g.detach().numpy() * np.tanh(ctx.x))
+
+
+class Hidden(Gelu):
+    """Whose backward pass is hidden from autograd."""
+
+    @staticmethod
+    def backward(ctx, g):
+        with torch.no_grad():
+            return Gelu.backward(ctx, g)
+
+
+class Clipped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.clamp(-0.1, 0.1)
+
+
+class Scaled(torch.autograd.Function):
+    """Several inputs and outputs, of which one is not differentiable, and an argument without gradient."""
+
+    @staticmethod
+    def forward(ctx, x, mode, w):
+        ctx.save_for_backward(x, w)
+        largest = x.amax(-1)
+        ctx.mark_non_differentiable(largest)
+        return x.exp() * w, largest, x.sin()
+
+    @staticmethod
+    def backward(ctx, g, _, h):
+        x, w = ctx.saved_tensors
+        return g * x.exp() * w + h * x.cos(), None, (g * x.exp()).sum(0)
+
+
+class Added(torch.autograd.Function):
+    """Writes into its input."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.mark_dirty(x)
+        return x.add_(y * y), y * 3
+
+    @staticmethod
+    def setup(ctx, y):
+        ctx.save_for_backward(y)
+
+    @staticmethod
+    def backward(ctx, g, h):
+        return g, None
+
+
+class Affine(torch.autograd.Function):
+    """By jvp: outputs saved, results of its own saved, tangents that are absent, a context set apart."""
+
+    @staticmethod
+    def forward(x, power, w, label):
+        e = torch.exp(x)
+        return e * w, x**power, torch.argmax(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, power, w, _ = inputs
+        ctx.power, ctx.tanh = power, torch.tanh(x)
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_forward(x, w, output[0])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def jvp(ctx, dx, _, dw, __):
+        x, w, ew = ctx.saved_tensors
+        first = None
+        if dx is not None:
+            first = ew * dx
+        if dw is not None:
+            first = ew / w * dw if first is None else first + ew / w * dw
+        return first, None if dx is None else ctx.power * x ** (ctx.power - 1) * dx, None
+
+
+class SavedInForward(torch.autograd.Function):
+    """By jvp, with a result of forward's own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        s = torch.sigmoid(x)
+        ctx.save_for_forward(x, s)
+        return x * s
+
+    @staticmethod
+    def jvp(ctx, t):
+        x, s = ctx.saved_tensors
+        return t * (s + x * s * (1 - s))
+
+
+class Rounded(torch.autograd.Function):
+    """A straight-through estimator by jvp."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def jvp(ctx, t):
+        return t.clone()
+
+
+class Dropped(torch.autograd.Function):
+    """Random numbers in forward that jvp uses."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mask = (torch.rand(x.shape) < 0.5).to(x.dtype)
+        ctx.save_for_forward(x)
+        return ctx.mask * x**3
+
+    @staticmethod
+    def jvp(ctx, t):
+        (x,) = ctx.saved_tensors
+        return ctx.mask * 3 * x**2 * t
+
+
+class NumpyJvp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.x = x
+        return torch.from_numpy(np.log(np.cosh(x.numpy())))
+
+    @staticmethod
+    def jvp(ctx, t):
+        return torch.from_numpy(np.tanh(ctx.x.numpy())) * t
+
+
+class TestFunctions:
+    def test_backward_defines_both_derivatives(self):
+        w, x = double(5), double(4, 5)
+        closure = lambda: (Gelu.apply(x * w + 0.2 * w**2).cos() * x).sum()  # noqa: E731
+        check_plane(closure, [w.requires_grad_()], moving([w], 3))
+
+    def test_several_outputs_and_arguments(self):
+        w, v = double(4), double(3, 4)
+
+        def closure():
+            y, largest, z = Scaled.apply(v * w, "mode", w.tanh())
+            return (y * largest[:, None]).sum() + (y * z).sum()
+
+        params = [w.requires_grad_(), v.requires_grad_()]
+        check_plane(closure, params, moving(params))
+
+    def test_the_derivative_is_what_backward_says(self):
+        w, v = double(3), moving([double(3)])
+        plane = jp.evaluate(lambda: (Doubled.apply(w) ** 2).sum(), [w], v)
+        torch.testing.assert_close(plane.slope, (2 * 2 * w * 3 * v[0]).sum(1))
+        torch.testing.assert_close(plane.curvature, 2 * 9 * v[0] @ v[0].T)
+
+    def test_the_warning_says_it_once(self):
+        class Own(Gelu):
+            pass
+
+        w = double(3)
+        with pytest.warns(jp.FallbackWarning, match="Own"):
+            jp.evaluate(lambda: Own.apply(w).sum(), [w], moving([w]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            jp.evaluate(lambda: Own.apply(w).sum(), [w], moving([w]))
+
+    def test_strict_forbids_backward_and_allows_jvp(self):
+        w = double(3)
+        with jp.strict():
+            with pytest.raises(jp.DerivativeError, match="strict"):
+                jp.evaluate(lambda: Gelu.apply(w).sum(), [w], moving([w]))
+            jp.evaluate(lambda: SavedInForward.apply(w).sum(), [w], moving([w]))
+
+    @pytest.mark.parametrize("function", [Intermediate, Once, Numpy, Hidden])
+    def test_no_second_derivative(self, function):
+        w, v = double(3, 2), moving([double(3, 2)])
+        closure = lambda: (function.apply(w) ** 2).sum()  # noqa: E731
+        torch.testing.assert_close(slope(closure, [w], v), reverse_slope(closure, [w], v))
+        with pytest.raises(jp.DerivativeError, match=f"{function.__qualname__}.*register_rule"):
+            jp.evaluate(closure, [w], v)
+
+    def test_gauss_newton_needs_the_first_alone(self):
+        w, x, t = double(4), double(6, 4), double(6)
+        v = moving([w])[0]
+        found = jp.evaluate(lambda: F.mse_loss(Once.apply(x * w).sum(1), t), [w], [v], "ggn")
+        wanted = jp.evaluate(lambda: F.mse_loss(F.gelu(x * w, approximate="tanh").sum(1), t), [w], [v], "ggn")
+        torch.testing.assert_close(found.slope, wanted.slope)
+        torch.testing.assert_close(found.curvature, wanted.curvature)
+
+    def test_gauss_newton_in_chunks_and_by_example(self):
+        w, x, t = double(4), double(6, 4), double(6)
+        v = moving([w], 4)
+        closure = lambda: F.mse_loss(Gelu.apply(x * w).sum(1), t)  # noqa: E731
+        whole = jp.evaluate(closure, [w], v, "ggn", examples=True)
+        parts = jp.evaluate(closure, [w], v, "ggn", chunk=2)
+        torch.testing.assert_close(whole.curvature, parts.curvature)
+        torch.testing.assert_close(whole.examples.sum(0), whole.slope)
+
+    def test_a_backward_that_is_not_linear_is_refused(self):
+        w = double(3)
+        with pytest.raises(jp.DerivativeError, match="linear"):
+            slope(lambda: Clipped.apply(w).sum(), [w], moving([w]))
+
+    def test_many_outputs_without_double_backward_are_refused(self):
+        w = double(5000)
+        with pytest.raises(jp.DerivativeError, match="Once"):
+            slope(lambda: Once.apply(w).sum(), [w], moving([w]))
+
+    def test_jvp_with_a_context_set_apart(self):
+        w, x = double(4).abs() + 1, double(4)
+        reference = lambda: (torch.exp(w * x) * w.sin() * (w * x) ** 3).sum()  # noqa: E731
+
+        def closure():
+            y, cubed, place = Affine.apply(w * x, 3, w.sin(), label="a")
+            assert not isinstance(place, jp.jets.jet.Jet)
+            return (y * cubed).sum()
+
+        self.same(closure, reference, [w])
+
+    @pytest.mark.parametrize("pairs", ["all", "diagonal", 2])
+    def test_jvp_with_results_of_its_own(self, pairs):
+        w, v = double(3), moving([double(3)], 4)
+        found = jp.evaluate(lambda: (SavedInForward.apply(w**2) ** 2).sum(), [w], v, pairs=pairs)
+        wanted = jp.evaluate(lambda: (F.silu(w**2) ** 2).sum(), [w], v, pairs=pairs)
+        torch.testing.assert_close(found.slope, wanted.slope)
+        torch.testing.assert_close(found.curvature, wanted.curvature)
+
+    def test_jvp_of_one_argument_alone(self):
+        w, x = double(4).abs() + 1, double(4)
+        self.same(lambda: Affine.apply(x, 3, w, None)[0].square().sum(), lambda: (x.exp() * w).square().sum(), [w])
+        self.same(lambda: Affine.apply(w, 3, x, None)[1].square().sum(), lambda: (w**3).square().sum(), [w])
+
+    def test_jvp_is_what_it_says(self):
+        w, v = double(3), moving([double(3)])
+        plane = jp.evaluate(lambda: (Rounded.apply(w) * w).sum(), [w], v)
+        torch.testing.assert_close(plane.slope, ((w + w.round()) * v[0]).sum(1))
+        torch.testing.assert_close(plane.curvature, 2 * v[0] @ v[0].T)
+
+    def test_jvp_draws_once(self):
+        w, v = double(30), moving([double(30)])
+        torch.manual_seed(3)
+        plane = jp.evaluate(lambda: Dropped.apply(w).sum() + 0 * torch.rand(1, dtype=w.dtype), [w], v)
+        after = torch.rand(1)
+        torch.manual_seed(3)
+        mask = (torch.rand(30) < 0.5).double()
+        torch.rand(1, dtype=w.dtype)
+        torch.testing.assert_close(plane.curvature, (v[0] * mask * 6 * w) @ v[0].T)
+        assert after == torch.rand(1)
+
+    def test_jvp_in_numpy_has_a_first_derivative(self):
+        w, v = double(3), moving([double(3)])
+        torch.testing.assert_close(slope(lambda: NumpyJvp.apply(w).sum(), [w], v), (w.tanh() * v[0]).sum(1))
+        with pytest.raises(jp.DerivativeError, match="NumpyJvp.*once more"):
+            jp.evaluate(lambda: NumpyJvp.apply(w).sum(), [w], v)
+
+    def test_a_wrong_jvp_is_refused(self):
+        class Short(SavedInForward):
+            @staticmethod
+            def jvp(ctx, t):
+                return t.sum()
+
+        w = double(3)
+        with pytest.raises(jp.DerivativeError, match="shapes"):
+            slope(lambda: Short.apply(w).sum(), [w], moving([w]))
+
+    def test_an_input_that_is_written_to(self):
+        class ByJvp(Added):
+            @staticmethod
+            def forward(ctx, x, y):
+                ctx.save_for_forward(y)
+                return Added.forward(ctx, x, y)
+
+            @staticmethod
+            def jvp(ctx, dx, dy):
+                (y,) = ctx.saved_tensors
+                return dx.add_(2 * y * dy), 3 * dy
+
+        class ByBackward(Added):
+            @staticmethod
+            def forward(ctx, x, y):
+                ctx.save_for_backward(y)
+                return Added.forward(ctx, x, y)
+
+            @staticmethod
+            def backward(ctx, g, h):
+                (y,) = ctx.saved_tensors
+                return g, 2 * y * g + 3 * h
+
+        w, before = double(3), None
+        before = w.clone()
+
+        def with_function(function):
+            def closure():
+                x = w.sin()
+                function.apply(x, w.cos())
+                return (x**2).sum()
+
+            return closure
+
+        reference = lambda: ((w.sin() + w.cos() ** 2) ** 2).sum()  # noqa: E731
+        for function in (ByJvp, ByBackward):
+            self.same(with_function(function), reference, [w])
+            with pytest.raises(jp.DerivativeError, match="written to in place"):
+                jp.evaluate(lambda function=function: function.apply(w, w.cos())[0].sum(), [w], moving([w]))
+            assert torch.equal(w, before)
+
+    def test_a_reentrant_checkpoint_is_what_it_holds(self):
+        w, x = double(4), double(3, 4)
+        closure = lambda: checkpoint(torch.tanh, x * w, use_reentrant=True).square().sum()  # noqa: E731
+        self.same(closure, lambda: (x * w).tanh().square().sum(), [w])
+
+    def test_a_parameter_that_is_not_an_argument_is_refused(self):
+        w = double(3)
+
+        class Closed(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x * w
+
+            @staticmethod
+            def backward(ctx, g):
+                return g * w
+
+        with pytest.raises(jp.DerivativeError, match="Closed"):
+            slope(lambda: Closed.apply(w.sin()).sum(), [w], moving([w]))
+
+    def test_derivatives_of_derivatives_are_refused(self):
+        w, x = double(3), double(3)
+        with pytest.raises(jp.DerivativeError, match="Gelu"):
+            slope(lambda: jp.laplacian(lambda z: Gelu.apply(z * w).sum(), x), [w], moving([w]))
+
+    @pytest.mark.parametrize("function", [Gelu, SavedInForward])
+    def test_half_precision(self, function):
+        w, v = torch.randn(8).bfloat16(), torch.randn(2, 8).bfloat16()
+        found = jp.evaluate(lambda: function.apply(w).float().sum(), [w], [v])
+        wide = w.float()
+        wanted = jp.evaluate(lambda: function.apply(wide).sum(), [wide], [v.float()])
+        torch.testing.assert_close(found.slope, wanted.slope, rtol=0.03, atol=0.03)
+        torch.testing.assert_close(found.curvature, wanted.curvature, rtol=0.05, atol=0.05)
+
+    @staticmethod
+    def same(closure, reference, params: list[Tensor]) -> None:
+        v = moving(params)
+        found, wanted = jp.evaluate(closure, params, v), jp.evaluate(reference, params, v)
+        torch.testing.assert_close(found.value, wanted.value)
+        torch.testing.assert_close(found.slope, wanted.slope)
+        torch.testing.assert_close(found.curvature, wanted.curvature)

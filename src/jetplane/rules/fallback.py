@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..errors import FallbackWarning, MissingRuleError
 from ..jets.jet import Jet, Space, chain, make, parts, plain
@@ -25,6 +25,8 @@ _strict: contextvars.ContextVar[bool] = contextvars.ContextVar("jetplane_strict"
 _announced: set[Any] = set()
 
 TRUSTED = {"aten", "prims"}  # namespaces whose backward passes can be differentiated, or say that they cannot
+
+NOT_LINEAR = "its backward pass is not linear in the cotangent, or torch does not see that it is"
 
 ELEMENTWISE_LIMIT = 4096  # output elements that are differentiated one by one where nothing else works
 
@@ -81,32 +83,59 @@ def _normal(a: Any) -> Any:
 
 def reverse(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Any differentiable operator, by reverse over reverse inside it."""
-    leaves, spec = tree_flatten((tuple(args), kwargs))
-    carried = [parts(a, space) for a in leaves]
-    if not plain(*(t for c in carried for t in c if isinstance(t, Tensor))):
-        raise missing(func, "the local fallback does not reach into nested jets")
     if func.namespace not in TRUSTED:
         raise missing(func, "nothing says that the backward pass of a custom operator can be differentiated again")
-    if _strict.get():
+    if forbidden():
         raise missing(func, "jetplane.strict() forbids the local fallback")
+    if not all_plain(space, args, kwargs):
+        raise missing(func, "the local fallback does not reach into nested jets")
     try:
-        with torch.inference_mode(False), torch.enable_grad():
-            outputs, a = _along(func, space, leaves, carried, spec)
-            if not any(isinstance(y, Tensor) and y.requires_grad for y in outputs[0]):
-                raise NotImplementedError("it has no derivative in torch")  # which is not to be zero
-            found = [_coefficients(y, a, space) if isinstance(y, Tensor) else (y,) for y in outputs[0]]
+        result = reverse_over_reverse(func, space, args, kwargs)
+        if not any(isinstance(y, Jet) for y in tree_leaves(result)):
+            raise NotImplementedError("it has no derivative in torch")  # which is not to be zero
     except (RuntimeError, NotImplementedError) as error:
         raise missing(func, f"autograd cannot differentiate it twice either ({str(error).splitlines()[0]})") from error
-    if func not in _announced:
-        _announced.add(func)
+    announce(func, f"{func} has no rule for jets")
+    return result
+
+
+def forbidden() -> bool:
+    """Whether `strict` forbids the local fallback here."""
+    return _strict.get()
+
+
+def all_plain(space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether neither primals nor coefficients of the arguments are jets of an outer evaluation themselves."""
+    held = [t for a in tree_leaves((args, kwargs)) for t in parts(a, space)]
+    return plain(*(t for t in held if isinstance(t, Tensor)))
+
+
+def announce(what: Any, why: str) -> None:
+    """Warn, once for each operator or function, that it is differentiated locally by reverse mode."""
+    if what not in _announced:
+        _announced.add(what)
         warnings.warn(
-            f"{func} has no rule for jets: it is differentiated by reverse over reverse, locally and slowly. "
+            f"{why}: it is differentiated by reverse over reverse, locally and slowly. "
             "Register a rule with jetplane.register_rule, or forbid this with jetplane.strict().",
             FallbackWarning,
             stacklevel=2,
         )
+
+
+def reverse_over_reverse(f: Callable[..., Any], space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The result of ``f(*args, **kwargs)``, with the coefficients that autograd finds inside of f.
+
+    Raises:
+        RuntimeError, NotImplementedError: autograd does not differentiate f, or not twice, or its backward pass is
+            not linear in the cotangent.
+    """
+    leaves, spec = tree_flatten((tuple(args), kwargs))
+    carried = [parts(a, space) for a in leaves]
+    with torch.inference_mode(False), torch.enable_grad():
+        outputs, a = _along(f, space, leaves, carried, spec)
+        found = [_coefficients(y, a, space) if isinstance(y, Tensor) else (y,) for y in outputs[0]]
     # jets are made here, under inference mode again, where all others are made
-    return tree_unflatten([make(*f, space) if len(f) == 3 else f[0] for f in found], outputs[1])
+    return tree_unflatten([make(*y, space) if len(y) == 3 else y[0] for y in found], outputs[1])
 
 
 def _along(func: Any, space: Space, leaves: Sequence[Any], carried: Sequence[Any], spec: Any) -> tuple[Any, Tensor]:
@@ -159,6 +188,10 @@ def _by_cotangent(y: Tensor, a: Tensor, space: Space) -> tuple[Tensor, Tensor | 
     u = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=_generator(y), requires_grad=True)
     g = _grad(y, a, u, create=True)
     first = torch.stack([_grad(g[i], u) for i in range(space.k)])
+    # It is linear in u, so contracting with u gives back what it is the derivative of. Where a formula forgets its
+    # cotangent it does not, and the result must not be trusted; the same holds for the second coefficients below.
+    if not _contracts(first, u, g):
+        raise RuntimeError(NOT_LINEAR)
     if space.order == 1:
         return first.detach(), None
     rows: dict[int, Tensor] = {}
@@ -168,18 +201,16 @@ def _by_cotangent(y: Tensor, a: Tensor, space: Space) -> tuple[Tensor, Tensor | 
             rows[i] = _grad(g[i], a, create=True)
         second.append(_grad(rows[i][j], u))
     curvature = torch.stack(second).detach()
-    # Both are linear in u, so contracting with u gives back what they are derivatives of. Where a formula
-    # of torch forgets its cotangent it does not, and the result must not be trusted.
-    expected = torch.stack([rows[i][j].detach() for i, j in space.indices()])
-    if not (_contracts(first, u, g) and _contracts(curvature, u, expected)):
-        raise RuntimeError("its double backward is not linear in the cotangent")
+    if not _contracts(curvature, u, torch.stack([rows[i][j].detach() for i, j in space.indices()])):
+        raise RuntimeError(NOT_LINEAR)
     return first.detach(), curvature
 
 
 def _contracts(c: Tensor, u: Tensor, expected: Tensor) -> bool:
-    found = c.reshape(c.shape[0], u.numel()) @ u.detach().reshape(-1)
-    tolerance = 1e-3 if c.dtype == torch.float32 else 1e-8
-    return torch.allclose(found, expected.detach().to(found.dtype), rtol=tolerance, atol=tolerance, equal_nan=True)
+    dtype = torch.promote_types(c.dtype, torch.float32)
+    found = c.reshape(c.shape[0], u.numel()).to(dtype) @ u.detach().reshape(-1).to(dtype)
+    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(u.dtype, 5e-2)
+    return torch.allclose(found, expected.detach().to(dtype), rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def _generator(y: Tensor) -> torch.Generator:
@@ -196,4 +227,7 @@ def _by_element(y: Tensor, a: Tensor, space: Space) -> tuple[Tensor, Tensor | No
             rows = torch.stack([_grad(g[i], a) for i in range(space.k)])
             seconds.append(torch.stack([rows[i, j] for i, j in space.indices()]).detach())
     first = torch.stack(firsts, -1).reshape(space.k, *y.shape)
+    u = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=_generator(y))
+    if not _contracts(first, u, _grad(y, a, u)):
+        raise RuntimeError(NOT_LINEAR)
     return first, torch.stack(seconds, -1).reshape(space.pairs, *y.shape) if seconds else None

@@ -1,21 +1,41 @@
 """Custom autograd functions: `torch.autograd.Function.apply` on jets.
 
 Left alone, the forward of such a function would run on the jets as they are, and the derivative that its ``backward``
-defines would be replaced in silence by that of its ``forward``.
+defines would be replaced in silence by that of its ``forward``. What a function says of itself is used instead:
+
+- a rule that the user registered for it;
+- its ``jvp``, with J(x) the Jacobian that it defines: ``y_i = J(x) x_i`` and ``y_ij = J(x) x_ij + d(J(x) x_i) x_j``,
+  whose last term is the derivative of ``jvp`` itself, run on jets;
+- its ``backward``, by reverse over reverse inside the function, as `jetplane.rules.fallback` does for operators.
+
+Second derivatives are torch's business only where forward, jvp and backward are made of torch functions, which nothing
+says: torch takes what a forward saves besides its inputs and outputs for constants, and the curvature would be wrong
+without a word. They are therefore held against differences of first derivatives in double precision, once for each
+function and kind of arguments (`_confirm`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import CheckpointFunction
 
 from ..errors import DerivativeError
-from ..jets.jet import Jet
+from ..jets.jet import Jet, Space, forget_promoted, is_jet, make, parts, promoted
+from .dispatch import _store, dispatch
+from .fallback import all_plain, announce, forbidden, reverse_over_reverse
+from .registry import RULES
 
 REGISTERED: dict[type, Callable[..., Any]] = {}  # what the user said of a function
 
@@ -45,20 +65,447 @@ def _innermost(x: Any) -> Any:
     return x
 
 
+# Reentrant checkpoints compute what they are given; they exist to save memory in a backward pass.
+REGISTERED[CheckpointFunction] = lambda run, preserve_rng_state, *args: run(*args)
+
+
+# --- a function on jets ---------------------------------------------------------------------------------------
+
+
 def _carries(x: Any) -> bool:
     """Whether x is a jet, or the wrapper of one that `jetplane.evaluation.sharded` makes."""
-    return isinstance(x, Jet) or isinstance(getattr(x, "_local_tensor", None), Jet)
+    return isinstance(x, Jet) or _wraps_a_jet(x)
 
 
-def _on_jets(function: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _wraps_a_jet(x: Any) -> bool:
+    return isinstance(getattr(x, "_local_tensor", None), Jet)
+
+
+def _on_jets(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     rule = REGISTERED.get(function)
-    if rule is None:
-        raise DerivativeError(
-            f"the custom autograd function {function.__qualname__} defines its own derivatives, which forward "
-            "jets cannot see. Register the same function in torch operators: "
-            f"jetplane.register_rule({function.__qualname__}, composed=...)"
+    if rule is not None:
+        return rule(*args, **kwargs)
+    if kwargs and _sets_context_apart(function):  # as torch binds them
+        bound = inspect.signature(function.forward).bind(*args, **kwargs)
+        bound.apply_defaults()
+        args, kwargs = bound.args, bound.kwargs
+    if kwargs or any(map(_wraps_a_jet, args)):
+        raise _refused(function, "it is called in a way in which they are not seen")
+    # Autograd does not look into lists and dictionaries either: what is in there is constant.
+    return dispatch(APPLY, (function, *(a if isinstance(a, Jet) else tree_map(_innermost, a) for a in args)), {})
+
+
+def _refused(function: type, why: str) -> DerivativeError:
+    name = function.__qualname__
+    return DerivativeError(
+        f"the custom autograd function {name} defines its own derivatives, and {why}. Register the same function in "
+        f"torch operators: jetplane.register_rule({name}, composed=...)"
+    )
+
+
+class _Apply:
+    """The call of a custom function, as an operator whose first argument is the function."""
+
+    namespace = "jetplane"
+    _schema = SimpleNamespace(name="jetplane::autograd_function", is_mutable=False, arguments=(), returns=())
+
+    def __repr__(self) -> str:
+        return "a custom autograd function"
+
+
+APPLY = _Apply()
+
+
+def _applied(space: Space, function: Any, *args: Any) -> Any:
+    if not all_plain(space, args, {}):
+        raise _refused(function, "they are not taken inside derivatives of derivatives (jetplane.jet in a closure)")
+    way = _by_backward if function.jvp is torch.autograd.Function.jvp else _by_jvp
+    with torch._C.DisableTorchFunction():  # as inside of an operator: interception is for the user's code alone
+        return way(space, function, args)
+
+
+RULES[APPLY] = _applied
+
+
+def _copied(x: Any) -> Any:
+    """A tensor that autograd takes, and that a function may overwrite."""
+    return x.clone() if isinstance(x, Tensor) else x
+
+
+def _sequence(result: Any) -> tuple[Any, ...]:
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+
+def _returned(result: Any, outputs: Sequence[Any]) -> Any:
+    return tuple(outputs) if isinstance(result, (tuple, list)) else outputs[0]
+
+
+def _overwritten(args: Sequence[Any], inner: Sequence[Any], written: Sequence[Any]) -> dict[int, Any]:
+    """The arguments that a function has written to, by the identity of the tensors that it was given for them."""
+    marked = {id(x) for x in written}
+    return {id(x): a for a, x in zip(args, inner, strict=True) if isinstance(x, Tensor) and id(x) in marked}
+
+
+def _seen(function: Any, outputs: Sequence[Any]) -> None:
+    if any(isinstance(y, Jet) for y in outputs):
+        raise _refused(function, "it uses a parameter that is not among its arguments, which autograd does not see")
+
+
+# --- by jvp -----------------------------------------------------------------------------------------------------
+
+
+class _Context(FunctionCtx):
+    """What forward and jvp are given as ``ctx``."""
+
+    to_save: Sequence[Any] = ()
+    saved_for_forward: Sequence[Any] | None = None
+    dirty_tensors: Sequence[Tensor] = ()
+    non_differentiable: Sequence[Tensor] = ()
+    materialize_grads = True
+
+    def __init__(self, function: Any, moving: Sequence[bool]) -> None:
+        self._forward_cls = function
+        self.needs_input_grad = tuple(moving)
+
+    @property
+    def saved_tensors(self) -> tuple[Any, ...]:
+        return tuple(self.to_save if self.saved_for_forward is None else self.saved_for_forward)
+
+
+def _sets_context_apart(function: Any) -> bool:
+    return function.setup_context is not torch.autograd.Function.setup_context
+
+
+def _run(
+    function: Any, inputs: Sequence[Any], moving: Sequence[bool], known: Sequence[Any] | None = None
+) -> tuple[_Context, Any]:
+    """Run forward. What is ``known`` of the outputs replaces them, also where they were saved."""
+    ctx = _Context(function, moving)
+    apart = _sets_context_apart(function)
+    with torch._C._EnableTorchFunction():
+        result = function.forward(*inputs) if apart else function.forward(ctx, *inputs)
+    if known is not None:
+        outputs = _sequence(result)
+        passed_on = {id(x) for x in inputs} - {id(x) for x in ctx.dirty_tensors}
+        both = zip(outputs, known, strict=True)
+        replaced = {id(y): better for y, better in both if isinstance(y, Tensor) and id(y) not in passed_on}
+        result = _returned(result, [replaced.get(id(y), y) for y in outputs])
+        for name, value in vars(ctx).items():
+            setattr(ctx, name, tree_map(lambda x: replaced.get(id(x), x), value))
+    if apart:
+        function.setup_context(ctx, tuple(inputs), result)
+    return ctx, result
+
+
+def _pushed(
+    function: Any, ctx: _Context, inputs: Sequence[Any], tangents: Sequence[Tensor | None], outputs: Sequence[Any]
+) -> tuple[Any, ...]:
+    """``J(x) v`` for each output, as jvp says; None is zero."""
+
+    def given(x: Any, t: Tensor | None) -> Tensor | None:
+        if t is not None:
+            return t.to(x.dtype, copy=True)
+        return torch.zeros_like(x) if isinstance(x, Tensor) and ctx.materialize_grads else None
+
+    along = list(map(given, inputs, tangents))
+    with torch._C._EnableTorchFunction():
+        pushed = _sequence(function.jvp(ctx, *along))
+    shapes = [None if t is None else tuple(t.shape) for t in pushed]
+    expected = [tuple(y.shape) if isinstance(y, Tensor) else None for y in outputs]
+    if len(shapes) != len(expected) or any(s not in (None, e) for s, e in zip(shapes, expected, strict=True)):
+        raise _refused(function, f"its jvp returns tangents of shapes {shapes} for outputs of shapes {expected}")
+    return pushed
+
+
+def _by_jvp(space: Space, function: Any, args: Sequence[Any]) -> Any:
+    of = [parts(a, space) for a in args]
+    moving = [is_jet(a, space) for a in args]
+    crossed = space.order == 2 and any(first is not None for _, first, _ in of)
+    draws = _Draws(args)
+    with torch.inference_mode(False), torch.no_grad():
+        inputs = [_copied(p) if m or _is_inference(p) else p for (p, _, _), m in zip(of, moving, strict=True)]
+        before = [_copied(p) for p, _, _ in of] if crossed else []
+        ctx, result = _run(function, inputs, moving)
+        outputs = _sequence(result)
+        _seen(function, outputs)
+
+        def coefficients(which: int, n: int) -> list[Tensor | None]:
+            if not any(c[which] is not None for c in of):
+                return [None] * len(outputs)
+            held = [c[which] for c in of]
+            along = [[None if c is None else c[i] for c in held] for i in range(n)]
+            pushed = [_pushed(function, ctx, inputs, tangents, outputs) for tangents in along]
+            return [_stacked([p[o] for p in pushed], y) for o, y in enumerate(outputs)]
+
+        first = coefficients(1, space.k)
+        second = coefficients(2, space.pairs)
+    if crossed:
+        _confirm(_jvp_errs, space, function, before, moving, draws)
+        with torch.random.fork_rng(devices=draws.devices):
+            bent = _bent(space, function, before, [c[1] for c in of], outputs, first, draws)
+        second = [b if s is None else s if b is None else s + b for s, b in zip(second, bent, strict=True)]
+    constant = {id(y) for y in ctx.non_differentiable}
+    targets = _overwritten(args, inputs, ctx.dirty_tensors)
+    made = []
+    for y, y1, y2 in zip(outputs, first, second, strict=True):
+        value = make(y, y1, y2, space) if isinstance(y, Tensor) and id(y) not in constant else y
+        made.append(_store([targets[id(y)]], [value], space, targets[id(y)]) if id(y) in targets else value)
+    return _returned(result, made)
+
+
+def _is_inference(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_inference()
+
+
+def _stacked(pushed: Sequence[Tensor | None], y: Any) -> Tensor | None:
+    if not isinstance(y, Tensor) or all(t is None for t in pushed):
+        return None
+    return torch.stack([torch.zeros_like(y) if t is None else t for t in pushed])
+
+
+def _bent(
+    space: Space,
+    function: Any,
+    inputs: Sequence[Any],
+    tangents: Sequence[Tensor | None],
+    outputs: Sequence[Any],
+    pushed: Sequence[Tensor | None],
+    draws: _Draws,
+) -> list[Tensor | None]:
+    """``d(J(x) x_i) x_j`` for each pair and output: jvp on jets, whose saved outputs move as jvp says that they do.
+
+    Args:
+        space: which pairs there are.
+        function: the custom function.
+        inputs: x.
+        tangents: the x_i of each input, (K, *S).
+        outputs: y.
+        pushed: ``J(x) x_i`` of each output, (K, *S).
+        draws: where random numbers stood when forward ran.
+    """
+    partners: dict[int, list[int]] = {}
+    for i, j in space.indices():
+        partners.setdefault(i, []).append(j)
+    found: list[list[Tensor | None]] = [[] for _ in outputs]
+    for i, js in partners.items():
+        inner = Space(len(js), len(js), 1, space.level + 1, keys=space.keys)
+        lifted = functools.partial(_lifted, inner, js)
+        draws.again()
+        try:
+            moving = [c is not None for c in tangents]
+            known = list(map(lifted, outputs, pushed))
+            ctx, _ = _run(function, list(map(lifted, inputs, tangents)), moving, known)
+            along = [None if c is None else c[i] for c in tangents]
+            for n, result in enumerate(_pushed(function, ctx, inputs, along, outputs)):
+                jet = promoted(result) if isinstance(result, Tensor) else None
+                c = parts(result if jet is None else jet, inner)[1]
+                found[n] += [None] * len(js) if c is None else list(c)
+        except (RuntimeError, TypeError) as error:
+            why = f"its jvp cannot be differentiated once more for the curvature ({_first_line(error)})"
+            raise _refused(function, why) from error
+        finally:
+            forget_promoted(inner)
+    return [_stacked(f, y) for f, y in zip(found, outputs, strict=True)]
+
+
+def _lifted(inner: Space, js: Sequence[int], x: Any, c: Tensor | None) -> Any:
+    """A copy of x that moves along some of the directions in c."""
+    return _copied(x) if c is None else make(x.clone(), c[js], None, inner)
+
+
+# --- by backward ------------------------------------------------------------------------------------------------
+
+
+def _by_backward(space: Space, function: Any, args: Sequence[Any]) -> Any:
+    if forbidden():
+        raise _refused(function, "jetplane.strict() forbids to take them from its backward pass")
+    moving = [is_jet(a, space) for a in args]
+    targets: dict[int, Any] = {}
+
+    def call(*inner: Any) -> Any:
+        with torch._C._EnableTorchFunction():
+            result = _original_apply(function, *inner)
+        outputs = _sequence(result)
+        _seen(function, outputs)
+        written = _overwritten(args, inner, outputs)  # torch returns others that are passed on as views
+        targets.update({n: written[id(y)] for n, y in enumerate(outputs) if id(y) in written})
+        return result
+
+    try:
+        if space.order == 2 and any(parts(a, space)[1] is not None for a in args):
+            _confirm(_backward_errs, space, function, [parts(a, space)[0] for a in args], moving, _Draws(args))
+        result = reverse_over_reverse(call, space, args, {})
+    except (RuntimeError, NotImplementedError) as error:
+        if isinstance(error, DerivativeError):
+            raise
+        twice = "twice " if space.order == 2 else ""
+        raise _refused(function, f"autograd cannot differentiate it {twice}({_first_line(error)})") from error
+    announce(function, f"the custom autograd function {function.__qualname__} has no jvp, but a backward pass")
+    outputs = enumerate(_sequence(result))
+    return _returned(result, [_store([targets[n]], [y], space, targets[n]) if n in targets else y for n, y in outputs])
+
+
+# --- second derivatives are measured once -----------------------------------------------------------------------
+
+STEP = 1e-4  # of the differences, relative to inputs, in double precision
+AGREED = 1e-4  # relative difference up to which a second derivative is taken to be that of the first
+SETTLED = 1e-3  # the same between quotients of two steps; where they differ more there is a kink between the points
+
+_confirmed: weakref.WeakKeyDictionary[type, set[Any]] = weakref.WeakKeyDictionary()
+Errs = Callable[[Space, Any, Sequence[Any], Sequence[bool], "_Draws"], bool]
+
+
+def _confirm(
+    errs: Errs, space: Space, function: Any, args: Sequence[Any], moving: Sequence[bool], draws: _Draws
+) -> None:
+    """Hold the second derivative of a function against differences of its first, in double precision.
+
+    Raises:
+        DerivativeError: they disagree, or the function does not run in double precision.
+    """
+    kinds = tuple(map(_kind, args, moving))
+    if kinds in _confirmed.setdefault(function, set()):
+        return
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=draws.devices):
+        try:
+            wrong = errs(space, function, tree_map(_double, list(args)), moving, draws)
+        except (RuntimeError, TypeError) as error:
+            why = f"its second derivative could not be checked in double precision ({_first_line(error)})"
+            raise _refused(function, why + FIRST_ONLY) from error
+    if wrong:
+        why = (
+            "its second derivative is not that of its first: it saves results of its own that torch takes for "
+            "constants, leaves torch, or is not the derivative of anything"
         )
-    return rule(*args, **kwargs)
+        raise _refused(function, why + FIRST_ONLY)
+    _confirmed[function].add(kinds)
+
+
+def _kind(x: Any, moves: bool) -> Any:
+    if isinstance(x, Tensor):
+        return moves, x.dim()
+    return x if isinstance(x, (int, float, str)) else type(x)
+
+
+FIRST_ONLY = "; curvature='ggn' or 'none' needs its first derivative alone"
+
+
+def _double(x: Any) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    if x.is_complex():
+        return x.detach().to(torch.complex128, copy=True)
+    return x.detach().to(torch.float64 if x.is_floating_point() else x.dtype, copy=True)
+
+
+def _random(xs: Sequence[Any], moving: Sequence[bool], seed: int) -> list[Tensor | None]:
+    """A random direction of the inputs that move, of about their size."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device) * (1 + x.abs().mean()) if m else None
+        for x, m in zip(xs, moving, strict=True)
+    ]
+
+
+def _moved(xs: Sequence[Any], v: Sequence[Tensor | None], h: float) -> list[Any]:
+    return [_copied(x) if t is None else x + h * t for x, t in zip(xs, v, strict=True)]
+
+
+def _differ(claimed: Sequence[Tensor | None], at: Callable[[float], Sequence[Tensor | None]]) -> bool:
+    """Whether ``d at(h) / dh`` at 0 is another than claimed, where it exists; None is zero."""
+
+    def quotients(h: float) -> list[Tensor | None]:
+        return [None if a is None or b is None else (a - b) / (2 * h) for a, b in zip(at(h), at(-h), strict=True)]
+
+    size = max((float(t.abs().max()) for t in at(0.0) if t is not None and t.numel()), default=0.0)
+    for c, far, near in zip(claimed, quotients(STEP), quotients(STEP / 10), strict=True):
+        if far is None or near is None:
+            continue
+        c = torch.zeros_like(near) if c is None else c
+        largest = torch.maximum(near.abs(), c.abs())
+        if not largest.numel():
+            continue
+        rounding = 1e-7 * size
+        settled = (far - near).abs() <= SETTLED * near.abs() + rounding  # false where either is not finite
+        wrong = (near - c).abs() > AGREED * largest.where(settled, 0).max() + rounding
+        if bool((wrong & settled).any()):
+            return True
+    return False
+
+
+def _jvp_errs(space: Space, function: Any, xs: Sequence[Any], moving: Sequence[bool], draws: _Draws) -> bool:
+    v, w = _random(xs, moving, 0), _random(xs, moving, 1)
+
+    def pushed(at: Sequence[Any], *tangents: Sequence[Tensor | None]) -> tuple[Sequence[Any], list[Any]]:
+        draws.again()
+        with torch.no_grad():
+            given = [_copied(x) for x in at]  # a function may overwrite what it is given
+            ctx, result = _run(function, given, moving)
+            return _sequence(result), [_pushed(function, ctx, given, t, _sequence(result)) for t in tangents]
+
+    outputs, both = pushed(xs, v, w)
+    plane = Space(2, 2, 1, space.level, keys=space.keys)
+    first = [_stacked(pair, y) for *pair, y in zip(*both, outputs, strict=True)]
+    tangents = [None if a is None else torch.stack([a, b]) for a, b in zip(v, w, strict=True)]  # type: ignore[list-item]
+    with torch.inference_mode():
+        crossed = [None if c is None else c[1] for c in _bent(plane, function, xs, tangents, outputs, first, draws)]
+    return _differ(crossed, lambda h: pushed(_moved(xs, w, h), v)[1][0]) or _differ(
+        crossed, lambda h: pushed(_moved(xs, v, h), w)[1][0]
+    )
+
+
+def _backward_errs(space: Space, function: Any, xs: Sequence[Any], moving: Sequence[bool], draws: _Draws) -> bool:
+    r = _random(xs, moving, 0)
+
+    def gradient(h: float) -> tuple[list[Tensor], list[Tensor | None]]:
+        """The inputs that move, at ``x + h r``, and the gradient there of a fixed random sum of the outputs."""
+        draws.again()
+        leaves = [x.requires_grad_() if m else x for x, m in zip(_moved(xs, r, h), moving, strict=True)]
+        given = [_copied(x) for x in leaves]  # leaves may not be written to
+        outputs = _sequence(_original_apply(function, *given))
+        total = _contracted([y for y in outputs if isinstance(y, Tensor) and y.requires_grad])
+        wanted = [x for x, m in zip(leaves, moving, strict=True) if m]
+        return wanted, list(torch.autograd.grad(total, wanted, create_graph=True, allow_unused=True))
+
+    wanted, first = gradient(0.0)
+    along = [t for t in r if t is not None]
+    slope = [_dot(g, t) for g, t in zip(first, along, strict=True) if g is not None and g.requires_grad]
+    claimed: Sequence[Tensor | None] = [None] * len(wanted)
+    if slope:
+        claimed = torch.autograd.grad(torch.stack(slope).sum(), wanted, allow_unused=True)
+    return _differ(claimed, lambda h: [None if g is None else g.detach() for g in gradient(h)[1]])
+
+
+def _dot(g: Tensor, t: Tensor) -> Tensor:
+    return (g.conj() * t).real.sum() if g.is_complex() else (g * t).sum()
+
+
+def _contracted(outputs: Sequence[Tensor]) -> Tensor:
+    """A sum of all outputs with random weights, the same at each call."""
+    generator = torch.Generator().manual_seed(2)
+    reals = [torch.view_as_real(y) if y.is_complex() else y for y in outputs]
+    weights = [torch.randn(y.shape, dtype=y.dtype, generator=generator).to(y.device) for y in reals]
+    return torch.stack([(y * w).sum() for y, w in zip(reals, weights, strict=True)]).sum()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+class _Draws:
+    """Where torch's random numbers stand, so that a function that runs again draws the same."""
+
+    def __init__(self, args: Sequence[Any]) -> None:
+        found = {a.device for a in args if isinstance(a, Tensor) and a.device.type == "cuda"}
+        self.devices = sorted(d.index for d in found)
+        self._cpu = torch.random.get_rng_state()
+        self._cuda = [torch.cuda.get_rng_state(d) for d in self.devices]
+
+    def again(self) -> None:
+        """Set them back there."""
+        torch.random.set_rng_state(self._cpu)
+        for device, state in zip(self.devices, self._cuda, strict=True):
+            torch.cuda.set_rng_state(state, device)
 
 
 # --- interception -------------------------------------------------------------------------------------------
