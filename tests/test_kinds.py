@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from cases import Doubled
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -494,5 +494,111 @@ class TestFunctions:
         v = moving(params)
         found, wanted = jp.evaluate(closure, params, v), jp.evaluate(reference, params, v)
         torch.testing.assert_close(found.value, wanted.value)
+        torch.testing.assert_close(found.slope, wanted.slope)
+        torch.testing.assert_close(found.curvature, wanted.curvature)
+
+
+S = (torch.rand(6, 4, generator=torch.Generator().manual_seed(0)) < 0.5).double() * torch.arange(1.0, 25).view(6, 4)
+
+PRODUCTS = {
+    "matmul": lambda s, x, y, u: s @ x,
+    "vector": lambda s, x, y, u: s @ x[:, 0],
+    "mm": lambda s, x, y, u: torch.mm(s, x),
+    "mv": lambda s, x, y, u: torch.mv(s, x[:, 0]),
+    "sparse.mm": lambda s, x, y, u: torch.sparse.mm(s, x),
+    "addmm": lambda s, x, y, u: torch.addmm(u[:, None], s, x, beta=2, alpha=3),
+    "addmm of a constant": lambda s, x, y, u: torch.addmm(u[:, None], s, torch.ones(4, 3, dtype=x.dtype)),
+    "sparse.addmm": lambda s, x, y, u: torch.sparse.addmm(u[:, None].expand(6, 3), s, x, alpha=2),
+    "addmv": lambda s, x, y, u: torch.addmv(u, s, x[:, 0], beta=0.5),
+    "linear": lambda s, x, y, u: F.linear(x.mT.expand(2, 3, 4), s, u),
+}
+FROM_THE_RIGHT = {
+    "matrix": lambda s, x, y, u: y @ s,
+    "row": lambda s, x, y, u: y[0] @ s,
+    "transposed": lambda s, x, y, u: s.t() @ y.mT,
+}
+LAYOUTS = {
+    "coo": Tensor.to_sparse,
+    "csr": Tensor.to_sparse_csr,
+    "csc": Tensor.to_sparse_csc,
+    "bsr": lambda s: s.to_sparse_bsr((2, 2)),
+    "bsc": lambda s: s.to_sparse_bsc((2, 2)),
+}
+SPARSE = [(layout, name) for layout in LAYOUTS for name in PRODUCTS if layout != "bsc"]  # as far as torch itself goes
+SPARSE += [(layout, name) for layout in LAYOUTS for name in FROM_THE_RIGHT if layout != "bsr"]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+class TestSparse:
+    @pytest.mark.parametrize(("layout", "name"), SPARSE)
+    def test_products_are_those_of_the_dense_matrix(self, layout, name):
+        product, params = (PRODUCTS | FROM_THE_RIGHT)[name], [double(4, 3), double(5, 6), double(6)]
+        sparse = LAYOUTS[layout](S)
+
+        def closure(s: Tensor) -> Tensor:
+            x, y, u = (p.sin() for p in params)
+            return (product(s, x, y, u) ** 2).sum() + sum((p**2).sum() for p in params)
+
+        self.same(closure, sparse, params)
+
+    def test_sums_and_means(self):
+        params = [double(4, 3), double(6, 4)]
+        self.same(lambda s: ((params[1].exp() + s) ** 3).sum(), S.to_sparse(), params[1:])
+        found = jp.evaluate(
+            lambda: (torch.sparse.mm(S.to_sparse_csr(), params[0], "mean") ** 2).sum(), params[:1], moving(params[:1])
+        )
+        counts = (S != 0).sum(1, keepdim=True).clamp(min=1)
+        assert torch.allclose(found.value, ((S / counts) @ params[0]).square().sum())
+
+    def test_batches(self):
+        x, both = double(2, 4, 3), torch.stack([S, 2 * S])
+        self.same(lambda s: (torch.bmm(s, x.sin()) ** 2).sum(), both.to_sparse(), [x])
+
+    def test_half_precision_coefficients(self):
+        x, v = torch.randn(4, 3).bfloat16(), torch.randn(2, 4, 3).bfloat16()
+        s = S.bfloat16()
+        found = jp.evaluate(lambda: (s.to_sparse() @ x.sin()).float().square().mean(), [x], [v])
+        wanted = jp.evaluate(lambda: (s @ x.sin()).float().square().mean(), [x], [v])
+        torch.testing.assert_close(found.curvature, wanted.curvature, rtol=0.05, atol=0.5)
+
+    def test_a_graph_network_in_chunks_beside_a_buffer(self):
+        a, x, layers = (S @ S.T / 500).to_sparse(), torch.randn(6, 4), [nn.Linear(4, 5), nn.Linear(5, 3)]
+        params, target = [p for m in layers for p in m.parameters()], torch.arange(6) % 3
+        buffer = torch.zeros(6, 3)
+
+        def closure(a: Tensor) -> Tensor:
+            buffer[:, :] = a.t() @ layers[1](F.relu(a @ layers[0](x)))  # a jet in plain memory
+            return F.cross_entropy(buffer, target)
+
+        v = moving(params, 4)
+        wanted = jp.evaluate(lambda: closure(a.to_dense().float()), params, v, "ggn")
+        for chunk in (None, 2):
+            found = jp.evaluate(lambda: closure(a.float()), params, v, "ggn", chunk=chunk)
+            torch.testing.assert_close(found.slope, wanted.slope)
+            torch.testing.assert_close(found.curvature, wanted.curvature)
+
+    @pytest.mark.parametrize(
+        "closure",
+        [
+            lambda w: torch.sparse_coo_tensor(torch.tensor([[0, 1], [1, 0]]), w, (2, 2)) @ torch.ones(2, 2).double(),
+            lambda w: torch.sparse_csr_tensor(torch.tensor([0, 1, 2]), torch.tensor([1, 0]), w, (2, 2)) @ w.sin(),
+            lambda w: w.diag().to_sparse() @ torch.ones(2, 2).double(),
+            lambda w: (torch.eye(2).double().to_sparse() * w.expand(2, 2)).to_dense(),
+        ],
+    )
+    def test_values_that_are_parameters_are_refused(self, closure):
+        w = double(2)
+        with pytest.raises(jp.DerivativeError, match="index_add"):
+            slope(lambda: closure(w).sum(), [w], moving([w]))
+
+    def test_a_sparse_parameter_is_refused(self):
+        w = S.to_sparse()
+        with pytest.raises(jp.ArgumentError, match="layout"):
+            jp.evaluate(lambda: torch.sparse.sum(w), [w], [torch.ones(1, 6, 4).double()])
+
+    @staticmethod
+    def same(closure, sparse: Tensor, params: list[Tensor]) -> None:
+        v = moving(params, 3)
+        found, wanted = (jp.evaluate(lambda s=s: closure(s), params, v) for s in (sparse, sparse.to_dense()))
         torch.testing.assert_close(found.slope, wanted.slope)
         torch.testing.assert_close(found.curvature, wanted.curvature)

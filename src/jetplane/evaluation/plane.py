@@ -53,6 +53,7 @@ from ..jets.jet import (
     promoted,
 )
 from ..jets.structured import Deferred, LowRank, Stacked, Tangents
+from ..rules import sparse
 from ..rules.dispatch import inside_loss
 from ..rules.dispatch import loss as mark_loss
 from ..rules.examples import known
@@ -243,6 +244,9 @@ class Interception(TorchFunctionMode):
                 f"{_REVERSE[func]} inside a forward-only evaluation. A closure returns its loss and calls no "
                 "backward(); for derivatives inside of it use jetplane.jet, jetplane.hvp or jetplane.laplacian"
             )
+        if sparse.constant(func, args):
+            with torch.inference_mode(False), torch.no_grad():
+                return func(*args, **kwargs)
         if self.space.gauss_newton and func in _LOSSES:
             with mark_loss():
                 return _warn_if_flat(func, func(*args, **kwargs), self.space)
@@ -614,6 +618,11 @@ def _checked_directions(
             raise ArgumentError(f"parameter {i} must be a tensor, got {type(p).__name__}")
         if not p.dtype.is_floating_point:
             raise DTypeError(f"parameter {i} must be of a floating dtype, got {p.dtype}")
+        if sparse.is_sparse(p):
+            raise ArgumentError(
+                f"parameter {i} is of layout {p.layout}; expected a dense tensor. Let its values be the parameter, and "
+                "write products by its indices: torch.zeros(rows, n).index_add(0, row, values[:, None] * x[column])"
+            )
     if len({id(p) for p in params}) != len(params):
         raise ArgumentError("a parameter is given twice; expected each tensor once")
     if isinstance(directions, (HeldDirections, StoredDirections)):

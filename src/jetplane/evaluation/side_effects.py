@@ -35,13 +35,18 @@ class _Journal(TorchDispatchMode):
                     self._keep(value)
         result = func(*args, **kwargs)
         if not any(r.alias_info for r in schema.returns):
-            self.fresh.update(t.untyped_storage()._cdata for t in tree_leaves(result) if type(t) is Tensor)
+            self.fresh.update(t.untyped_storage()._cdata for t in tree_leaves(result) if _has_memory(t))
         return result
 
     def _keep(self, value: Any) -> None:
         known = type(value) in (Tensor, torch.nn.Parameter) and value.untyped_storage()._cdata in self.fresh
         if isinstance(value, Tensor) and not isinstance(value, Jet) and not known and id(value) not in self.saved:
             self.saved[id(value)] = value, value.detach().clone()
+
+
+def _has_memory(x: Any) -> bool:
+    """Whether x is a plain tensor with memory of its own, as those of sparse layouts are not."""
+    return type(x) is Tensor and x.layout is torch.strided
 
 
 def _named(schema: Any, kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:

@@ -719,7 +719,7 @@ def promote(buffer: Tensor, space: Space) -> Jet:
 
 def promoted(x: Tensor) -> Jet | None:
     """The jet over a plain tensor whose memory a jet was written into, or None."""
-    if isinstance(x, Jet) or not _promoted:
+    if isinstance(x, Jet) or not _promoted or x.layout is not torch.strided:
         return None
     root = _promoted.get(storage(x)._cdata)
     if root is None or root.dtype != x.dtype:

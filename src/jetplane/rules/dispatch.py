@@ -37,7 +37,7 @@ from ..jets.jet import (
     set_dispatcher,
     write,
 )
-from . import examples, fallback
+from . import examples, fallback, sparse
 from .registry import RULES, overload
 
 ALIASING = {
@@ -137,6 +137,8 @@ def _dispatch(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, An
 def carry(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """A functional operator, down the ladder."""
     space.operator = func._schema.name
+    if sparse.concerns(func, args):
+        return sparse.carry(func, space, args, kwargs)
     rule = RULES.get(func)
     if rule is not None:
         result = rule(space, *args, **kwargs)
