@@ -1,5 +1,7 @@
 """Kinds of tensors and code that a closure may hold: carried with right derivatives, or told."""
 
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -10,6 +12,7 @@ from cases import Doubled
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 import jetplane as jp
@@ -34,6 +37,15 @@ def reverse_slope(closure, params: list[Tensor], tangents: list[Tensor]) -> Tens
     params = [p.requires_grad_() for p in params]
     gradient = torch.autograd.grad(closure(), params)
     return torch.stack([(g * t).flatten(1).sum(1) for g, t in zip(gradient, tangents, strict=True)]).sum(0)
+
+
+def same(closure, reference, params: list[Tensor], **options) -> None:
+    """Both have the same plane."""
+    v = moving(params, 3)
+    found, wanted = (jp.evaluate(f, params, v, **options) for f in (closure, reference))
+    torch.testing.assert_close(found.value, wanted.value)
+    torch.testing.assert_close(found.slope, wanted.slope)
+    torch.testing.assert_close(found.curvature, wanted.curvature)
 
 
 class TestThreads:
@@ -366,7 +378,7 @@ class TestFunctions:
             assert not isinstance(place, jp.jets.jet.Jet)
             return (y * cubed).sum()
 
-        self.same(closure, reference, [w])
+        same(closure, reference, [w])
 
     @pytest.mark.parametrize("pairs", ["all", "diagonal", 2])
     def test_jvp_with_results_of_its_own(self, pairs):
@@ -378,8 +390,8 @@ class TestFunctions:
 
     def test_jvp_of_one_argument_alone(self):
         w, x = double(4).abs() + 1, double(4)
-        self.same(lambda: Affine.apply(x, 3, w, None)[0].square().sum(), lambda: (x.exp() * w).square().sum(), [w])
-        self.same(lambda: Affine.apply(w, 3, x, None)[1].square().sum(), lambda: (w**3).square().sum(), [w])
+        same(lambda: Affine.apply(x, 3, w, None)[0].square().sum(), lambda: (x.exp() * w).square().sum(), [w])
+        same(lambda: Affine.apply(w, 3, x, None)[1].square().sum(), lambda: (w**3).square().sum(), [w])
 
     def test_jvp_is_what_it_says(self):
         w, v = double(3), moving([double(3)])
@@ -450,7 +462,7 @@ class TestFunctions:
 
         reference = lambda: ((w.sin() + w.cos() ** 2) ** 2).sum()  # noqa: E731
         for function in (ByJvp, ByBackward):
-            self.same(with_function(function), reference, [w])
+            same(with_function(function), reference, [w])
             with pytest.raises(jp.DerivativeError, match="written to in place"):
                 jp.evaluate(lambda function=function: function.apply(w, w.cos())[0].sum(), [w], moving([w]))
             assert torch.equal(w, before)
@@ -458,7 +470,7 @@ class TestFunctions:
     def test_a_reentrant_checkpoint_is_what_it_holds(self):
         w, x = double(4), double(3, 4)
         closure = lambda: checkpoint(torch.tanh, x * w, use_reentrant=True).square().sum()  # noqa: E731
-        self.same(closure, lambda: (x * w).tanh().square().sum(), [w])
+        same(closure, lambda: (x * w).tanh().square().sum(), [w])
 
     def test_a_parameter_that_is_not_an_argument_is_refused(self):
         w = double(3)
@@ -489,13 +501,6 @@ class TestFunctions:
         torch.testing.assert_close(found.slope, wanted.slope, rtol=0.03, atol=0.03)
         torch.testing.assert_close(found.curvature, wanted.curvature, rtol=0.05, atol=0.05)
 
-    @staticmethod
-    def same(closure, reference, params: list[Tensor]) -> None:
-        v = moving(params)
-        found, wanted = jp.evaluate(closure, params, v), jp.evaluate(reference, params, v)
-        torch.testing.assert_close(found.value, wanted.value)
-        torch.testing.assert_close(found.slope, wanted.slope)
-        torch.testing.assert_close(found.curvature, wanted.curvature)
 
 
 S = (torch.rand(6, 4, generator=torch.Generator().manual_seed(0)) < 0.5).double() * torch.arange(1.0, 25).view(6, 4)
@@ -602,3 +607,171 @@ class TestSparse:
         found, wanted = (jp.evaluate(lambda s=s: closure(s), params, v) for s in (sparse, sparse.to_dense()))
         torch.testing.assert_close(found.slope, wanted.slope)
         torch.testing.assert_close(found.curvature, wanted.curvature)
+
+
+def stance() -> str:
+    from torch._dynamo import eval_frame
+
+    return eval_frame._stance.stance
+
+
+class TestCompiled:
+    """Compiled code in a closure runs its eager code, and is compiled as before afterwards."""
+
+    def setup_method(self):
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+        self.x, self.params = double(5, 4), list(self.model.parameters())
+
+    def closure(self, model) -> Tensor:
+        return model(self.x).square().sum()
+
+    @pytest.mark.parametrize("options", [{}, {"fullgraph": True}])
+    def test_modules_and_functions(self, options):
+        compiled = torch.compile(self.model, backend="eager", **options)
+        function = torch.compile(lambda x: self.model(x), backend="eager", **options)
+        for each in (compiled, function):
+            same(lambda each=each: self.closure(each), lambda: self.closure(self.model), self.params)
+        before = self.model(self.x)
+        self.model.compile(backend="eager")
+        same(lambda: self.closure(self.model), lambda: self.closure(self.model.forward), self.params)
+        assert torch.equal(self.model(self.x), before)
+
+    def test_nothing_is_compiled_and_the_stance_is_set_back(self):
+        graphs = []
+
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph
+
+        compiled = torch.compile(self.model, backend=backend)
+        compiled(self.x)
+        assert len(graphs) == 1
+        seen = []
+
+        def closure():
+            jp.jet(lambda z: seen.append(stance()) or z.sin(), self.x, torch.ones(1, 5, 4, dtype=self.x.dtype))
+            seen.append(stance())
+            return self.closure(compiled)
+
+        with torch.compiler.set_stance("fail_on_recompile"):
+            jp.evaluate(closure, self.params, moving(self.params))
+            assert stance() == "fail_on_recompile"
+        assert seen == ["force_eager"] * 2 and len(graphs) == 1
+        with pytest.raises(ZeroDivisionError):
+            jp.evaluate(lambda: self.closure(compiled) / (1 // 0), self.params, moving(self.params))
+        assert stance() == "default"
+        compiled(self.x)
+        assert len(graphs) == 1
+
+    def test_evaluations_that_end_in_the_order_they_began(self):
+        torch.compile(self.model, backend="eager")
+        first_in, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
+        w, seen = torch.ones(3), []
+
+        def first() -> None:
+            jp.evaluate(lambda: (first_in.set(), second_in.wait(5), (w * w).sum())[2], [w], [torch.ones(1, 3)])
+            first_out.set()
+
+        def second() -> None:
+            first_in.wait(5)
+            closure = lambda: (second_in.set(), first_out.wait(5), seen.append(stance()), (w * w).sum())[3]  # noqa: E731
+            jp.evaluate(closure, [w], [torch.ones(1, 3)])
+
+        threads = [threading.Thread(target=f) for f in (first, second)]
+        [t.start() for t in threads]
+        [t.join(20) for t in threads]
+        assert seen == ["force_eager"] and stance() == "default"
+
+    def test_an_evaluation_that_a_compiled_function_calls(self):
+        def function(x: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            return jp.laplacian(lambda z: (z**3).sum(), 2 * x)
+
+        found = torch.compile(function, backend="eager")(self.x)
+        torch.testing.assert_close(found, 12 * self.x.sum())
+
+    def test_the_compiler_is_imported_by_the_closure(self):
+        code = (
+            "import sys, torch, jetplane as jp\n"
+            "w, before = torch.ones(3), torch.compile\n"
+            "assert 'torch._dynamo' not in sys.modules\n"
+            "f = lambda: torch.cond(w.sum() > 0, lambda x: x**2, lambda x: x, (w,)).sum()\n"
+            "print(jp.evaluate(f, [w], [torch.ones(1, 3)]).curvature.item(), torch.compile is before)\n"
+            "from torch._dynamo import eval_frame\n"
+            "print(eval_frame._stance.stance)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert done.stdout.split() == ["6.0", "True", "default"], done.stderr
+
+
+class TestHigherOrder:
+    def test_conditions_and_loops(self):
+        w, b = double(3), double(3)
+        same(
+            lambda: torch.cond(w.sum() > -100, lambda x: (x * b).sin(), lambda x: x.cos(), (w * w,)).sum(),
+            lambda: (w * w * b).sin().sum(),
+            [w, b],
+        )
+        from torch._higher_order_ops import while_loop
+
+        same(
+            lambda: while_loop(lambda i, x: i < 2, lambda i, x: (i + 1, (x * b).sin()), (torch.tensor(0), w**2))[1].sum(),
+            lambda: ((w * w * b).sin() * b).sin().sum(),
+            [w, b],
+        )
+
+    def test_others_are_refused(self):
+        from torch._higher_order_ops.map import map as mapped
+
+        w, x = double(3), double(3)
+        with pytest.raises(jp.DerivativeError, match="map_impl.*loop"):
+            slope(lambda: mapped(lambda y: y * w, x).sum(), [w], moving([w]))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+class TestFlexAttention:
+    length = 5
+
+    def case(self, heads: int = 2):
+        self.qkv = [double(2, h, self.length, 4) for h in (2, heads, heads)]
+        self.table = double(2, 2 * self.length)
+        self.params = [*self.qkv, self.table]
+
+    def reference(self, mod: str, causal: bool) -> Tensor:
+        q, k, v = (t.sin() for t in self.qkv)
+        k, v = (t.repeat_interleave(2 // t.shape[1], 1) for t in (k, v))
+        s, i = q @ k.mT / 2, torch.arange(self.length)
+        if mod == "table":
+            s = s + self.table[:, i[:, None] - i + self.length]
+        elif mod == "capped":
+            s = 2 * torch.tanh(s / 2)
+        s = s.masked_fill(i[:, None] < i, -torch.inf) if causal else s
+        return (s.softmax(-1) @ v).square().sum() + 0 * sum(p.sum() for p in self.params)
+
+    def closure(self, mod: str, causal: bool, attention=flex_attention, **options) -> Tensor:
+        mods = {
+            "none": None,
+            "table": lambda s, b, h, i, j: s + self.table[h, i - j + self.length],  # captures a parameter
+            "capped": lambda s, b, h, i, j: 2 * torch.tanh(s / 2),
+        }
+        mask = None
+        if causal:
+            size = self.length
+            mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, size, size, device="cpu", BLOCK_SIZE=size)
+        out = attention(*(t.sin() for t in self.qkv), score_mod=mods[mod], block_mask=mask, **options)
+        return out.square().sum() + 0 * sum(p.sum() for p in self.params)
+
+    @pytest.mark.parametrize("mod", ["none", "table", "capped"])
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_it_is_what_it_says(self, mod, causal):
+        self.case()
+        same(lambda: self.closure(mod, causal), lambda: self.reference(mod, causal), self.params)
+
+    def test_compiled_and_with_fewer_heads_of_keys(self):
+        self.case(heads=1)
+        compiled = torch.compile(flex_attention)
+        same(
+            lambda: self.closure("none", True, compiled, enable_gqa=True),
+            lambda: self.reference("none", True),
+            self.params,
+        )

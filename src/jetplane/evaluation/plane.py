@@ -53,14 +53,14 @@ from ..jets.jet import (
     promoted,
 )
 from ..jets.structured import Deferred, LowRank, Stacked, Tangents
-from ..rules import sparse
+from ..rules import higher_order, sparse
 from ..rules.dispatch import inside_loss
 from ..rules.dispatch import loss as mark_loss
 from ..rules.examples import known
 from ..rules.functions import intercept_functions
 from ..rules.losses import cross_entropy_whole
 from . import chunks as chunking
-from . import sharded
+from . import compilers, sharded
 from .entrance import Entrance, LastEntrance
 from .side_effects import rehearsal
 
@@ -149,7 +149,8 @@ def expansion(k: int, block: int, order: int, gauss_newton: bool = False, exampl
     space.keys = include, torch._C._dispatch_tls_local_exclude_set()
     _active.depth = depth
     try:
-        yield space
+        with compilers.eager():
+            yield space
     finally:
         _active.depth = depth - 1
         forget_promoted(space)
@@ -244,6 +245,9 @@ class Interception(TorchFunctionMode):
                 f"{_REVERSE[func]} inside a forward-only evaluation. A closure returns its loss and calls no "
                 "backward(); for derivatives inside of it use jetplane.jet, jetplane.hvp or jetplane.laplacian"
             )
+        if higher_order.is_higher_order(func):
+            with self:  # the functions that it takes may capture parameters
+                return higher_order.run(func, args, kwargs)
         if sparse.constant(func, args):
             with torch.inference_mode(False), torch.no_grad():
                 return func(*args, **kwargs)

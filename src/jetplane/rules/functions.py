@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import CheckpointFunction
 
 from ..errors import DerivativeError
 from ..jets.jet import Jet, Space, forget_promoted, is_jet, make, parts, promoted
@@ -65,8 +64,12 @@ def _innermost(x: Any) -> Any:
     return x
 
 
-# Reentrant checkpoints compute what they are given; they exist to save memory in a backward pass.
-REGISTERED[CheckpointFunction] = lambda run, preserve_rng_state, *args: run(*args)
+# Functions of torch's own that are there for a backward pass alone: reentrant checkpoints compute what they are given,
+# and flex_attention reads tables whose gradients it wants. By name, since some are of modules that import a compiler.
+OF_TORCH: dict[str, Callable[..., Any]] = {
+    "torch.utils.checkpoint.CheckpointFunction": lambda run, preserve_rng_state, *args: run(*args),
+    "torch._dynamo._trace_wrapped_higher_order_op.ModIndex": lambda x, indices: torch.ops.aten.index(x, indices),
+}
 
 
 # --- a function on jets ---------------------------------------------------------------------------------------
@@ -82,7 +85,7 @@ def _wraps_a_jet(x: Any) -> bool:
 
 
 def _on_jets(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    rule = REGISTERED.get(function)
+    rule = REGISTERED.get(function) or OF_TORCH.get(f"{function.__module__}.{function.__qualname__}")
     if rule is not None:
         return rule(*args, **kwargs)
     if kwargs and _sets_context_apart(function):  # as torch binds them
