@@ -11,8 +11,10 @@ import torch
 from cases import Doubled
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.masked import masked_tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import jetplane as jp
@@ -502,7 +504,6 @@ class TestFunctions:
         torch.testing.assert_close(found.curvature, wanted.curvature, rtol=0.05, atol=0.05)
 
 
-
 S = (torch.rand(6, 4, generator=torch.Generator().manual_seed(0)) < 0.5).double() * torch.arange(1.0, 25).view(6, 4)
 
 PRODUCTS = {
@@ -715,8 +716,8 @@ class TestHigherOrder:
         from torch._higher_order_ops import while_loop
 
         same(
-            lambda: while_loop(lambda i, x: i < 2, lambda i, x: (i + 1, (x * b).sin()), (torch.tensor(0), w**2))[1].sum(),
-            lambda: ((w * w * b).sin() * b).sin().sum(),
+            lambda: while_loop(lambda i, x: i < 2, lambda i, x: (i + 1, (x * b).sin()), (torch.tensor(0), w))[1].sum(),
+            lambda: ((w * b).sin() * b).sin().sum(),
             [w, b],
         )
 
@@ -775,3 +776,105 @@ class TestFlexAttention:
             lambda: self.reference("none", True),
             self.params,
         )
+
+
+class Tagged(torch.Tensor):
+    """Counts what it is asked for."""
+
+    asked: list = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        Tagged.asked.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Plain(torch.Tensor):
+    pass
+
+
+class Capped(torch.Tensor):
+    """Another sum than torch's: at most one."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        if func is torch.add:
+            with torch._C.DisableTorchFunctionSubclass():
+                result = result.clamp(max=1).as_subclass(Capped)
+        return result
+
+
+class TestSubclasses:
+    """Data and targets of classes of their own."""
+
+    def setup_method(self):
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)).double()
+        self.x, self.y, self.params = double(16, 4), double(16, 1), list(self.model.parameters())
+
+    def reference(self) -> Tensor:
+        return F.mse_loss(self.model(self.x), self.y)
+
+    @pytest.mark.parametrize("cls", [Tagged, Plain])
+    @pytest.mark.parametrize("options", [{}, {"curvature": "ggn"}])
+    def test_data_and_targets(self, cls, options):
+        x, y = self.x.as_subclass(cls), self.y.as_subclass(cls)
+        for closure in (
+            lambda: F.mse_loss(self.model(x), self.y),
+            lambda: F.mse_loss(self.model(self.x), y),
+            lambda: F.mse_loss(self.model(x), y).as_subclass(Tensor),
+        ):
+            same(closure, self.reference, self.params, **options)
+
+    def test_the_class_goes_on_to_be_asked(self):
+        Tagged.asked.clear()
+        seen = []
+
+        def closure() -> Tensor:
+            hidden = self.model(self.x.as_subclass(Tagged))
+            seen.append(type(hidden).__name__)
+            return F.mse_loss(hidden, self.y)
+
+        jp.evaluate(closure, self.params, moving(self.params))
+        assert seen == ["Tagged"] and {F.linear, F.mse_loss} <= set(Tagged.asked)
+        x = self.x.as_subclass(Capped)
+        same(
+            lambda: torch.add(self.model(x), 0.5).sum(),
+            lambda: (self.model(self.x) + 0.5).clamp(max=1).sum(),
+            self.params,
+        )
+
+    def test_writes_reach_the_tensor_that_it_was(self):
+        w = double(3)
+
+        def closure() -> Tensor:
+            h = w.sin()
+            h.as_subclass(Tagged)[0] = 0
+            return (h**2).sum()
+
+        same(closure, lambda: (w[1:].sin() ** 2).sum(), [w])
+
+    def test_wrappers_that_take_operators_apart(self):
+        both = TwoTensor(self.x, 2 * self.x)
+        same(lambda: F.mse_loss(self.model(both).a, self.y), self.reference, self.params)
+        same(
+            lambda: F.mse_loss(self.model(both).b, self.y),
+            lambda: F.mse_loss(self.model(2 * self.x), self.y),
+            self.params,
+        )
+        ones = torch.ones(8, 4, dtype=self.x.dtype)
+        same(
+            lambda: (self.params[0].sin() * TwoTensor(ones, 3 * ones)).b.sum(),
+            lambda: 3 * self.params[0].sin().sum(),
+            self.params[:1],
+        )
+        with pytest.raises(jp.LossError, match="TwoTensor"):
+            jp.evaluate(lambda: self.model(both).sum(), self.params, moving(self.params))
+        with pytest.raises(jp.DerivativeError, match="as_subclass"):
+            slope(lambda: self.params[0].sin().as_subclass(TwoTensor).a.sum(), self.params, moving(self.params))
+
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
+    def test_wrappers_that_do_not_take_jets_are_refused(self):
+        masked = masked_tensor(self.x, self.x > 0)
+        with pytest.raises(jp.DerivativeError, match="class"):
+            slope(lambda: (self.params[0].sum() * masked).sum().get_data(), self.params, moving(self.params))

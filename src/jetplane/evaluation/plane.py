@@ -48,6 +48,7 @@ from ..jets.jet import (
     any_promoted,
     carried,
     forget_promoted,
+    goes_outside,
     kind_of,
     parts,
     promoted,
@@ -162,6 +163,9 @@ def nested() -> bool:
     return getattr(_active, "depth", 0) > 0
 
 
+# What torch and Python say where no class of several takes an operator.
+NOBODY = ("handlers returned NotImplemented", "no implementation found for", "'Jet'")
+
 # Ways out of torch on which a jet's coefficients would be lost.
 _EXITS = {
     torch.Tensor.numpy: "numpy()",
@@ -228,6 +232,16 @@ class Interception(TorchFunctionMode):
             except DerivativeError as error:
                 located(error)
                 raise
+            except TypeError as error:
+                if not any(words in str(error) for words in NOBODY):
+                    raise
+                refused = DerivativeError(
+                    "a tensor of a class of its own met one that depends on the parameters, and its class does not "
+                    f"take it: {str(error).splitlines()[0]}. Take the plain tensor out of it, or detach() the other"
+                )
+                refused.__traceback__ = error.__traceback__
+                located(refused)
+                raise refused from error
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ASKING:
@@ -547,6 +561,11 @@ def _seed(param: Tensor, index: int, drawn: AbstractDirections, space: Space, li
 def _scalar_parts(loss: Any, space: Space, touched: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if not isinstance(loss, Tensor):
         raise LossError(f"the closure must return a scalar tensor, got {type(loss).__name__}")
+    if goes_outside(type(loss)):
+        raise LossError(
+            f"the closure must return a plain tensor, got a {type(loss).__name__}, which wraps others; return the one "
+            "inside of it that is to be differentiated"
+        )
     jet = promoted(loss)
     loss = loss if jet is None else jet
     if loss.numel() != 1:

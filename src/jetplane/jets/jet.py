@@ -17,6 +17,7 @@ directions in one number so that the primal and the first coefficients are compu
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -224,7 +225,22 @@ class Jet(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if len(types) > 1 and any(map(goes_outside, types)):
+            return NotImplemented  # it takes itself apart, and its parts meet the jets
         return _dispatch(func, args, kwargs or {})
+
+    def as_subclass(self, cls: type) -> Any:
+        """The same jet with the class of other data, whose ``__torch_function__`` goes on to be asked.
+
+        Raises:
+            DerivativeError: the class takes over operators (``__torch_dispatch__``), which the jet does itself.
+        """
+        wanted = _jet_class(cls)
+        if type(self) is wanted:
+            return self
+        jet = wanted(self.primal, self.first, self.second, self.space, self.root(), kind=self.kind)
+        jet.version, jet.examples = self.version, self.examples
+        return jet
 
     def __copy__(self) -> Jet:
         return self.alias(self.primal)
@@ -239,6 +255,29 @@ class Jet(torch.Tensor):
     def alias(self, primal: Tensor) -> Jet:
         """Another jet over the same coefficients."""
         return Jet(primal, self.first, self.second, self.space, self.root())
+
+
+@functools.cache
+def goes_outside(cls: type) -> bool:
+    """Whether tensors of a class wrap others and take operators apart, as jets do; a compiler's stand-ins do not."""
+    takes_over = cls.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl  # type: ignore[attr-defined]
+    return takes_over and not issubclass(cls, Jet) and not cls.__module__.startswith("torch._subclasses")
+
+
+@functools.cache
+def _jet_class(cls: type) -> type[Jet]:
+    """The class of jets of a class of tensors."""
+    if issubclass(cls, Jet):
+        return cls
+    if goes_outside(cls):
+        raise DerivativeError(
+            f"as_subclass({cls.__name__}) of a tensor that depends on the parameters, where {cls.__name__} takes over "
+            "operators by __torch_dispatch__; expected a class that wraps tensors instead, or none"
+        )
+    asked = inspect.getattr_static(cls, "__torch_function__")
+    if cls is Tensor or asked is torch._C._disabled_torch_function_impl:  # a parameter's
+        return Jet
+    return type(cls.__name__, (Jet, cls), {"__torch_function__": asked})
 
 
 Dispatcher = Callable[[Any, Any, dict[str, Any]], Any]
