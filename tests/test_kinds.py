@@ -878,3 +878,145 @@ class TestSubclasses:
         masked = masked_tensor(self.x, self.x > 0)
         with pytest.raises(jp.DerivativeError, match="class"):
             slope(lambda: (self.params[0].sum() * masked).sum().get_data(), self.params, moving(self.params))
+
+
+def simulated(x):
+    """A vector and a number, in NumPy."""
+    return np.sin(x) * np.exp(x / 2), float(np.sum(x**3))
+
+
+def seen(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.sin() * (x / 2).exp(), (x**3).sum()
+
+
+class Counted:
+    def __init__(self, f):
+        self.f, self.calls = f, 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        return self.f(*args)
+
+
+class TestBlackbox:
+    def near(self, closure, reference, params: list[Tensor], k: int = 3, rough: float = 1e-6, **options) -> None:
+        v = moving(params, k)
+        found, wanted = (jp.evaluate(f, params, v, **options) for f in (closure, reference))
+        torch.testing.assert_close(found.value, wanted.value)
+        torch.testing.assert_close(found.slope, wanted.slope, rtol=rough / 1e3, atol=rough / 1e3)
+        torch.testing.assert_close(found.curvature, wanted.curvature, rtol=rough, atol=rough)
+
+    def loss(self, f):
+        y, s = f
+        return (y**2).sum() + (y * s).sum()
+
+    @pytest.mark.parametrize("options", [{}, {"pairs": "diagonal"}, {"pairs": 2}, {"chunk": 2}])
+    def test_differences(self, options):
+        w, box = double(5), jp.blackbox(simulated, numpy=True)
+        self.near(lambda: self.loss(box(w)), lambda: self.loss(seen(w)), [w], 4, 1e-5, **options)
+        self.near(lambda: self.loss(box(w.sin() * w)), lambda: self.loss(seen(w.sin() * w)), [w], 4, 1e-5, **options)
+
+    def test_calls_are_as_many_as_documented(self):
+        w, f = double(5), Counted(lambda x: x.sin())
+        box = jp.blackbox(f, noise=1e-16)
+        for k in (1, 2, 3):
+            f.calls = 0
+            jp.evaluate(lambda: box(w).sum(), [w], moving([w], k), "none")
+            assert f.calls == 1 + 2 * k
+            f.calls = 0
+            jp.evaluate(lambda: box(w).sum(), [w], moving([w], k))
+            assert f.calls == 2 + 4 * k + k * (k - 1)
+
+    @pytest.mark.parametrize("given", [1, 2])
+    def test_derivatives_that_are_given(self, given):
+        def derivative(inputs, tangents):
+            (x, n), (v, none) = inputs, tangents
+            assert none is None
+            return np.cos(n * x) * n * v
+
+        def second(inputs, tangents, others):
+            (x, n), (v, _), (u, _) = inputs, tangents, others
+            return -np.sin(n * x) * n**2 * v * u
+
+        w, options = double(4), {"derivative": derivative}
+        if given == 2:
+            options["second"] = second
+        box = jp.blackbox(lambda x, n: np.sin(n * x), numpy=True, **options)
+        reference = lambda: ((3 * w * w).sin() ** 2).sum()  # noqa: E731
+        self.near(lambda: (box(w * w, 3) ** 2).sum(), reference, [w], rough=1e-8 if given == 1 else 1e-11)
+
+    def test_noise_is_measured(self):
+        w = double(6)
+        v = moving([w])
+        for f, rough in ((lambda x: np.sin(x), 1e-9), (lambda x: np.sin(x.astype(np.float32)), 1e-3)):
+            box = jp.blackbox(f, numpy=True)
+            found = jp.evaluate(lambda box=box: box(w).sum(), [w], v)
+            wanted = jp.evaluate(lambda: w.sin().sum(), [w], v)
+            torch.testing.assert_close(found.slope, wanted.slope, rtol=rough, atol=rough)
+            torch.testing.assert_close(found.curvature, wanted.curvature, rtol=0.05, atol=0.05)
+
+    def test_gauss_newton_of_a_simulated_model(self):
+        w, x, t = double(4), double(6, 4), double(6)
+        box = jp.blackbox(lambda w, x: np.tanh(x @ w), numpy=True)
+        self.near(
+            lambda: F.mse_loss(box(w, x), t), lambda: F.mse_loss((x @ w).tanh(), t), [w], rough=1e-5, curvature="ggn"
+        )
+
+    def test_single_precision_stays(self):
+        w = torch.randn(5)
+        v, box, kinds = moving([w], 3), jp.blackbox(simulated, numpy=True), []
+
+        def closure() -> Tensor:
+            y, s = box(w)
+            kinds.extend([y.dtype, s.dtype])
+            return self.loss((y, s))
+
+        found, wanted = jp.evaluate(closure, [w], v), jp.evaluate(lambda: self.loss(seen(w)), [w], v)
+        assert kinds == [torch.float32] * 2 == [y.dtype for y in box(w)]
+        torch.testing.assert_close(found.slope, wanted.slope, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.curvature, wanted.curvature, rtol=1e-5, atol=1e-4)
+
+    def test_inputs_without_jets_just_call(self):
+        x, f = double(3), Counted(lambda x, flag: (x, flag))
+        box, same_object = jp.blackbox(f), object()
+        assert box(x, same_object)[0] is x and box(x, same_object)[1] is same_object and f.calls == 2
+        w = double(3)
+        f.calls = 0
+        jp.evaluate(lambda: (w * box(x, 1)[0]).sum(), [w], moving([w]))
+        assert f.calls == 1
+
+    def test_directions_that_do_not_move_it(self):
+        w, u, box = double(3), double(3), jp.blackbox(np.sin, numpy=True)
+        v = [torch.stack([double(3), torch.zeros(3).double()]), torch.stack([torch.zeros(3).double(), double(3)])]
+        for inside in (lambda: w, lambda: w * u):
+            found = jp.evaluate(lambda inside=inside: (box(inside()) * u).sum(), [w, u], v)
+            wanted = jp.evaluate(lambda inside=inside: (inside().sin() * u).sum(), [w, u], v)
+            torch.testing.assert_close(found.curvature, wanted.curvature, rtol=1e-6, atol=1e-6)
+
+    def test_it_trains(self):
+        w = nn.Parameter(torch.tensor([2.0, 1.5]))
+        box = jp.blackbox(lambda w: np.array([w[0] * w[1], w[0] - w[1] ** 2]), numpy=True)
+        opt = jp.optim.FoMoHKD([w], k=2, descent="saddle-free")
+        for _ in range(25):
+            loss = opt.step(lambda: (box(w) - torch.tensor([1.0, 0.0])).square().sum())
+        assert loss < 1e-6
+
+    def test_random_numbers_are_the_same_in_all_calls(self):
+        w, box = double(4), jp.blackbox(lambda x: x.sin() + torch.randn(4, dtype=x.dtype))
+        v = moving([w])
+        found, wanted = (slope(f, [w], v) for f in (lambda: box(w).sum(), lambda: w.sin().sum()))
+        torch.testing.assert_close(found, wanted)
+
+    def test_errors(self):
+        w, box = double(3), jp.blackbox(lambda x: x * w)
+        with pytest.raises(jp.DerivativeError, match="not among its arguments"):
+            slope(lambda: box(w.sin()).sum(), [w], moving([w]))
+        box = jp.blackbox(np.sin, numpy=True)
+        with pytest.raises(jp.DerivativeError, match="derivatives of derivatives"):
+            slope(lambda: jp.laplacian(lambda z: box(z * w).sum(), double(3)), [w], moving([w]))
+        box = jp.blackbox(np.sin, derivative=lambda x, v: v[0][:1], numpy=True)
+        with pytest.raises(jp.DerivativeError, match="shapes"):
+            slope(lambda: box(w).sum(), [w], moving([w]))
+        for options in ({"second": np.sin}, {"noise": 0.0}, {"scale": -1.0}):
+            with pytest.raises(jp.ArgumentError):
+                jp.blackbox(np.sin, **options)

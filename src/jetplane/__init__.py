@@ -26,7 +26,7 @@ from .errors import (
 from .evaluation.plane import PlaneModel, evaluate
 from .jets.structured import LowRank
 from .parallel import ranks as distributed
-from .rules import loss, register_rule, strict
+from .rules import blackbox, loss, register_rule, strict
 from .subspace import descent
 from .transforms.estimators import (
     DiagonalEstimate,
@@ -64,6 +64,7 @@ __all__ = [
     "ShapeError",
     "SingularPlaneError",
     "UnusedParametersError",
+    "blackbox",
     "descent",
     "distributed",
     "errors",

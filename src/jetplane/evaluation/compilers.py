@@ -66,6 +66,11 @@ class _Stance:
 _stance = _Stance()
 
 
+def _set_eval_frame(callback: Any) -> Any:
+    """What compiles the frames that this thread runs; returns what did so before."""
+    return torch._C._dynamo.eval_frame.set_eval_frame(callback)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 @contextlib.contextmanager
 def eager() -> Iterator[None]:
     """What ``torch.compile`` was applied to runs its eager code inside."""
@@ -73,11 +78,11 @@ def eager() -> Iterator[None]:
         yield
         return
     # Code of a compiled function that torch could not trace, and runs as it is, may be what called.
-    around = torch._C._dynamo.eval_frame.set_eval_frame(None) if _DYNAMO in sys.modules else None
+    around = _set_eval_frame(None) if _DYNAMO in sys.modules else None
     _stance.acquire()
     try:
         yield
     finally:
         _stance.release()
         if around is not None:
-            torch._C._dynamo.eval_frame.set_eval_frame(around)
+            _set_eval_frame(around)

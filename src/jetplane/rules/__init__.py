@@ -2,6 +2,7 @@
 
 from . import attention, collectives, elementwise, losses, normalization, products, recurrent, selection, structure
 from .custom import register_rule
+from .differences import blackbox
 from .dispatch import dispatch, loss
 from .fallback import strict
 from .registry import RULES
@@ -9,6 +10,7 @@ from .registry import RULES
 __all__ = [
     "RULES",
     "attention",
+    "blackbox",
     "collectives",
     "dispatch",
     "elementwise",

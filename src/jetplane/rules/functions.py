@@ -106,17 +106,20 @@ def _refused(function: type, why: str) -> DerivativeError:
     )
 
 
-class _Apply:
-    """The call of a custom function, as an operator whose first argument is the function."""
+class Call:
+    """What is called in place of an operator: a rule's entry in `RULES`, whose first argument says what it calls."""
 
     namespace = "jetplane"
-    _schema = SimpleNamespace(name="jetplane::autograd_function", is_mutable=False, arguments=(), returns=())
+
+    def __init__(self, name: str, label: str) -> None:
+        self._schema = SimpleNamespace(name=f"jetplane::{name}", is_mutable=False, arguments=(), returns=())
+        self._label = label
 
     def __repr__(self) -> str:
-        return "a custom autograd function"
+        return self._label
 
 
-APPLY = _Apply()
+APPLY = Call("autograd_function", "a custom autograd function")
 
 
 def _applied(space: Space, function: Any, *args: Any) -> Any:
@@ -152,6 +155,22 @@ def _overwritten(args: Sequence[Any], inner: Sequence[Any], written: Sequence[An
 def _seen(function: Any, outputs: Sequence[Any]) -> None:
     if any(isinstance(y, Jet) for y in outputs):
         raise _refused(function, "it uses a parameter that is not among its arguments, which autograd does not see")
+
+
+class Draws:
+    """Where torch's random numbers stand, so that a function that runs again draws the same."""
+
+    def __init__(self, args: Sequence[Any]) -> None:
+        found = {a.device for a in args if isinstance(a, Tensor) and a.device.type == "cuda"}
+        self.devices = sorted(d.index for d in found)
+        self._cpu = torch.random.get_rng_state()
+        self._cuda = [torch.cuda.get_rng_state(d) for d in self.devices]
+
+    def again(self) -> None:
+        """Set them back there."""
+        torch.random.set_rng_state(self._cpu)
+        for device, state in zip(self.devices, self._cuda, strict=True):
+            torch.cuda.set_rng_state(state, device)
 
 
 # --- by jvp -----------------------------------------------------------------------------------------------------
@@ -224,7 +243,7 @@ def _by_jvp(space: Space, function: Any, args: Sequence[Any]) -> Any:
     of = [parts(a, space) for a in args]
     moving = [is_jet(a, space) for a in args]
     crossed = space.order == 2 and any(first is not None for _, first, _ in of)
-    draws = _Draws(args)
+    draws = Draws(args)
     with torch.inference_mode(False), torch.no_grad():
         inputs = [_copied(p) if m or _is_inference(p) else p for (p, _, _), m in zip(of, moving, strict=True)]
         before = [_copied(p) for p, _, _ in of] if crossed else []
@@ -273,7 +292,7 @@ def _bent(
     tangents: Sequence[Tensor | None],
     outputs: Sequence[Any],
     pushed: Sequence[Tensor | None],
-    draws: _Draws,
+    draws: Draws,
 ) -> list[Tensor | None]:
     """``d(J(x) x_i) x_j`` for each pair and output: jvp on jets, whose saved outputs move as jvp says that they do.
 
@@ -336,7 +355,7 @@ def _by_backward(space: Space, function: Any, args: Sequence[Any]) -> Any:
 
     try:
         if space.order == 2 and any(parts(a, space)[1] is not None for a in args):
-            _confirm(_backward_errs, space, function, [parts(a, space)[0] for a in args], moving, _Draws(args))
+            _confirm(_backward_errs, space, function, [parts(a, space)[0] for a in args], moving, Draws(args))
         result = reverse_over_reverse(call, space, args, {})
     except (RuntimeError, NotImplementedError) as error:
         if isinstance(error, DerivativeError):
@@ -355,11 +374,11 @@ AGREED = 1e-4  # relative difference up to which a second derivative is taken to
 SETTLED = 1e-3  # the same between quotients of two steps; where they differ more there is a kink between the points
 
 _confirmed: weakref.WeakKeyDictionary[type, set[Any]] = weakref.WeakKeyDictionary()
-Errs = Callable[[Space, Any, Sequence[Any], Sequence[bool], "_Draws"], bool]
+Errs = Callable[[Space, Any, Sequence[Any], Sequence[bool], Draws], bool]
 
 
 def _confirm(
-    errs: Errs, space: Space, function: Any, args: Sequence[Any], moving: Sequence[bool], draws: _Draws
+    errs: Errs, space: Space, function: Any, args: Sequence[Any], moving: Sequence[bool], draws: Draws
 ) -> None:
     """Hold the second derivative of a function against differences of its first, in double precision.
 
@@ -436,7 +455,7 @@ def _differ(claimed: Sequence[Tensor | None], at: Callable[[float], Sequence[Ten
     return False
 
 
-def _jvp_errs(space: Space, function: Any, xs: Sequence[Any], moving: Sequence[bool], draws: _Draws) -> bool:
+def _jvp_errs(space: Space, function: Any, xs: Sequence[Any], moving: Sequence[bool], draws: Draws) -> bool:
     v, w = _random(xs, moving, 0), _random(xs, moving, 1)
 
     def pushed(at: Sequence[Any], *tangents: Sequence[Tensor | None]) -> tuple[Sequence[Any], list[Any]]:
@@ -457,7 +476,7 @@ def _jvp_errs(space: Space, function: Any, xs: Sequence[Any], moving: Sequence[b
     )
 
 
-def _backward_errs(space: Space, function: Any, xs: Sequence[Any], moving: Sequence[bool], draws: _Draws) -> bool:
+def _backward_errs(space: Space, function: Any, xs: Sequence[Any], moving: Sequence[bool], draws: Draws) -> bool:
     r = _random(xs, moving, 0)
 
     def gradient(h: float) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -495,22 +514,6 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-class _Draws:
-    """Where torch's random numbers stand, so that a function that runs again draws the same."""
-
-    def __init__(self, args: Sequence[Any]) -> None:
-        found = {a.device for a in args if isinstance(a, Tensor) and a.device.type == "cuda"}
-        self.devices = sorted(d.index for d in found)
-        self._cpu = torch.random.get_rng_state()
-        self._cuda = [torch.cuda.get_rng_state(d) for d in self.devices]
-
-    def again(self) -> None:
-        """Set them back there."""
-        torch.random.set_rng_state(self._cpu)
-        for device, state in zip(self.devices, self._cuda, strict=True):
-            torch.cuda.set_rng_state(state, device)
-
-
 # --- interception -------------------------------------------------------------------------------------------
 
 
@@ -524,12 +527,19 @@ class _Stack(threading.local):
 _stack = _Stack()
 
 
+def seeded(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments with jets in place of the parameters of the evaluations under way in this thread."""
+    for each in reversed(_stack.seeded):
+        args = tuple(map(each, args))
+    return args
+
+
 def _replacing(before: Any) -> Any:
     """A class method ``apply`` that takes calls with jets, in threads that evaluate, and passes others on."""
 
     def apply(function: type, *args: Any, **kwargs: Any) -> Any:
-        for seeded in reversed(_stack.seeded):
-            args, kwargs = tuple(seeded(a) for a in args), {name: seeded(a) for name, a in kwargs.items()}
+        args = seeded(args)
+        kwargs = dict(zip(kwargs, seeded(tuple(kwargs.values())), strict=True))
         if any(map(_carries, (*args, *kwargs.values()))):
             return _on_jets(function, args, kwargs)
         return before.__func__(function, *args, **kwargs)
@@ -575,15 +585,15 @@ _replacement = _Replacement()
 
 
 @contextlib.contextmanager
-def intercept_functions(seeded: Callable[[Any], Any]) -> Iterator[None]:
+def intercept_functions(seed: Callable[[Any], Any]) -> Iterator[None]:
     """In this thread, custom autograd functions that jets reach go to `_on_jets`, not to their forward.
 
     Args:
-        seeded: replaces parameters of the evaluation by their jets, in one argument of a call.
+        seed: replaces parameters of the evaluation by their jets, in one argument of a call.
     """
     before = _stack.seeded
     _replacement.acquire()
-    _stack.seeded = (*before, seeded)
+    _stack.seeded = (*before, seed)
     try:
         yield
     finally:
