@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import jetplane as jp
-from jetplane.parallel.layout import Layout
+from jetplane.evaluation.specification import PlaneSpec
 from jetplane.parallel.ranks import fingerprint
 
 from .measuring import ROOT, environment, machine, wait_for_quiet
@@ -84,7 +84,7 @@ def gauss_newton(problem: Problem, k: int) -> Callable[[], Any]:
         directions.prepare(params)
         ranks.evaluate(
             problem.loss, lambda part: jp.evaluate(problem.loss, params, part, "ggn"), directions,
-            Layout(k, "ggn", "all"), params, {}, dict, float(len(problem.y)),
+            PlaneSpec(k, "ggn"), params, {}, dict, float(len(problem.y)),
         )  # fmt: skip
 
     return evaluate

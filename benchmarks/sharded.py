@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn import functional as F
 
 import jetplane as jp
-from jetplane.evaluation.sharded import local
+from jetplane._sharding import local
 
 REPEATS = 8
 

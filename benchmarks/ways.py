@@ -14,7 +14,7 @@ from torch.func import functional_call, jvp, vmap
 from torch.nn import functional as F
 
 import jetplane as jp
-from jetplane.jets.structured import Deferred
+from jetplane.jets import Deferred
 
 from .adapter import plane_eval
 from .problems import Problem
@@ -55,7 +55,7 @@ def _ours(problem: Problem, rank_one: bool = False, **options: str) -> Run:
     params, tangents = list(problem.params.values()), list(problem.tangents.values())
     if rank_one:
         tangents = [jp.Directions(problem.k, tangents="rank-one").structured(i, p) for i, p in enumerate(params)]
-        tangents = [t.formed() if isinstance(t, Deferred) else t for t in tangents]
+        tangents = [t.materialized() if isinstance(t, Deferred) else t for t in tangents]
 
     def run() -> Result:
         plane = jp.evaluate(problem.loss, params, tangents, **options)  # pyright: ignore[reportArgumentType]

@@ -1,6 +1,7 @@
 """Activity perturbation: unbiased for every kind of layer, exact where every output is moved, and without traces."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import jetplane as jp
-from jetplane.gradients.feedback import Course, Feedback
-from jetplane.gradients.perturbation import OTHERS, Share, allot, estimate
+from jetplane.gradients import OTHERS, LayerPlan, allocate, estimate
 
 N = 6
 
@@ -83,11 +83,15 @@ def flat(tensors):
     return torch.cat([t.flatten() for t in tensors])
 
 
+def estimated(*args, **kwargs):
+    return flat(estimate(*args, **kwargs).gradient)
+
+
 def test_is_unbiased(case):
     net, closure = case
     params = list(net.parameters())
-    shares = allot(closure, net, params, 40, apart=False)
-    estimates = torch.stack([flat(estimate(closure, net, params, shares, seed)) for seed in range(60)])
+    plans = allocate(closure, net, params, 40, per_position=False)
+    estimates = torch.stack([estimated(closure, net, params, plans, seed) for seed in range(60)])
     error = (estimates.mean(0) - gradient(closure, params)).abs()
     deviation = estimates.std(0) / math.sqrt(len(estimates))
     assert bool((error <= 5 * deviation + 1e-9).all())
@@ -99,32 +103,34 @@ def test_is_exact_where_each_output_is_moved(case):
     net, closure = case
     last = [m for m in net.modules() if isinstance(m, nn.Linear)][-1]
     params = list(last.parameters())
-    shares = allot(closure, net, params, 1000)
-    assert [s.mode for s in shares.values()] == ["units"]
-    torch.testing.assert_close(flat(estimate(closure, net, params, shares, 0)), gradient(closure, params))
+    plans = allocate(closure, net, params, 1000)
+    assert [s.mode for s in plans.values()] == ["basis"]
+    torch.testing.assert_close(estimated(closure, net, params, plans, 0), gradient(closure, params))
 
 
 def test_late_layers_get_more_samples_and_the_budget_is_kept():
     net = nn.Sequential(*[m for _ in range(4) for m in (nn.Linear(1024, 1024), nn.Tanh())], nn.Linear(1024, 3))
     x, y = torch.randn(256, 1024), torch.randint(3, (256,))
-    shares = allot(lambda: F.cross_entropy(net(x), y), net, list(net.parameters()), 20)
-    samples = [shares[name].samples for name in ("0", "2", "4", "6")]
+    plans = allocate(lambda: F.cross_entropy(net(x), y), net, list(net.parameters()), 20)
+    samples = [plans[name].samples for name in ("0", "2", "4", "6")]
     assert samples == sorted(samples) and samples[-1] >= 2 * samples[0]
-    assert shares["8"] == Share("units", 3)
-    assert OTHERS not in shares
+    assert plans["8"] == LayerPlan("basis", 3)
+    assert OTHERS not in plans
 
 
 def test_chunks_bound_what_a_pass_carries():
     net = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 3))
     x, y = torch.randn(6, 4), torch.randint(3, (6,))
     params = list(net.parameters())
-    whole = allot(lambda: F.cross_entropy(net(x), y), net, params, 50)
-    parts = allot(lambda: F.cross_entropy(net(x), y), net, params, 50, chunk=2)
-    for name, share in parts.items():
-        assert share._replace(passes=1) == whole[name]
-    carried = {name: -(-share.samples // share.passes) for name, share in parts.items()}
+    whole = allocate(lambda: F.cross_entropy(net(x), y), net, params, 50)
+    parts = allocate(lambda: F.cross_entropy(net(x), y), net, params, 50, chunk=2)
+    for name, plan in parts.items():
+        assert replace(plan, passes=1) == whole[name]
+    carried = {name: -(-plan.samples // plan.passes) for name, plan in parts.items()}
     assert carried["0"] <= 2 and carried["2"] <= 2 * 8 and parts["0"].passes > 1
-    estimates = [estimate(lambda: F.cross_entropy(net(x), y), net, params, shares, 0) for shares in (whole, parts)]
+    estimates = [
+        estimate(lambda: F.cross_entropy(net(x), y), net, params, plans, 0).gradient for plans in (whole, parts)
+    ]
     for a, b in zip(*estimates, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -132,21 +138,21 @@ def test_chunks_bound_what_a_pass_carries():
 def test_frozen_layers_count_in_what_noise_costs():
     layer, tail = nn.Linear(8, 64), [nn.Linear(64, 1024), nn.Tanh(), nn.Linear(1024, 1024), nn.Linear(1024, 3)]
     x, y = torch.randn(32, 8), torch.randint(3, (32,))
-    shares = {}
+    plans = {}
     for net in (nn.Sequential(layer), nn.Sequential(layer, *tail)):
-        found = allot(lambda net=net: F.cross_entropy(net(x), y), net, list(layer.parameters()), 8)
+        found = allocate(lambda net=net: F.cross_entropy(net(x), y), net, list(layer.parameters()), 8)
         assert set(found) == {"0"}
-        shares[len(net)] = found["0"].samples
-    assert shares[1] == 64  # next to nothing, so all of its outputs
-    assert 2 <= shares[5] <= 8
+        plans[len(net)] = found["0"].samples
+    assert plans[1] == 64  # next to nothing, so all of its outputs
+    assert 2 <= plans[5] <= 8
 
 
 def test_the_number_of_passes_changes_no_number(case):
     net, closure = case
     params = list(net.parameters())
-    shares = allot(closure, net, params, 60)
-    parted = {name: s._replace(passes=min(3, s.samples)) for name, s in shares.items()}
-    a, b = (flat(estimate(closure, net, params, s, 1)) for s in (shares, parted))
+    plans = allocate(closure, net, params, 60)
+    parted = {name: replace(s, passes=min(3, s.samples)) for name, s in plans.items()}
+    a, b = (estimated(closure, net, params, s, 1) for s in (plans, parted))
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     assert any(s.passes > 1 for s in parted.values())
 
@@ -162,13 +168,13 @@ def test_shards_have_the_noise_of_the_whole_batch():
         return lambda: F.cross_entropy(net(x[part]), y[part])
 
     parts = [(slice(0, 2), 2, 0), (slice(2, 9), 7, 2)]
-    shares = allot(loss(slice(0, 9)), net, params, 30)
-    assert {share.mode for share in shares.values()} == {"weights", "signs", "units"}
-    assert all(allot(loss(part), net, params, 30, whole=9 / n) == shares for part, n, _ in parts)
-    for mode in ("weights", "signs"):
-        shares = {name: s if s.mode == "units" else s._replace(mode=mode) for name, s in shares.items()}
-        whole = flat(estimate(loss(slice(0, 9)), net, params, shares, 1))
-        found = [n / 9 * flat(estimate(loss(part), net, params, shares, 1, at / n)) for part, n, at in parts]
+    plans = allocate(loss(slice(0, 9)), net, params, 30)
+    assert {plan.mode for plan in plans.values()} == {"weights", "outputs", "basis"}
+    assert all(allocate(loss(part), net, params, 30, whole=9 / n) == plans for part, n, _ in parts)
+    for mode in ("weights", "outputs"):
+        plans = {name: s if s.mode == "basis" else replace(s, mode=mode) for name, s in plans.items()}
+        whole = estimated(loss(slice(0, 9)), net, params, plans, 1)
+        found = [n / 9 * estimated(loss(part), net, params, plans, 1, at / n) for part, n, at in parts]
         torch.testing.assert_close(found[0] + found[1], whole, rtol=1e-11, atol=1e-13)
 
 
@@ -177,8 +183,8 @@ def test_a_loss_that_does_not_tell_its_examples_apart():
     x, y = torch.randn(2, 3).double(), torch.randn(2, 2).double()
     closure = lambda: F.mse_loss(net(x), y).sqrt()  # noqa: E731
     params = list(net.parameters())
-    shares = {"0": Share("signs", 64), "2": Share("signs", 64)}
-    estimates = torch.stack([flat(estimate(closure, net, params, shares, seed)) for seed in range(100)])
+    plans = {"0": LayerPlan("outputs", 64), "2": LayerPlan("outputs", 64)}
+    estimates = torch.stack([estimated(closure, net, params, plans, seed) for seed in range(100)])
     torch.testing.assert_close(estimates.mean(0), gradient(closure, params), rtol=0.05, atol=0.02)
 
 
@@ -187,9 +193,9 @@ def test_a_loss_that_differentiates_the_model_itself():
     x = torch.randn(5, 2).double()
     closure = lambda: F.mse_loss(jp.jet(net, x, torch.ones(1, 5, 2).double())[2], torch.ones(1, 1, 5, 1))  # noqa: E731
     params = list(net.parameters())
-    shares = allot(closure, net, params, 10)
-    assert set(shares) == {OTHERS}
-    estimates = [flat(estimate(closure, net, params, {OTHERS: Share("parameters", 2000)}, seed)) for seed in range(30)]
+    plans = allocate(closure, net, params, 10)
+    assert set(plans) == {OTHERS}
+    estimates = [estimated(closure, net, params, {OTHERS: LayerPlan("parameters", 2000)}, seed) for seed in range(30)]
     assert F.cosine_similarity(torch.stack(estimates).mean(0), _gradient_by_basis(closure, params), dim=0) > 0.99
 
 
@@ -205,7 +211,7 @@ def test_leaves_no_trace():
     params = list(net.parameters())
     closure = lambda: F.cross_entropy(net(x), y)  # noqa: E731
     before, random = [t.clone() for t in net.state_dict().values()], torch.get_rng_state()
-    a, b = (estimate(closure, net, params, allot(closure, net, params, 9), 0) for _ in range(2))
+    a, b = (estimate(closure, net, params, allocate(closure, net, params, 9), 0).gradient for _ in range(2))
     assert all(torch.equal(s, t) for s, t in zip(before, net.state_dict().values(), strict=True))
     assert torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))  # dropout drew the same masks
@@ -221,8 +227,8 @@ def test_a_layer_that_the_loss_does_not_use_gets_zero():
         return F.cross_entropy(net["used"](x), y)
 
     params = list(net.parameters())
-    shares = allot(closure, net, params, 10)
-    found = estimate(closure, net, params, {n: s for n, s in shares.items() if n != OTHERS}, 0)
+    plans = allocate(closure, net, params, 10)
+    found = estimate(closure, net, params, plans, 0).gradient
     assert all(bool(found[i].any()) == (i < 2) for i in range(6))
 
 
@@ -231,12 +237,12 @@ def test_a_layer_before_a_normalization_over_the_batch_is_found():
     net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)).double()
     x, y = torch.randn(64, 5).double(), torch.randint(4, (64,))
     closure, weight = lambda: F.cross_entropy(net(x), y), net[0].weight
-    shares = allot(closure, net, [weight, *net[3].parameters()], 40)
-    found = torch.stack([estimate(closure, net, [weight], shares, seed)[0] for seed in range(30)]).mean(0)
+    plans = allocate(closure, net, [weight, *net[3].parameters()], 40)
+    found = torch.stack([estimate(closure, net, [weight], plans, seed).gradient[0] for seed in range(30)]).mean(0)
     (truth,) = torch.autograd.grad(closure(), [weight])
     assert F.cosine_similarity(found.flatten(), truth.flatten(), dim=0) > 0.6  # what examples do to others is left out
     net.eval()
-    assert allot(closure, net, [weight, *net[3].parameters()], 40)["0"].mode == "units"
+    assert allocate(closure, net, [weight, *net[3].parameters()], 40)["0"].mode == "basis"
 
 
 def by_position():
@@ -250,12 +256,14 @@ def test_positions_that_nothing_mixes_judge_their_own_noise():
     net, closure = by_position()
     params = list(net.parameters())
     spread = {}
-    for apart in (False, True):
-        shares = allot(closure, net, params, 10, apart=apart) | {"1": Share("signs", 2, apart=apart)}
-        found = torch.stack([flat(estimate(closure, net, params, shares, seed)) for seed in range(80)])
+    for per_position in (False, True):
+        plans = allocate(closure, net, params, 10, per_position=per_position) | {
+            "1": LayerPlan("outputs", 2, per_position=per_position)
+        }
+        found = torch.stack([estimated(closure, net, params, plans, seed) for seed in range(80)])
         error = (found.mean(0) - gradient(closure, params)).norm()
-        spread[apart] = found.var(0).sum().sqrt()
-        assert error < 1.3 * spread[apart] / math.sqrt(80)
+        spread[per_position] = found.var(0).sum().sqrt()
+        assert error < 1.3 * spread[per_position] / math.sqrt(80)
     assert spread[True] < spread[False] / 3  # a fourth, for 16 positions
 
 
@@ -265,9 +273,11 @@ def test_positions_that_are_mixed_are_a_choice():
     x, y = torch.randint(5, (N, 3)), torch.randint(4, (N * 3,))
     closure = lambda: F.cross_entropy(net(x), y)  # noqa: E731
     params = list(net.parameters())
-    for apart in (False, True):
-        shares = allot(closure, net, params, 10, apart=apart)
-        assert {n for n, s in shares.items() if s.apart} == ({"embed", "norm", "mix", "head"} if apart else set())
+    for per_position in (False, True):
+        plans = allocate(closure, net, params, 10, per_position=per_position)
+        assert {n for n, s in plans.items() if s.per_position} == (
+            {"embed", "norm", "mix", "head"} if per_position else set()
+        )
 
 
 # --- outputs without effect ------------------------------------------------------------------------------
@@ -294,12 +304,12 @@ def test_noise_without_effect_is_left_out():
     closure = lambda: F.cross_entropy(net(x), y)  # noqa: E731
     closure()
     params = list(net.parameters())
-    shares = allot(closure, net, params, 4)
-    last = list(shares)[-1]
-    assert (shares["0"].mode, shares["0"].next, shares[last].next) == ("signs", last, None)
+    plans = allocate(closure, net, params, 4)
+    last = list(plans)[-1]
+    assert (plans["0"].mode, plans["0"].successor, plans[last].successor) == ("outputs", last, None)
     truth, error = gradient(closure, params), {}
-    for name, used in (("left out", shares), ("all", {n: s._replace(next=None) for n, s in shares.items()})):
-        found = [flat(estimate(closure, net, params, used, seed)) - truth for seed in range(30)]
+    for name, used in (("left out", plans), ("all", {n: replace(s, successor=None) for n, s in plans.items()})):
+        found = [estimated(closure, net, params, used, seed) - truth for seed in range(30)]
         error[name] = torch.stack(found).square().sum()
     assert error["left out"] < 0.35 * error["all"]  # of four of a window one counts at most
 
@@ -308,8 +318,8 @@ def test_only_layers_all_of_whose_effect_is_seen():
     x, y = torch.randn(30, 5), torch.randint(4, (30,))
     for past in (False, True):
         net = Residual(past)
-        shares = allot(lambda net=net: F.cross_entropy(net(x), y), net, list(net.parameters()), 1)
-        assert [shares[name].next for name in ("first", "second")] == [None if past else "second", "last"]
+        plans = allocate(lambda net=net: F.cross_entropy(net(x), y), net, list(net.parameters()), 1)
+        assert [plans[name].successor for name in ("first", "second")] == [None if past else "second", "last"]
 
 
 def test_a_model_that_changes_its_ways_is_met_with_all_of_the_noise():
@@ -318,103 +328,12 @@ def test_a_model_that_changes_its_ways_is_met_with_all_of_the_noise():
     x, y = torch.randn(8, 5).double(), torch.randint(4, (8,))
     closure = lambda: F.cross_entropy(net(x), y)  # noqa: E731
     params = list(net.parameters())
-    shares = allot(closure, net, params, 1)
+    plans = allocate(closure, net, params, 1)
     net.past = True
-    same = {n: s._replace(next=None) for n, s in shares.items()}
-    a, b = (flat(estimate(closure, net, params, s, 5)) for s in (shares, same))
-    assert shares["first"].next == "second"
+    same = {n: replace(s, successor=None) for n, s in plans.items()}
+    a, b = (estimated(closure, net, params, s, 5) for s in (plans, same))
+    assert plans["first"].successor == "second"
     torch.testing.assert_close(a, b, rtol=0, atol=0)
-
-
-# --- feedback -------------------------------------------------------------------------------------------
-
-
-def taught(net, closure, steps, record=None):
-    """Shares with fewer samples than outputs, and what a few steps teach their feedback."""
-    params = list(net.parameters())
-    shares = allot(closure, net, params, 8)
-    last = list(shares)[-1]
-    shares[last] = Share("units", len(params[-1]))
-    for name in shares:
-        if name != last:
-            outputs = dict(net.named_modules())[name].out_features
-            shares[name] = Share("signs", 2, course=Course(outputs, len(params[-1]), 1.0))
-    courses = {n: s.course for n, s in shares.items() if s.course}
-    for seed in range(steps):
-        feedback = Feedback(courses, record or {}, params[0])
-        estimate(closure, net, params, shares, 1000 + seed, feedback=feedback)
-        record = feedback.learned(feedback.lessons)
-    return params, shares, courses, record
-
-
-def relu_network():
-    torch.manual_seed(1)
-    net = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 3)).double()
-    x, y = torch.randn(64, 6).double(), torch.randint(3, (64,))
-    return net, lambda: F.cross_entropy(net(x), y)
-
-
-def test_whatever_is_predicted_the_estimate_is_unbiased():
-    net, closure = relu_network()
-    record = {name: torch.randn(2, 20, 3).double() for name in ("0", "2")} | {"steps": 5}
-    params, shares, courses, _ = taught(net, closure, 0)
-    found = torch.stack([
-        flat(estimate(closure, net, params, shares, seed, feedback=Feedback(courses, record, params[0])))
-        for seed in range(100)
-    ])  # fmt: skip
-    assert (found.mean(0) - gradient(closure, params)).norm() < 1.3 * found.var(0).sum().sqrt() / 10
-
-
-def test_feedback_takes_the_noise_away():
-    net, closure = relu_network()
-    truth = None
-    errors = {}
-    for steps in (0, 100):
-        params, shares, courses, record = taught(net, closure, steps)
-        truth = gradient(closure, params)
-        found = [
-            flat(estimate(closure, net, params, shares, s, feedback=Feedback(courses, record or {}, params[0])))
-            for s in range(20)
-        ]
-        errors[steps] = sum((f - truth).square().sum() for f in found)
-    assert errors[100] < 0.15 * errors[0]  # a ReLU away from the errors all of it, two ReLUs away much
-
-
-def test_lessons_of_shards_are_those_of_the_batch():
-    net, _ = relu_network()
-    x, y = torch.randn(9, 6).double(), torch.randint(3, (9,))
-    closure = lambda part=slice(0, 9): F.cross_entropy(net(x[part]), y[part])  # noqa: E731
-    params, shares, courses, record = taught(net, closure, 2)
-
-    def lessons(part, at, n):
-        feedback = Feedback(courses, record, params[0])
-        estimate(lambda: closure(part), net, params, shares, 7, at / n, feedback, n / 9)
-        return feedback.lessons
-
-    whole = lessons(slice(0, 9), 0, 9)
-    parts = [(n, lessons(slice(at, at + n), at, n)) for at, n in ((0, 4), (4, 2), (6, 3))]
-    for i, lesson in enumerate(whole):
-        torch.testing.assert_close(sum(n / 9 * found[i] for n, found in parts), lesson)
-
-
-def test_rare_errors_do_not_learn_the_noise_of_their_few_rows():
-    generator = torch.Generator().manual_seed(0)
-    outputs, kinds, rows, record = 64, 20, 256, {}
-    truth = torch.randn(outputs, kinds, generator=generator)
-    often = 1.0 / torch.arange(1, kinds + 1) ** 3  # the last kind comes every 40 steps
-    high = torch.ones(rows, outputs, dtype=torch.bool)
-    courses = {"layer": Course(outputs, kinds, outputs * kinds / rows)}
-    for _ in range(100):
-        errors = F.one_hot(torch.multinomial(often, rows, True, generator=generator), kinds).float()
-        feedback = Feedback(courses, record, errors)
-        left = errors @ truth.mT - feedback.predicted("layer", errors, high)
-        noise = torch.randint(2, left.shape, generator=generator) * 2.0 - 1
-        feedback.note("layer", errors, high, (left * noise).sum(1, keepdim=True) * noise)
-        record = feedback.learned(feedback.lessons)
-    assert left.square().mean() < 0.3 * (errors @ truth.mT).square().mean()
-    every = torch.eye(kinds)
-    wrong = every @ truth.mT - Feedback(courses, record, every).predicted("layer", every, high[:kinds])
-    assert wrong[-3:].norm() < 2 * truth[:, -3:].norm()
 
 
 def test_the_last_layer_is_moved_along_each_output_if_that_costs_no_more_than_the_passes():
@@ -422,7 +341,7 @@ def test_the_last_layer_is_moved_along_each_output_if_that_costs_no_more_than_th
     x, y = torch.randn(64, 512), torch.randint(100, (64,))
     modes = {}
     for passes in (0.5, 8):
-        found = allot(lambda: F.cross_entropy(net(x), y), net, list(net.parameters()), passes)
-        modes[passes] = [share.mode for share in found.values()]
-        assert (found["0"].course is not None) == (passes == 8)
-    assert modes == {0.5: ["signs", "signs"], 8: ["signs", "units"]}
+        found = allocate(lambda: F.cross_entropy(net(x), y), net, list(net.parameters()), passes)
+        modes[passes] = [plan.mode for plan in found.values()]
+        assert (found["0"].feedback is not None) == (passes == 8)
+    assert modes == {0.5: ["outputs", "outputs"], 8: ["outputs", "basis"]}

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "jetplane"
 # From the bottom to the top; rooms of one line may not import each other.
 LAYERS = [
     {"errors"},
+    {"_torch"},
     {"_sharding", "jets"},
     {"directions", "rules"},
     {"evaluation"},

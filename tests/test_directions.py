@@ -19,7 +19,7 @@ from jetplane.directions import (
     StoredDirections,
     laws,
 )
-from jetplane.jets.structured import Deferred
+from jetplane.jets import Deferred
 
 DENSE = list(laws.LAWS)
 EVERY = list(KURTOSIS)
@@ -247,8 +247,8 @@ def test_held_directions_draw_once_and_only_what_is_asked_for():
     assert held.used == set()
     tangents = held.structured(1, PARAMS[1])
     assert isinstance(tangents, Deferred) and held.used == {1}
-    assert tangents.formed().data_ptr() == held.draw(1, PARAMS[1]).data_ptr()
-    torch.testing.assert_close(tangents.formed(), Directions(2).draw(5, PARAMS[1]))
+    assert tangents.materialized().data_ptr() == held.draw(1, PARAMS[1]).data_ptr()
+    torch.testing.assert_close(tangents.materialized(), Directions(2).draw(5, PARAMS[1]))
 
 
 def test_mixed_directions_are_their_sources_one_behind_the_other():
@@ -358,5 +358,5 @@ def test_a_resting_block_beside_factors_has_its_place():
     w = torch.zeros(3, 2)
     mixed = MixedDirections([Directions(2, tangents="rank-one"), Directions(1, tangents="block")])
     mixed.prepare([torch.zeros(2), w], [0, 1])
-    assert mixed.structured(1, w).formed().shape == (3, 3, 2)
-    torch.testing.assert_close(mixed.structured(1, w).formed(), mixed.draw(1, w))
+    assert mixed.structured(1, w).materialized().shape == (3, 3, 2)
+    torch.testing.assert_close(mixed.structured(1, w).materialized(), mixed.draw(1, w))

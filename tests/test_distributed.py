@@ -17,9 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 import jetplane as jp
 from jetplane.directions import StoredDirections
+from jetplane.evaluation.specification import PlaneSpec
 from jetplane.parallel import ranks as distributed
-from jetplane.parallel.layout import Layout, plan
+from jetplane.parallel.message import PlaneMessage
 from jetplane.parallel.ranks import fingerprint
+from jetplane.parallel.work import plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::jetplane.RescueWarning")
 
@@ -162,7 +164,7 @@ class TestPlaneSearch:
         assert (bits - flat(net)).norm() <= 30 * close * bits.norm()  # flat directions keep what rounding adds
         alone = opt.state["jetplane"]["search"]
         assert own["search"] == pytest.approx(alone, rel=100 * close) and alone["noise"] > 0
-        assert own.get("shares") == opt.state["jetplane"].get("shares")
+        assert own.get("plans") == opt.state["jetplane"].get("plans")
 
     @pytest.mark.parametrize("name", SEARCHES)
     @pytest.mark.parametrize(("dtype", "close"), BOTH, ids=str)
@@ -220,7 +222,7 @@ def pooled(rank, kind, layout):
     curvature = "hessian" if layout == "direction" else "ggn"
     plane = ranks.evaluate(
         lambda: loss(mine), lambda part: jp.evaluate(lambda: loss(mine), params, part, curvature, examples=True),
-        tangents, Layout(10, curvature, "all", examples=True), params, {}, dict, float(len(x[mine])),
+        tangents, PlaneSpec(10, curvature, "all", examples=True), params, {}, dict, float(len(x[mine])),
     )  # fmt: skip
     alone = jp.evaluate(lambda: loss(slice(None)), params, tangents, curvature, examples=True)
     return plane, alone.moments
@@ -350,7 +352,8 @@ def search_sent(rank, with_model):
     before = opt.ranks.sent
     calls = []
     opt.step(lambda: calls.append(1) or F.cross_entropy(net(x), y), weight=len(x))
-    taught = [t for t in opt.state["jetplane"].get("feedback", {}).values() if isinstance(t, torch.Tensor)]
+    learned = opt.state["jetplane"].get("feedback")
+    taught = [] if learned is None else [learned["second_moments"], *learned["maps"].values()]
     assert len(taught) == 2 * with_model  # of the first layer, and the errors' moments
     size = sum(t.numel() for t in (*net.parameters(), *taught))
     return opt.ranks.sent - before, len(opt.plane.slope), len(calls) - 1, size
@@ -531,8 +534,8 @@ def noisy(rank, ranks, k=10):
     opt = jp.optim.FoMoHKD(net.parameters(), lr=0.1, k=k, descent="saddle-free", clip=0.3, process_group=mesh)
     x, y = batch()
     losses = train(net, opt, x, y, 5)
-    tasks = 1 if opt.ranks is None else len(plan(Layout(k, "hessian", "all"), 2)[rank])
-    return losses, flat(net), net[1].running_mean, tasks
+    items = 1 if opt.ranks is None else len(plan(PlaneSpec(k, "hessian", "all"), 2)[rank])
+    return losses, flat(net), net[1].running_mean, items
 
 
 def test_dropout_and_buffers_with_shares_of_the_directions(two):
@@ -627,7 +630,7 @@ def gauss_newton(rank):
     tangents = StoredDirections(jp.Directions(64).tangents(params))
     closure = lambda: F.cross_entropy(net(x), y)  # noqa: E731
     plane = ranks.evaluate(
-        closure, lambda part: jp.evaluate(closure, params, part, "ggn"), tangents, Layout(64, "ggn", "all"),
+        closure, lambda part: jp.evaluate(closure, params, part, "ggn"), tangents, PlaneSpec(64, "ggn", "all"),
         params, {}, dict, 1.0,
     )  # fmt: skip
     return plane, ranks.sent, jp.evaluate(closure, params, tangents, "ggn")
@@ -640,49 +643,52 @@ def test_bytes_of_64_directions_with_gauss_newton_curvature(two):
         assert plane.curvature.dtype == torch.float32
 
 
-LAYOUTS = [
-    *(Layout(k, "hessian", "all") for k in (1, 2, 3, 5, 10, 33)), Layout(24, "ggn", "all", examples=True),
-    Layout(7, "none", "diagonal"), Layout(7, "hessian", "diagonal"), Layout(12, "hessian", 3),
+SPECS = [
+    *(PlaneSpec(k, "hessian", "all") for k in (1, 2, 3, 5, 10, 33)), PlaneSpec(24, "ggn", "all", examples=True),
+    PlaneSpec(7, "none", "diagonal"), PlaneSpec(7, "hessian", "diagonal"), PlaneSpec(12, "hessian", 3),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 8])
-def test_every_number_is_counted_once(layout, parts):
-    slope = torch.zeros(layout.k, dtype=torch.long)
-    pairs = torch.zeros(layout.k, layout.k, dtype=torch.long)
-    for tasks in plan(layout, parts):
-        assert tasks
-        for task in tasks:
-            assert task.directions == sorted(set(task.directions))
-            slope[task.directions] += task.slope
-            if task.pairs is not None:
+def test_every_number_is_counted_once(spec, parts):
+    slope = torch.zeros(spec.k, dtype=torch.long)
+    pairs = torch.zeros(spec.k, spec.k, dtype=torch.long)
+    for items in plan(spec, parts):
+        assert items
+        for item in items:
+            assert item.directions == sorted(set(item.directions))
+            slope[item.directions] += item.slope
+            if item.pairs is not None:
                 held = torch.zeros_like(pairs)
-                held[torch.tensor(task.directions)[:, None], torch.tensor(task.directions)] = 1
-                pairs += task.pairs * held
+                held[torch.tensor(item.directions)[:, None], torch.tensor(item.directions)] = 1
+                pairs += item.pairs * held
     assert bool((slope == 1).all())
-    if layout.pairs == "all":
+    if spec.pairs == "all":
         assert bool((pairs == 1).all())
 
 
 @pytest.mark.parametrize(("curvature", "pairs"), [("none", "all"), ("hessian", "diagonal"), ("hessian", 3)])
 def test_moments_without_all_pairs_are_refused(curvature, pairs):
     with pytest.raises(jp.ArgumentError, match="curvature of all pairs only"):
-        Layout(6, curvature, pairs, examples=True)
+        PlaneMessage(PlaneSpec(6, curvature, pairs, examples=True))
 
 
 def test_the_work_is_divided():
     def share(k, parts):
         whole = (k + 1) ** 2
         return (
-            max(sum((len(t.directions) + 1) ** 2 for t in tasks) for tasks in plan(Layout(k, "hessian", "all"), parts))
+            max(
+                sum((len(t.directions) + 1) ** 2 for t in items)
+                for items in plan(PlaneSpec(k, "hessian", "all"), parts)
+            )
             / whole
         )
 
     assert share(64, 2) < 0.77 and share(64, 3) < 0.46 and share(64, 8) < 0.22
     # most of a Gauss-Newton plane's cost is in the directions: never worse than alone
-    assert max(len(t.directions) for tasks in plan(Layout(64, "ggn", "all"), 3) for t in tasks) == 43
-    assert [len(tasks) for tasks in plan(Layout(64, "ggn", "all"), 2)] == [1, 1]
+    assert max(len(t.directions) for items in plan(PlaneSpec(64, "ggn", "all"), 3) for t in items) == 43
+    assert [len(items) for items in plan(PlaneSpec(64, "ggn", "all"), 2)] == [1, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -1,11 +1,11 @@
-"""Which outputs have an effect: against the Jacobian of reverse mode, through what may follow on a layer."""
+"""Which outputs are active: against the Jacobian of reverse mode, through what may follow on a layer."""
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from jetplane.gradients.active_outputs import effective, probes
+from jetplane.gradients.active_outputs import MOST, active_outputs, probes
 from jetplane.transforms.functions import jet
 
 N = 5
@@ -45,7 +45,7 @@ def affected(after: nn.Module, y: torch.Tensor) -> torch.Tensor:
 def test_found(name: str, dtype: torch.dtype):
     torch.manual_seed(0)
     y = torch.randn(N, 2, 6, 6, dtype=dtype)
-    found = effective(met(TOLD[name], y), y[0].numel())
+    found = active_outputs(met(TOLD[name], y), y[0].numel())
     assert found is not None
     assert torch.equal(found, affected(TOLD[name], y))
 
@@ -55,29 +55,27 @@ def test_dropout_of_the_same_mask():
     torch.manual_seed(1)
     kept = F.dropout(torch.ones_like(y), 0.4) != 0
     torch.manual_seed(1)
-    assert torch.equal(effective(met(nn.Dropout(0.4), y), 40), kept)
+    assert torch.equal(active_outputs(met(nn.Dropout(0.4), y), 40), kept)
 
 
 @pytest.mark.parametrize("name", NOT_TOLD)
 def test_nothing_is_said_where_an_input_depends_on_several_outputs(name: str):
     y = torch.randn(N, 2, 6, 6)
-    assert effective(met(NOT_TOLD[name], y), y[0].numel()) is None
+    assert active_outputs(met(NOT_TOLD[name], y), y[0].numel()) is None
 
 
 @pytest.mark.parametrize("distance", [1, 2, 64, 4096])
 def test_a_difference_of_two_is_not_taken_for_none(distance: int):
     y = torch.randn(2, 10_000)
-    assert effective(met(lambda v: v[:, distance:] - v[:, :-distance], y), 10_000) is None  # type: ignore[arg-type]
-    assert effective(met(lambda v: v[:, distance:] + v[:, :-distance], y), 10_000) is None  # type: ignore[arg-type]
+    assert active_outputs(met(lambda v: v[:, distance:] - v[:, :-distance], y), 10_000) is None  # type: ignore[arg-type]
+    assert active_outputs(met(lambda v: v[:, distance:] + v[:, :-distance], y), 10_000) is None  # type: ignore[arg-type]
 
 
 def test_places_are_told_apart_up_to_the_most():
-    from jetplane.gradients.active_outputs import MOST
-
     y = torch.randn(1, MOST)
-    assert torch.equal(effective(met(lambda v: 0.1 * F.relu(3 * v), y), MOST), y > 0)  # type: ignore[arg-type]
+    assert torch.equal(active_outputs(met(lambda v: 0.1 * F.relu(3 * v), y), MOST), y > 0)  # type: ignore[arg-type]
 
 
 def test_what_is_not_a_number_says_nothing():
     y = torch.tensor([[1.0, float("nan"), 2.0]])
-    assert effective(met(lambda v: v * v, y), 3) is None  # type: ignore[arg-type]
+    assert active_outputs(met(lambda v: v * v, y), 3) is None  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import jetplane as jp
-from jetplane.jets.jet import Jet
+from jetplane.jets import Jet
 from jetplane.testing import check_plane
 
 os.environ["HF_HUB_OFFLINE"] = "1"

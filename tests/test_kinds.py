@@ -18,6 +18,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import jetplane as jp
+from jetplane.evaluation.context import expansion
+from jetplane.jets import AllPairs, Coefficients, Diagonal, Jet, Planes, Star, Sums, parts
+from jetplane.rules.functions import intercept_functions
 from jetplane.testing import check_plane
 
 pytestmark = pytest.mark.filterwarnings("ignore::jetplane.FallbackWarning")
@@ -317,6 +320,11 @@ class TestFunctions:
         plane = jp.evaluate(lambda: (Doubled.apply(w) ** 2).sum(), [w], v)
         torch.testing.assert_close(plane.slope, (2 * 2 * w * 3 * v[0]).sum(1))
         torch.testing.assert_close(plane.curvature, 2 * 9 * v[0] @ v[0].T)
+
+    @pytest.mark.parametrize("function", [Gelu, SavedInForward])
+    def test_memory_that_nothing_was_written_into_yet(self, function):
+        w = double(3)
+        same(lambda: (w + function.apply(torch.zeros_like(w))).square().sum(), lambda: w.square().sum(), [w])
 
     def test_the_warning_says_it_once(self):
         class Own(Gelu):
@@ -1020,3 +1028,87 @@ class TestBlackbox:
         for options in ({"second": np.sin}, {"noise": 0.0}, {"scale": -1.0}):
             with pytest.raises(jp.ArgumentError):
                 jp.blackbox(np.sin, **options)
+
+    @pytest.mark.parametrize("f", [lambda x: x[:1] * 1j, lambda x: torch.polar(x, x)])
+    def test_complex_numbers_are_refused(self, f):
+        w, box = double(3), jp.blackbox(lambda x: f(x.real))
+        for closure in (lambda: box(w).abs().sum(), lambda: box(torch.complex(w, w)).abs().sum()):
+            with pytest.raises(jp.DerivativeError, match="view_as_real"):
+                slope(closure, [w], moving([w]))
+
+
+class Quotient(torch.autograd.Function):
+    """By jvp: ``x / (1 + y²)``."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        out = x / (1 + y * y)
+        ctx.save_for_forward(y, out)
+        return out
+
+    @staticmethod
+    def jvp(ctx, dx, dy):
+        y, out = ctx.saved_tensors
+        return (dx - 2 * out * y * dy) / (1 + y * y)
+
+
+BOX = {"dtype": torch.float64, "numpy": True}
+OPAQUE = {  # functions that are not carried operator by operator, the same in torch, and how exact they are
+    "jvp": (lambda x: SavedInForward.apply(x), F.silu, 1e-9),
+    "jvp of two": (lambda x: Quotient.apply(x, x.cos()), lambda x: x / (1 + x.cos() ** 2), 1e-9),
+    "backward": (lambda x: Gelu.apply(x), lambda x: F.gelu(x, approximate="tanh"), 1e-9),
+    "differences": (jp.blackbox(np.sin, **BOX), torch.sin, 1e-5),
+    "derivative": (jp.blackbox(np.sin, derivative=lambda x, v: np.cos(x[0]) * v[0], **BOX), torch.sin, 1e-7),
+}
+STRUCTURES = [
+    AllPairs(4), Diagonal(4), Planes(4, 2), Star(4), Sums.trace(4),
+    Sums(4, (((0, 1.0), (2, -2.0)), ((1, 3.0), (2, 0.5), (3, 1.0)))),
+]  # fmt: skip
+
+
+class TestPairStructures:
+    """Every structure of pairs, along all directions or a part of them."""
+
+    W = double(5)
+    ROWS = {"all": None, "some": (1, 3), "one": (2,), "none": ()}
+
+    def coefficients(self, f, structure, rows, order=2, bent=False) -> list[Tensor]:
+        """Value and all first and second coefficients of f at W; ``bent``: W has second coefficients of its own."""
+        tangents = torch.randn(structure.k, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        with torch.inference_mode(), expansion(structure, order) as space, intercept_functions(lambda x: x):
+            if rows is None:
+                x1 = Coefficients(space, 1, tangents)
+            else:
+                x1 = Coefficients(space, 1, tangents[list(rows)], rows) if rows else None
+            x2 = torch.ones(structure.count, 5, dtype=torch.float64) if bent else None
+            p, *both = parts(f(Jet(self.W, x1, x2, space)), space)
+            return [p.clone(), *(c.full(p.shape, p.dtype, p.device).clone() for c in both)]
+
+    @pytest.mark.parametrize("rows", ROWS)
+    @pytest.mark.parametrize("name", OPAQUE)
+    @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+    def test_second_coefficients_are_sums_over_pairs(self, structure, name, rows):
+        opaque, plain, rough = OPAQUE[name]
+        for inner in (lambda x: x, lambda x: x.exp() * x):
+            found = self.coefficients(lambda x, inner=inner: opaque(inner(x)), structure, self.ROWS[rows])
+            value, first, second = self.coefficients(lambda x, i=inner: plain(i(x)), AllPairs(4), self.ROWS[rows])
+            every, wanted = AllPairs(4).matrix(second), torch.zeros(structure.count, 5, dtype=torch.float64)
+            for n, i, j, weight in structure.terms():
+                wanted[n] += weight * every[i, j]
+            torch.testing.assert_close(found[:2], [value, first], rtol=rough, atol=rough)
+            torch.testing.assert_close(found[2], wanted, rtol=rough, atol=rough)
+
+    @pytest.mark.parametrize("order", [1, 2])
+    @pytest.mark.parametrize("name", OPAQUE)
+    @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+    def test_second_coefficients_that_are_there_are_passed_on(self, structure, name, order):
+        opaque, plain, rough = OPAQUE[name]
+        for rows in self.ROWS.values():
+            found, wanted = (self.coefficients(f, structure, rows, order, bent=True) for f in (opaque, plain))
+            torch.testing.assert_close(found, wanted, rtol=rough, atol=rough)
+
+    def test_directions_that_do_not_move_the_arguments_of_a_jvp_stay_absent(self):
+        with torch.inference_mode(), expansion(Star(4), 2) as space, intercept_functions(lambda x: x):
+            x1 = Coefficients(space, 1, torch.ones(1, 5, dtype=torch.float64), (1,))
+            _, y1, y2 = parts(SavedInForward.apply(Jet(self.W, x1, None, space)), space)
+            assert y1.rows == (1,) and not y2

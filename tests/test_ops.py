@@ -8,7 +8,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 
 import jetplane as jp
 from jetplane.rules import RULES
-from jetplane.rules.registry import overload
+from jetplane.rules.registry import operator
 from jetplane.testing import check_plane, grad_of_grad, scalar_loss
 
 SAMPLES = 3  # of each operator here; benchmarks/coverage.py runs all of them
@@ -250,7 +250,7 @@ def test_every_rule_is_reached_by_a_sample(monkeypatch):
                     except (jp.JetplaneError, RuntimeError, TypeError, AttributeError, AssertionError):
                         pass
     own = {op for op in RULES if op.namespace == "aten"}  # other tests register rules of their own
-    missing = own - reached - {overload(name) for name in BY_HAND | FLAT}
+    missing = own - reached - {operator(name) for name in BY_HAND | FLAT}
     assert not missing, " ".join(sorted(map(str, missing)))
 
 
@@ -260,10 +260,10 @@ def sample_is_slow(op) -> bool:
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_by_hand(name):
-    jp.testing.check_rule(lambda x: BY_HAND[name](overload(name), x), A)
+    jp.testing.check_rule(lambda x: BY_HAND[name](operator(name), x), A)
 
 
 @pytest.mark.parametrize("name", FLAT)
 def test_flat(name):
-    value, first, _ = jp.jet(lambda x: FLAT[name](overload(name), x), A, torch.ones(1, 3, 4).double())
+    value, first, _ = jp.jet(lambda x: FLAT[name](operator(name), x), A, torch.ones(1, 3, 4).double())
     assert value.shape == A.shape and not first.any()

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import jetplane as jp
-from jetplane.evaluation import side_effects as replay
+from jetplane.evaluation.side_effects import without_side_effects
 from jetplane.subspace.descent import CurvatureScaled, Damped, ForwardGradient, Newton, SaddleFree
 
 ALL = {
@@ -280,11 +280,11 @@ def test_a_step_beyond_the_numbers_is_refused():
     assert torch.equal(w.detach(), torch.ones(3)) and opt.state_dict()["state"]["jetplane"]["step"] == 0
 
 
-def test_a_rehearsal_keeps_no_activations():
+def test_a_run_without_side_effects_keeps_no_activations():
     net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(inplace=True), nn.Dropout(0.5))
-    with replay.rehearsal() as journal:
+    with without_side_effects() as log:
         net(X).sum().backward()
-    kept = {id(tensor) for tensor, _ in journal.saved.values()}
+    kept = {id(tensor) for tensor, _ in log.saved.values()}
     assert kept == {id(buffer) for buffer in net.buffers()}
 
 

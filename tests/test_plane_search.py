@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import jetplane as jp
-from jetplane.gradients.perturbation import OTHERS
+from jetplane.gradients import OTHERS
 from jetplane.optim import plane_search
 from jetplane.optim.plane_search import AVERAGE, PREVIOUS
 from jetplane.subspace.descent import CurvatureScaled
@@ -110,7 +110,7 @@ def test_the_plane_is_spanned_by_what_is_remembered():
     for p, b, a, c in zip(net.parameters(), first, old, new, strict=True):
         torch.testing.assert_close(opt.state[p][PREVIOUS], p.detach() - b)
         torch.testing.assert_close(opt.state[p][AVERAGE.format(0.5)], a / 3 + 2 * c / 3)  # as one half to its square
-    assert torch.equal(idle.detach(), torch.ones(2)) and OTHERS in opt.state["jetplane"]["shares"]
+    assert torch.equal(idle.detach(), torch.ones(2)) and OTHERS in opt.state["jetplane"]["plans"]
     stored = opt._stored(opt._moving())
     norms = [torch.cat([t.flatten() for t in direction]).norm() for direction in stored]
     torch.testing.assert_close(torch.stack(norms), torch.ones(4))
@@ -224,6 +224,26 @@ def test_frozen_parameters_stay_and_groups_have_their_own_rate():
         opt.step(lambda: F.cross_entropy(net(X), Y))
     moved = [not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True)]
     assert moved == [False, True, False, False]
+
+
+def test_layers_that_are_frozen_or_unfrozen_later_are_planned_anew():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    x, y = torch.randn(64, 4), torch.randint(2, (64,))
+    net[0].requires_grad_(False)
+    opt = jp.optim.PlaneSearch(net.parameters(), net)
+    first = [p.clone() for p in net[0].parameters()]
+    for _ in range(3):
+        opt.step(lambda: F.cross_entropy(net(x), y))
+    assert all(torch.equal(a, b) for a, b in zip(first, net[0].parameters(), strict=True))
+    net[0].requires_grad_(True)
+    net[2].requires_grad_(False)
+    last = [p.clone() for p in net[2].parameters()]
+    for _ in range(3):
+        opt.step(lambda: F.cross_entropy(net(x), y))
+    assert not any(torch.equal(a, b) for a, b in zip(first, net[0].parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(last, net[2].parameters(), strict=True))
+    assert set(opt.state["jetplane"]["plans"]) == {"0"}
 
 
 def test_few_parameters_are_all_moved():

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import jetplane as jp
-from jetplane.jets.structured import Deferred
+from jetplane.jets import Deferred
 from jetplane.testing import check_plane, grad_of_grad
 
 
@@ -242,7 +242,7 @@ def test_compiled_gauss_newton_is_the_eager_one(name: str, tangents):
     net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
     params = list(net.parameters())
     drawn = [jp.Directions(3, tangents=tangents).structured(i, p) for i, p in enumerate(params)]
-    given = [t.formed() if isinstance(t, Deferred) else t for t in drawn]
+    given = [t.materialized() if isinstance(t, Deferred) else t for t in drawn]
     torch._dynamo.reset()
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     program = torch.compile(jp.evaluate, fullgraph=True, backend="aot_eager")

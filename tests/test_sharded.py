@@ -27,9 +27,9 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional as F
 
 import jetplane as jp
-from jetplane.directions import directions, laws
-from jetplane.evaluation import sharded
-from jetplane.evaluation.sharded import Part
+from jetplane import _sharding as sharded
+from jetplane._sharding import Part
+from jetplane.directions import OrthogonalDirections, ScaledDirections, laws, random
 
 pytestmark = pytest.mark.filterwarnings("ignore::jetplane.RescueWarning")
 
@@ -262,7 +262,7 @@ def reshaped(net):
     scales = {
         i: 1 + torch.rand(p.shape, generator=torch.Generator().manual_seed(i)) for i, p in enumerate(net.parameters())
     }
-    return directions.ScaledDirections(directions.OrthogonalDirections(jp.Directions(3)), scales)
+    return ScaledDirections(OrthogonalDirections(jp.Directions(3)), scales)
 
 
 PLANES = {
@@ -395,8 +395,8 @@ def test_a_part_is_drawn_as_the_whole(monkeypatch, law, tangents, shape):
                 param.shape, tuple(slice(start, stop) if d == dim else slice(0, n) for d, n in enumerate(shape))
             )
             with monkeypatch.context() as patch:
-                patch.setattr(directions, "part_of", lambda p, part=part: part)
-                patch.setattr(directions, "local", lambda p, part=part: torch.empty(part.shape))
+                patch.setattr(random, "part_of", lambda p, part=part: part)
+                patch.setattr(random, "local", lambda p, part=part: torch.empty(part.shape))
                 assert torch.equal(source.draw(0, param), part.of(whole))
                 torch.testing.assert_close(source.combine(0, param, kappa), step[part.box])
 
@@ -411,8 +411,8 @@ def test_the_rest_of_the_whole_is_not_drawn(monkeypatch, dim, parts):
     part = Part(
         torch.Size(shape), tuple(slice(each, 2 * each) if d == dim else slice(0, n) for d, n in enumerate(shape))
     )
-    monkeypatch.setattr(directions, "part_of", lambda p: part)
-    monkeypatch.setattr(directions, "local", lambda p: torch.empty(part.shape))
+    monkeypatch.setattr(random, "part_of", lambda p: part)
+    monkeypatch.setattr(random, "local", lambda p: torch.empty(part.shape))
     jp.Directions(1).draw(0, torch.empty(shape))
     assert sum(drawn) <= math.prod(shape) // parts  # a lane gives two numbers
 

@@ -54,9 +54,9 @@ def test_a_few_operators_alone_form_low_rank_tangents():
     x, y = torch.randn(6, 1, 8, 8), torch.randint(0, 5, (6,))
     directions = jp.Directions(3, tangents="rank-one")
     loss = lambda: F.cross_entropy(net(x), y)  # noqa: E731
-    assert jp.evaluate(loss, list(net.parameters()), directions).formed == {}
+    assert jp.evaluate(loss, list(net.parameters()), directions).materialized == {}
     decayed = lambda: loss() + net[3].weight.square().sum()  # noqa: E731
-    assert list(jp.evaluate(decayed, list(net.parameters()), directions).formed) == ["aten::square"]
+    assert list(jp.evaluate(decayed, list(net.parameters()), directions).materialized) == ["aten::square"]
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -192,8 +192,8 @@ def test_chunks_that_cannot_be(pairs, chunk):
 @pytest.mark.parametrize("size", [2, 3, 4, 7])
 def test_every_two_directions_meet(k: int, size: int):
     met = set()
-    for part in chunking.parts_of(k, size, crossed=True):
-        inside = [i for run in part for i in range(k)[run]]
+    for chunk in chunking.chunks_of(k, size, crossed=True):
+        inside = [i for run in chunk for i in range(k)[run]]
         assert len(inside) <= size
         met |= {(i, j) for i in inside for j in inside}
     assert len(met) == k * k
@@ -317,7 +317,7 @@ def test_a_gauss_newton_plane_in_chunks_carries_one_chunk_through_the_model():
     x, y = torch.randn(6, 3), torch.randint(2, (6,))
     carried = []
     for module in net:
-        module.register_forward_hook(lambda module, args, out: carried.append(len(out.first)))
+        module.register_forward_hook(lambda module, args, out: carried.append(len(out.first.tensor)))
     jp.evaluate(lambda: F.cross_entropy(net(x), y), list(net.parameters()), jp.Directions(5), "ggn", chunk=2)
     assert carried == [2, 2, 2, 2, 2, 2, 1, 1, 1]
 
@@ -365,7 +365,7 @@ def test_tangents_beyond_the_limit_are_drawn_again():
 
 @pytest.mark.parametrize("tangents", ["dense", "rank-one"])
 def test_a_step_never_holds_all_tangents(tangents, monkeypatch):
-    monkeypatch.setattr("jetplane.optim.base.KEPT", 0)
+    monkeypatch.setattr("jetplane.optim.base.CACHED_BYTES", 0)
     k, width = 64, 128
     net = nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(4)])
     x = torch.randn(2, width)

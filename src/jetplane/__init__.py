@@ -23,8 +23,9 @@ from .errors import (
     SingularPlaneError,
     UnusedParametersError,
 )
-from .evaluation.plane import PlaneModel, evaluate
-from .jets.structured import LowRank
+from .evaluation.api import evaluate
+from .evaluation.plane import PlaneModel
+from .jets import LowRank
 from .parallel import ranks as distributed
 from .rules import blackbox, loss, register_rule, strict
 from .subspace import descent

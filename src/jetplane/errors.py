@@ -84,6 +84,10 @@ class RunFolderError(JetplaneError, OSError):
     """A run folder exists already, is missing, holds no whole run, or cannot be written."""
 
 
+class TorchVersionError(JetplaneError, ImportError):
+    """This torch lacks something that Jetplane needs, or has an operator under another name."""
+
+
 class DistributedError(JetplaneError, RuntimeError):
     """Base of what goes wrong between processes that train together.
 

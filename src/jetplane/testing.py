@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .errors import DerivativeError
-from .evaluation.plane import PlaneModel, evaluate
+from .evaluation.api import evaluate
+from .evaluation.plane import PlaneModel
 
 CURVATURE = 0.3  # of the curves that inputs move on
 SETTLED = 1e-5  # relative error up to which central differences are trusted

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._sharding import local
 from ..errors import ShapeError
-from ..jets.structured import Deferred, Tangents
+from ..jets import Deferred, Tangents
 
 
 class AbstractDirections(ABC):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._sharding import local, part_of, whole
 from ..errors import ArgumentError, ShapeError, SingularPlaneError
-from ..jets.structured import Deferred, LowRank, Stacked, Tangents
+from ..jets import Deferred, LowRank, Stacked, Tangents
 from .base import AbstractDirections, checked, weighted_sum, working_dtype
 
 
@@ -38,7 +38,7 @@ class StoredDirections(AbstractDirections):
     def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
         """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
         held = self.structured(index, param)
-        return (held.formed() if isinstance(held, Tangents) else held)[directions or slice(None)]
+        return (held.materialized() if isinstance(held, Tangents) else held)[directions or slice(None)]
 
     def structured(self, index: int, param: Tensor) -> Tensor | Tangents:
         """What was given."""
@@ -47,7 +47,7 @@ class StoredDirections(AbstractDirections):
             return held
         if isinstance(held, LowRank):
             return LowRank(*part.of_factors(held.left, held.right), part.shape)
-        return part.of(held.formed() if isinstance(held, Tangents) else held)
+        return part.of(held.materialized() if isinstance(held, Tangents) else held)
 
     def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
         """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""

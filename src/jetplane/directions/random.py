@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._sharding import Part, Pieces, Runs, local, part_of, whole
 from ..errors import ArgumentError, DTypeError
-from ..jets.structured import LowRank, Tangents
+from ..jets import LowRank, Tangents
 from .base import AbstractDirections, checked, working_dtype
 from .laws import LAWS, coins, key, pieces, twists, windows
 

@@ -1,30 +1,117 @@
-"""Evaluating a plane a part of its directions at a time: which parts, how large, and putting them together."""
+"""Evaluating a plane some of its directions at a time: which ones together, how many, and putting the runs together."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from ..errors import ArgumentError
-from .side_effects import rehearsal
+from .. import _sharding
+from .._torch import TorchDispatchMode, tree_leaves
+from ..directions import AbstractDirections, ChosenDirections
+from .eager import evaluate_at_once
+from .entrance import Entrance, LastEntrance
+from .plane import PlaneModel
+from .side_effects import without_side_effects
+from .specification import PlaneSpec
 
-Part = list[slice]  # runs of directions that are carried together
+Runs = list[slice]  # consecutive directions, several times: those of one run of the closure
 
 
-def parts_of(k: int, size: int, crossed: bool) -> list[Part]:
-    """Parts of K directions, each of at most ``size``.
+def evaluate_in_chunks(
+    closure: Callable[[], Tensor], params: Sequence[Tensor], directions: AbstractDirections, spec: PlaneSpec
+) -> PlaneModel:
+    """The plane by several runs of the closure, each with at most ``spec.chunk`` directions.
 
-    Where ``crossed``, every two directions must meet in a part: parts are then any two blocks of half the size.
+    All runs but the last are without side effects. Where every two directions have a second derivative, they must
+    meet in a run: then each two blocks of half a chunk are one. Gauss-Newton planes of parameters that are not
+    sharded need no such runs: see `jetplane.evaluation.entrance`.
 
-    >>> parts_of(5, 2, crossed=False)
+    Raises:
+        As `jetplane.evaluate`.
+    """
+    crossed, block = spec.crossed, spec.block
+    one_by_one = crossed and spec.gauss_newton and not any(_sharding.is_sharded(p) for p in params)
+    if one_by_one:
+        crossed, block = False, 1
+    if isinstance(spec.chunk, int):
+        size = min(spec.chunk, spec.k)
+    else:
+        room = free_memory(params[0].device) // 2 if spec.memory is None else spec.memory
+        size = affordable(spec.k, block, spec.order == 2, crossed, activations(closure), room)
+    whole = spec.at_once()
+    if size >= spec.k:
+        return evaluate_at_once(closure, params, directions, whole)
+    if one_by_one:
+        model = _gauss_newton(closure, params, directions, whole, size)
+        if model is not None:
+            return model
+        crossed = True
+    return _assembled(closure, params, directions, whole, chunks_of(spec.k, max(size, 2) if crossed else size, crossed))
+
+
+def _gauss_newton(
+    closure: Callable[[], Tensor], params: Sequence[Tensor], directions: AbstractDirections, spec: PlaneSpec, size: int
+) -> PlaneModel | None:
+    """A Gauss-Newton plane, put together where the model's outputs enter losses; None where that cannot be."""
+    runs = [run for (run,) in chunks_of(spec.k, size, crossed=False)]
+    kept = []
+    for run in runs[:-1]:
+        entrance = Entrance()
+        chosen = ChosenDirections(directions, [run])
+        with without_side_effects():
+            evaluate_at_once(closure, params, chosen, PlaneSpec(chosen.k, "ggn"), entrance)
+        if entrance.barred:
+            return None
+        kept.append(entrance.kept)
+    return evaluate_at_once(closure, params, directions, spec, LastEntrance(kept, runs[-1]))
+
+
+def _assembled(
+    closure: Callable[[], Tensor],
+    params: Sequence[Tensor],
+    directions: AbstractDirections,
+    spec: PlaneSpec,
+    chunks: list[Runs],
+) -> PlaneModel:
+    """A plane from the planes of its chunks."""
+    models: list[PlaneModel] = []
+    for chunk in chunks:
+        chosen = ChosenDirections(directions, chunk)
+        last = len(models) + 1 == len(chunks)
+        with contextlib.nullcontext() if last else without_side_effects():
+            models.append(evaluate_at_once(closure, params, chosen, spec.restricted(chosen.k)))
+
+    def joined(pieces: list[Tensor | None], square: bool = False) -> Tensor | None:
+        known = [piece for piece in pieces if piece is not None]
+        return by_direction(spec.k, chunks, known, square) if len(known) == len(pieces) else None
+
+    slope = joined([m.slope for m in models])
+    assert slope is not None
+    if isinstance(spec.pairs, int):
+        planes = [m.curvature for m in models if m.curvature is not None]
+        curvature = torch.cat(planes) if planes else None
+    else:
+        curvature = joined([m.curvature for m in models], spec.crossed)
+    examples = joined([None if m.examples is None else m.examples.T for m in models])
+    materialized = sum((Counter(m.materialized) for m in models), Counter())
+    return PlaneModel(models[-1].value, slope, curvature, None if examples is None else examples.T, materialized)
+
+
+def chunks_of(k: int, size: int, crossed: bool) -> list[Runs]:
+    """K directions in chunks of at most ``size``.
+
+    Where ``crossed``, every two directions must meet in one: chunks are then any two blocks of half the size.
+
+    >>> chunks_of(5, 2, crossed=False)
     [[slice(0, 2, None)], [slice(2, 4, None)], [slice(4, 5, None)]]
-    >>> len(parts_of(6, 4, crossed=True))
+    >>> len(chunks_of(6, 4, crossed=True))
     3
     """
     step = size // 2 if crossed else size
@@ -34,9 +121,9 @@ def parts_of(k: int, size: int, crossed: bool) -> list[Part]:
     return [[a, b] for i, a in enumerate(blocks) for b in blocks[i + 1 :]]
 
 
-def joined(k: int, parts: Sequence[Part], pieces: Sequence[Tensor], square: bool) -> Tensor:
-    """What was found for each part, by direction: (K, ...), or (K, K) from the squares of parts."""
-    where = [torch.cat([torch.arange(k)[run] for run in part]).to(pieces[0].device) for part in parts]
+def by_direction(k: int, chunks: Sequence[Runs], pieces: Sequence[Tensor], square: bool) -> Tensor:
+    """Numbers of all directions from those of each chunk: (K, ...), or (K, K) from square pieces."""
+    where = [torch.cat([torch.arange(k)[run] for run in runs]).to(pieces[0].device) for runs in chunks]
     whole = pieces[0].new_empty((k, k) if square else (k, *pieces[0].shape[1:]))
     for index, piece in zip(where, pieces, strict=True):
         if square:
@@ -44,20 +131,6 @@ def joined(k: int, parts: Sequence[Part], pieces: Sequence[Tensor], square: bool
         else:
             whole[index] = piece
     return whole
-
-
-def checked(size: int, k: int, block: int, crossed: bool) -> int:
-    """A chunk that a user named.
-
-    Raises:
-        ArgumentError: it cannot be evaluated.
-    """
-    least = 2 if crossed else block
-    if isinstance(size, bool) or not isinstance(size, int) or size < min(least, k):
-        raise ArgumentError(f"chunk must be 'auto' or an integer of at least {min(least, k)} here, got {size!r}")
-    if not crossed and size < k and size % block:
-        raise ArgumentError(f"chunk must be a multiple of the {block} directions of a plane, got {size}")
-    return min(size, k)
 
 
 def affordable(k: int, block: int, second: bool, crossed: bool, activations: int, memory: int) -> int:
@@ -78,15 +151,13 @@ def affordable(k: int, block: int, second: bool, crossed: bool, activations: int
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that nobody uses on a device."""
+    """Bytes of a device that are free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    import os
-
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-class _Alive(TorchDispatchMode):
+class _LiveBytes(TorchDispatchMode):
     """Adds up the tensors that operators made and that are still referenced."""
 
     def __init__(self) -> None:
@@ -99,16 +170,16 @@ class _Alive(TorchDispatchMode):
             for t in tree_leaves(result):
                 if isinstance(t, Tensor):
                     self.now += t.nbytes
-                    weakref.finalize(t, self._gone, t.nbytes)
+                    weakref.finalize(t, self._freed, t.nbytes)
             self.peak = max(self.peak, self.now)
         return result
 
-    def _gone(self, size: int) -> None:
+    def _freed(self, size: int) -> None:
         self.now -= size
 
 
 def activations(closure: Callable[[], Any]) -> int:
-    """Bytes that a plain run of the closure keeps alive at once; the run leaves no trace."""
-    with torch.inference_mode(), rehearsal(), _Alive() as alive:
+    """The most bytes that a plain run of the closure keeps alive at once; the run is without side effects."""
+    with torch.inference_mode(), without_side_effects(), _LiveBytes() as live:
         closure()
-    return alive.peak
+    return live.peak

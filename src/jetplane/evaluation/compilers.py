@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-_DYNAMO = "torch._dynamo"
+from .._torch import compiler_imported, set_eval_frame
 
 
 class _Stance:
@@ -36,7 +35,7 @@ class _Stance:
     def acquire(self) -> None:
         with self._lock:
             self._users += 1
-            if self._users == 1 and _DYNAMO in sys.modules:
+            if self._users == 1 and compiler_imported():
                 self._force()
             elif self._users == 1:
                 compiler = torch.compile
@@ -66,11 +65,6 @@ class _Stance:
 _stance = _Stance()
 
 
-def _set_eval_frame(callback: Any) -> Any:
-    """What compiles the frames that this thread runs; returns what did so before."""
-    return torch._C._dynamo.eval_frame.set_eval_frame(callback)  # pyright: ignore[reportAttributeAccessIssue]
-
-
 @contextlib.contextmanager
 def eager() -> Iterator[None]:
     """What ``torch.compile`` was applied to runs its eager code inside."""
@@ -78,11 +72,11 @@ def eager() -> Iterator[None]:
         yield
         return
     # Code of a compiled function that torch could not trace, and runs as it is, may be what called.
-    around = _set_eval_frame(None) if _DYNAMO in sys.modules else None
+    around = set_eval_frame(None) if compiler_imported() else None
     _stance.acquire()
     try:
         yield
     finally:
         _stance.release()
         if around is not None:
-            _set_eval_frame(around)
+            set_eval_frame(around)

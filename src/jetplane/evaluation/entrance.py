@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
+from .._torch import tree_leaves, tree_map
 from ..errors import DerivativeError
-from ..jets.jet import LOSS, MODEL, PARAMETER, Jet, Space, is_jet, kind_of, parts
-from ..jets.structured import Tangents
+from ..jets import LOSS, MODEL, PARAMETER, Jet, Space, is_jet, kind_of, parts
 
 
 class Entrance:
@@ -46,12 +45,18 @@ class Entrance:
 
     def _into_loss(self, x: Any, space: Space) -> Any:
         if is_jet(x, space) and kind_of(x) == MODEL:
-            first = parts(x, space)[1]
-            self.kept.append(None if first is None else first.clone())
+            self.kept.append(_first(x, space))
+            return Jet(x.primal, parts(x, space)[1], None, space, kind=LOSS)  # counted once, not by operators inside
         return x
 
     def _into_model(self, space: Space, args: Any, kwargs: Any) -> tuple[Any, Any]:
         return args, kwargs
+
+
+def _first(x: Jet, space: Space) -> Tensor | None:
+    """All first coefficients as a tensor of its own."""
+    x1 = parts(x, space)[1]
+    return x1.full(x.shape, x1.tensor.dtype, x.device).clone() if x1 else None
 
 
 class LastEntrance(Entrance):
@@ -69,10 +74,10 @@ class LastEntrance(Entrance):
     def _into_loss(self, x: Any, space: Space) -> Any:
         if not is_jet(x, space) or kind_of(x) != MODEL:
             return x
-        n, first = len(self.kept), parts(x, space)[1]
+        n, first = len(self.kept), _first(x, space)
         before = [kept[n] if n < len(kept) else None for kept in self._earlier]
         self.kept.append(None)
-        known = [c for c in (*before, first) if c is not None]
+        known = [c for c in (*before, None if first is None else first[self._run]) if c is not None]
         if any(c.shape[1:] != known[0].shape[1:] for c in known) or len(known) not in (0, len(before) + 1):
             raise DerivativeError(
                 f"chunk= runs the closure more than once, and in its last run another output of the model, of shape "
@@ -81,14 +86,12 @@ class LastEntrance(Entrance):
         return Jet(x.primal, torch.cat(known) if known else None, None, space, kind=LOSS)
 
     def _into_model(self, space: Space, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        space.k = space.block = len(range(space.k)[self._run])
         return tree_map(lambda x: self._narrowed(x, space), (args, kwargs))
 
     def _narrowed(self, x: Any, space: Space) -> Any:
         if not is_jet(x, space) or kind_of(x) != PARAMETER:
             return x
-        first = x.first if isinstance(x.first, Tangents) else parts(x, space)[1]
-        first = None if first is None else first[self._run]
-        narrow = Jet(x.primal, first, None, space, kind=MODEL)
+        x1 = parts(x, space)[1].selected(self._run)
+        narrow = Jet(x.primal, x1, None, space, kind=MODEL)
         narrow.is_seed = x.is_seed
         return narrow

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .._sharding import is_sharded
+from .._torch import DisableTorchFunction, TorchDispatchMode, disable_current_modes, is_composite
 from ..errors import DerivativeError
 from ..rules.functions import differentiate_forward
 
@@ -83,8 +83,7 @@ class _Watch(TorchDispatchMode):
                 "FSDP2 gathered parameters in another way than by calling a module, as methods of "
                 "register_fsdp_forward_method do: their copies would be taken for constants. Call the module itself"
             )
-        composite = torch._C.DispatchKey.CompositeImplicitAutograd
-        if any(t.__name__ == "DTensor" for t in types) and func.has_kernel_for_dispatch_key(composite):
+        if any(t.__name__ == "DTensor" for t in types) and is_composite(func):
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -114,8 +113,8 @@ def _gathering(params: Sequence[Tensor], gathered: Callable[[Tensor, Tensor], No
         with (
             torch.inference_mode(False),
             torch.no_grad(),
-            torch._C.DisableTorchFunction(),
-            _disable_current_modes(),
+            DisableTorchFunction(),
+            disable_current_modes(),
         ):
             state = module._get_fsdp_state()
             state._lazy_init()  # else its own hook will, among jets

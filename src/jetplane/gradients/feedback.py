@@ -1,17 +1,20 @@
-"""Learned feedback: what a layer's outputs are to blame for, predicted from the errors at the end of the model.
+"""Internal: learned feedback, gradients at a layer's outputs predicted from the errors at the end of the model.
 
 The gradient of example n at a layer's output is close to linear in its gradient e_n at the last layer's output, given
-on which side of zero each output is (exactly so below one ReLU):
+the sign of each output (exactly so below one ReLU):
 
-    predicted_n = P e_n where a_n > 0, N e_n elsewhere
+    prediction_n = P e_n where a_n > 0, N e_n elsewhere
 
-P and N are learned from the noisy estimates that `jetplane.gradients.perturbation` makes, and serve them as control
-variate: with slopes ``s_nk`` along noise ``u_nk``,
+P and N are learned from the noisy estimates of `jetplane.gradients.perturbation`, and serve them as control variate:
+with slopes ``s_nk`` along noise ``u_nk``,
 
-    delta_n = predicted_n + mean_k ((s_nk - predicted_n . u_nk) u_nk)
+    delta_n = prediction_n + residual_n,    residual_n = mean_k ((s_nk - prediction_n . u_nk) u_nk)
 
-has the same expectation whatever was predicted, and a variance of only what was not. The part behind the mean is
-what is learned from, by least squares in the metric of the errors, recursively, with a ridge of the lessons' noise.
+has the expectation of ``mean_k (s_nk u_nk)`` for every prediction, and the variance of what was not predicted. The maps
+follow by recursive least squares with a ridge. With ``S`` the second moments of the errors, ``C`` the correlation of
+residuals and errors (for each map over the outputs on its side of zero) and ``g`` the gain,
+
+    map <- map + g C (S + (r + g noise) tr(S) / errors I)^-1,    C = sum_n residual_n e_n^T,    S = sum_n e_n e_n^T
 
 Sources: feedback weights learned by perturbation, Lansdell, Prakash and Kording, arXiv 1906.00889; control variates,
 Owen, Monte Carlo theory, methods and examples, chapter 8.
@@ -19,28 +22,25 @@ Owen, Monte Carlo theory, methods and examples, chapter 8.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
-Record = dict[str, Any]
-
-ERRORS = "errors"  # the name under which a record has the errors' second moments
-
-_KEPT = 0.9  # how much of the second moments is kept from step to step
-_RIDGE = 1e-3  # what is added to the second moments, in parts of their mean
-_LEAST = 0.1  # the gain never falls below this, or below a fifth of what noise allows
+_DECAY = 0.9  # how much of the running second moments is kept from step to step
+_RIDGE = 1e-3  # r: the ridge without noise, in parts of the second moments' mean
+_LEAST_GAIN = 0.1
 
 
-class Course(NamedTuple):
+class FeedbackSpec(NamedTuple):
     """What a layer's feedback is like.
 
     Attributes:
         outputs: numbers that the layer puts out for one example.
         errors: numbers that the last layer puts out for one example.
-        noise: variance of one step's lesson, in parts of what is to be learned: it sets the gain.
+        noise: variance of one step's residuals, in parts of what is to be learned.
     """
 
     outputs: int
@@ -48,80 +48,132 @@ class Course(NamedTuple):
     noise: float
 
 
+@dataclass(frozen=True)
+class FeedbackState:
+    """What has been learned.
+
+    Attributes:
+        steps: how many updates.
+        second_moments: running mean of S, (errors, errors); None before the first update.
+        maps: P and N, stacked (2, outputs, errors), by the names of layers.
+    """
+
+    steps: int = 0
+    second_moments: Tensor | None = None
+    maps: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """The fields as a dictionary of numbers and tensors, for checkpoints."""
+        return {"steps": self.steps, "second_moments": self.second_moments, "maps": dict(self.maps)}
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> FeedbackState:
+        """A state from what `plain` gave; the initial one from an empty dictionary."""
+        return cls(**fields)
+
+
+@final
 class Feedback:
-    """Predictions of one step, and the lessons that are drawn from it.
+    """Predictions from what has been learned, and the update by a step's sufficient statistics. A value: never changes.
 
     Args:
-        courses: by the names of layers.
-        record: what earlier steps have learned, {} at first. It is left as it is.
+        specs: by the names of layers.
+        state: what earlier steps have learned. Maps of another shape than ``specs`` says are dropped.
         like: a tensor of the device and dtype of all of it.
 
     >>> import torch
-    >>> courses, record = {"layer": Course(outputs=3, errors=2, noise=0.1)}, {}
+    >>> specs, state = {"layer": FeedbackSpec(outputs=3, errors=2, noise=0.1)}, FeedbackState()
     >>> truth, errors = torch.randn(3, 2), torch.randn(100, 2)
-    >>> high = torch.ones(100, 3, dtype=torch.bool)
+    >>> positive = torch.ones(100, 3, dtype=torch.bool)
     >>> for _ in range(60):
-    ...     step = Feedback(courses, record, errors)
-    ...     left = errors @ truth.mT - step.predicted("layer", errors, high)
-    ...     step.note("layer", errors, high, left)
-    ...     record = step.learned(step.lessons)
-    >>> predicted = Feedback(courses, record, errors).predicted("layer", errors, high)
-    >>> bool((predicted - errors @ truth.mT).abs().max() < 0.01)
+    ...     feedback = Feedback(specs, state, errors)
+    ...     residual = errors @ truth.mT - feedback.predict("layer", errors, positive)
+    ...     correlations = {"layer": feedback.correlate(errors, positive, residual)}
+    ...     state = feedback.update(feedback.sufficient_statistics(correlations, errors))
+    >>> prediction = Feedback(specs, state, errors).predict("layer", errors, positive)
+    >>> bool((prediction - errors @ truth.mT).abs().max() < 0.01)
     True
     """
 
-    def __init__(self, courses: dict[str, Course], record: Record, like: Tensor) -> None:
-        self.courses = courses
-        self._record = record
+    def __init__(self, specs: Mapping[str, FeedbackSpec], state: FeedbackState, like: Tensor) -> None:
+        self.specs = specs
         self._like = like
-        self._noted: dict[str, Tensor] = {}
+        shapes = {name: (2, spec.outputs, spec.errors) for name, spec in specs.items()}
+        maps = {name: m for name, m in state.maps.items() if shapes.get(name) == tuple(m.shape)}
+        errors = {spec.errors for spec in specs.values()}
+        moments = state.second_moments
+        if moments is not None and {len(moments)} != errors:
+            moments = None
+        self._state = FeedbackState(state.steps, moments, maps)
+        self.shapes: list[tuple[int, ...]] = [*shapes.values(), *((e, e) for e in errors)]
 
-    def predicted(self, name: str, errors: Tensor, high: Tensor) -> Tensor:
-        """Gradients at a layer's outputs, (rows, outputs); ``high`` tells which outputs are above zero."""
-        if name not in self._record:
-            return torch.zeros(high.shape, dtype=errors.dtype, device=errors.device)
-        above, below = self._record[name].to(errors)
-        return torch.where(high, errors @ above.mT, errors @ below.mT)
+    def predict(self, name: str, errors: Tensor, positive: Tensor) -> Tensor:
+        """Predicted gradients at a layer's outputs.
 
-    def note(self, name: str, errors: Tensor, high: Tensor, left: Tensor, part: float = 1.0) -> None:
-        """A lesson: what of the gradients was not predicted, (rows, outputs). ``part``: of the batch, of a shard."""
-        above = left * high
-        self._noted[name] = part * torch.stack([above.mT @ errors, (left - above).mT @ errors])
-        self._noted[ERRORS] = part * errors.mT @ errors
+        Args:
+            name: of the layer.
+            errors: gradients at the last layer's output, (rows, errors).
+            positive: which outputs of the layer are above zero, (rows, outputs).
 
-    @property
-    def lessons(self) -> list[Tensor]:
-        """All that was noted, in one order. Of shards of a batch, their weighted mean is that of the whole."""
+        Returns:
+            A tensor of shape (rows, outputs); zeros if nothing has been learned for the layer.
+        """
+        if name not in self._state.maps:
+            return torch.zeros(positive.shape, dtype=errors.dtype, device=errors.device)
+        above, below = self._state.maps[name].to(errors)
+        return torch.where(positive, errors @ above.mT, errors @ below.mT)
+
+    @staticmethod
+    def correlate(errors: Tensor, positive: Tensor, residual: Tensor) -> Tensor:
+        """The correlations C of both maps, (2, outputs, errors), of residuals (rows, outputs)."""
+        above = residual * positive
+        return torch.stack([above.mT @ errors, (residual - above).mT @ errors])
+
+    def sufficient_statistics(
+        self, correlations: Mapping[str, Tensor], errors: Tensor | None, fraction: float = 1.0
+    ) -> list[Tensor]:
+        """All that a step teaches, tensors of the `shapes`: C of each layer, and S.
+
+        Args:
+            correlations: C by the names of layers; zeros for those that are missing.
+            errors: gradients at the last layer's output, (rows, errors); None if they are not known.
+            fraction: of the batch that these examples are. The mean of shards' statistics, weighted by their fractions,
+                is the statistics of the batch.
+        """
+        found = [correlations.get(name) for name in self.specs]
+        if self.specs:
+            found.append(None if errors is None or not correlations else errors.mT @ errors)
         return [
-            self._noted[name] if name in self._noted else self._like.new_zeros(shape)
-            for name, shape in self._shapes().items()
+            self._like.new_zeros(shape) if value is None else fraction * value
+            for value, shape in zip(found, self.shapes, strict=True)
         ]
 
-    def learned(self, lessons: Sequence[Tensor]) -> Record:
-        """The record after a step's lessons."""
-        if not self.courses:
-            return self._record
-        told = dict(zip(self._shapes(), lessons, strict=True))
-        now = told[ERRORS].double()
+    def update(self, statistics: Sequence[Tensor]) -> FeedbackState:
+        """The state after a step with these sufficient statistics; the state as it is if no errors were met."""
+        if not self.specs:
+            return self._state
+        *correlations, moments = statistics
+        now = moments.double()
         if not bool(now.diagonal().sum() > 0):
-            return self._record
-        mean = self._record[ERRORS].to(now) if ERRORS in self._record else now
-        mean = _KEPT * mean + (1 - _KEPT) * now
+            return self._state
+        before = self._state.second_moments
+        mean = now if before is None else _DECAY * before.to(now) + (1 - _DECAY) * now
         metric = (mean + now) / 2  # a step of much larger errors than before must not overshoot
-        one = metric.diagonal().mean() * torch.eye(len(now), dtype=now.dtype, device=now.device)
-        steps = 1 + self._record.get("steps", 0)
-        record: Record = {"steps": steps, ERRORS: mean.to(self._like.dtype)}
-        for name, course in self.courses.items():
-            # Of rows, each side of zero has about half.
-            gain = max(min(1.0, 2 / (steps + course.noise)), min(_LEAST, 0.2 / course.noise))
+        level = metric.diagonal().mean() * torch.eye(len(now), dtype=now.dtype, device=now.device)
+        steps = self._state.steps + 1
+        maps = {}
+        for (name, spec), correlation in zip(self.specs.items(), correlations, strict=True):
+            g = _gain(steps, spec.noise)
             # As in ridge regression: rare errors, of which few rows tell, must not learn those rows' noise.
-            ridge = (_RIDGE + gain * course.noise) * one
-            moved = gain * torch.linalg.solve(metric + ridge, told[name].double(), left=False)
-            record[name] = self._record.get(name, 0) + moved.to(told[name].dtype)
-        return record
+            ridge = (_RIDGE + g * spec.noise) * level
+            change = g * torch.linalg.solve(metric + ridge, correlation.double(), left=False)
+            maps[name] = self._state.maps.get(name, 0) + change.to(correlation.dtype)
+        return FeedbackState(steps, mean.to(self._like.dtype), maps)
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {n: (2, c.outputs, c.errors) for n, c in self.courses.items()}
-        for course in self.courses.values():
-            shapes[ERRORS] = (course.errors, course.errors)
-        return shapes
+
+def _gain(steps: int, noise: float) -> float:
+    """How much of what one step tells is learned: ``2 / (steps + noise)``, at most 1, at least ``0.1``.
+
+    2 rather than 1, since each map sees about half of the rows. Noise lowers the least gain to ``0.2 / noise``.
+    """
+    return max(min(1.0, 2 / (steps + noise)), min(_LEAST_GAIN, 0.2 / noise))

@@ -1,4 +1,4 @@
-"""Tangents that have a structure: formed only where an operator cannot use them as they are."""
+"""Tangents that have a structure: materialized only where an operator cannot use them as they are."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..errors import DTypeError, ShapeError
 
 
 class Tangents(ABC):
-    """K tangents of one tensor, of shape (K, *S) when formed.
+    """K tangents of one tensor, of shape (K, *S) when materialized.
 
     Attributes:
         shape: (K, *S).
-        dtype: of the tensor formed.
+        dtype: of the materialized tensor.
     """
 
     shape: torch.Size
@@ -26,7 +26,7 @@ class Tangents(ABC):
     device: torch.device
 
     @abstractmethod
-    def formed(self) -> Tensor:
+    def materialized(self) -> Tensor:
         """The tensor (K, *S), in fresh memory."""
 
     @abstractmethod
@@ -61,7 +61,7 @@ class Deferred(Tangents):
         self.shape = torch.Size((len(range(k)[run]), *like.shape))
         self.dtype, self.device = dtype or like.dtype, like.device
 
-    def formed(self) -> Tensor:
+    def materialized(self) -> Tensor:
         """The tensor (K, *S), drawn."""
         return self._draw(self._run).to(self.dtype)
 
@@ -114,7 +114,7 @@ class LowRank(Tangents):
         self.left, self.right = left, right
         self.shape, self.dtype, self.device = torch.Size((k, *shape)), left.dtype, left.device
 
-    def formed(self) -> Tensor:
+    def materialized(self) -> Tensor:
         """The tensor (K, *S)."""
         return torch.bmm(self.left.mT, self.right).reshape(self.shape)
 
@@ -150,9 +150,9 @@ class Stacked(Tangents):
         k = sum(part.shape[0] for part in self.parts)
         self.shape, self.dtype, self.device = torch.Size((k, *one.shape[1:])), one.dtype, one.device
 
-    def formed(self) -> Tensor:
+    def materialized(self) -> Tensor:
         """The tensor (K, *S)."""
-        return torch.cat([part.formed() if isinstance(part, Tangents) else part for part in self.parts])
+        return torch.cat([part.materialized() if isinstance(part, Tangents) else part for part in self.parts])
 
     def to(self, dtype: torch.dtype) -> Stacked:
         """The same in another dtype."""
@@ -167,3 +167,45 @@ class Stacked(Tangents):
                 found.append(part[first:last])
             start += part.shape[0]
         return found[0] if len(found) == 1 else Stacked(found)
+
+
+@final
+class Partial(Tangents):
+    """K tangents of which only some are there; the others are zero and cost nothing.
+
+    Args:
+        k: number of tangents.
+        rows: which of them are there, ascending.
+        tangents: those, a tensor (len(rows), *S) or `Tangents`.
+
+    >>> import torch
+    >>> Partial(3, (1,), torch.ones(1, 2)).materialized()
+    tensor([[0., 0.],
+            [1., 1.],
+            [0., 0.]])
+    """
+
+    def __init__(self, k: int, rows: Sequence[int], tangents: Tensor | Tangents) -> None:
+        rows = tuple(rows)
+        if len(rows) != tangents.shape[0] or list(rows) != sorted(set(rows)) or not all(0 <= r < k for r in rows):
+            raise ShapeError(f"expected {tangents.shape[0]} ascending rows of {k} tangents, got {rows}")
+        self.rows, self.tangents = rows, tangents
+        self.shape, self.dtype, self.device = torch.Size((k, *tangents.shape[1:])), tangents.dtype, tangents.device
+
+    def materialized(self) -> Tensor:
+        """The tensor (K, *S), with its zeros."""
+        held = self.tangents.materialized() if isinstance(self.tangents, Tangents) else self.tangents
+        whole = held.new_zeros(self.shape)
+        whole[torch.tensor(self.rows, dtype=torch.long, device=held.device)] = held
+        return whole
+
+    def to(self, dtype: torch.dtype) -> Partial:
+        """The same in another dtype."""
+        return Partial(self.shape[0], self.rows, self.tangents.to(dtype))
+
+    def __getitem__(self, directions: slice) -> Partial:
+        """A run of the K."""
+        wanted = range(self.shape[0])[directions]
+        places = [n for n, row in enumerate(self.rows) if row in wanted]
+        run = slice(places[0], places[-1] + 1) if places else slice(0, 0)
+        return Partial(len(wanted), [self.rows[n] - wanted.start for n in places], self.tangents[run])

@@ -1,4 +1,4 @@
-"""One step, wired together: directions, plane, descent, search, update."""
+"""What optimizers that draw directions share: directions, plane, coefficients, step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import is_dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,12 @@ from torch import Tensor
 from .. import _sharding as sharded
 from ..directions import AbstractDirections, Directions, HeldDirections, Structure
 from ..errors import ArgumentError, DeviceError, DTypeError, NonFiniteError, ShapeError
-from ..evaluation.plane import KEPT, Curvature, Pairs, PlaneModel, evaluate, finished
-from ..jets.structured import Deferred, Stacked
-from ..parallel.layout import Layout
+from ..evaluation.api import evaluate_plane
+from ..evaluation.checks import CACHED_BYTES, as_directions, checked_finite
+from ..evaluation.compiled import evaluate_compiled
+from ..evaluation.plane import PlaneModel
+from ..evaluation.specification import Chunk, Pairs, PlaneSpec
+from ..jets import Deferred, Partial, Stacked, Tangents
 from ..parallel.ranks import Ranks
 from ..rules.examples import checked
 from ..subspace.descent import Descent
@@ -25,7 +28,6 @@ from ..subspace.search import clipped
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Moving = list[tuple[Tensor, dict[str, Any], int]]  # parameters that may move, their groups and places
 Closure = Callable[[], Any]
-Chunk = int | Literal["auto"] | None
 STATE = "jetplane"  # where an optimizer's own state lies among that of the parameters
 
 
@@ -145,12 +147,13 @@ class PlaneOptimizer(torch.optim.Optimizer):
         params = [p for p, _, _ in moving]
         with torch.no_grad():
             directions = self._directions(moving, closure)
+            spec = self._spec(directions)
             if self.ranks is None:
-                plane = self._evaluate(closure, params, directions)
+                plane = self._evaluate(closure, params, directions, spec)
             else:
                 plane = self.ranks.evaluate(
-                    closure, lambda part: self._evaluate(closure, params, part), directions, self._layout(directions),
-                    params, self._progress(), self._facts, weight, self._held(moving),
+                    closure, lambda part: self._evaluate(closure, params, part, spec.restricted(part.k)), directions,
+                    spec, params, self._progress(), self._facts, weight, self._held(moving),
                 )  # fmt: skip
             changed = self._advance(closure, weight, moving, directions, plane)
         self.plane = plane
@@ -200,13 +203,13 @@ class PlaneOptimizer(torch.optim.Optimizer):
         own = self.state[STATE]  # type: ignore[index]
         directions = Directions(self.k * self.planes, self.law, self.tangents, own["seed"])
         directions.step = own["step"]
-        return HeldDirections(directions, [p for p, _, _ in moving], [i for _, _, i in moving], KEPT)
+        return HeldDirections(directions, [p for p, _, _ in moving], [i for _, _, i in moving], CACHED_BYTES)
 
-    def _layout(self, directions: AbstractDirections) -> Layout:
-        """What `_evaluate` gives on these directions, for ranks that put it together."""
+    def _spec(self, directions: AbstractDirections) -> PlaneSpec:
+        """The plane that the descent needs on these directions."""
         needs = self.descent.needs
         pairs: Pairs = self.k if needs == "all" and self.planes > 1 else "all" if needs == "all" else "diagonal"
-        return Layout(directions.k, "none" if needs == "none" else "hessian", pairs)
+        return PlaneSpec(directions.k, "none" if needs == "none" else "hessian", pairs, chunk=self.chunk)
 
     def _progress(self) -> dict[str, Any]:
         """What beside parameters must be the same on all ranks in every step."""
@@ -236,30 +239,22 @@ class PlaneOptimizer(torch.optim.Optimizer):
             **{f"parameter {i}": f"{p.dtype}{list(p.shape)}"[6:] for i, p in enumerate(every)},
         }
 
-    def _evaluate(self, closure: Closure, params: list[Tensor], directions: AbstractDirections) -> PlaneModel:
-        needs = self.descent.needs
-        curvature = "none" if needs == "none" else "hessian"
-        pairs = "all" if needs == "all" and self.planes == 1 else self.k if needs == "all" else "diagonal"
-        return self._plane(closure, params, directions, curvature, pairs)
-
-    def _plane(
-        self, closure: Closure, params: list[Tensor], directions: AbstractDirections, curvature: Curvature,
-        pairs: Pairs = "all", examples: bool = False,
-    ) -> PlaneModel:  # fmt: skip
-        """`evaluate`, by a compiled program where there is one."""
-        known = directions.k, frozenset(id(p) for p in params)
+    def _evaluate(
+        self, closure: Closure, params: list[Tensor], directions: AbstractDirections, spec: PlaneSpec
+    ) -> PlaneModel:
+        """The plane, by a compiled program where there is one."""
+        known = spec.k, frozenset(id(p) for p in params)
         if not self.compile or known != self._known:
-            plane = evaluate(closure, params, directions, curvature, pairs, examples=examples, chunk=self.chunk)
+            plane = evaluate_plane(closure, params, as_directions(params, directions), spec)
             if self.compile and isinstance(directions, HeldDirections):  # an eager step shows what the loss uses
                 self._known, self._used = known, frozenset(id(params[i]) for i in directions.used)
             return plane
         if self._program is None:
-            self._program = torch.compile(evaluate, fullgraph=True)
+            self._program = torch.compile(_evaluate_tangents, fullgraph=True)
         used = [i for i, p in enumerate(params) if id(p) in self._used]
         along = [directions.structured(i, params[i]) for i in used]
-        along = [t.formed() if isinstance(t, (Deferred, Stacked)) else t for t in along]
-        moved = [params[i] for i in used]
-        plane = finished(self._program(closure, moved, along, curvature, pairs, examples=examples))
+        along = [t.materialized() if isinstance(t, (Deferred, Stacked, Partial)) else t for t in along]
+        plane = checked_finite(self._program(closure, [params[i] for i in used], along, spec))
         return replace(plane, examples=checked(plane.examples, plane.slope))
 
     def _coefficients(self, plane: PlaneModel) -> Tensor:
@@ -318,6 +313,12 @@ class PlaneOptimizer(torch.optim.Optimizer):
         except ValueError as error:
             raise ShapeError(f"the state belongs to other parameters: {error}") from error
         self.state[STATE] = dict(self.state[STATE])  # type: ignore[index]
+
+
+def _evaluate_tangents(
+    closure: Closure, params: list[Tensor], tangents: list[Tensor | Tangents], spec: PlaneSpec
+) -> PlaneModel:
+    return evaluate_compiled(closure, params, as_directions(params, tangents), spec)
 
 
 def comparable(value: Any) -> Any:

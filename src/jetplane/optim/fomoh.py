@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..directions import StoredDirections, Structure
 from ..errors import LossError, UnusedParametersError
-from ..evaluation.side_effects import rehearsal
+from ..evaluation.side_effects import without_side_effects
 from ..subspace.descent import CurvatureScaled, Descent
 from .base import Chunk, Closure, Moving, Params, PlaneOptimizer
 
@@ -115,7 +115,7 @@ class FoMoHBP(PlaneOptimizer):
         return self._descent
 
     def _directions(self, moving: Moving, closure: Closure) -> StoredDirections:
-        with rehearsal(), torch.enable_grad():
+        with without_side_effects(), torch.enable_grad():
             loss = closure()
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__

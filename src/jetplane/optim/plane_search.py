@@ -23,13 +23,12 @@ from ..directions import (
 )
 from ..directions.laws import key
 from ..errors import ArgumentError, DTypeError, ShapeError
-from ..evaluation.plane import KEPT, Curvature, PlaneModel
-from ..evaluation.side_effects import RandomState, random_state, rehearsal
-from ..gradients.feedback import Feedback
-from ..gradients.layers import perturbable
-from ..gradients.perturbation import Share, allot, estimate
-from ..jets.jet import carried
-from ..parallel.layout import Layout
+from ..evaluation.checks import CACHED_BYTES
+from ..evaluation.plane import PlaneModel
+from ..evaluation.side_effects import RandomState, random_state, without_side_effects
+from ..evaluation.specification import Curvature, PlaneSpec
+from ..gradients import Feedback, FeedbackState, LayerPlan, allocate, estimate, perturbable, signature
+from ..jets import carried
 from ..subspace.descent import Damped, Descent, SaddleFree, Solution, Spectral, named
 from ..subspace.search import Backtracking, ExactLine, Line, NoiseAware, Proposal, Search, Whole
 from .base import STATE, Chunk, Closure, Moving, Params, PlaneOptimizer
@@ -245,7 +244,7 @@ class PlaneSearch(PlaneOptimizer):
             drawn.step = own["step"]
             new = ScaledDirections(drawn, self._scales(moving)) if self.preconditioned else drawn
             sources.append(OrthogonalDirections(new) if self.orthogonal else new)
-        return HeldDirections(MixedDirections(sources), params, places, KEPT)
+        return HeldDirections(MixedDirections(sources), params, places, CACHED_BYTES)
 
     def _scales(self, moving: Moving) -> dict[int, Tensor]:
         """One over the root mean square of each entry's estimates, by place; of mean one over all, and bounded."""
@@ -305,8 +304,8 @@ class PlaneSearch(PlaneOptimizer):
         self.ranks.greet(self._facts)
         return self.ranks.agreed("guess", lambda: _checked_guess(guess(), moving), moving[0][0].device)
 
-    def _layout(self, directions: AbstractDirections) -> Layout:
-        return Layout(directions.k, self.curvature, "all", self.search.examples)
+    def _spec(self, directions: AbstractDirections) -> PlaneSpec:
+        return PlaneSpec(directions.k, self.curvature, "all", self.search.examples, self.chunk)
 
     def _facts(self) -> dict[str, Any]:
         remembered = sorted({name for p, _, _ in self._moving() for name in self.state.get(p, {})})
@@ -316,13 +315,15 @@ class PlaneSearch(PlaneOptimizer):
     _lasting: bool  # whether directions of this step's plane are there in the next one
     _random: RandomState  # where random numbers stood before the evaluation of this step
 
-    def _evaluate(self, closure: Closure, params: list[Tensor], directions: AbstractDirections) -> PlaneModel:
+    def _evaluate(
+        self, closure: Closure, params: list[Tensor], directions: AbstractDirections, spec: PlaneSpec
+    ) -> PlaneModel:
         self._random = random_state()
         own = self.state[STATE]  # type: ignore[index]
         last = own.get("curvature")
         stale = last is None or own["step"] % self.every == 0 or len(last) != directions.k
-        curvature: Curvature = self.curvature if stale else "none"
-        plane = self._plane(closure, params, directions, curvature, examples=self.search.examples)
+        spec = spec if stale else replace(spec, curvature="none")
+        plane = super()._evaluate(closure, params, directions, spec)
         return plane if stale else replace(plane, curvature=last)
 
     # --- the step ----------------------------------------------------------------------------------------
@@ -346,7 +347,7 @@ class PlaneSearch(PlaneOptimizer):
             steps = steps_along(kappa)
 
             def loss_of_shard_at(rate: float) -> float:
-                with _moved(rate, params, steps), rehearsal(self._random):
+                with _moved(rate, params, steps), without_side_effects(self._random):
                     return float(closure())
 
             def loss_at(rate: float) -> float:
@@ -411,36 +412,39 @@ class PlaneSearch(PlaneOptimizer):
     def _perturbed(
         self, closure: Closure, weight: float, params: list[Tensor], model: nn.Module
     ) -> tuple[list[Tensor], dict[str, Any]]:
-        """Estimates by noise on the model's layers; the layers' shares, and what their feedback has learned."""
+        """Estimates by noise on the model's layers; the layers' plans, and what their feedback has learned."""
         own, ranks, device = self.state[STATE], self.ranks, params[0].device  # type: ignore[index]
         if ranks is None:
             before, weight, whole = 0.0, 1.0, 1.0
         else:
             before, whole = ranks.place(weight, device)
 
-        def allotted() -> dict[str, Share]:
+        def allocated() -> dict[str, LayerPlan]:
             chunk = self.chunk if isinstance(self.chunk, int) else None
-            return allot(closure, model, params, self.passes, whole / weight, chunk=chunk)
+            return allocate(closure, model, params, self.passes, whole / weight, chunk=chunk)
 
-        shares = {name: Share.of(fields) for name, fields in own.get("shares", {}).items()}
-        if not shares:
-            shares = allotted() if ranks is None else ranks.first(lambda: allotted() if weight else None)
-        courses = {name: s.course for name, s in shares.items() if s.course is not None and self.feedback}
+        plans = {name: LayerPlan.of(fields) for name, fields in own.get("plans", {}).items()}
+        planned_for = signature(model, params)
+        if planned_for != own.get("planned for"):  # at first, and when layers were frozen, unfrozen, or changed mode
+            plans = allocated() if ranks is None else ranks.first(lambda: allocated() if weight else None)
+        specs = {name: plan.feedback for name, plan in plans.items() if plan.feedback is not None and self.feedback}
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
-        feedback = Feedback(courses, own.get("feedback", {}), torch.empty(0, dtype=dtype, device=device))
+        state = FeedbackState.of(own.get("feedback", {}))
+        feedback = Feedback(specs, state, torch.empty(0, dtype=dtype, device=device))
 
         def numbers() -> Tensor:
             seed = int(key(own["seed"], own["step"]))
-            found = estimate(closure, model, params, shares, seed, before / weight, feedback, weight / whole)
-            return torch.cat([t.flatten().to(dtype) for t in (*found, *feedback.lessons)])
+            found = estimate(closure, model, params, plans, seed, before / weight, feedback, weight / whole)
+            return torch.cat([t.flatten().to(dtype) for t in (*found.gradient, *found.statistics)])
 
-        shapes = [p.shape for p in params] + [t.shape for t in feedback.lessons]
+        shapes = [p.shape for p in params] + [torch.Size(shape) for shape in feedback.shapes]
         sizes = [shape.numel() for shape in shapes]
         together = numbers() if ranks is None else ranks.mean(numbers, sum(sizes), weight, dtype, device)
         parts = [part.reshape(shape) for part, shape in zip(together.split(sizes), shapes, strict=True)]
         found = [part.to(p.dtype, copy=True) for part, p in zip(parts, params, strict=False)]
-        record = feedback.learned(parts[len(params) :])
-        return found, {"shares": {name: share.plain() for name, share in shares.items()}, "feedback": record}
+        learned = feedback.update(parts[len(params) :]).plain()
+        plain = {name: plan.plain() for name, plan in plans.items()}
+        return found, {"plans": plain, "planned for": planned_for, "feedback": learned}
 
     def _remember(self, params: list[Tensor], found: list[Tensor], steps: list[tuple[int, Tensor]], n: int) -> None:
         if self.previous and any(bool(step.any()) for _, step in steps):

@@ -1,4 +1,4 @@
-"""Many processes, a few numbers on the wire: one plane, evaluated together over torch.distributed.
+"""Processes that evaluate one plane together over torch.distributed, and send a few numbers for it.
 
 Two axes, which combine:
 
@@ -6,10 +6,10 @@ Two axes, which combine:
   whole batch are means of the shards', weighted by their numbers of examples.
 - *direction*: ranks evaluate blocks of directions, or of pairs of them, on the same batch.
 
-A step sends 1 + K + K(K+1)/2 numbers in float64, as many again where the spread over examples is wanted, and some
-more to check that ranks agree, in one all-reduce, whatever the model's size. Tangents are drawn from the seed by every
-rank, and neither they nor parameters are sent. Whatever fails on one rank raises on all of them, and no rank has moved
-its parameters then.
+A step sends 1 + K + K(K+1)/2 numbers in float64, as many again where moments of the slope over examples are wanted,
+and some more to check that ranks agree, in one all-reduce, whatever the model's size. Every rank draws the tangents
+from the seed; neither they nor parameters are sent. What fails on one rank raises on all of them, and then no rank has
+moved its parameters.
 
 >>> import torch.distributed as dist
 >>> import jetplane as jp
@@ -49,8 +49,10 @@ from .._sharding import held_alike, local
 from ..directions import AbstractDirections, HeldDirections
 from ..errors import ArgumentError, HandshakeError, JetplaneError, LostRankError, RanksDifferError, RemoteError
 from ..evaluation.plane import PlaneModel
-from ..evaluation.side_effects import rehearsal
-from .layout import Layout, plan
+from ..evaluation.side_effects import without_side_effects
+from ..evaluation.specification import PlaneSpec
+from .message import PlaneMessage
+from .work import plan
 
 if TYPE_CHECKING:  # torch builds without torch.distributed lack it
     from torch.distributed import ProcessGroup
@@ -58,7 +60,7 @@ if TYPE_CHECKING:  # torch builds without torch.distributed lack it
 
 T = TypeVar("T")
 DATA, DIRECTION = "data", "direction"  # names of a mesh's dimensions
-POLL = 1.0  # seconds between looks whether another rank has found the group broken
+POLL = 1.0  # seconds between checks whether another rank has found the group broken
 BROKEN = "jetplane/broken"  # where in the store of the group ranks report that it broke
 GRACE = 3.0  # seconds that ranks of a broken group give each other to report
 SAME_LOSS = 1e-5  # relative; ranks of one batch differ by rounding at most
@@ -106,7 +108,7 @@ def code() -> str:
 
 
 def _moments(number: int) -> list[float]:
-    """What shows in sums over ranks whether a number of 64 bits is one on all: its 16-bit pieces and squares."""
+    """The 16-bit pieces of a 64-bit number and their squares, whose sums tell whether all ranks have one number."""
     pieces = [(number >> shift) & 0xFFFF for shift in (0, 16, 32, 48)]
     return [float(p) for piece in pieces for p in (piece, piece * piece)]
 
@@ -116,7 +118,7 @@ def _one(sums: list[float], ranks: int) -> bool:
 
 
 def _differences(what: list[dict[str, Any]], ranks: list[int]) -> tuple[tuple[int, ...], str]:
-    """Who is not as most are, and in what."""
+    """Which ranks have other facts than most ranks have, and a sentence that lists them."""
     odd: set[int] = set()
     said = []
     for name in dict.fromkeys(name for facts in what for name in facts):
@@ -178,7 +180,7 @@ class Ranks:
         closure: Callable[[], Any],
         run: Callable[[AbstractDirections], PlaneModel],
         directions: AbstractDirections,
-        layout: Layout,
+        spec: PlaneSpec,
         params: Sequence[Tensor],
         state: dict[str, Any],
         facts: Callable[[], dict[str, Any]],
@@ -191,12 +193,12 @@ class Ranks:
             closure: the loss of this rank's shard.
             run: evaluates it on the plane that directions, or some of them, span.
             directions: all of them.
-            layout: what comes out.
-            params: must be the same on all ranks, as state.
-            state: what else must be the same in every step.
-            facts: what must be the same at the start.
+            spec: of the plane that all directions span.
+            params: must have the same values on all ranks.
+            state: settings that must be equal on all ranks in every step.
+            facts: settings that must be equal on all ranks at the start.
             weight: the number of examples of this rank's shard; 0 for an empty one, which is not evaluated.
-            held: further tensors of which all ranks must have the same bits, and their names.
+            held: further tensors that must have the same bits on all ranks, by name.
 
         Raises:
             HandshakeError: before the first evaluation, ranks differ.
@@ -207,37 +209,38 @@ class Ranks:
         """
         self.greet(facts)
         every = {f"parameter {i}": p for i, p in enumerate(params)} | dict(held or {})
-        body, value, failure, double = torch.zeros(layout.length, dtype=torch.float64), 0.0, None, False
-        spreading = torch.zeros(layout.length if layout.examples else 0, dtype=torch.float64)
+        message = PlaneMessage(spec)
+        body, value, failure, double = torch.zeros(message.length, dtype=torch.float64), 0.0, None, False
+        moments = torch.zeros(message.length if spec.examples else 0, dtype=torch.float64)
         mark = int.from_bytes(hashlib.sha256(repr(state).encode()).digest()[:8], "big")
         try:
             _check_weight(weight)
             mark ^= fingerprint(self._alike(every.values()))
             if weight > 0:
-                value, double = self._fill(body, spreading, closure, run, directions, layout)
+                value, double = self._fill(body, moments, closure, run, directions, message)
         except BaseException as error:  # also Ctrl-C: the others must hear of it
             failure, weight, value = error, 0.0, 0.0
             body.zero_()
-            spreading.zero_()
+            moments.zero_()
         used = directions.used if isinstance(directions, HeldDirections) else None
-        spread = _spread(self.part, self.parts) * weight * value
+        difference = _contrast(self.part, self.parts) * weight * value
         head = [
             float(failure is not None),
             *_moments(mark),
             *_moments(hash(tuple(sorted(used))) if used is not None else 0),
             weight if self.part == 0 else 0.0,
-            spread, abs(spread),
+            difference, abs(difference),
             float(double),
         ]  # fmt: skip
-        power = torch.ones(len(spreading), dtype=torch.float64)  # of the weight: of counts 0, of sums 1, of products 2
-        power[:1], power[1 + layout.k :] = 0, 2
-        parts = torch.tensor(head, dtype=torch.float64), body * weight, spreading * weight**power
+        power = torch.ones(len(moments), dtype=torch.float64)  # of the weight: of counts 0, of sums 1, of products 2
+        power[:1], power[1 + spec.k :] = 0, 2
+        parts = torch.tensor(head, dtype=torch.float64), body * weight, moments * weight**power
         self.steps += 1
         with self._unbroken():
-            message = self._sum(torch.cat(parts), params[0].device).cpu()
-        total, body, spreading = message.split([len(part) for part in parts])
+            summed = self._sum(torch.cat(parts), params[0].device).cpu()
+        total, body, moments = summed.split([len(part) for part in parts])
         total = total.tolist()
-        failed, marks, uses, (weights, spread, size, doubles) = total[0], total[1:9], total[9:17], total[17:]
+        failed, marks, uses, (weights, difference, size, doubles) = total[0], total[1:9], total[9:17], total[17:]
         if failed:
             self._raise_for_all(failure)
         if not _one(marks, self.size):
@@ -246,7 +249,7 @@ class Ranks:
             raise RanksDifferError(f"ranks are not in the same state before this step. {what}", ranks)
         if weights == 0:
             raise ArgumentError("no rank has an example: the weights are 0 on all of them")
-        if abs(spread) > SAME_LOSS * size:
+        if abs(difference) > SAME_LOSS * size:
             found = zip(self._members, self._gather((value, weight)), strict=True)
             said = (f"{v:.9g} and {w:g} on rank {r}" for r, (v, w) in found)
             raise RanksDifferError(
@@ -259,8 +262,8 @@ class Ranks:
             self._unite(used, params)
         if isinstance(directions, HeldDirections) and not (alike and self.parts == 1):
             directions.forget()  # ranks that have kept different ones would round their sums differently
-        plane = layout.plane(body / weights, torch.float64 if doubles else torch.float32, params[0].device)
-        return replace(plane, pooled=layout.moments(spreading / weights**power, params[0].device))
+        plane = message.plane(body / weights, torch.float64 if doubles else torch.float32, params[0].device)
+        return replace(plane, pooled=message.moments(moments / weights**power, params[0].device))
 
     def greet(self, facts: Callable[[], dict[str, Any]]) -> None:
         """The `handshake`, once."""
@@ -325,10 +328,10 @@ class Ranks:
         return weights[: self.shard].sum().item(), weights.sum().item()
 
     def agreed(self, what: str, work: Callable[[], Sequence[Tensor]], device: torch.device) -> list[Tensor]:
-        """Tensors that each rank makes for itself, and of which all must have the same bits.
+        """Tensors that each rank computes for itself, checked to have the same bits on all of them.
 
         Raises:
-            RanksDifferError: they have not.
+            RanksDifferError: they do not.
             LostRankError, RemoteError: as `evaluate`. What one rank's work raises, all ranks do.
         """
         made, mark, failure = [], 0, None
@@ -348,7 +351,7 @@ class Ranks:
         return made
 
     def first(self, work: Callable[[], T | None]) -> T:
-        """What the first rank found that found something. Not for every step: it sends as much as there are ranks.
+        """The result of the lowest rank whose result is not None. Its cost grows with the number of ranks.
 
         Raises:
             LostRankError, RemoteError: as `evaluate`. What one rank's work raises, all ranks do.
@@ -366,56 +369,61 @@ class Ranks:
     def _fill(
         self,
         body: Tensor,
-        spreading: Tensor,
+        sums: Tensor,
         closure: Callable[[], Any],
         run: Callable[[AbstractDirections], PlaneModel],
         directions: AbstractDirections,
-        layout: Layout,
+        message: PlaneMessage,
     ) -> tuple[float, bool]:
-        """Write this rank's numbers, unweighted; the loss, and whether they are in double precision."""
-        slope = torch.zeros(layout.k, dtype=torch.float64)
-        shape = layout.shape(layout.k)
+        """Evaluate this rank's work items, and write their numbers, unweighted, into ``body`` and ``sums``.
+
+        Returns:
+            The loss, and whether it is in double precision.
+        """
+        spec = message.spec
+        slope = torch.zeros(spec.k, dtype=torch.float64)
+        shape = spec.curvature_shape
         curvature = None if shape is None else torch.zeros(shape, dtype=torch.float64)
-        tasks = plan(layout, self.parts)[self.part]
+        items = plan(spec, self.parts)[self.part]
         written: list[Tensor] = []
-        if len(tasks) > 1:  # all but the last are to leave no trace
-            with rehearsal() as journal:
+        if len(items) > 1:  # all but the last are to be without side effects
+            with without_side_effects() as log:
                 closure()
-            written = [tensor for tensor, _ in journal.saved.values()]
+            written = [tensor for tensor, _ in log.saved.values()]
         values, counts = [], []
-        total, products = torch.zeros_like(slope), torch.zeros(layout.k, layout.k, dtype=torch.float64)
-        for n, task in enumerate(tasks):
-            with _undone(written) if n + 1 < len(tasks) else contextlib.nullcontext():
-                plane = run(task.chosen(directions))
-            layout.check(plane, len(task.directions))
-            index = torch.tensor(task.directions)
-            slope[index] += plane.slope.cpu().double() * task.slope
+        total, products = torch.zeros_like(slope), torch.zeros(spec.k, spec.k, dtype=torch.float64)
+        for n, item in enumerate(items):
+            with _undone(written) if n + 1 < len(items) else contextlib.nullcontext():
+                plane = run(item.chosen(directions))
+            message.check(plane, len(item.directions))
+            index = torch.tensor(item.directions)
+            slope[index] += plane.slope.cpu().double() * item.slope
             if curvature is not None and plane.curvature is not None:
-                task.add(curvature, plane.curvature.cpu().double(), index)
+                item.add(curvature, plane.curvature.cpu().double(), index)
             values.append(plane.value.item())
             moments = plane.moments
             counts.append(math.nan if moments is None else moments.count)  # NaN makes the sum over ranks unknown
-            if layout.examples and moments is not None:
-                total[index] += moments.total.cpu() * task.slope
-                task.add(products, moments.products.cpu(), index)
+            if spec.examples and moments is not None:
+                total[index] += moments.total.cpu() * item.slope
+                item.add(products, moments.products.cpu(), index)
         if max(values) - min(values) > SAME_LOSS * abs(values[0]):
             raise errors.LossError(
-                f"ranks that share directions call the closure {len(tasks)} times a step, and it gave different losses "
+                f"ranks that share directions call the closure {len(items)} times a step, and it gave different losses "
                 f"on the same parameters: {values}; let it fetch no data"
             )
         body[0] = values[0] if self.part == 0 else 0.0
-        body[1 : 1 + layout.k] = slope
+        body[1 : 1 + spec.k] = slope
         if curvature is not None:
-            body[1 + layout.k :] = curvature[layout.entries()]
-        if layout.examples:
+            body[1 + spec.k :] = curvature[spec.entries()]
+        if spec.examples:
             count = sum(counts) / len(counts)
-            spreading[0] = count if self.part == 0 or math.isnan(count) else 0.0
-            spreading[1 : 1 + layout.k] = total
-            spreading[1 + layout.k :] = products[layout.entries()]
+            sums[0] = count if self.part == 0 or math.isnan(count) else 0.0
+            sums[1 : 1 + spec.k] = total
+            sums[1 + spec.k :] = products[spec.entries()]
         return values[0], plane.value.dtype == torch.float64
 
     def _alike(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """What all ranks must have alike: tensors, and of sharded ones those that all have the same part of."""
+        """The tensors that must be equal on all ranks; of sharded ones, those of which all ranks have the same part."""
         return [local(t) for t in tensors if held_alike(t, self._members)]
 
     def _sum(self, message: Tensor, device: torch.device, op: Any = None) -> Tensor:
@@ -430,7 +438,10 @@ class Ranks:
         return message
 
     def _wait(self, work: Any) -> None:
-        """Wait for the others, but not in vain: the ring of a broken group only breaks next to the break."""
+        """Wait for a collective, and give up if another rank has found the group broken.
+
+        In a ring, only the neighbours of a lost rank notice the loss.
+        """
         while True:
             try:
                 work.wait(timedelta(seconds=POLL))
@@ -449,7 +460,7 @@ class Ranks:
         return dist.distributed_c10d._get_process_group_store(self._group)
 
     def _gather(self, value: Any) -> list[Any]:
-        """The values of all ranks. Not for every step: it sends as much as there are ranks."""
+        """The values of all ranks, in their order. Its cost grows with the number of ranks."""
         values: list[Any] = [None] * self.size
         with self._unbroken():
             dist.all_gather_object(values, value, group=self._group)
@@ -475,7 +486,7 @@ class Ranks:
             ) from error
 
     def _missing(self) -> tuple[tuple[int, ...], str]:
-        """Ranks that do not report within a grace, and what to say where that cannot be known."""
+        """The ranks that do not report within the grace period, and a hint where that cannot be known."""
         missing = _answer(self._roll_call, 2 * (POLL + GRACE))
         # Others break off now, which ends what this rank still waits for; gloo aborts a process that leaves while
         # it waits.
@@ -498,7 +509,7 @@ class Ranks:
         return missing
 
     def _raise_for_all(self, failure: BaseException | None) -> NoReturn:
-        """The same type of error on every rank, so that all of them go on alike."""
+        """Raise the same type of error on every rank, so that all of them continue alike."""
         own = None if failure is None else (type(failure).__name__, str(failure))
         failures = {r: f for r, f in zip(self._members, self._gather(own), strict=True) if f is not None}
         first, (kind, _) = next(iter(failures.items()))
@@ -512,7 +523,7 @@ class Ranks:
         raise RemoteError(f"another rank failed, and no parameter has moved. {said}", tuple(failures)) from failure
 
     def _unite(self, used: set[int], params: Sequence[Tensor]) -> None:
-        """Add the parameters that another rank's loss makes use of: they move everywhere."""
+        """Add the parameters that another rank's loss uses: they move on all ranks."""
         mine = torch.zeros(len(params), dtype=torch.uint8)
         mine[sorted(used)] = 1
         with self._unbroken():
@@ -563,7 +574,7 @@ def _undone(written: list[Tensor]) -> Iterator[None]:
 
 
 def _answer(ask: Callable[[], T], seconds: float) -> T | None:
-    """What a store answers, or None if it fails or does not within so many seconds."""
+    """The answer of a store, or None if it fails or gives none within so many seconds."""
     answers: queue.Queue[T | None] = queue.Queue()
 
     def run() -> None:
@@ -579,8 +590,8 @@ def _answer(ask: Callable[[], T], seconds: float) -> T | None:
         return None
 
 
-def _spread(part: int, parts: int) -> float:
-    """Numbers that add up to zero over the ranks of one batch, so that equal losses times them do too."""
+def _contrast(part: int, parts: int) -> float:
+    """Factors that add up to zero over the ranks of one batch: so do equal losses times them."""
     return (part + 1) ** 2 - sum(p * p for p in range(1, parts + 1)) / parts if parts > 1 else 0.0
 
 

@@ -1,6 +1,17 @@
 """How jets pass through operators: tables of rules, and the ladder for operators without one."""
 
-from . import attention, collectives, elementwise, losses, normalization, products, recurrent, selection, structure
+from . import (
+    attention,
+    collectives,
+    constants,
+    elementwise,
+    losses,
+    normalization,
+    products,
+    recurrent,
+    selection,
+    structure,
+)
 from .custom import register_rule
 from .differences import blackbox
 from .dispatch import dispatch, loss
@@ -12,6 +23,7 @@ __all__ = [
     "attention",
     "blackbox",
     "collectives",
+    "constants",
     "dispatch",
     "elementwise",
     "loss",

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import operator_names
 from ..errors import DerivativeError
-from ..jets.jet import Space, make, parts, scale
-from .registry import RULES
+from ..jets import Coefficients, Space, carried, make, parts
+from .registry import enter
 
 _functional = torch.ops._c10d_functional
 
@@ -24,29 +25,26 @@ def _linear(op: Any, space: Space, x: Any, *args: Any) -> Tensor:
     They lie along the second axis, as collectives cut and join along the first one. Ranks must send alike, so
     coefficients that are zero by structure, perhaps on this rank alone, are sent as zeros.
     """
-    value, first, second = parts(x, space)
-    counts = [1, space.k, space.pairs if space.order == 2 or space.gauss_newton else 0]
-    rows = [
-        part if part is not None else value.new_zeros(count, *value.shape)
-        for part, count in zip((value.unsqueeze(0), first, second), counts, strict=True)
-    ]
-    dtype = torch.promote_types(value.dtype, rows[1].dtype)  # half-precision values have coefficients in single
+    value, x1, x2 = parts(x, space)
+    dtype, shape = carried(value.dtype), value.shape
+    orders = [x1, x2] if space.order == 2 or space.gauss_newton else [x1]
+    rows = [value.unsqueeze(0).to(dtype), *(c.full(shape, dtype, value.device) for c in orders)]
     axis = min(value.dim(), 1)
-    stacked = torch.cat([row.to(dtype) for row in rows]).movedim(0, axis).contiguous()
+    stacked = torch.cat(rows).movedim(0, axis).contiguous()
     result = _functional.wait_tensor(op(stacked, *args))
-    value, first, second = result.movedim(axis, 0).split(counts)
-    return make(value[0].to(rows[0].dtype), first, second if counts[2] else None, space)
+    found, *coefficients = result.movedim(axis, 0).split([len(row) for row in rows])
+    y1, y2 = (Coefficients(space, c.order, held) for c, held in zip((x1, x2), (*coefficients, None), strict=False))
+    return make(found[0].to(value.dtype), y1, y2, space)
 
 
 def _extremum(space: Space, x: Any, reduction: str, group: Any) -> Tensor:
     """The largest or smallest value over ranks, and the coefficients of the rank that has it, or the mean of ties."""
-    value, first, second = parts(x, space)
+    value, x1, x2 = parts(x, space)
     best = _functional.wait_tensor(_functional.all_reduce(value, reduction, group))
     mine = (value == best).to(value.dtype)
     share = mine / _functional.wait_tensor(_functional.all_reduce(mine, "sum", group))
-    mine = make(value, scale(share, first), scale(share, second), space)
-    _, first, second = parts(_linear(_functional.all_reduce.default, space, mine, "sum", group), space)
-    return make(best, first, second, space)
+    mine = make(value, x1 * share, x2 * share, space)
+    return make(best, *parts(_linear(_functional.all_reduce.default, space, mine, "sum", group), space)[1:], space)
 
 
 def _enter(name: str) -> None:
@@ -60,10 +58,10 @@ def _enter(name: str) -> None:
             raise DerivativeError(f"{name} of jets by {word!r}: known are {', '.join(words)}")
         return _extremum(space, x, *args) if word in ("max", "min") else _linear(op, space, x, *args)
 
-    RULES[op] = rule
+    enter(op, rule)
     if hasattr(_functional, f"{name}_coalesced"):
         several = getattr(_functional, f"{name}_coalesced").default
-        RULES[several] = lambda space, xs, *args: [rule(space, x, *args) for x in xs]
+        enter(several, lambda space, xs, *args: [rule(space, x, *args) for x in xs])
 
 
 def _refuse(name: str) -> Any:
@@ -81,8 +79,8 @@ if torch.distributed.is_available():
         _enter(_name)
     for _name in ("wait_tensor", "_wrap_tensor_autograd"):  # the result has been waited for
         if hasattr(_functional, _name):
-            RULES[getattr(_functional, _name).default] = lambda space, x: x
-    for _name in {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("c10d::")}:
-        _packet = getattr(torch.ops.c10d, _name.removeprefix("c10d::"))
+            enter(getattr(_functional, _name).default, lambda space, x: x)
+    for _name in operator_names("c10d"):
+        _packet = getattr(torch.ops.c10d, _name)
         for _overload in _packet.overloads():
-            RULES[getattr(_packet, _overload)] = _refuse(_name)
+            enter(getattr(_packet, _overload), _refuse(f"c10d::{_name}"))

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from .._torch import Operator, OperatorPacket
 from ..errors import ArgumentError
-from ..jets.jet import Jet, Space, chain, primal
-from ..jets.jet import linear as linear_jet
+from ..jets import Jet, Space, chain, primal
+from ..jets import linear as linear_jet
 from .fallback import missing
 from .functions import register_function
 from .registry import RULES
@@ -81,11 +82,11 @@ def register_rule(
 
 def _overload(op: Any) -> Any:
     op = getattr(op, "_opoverload", op)  # torch.library.custom_op
-    if isinstance(op, torch._ops.OpOverloadPacket):
+    if isinstance(op, OperatorPacket):
         names = op.overloads()
         if len(names) != 1:
             raise ArgumentError(f"{op} has the overloads {names}; register each of them, as {op}.{names[0]}")
         op = getattr(op, names[0])
-    if not isinstance(op, torch._ops.OpOverload):
+    if not isinstance(op, Operator):
         raise ArgumentError(f"expected an operator or an autograd.Function, got {type(op).__name__}")
     return op

@@ -6,6 +6,9 @@ With x(a) the inputs on the plane, second coefficients included, ``phi(a) = f(x(
     y_ii = (phi(h_i) - 2 phi(0) + phi(-h_i)) / h_i²
     y_ij = (phi(h_i, h_j) + phi(-h_i, -h_j) + 2 phi(0) - the four of i and j alone) / 2 h_i h_j
 
+Second coefficients that sum pairs tell none of the inputs' x_ij apart: x(a) is then without them, and their part of the
+sum, linear in them, is a difference like that of y_i.
+
 Steps balance truncation, of order h², with the noise of f, which is measured by a table of differences: Moré and Wild,
 "Estimating computational noise", SIAM J. Sci. Comput. 33 (2011).
 """
@@ -19,14 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import DisableTorchFunction, EnableTorchFunction
 from ..errors import ArgumentError, DerivativeError
-from ..jets.jet import Jet, Space, is_jet, make, parts
+from ..jets import Coefficients, Jet, Space, absent, is_jet, make, parts
 from .dispatch import dispatch
 from .fallback import all_plain
 from .functions import Call, Draws, seeded
-from .registry import RULES
+from .registry import enter
 
 Inputs = tuple[Any, ...]
+Rows = list[Tensor] | None  # coefficients; None where there are none
 
 
 def blackbox(
@@ -65,7 +70,8 @@ def blackbox(
 
     Raises:
         ArgumentError: ``second`` without ``derivative``, or a noise or scale that is not positive.
-        DerivativeError: inside of derivatives of derivatives, or where f uses a parameter that is not an argument.
+        DerivativeError: inside of derivatives of derivatives, for complex numbers, or where f uses a parameter that is
+            not an argument.
 
     >>> import numpy, torch, jetplane as jp
     >>> f = jp.blackbox(lambda x: numpy.sin(x), numpy=True)
@@ -98,14 +104,17 @@ def _called(space: Space, box: _Box, *args: Any) -> Any:
             "a jetplane.blackbox inside derivatives of derivatives (jetplane.jet in a closure), which its differences "
             "cannot give; take it out of them"
         )
-    with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
+    with DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
         values, first, second = box.coefficients(space, args)
     outputs = values if isinstance(values, tuple) else (values,)
-    made = tuple(make(y, y1, y2, space) for y, y1, y2 in zip(outputs, first, second, strict=True))
+    made = tuple(
+        make(y, _split(space, 1, first, outputs, n), _split(space, 2, second, outputs, n), space)
+        for n, y in enumerate(outputs)
+    )
     return made if isinstance(values, tuple) else made[0]
 
 
-RULES[CALL] = _called
+enter(CALL, _called)
 
 
 class _Box:
@@ -134,10 +143,10 @@ class _Box:
     def _handed(self, x: Any) -> Any:
         return x.detach().cpu().numpy() if self.numpy and isinstance(x, Tensor) else x
 
-    def coefficients(self, space: Space, args: Sequence[Any]) -> tuple[Any, list[Any], list[Any]]:
-        """Result, first and second coefficients, the last two for each output."""
+    def coefficients(self, space: Space, args: Sequence[Any]) -> tuple[Any, Rows, Rows]:
+        """The result, and the first and second coefficients of all outputs, flat and one behind the other."""
         draws = Draws(args)
-        with torch._C._EnableTorchFunction():
+        with EnableTorchFunction():
             value = self.plain(*[_normal(parts(a, space)[0]) for a in args])
         outputs = value if isinstance(value, tuple) else (value,)
         if any(isinstance(y, Jet) for y in outputs):
@@ -146,12 +155,14 @@ class _Box:
                 "derivative its differences do not see; hand it in"
             )
         outputs = tuple(_as_tensor(y, args) for y in outputs)
+        if any(isinstance(x, Tensor) and x.is_complex() for x in (*args, *outputs)):
+            raise DerivativeError(
+                "a jetplane.blackbox with a complex argument or result, where differences are of real numbers; hand "
+                "in, and return, torch.view_as_real of it"
+            )
         value = outputs if isinstance(value, tuple) else outputs[0]
         with torch.random.fork_rng(devices=draws.devices):
-            first, second = _Differences(self, space, args, outputs, draws).both()
-        return value, [_split(first, outputs, n) for n in range(len(outputs))], [
-            _split(second, outputs, n) for n in range(len(outputs))
-        ]  # fmt: skip
+            return value, *_Differences(self, space, args, outputs, draws).both()
 
 
 def _as_tensor(y: Any, args: Sequence[Any]) -> Tensor:
@@ -167,13 +178,13 @@ def _normal(x: Any) -> Any:
     return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
 
 
-def _split(rows: list[Tensor] | None, outputs: Sequence[Tensor], n: int) -> Tensor | None:
-    """What is one output's of coefficients of all outputs, flat and one behind the other."""
-    if rows is None or not outputs[n].is_floating_point():
-        return None
-    start = sum(y.numel() for y in outputs[:n])
-    own = torch.stack([row[start : start + outputs[n].numel()] for row in rows])
-    return own.to(outputs[n].device, outputs[n].dtype).reshape(-1, *outputs[n].shape)
+def _split(space: Space, order: int, rows: Rows, outputs: Sequence[Tensor], n: int) -> Coefficients:
+    """What is one output's of the coefficients of all outputs."""
+    if rows is None:
+        return absent(space, order)
+    start, y = sum(y.numel() for y in outputs[:n]), outputs[n]
+    own = torch.stack([row[start : start + y.numel()] for row in rows])
+    return Coefficients(space, order, own.to(y.device).reshape(-1, *y.shape))
 
 
 class _Differences:
@@ -184,36 +195,38 @@ class _Differences:
         of = [parts(a, space) for a in args]
         wide = [self._wide(p) for p, _, _ in of]
         self.x = [p for p in wide]
-        self.first = [None if c is None else self._wide(c) for _, c, _ in of]
-        self.second = [None if c is None else self._wide(c) for _, _, c in of]
+        self.first, self.second = (
+            [self._wide(each[n].full(each[0].shape, box.dtype, each[0].device)) if each[n] else None for each in of]
+            for n in (1, 2)
+        )
         self.moves = [is_jet(a, space) for a in args]
         self.like = outputs
-        self.pairs = space.indices()
+        self.terms = space.structure.terms()
 
     def _wide(self, x: Any) -> Any:
         return x.to(self.box.dtype, copy=True) if isinstance(x, Tensor) and x.is_floating_point() else x
 
-    def both(self) -> tuple[list[Tensor] | None, list[Tensor] | None]:
-        """First and second coefficients of all outputs, each flat; None where there are none."""
+    def both(self) -> tuple[Rows, Rows]:
+        """First and second coefficients of all outputs, each flat."""
         moving = any(c is not None for c in self.first)
         bent = moving and self.space.order == 2
         carried = any(c is not None for c in self.second)
         if self.box.derivative is not None:
             first = [self._derivative(self.x, self._along(self.first, i)) for i in range(self.space.k)]
-            second = None
+            second = self._none()
             if bent:
-                second = [self._crossed(i, j) for i, j in self.pairs]
+                for n, i, j, weight in self.terms:
+                    second[n] = second[n] + weight * self._crossed(i, j)
             if carried:
-                own = [self._derivative(self.x, self._along(self.second, n)) for n in range(len(self.pairs))]
-                second = own if second is None else [a + b for a, b in zip(second, own, strict=True)]
-            return (first if moving else None), second
+                second = [c + self._derivative(self.x, self._along(self.second, n)) for n, c in enumerate(second)]
+            return (first if moving else None), (second if bent or carried else None)
         noise = self._noise()
         step = self.box.scale * noise ** (1 / 3)
         first = [self._slope(self._along(self.first, i), step) for i in range(self.space.k)] if moving else None
         if bent:
-            return first, self._curvature(self.box.scale * noise**0.25)
+            return first, self._curvature(self.box.scale * noise**0.25, step)
         if carried:
-            return first, [self._slope(self._along(self.second, n), step) for n in range(len(self.pairs))]
+            return first, [self._slope(self._along(self.second, n), step) for n in range(self.space.count(2))]
         return first, None
 
     # --- what is called ---------------------------------------------------------------------------
@@ -267,7 +280,7 @@ class _Differences:
     def _slope(self, v: Sequence[Any], step: float) -> Tensor:
         length = self._length(v)
         if not length:
-            return torch.zeros_like(self._zero())
+            return self._zero()
         h = step / length
         return (self._f(self._moved((h, v))) - self._f(self._moved((-h, v)))) / (2 * h)
 
@@ -279,20 +292,22 @@ class _Differences:
             return self._flat(self.box.second(*handed))
         length = self._length(w)
         if not length:
-            return torch.zeros_like(self._zero())
+            return self._zero()
         h = self.box.scale * max(self.box.noise or 0.0, torch.finfo(self.box.dtype).eps) ** (1 / 3) / length
         return (self._derivative(self._moved((h, w)), v) - self._derivative(self._moved((-h, w)), v)) / (2 * h)
 
-    def _curvature(self, step: float) -> list[Tensor]:
-        """Second coefficients by second differences of ``phi``."""
+    def _curvature(self, step: float, line: float) -> list[Tensor]:
+        """Second coefficients by second differences of ``phi``, with steps of ``line`` for what is linear."""
         center = self._f(self.x)
-        places = {pair: n for n, pair in enumerate(self.pairs)}
+        single = self.space.structure.single
+        places = {(min(t.i, t.j), max(t.i, t.j)): t.n for t in self.terms} if single else {}
+        carried = any(c is not None for c in self.second)
         tangents = [self._along(self.first, i) for i in range(self.space.k)]
         steps = [step / length if (length := self._length(v)) else 0.0 for v in tangents]
 
         def bent(i: int, j: int, h: float, g: float) -> list[tuple[float, list[Any]]]:
             """The part of ``x(a)`` that the inputs' second coefficients make, at a_i = h and a_j = g."""
-            if not any(c is not None for c in self.second):
+            if not carried:
                 return []
             amounts = {(i, i): h * h / 2, (j, j): g * g / 2, (min(i, j), max(i, j)): h * g}
             if i == j:
@@ -308,19 +323,24 @@ class _Differences:
                 total = total + self._f(self._moved(*line, *bent(i, j, h, g)))
             return total
 
-        alone = {i: sums(i, i) for i in range(self.space.k) if (i, i) in places and steps[i]}
-        found = []
-        for i, j in self.pairs:
-            if not steps[i] or not steps[j]:  # nothing moves but by second coefficients, if at all
-                at = self._along(self.second, places[i, j]) if any(c is not None for c in self.second) else None
-                found.append(torch.zeros_like(center) if at is None else self._slope(at, step))
-            elif i == j:
-                found.append(alone[i] / steps[i] ** 2)
-            else:
-                found.append((sums(i, j) - alone[i] - alone[j]) / (2 * steps[i] * steps[j]))
+        used = {i for t in self.terms if steps[t.i] and steps[t.j] for i in (t.i, t.j)}
+        alone = {i: sums(i, i) for i in sorted(used)}
+        found = self._none()
+        for n, i, j, weight in self.terms:
+            if steps[i] and steps[j]:
+                crossed = alone[i] if i == j else (sums(i, j) - alone[i] - alone[j]) / 2
+                found[n] = found[n] + weight * crossed / (steps[i] * steps[j])
+            elif carried and single:  # nothing moves but by second coefficients
+                found[n] = self._slope(self._along(self.second, n), line)
+        if carried and not single:
+            found = [c + self._slope(self._along(self.second, n), line) for n, c in enumerate(found)]
         return found
 
     # --- noise ------------------------------------------------------------------------------------
+
+    def _none(self) -> list[Tensor]:
+        """Second coefficients that are zero."""
+        return [self._zero()] * self.space.count(2)
 
     def _zero(self) -> Tensor:
         return torch.cat([y.new_zeros(y.numel(), dtype=self.box.dtype).to(self.like[0].device) for y in self.like])

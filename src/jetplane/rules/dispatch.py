@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._mode_utils import no_dispatch
-from torch.utils._pytree import tree_leaves, tree_map
 
+from .._torch import decompositions, is_composite, no_dispatch, tree_leaves, tree_map, under
 from ..errors import DerivativeError, MissingRuleError
-from ..jets.jet import (
+from ..jets import (
     LOSS,
     MODEL,
     PARAMETER,
@@ -38,59 +37,7 @@ from ..jets.jet import (
     write,
 )
 from . import examples, fallback, sparse
-from .registry import RULES, overload
-
-ALIASING = {
-    "reshape",
-    "contiguous",
-    "to",
-    "flatten",
-    "type_as",
-    "resolve_conj",
-    "resolve_neg",
-    "dropout",
-    "ravel",
-}
-RANDOM = {
-    "normal_",
-    "uniform_",
-    "bernoulli_",
-    "exponential_",
-    "random_",
-    "geometric_",
-    "cauchy_",
-    "log_normal_",
-}
-
-# Values that depend on the input's shape and dtype alone, or that stop derivatives by definition.
-CONSTANT = (
-    "detach", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like",
-    "randint_like", "randint_like.low_dtype", "new_zeros", "new_ones", "new_full", "new_empty",
-    "new_empty_strided", "bernoulli", "bernoulli.p", "bernoulli.Tensor", "_local_scalar_dense", "item",
-    "is_nonzero", "equal", "argmax", "argmin", "argsort", "argsort.stable", "poisson",
-    "binomial", "multinomial",
-    "normal.Tensor_float", "normal.Tensor_Tensor", "normal.float_Tensor",
-)  # fmt: skip
-
-
-# Fresh memory that composites may write jets into: a jet from the start, though without coefficients.
-BUFFERS = ("zeros_like", "empty_like", "new_zeros", "new_empty", "new_empty_strided", "new_full", "full_like")
-
-
-def _constant(name: str) -> None:
-    op = overload(name)
-    if op is None:
-        return
-
-    def rule(space: Space, *args: Any, **kwargs: Any) -> Any:
-        y = op(*_primals(space, args), **_primals(space, kwargs))
-        return Jet(y, None, None, space) if name in BUFFERS and _differentiable(y) else y
-
-    RULES[op] = rule
-
-
-for _name in CONSTANT:
-    _constant(_name)
+from .registry import ALIASING, RANDOM, RULES
 
 
 def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -101,12 +48,12 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     space = _highest(args, _highest(kwargs.values(), None))
     if space is None:  # jets that lost their coefficients to promotion cannot occur; plain calls can
         return func(*args, **kwargs)
-    with torch._C._ForceDispatchKeyGuard(*space.keys) if space.keys else contextlib.nullcontext():
+    with under(space.keys):
         return _on_keys(func, space, args, kwargs, original)
 
 
 def _on_keys(func: Any, space: Space, args: Any, kwargs: dict[str, Any], original: Sequence[Any]) -> Any:
-    before = space.order, space.kind, space.k, space.block
+    before = space.order, space.kind
     try:
         if space.gauss_newton:
             space.kind = _kind_of_call(func, space, (*args, *kwargs.values()))
@@ -115,7 +62,7 @@ def _on_keys(func: Any, space: Space, args: Any, kwargs: dict[str, Any], origina
                 args, kwargs = space.entrance.admit(func, space, args, kwargs)
         result = _dispatch(func, space, args, kwargs, original)
     finally:
-        space.order, space.kind, space.k, space.block = before
+        space.order, space.kind = before
     if space.examples:
         examples.follow(func, space, args, kwargs, result)
     return result
@@ -156,7 +103,7 @@ def carry(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) 
 
 
 def _decomposed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    if _is_composite(func):
+    if is_composite(func):
         before = promotions()
         result = func.decompose(*args, **kwargs)
         if promotions() == before:
@@ -164,25 +111,13 @@ def _decomposed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         # It moved jets through plain memory of its own, where no operator of ours sees them: not trusted.
         forget_promotions(before)
         return NotImplemented
-    table = _tables().get(func)
+    table = decompositions().get(func)
     if table is None:
         return NotImplemented
     try:
         return table(*args, **kwargs)
     except MissingRuleError:  # it leads to primitives that only a compiler knows
         return NotImplemented
-
-
-@functools.cache
-def _is_composite(func: Any) -> bool:
-    return func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
-
-
-@functools.cache
-def _tables() -> dict[Any, Any]:
-    from torch._decomp import decomposition_table  # imports sympy and more: only when needed
-
-    return decomposition_table
 
 
 @functools.cache
@@ -345,7 +280,7 @@ def _mutate(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
         return _store([args[0]], [value], space, original[0])
     op = _functional(func)
     if op is None:
-        if _is_composite(func):
+        if is_composite(func):
             return func.decompose(*args, **kwargs)
         raise fallback.missing(func, "it writes in place and has no functional counterpart")
     if outs:

@@ -6,6 +6,7 @@ derivative that is zero everywhere. Functions of several tensors give their grad
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,32 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..jets.jet import (
+from ..jets import (
+    Derivatives,
     Space,
-    accumulate,
     add_jets,
-    apply,
-    broadcast,
     carried,
     chain,
     chain_many,
+    elementwise,
     expand,
-    lift,
-    linear,
+    jointly,
     make,
     multiply,
     parts,
-    plain,
-    precise,
     primal,
 )
-from .registry import RULES, aten, overload, register
-
-Derivatives = tuple[Tensor | None, Tensor | None]
+from .registry import Rule, aten, declare, enter, operator, register
 
 SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 TWO_OVER_SQRT_PI = 2 / math.sqrt(math.pi)
-BLOCK = 1 << 16  # elements at a time: a few tensors of them fit into the cache
 LN2, LN10 = math.log(2), math.log(10)
 
 
@@ -399,85 +393,49 @@ SLOPES: dict[str, Callable[..., Tensor]] = {
 NOT_HOLOMORPHIC = {"abs"}
 
 
-def _unary(name: str, derivatives: Callable[..., Derivatives]) -> None:
-    op = overload(name)
-    if op is None:
-        return
-    packet = name.partition(".")[0]
-    slope = SLOPES.get(name)
+def _unary(name: str) -> Rule:
+    derivatives, slope, packet = DERIVATIVES[name], SLOPES.get(name), name.partition(".")[0]
+    op: Any = operator(name)
 
     def rule(space: Space, x: Any, *args: Any, **kwargs: Any) -> Any:
         p = primal(x, space)
         args = tuple(primal(a, space) for a in args)
         if packet in NOT_HOLOMORPHIC and p.is_complex():
             return NotImplemented
-        y = op(p, *args, **kwargs)
+        return elementwise(
+            space,
+            x,
+            op(p, *args, **kwargs),
+            lambda p, y: derivatives(p, y, *args, **kwargs),
+            None if slope is None else functools.partial(_slope, slope, args, kwargs),
+            blocks=not any(isinstance(a, Tensor) for a in args),
+        )
 
-        quick = slope if space.order == 1 and plain(p) and p.dtype == y.dtype and not y.is_complex() else None
-
-        def of(p: Tensor, y: Tensor) -> Derivatives:
-            if quick is not None:
-                p, y = precise(p), precise(y)
-                return quick(torch.ones_like(y), p, y, *args, **kwargs), None
-            d1, d2 = derivatives(precise(p if p.dtype == y.dtype else p.to(y.dtype)), precise(y), *args, **kwargs)
-            return d1, d2 if space.order == 2 else None
-
-        if quick is not None and space.k == 1:
-            _, first, second = parts(x, space)
-            if first is not None and second is None and plain(first):
-                first = quick(first[0].contiguous(), precise(p), precise(y), *args, **kwargs)[None]
-                return make(y, first, None, space)
-        if p.numel() > BLOCK and not any(isinstance(a, Tensor) for a in args):
-            result = _in_blocks(space, x, p, y, of)
-            if result is not NotImplemented:
-                return result
-        return chain(space, x, y, *of(p, y))
-
-    RULES[op] = rule
+    return rule
 
 
-def _in_blocks(space: Space, x: Any, p: Tensor, y: Tensor, of: Callable[[Tensor, Tensor], Derivatives]) -> Any:
-    """`chain`, some elements at a time: the derivatives stay in the cache and take no memory of the result's size."""
-    _, first, second = parts(x, space)
-    held = [t for t in (p, y, first, second) if t is not None]
-    if first is None or y.is_complex() or not plain(*held) or not all(t.is_contiguous() for t in held):
-        return NotImplemented
-    n = p.numel()
-    p, flat, first = p.view(n), y.view(n), first.view(-1, n)
-    d1, d2 = of(p[:1], flat[:1])
-    if d1 is None or (second is None and d2 is not None):  # products that may never be formed are `chain`'s
-        return NotImplemented
-    y1 = space.memory.empty(first.shape, first)
-    y2 = None if second is None else space.memory.empty((second.shape[0], n), second)
-    for start in range(0, n, BLOCK):
-        part = slice(start, start + BLOCK)
-        d1, d2 = of(p[part], flat[part])
-        assert d1 is not None
-        torch.mul(first[:, part], d1, out=y1[:, part])
-        if y2 is not None and second is not None:
-            bent = y2[:, part]
-            torch.mul(second.view(-1, n)[:, part], d1, out=bent)
-            if d2 is not None:
-                accumulate(space, bent, d2 * first[:, part], first[:, part])
-    return make(y, y1.view(-1, *y.shape), None if y2 is None else y2.view(-1, *y.shape), space)
+def _slope(slope: Callable[..., Tensor], args: Any, kwargs: Any, c: Tensor, p: Tensor, y: Tensor) -> Tensor:
+    return slope(c, p, y, *args, **kwargs)
 
 
-for _name, _derivatives in DERIVATIVES.items():
-    _unary(_name, _derivatives)
+for _name in DERIVATIVES:
+    declare(_name, lambda op, name=_name: _unary(name))
 
 
 @register("relu")
 def _(space: Space, x: Any) -> Tensor:
-    p = primal(x, space)
-    if not plain(p) or p.dtype != carried(p.dtype):
+    p, x1, x2 = parts(x, space)
+    if p.dtype != carried(p.dtype):
         return chain(space, x, torch.relu(p), *_mask(p > 0, p))
 
-    def on_stack(c: Tensor) -> Tensor:  # one pass, no mask in memory
-        if not plain(c):
-            return aten.threshold_backward(c, p, 0)
-        return aten.threshold_backward.grad_input(c, p, 0, grad_input=space.memory.empty(c.shape, c))
+    def kernel(c: Tensor, out: Tensor) -> Tensor:  # one pass, no mask in memory
+        return aten.threshold_backward.grad_input(c, p, 0, grad_input=out)
 
-    return linear(space, x, torch.relu, on_stack)
+    def otherwise(c: Tensor) -> Tensor:
+        return aten.threshold_backward(c, p, 0)
+
+    y1, y2 = (c.written(p.shape, kernel, otherwise, p) for c in (x1, x2))
+    return make(torch.relu(p), y1, y2, space)
 
 
 @register("pow.Scalar")
@@ -529,14 +487,11 @@ def _(space: Space, a: Any, b: Any) -> Tensor:
 @register("div.Tensor", "div.Scalar")
 def _(space: Space, a: Any, b: Any) -> Tensor:
     y = torch.div(primal(a, space), primal(b, space))
-    _, first, _ = parts(b, space)
-    if first is None:
-        divisor = primal(b, space)
-        return linear(
-            space, a, lambda _: y, lambda c: expand(apply(space, torch.div, lift(c, y.dim()), divisor), y.shape)
-        )
-    product = multiply(space, a, torch.reciprocal(b))
-    return make(y, *parts(product, space)[1:], space)
+    divisor, b1, b2 = parts(b, space)
+    if b1 or b2:
+        return make(y, *parts(multiply(space, a, torch.reciprocal(b)), space)[1:], space)
+    _, a1, a2 = parts(a, space)
+    return make(y, a1 / divisor, a2 / divisor, space)
 
 
 @register("div.Tensor_mode", "div.Scalar_mode")
@@ -568,17 +523,11 @@ def _(space: Space, start: Any, end: Any, weight: Any) -> Tensor:
 
 @register("complex")
 def _(space: Space, real: Any, imag: Any) -> Tensor:
-    pr, *re = parts(real, space)
-    pi, *im = parts(imag, space)
+    pr, r1, r2 = parts(real, space)
+    pi, i1, i2 = parts(imag, space)
     y = torch.complex(pr, pi)
-
-    def joined(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-        a, b = broadcast(a, y.shape), broadcast(b, y.shape)
-        if a is None or b is None:
-            return (a.to(y.dtype) if a is not None else None) if b is None else b * 1j
-        return torch.complex(a, b)
-
-    return make(y, joined(re[0], im[0]), joined(re[1], im[1]), space)
+    first, second = (re.to(y.dtype) + im * 1j for re, im in ((r1, i1), (r2, i2)))
+    return make(y, first, second, space)
 
 
 @register("polar")
@@ -588,8 +537,8 @@ def _(space: Space, magnitude: Any, angle: Any) -> Tensor:
 
 @register("nextafter")
 def _(space: Space, a: Any, b: Any) -> Tensor:
-    y = torch.nextafter(primal(a, space), primal(b, space))
-    return linear(space, a, lambda _: y, lambda c: expand(c, y.shape))
+    _, a1, a2 = parts(a, space)
+    return make(torch.nextafter(primal(a, space), primal(b, space)), a1, a2, space)
 
 
 # --- functions of two tensors --------------------------------------------------------------
@@ -670,7 +619,7 @@ def _modulo(op: Any, rounding: str) -> None:
         x, y = primal(a, space), primal(b, space)
         return chain_many(space, (a, b), op(x, y), (torch.ones_like(x), -torch.div(x, y, rounding_mode=rounding)), {})
 
-    RULES[op] = rule
+    enter(op, rule)
 
 
 _modulo(aten.fmod.Tensor, "trunc")
@@ -679,10 +628,10 @@ _modulo(aten.remainder.Tensor, "floor")
 
 @register("copysign.Tensor", "copysign.Scalar")
 def _(space: Space, a: Any, b: Any) -> Tensor:
-    x = primal(a, space)
+    x, a1, a2 = parts(a, space)
     y = torch.copysign(x, primal(b, space))
     ratio = torch.where(x == 0, 0, y / x)
-    return linear(space, a, lambda _: y, lambda c: expand(lift(c, y.dim()) * ratio, y.shape))
+    return make(y, a1 * ratio, a2 * ratio, space)
 
 
 def _selecting(space: Space, a: Any, b: Any, y: Tensor, left: Tensor) -> Tensor:
@@ -766,17 +715,12 @@ def _(space: Space, x: Any, weight: Any) -> Tensor:
 @register("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
 def _(space: Space, condition: Tensor, a: Any, b: Any) -> Tensor:
     condition = primal(condition, space)
-    pa, fa, sa = parts(a, space)
-    pb, fb, sb = parts(b, space)
-    y = torch.where(condition, pa, pb)
+    y = torch.where(condition, primal(a, space), primal(b, space))
 
-    def pick(ca: Tensor | None, cb: Tensor | None) -> Tensor | None:
-        ca, cb = broadcast(ca, y.shape), broadcast(cb, y.shape)
-        if ca is None and cb is None:
-            return None
-        return torch.where(condition, 0 if ca is None else ca, 0 if cb is None else cb)
+    def chosen(ca: Tensor, cb: Tensor) -> Tensor:
+        return torch.where(condition, expand(ca, y.shape), expand(cb, y.shape))
 
-    return make(y, pick(fa, fb), pick(sa, sb), space)
+    return jointly(space, (a, b), y, chosen)
 
 
 @register("masked_fill.Scalar", "masked_fill.Tensor")

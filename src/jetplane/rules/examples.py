@@ -13,22 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from ..jets.jet import LOSS, LOST, PARAMETER, Jet, Space, is_jet, parts, promoted
-
-# Operators under which one element stays what it is.
-SAME = {
-    "view", "reshape", "flatten", "squeeze", "unsqueeze", "ravel", "clone", "alias", "contiguous", "to", "_to_copy",
-    "sum", "mean", "positive",
-}  # fmt: skip
+from .._torch import tree_leaves
+from ..jets import LOSS, LOST, PARAMETER, Coefficients, Jet, Space, is_jet, parts, promoted
+from .registry import ONE_ELEMENT
 
 
-def keep(space: Space, total: Any, first: Tensor | None, weight: Tensor) -> Any:
-    """Note the examples' parts of a loss ``sum(weight * first)``, both of shape (…, N, …), and return the loss."""
-    if space.examples and first is not None and is_jet(total, space) and weight.dim() > 0:
+def keep(space: Space, total: Any, x1: Coefficients, weight: Tensor) -> Any:
+    """Note the examples' parts of a loss ``sum(weight * x_i)``, both of shape (…, N, …), and return the loss."""
+    if space.examples and x1 and is_jet(total, space) and weight.dim() > 0:
         n = weight.shape[0]
-        apart = first.expand(first.shape[0], *weight.shape).reshape(first.shape[0], n, -1)
+        first = x1.full(weight.shape, x1.tensor.dtype, x1.tensor.device)
+        apart = first.reshape(first.shape[0], n, -1)
         total.examples = torch.einsum("kni,ni->nk", apart, weight.reshape(n, -1).to(first.dtype))
     return total
 
@@ -65,7 +61,7 @@ def _examples(packet: str, space: Space, args: Sequence[Any], kwargs: dict[str, 
         apart, other = getattr(other, "examples", None), x
     if apart is None or apart is LOST:
         return LOST
-    if packet in SAME:
+    if packet in ONE_ELEMENT:
         return apart
     if packet == "neg":
         return -apart
@@ -77,12 +73,12 @@ def _examples(packet: str, space: Space, args: Sequence[Any], kwargs: dict[str, 
 
 def _of(x: Any, space: Space) -> Tensor:
     """The examples of a term: (N, K), or one row for what is the same for all."""
-    if not is_jet(x, space) or x.first is None:
+    if not is_jet(x, space) or not x.first:
         return torch.zeros(1, space.k, device=x.device if isinstance(x, Tensor) else None)
     if x.examples is not None:
         return x.examples
     if space.gauss_newton and x.kind == PARAMETER:
-        return parts(x, space)[1].reshape(1, -1)  # type: ignore[union-attr]
+        return x.first_tensor.reshape(1, -1)
     return LOST
 
 

@@ -1,9 +1,13 @@
 """What is left when an operator has no rule and no decomposition: autograd inside that one operator.
 
-With inputs x(a) = x + sum a_i x_i + 1/2 sum a_i a_j x_ij along real a in R^K and a cotangent u,
-``g(a, u) = d<u, op(x(a))>/da`` is linear in u, so its derivatives by u are the first coefficients,
-and those of ``dg/da`` are the second ones: reverse over reverse over a linear map. It is exact where
-torch's own backward formulas are, local (nothing is kept after the operator), and slow, K² passes.
+With inputs ``x(a, c) = x + sum a_i x_i + sum c_n x_n``, a and c real numbers for each first and second coefficient, and
+a cotangent u, the derivatives
+
+    g(a, c, u) = d<u, op(x(a, c))> / d(a, c)
+
+are linear in u, so their derivatives by u are those of the result: ``y_i = d/du dg/da_i``, and for a second coefficient
+that sums pairs ``y_n = d/du (dg/dc_n + sum w d²g / da_i da_j)``: reverse over reverse over a linear map. It is exact
+where torch's own backward formulas are, local (nothing is kept after the operator), and slow, a pass for each.
 """
 
 from __future__ import annotations
@@ -16,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from .._torch import tree_flatten, tree_leaves, tree_unflatten
 from ..errors import FallbackWarning, MissingRuleError
-from ..jets.jet import Jet, Space, chain, make, parts, plain
+from ..jets import Coefficients, Jet, Space, chain, make, parts, writable
 
 _strict: contextvars.ContextVar[bool] = contextvars.ContextVar("jetplane_strict", default=False)
 _announced: set[Any] = set()
@@ -62,7 +66,7 @@ def pointwise(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, An
     if torch.Tag.pointwise not in func.tags or len(jets) != 1 or any(isinstance(a, (list, tuple)) for a in args):
         return NotImplemented
     p = parts(jets[0], space)[0]
-    if not plain(p) or not p.dtype.is_floating_point:
+    if not writable(p) or not p.dtype.is_floating_point:
         return NotImplemented
     try:
         with torch.inference_mode(False), torch.enable_grad():
@@ -91,7 +95,8 @@ def reverse(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
         raise missing(func, "the local fallback does not reach into nested jets")
     try:
         result = reverse_over_reverse(func, space, args, kwargs)
-        if not any(isinstance(y, Jet) for y in tree_leaves(result)):
+        moves = any(c for a in tree_leaves((args, kwargs)) for c in parts(a, space)[1:])
+        if moves and not any(isinstance(y, Jet) for y in tree_leaves(result)):
             raise NotImplementedError("it has no derivative in torch")  # which is not to be zero
     except (RuntimeError, NotImplementedError) as error:
         raise missing(func, f"autograd cannot differentiate it twice either ({str(error).splitlines()[0]})") from error
@@ -106,8 +111,8 @@ def forbidden() -> bool:
 
 def all_plain(space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether neither primals nor coefficients of the arguments are jets of an outer evaluation themselves."""
-    held = [t for a in tree_leaves((args, kwargs)) for t in parts(a, space)]
-    return plain(*(t for t in held if isinstance(t, Tensor)))
+    of = [parts(a, space) for a in tree_leaves((args, kwargs))]
+    return writable(*(p for p, _, _ in of), *(c.tensor for _, *both in of for c in both if c))
 
 
 def announce(what: Any, why: str) -> None:
@@ -132,49 +137,49 @@ def reverse_over_reverse(f: Callable[..., Any], space: Space, args: Sequence[Any
     leaves, spec = tree_flatten((tuple(args), kwargs))
     carried = [parts(a, space) for a in leaves]
     with torch.inference_mode(False), torch.enable_grad():
-        outputs, a = _along(f, space, leaves, carried, spec)
-        found = [_coefficients(y, a, space) if isinstance(y, Tensor) else (y,) for y in outputs[0]]
+        outputs, along = _along(f, space, carried, spec)
+        found = [_coefficients(y, *along, space) if isinstance(y, Tensor) else (y,) for y in outputs[0]]
     # jets are made here, under inference mode again, where all others are made
     return tree_unflatten([make(*y, space) if len(y) == 3 else y[0] for y in found], outputs[1])
 
 
-def _along(func: Any, space: Space, leaves: Sequence[Any], carried: Sequence[Any], spec: Any) -> tuple[Any, Tensor]:
-    """The operator's outputs as functions of a, at a = 0."""
-    reals = [t for _, *cs in carried for t in cs if t is not None]
+def _along(func: Any, space: Space, carried: Sequence[Any], spec: Any) -> tuple[Any, tuple[Tensor, Tensor]]:
+    """The operator's outputs as functions of a and c, at zero."""
+    reals = [c.tensor for _, *cs in carried for c in cs if c]
     dtype = torch.float64 if any(t.dtype in (torch.float64, torch.complex128) for t in reals) else torch.float32
-    a = torch.zeros(space.k, dtype=dtype, device=reals[0].device, requires_grad=True)
-    half = torch.stack([a[i] * a[j] * (0.5 if i == j else 1.0) for i, j in space.indices()])
+    device = reals[0].device if reals else None  # none in memory that no jet was written into yet
+    a, c = (
+        torch.zeros(count, dtype=dtype, device=device, requires_grad=True) for count in (space.k, space.structure.count)
+    )
 
-    def at(leaf: Any, c: Any) -> Any:
-        p, first, second = c
-        if first is None and second is None:
+    def at(p: Any, x1: Coefficients, x2: Coefficients) -> Any:
+        if not (x1 or x2):
             return _normal(p)
         x = p.clone()
-        if first is not None:
-            x = x + torch.tensordot(a.to(first.dtype), first.clone(), 1).to(p.dtype)
-        if second is not None:
-            x = x + torch.tensordot(half.to(second.dtype), second.clone(), 1).to(p.dtype)
+        for along, coefficients in ((a, x1), (c, x2)):
+            if coefficients:
+                stack = coefficients.full(p.shape, coefficients.tensor.dtype, p.device)
+                x = x + torch.tensordot(along.to(stack.dtype), stack.clone(), 1).to(p.dtype)
         return x
 
-    inner_args, inner_kwargs = tree_unflatten([at(x, c) for x, c in zip(leaves, carried, strict=True)], spec)
-    return tree_flatten(func(*inner_args, **inner_kwargs)), a
+    inner_args, inner_kwargs = tree_unflatten([at(*c) for c in carried], spec)
+    return tree_flatten(func(*inner_args, **inner_kwargs)), (a, c)
 
 
-def _coefficients(y: Tensor, a: Tensor, space: Space) -> tuple[Any, ...]:
-    """Primal, first and second coefficients of one output y(a); the primal alone where it is constant."""
+def _coefficients(y: Tensor, a: Tensor, c: Tensor, space: Space) -> tuple[Any, ...]:
+    """Primal, first and second coefficients of one output y(a, c); the primal alone where it is constant."""
     if not y.requires_grad:
         return (y.detach(),)
     real = torch.view_as_real(y) if y.is_complex() else y
     try:
-        first, second = _by_cotangent(real, a, space)
+        first, second = _by_cotangent(real, a, c, space)
     except (RuntimeError, NotImplementedError):
         if real.numel() > ELEMENTWISE_LIMIT:
             raise
-        first, second = _by_element(real, a, space)
+        first, second = _by_element(real, a, c, space)
     if y.is_complex():
-        first = torch.view_as_complex(first.contiguous())
-        second = None if second is None else torch.view_as_complex(second.contiguous())
-    return y.detach(), first, second
+        first, second = (None if s is None else torch.view_as_complex(s.contiguous()) for s in (first, second))
+    return y.detach(), Coefficients(space, 1, first), Coefficients(space, 2, second)
 
 
 def _grad(y: Tensor, x: Tensor, u: Tensor | None = None, create: bool = False) -> Tensor:
@@ -184,26 +189,33 @@ def _grad(y: Tensor, x: Tensor, u: Tensor | None = None, create: bool = False) -
     return torch.zeros_like(x) if g is None else g
 
 
-def _by_cotangent(y: Tensor, a: Tensor, space: Space) -> tuple[Tensor, Tensor | None]:
+def _sums(g: Tensor, gc: Tensor, a: Tensor, space: Space) -> list[Tensor]:
+    """``dg/dc_n + sum w d²g / da_i da_j`` for each second coefficient."""
+    rows: dict[int, Tensor] = {}
+    sums = list(gc.unbind())
+    for n, i, j, weight in space.structure.terms():
+        if i not in rows:
+            rows[i] = _grad(g[i], a, create=True)
+        sums[n] = sums[n] + (rows[i][j] if weight == 1 else weight * rows[i][j])
+    return sums
+
+
+def _by_cotangent(y: Tensor, a: Tensor, c: Tensor, space: Space) -> tuple[Tensor, Tensor | None]:
     u = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=_generator(y), requires_grad=True)
     g = _grad(y, a, u, create=True)
     first = torch.stack([_grad(g[i], u) for i in range(space.k)])
-    # It is linear in u, so contracting with u gives back what it is the derivative of. Where a formula forgets its
-    # cotangent it does not, and the result must not be trusted; the same holds for the second coefficients below.
+    # Both are linear in u, so contracting with u gives back what they are derivatives of. Where a formula forgets its
+    # cotangent it does not, and the result must not be trusted.
     if not _contracts(first, u, g):
         raise RuntimeError(NOT_LINEAR)
-    if space.order == 1:
+    gc = _grad(y, c, u, create=True)
+    if space.order == 1 and not gc.requires_grad:
         return first.detach(), None
-    rows: dict[int, Tensor] = {}
-    second = []
-    for i, j in space.indices():
-        if i not in rows:
-            rows[i] = _grad(g[i], a, create=True)
-        second.append(_grad(rows[i][j], u))
-    curvature = torch.stack(second).detach()
-    if not _contracts(curvature, u, torch.stack([rows[i][j].detach() for i, j in space.indices()])):
+    sums = _sums(g, gc, a, space) if space.order == 2 else list(gc.unbind())
+    second = torch.stack([_grad(e, u) for e in sums]).detach()
+    if not _contracts(second, u, torch.stack([e.detach() for e in sums])):
         raise RuntimeError(NOT_LINEAR)
-    return first.detach(), curvature
+    return first.detach(), second
 
 
 def _contracts(c: Tensor, u: Tensor, expected: Tensor) -> bool:
@@ -218,16 +230,15 @@ def _generator(y: Tensor) -> torch.Generator:
     return torch.Generator(y.device).manual_seed(0)
 
 
-def _by_element(y: Tensor, a: Tensor, space: Space) -> tuple[Tensor, Tensor | None]:
+def _by_element(y: Tensor, a: Tensor, c: Tensor, space: Space) -> tuple[Tensor, Tensor | None]:
     firsts, seconds = [], []
     for element in y.reshape(-1).unbind(0):
-        g = _grad(element, a, create=True)
+        g, gc = _grad(element, a, create=True), _grad(element, c, create=True)
         firsts.append(g.detach())
-        if space.order == 2:
-            rows = torch.stack([_grad(g[i], a) for i in range(space.k)])
-            seconds.append(torch.stack([rows[i, j] for i, j in space.indices()]).detach())
-    first = torch.stack(firsts, -1).reshape(space.k, *y.shape)
+        sums = _sums(g, gc, a, space) if space.order == 2 else list(gc.unbind())
+        seconds.append(torch.stack(sums).detach())
+    first, second = (torch.stack(each, -1).reshape(len(each[0]), *y.shape) for each in (firsts, seconds))
     u = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=_generator(y))
     if not _contracts(first, u, _grad(y, a, u)):
         raise RuntimeError(NOT_LINEAR)
-    return first, torch.stack(seconds, -1).reshape(space.pairs, *y.shape) if seconds else None
+    return first, second

@@ -28,13 +28,27 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
-from torch.utils._pytree import tree_map
 
+from .._torch import DisableTorchFunction, EnableTorchFunction, tree_map
 from ..errors import DerivativeError
-from ..jets.jet import Jet, Space, forget_promoted, is_jet, make, parts, promoted
+from ..jets import (
+    Coefficients,
+    Diagonal,
+    Jet,
+    Space,
+    Star,
+    Term,
+    absent,
+    forget_promoted,
+    innermost,
+    is_jet,
+    make,
+    parts,
+    promoted,
+)
 from .dispatch import _store, dispatch
 from .fallback import all_plain, announce, forbidden, reverse_over_reverse
-from .registry import RULES
+from .registry import enter
 
 REGISTERED: dict[type, Callable[..., Any]] = {}  # what the user said of a function
 
@@ -53,15 +67,9 @@ def differentiate_forward(function: type) -> None:
 
 def _constant(function: type) -> Callable[..., Any]:
     def composed(*args: Any) -> Any:
-        return _original_apply(function, *[_innermost(a) for a in args])
+        return _original_apply(function, *[innermost(a) for a in args])
 
     return composed
-
-
-def _innermost(x: Any) -> Any:
-    while isinstance(x, Jet):
-        x = x.primal
-    return x
 
 
 # Functions of torch's own that are there for a backward pass alone: reentrant checkpoints compute what they are given,
@@ -95,7 +103,7 @@ def _on_jets(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if kwargs or any(map(_wraps_a_jet, args)):
         raise _refused(function, "it is called in a way in which they are not seen")
     # Autograd does not look into lists and dictionaries either: what is in there is constant.
-    return dispatch(APPLY, (function, *(a if isinstance(a, Jet) else tree_map(_innermost, a) for a in args)), {})
+    return dispatch(APPLY, (function, *(a if isinstance(a, Jet) else tree_map(innermost, a) for a in args)), {})
 
 
 def _refused(function: type, why: str) -> DerivativeError:
@@ -107,7 +115,7 @@ def _refused(function: type, why: str) -> DerivativeError:
 
 
 class Call:
-    """What is called in place of an operator: a rule's entry in `RULES`, whose first argument says what it calls."""
+    """What is called in place of an operator: it has a rule, whose first argument says what is called."""
 
     namespace = "jetplane"
 
@@ -126,11 +134,11 @@ def _applied(space: Space, function: Any, *args: Any) -> Any:
     if not all_plain(space, args, {}):
         raise _refused(function, "they are not taken inside derivatives of derivatives (jetplane.jet in a closure)")
     way = _by_backward if function.jvp is torch.autograd.Function.jvp else _by_jvp
-    with torch._C.DisableTorchFunction():  # as inside of an operator: interception is for the user's code alone
+    with DisableTorchFunction():  # as inside of an operator: interception is for the user's code alone
         return way(space, function, args)
 
 
-RULES[APPLY] = _applied
+enter(APPLY, _applied)
 
 
 def _copied(x: Any) -> Any:
@@ -204,7 +212,7 @@ def _run(
     """Run forward. What is ``known`` of the outputs replaces them, also where they were saved."""
     ctx = _Context(function, moving)
     apart = _sets_context_apart(function)
-    with torch._C._EnableTorchFunction():
+    with EnableTorchFunction():
         result = function.forward(*inputs) if apart else function.forward(ctx, *inputs)
     if known is not None:
         outputs = _sequence(result)
@@ -230,7 +238,7 @@ def _pushed(
         return torch.zeros_like(x) if isinstance(x, Tensor) and ctx.materialize_grads else None
 
     along = list(map(given, inputs, tangents))
-    with torch._C._EnableTorchFunction():
+    with EnableTorchFunction():
         pushed = _sequence(function.jvp(ctx, *along))
     shapes = [None if t is None else tuple(t.shape) for t in pushed]
     expected = [tuple(y.shape) if isinstance(y, Tensor) else None for y in outputs]
@@ -239,10 +247,30 @@ def _pushed(
     return pushed
 
 
+Rows = dict[int, Tensor]  # coefficients of one value by their places; those that are absent are not in it
+
+
+def _rows(c: Coefficients) -> Rows:
+    return dict(zip(range(len(c.tensor)) if c.rows is None else c.rows, c.tensor, strict=True)) if c else {}
+
+
+def _coefficients(rows: Rows, space: Space, order: int) -> Coefficients:
+    if not rows:
+        return absent(space, order)
+    places = tuple(sorted(rows))
+    every = len(places) == space.count(order)
+    return Coefficients(space, order, torch.stack([rows[n] for n in places]), None if every else places)
+
+
+def _add(into: Rows, n: int, term: Tensor) -> None:
+    into[n] = into[n] + term if n in into else term
+
+
 def _by_jvp(space: Space, function: Any, args: Sequence[Any]) -> Any:
     of = [parts(a, space) for a in args]
     moving = [is_jet(a, space) for a in args]
-    crossed = space.order == 2 and any(first is not None for _, first, _ in of)
+    first, second = [_rows(c) for _, c, _ in of], [_rows(c) for _, _, c in of]
+    crossed = space.order == 2 and any(first)
     draws = Draws(args)
     with torch.inference_mode(False), torch.no_grad():
         inputs = [_copied(p) if m or _is_inference(p) else p for (p, _, _), m in zip(of, moving, strict=True)]
@@ -250,27 +278,21 @@ def _by_jvp(space: Space, function: Any, args: Sequence[Any]) -> Any:
         ctx, result = _run(function, inputs, moving)
         outputs = _sequence(result)
         _seen(function, outputs)
-
-        def coefficients(which: int, n: int) -> list[Tensor | None]:
-            if not any(c[which] is not None for c in of):
-                return [None] * len(outputs)
-            held = [c[which] for c in of]
-            along = [[None if c is None else c[i] for c in held] for i in range(n)]
-            pushed = [_pushed(function, ctx, inputs, tangents, outputs) for tangents in along]
-            return [_stacked([p[o] for p in pushed], y) for o, y in enumerate(outputs)]
-
-        first = coefficients(1, space.k)
-        second = coefficients(2, space.pairs)
+        y1, y2 = (_pushed_rows(function, ctx, inputs, rows, outputs) for rows in (first, second))
     if crossed:
         _confirm(_jvp_errs, space, function, before, moving, draws)
         with torch.random.fork_rng(devices=draws.devices):
-            bent = _bent(space, function, before, [c[1] for c in of], outputs, first, draws)
-        second = [b if s is None else s if b is None else s + b for s, b in zip(second, bent, strict=True)]
+            bent = _bent(space, function, before, first, outputs, y1, draws)
+        for into, more in zip(y2, bent, strict=True):
+            for n, term in more.items():
+                _add(into, n, term)
     constant = {id(y) for y in ctx.non_differentiable}
     targets = _overwritten(args, inputs, ctx.dirty_tensors)
     made = []
-    for y, y1, y2 in zip(outputs, first, second, strict=True):
-        value = make(y, y1, y2, space) if isinstance(y, Tensor) and id(y) not in constant else y
+    for y, rows1, rows2 in zip(outputs, y1, y2, strict=True):
+        value = y
+        if isinstance(y, Tensor) and id(y) not in constant:
+            value = make(y, _coefficients(rows1, space, 1), _coefficients(rows2, space, 2), space)
         made.append(_store([targets[id(y)]], [value], space, targets[id(y)]) if id(y) in targets else value)
     return _returned(result, made)
 
@@ -279,60 +301,77 @@ def _is_inference(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_inference()
 
 
-def _stacked(pushed: Sequence[Tensor | None], y: Any) -> Tensor | None:
-    if not isinstance(y, Tensor) or all(t is None for t in pushed):
-        return None
-    return torch.stack([torch.zeros_like(y) if t is None else t for t in pushed])
+def _pushed_rows(
+    function: Any, ctx: _Context, inputs: Sequence[Any], rows: Sequence[Rows], outputs: Sequence[Any]
+) -> list[Rows]:
+    """``J(x) c`` for each output and each of the coefficients c of the inputs that are there."""
+    found: list[Rows] = [{} for _ in outputs]
+    for n in sorted(set().union(*rows)):
+        pushed = _pushed(function, ctx, inputs, [c.get(n) for c in rows], outputs)
+        for into, y, t in zip(found, outputs, pushed, strict=True):
+            if isinstance(y, Tensor) and t is not None:
+                into[n] = t
+    return found
 
 
 def _bent(
     space: Space,
     function: Any,
     inputs: Sequence[Any],
-    tangents: Sequence[Tensor | None],
+    tangents: Sequence[Rows],
     outputs: Sequence[Any],
-    pushed: Sequence[Tensor | None],
+    pushed: Sequence[Rows],
     draws: Draws,
-) -> list[Tensor | None]:
-    """``d(J(x) x_i) x_j`` for each pair and output: jvp on jets, whose saved outputs move as jvp says that they do.
+) -> list[Rows]:
+    """``sum w d(J(x) x_i) x_j`` for each output and second coefficient: see `jetplane.jets.pairs`.
+
+    It is jvp on jets, whose saved outputs move as jvp says that they do.
 
     Args:
-        space: which pairs there are.
+        space: which second coefficients there are.
         function: the custom function.
         inputs: x.
-        tangents: the x_i of each input, (K, *S).
+        tangents: the x_i of each input.
         outputs: y.
-        pushed: ``J(x) x_i`` of each output, (K, *S).
+        pushed: ``J(x) x_i`` of each output.
         draws: where random numbers stood when forward ran.
     """
-    partners: dict[int, list[int]] = {}
-    for i, j in space.indices():
-        partners.setdefault(i, []).append(j)
-    found: list[list[Tensor | None]] = [[] for _ in outputs]
-    for i, js in partners.items():
-        inner = Space(len(js), len(js), 1, space.level + 1, keys=space.keys)
+    there = set().union(*tangents)
+    partners: dict[int, list[Term]] = {}
+    for term in space.structure.terms():
+        if term.i in there and term.j in there:
+            partners.setdefault(term.i, []).append(term)
+    found: list[Rows] = [{} for _ in outputs]
+    for i, terms in partners.items():
+        js = sorted({term.j for term in terms})
+        inner = Space(Diagonal(len(js)), 1, space.level + 1, keys=space.keys)
         lifted = functools.partial(_lifted, inner, js)
         draws.again()
         try:
-            moving = [c is not None for c in tangents]
+            moving = [bool(c) for c in tangents]
             known = list(map(lifted, outputs, pushed))
             ctx, _ = _run(function, list(map(lifted, inputs, tangents)), moving, known)
-            along = [None if c is None else c[i] for c in tangents]
-            for n, result in enumerate(_pushed(function, ctx, inputs, along, outputs)):
+            along = [c.get(i) for c in tangents]
+            for into, result in zip(found, _pushed(function, ctx, inputs, along, outputs), strict=True):
                 jet = promoted(result) if isinstance(result, Tensor) else None
-                c = parts(result if jet is None else jet, inner)[1]
-                found[n] += [None] * len(js) if c is None else list(c)
+                bent = _rows(parts(result if jet is None else jet, inner)[1])
+                for n, _, j, weight in terms:
+                    if js.index(j) in bent:
+                        _add(into, n, weight * bent[js.index(j)])
         except (RuntimeError, TypeError) as error:
             why = f"its jvp cannot be differentiated once more for the curvature ({_first_line(error)})"
             raise _refused(function, why) from error
         finally:
             forget_promoted(inner)
-    return [_stacked(f, y) for f, y in zip(found, outputs, strict=True)]
+    return found
 
 
-def _lifted(inner: Space, js: Sequence[int], x: Any, c: Tensor | None) -> Any:
+def _lifted(inner: Space, js: Sequence[int], x: Any, c: Rows) -> Any:
     """A copy of x that moves along some of the directions in c."""
-    return _copied(x) if c is None else make(x.clone(), c[js], None, inner)
+    if not c:
+        return _copied(x)
+    moves = _coefficients({m: c[j] for m, j in enumerate(js) if j in c}, inner, 1)
+    return make(x.clone(), moves, absent(inner, 2), inner)
 
 
 # --- by backward ------------------------------------------------------------------------------------------------
@@ -345,7 +384,7 @@ def _by_backward(space: Space, function: Any, args: Sequence[Any]) -> Any:
     targets: dict[int, Any] = {}
 
     def call(*inner: Any) -> Any:
-        with torch._C._EnableTorchFunction():
+        with EnableTorchFunction():
             result = _original_apply(function, *inner)
         outputs = _sequence(result)
         _seen(function, outputs)
@@ -354,7 +393,7 @@ def _by_backward(space: Space, function: Any, args: Sequence[Any]) -> Any:
         return result
 
     try:
-        if space.order == 2 and any(parts(a, space)[1] is not None for a in args):
+        if space.order == 2 and any(parts(a, space)[1] for a in args):
             _confirm(_backward_errs, space, function, [parts(a, space)[0] for a in args], moving, Draws(args))
         result = reverse_over_reverse(call, space, args, {})
     except (RuntimeError, NotImplementedError) as error:
@@ -466,11 +505,14 @@ def _jvp_errs(space: Space, function: Any, xs: Sequence[Any], moving: Sequence[b
             return _sequence(result), [_pushed(function, ctx, given, t, _sequence(result)) for t in tangents]
 
     outputs, both = pushed(xs, v, w)
-    plane = Space(2, 2, 1, space.level, keys=space.keys)
-    first = [_stacked(pair, y) for *pair, y in zip(*both, outputs, strict=True)]
-    tangents = [None if a is None else torch.stack([a, b]) for a, b in zip(v, w, strict=True)]  # type: ignore[list-item]
+    star = Space(Star(2), 1, space.level, keys=space.keys)  # the second coefficient of v and w
+    tangents: list[Rows] = [{} if a is None or b is None else {0: a, 1: b} for a, b in zip(v, w, strict=True)]
+    first = [
+        {n: t[o] for n, t in enumerate(both) if isinstance(y, Tensor) and t[o] is not None}
+        for o, y in enumerate(outputs)
+    ]
     with torch.inference_mode():
-        crossed = [None if c is None else c[1] for c in _bent(plane, function, xs, tangents, outputs, first, draws)]
+        crossed = [c.get(0) for c in _bent(star, function, xs, tangents, outputs, first, draws)]
     return _differ(crossed, lambda h: pushed(_moved(xs, w, h), v)[1][0]) or _differ(
         crossed, lambda h: pushed(_moved(xs, v, h), w)[1][0]
     )

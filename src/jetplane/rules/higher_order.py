@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch._ops import HigherOrderOperator
-
+from .._torch import HigherOrderOperator, flex_attention
 from ..errors import DerivativeError
 
 
@@ -36,9 +35,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _attention(query: Any, key: Any, value: Any, *rest: Any, **kwargs: Any) -> Any:
     """``softmax(score_mod(q k^T))v`` by torch's own composition, which forms all scores."""
-    from torch._higher_order_ops.flex_attention import math_attention  # imports a compiler: only when it is used
-
-    return math_attention(query, key, value, *rest, **kwargs)
+    return flex_attention()(query, key, value, *rest, **kwargs)
 
 
 def _cond(pred: Any, true: Callable[..., Any], false: Callable[..., Any], operands: Any = ()) -> Any:

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..jets.jet import Jet, Space, add, chain, gram, is_jet, make, parts, plain, precise, primal
-from ..jets.structured import Tangents
+from ..jets import Coefficients, Jet, Space, absent, chain, is_jet, make, outer, overwritten, parts, precise, primal
 from . import examples
-from .registry import RULES, aten, register
+from .registry import aten, enter, register
 
 NONE, MEAN, SUM = 0, 1, 2
 BLOCK = 1 << 19  # elements of a stack that are weighed at a time
@@ -29,27 +28,20 @@ def reduce(y: Any, reduction: int) -> Any:
     total = y.mean() if reduction == MEAN else y.sum()
     if isinstance(y, Jet) and y.space.examples:
         share = torch.full_like(y.primal, 1 / max(y.numel(), 1) if reduction == MEAN else 1)
-        first = y.first.formed() if isinstance(y.first, Tangents) else y.first
-        examples.keep(y.space, total, first, share)
+        examples.keep(y.space, total, parts(y, y.space)[1], share)
     return total
-
-
-def weighted(c: Tensor | None, weight: Tensor) -> Tensor | None:
-    """``sum(weight * c_n)`` for each tensor of a stack."""
-    return None if c is None else c.reshape(c.shape[0], -1) @ weight.reshape(-1).to(c.dtype)
 
 
 def summed_chain(space: Space, x: Any, y: Tensor, d1: Tensor, d2: Tensor | None, reduction: int) -> Any:
     """``reduce(l(x))`` for an elementwise l with value y and derivatives d1 and d2."""
     if reduction == NONE:
         return chain(space, x, y, d1, d2)
-    _, first, second = parts(x, space)
+    _, x1, x2 = parts(x, space)
     share = 1 / max(y.numel(), 1) if reduction == MEAN else 1
-    slope = weighted(first, d1 * share)
-    curvature = weighted(second, d1 * share)
-    if d2 is not None and first is not None and space.order == 2:
-        curvature = add(curvature, gram(space, first * (d2 * share), first))
-    return examples.keep(space, make(reduce(y, reduction), slope, curvature, space), first, d1 * share)
+    slope, curvature = x1.total(d1 * share), x2.total(d1 * share)
+    if d2 is not None:
+        curvature += outer(x1 * (d2 * share), x1).total()
+    return examples.keep(space, make(reduce(y, reduction), slope, curvature, space), x1, d1 * share)
 
 
 # --- functions of the difference of input and target --------------------------------------------
@@ -170,38 +162,39 @@ def _cross_entropy(
     if reduction == NONE or is_jet(target, space) or is_jet(weight, space) or not is_jet(x, space):
         return _composed_cross_entropy(space, x, target, weight, reduction, ignore_index, label_smoothing)
     dim = 0 if x.dim() == 1 else 1
-    p, first, second = parts(x, space)
+    p, x1, x2 = parts(x, space)
     dtype, p = p.dtype, precise(p)
     goal = _goal(p, target, weight, reduction, ignore_index, label_smoothing, dim)
     mass = goal.mass
     z = torch.log_softmax(p, dim)
     loss = goal.loss(z)
-    heavy = z.exp_().mul_(mass) if plain(z, mass) else torch.exp(z) * mass
-    curvature = None
-    if first is not None and space.order == 2:
-        curvature, mean = _weighed_gram(space, first, heavy, dim)
-        inverse = torch.where(mass == 0, 0, 1 / mass)
-        curvature = curvature - gram(space, mean * inverse, mean)
+    heavy = overwritten(overwritten(z, "exp"), "mul", mass)
+    curvature, mean = _weighed_gram(space, x1, heavy, dim)
     # Sure predictions cancel here, entry by entry; the sums of both terms would leave their rounding.
+    curvature -= outer(mean * torch.where(mass == 0, 0, 1 / mass), mean).total()
     d1 = goal.taken_from(heavy)
-    made = make(loss.to(dtype), weighted(first, d1), add(curvature, weighted(second, d1)), space)
-    return examples.keep(space, made, first, d1) if p.dim() > 1 else made
+    made = make(loss.to(dtype), x1.total(d1), curvature + x2.total(d1), space)
+    return examples.keep(space, made, x1, d1) if p.dim() > 1 else made
 
 
-def _weighed_gram(space: Space, first: Tensor, weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """``sum(weight x_i x_j)`` for each pair and ``sum(weight x_i)`` over a dimension, which stays.
+def _weighed_gram(space: Space, x1: Coefficients, weight: Tensor, dim: int) -> tuple[Coefficients, Coefficients]:
+    """``sum(weight x_i x_j)`` for each second coefficient, and ``sum(weight x_i)`` over a dimension, which stays.
 
     Where stacks are large, some rows at a time: what is weighed stays in the cache.
     """
-    rows = max(1, BLOCK // max(first[:, :1].numel(), 1)) if dim == 1 and plain(first, weight) else len(weight)
-    curvature, means = None, []
-    for n in range(0, max(len(weight), 1), max(rows, 1)):
-        some = first[:, n : n + rows]
-        weighed = some * weight[n : n + rows]
-        means.append(weighed.sum(dim + 1, keepdim=True))
-        curvature = add(curvature, gram(space, weighed, some))
-    assert curvature is not None
-    return curvature, torch.cat(means, 1)
+    curvature = absent(space, 2)
+    if not x1 or space.order == 1:
+        return curvature, absent(space, 1)
+    n = len(weight) if dim == 1 else 1
+    rows = max(1, BLOCK // max(x1.tensor[:, :1].numel(), 1)) if dim == 1 else n
+    means = []
+    for start in range(0, max(n, 1), max(rows, 1)):
+        part = slice(start, start + rows) if rows < n else slice(None)
+        some = x1.map(lambda c, part=part: c[:, part])
+        weighed = some * weight[part]
+        means.append(weighed.map(lambda c: c.sum(dim + 1, keepdim=True)))
+        curvature += outer(weighed, some).total()
+    return curvature, Coefficients(space, 1, torch.cat([mean.tensor for mean in means], 1), x1.rows)
 
 
 # A compiler breaks aten's operator up before a jet meets it. This one stays whole, and jets alone meet it.
@@ -211,7 +204,7 @@ _library.define(
     " -> Tensor"
 )
 WHOLE = torch.ops.jetplane.cross_entropy.default
-RULES[WHOLE] = _cross_entropy
+enter(WHOLE, _cross_entropy)
 
 
 def cross_entropy_whole(
@@ -248,12 +241,10 @@ class _Goal:
     labels: Tensor | None = None
 
     def taken_from(self, masses: Tensor) -> Tensor:
-        """``masses - goal``, in place of the masses where the goal is at one class."""
+        """``masses - goal``; the masses may be overwritten."""
         if self.labels is None:
-            return masses - self.formed(masses)
-        if plain(masses, self.mass):
-            return masses.scatter_add_(self.dim, self.labels, -self.mass)
-        return masses.scatter_add(self.dim, self.labels, -self.mass)
+            return masses - self.materialized(masses)
+        return overwritten(masses, "scatter_add", self.dim, self.labels, -self.mass)
 
     def loss(self, z: Tensor) -> Tensor:
         """``-sum(goal * z)``; where the goal is zero z may be infinite."""
@@ -261,12 +252,12 @@ class _Goal:
         assert goal is not None
         return -(goal * torch.where(goal == 0, 0, z)).sum()
 
-    def formed(self, like: Tensor) -> Tensor:
+    def materialized(self, like: Tensor) -> Tensor:
         """The goal, in the shape of the logits."""
         if self.given is not None:
             return self.given
         assert self.labels is not None
-        return torch.zeros_like(like).scatter_(self.dim, self.labels, self.mass)
+        return torch.zeros_like(like).scatter(self.dim, self.labels, self.mass)
 
 
 def _goal(
@@ -300,7 +291,7 @@ def _goal(
     if not smoothing:
         return at_labels
     spread = share.unsqueeze(dim) * (smoothing / classes)
-    goal = at_labels.formed(p) * (1 - smoothing) + (spread if per_class is None else spread * per_class)
+    goal = at_labels.materialized(p) * (1 - smoothing) + (spread if per_class is None else spread * per_class)
     return _Goal(dim, goal.sum(dim, keepdim=True), goal)
 
 
@@ -318,7 +309,7 @@ def _composed_cross_entropy(
         w = primal(weight, space)
         if is_jet(weight, space):
             return NotImplemented
-        goal = _goal(p, t, w, reduction, ignore_index, smoothing, dim).formed(p)
+        goal = _goal(p, t, w, reduction, ignore_index, smoothing, dim).materialized(p)
         y = torch.neg(torch.mul(goal, z)).sum(dim)
         return reduce(y, SUM if reduction != NONE else NONE)
     shape = [1] * p.dim()

@@ -9,18 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..jets.jet import (
+from ..jets import (
+    Coefficients,
     Space,
-    add,
-    broadcast,
+    absent,
     chain,
+    innermost,
     is_jet,
-    lift,
     make,
     multiply,
     outer,
     parts,
-    plain,
     precise,
     primal,
     symmetric,
@@ -31,85 +30,71 @@ from .structure import up
 # --- softmax: with y the result and a_i = x_i - sum(y x_i) ------------------------------------
 
 
-def _centred(space: Space, x: Any, y: Tensor, dim: int) -> tuple[Tensor | None, Tensor | None]:
-    """First coefficients a_i of log-softmax, and t_ij - sum(y t_ij) with t_ij = x_ij + a_i a_j."""
-    _, first, second = parts(x, space)
-    dim = up(dim)
-    a = None if first is None else _minus_mean(first, y, dim, first)
-    t = second if a is None or space.order == 1 else _plus(outer(space, a, a), second)
-    return a, None if t is None else _minus_mean(t, y, dim, second)
-
-
-def _minus_mean(c: Tensor, y: Tensor, dim: int, keep: Tensor | None) -> Tensor:
-    """``c - sum(y c)`` along a dimension; in place unless c is the tensor to keep."""
-    mean = (c * y).sum(dim, keepdim=True)
-    return c.sub_(mean) if c is not keep and plain(c, mean) else c - mean
-
-
-def _plus(total: Tensor, term: Tensor | None) -> Tensor:
-    if term is None:
-        return total
-    return total.add_(term) if plain(total, term) else total + term
+def _minus_mean(c: Coefficients, y: Tensor, dim: int) -> Coefficients:
+    """``c - sum(y c)`` along a dimension of the stack, in place where c is the rule's own."""
+    mean = (c * y).map(lambda s: s.sum(dim, keepdim=True), True)
+    return c.add(mean, -1)
 
 
 @register("softmax.int", "_softmax", "special_softmax")
 def _(space: Space, x: Any, dim: int, dtype: Any = None) -> Tensor:
     if isinstance(dtype, torch.dtype):
         x = x.to(dtype)
-    p = primal(x, space)
+    p, x1, x2 = parts(x, space)
     if p.dim() == 0:
         return torch.ones_like(p)
-    y = torch.softmax(precise(p), dim)
-    _, first, second = parts(x, space)
-    if second is None and space.order == 1 and first is not None and plain(y, first):
-        # The Jacobian is symmetric, so that what reverse mode multiplies by serves forward mode.
-        y1 = space.memory.empty(first.shape, first)  # contiguous: the kernel writes as if it were (torch 2.13)
-        for c, out in zip(first, y1, strict=True):
-            aten._softmax_backward_data.out(c, y, dim, y.dtype, grad_input=out)
-        return make(y.to(p.dtype), y1, None, space)
-    a, t = _centred(space, x, y, dim)
-    return make(y.to(p.dtype), None if a is None else a * y, None if t is None else _times(t, y), space)
+    y, d = torch.softmax(precise(p), dim), up(dim)
+    if space.order == 1 and not x2:
 
+        def kernel(c: Tensor, out: Tensor) -> Any:
+            # The Jacobian is symmetric, so that what reverse mode multiplies by serves forward mode.
+            return aten._softmax_backward_data.out(c, y, dim, y.dtype, grad_input=out)
 
-def _times(c: Tensor, y: Tensor) -> Tensor:
-    return c.mul_(y) if plain(c, y) else c * y
+        y1 = x1.each(y.shape, kernel, lambda c: y * (c - (c * y).sum(d, keepdim=True)), y)
+        return make(y.to(p.dtype), y1, absent(space, 2), space)
+    a = _minus_mean(x1, y, d)
+    t = outer(a, a)
+    t += x2
+    t = _minus_mean(t, y, d)
+    t *= y
+    return make(y.to(p.dtype), a * y, t, space)
 
 
 @register("log_softmax.int", "_log_softmax", "special_log_softmax")
 def _(space: Space, x: Any, dim: int, dtype: Any = None) -> Tensor:
     if isinstance(dtype, torch.dtype):
         x = x.to(dtype)
-    p, first, second = parts(x, space)
+    p, x1, x2 = parts(x, space)
     if p.dim() == 0:
         return torch.zeros_like(p)
     z = torch.log_softmax(precise(p), dim)
-    y = torch.exp(z)
-    d = up(dim)
-    a = None if first is None else first - (first * y).sum(d, keepdim=True)
-    s = None
-    mean = None if second is None else (second * y).sum(d, keepdim=True)
-    if a is not None and space.order == 2:
-        mean = add(mean, outer(space, a * y, a).sum(d, keepdim=True))
-    if mean is not None:
-        s = (second - mean) if second is not None else (-mean).expand(space.pairs, *p.shape)
-    return make(z.to(p.dtype), a, s, space)
+    y, d = torch.exp(z), up(dim)
+
+    def total(c: Tensor) -> Tensor:
+        return c.sum(d, keepdim=True)
+
+    a = _minus_mean(x1, y, d)
+    mean = (x2 * y).map(total) + outer(a * y, a).map(total)
+    return make(z.to(p.dtype), a, x2 - mean, space)
 
 
 @register("logsumexp", "special_logsumexp")
 def _(space: Space, x: Any, dim: Sequence[int], keepdim: bool = False) -> Tensor:
-    p, first, second = parts(x, space)
+    p, x1, x2 = parts(x, space)
     if p.dim() == 0:
         return x
     dims: list[int] = [dim] if isinstance(dim, int) else list(dim) or list(range(p.dim()))
     over = [up(d) for d in dims]
     z = torch.logsumexp(precise(p), dims, keepdim=True)
     y = torch.exp(precise(p) - torch.where(z.isinf(), 0, z))
-    m = None if first is None else (first * y).sum(over, keepdim=True)
-    s = None if second is None else (second * y).sum(over, keepdim=True)
-    if first is not None and m is not None and space.order == 2:
-        a = first - m
-        s = add(s, outer(space, a * y, a).sum(over, keepdim=True))
-    jet = make(z.to(p.dtype), m, s, space)
+
+    def total(c: Tensor) -> Tensor:
+        return c.sum(over, keepdim=True)
+
+    mean = (x1 * y).map(total)
+    a = x1 - mean
+    second = (x2 * y).map(total) + outer(a * y, a).map(total)
+    jet = make(z.to(p.dtype), mean, second, space)
     return jet if keepdim else jet.squeeze(tuple(dims))
 
 
@@ -118,69 +103,56 @@ def _(space: Space, x: Any, dim: Sequence[int], keepdim: bool = False) -> Tensor
 
 def standardize(space: Space, x: Any, dims: Sequence[int], eps: float) -> Tensor:
     """``(x - mean) / sqrt(var + eps)`` over the given dimensions, variance without correction."""
-    p, first, second = parts(x, space)
+    p, x1, x2 = parts(x, space)
     dtype, p = p.dtype, precise(p)
     over = list(dims)  # negative, so that they serve tensors and stacks alike
-    if plain(p) and over == list(range(-len(over), 0)):
+    if over == list(range(-len(over), 0)):
         shape = p.shape[over[0] :]
-        if first is not None and plain(first) and second is None and space.order == 1:
+        if space.order == 1 and not x2:
             return _layer_norm(space, x, shape, None, None, eps)
         y, _, r = torch.native_layer_norm(p, shape, None, None, eps)
     else:
         c0 = p - p.mean(over, keepdim=True)
         r = torch.rsqrt((c0 * c0).mean(over, keepdim=True) + eps)
         y = c0 * r
-    c1 = None if first is None else first - first.mean(over, keepdim=True)
-    c2 = None if second is None else second - second.mean(over, keepdim=True)
+
+    def mean(c: Tensor) -> Tensor:
+        return c.mean(over, keepdim=True)
+
+    c1, c2 = (c.map(lambda s: s - mean(s), True) for c in (x1, x2))
     # with u = y r: v_i / 2 = mean(c0 c_i), r_i / r = -mean(u c_i)
     u = y * r
-    m1 = None if c1 is None else (c1 * u).mean(over, keepdim=True)
-    y1 = (
-        None
-        if c1 is None or m1 is None
-        else torch.addcmul(c1 * r, y, m1, value=-1)
-        if plain(c1, m1)
-        else c1 * r - y * m1
-    )
-    m2 = None if c2 is None else (c2 * u).mean(over, keepdim=True)
-    y2 = None if c2 is None else c2 * r
-    if c1 is not None and m1 is not None and space.order == 2:
-        g = outer(space, c1, c1).mean(over, keepdim=True) * (r * r)
-        w = g - 3 * outer(space, m1, m1)  # -r_ij / r, but for the second coefficients' own part
-        m2 = w if m2 is None else m2 + w
-        cross = c1 * r
-        y2 = _minus_symmetric(space, y2, cross, m1)
-    if y2 is not None and m2 is not None:
-        y2 = torch.addcmul(y2, y, m2, value=-1) if plain(y2, m2, y) else y2 - y * m2
-    return make(y.to(dtype), y1, y2, space)
+    m1, m2 = (c1 * u).map(mean, True), (c2 * u).map(mean, True)
+    m2 += outer(c1, c1).map(mean, True) * (r * r) + outer(m1 * -3, m1)  # -r_ij / r
+    y1 = c1 * r
+    y2 = (c2 * r).add(symmetric(y1, m1), -1).add_product(y, m2, -1)
+    return make(y.to(dtype), y1.add_product(y, m1, -1), y2, space)
 
 
 def _layer_norm(space: Space, x: Any, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Tensor:
     """First coefficients of a layer norm, each direction from beginning to end in the cache."""
-    p, first, _ = parts(x, space)
-    assert first is not None
+    p, x1, _ = parts(x, space)
     dtype, p = p.dtype, precise(p)
     y, mean, r = torch.native_layer_norm(p, shape, None, None, eps)
-    pw, fw, _ = parts(weight, space)
-    pb, fb, _ = parts(bias, space)
-    y1 = space.memory.empty(first.shape, first)
-    for i, (c, out) in enumerate(zip(first, y1, strict=True)):
+    pw, w1, _ = parts(weight, space)
+    pb, b1, _ = parts(bias, space)
+    over = list(range(-len(shape), 0))
+
+    def kernel(c: Tensor, out: Tensor) -> None:
         # The Jacobian is symmetric, as that of softmax.
         c = aten.native_layer_norm_backward(c, p, shape, mean, r, None, None, [True, False, False])[0]
         out.copy_(c) if pw is None else torch.mul(c, pw, out=out)
-        if fw is not None:
-            out.addcmul_(y, fw[i])
-        if fb is not None:
-            out.add_(fb[i])
+
+    def otherwise(c: Tensor) -> Tensor:
+        c = c - c.mean(over, keepdim=True)
+        c = (c - y * (c * y).mean(over, keepdim=True)) * r
+        return c if pw is None else c * pw
+
+    y1 = x1.each(p.shape, kernel, otherwise, p, pw).add_product(y, w1)
+    y1 += b1
     y = y.to(dtype)
     y = y if pw is None else torch.mul(y, pw)
-    return make(y if pb is None else torch.add(y, pb), y1, None, space)
-
-
-def _minus_symmetric(space: Space, into: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """``into - (a_i b_j + a_j b_i)``."""
-    s = symmetric(space, a, -b)
-    return s if into is None else _plus(s, into)
+    return make(y if pb is None else torch.add(y, pb), y1, absent(space, 2), space)
 
 
 def _affine(space: Space, y: Any, weight: Any, bias: Any) -> Any:
@@ -188,14 +160,9 @@ def _affine(space: Space, y: Any, weight: Any, bias: Any) -> Any:
         y = multiply(space, y, weight)
     if bias is None or not is_jet(y, space):
         return y if bias is None else torch.add(y, bias)
-    p, first, second = parts(y, space)  # what was made here may be added to
-    pb, fb, sb = parts(bias, space)
-    first, second = (_plus_broadcast(c, b, p.dim()) for c, b in ((first, fb), (second, sb)))
-    return make(torch.add(p, pb), broadcast(first, p.shape), broadcast(second, p.shape), space)
-
-
-def _plus_broadcast(c: Tensor | None, b: Tensor | None, ndim: int) -> Tensor | None:
-    return c if b is None else lift(b, ndim) if c is None else _plus(c, lift(b, ndim))
+    p, y1, y2 = parts(y, space)  # what was made here may be added to
+    pb, b1, b2 = parts(bias, space)
+    return make(torch.add(p, pb), y1.own().add(b1), y2.own().add(b2), space)
 
 
 @register("layer_norm")
@@ -208,11 +175,9 @@ def _(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Tensor:
-    p, first, second = parts(x, space)
-    own = [c for t in (weight, bias) for c in parts(t, space)[:2] if c is not None]
-    if space.order == 1 and first is not None and second is None and plain(p, first, *own):
-        if all(c.dtype == first.dtype for c in own):
-            return _layer_norm(space, x, shape, weight, bias, eps)
+    seconds = [parts(t, space)[2] for t in (x, weight, bias)]
+    if space.order == 1 and parts(x, space)[1] and not any(seconds):
+        return _layer_norm(space, x, shape, weight, bias, eps)
     return _affine(space, standardize(space, x, range(-len(shape), 0), eps), weight, bias)
 
 
@@ -268,16 +233,10 @@ def _(
     if training or running_mean is None:
         y = standardize(space, x, [-rank, *range(2 - rank, 0)], eps)
         if training and running_mean is not None:
-            _update_running(_innermost(x), running_mean, running_var, momentum)
+            _update_running(innermost(x), running_mean, running_var, momentum)
     else:
         y = _by_running(x, running_mean, running_var, eps)
     return _affine(space, y, _channels(weight, rank), _channels(bias, rank))
-
-
-def _innermost(x: Any) -> Tensor:
-    while hasattr(x, "primal"):
-        x = x.primal
-    return x
 
 
 @register("native_batch_norm")
@@ -318,7 +277,7 @@ def _(
     if use_input_stats:
         y = standardize(space, x, range(2 - rank, 0), eps)
         if running_mean is not None:
-            p = _innermost(x)
+            p = innermost(x)
             dims = list(range(2, rank))
             running_mean.mul_(1 - momentum).add_(p.mean(dims).mean(0), alpha=momentum)
             running_var.mul_(1 - momentum).add_(p.var(dims, correction=1).mean(0), alpha=momentum)

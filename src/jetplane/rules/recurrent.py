@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..jets.jet import Space
+from ..jets import Space
 from .registry import register
 
 Cell = Callable[[Any, Sequence[Any], Sequence[Any]], tuple[Any, ...]]  # (input part, state, weights) -> state

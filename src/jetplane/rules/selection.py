@@ -5,76 +5,58 @@ The choice is the primal's; coefficients are gathered with the same indices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..jets.jet import Space, linear, make, mark_view, parts, plain, primal
-from .registry import RULES, aten, overload, register
+from ..jets import Space, linear, make, mark_view, parts, primal
+from .registry import Rule, aten, declare, operator, register
 from .structure import up
 
 
 def _gathered(space: Space, x: Any, y: Tensor, index: Tensor, dim: int, keepdim: bool = True) -> Tensor:
     """The jet of elements of x picked along a dimension."""
-    _, first, second = parts(x, space)
+    _, x1, x2 = parts(x, space)
 
-    def pick(c: Tensor | None) -> Tensor | None:
-        if c is None or c.dim() == 1:
+    def pick(c: Tensor) -> Tensor:
+        if c.dim() == 1:
             return c
         at = index if keepdim else index.unsqueeze(dim)
         picked = c.gather(up(dim), at.expand(c.shape[0], *at.shape))
         return picked if keepdim else picked.squeeze(up(dim))
 
-    return make(y, pick(first), pick(second), space)
+    return make(y, x1.map(pick), x2.map(pick), space)
 
 
-def _by_index(name: str) -> None:
+def _by_index(op: Any) -> Rule:
     """Operators that return (values, indices) along a dimension and may drop it."""
-    op = overload(name)
-    if op is None:
-        return
+    names = [a.name for a in op._schema.arguments[1:]]
 
     def rule(space: Space, x: Any, *args: Any, **kwargs: Any) -> Any:
-        names = [a.name for a in op._schema.arguments[1:]]
         bound = dict(zip(names, args, strict=False)) | kwargs
         values, index = op(primal(x, space), *args, **kwargs)
         keepdim = bound.get("keepdim", "keepdim" not in names)
         return _gathered(space, x, values, index, bound.get("dim", -1), keepdim), index
 
-    RULES[op] = rule
+    return rule
 
 
-for _name in (
-    "max.dim",
-    "min.dim",
-    "sort",
-    "sort.stable",
-    "topk",
-    "kthvalue",
-    "median.dim",
-    "nanmedian.dim",
-    "mode",
-    "cummax",
-    "cummin",
-):
-    _by_index(_name)
+declare("max.dim min.dim sort sort.stable topk kthvalue median.dim nanmedian.dim mode cummax cummin", _by_index)
 
 
-def _extremum(name: str) -> None:
+def _extremum(op: Any) -> Rule:
     """Maxima that share the derivative equally among ties, as autograd does."""
-    op = overload(name)
-    if op is None:
-        return
+    extreme = torch.amax if "max" in op._schema.name else torch.amin
 
     def rule(space: Space, x: Any, dim: Any = (), keepdim: bool = False) -> Any:
         p = primal(x, space)
         if p.dim() == 0:
             return x
         dims = [dim] if isinstance(dim, int) else list(dim) or list(range(p.dim()))
-        y = torch.amax(p, dims, True) if "max" in name else torch.amin(p, dims, True)
+        y = extreme(p, dims, True)
         hit = (p == y) | (p.isnan() & y.isnan())
         share = hit.to(p.dtype)
         share = share / share.sum(dims, keepdim=True)
@@ -82,11 +64,10 @@ def _extremum(name: str) -> None:
         value = y if keepdim else y.squeeze(dims)  # type: ignore[arg-type]
         return linear(space, x, lambda _: value, lambda c: (c * share).sum(over, keepdim=keepdim))
 
-    RULES[op] = rule
+    return rule
 
 
-for _name in ("amax", "amin", "max", "min"):
-    _extremum(_name)
+declare("amax amin max min", _extremum)
 
 
 @register("aminmax")
@@ -95,8 +76,7 @@ def _(space: Space, x: Any, *, dim: int | None = None, keepdim: bool = False) ->
     return torch.amin(x, dims, keepdim), torch.amax(x, dims, keepdim)
 
 
-def _middle(op: Any) -> None:
-
+def _middle(op: Any) -> Rule:
     def rule(space: Space, x: Any) -> Any:
         p = primal(x, space)
         y = op(p)
@@ -104,11 +84,10 @@ def _middle(op: Any) -> None:
         index = ((flat == y) | (flat.isnan() & y.isnan())).to(torch.int8).argmax()
         return linear(space, x, lambda _: y, lambda c: c.reshape(c.shape[0], -1)[:, index])
 
-    RULES[op] = rule
+    return rule
 
 
-_middle(aten.median.default)
-_middle(aten.nanmedian.default)
+declare("median nanmedian", _middle)
 
 
 # --- pooling ----------------------------------------------------------------------------------------
@@ -116,38 +95,44 @@ _middle(aten.nanmedian.default)
 
 def _pooled(space: Space, x: Any, y: Tensor, index: Tensor, spatial: int) -> Tensor:
     """Gather the chosen pixels; indices count within the flattened spatial axes."""
+    chosen = index.flatten(-spatial)
 
-    def on_stack(c: Tensor) -> Tensor:
-        at = index.flatten(-spatial).expand(c.shape[0], *index.shape[:-spatial], -1)
-        flat = c.flatten(-spatial)
-        picked = (
-            torch.gather(flat, -1, at, out=space.memory.empty(at.shape, c)) if plain(c, at) else flat.gather(-1, at)
+    def gather(c: Tensor, **options: Any) -> Tensor:
+        at = chosen.expand(c.shape[0], *chosen.shape)
+        return (
+            c.flatten(-spatial).gather(-1, at) if not options else torch.gather(c.flatten(-spatial), -1, at, **options)
         )
-        return picked.reshape(c.shape[0], *y.shape)
 
-    return linear(space, x, lambda _: y, on_stack)
+    _, x1, x2 = parts(x, space)
+    y1, y2 = (
+        c.written(chosen.shape, lambda c, out: gather(c, out=out), gather).map(
+            lambda c: c.reshape(c.shape[0], *y.shape)
+        )
+        for c in (x1, x2)
+    )
+    return make(y, y1, y2, space)
 
 
-def _max_pool(name: str, with_indices: str, spatial: int, returns_indices: bool) -> None:
-    op, indexed = overload(name), overload(with_indices)
-    if op is None or indexed is None:
-        return
+def _max_pool(with_indices: str, spatial: int, returns_indices: bool) -> Callable[[Any], Rule]:
+    def of(op: Any) -> Rule:
+        indexed = operator(with_indices)
 
-    def rule(space: Space, x: Any, *args: Any, **kwargs: Any) -> Any:
-        y, index = indexed(primal(x, space), *args, **kwargs)
-        jet = _pooled(space, x, y, index, spatial)
-        return (jet, index) if returns_indices else jet
+        def rule(space: Space, x: Any, *args: Any, **kwargs: Any) -> Any:
+            y, index = indexed(primal(x, space), *args, **kwargs)
+            jet = _pooled(space, x, y, index, spatial)
+            return (jet, index) if returns_indices else jet
 
-    RULES[op] = rule
+        return rule
+
+    return of
 
 
 for _n in (2, 3):
-    _max_pool(f"max_pool{_n}d", f"max_pool{_n}d_with_indices", _n, False)
-    _max_pool(f"max_pool{_n}d_with_indices", f"max_pool{_n}d_with_indices", _n, True)
+    declare(f"max_pool{_n}d", _max_pool(f"max_pool{_n}d_with_indices", _n, False))
+    for _name in (f"max_pool{_n}d_with_indices", f"fractional_max_pool{_n}d"):
+        declare(_name, _max_pool(_name, _n, True))
 for _n in (1, 2, 3):
-    _max_pool(f"adaptive_max_pool{_n}d", f"adaptive_max_pool{_n}d", _n, True)
-for _n in (2, 3):
-    _max_pool(f"fractional_max_pool{_n}d", f"fractional_max_pool{_n}d", _n, True)
+    declare(f"adaptive_max_pool{_n}d", _max_pool(f"adaptive_max_pool{_n}d", _n, True))
 
 
 @register("max_pool1d")
@@ -184,10 +169,8 @@ def max_pool1d(x: Any, kernel: Any, stride: Any, padding: Any, dilation: Any, ce
     return y.squeeze(-2), index.squeeze(-2)
 
 
-def _max_unpool(name: str, spatial: int) -> None:
-    op = overload(name)
-    if op is None:
-        return
+def _max_unpool(op: Any) -> Rule:
+    spatial = 3 if "3d" in op._schema.name else 2
 
     def rule(space: Space, x: Any, index: Tensor, size: Any, *rest: Any) -> Any:
         y = op(primal(x, space), index, size, *rest)
@@ -199,11 +182,10 @@ def _max_unpool(name: str, spatial: int) -> None:
 
         return linear(space, x, lambda _: y, on_stack)
 
-    RULES[op] = rule
+    return rule
 
 
-_max_unpool("max_unpool2d", 2)
-_max_unpool("max_unpool3d", 3)
+declare("max_unpool2d max_unpool3d", _max_unpool)
 
 
 # --- dropout: one mask for the primal and all directions ---------------------------------------------

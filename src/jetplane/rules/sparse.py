@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DerivativeError
-from ..jets.jet import Jet, Space, add_jets, is_jet, linear, primal
+from ..jets import Jet, Space, add_jets, is_jet, linear, primal
 
 LAYOUTS = {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
 CARRIED = "@, mm, mv, bmm, addmm, addmv, linear, torch.sparse.mm, torch.sparse.addmm and sums with dense tensors"
@@ -24,7 +24,7 @@ VIEWS = {
     torch.t, torch.transpose, torch.adjoint, torch.matmul, torch.mm,
     Tensor.t, Tensor.transpose, Tensor.adjoint, Tensor.permute, Tensor.select, Tensor.__getitem__,
     Tensor.matmul, Tensor.mm, Tensor.__matmul__, Tensor.__rmatmul__,
-    *(vars(torch._C.TensorBase)[name].__get__ for name in ("T", "mT", "H", "mH")),
+    *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")),
 }  # fmt: skip
 # Names of operators that make sparse tensors out of dense ones.
 MAKERS = ("sparse_coo_tensor", "sparse_compressed_tensor", "sparse_cs", "sparse_bs", "to_sparse", "sparse_mask")

@@ -14,24 +14,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import DerivativeError
-from ..jets.jet import (
+from ..jets import (
+    Coefficients,
     Jet,
+    LowRank,
     Space,
-    broadcast,
+    absent,
     carried,
     expand,
+    jointly,
     lift,
     linear,
-    low_rank,
     make,
     mark_view,
     parts,
-    plain,
     primal,
-    products,
-    reshaped,
+    writable,
 )
-from .registry import RULES, aten, overload, register
+from .registry import Rule, aten, declare, register
 
 
 def up(dim: int) -> int:
@@ -270,67 +270,59 @@ FOLDED: dict[str, int] = {
 }
 
 
-def _enter_linear(name: str, on_stack: Callable[..., Any]) -> None:
-    op = overload(name)
-    if op is None:
-        return
-
+def _linear(op: Any, on_stack: Callable[..., Any]) -> Rule:
     def rule(space: Space, x: Any, *args: Any, **kwargs: Any) -> Any:
         args = tuple(primal(a, space) for a in args)
         return linear(space, x, lambda p: op(p, *args, **kwargs), lambda c: on_stack(c, *args, **kwargs))
 
-    RULES[op] = rule
+    return rule
 
 
-def _enter_folded(name: str, rank: int) -> None:
-    op = overload(name)
-    if op is None:
-        return
-
+def _folded(op: Any, rank: int) -> Rule:
     def rule(space: Space, x: Any, *args: Any, **kwargs: Any) -> Any:
         def act(c: Tensor) -> Tensor:
             return op(c, *args, **kwargs)
 
-        if name.startswith("pixel"):  # any number of leading axes
+        if op._schema.name.startswith("aten::pixel"):  # any number of leading axes
             return linear(space, x, act, act)
         return linear(space, x, act, fold(act, rank))
 
-    RULES[op] = rule
+    return rule
 
 
 for _name, _on_stack in LINEAR.items():
-    _enter_linear(_name, _on_stack)
+    declare(_name, lambda op, on_stack=_on_stack: _linear(op, on_stack))
 for _name, _rank in FOLDED.items():
-    _enter_folded(_name, _rank)
+    declare(_name, lambda op, rank=_rank: _folded(op, rank))
 
 
 @register("reshape")
 def _(space: Space, x: Any, shape: Sequence[int]) -> Any:
-    y = primal(x, space).reshape(shape)
-    return linear(space, x, lambda _: y, lambda c: reshaped(space, c, (c.shape[0], *y.shape)))
+    p, x1, x2 = parts(x, space)
+    y = p.reshape(shape)
+    return make(y, x1.reshaped(y.shape), x2.reshaped(y.shape), space)
 
 
 # --- sums over everything ---------------------------------------------------------------------
 
 
-def _enter_total(name: str, on_stack: Callable[..., Tensor]) -> None:
-    op = overload(name)
-    assert op is not None
+def _total(on_stack: Callable[..., Tensor]) -> Callable[[Any], Rule]:
+    def of(op: Any) -> Rule:
+        def rule(space: Space, x: Any, *, dtype: Any = None) -> Any:
+            p, x1, x2 = parts(x, space)
+            share = 1 / max(p.numel(), 1) if on_stack is _mean else 1
+            y1 = x1.map(lambda c: on_stack(c, dtype=dtype), True)
+            # Products are summed up without one tensor for each pair.
+            y2 = x2.total() * share if x2.is_product else x2.map(lambda c: on_stack(c, dtype=dtype), True)
+            return make(op(p, dtype=dtype), y1, y2, space)
 
-    def rule(space: Space, x: Any, *, dtype: Any = None) -> Any:
-        lazy = products(x, space)
-        if lazy is None or dtype is not None:
-            return linear(space, x, lambda p: op(p, dtype=dtype), lambda c: on_stack(c, dtype=dtype))
-        second = lazy.summed(space)  # without one tensor for each pair
-        if name == "mean":
-            second = second / max(x.numel(), 1)
-        return make(op(x.primal), None if x.first is None else on_stack(x.first), second, space)
+        return rule
 
-    RULES[op] = rule
+    return of
 
 
-_enter_total("sum", _sum)
-_enter_total("mean", _mean)
+declare("sum", _total(_sum))
+declare("mean", _total(_mean))
 
 
 # --- what leaves low-rank tangents as they are ----------------------------------------------
@@ -338,9 +330,10 @@ _enter_total("mean", _mean)
 
 @register("t")
 def _(space: Space, x: Any) -> Any:
-    low = low_rank(x, space)
-    if low is not None:
-        return Jet(x.primal.t(), low.transposed(), None, space)
+    p, x1, x2 = parts(x, space)
+    low = x1.structured
+    if isinstance(low, LowRank):
+        return make(p.t(), Coefficients(space, 1, low.transposed(), x1.rows), x2, space)
     return linear(space, x, aten.t, lambda c: c.transpose(-1, -2) if c.dim() == 3 else c)
 
 
@@ -358,11 +351,12 @@ def _(
     def looked_up(table: Tensor) -> Tensor:
         return aten.embedding(table, index, padding)
 
-    low = low_rank(weight, space)
-    if low is not None:
+    table, w1, _ = parts(weight, space)
+    low = w1.structured
+    if isinstance(low, LowRank):
         picked = low.left[:, :, index.flatten()]  # (K, r, n): what each row's factor is
         first = (picked.mT @ low.right).unflatten(1, index.shape)
-        return make(looked_up(weight.primal), trained(first), None, space)
+        return make(looked_up(table), Coefficients(space, 1, trained(first), w1.rows), absent(space, 2), space)
     return linear(space, weight, looked_up, lambda c: trained(c[:, index]))
 
 
@@ -370,62 +364,26 @@ def _(
 
 
 def _cast(space: Space, x: Any, y: Tensor) -> Any:
-    _, first, second = parts(x, space)
+    """X as y, its primal in another dtype or on another device."""
+    p, x1, x2 = parts(x, space)
     if not (y.dtype.is_floating_point or y.dtype.is_complex):
         return y
-    return make(
-        y,
-        None if first is None else first.to(y.device, carried(y.dtype)),
-        None if second is None else second.to(y.device, carried(y.dtype)),
-        space,
-    )
+    device = None if y.device == p.device else y.device
+    return make(y, x1.to(carried(y.dtype), device), x2.to(carried(y.dtype), device), space)
 
 
-def _enter_cast(name: str) -> None:
-    op = overload(name)
-    if op is None:
-        return
-
+def _casting(op: Any) -> Rule:
     def rule(space: Space, x: Any, *args: Any, **kwargs: Any) -> Any:
         args = tuple(primal(a, space) for a in args)
         return _cast(space, x, op(primal(x, space), *args, **kwargs))
 
-    RULES[op] = rule
+    return rule
 
 
-for _name in ("to.dtype", "to.device", "to.other", "to.dtype_layout", "_to_copy", "type_as"):
-    _enter_cast(_name)
+declare("to.dtype to.device to.other to.dtype_layout _to_copy type_as", _casting)
 
 
 # --- several tensors at once ----------------------------------------------------------------
-
-
-def jointly(
-    space: Space,
-    xs: Sequence[Any],
-    y: Any,
-    on_stacks: Callable[..., Any],
-) -> Any:
-    """A function that is linear in several tensors together: absent coefficients become zeros."""
-    every = [parts(x, space) for x in xs]
-
-    def act(which: int) -> Any:
-        held = [c[which] for c in every]
-        present = [c for c in held if c is not None]
-        if not present:
-            return None
-        n = present[0].shape[0]
-        filled = [
-            c if c is not None else torch.zeros((), dtype=carried(y.dtype), device=y.device).expand(n, *_shape(p))
-            for c, (p, _, _) in zip(held, every, strict=True)
-        ]
-        return on_stacks(*filled)
-
-    return make(y, act(1), act(2), space)
-
-
-def _shape(x: Any) -> Sequence[int]:
-    return x.shape if isinstance(x, Tensor) else ()
 
 
 @register("cat")
@@ -441,47 +399,41 @@ def _(space: Space, tensors: Sequence[Any], dim: int = 0) -> Any:
     return jointly(space, tensors, y, lambda *cs: torch.stack(cs, up(dim)))
 
 
-def _split_rule(op: Any) -> Callable[..., Any]:
+def _several(space: Space, x: Any, cut: Callable[[Tensor, bool], Sequence[Tensor]]) -> list[Any]:
+    """The parts that a tensor is cut into, as views: ``cut`` acts on the primal, or (True) on a stack."""
+    p, x1, x2 = parts(x, space)
+    ys = cut(p, False)
+    firsts, seconds = (
+        [Coefficients(space, c.order, part, c.rows) for part in cut(c.tensor, True)] if c else [c] * len(ys)
+        for c in (x1, x2)
+    )
+    return [mark_view(make(y, f, s, space), x) for y, f, s in zip(ys, firsts, seconds, strict=True)]
+
+
+def _splitting(op: Any) -> Rule:
     def rule(space: Space, x: Any, sizes: Any, dim: int = 0) -> Any:
-        p, first, second = parts(x, space)
-        ys = op(p, sizes, dim)
-        firsts = [None] * len(ys) if first is None else op(first, sizes, up(dim))
-        seconds = [None] * len(ys) if second is None else op(second, sizes, up(dim))
-        return [mark_view(make(y, f, s, space), x) for y, f, s in zip(ys, firsts, seconds, strict=True)]
+        return _several(space, x, lambda t, stack: op(t, sizes, up(dim) if stack else dim))
 
     return rule
 
 
-for _name in (
-    "split.Tensor",
-    "split_with_sizes",
-    "chunk",
-    "unsafe_split.Tensor",
-    "unsafe_split_with_sizes",
-    "unsafe_chunk",
-):
-    if overload(_name) is not None:
-        RULES[overload(_name)] = _split_rule(overload(_name))
+declare("split.Tensor split_with_sizes chunk unsafe_split.Tensor unsafe_split_with_sizes unsafe_chunk", _splitting)
 
 
 @register("unbind.int")
 def _(space: Space, x: Any, dim: int = 0) -> Any:
-    p, first, second = parts(x, space)
-    ys = p.unbind(dim)
-    firsts = [None] * len(ys) if first is None else first.unbind(up(dim))
-    seconds = [None] * len(ys) if second is None else second.unbind(up(dim))
-    return [mark_view(make(y, f, s, space), x) for y, f, s in zip(ys, firsts, seconds, strict=True)]
+    return _several(space, x, lambda t, stack: t.unbind(up(dim) if stack else dim))
 
 
 @register("as_strided")
 def _(space: Space, x: Any, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> Any:
-    p, first, second = parts(x, space)
+    p, x1, x2 = parts(x, space)
     y = p.as_strided(size, stride, offset)
     base = x.root()
-    if not plain(p):
+    if not writable(p):
         raise DerivativeError("as_strided inside nested jets")
     view = Jet(y, None, None, space, base)
-    if first is None and second is None:
+    if not (x1 or x2):
         return y
     view.version = base.version - 1  # read the coefficients through the base's layout
     parts(view, space)
@@ -492,10 +444,8 @@ def _stacked_index(index: Tensor, n: int) -> Tensor:
     return index.expand(n, *index.shape)
 
 
-def _enter_scatter(name: str, set_value: bool) -> None:
-    op = overload(name)
-    if op is None:
-        return
+def _scattering(op: Any) -> Rule:
+    adds, sets = "add" in op._schema.name, op._overloadname == "value"
 
     def rule(space: Space, x: Any, dim: int, index: Tensor, src: Any) -> Any:
         y = op(primal(x, space), dim, index, primal(src, space))
@@ -505,22 +455,18 @@ def _enter_scatter(name: str, set_value: bool) -> None:
                 cx = cx[:, None]
                 cs = cs.reshape(cs.shape[0], 1) if cs.dim() == 1 else cs
                 i = _stacked_index(index.reshape(1), cx.shape[0])
-                return (cx.scatter_add if "add" in name else cx.scatter)(1, i, cs.expand(i.shape)).squeeze(1)
+                return (cx.scatter_add if adds else cx.scatter)(1, i, cs.expand(i.shape)).squeeze(1)
             i = _stacked_index(index, cx.shape[0])
-            if set_value:
+            if sets:
                 return cx.scatter(up(dim), i, 0)
-            return aten.scatter_add(cx, up(dim), i, cs) if "add" in name else aten.scatter.src(cx, up(dim), i, cs)
+            return aten.scatter_add(cx, up(dim), i, cs) if adds else aten.scatter.src(cx, up(dim), i, cs)
 
-        return jointly(
-            space, (x,) if set_value else (x, src), y, (lambda c: on_stacks(c, c)) if set_value else on_stacks
-        )
+        return jointly(space, (x,), y, lambda c: on_stacks(c, c)) if sets else jointly(space, (x, src), y, on_stacks)
 
-    RULES[op] = rule
+    return rule
 
 
-_enter_scatter("scatter.src", False)
-_enter_scatter("scatter_add", False)
-_enter_scatter("scatter.value", True)
+declare("scatter.src scatter_add scatter.value", _scattering)
 
 
 @register("index_add")
@@ -622,9 +568,8 @@ def _(space: Space, x: Any, source: Any, non_blocking: bool = False) -> Any:
 @register("fill.Tensor")
 def _(space: Space, x: Any, value: Any) -> Any:
     target = primal(x, space)
-    y = primal(value, space).to(target.dtype).expand(target.shape)
-    _, first, second = parts(value, space)
-    return make(y, broadcast(first, y.shape), broadcast(second, y.shape), space)
+    v, v1, v2 = parts(value, space)
+    return make(v.to(target.dtype).expand(target.shape), v1, v2, space)
 
 
 @register("fill.Scalar")

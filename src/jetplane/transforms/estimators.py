@@ -17,7 +17,7 @@ from torch import Tensor
 from .._sharding import refuse
 from ..directions import Directions
 from ..errors import ArgumentError
-from ..evaluation.plane import evaluate
+from ..evaluation.api import evaluate
 
 Control = Literal["trace"] | float
 Status = Literal["converged", "limit", "indefinite"]

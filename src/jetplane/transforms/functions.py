@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from .._torch import tree_map
 from ..errors import ArgumentError, DTypeError, ShapeError
-from ..evaluation.plane import Interception, Pairs, _block, _matrix, expansion
-from ..jets.jet import Jet, Space, parts, precise, promoted
+from ..evaluation.context import expansion
+from ..evaluation.interception import Interception
+from ..evaluation.specification import Pairs, PlaneSpec
+from ..jets import Jet, PairStructure, Space, Star, Sums, parts, precise, promoted
 
 Primals = Tensor | Sequence[Tensor]
 
@@ -53,16 +55,25 @@ def jet(
     Source: Cobb et al., arXiv 2408.10419, section 2 (hyper-dual numbers), for K directions at once.
     """
     xs, vs, k = _checked(primals, tangents)
-    with torch.inference_mode(), expansion(k, _block(pairs, k), order) as space:
+    if order not in (1, 2):
+        raise ArgumentError(f"order must be 1 or 2, got {order!r}")
+    return _along(f, xs, vs, PlaneSpec(k, pairs=pairs).structure, order)
+
+
+def _along(
+    f: Callable[..., Any], xs: Sequence[Tensor], vs: Sequence[Tensor], structure: PairStructure, order: int = 2
+) -> tuple[Any, Any, Any]:
+    """Value, first and second coefficients of f along K directions, for a structure of pairs."""
+    with torch.inference_mode(), expansion(structure, order) as space:
         result = _call(f, xs, vs, space)
-        value, first, second = (tree_map(lambda y, n=n: _part(y, space, n, pairs), result) for n in range(3))
+        value, first, second = (tree_map(lambda y, n=n: _part(y, space, n), result) for n in range(3))
     if space.level > 1:
         return value, first, second
     return _released(value), _released(first), _released(second)
 
 
 def _call(f: Callable[..., Any], xs: Sequence[Tensor], vs: Sequence[Tensor], space: Space) -> Any:
-    with Interception(space, {}).running():
+    with Interception(space).running():
         return f(
             *[
                 Jet(x if isinstance(x, Jet) else x.detach(), precise(v), None, space)
@@ -71,21 +82,18 @@ def _call(f: Callable[..., Any], xs: Sequence[Tensor], vs: Sequence[Tensor], spa
         )
 
 
-def _part(y: Any, space: Space, n: int, pairs: Pairs) -> Any:
+def _part(y: Any, space: Space, n: int) -> Any:
     """Value, first or second derivatives of one result, zeros where there is no dependence."""
     if not isinstance(y, Tensor):
         return y if n == 0 else None
     jet = promoted(y)
-    p, first, second = parts(y if jet is None else jet, space)
+    p, *coefficients = parts(y if jet is None else jet, space)
     if n == 0:
         return p
-    if n == 1:
-        return torch.zeros_like(p).expand(space.k, *p.shape) if first is None else first
-    if space.order == 1:
+    if n == 2 and space.order == 1:
         return None
-    if second is None:
-        second = torch.zeros_like(p).expand(space.pairs, *p.shape)
-    return _matrix(second, space, pairs)
+    found = coefficients[n - 1].full(p.shape, p.dtype, p.device)
+    return found if n == 1 else space.structure.matrix(found)
 
 
 def _released(tree: Any) -> Any:
@@ -172,9 +180,7 @@ def hessian(f: Callable[..., Any], primals: Primals) -> Any:
 def laplacian(f: Callable[..., Any], primals: Primals) -> Any:
     """``sum_d d²f/dx_d²`` over all coordinates of the primals, of the shape of f's result.
 
-    For a batch of points, sum over the batch is what is differentiated twice as well: to get one
-    Laplacian for each point, write f for one point and use it on each, or pass `tangents` of the
-    coordinates to `jet` (see the documentation of physics-informed losses).
+    The D second coefficients are carried as their sum: 1 + D + 1 channels in all.
 
     Raises:
         As `jet`.
@@ -184,13 +190,14 @@ def laplacian(f: Callable[..., Any], primals: Primals) -> Any:
     tensor(18.)
     """
     xs = _as_list(primals)
-    return tree_map(lambda h: h.sum(0), jet(f, xs, _basis(xs), pairs="diagonal")[2])
+    xs, vs, k = _checked(xs, _basis(xs))
+    return tree_map(lambda h: h.squeeze(0), _along(f, xs, vs, Sums.trace(k))[2])
 
 
 def hvp(f: Callable[..., Tensor], primals: Primals, v: Primals) -> Any:
     """The Hessian-vector product ``Hess(f) v`` of a scalar function, forward only.
 
-    Each component is ``e_d^T Hess(f) v``: D + 1 directions, and the pairs with v alone.
+    Each component is ``e_d^T Hess(f) v``: D + 1 first coefficients and the D second ones of pairs with v.
 
     Returns:
         A tensor of the primal's shape, or a tuple of them.
@@ -206,10 +213,9 @@ def hvp(f: Callable[..., Tensor], primals: Primals, v: Primals) -> Any:
     for i, (x, t) in enumerate(zip(xs, vs, strict=True)):
         if x.shape != t.shape:
             raise ShapeError(f"vector {i}: expected shape {tuple(x.shape)}, got {tuple(t.shape)}")
-    # planes (e_d, v) of two directions each: pairs e_d e_d, e_d v, v v
-    paired = [torch.stack([e, t.expand_as(e)], 1).flatten(0, 1) for e, t in zip(_basis(xs), vs, strict=True)]
-    second = jet(f, xs, paired, pairs=2)[2]
-    column = second[..., 0, 1]
+    together = [torch.cat([e, t.unsqueeze(0)]) for e, t in zip(_basis(xs), vs, strict=True)]
+    xs, together, k = _checked(xs, together)
+    column = _along(f, xs, together, Star(k))[2]
     sizes = [x.numel() for x in xs]
     out = tuple(c.reshape(x.shape) for c, x in zip(column.split(sizes), xs, strict=True))
     return out[0] if isinstance(primals, Tensor) else out

@@ -1,0 +1,103 @@
+"""One evaluation of a closure on a plane: loss, slope and curvature along K directions.
+
+    slope[i]        = grad(L) . v_i
+    curvature[i, j] = v_i^T Hess(L) v_j
+
+The closure runs once, unmodified. Wherever an operator takes a parameter, it gets the parameter's jet, and jets carry
+the derivatives through: nothing is stored for a backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..directions import AbstractDirections
+from ..jets import Tangents
+from .checks import as_directions, check_parameters
+from .chunks import evaluate_in_chunks
+from .compiled import evaluate_compiled
+from .eager import evaluate_at_once
+from .plane import PlaneModel
+from .specification import Chunk, Curvature, Pairs, PlaneSpec
+
+
+def evaluate(
+    closure: Callable[[], Tensor],
+    params: Sequence[Tensor],
+    directions: AbstractDirections | Sequence[Tensor | Tangents],
+    curvature: Curvature = "hessian",
+    pairs: Pairs = "all",
+    *,
+    examples: bool = False,
+    chunk: Chunk = None,
+    memory: int | None = None,
+) -> PlaneModel:
+    """Run a closure once on the plane that directions span at the parameters.
+
+    Args:
+        closure: returns a scalar loss, computed by torch functions of the parameters.
+        params: the tensors that move; others are constants.
+        directions: `jetplane.Directions`, or for each parameter one tensor of shape (K, *param.shape) or
+            `jetplane.LowRank`.
+        curvature: "hessian" for the exact one; "ggn" for the Gauss-Newton one, ``J^T Hess(l) J`` with J
+            the model's Jacobian and l the loss function, which costs linearly many products in K; "none"
+            for the slope alone.
+        pairs: "all" K(K+1)/2 pairs, "diagonal", or an int b for independent planes of b consecutive
+            directions each.
+        examples: also give each example's part of the slope, ``examples[n, i] = grad(L_n) . v_i`` with
+            ``L = sum_n L_n``, at next to no cost. Examples are counted along the first axis of what the loss
+            function takes, and their parts are known for torch's own losses, times constants, in sums, and,
+            with "ggn", beside regularizers and for losses marked with `jetplane.loss`. Else None.
+        chunk: directions to carry at a time; all by default. The closure then runs once for each chunk, and
+            where all pairs of exact curvature are wanted once for each two halves of chunks: the same numbers for
+            less memory. With "ggn" parameters and losses have all directions at once, and the model a chunk of
+            them. All runs but the last are without side effects: random numbers are drawn again, and buffers set
+            back. "auto" takes the largest chunk that ``memory`` allows, by the activations that one plain run keeps
+            alive.
+        memory: bytes for "auto"; half of what is free by default.
+
+    Returns:
+        A `PlaneModel` of detached tensors, float32 at least.
+
+    Raises:
+        ArgumentError: no parameters, k < 1, pairs that do not divide k, a chunk below 1 (or 2 for all pairs, or
+            that planes do not fill), an unknown word.
+        ShapeError, DTypeError, DeviceError: directions that do not match their parameter.
+        LossError: the closure did not return a scalar floating-point tensor.
+        UnusedParametersError: the loss depends on none of the parameters.
+        NonFiniteError: NaN or infinity in the loss, slope or curvature.
+        DerivativeError: the closure leaves torch, calls autograd, or writes to a parameter.
+
+    Parameters are never modified, whatever is raised.
+
+    >>> import torch, jetplane as jp
+    >>> w = torch.tensor([1.0, 2.0])
+    >>> plane = jp.evaluate(lambda: (w**3).sum(), [w], [torch.eye(2)])
+    >>> plane.slope, plane.curvature
+    (tensor([ 3., 12.]), tensor([[ 6.,  0.],
+            [ 0., 12.]]))
+
+    Source: Cobb et al., arXiv 2408.10419, sections 2 and 3.
+    """
+    params = list(params)
+    check_parameters(params)
+    along = as_directions(params, directions)
+    spec = PlaneSpec(along.k, curvature, pairs, examples, chunk, memory)
+    return evaluate_plane(closure, params, along, spec)
+
+
+def evaluate_plane(
+    closure: Callable[[], Tensor], params: Sequence[Tensor], directions: AbstractDirections, spec: PlaneSpec
+) -> PlaneModel:
+    """`evaluate` for a given specification, whose arguments have been checked.
+
+    Raises:
+        As `evaluate`.
+    """
+    if torch.compiler.is_compiling():
+        return evaluate_compiled(closure, params, directions, spec)
+    run = evaluate_at_once if spec.chunk is None else evaluate_in_chunks
+    return run(closure, params, directions, spec)

@@ -1,0 +1,142 @@
+"""Checks of what enters an evaluation and of what leaves it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..directions import AbstractDirections, HeldDirections, StoredDirections
+from ..errors import (
+    ArgumentError,
+    DeviceError,
+    DTypeError,
+    LossError,
+    NonFiniteError,
+    ShapeError,
+    UnusedParametersError,
+)
+from ..jets import MODEL, Jet, Space, Tangents, goes_outside, kind_of, promoted
+from ..rules.sparse import is_sparse
+from .plane import PlaneModel
+
+CACHED_BYTES = 1 << 26  # of drawn tangents, kept for the next operator, or the update, that asks for them
+NO_LOSS = (
+    "curvature='ggn' met no loss function: it needs one of torch.nn.functional's losses on the way to the result, or "
+    "your own marked with jetplane.loss(), as a decorator or in a with statement"
+)
+
+
+def check_parameters(params: Sequence[Any]) -> None:
+    """Check that there are parameters, each a different dense tensor of a floating dtype.
+
+    Raises:
+        ArgumentError, DTypeError: they are not.
+    """
+    if not params:
+        raise ArgumentError("no parameters: expected at least one tensor that the closure uses")
+    for i, p in enumerate(params):
+        if not isinstance(p, Tensor):
+            raise ArgumentError(f"parameter {i} must be a tensor, got {type(p).__name__}")
+        if not p.dtype.is_floating_point:
+            raise DTypeError(f"parameter {i} must be of a floating dtype, got {p.dtype}")
+        if is_sparse(p):
+            raise ArgumentError(
+                f"parameter {i} is of layout {p.layout}; expected a dense tensor. Let its values be the parameter, and "
+                "write products by its indices: torch.zeros(rows, n).index_add(0, row, values[:, None] * x[column])"
+            )
+    if len({id(p) for p in params}) != len(params):
+        raise ArgumentError("a parameter is given twice; expected each tensor once")
+
+
+def as_directions(
+    params: Sequence[Tensor], directions: AbstractDirections | Sequence[Tensor | Tangents]
+) -> AbstractDirections:
+    """Directions as an evaluation draws them, from a source or from one tensor of tangents for each parameter.
+
+    Raises:
+        ArgumentError, ShapeError, DTypeError, DeviceError: tangents that do not match their parameter.
+    """
+    if isinstance(directions, (HeldDirections, StoredDirections)):
+        return directions
+    if isinstance(directions, AbstractDirections):
+        return HeldDirections(directions, params, limit=CACHED_BYTES)
+    if len(directions) != len(params):
+        raise ShapeError(f"expected one tensor of tangents for each of {len(params)} parameters, got {len(directions)}")
+    k = directions[0].shape[0] if len(directions[0].shape) else 0
+    if k < 1:
+        raise ArgumentError("k must be at least 1: tangents are of shape (k, *param.shape)")
+    for i, (p, t) in enumerate(zip(params, directions, strict=True)):
+        if tuple(t.shape) != (k, *p.shape):
+            raise ShapeError(f"tangents {i}: expected shape {(k, *p.shape)}, got {tuple(t.shape)}")
+        if t.dtype != p.dtype:
+            raise DTypeError(f"tangents {i}: expected {p.dtype} as its parameter, got {t.dtype}")
+        if t.device != p.device:
+            raise DeviceError(f"tangents {i}: expected device {p.device} as its parameter, got {t.device}")
+    return StoredDirections([t.detach() if isinstance(t, Tensor) else t for t in directions])
+
+
+def coefficients_of(loss: Any, space: Space, used: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss, shape (), its first coefficients (K,) and its second ones (pairs,); None where they are zero.
+
+    Args:
+        loss: what the closure returned.
+        space: that of the evaluation.
+        used: whether the closure used a parameter.
+
+    Raises:
+        LossError: not a scalar of a floating dtype, or not one that a loss function made for Gauss-Newton curvature.
+        UnusedParametersError: it does not depend on the parameters.
+    """
+    if not isinstance(loss, Tensor):
+        raise LossError(f"the closure must return a scalar tensor, got {type(loss).__name__}")
+    if goes_outside(type(loss)):
+        raise LossError(
+            f"the closure must return a plain tensor, got a {type(loss).__name__}, which wraps others; return the one "
+            "inside of it that is to be differentiated"
+        )
+    jet = promoted(loss)
+    loss = loss if jet is None else jet
+    if loss.numel() != 1:
+        raise LossError(f"the closure must return a scalar loss, got shape {tuple(loss.shape)}")
+    if not loss.dtype.is_floating_point:
+        raise LossError(f"the closure must return a floating-point loss, got {loss.dtype}")
+    if not (isinstance(loss, Jet) and loss.space is space):
+        raise UnusedParametersError(
+            "the loss does not depend on the parameters: "
+            + (
+                "they were used, but every path to the loss was cut (detach(), item(), a comparison)"
+                if used
+                else "the closure uses none of them; expected a loss computed from these very tensors"
+            )
+        )
+    if space.gauss_newton and kind_of(loss) == MODEL:
+        raise LossError(NO_LOSS)
+    first, second = loss.first_tensor, loss.second_tensor
+    return (
+        loss.primal.reshape(()),
+        None if first is None else first.reshape(space.k),
+        None if second is None else second.reshape(space.structure.count),
+    )
+
+
+def checked_finite(model: PlaneModel) -> PlaneModel:
+    """The model as tensors of their own, of single precision at least.
+
+    Raises:
+        NonFiniteError: NaN or infinity in the loss, slope or curvature.
+    """
+
+    def plain(t: Tensor) -> Tensor:
+        return t.clone() if t.dtype in (torch.float32, torch.float64) else t.float()
+
+    value, slope = plain(model.value), plain(model.slope)
+    curvature = None if model.curvature is None else plain(model.curvature)
+    for name, t in (("loss", value), ("slope", slope), ("curvature", curvature)):
+        if t is not None and not bool(torch.isfinite(t).all()):
+            raise NonFiniteError(f"the {name} is not finite: {t.tolist() if t.numel() <= 9 else 'NaN or inf inside'}")
+    examples = None if model.examples is None else plain(model.examples)
+    return replace(model, value=value, slope=slope, curvature=curvature, examples=examples)

@@ -1,0 +1,177 @@
+"""The chain rule and the product rule: every operator's rule is one of these, or a composition of them.
+
+For first coefficients x_i and second ones x_ij:
+
+    linear f:       y_i = f(x_i),             y_ij = f(x_ij)
+    elementwise f:  y_i = f' x_i,             y_ij = f' x_ij + f'' x_i x_j
+    product:        y_i = a_i b + a b_i,      y_ij = a_ij b + a b_ij + a_i b_j + a_j b_i
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .coefficients import Coefficients, absent, outer, symmetric, writable
+from .coefficients import jointly as jointly_coefficients
+from .jet import Jet, carried, is_jet, make, parts, precise
+from .space import Space
+
+Derivatives = tuple[Tensor | None, Tensor | None]  # f' and f''; None is zero everywhere
+
+BLOCK = 1 << 16  # elements at a time: a few tensors of them fit into the cache
+
+
+def linear(space: Space, x: Any, f: Callable[[Any], Tensor], on_stack: Callable[[Tensor], Tensor]) -> Tensor:
+    """A linear f: applied to the primal, and to stacks of coefficients (n, *S) by ``on_stack``."""
+    p, x1, x2 = parts(x, space)
+    return make(f(p), x1.map(on_stack), x2.map(on_stack), space)
+
+
+def jointly(space: Space, xs: Sequence[Any], y: Tensor, on_stacks: Callable[..., Tensor]) -> Tensor:
+    """A function that is linear in several tensors together, with the result y.
+
+    ``on_stacks`` takes a stack (n, *S) for each of them.
+    """
+    every = [parts(x, space) for x in xs]
+    shapes = [p.shape if isinstance(p, Tensor) else () for p, _, _ in every]
+    dtype = carried(y.dtype)
+    y1, y2 = (
+        jointly_coefficients(space, on_stacks, [of[order] for of in every], shapes, dtype, y.device) for order in (1, 2)
+    )
+    return make(y, y1, y2, space)
+
+
+def chain(space: Space, x: Any, y: Tensor, d1: Tensor | None, d2: Tensor | None) -> Tensor:
+    """Elementwise y = f(x): ``y_i = f' x_i`` and ``y_ij = f' x_ij + f'' x_i x_j``; None is zero."""
+    _, x1, x2 = parts(x, space)
+    y1, y2 = (absent(space, 1), absent(space, 2)) if d1 is None else (x1 * d1, x2 * d1)
+    if d2 is not None and x1 and space.order == 2:
+        y2 += outer(x1 * d2, x1)
+    return make(y, y1, y2, space)
+
+
+def elementwise(
+    space: Space,
+    x: Any,
+    y: Tensor,
+    derivatives: Callable[[Tensor, Tensor], Derivatives],
+    slope: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    blocks: bool = True,
+) -> Tensor:
+    """`chain` with derivatives that are computed from primal and result, a cache's size at a time.
+
+    Args:
+        space: of the evaluation.
+        x: the argument.
+        y: the primal result.
+        derivatives: gives f' and f'' for elements of the primal and of the result, in the dtype of coefficients.
+        slope: ``c f'`` in one pass, from c, primal and result: where only first coefficients are wanted.
+        blocks: whether f' at an element depends on that element alone.
+    """
+    p, x1, x2 = parts(x, space)
+
+    def of(p: Tensor, y: Tensor) -> Derivatives:
+        d1, d2 = derivatives(precise(p if p.dtype == y.dtype else p.to(y.dtype)), precise(y))
+        return d1, d2 if space.order == 2 else None
+
+    if slope is not None and space.order == 1 and writable(p) and p.dtype == y.dtype and not y.is_complex():
+        quick = slope
+
+        def of(p: Tensor, y: Tensor) -> Derivatives:
+            return quick(torch.ones_like(y, dtype=carried(y.dtype)), precise(p), precise(y)), None
+
+        if space.k == 1 and x1 and not x2 and writable(x1.tensor):
+            y1 = x1.map(lambda c: quick(c[0].contiguous(), precise(p), precise(y))[None])
+            return make(y, y1, absent(space, 2), space)
+    if blocks and p.numel() > BLOCK and not y.is_complex():
+        result = _in_blocks(space, p, x1, x2, y, of)
+        if result is not NotImplemented:
+            return result
+    return chain(space, x, y, *of(p, y))
+
+
+def _in_blocks(
+    space: Space, p: Tensor, x1: Coefficients, x2: Coefficients, y: Tensor, of: Callable[..., Derivatives]
+) -> Any:
+    """`chain`, some elements at a time: the derivatives stay in the cache and take no memory of the result's size."""
+    if not x1 or (x2 and x1.rows is not None):
+        return NotImplemented
+    first, second = x1.tensor, x2.tensor if x2 else None
+    held = [t for t in (p, y, first, second) if t is not None]
+    if not writable(*held) or not all(t.is_contiguous() for t in held):
+        return NotImplemented
+    n = p.numel()
+    p, flat = p.view(n), y.view(n)
+    d1, d2 = of(p[:1], flat[:1])
+    if d1 is None or (second is None and d2 is not None):  # products that may never be formed are `chain`'s
+        return NotImplemented
+    y1 = space.memory.empty(first.shape, first)
+    y2 = None if second is None else space.memory.empty(second.shape, second)
+    flat1, new1 = first.view(-1, n), y1.view(-1, n)
+    for start in range(0, n, BLOCK):
+        part = slice(start, start + BLOCK)
+        d1, d2 = of(p[part], flat[part])
+        assert d1 is not None
+        torch.mul(flat1[:, part], d1, out=new1[:, part])
+        if second is not None and y2 is not None:
+            new2 = y2.view(-1, n)[:, part]
+            torch.mul(second.view(-1, n)[:, part], d1, out=new2)
+            if d2 is not None:
+                space.structure.add_outer(new2, d2 * flat1[:, part], flat1[:, part])
+    return make(y, Coefficients(space, 1, y1, x1.rows), Coefficients(space, 2, y2), space)
+
+
+def chain_many(
+    space: Space,
+    xs: Sequence[Any],
+    y: Tensor,
+    gradient: Sequence[Tensor | None],
+    hessian: dict[tuple[int, int], Tensor],
+) -> Tensor:
+    """Elementwise y = f(x_0, x_1, …) by its partial derivatives, with broadcasting.
+
+    ``hessian[a, b]`` with a <= b holds the mixed second derivative; None and an absent one are zero.
+    """
+    every = [[c.expanded(y.shape) for c in parts(x, space)[1:]] for x in xs]
+    y1, y2 = absent(space, 1), absent(space, 2)
+    for g, (x1, x2) in zip(gradient, every, strict=True):
+        if g is not None:
+            y1 += x1 * g
+            y2 += x2 * g
+    if space.order == 2:
+        for (a, b), h in hessian.items():
+            left, right = every[a][0] * h, every[b][0]
+            y2 += outer(left, right) if a == b else symmetric(left, right)
+    return make(y, y1, y2, space)
+
+
+def multiply(space: Space, a: Any, b: Any) -> Tensor:
+    """The elementwise product, with broadcasting."""
+    if a is b and is_jet(a, space):
+        p = precise(a.primal)
+        return chain(space, a, torch.mul(a.primal, a.primal), 2 * p, p.new_full((), 2))
+    pa, a1, a2 = parts(a, space)
+    pb, b1, b2 = parts(b, space)
+    y = torch.mul(pa, pb)
+    y1 = (a1 * pb).add_product(pa, b1)
+    y2 = (a2 * pb).add_product(pa, b2)
+    if a1 and b1:
+        ndim = y.dim()
+        y2 += symmetric(a1.lifted(ndim), b1.lifted(ndim))
+    return make(y, y1, y2, space)
+
+
+def add_jets(space: Space, a: Any, b: Any, y: Tensor, alpha: Any = 1) -> Tensor:
+    """``a + alpha * b`` with broadcasting; y is the primal result."""
+    _, a1, a2 = parts(a, space)
+    _, b1, b2 = parts(b, space)
+    return make(y, a1.plus(b1, alpha), a2.plus(b2, alpha), space)
+
+
+def as_jet(x: Any, space: Space) -> Jet:
+    """A jet of this space: x itself, or a constant as a jet without coefficients."""
+    return x if is_jet(x, space) else Jet(x, None, None, space)

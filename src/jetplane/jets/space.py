@@ -1,0 +1,80 @@
+"""The directions that the jets of one evaluation are expanded along."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+from .memory import Memory
+from .pairs import PairStructure, structure_of
+
+PARAMETER, MODEL, LOSS = 0, 1, 2  # kinds of jets: see Space.gauss_newton
+
+Key = tuple[tuple[Any, ...], int, int, bool, bool]  # structure, order, level, gauss_newton and examples of a space
+
+
+@dataclass(eq=False)
+class Space:
+    """The directions that jets of one evaluation are expanded along.
+
+    Attributes:
+        structure: which second coefficients are kept.
+        order: 2 where operators make second coefficients, 1 where they only pass on those that are there.
+        level: nesting depth. Jets of an outer evaluation have a smaller level and are constants
+            for this one, which is what rules perturbation confusion out.
+        gauss_newton: second coefficients are made by loss functions and by functions of the parameters
+            alone (regularizers), not by the model between them. Jets then have a kind: PARAMETER (a
+            function of parameters alone), MODEL (of data too), LOSS (what a loss function made).
+        examples: whether each example's part of the slope is kept: see `jetplane.rules.examples`.
+        kind: the kind of what the operator being carried makes.
+        keys: torch's dispatch keys as they are for user code. Inside ``__torch_dispatch__`` more of them
+            are off, lazy conjugation and view tracking among them, which rules and autograd rely on.
+        operator: the name of the operator being carried.
+        materialized: operators that materialized low-rank tangents since they could not use the factors, and how
+            often.
+        absent: the coefficients of each order of which none is there.
+        entrance: where the model carries a part of the directions only: see `jetplane.evaluation.entrance`.
+    """
+
+    structure: PairStructure
+    order: int = 2
+    level: int = 0
+    gauss_newton: bool = False
+    examples: bool = False
+    kind: int = PARAMETER
+    keys: tuple[Any, Any] | None = None
+    operator: str = ""
+    materialized: dict[str, int] = field(default_factory=dict)
+    entrance: Any = None
+    absent: dict[int, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def k(self) -> int:
+        """Number of directions."""
+        return self.structure.k
+
+    def count(self, order: int) -> int:
+        """Number of coefficients of an order, 1 or 2."""
+        return self.structure.k if order == 1 else self.structure.count
+
+    @property
+    def key(self) -> Key:
+        """What a compiler may hold of a space: plain numbers."""
+        return self.structure.key, self.order, self.level, self.gauss_newton, self.examples
+
+    @staticmethod
+    @functools.cache
+    def of(key: Key) -> Space:
+        """The one space with this key, for compiled code."""
+        return Space(structure_of(key[0]), *key[1:])
+
+    @functools.cached_property
+    def memory(self) -> Memory:
+        """Where large coefficients of this evaluation are; compiled code has its own."""
+        return Memory(self.k)
+
+    def finish(self) -> None:
+        """The evaluation is over; tensors that it returned may be in its memory."""
+        if "memory" in self.__dict__:
+            self.memory.trim()

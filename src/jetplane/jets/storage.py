@@ -1,0 +1,200 @@
+"""Memory that jets share: views, in-place writes, and plain buffers that jets were written into.
+
+Coefficients are replaced, never written to: other jets may share them. A write rebinds those of the jet that owns the
+memory, its *base*, and moves the base's version; views read theirs again when the version has moved.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._torch import memory_of
+from ..errors import DerivativeError
+from .coefficients import Coefficients, aligned, writable
+from .jet import Jet, carried, innermost, is_jet, parts, set_refresh
+from .space import Space
+
+
+def same_storage(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors look into one memory."""
+    return memory_of(innermost(a)) == memory_of(innermost(b))
+
+
+def mark_view(result: Any, source: Jet) -> Any:
+    """Record that a result looks into the source's memory, so that later writes reach both."""
+    if not isinstance(result, Tensor) or not same_storage(result, source):
+        return result
+    base = source.root()
+    if not isinstance(result, Jet):  # a part of a buffer that has no coefficients yet
+        return Jet(result, None, None, source.space, base) if not (source.first or source.second) else result
+    if result.base is None:
+        result.base, result.version = base, base.version
+    return result
+
+
+def write(target: Jet, value: Any, space: Space) -> Jet:
+    """Overwrite a jet in place, so that everything which looks into its memory sees the change.
+
+    Coefficients are replaced, never written to: other jets may share them. Views read theirs again
+    from the base when its version has moved.
+
+    Raises:
+        DerivativeError: the target is a parameter of the evaluation, or its memory overlaps itself.
+    """
+    base = target.root()
+    if base.is_seed:
+        raise DerivativeError(
+            "a parameter was written to in place inside the closure; expected a closure that leaves the "
+            "parameters of the evaluation as they are. Write to a copy (parameter.clone()), or outside of it"
+        )
+    if any(s == 0 and n > 1 for n, s in zip(target.primal.shape, target.primal.stride(), strict=True)):
+        raise DerivativeError("in-place write to an expanded tensor, whose elements share memory; clone() it first")
+    if not writable(target.primal, value.primal if is_jet(value, space) else value) and target is not base:
+        raise DerivativeError("in-place write to a view inside nested jets; use the out-of-place operation")
+    p, first, second = parts(value, space)
+    base.kind = target.kind = max(base.kind, value.kind if is_jet(value, space) else base.kind)
+    parts(target, space)  # what is left of the old coefficients must be current
+    parts(base, space)
+    base.first = _replaced(base, target, base.first, first)
+    base.second = _replaced(base, target, base.second, second)
+    if p is not target.primal:
+        if writable(target.primal, p):
+            target.primal.copy_(p)
+        else:
+            target.primal = p.expand_as(target.primal)
+    base.version += 1
+    if target is base:
+        return target
+    _read_again(target)
+    return target
+
+
+def _replaced(base: Jet, view: Jet, held: Coefficients, new: Coefficients) -> Coefficients:
+    """The base's coefficients with those of a view replaced."""
+    if not held and not new:
+        return held
+    new = new.to(carried(base.dtype)).expanded(view.shape)
+    if view is base:
+        return new.disowned()
+    if held and new:
+        rows, kept, written = aligned(held, new)
+    else:
+        rows, kept, written = (held or new).rows, held.tensor if held else None, new.tensor if new else None
+    count = (kept if written is None else written).shape[0]  # type: ignore[union-attr]
+    out = _laid_out(kept, count, base.primal)
+    region = _region(base, view.primal, out)
+    region.zero_() if written is None else region.copy_(written)
+    return Coefficients(held.space, held.order, out, rows)
+
+
+def _read_again(view: Jet) -> None:
+    """Read a view's coefficients again after somebody wrote into its base."""
+    base = view.base
+    assert base is not None
+    view.first, view.second = (_seen(base, view, name) for name in ("first", "second"))
+    view.version = base.version
+
+
+set_refresh(_read_again)
+
+
+def _seen(base: Jet, view: Jet, name: str) -> Coefficients:
+    """What a view sees of the base's coefficients, which are laid out as the primal for it."""
+    held: Coefficients = getattr(base, name)
+    if not held:
+        return held
+    if held.tensor.stride()[1:] != base.primal.stride():
+        out = _laid_out(held.tensor, held.tensor.shape[0], base.primal)
+        held = Coefficients(held.space, held.order, out, held.rows)
+        setattr(base, name, held)
+    return Coefficients(held.space, held.order, _region(base, view.primal, held.tensor), held.rows)
+
+
+def _region(base: Jet, view: Tensor, c: Tensor) -> Tensor:
+    """The part of the base's coefficients, laid out as its primal, that a view of the primal covers."""
+    origin = base.primal.storage_offset()
+    if base.dtype.is_complex and not view.dtype.is_complex:  # real parts lie at every second number
+        c, origin = torch.view_as_real(c), 2 * origin
+    if carried(view.dtype) != c.dtype or view.is_conj() != base.primal.is_conj() or view.is_neg():
+        raise DerivativeError("an in-place write through, or under, a conjugate view of complex numbers")
+    start = view.storage_offset() - origin
+    return c.as_strided((c.shape[0], *view.shape), (c.stride(0), *view.stride()), c.storage_offset() + start)
+
+
+def _laid_out(c: Tensor | None, n: int, like: Tensor) -> Tensor:
+    """Coefficients in memory of their own with the primal's strides; None is zero."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
+    out = torch.empty_strided((n, *like.shape), (extent, *like.stride()), dtype=carried(like.dtype), device=like.device)
+    return out.zero_() if c is None else out.copy_(c)
+
+
+class _Promotions(threading.local):
+    """Plain buffers that a jet was written into, of one thread: storage -> a flat jet over the whole of it."""
+
+    def __init__(self) -> None:
+        self.jets: dict[int, Jet] = {}
+
+
+_here = _Promotions()
+
+
+def promote(buffer: Tensor, space: Space) -> Jet:
+    """The jet that stands for a plain tensor from now on, since a jet is about to be written into it."""
+    key = memory_of(buffer)
+    if key not in _here.jets:
+        memory = buffer.untyped_storage()
+        flat = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
+        flat = flat.set_(memory)  # type: ignore[call-overload]
+        flat = flat.as_strided((memory.nbytes() // buffer.element_size(),), (1,), 0)
+        _here.jets[key] = Jet(flat, None, None, space)
+    jet = promoted(buffer)
+    assert jet is not None
+    return jet
+
+
+def promoted(x: Tensor) -> Jet | None:
+    """The jet over a plain tensor whose memory a jet was written into, or None."""
+    if isinstance(x, Jet) or not _here.jets or x.layout is not torch.strided:
+        return None
+    root = _here.jets.get(memory_of(x))
+    if root is None or root.dtype != x.dtype:
+        return None
+    view = Jet(x, None, None, root.space, root, kind=root.kind)
+    _read_again(view)
+    return view
+
+
+def forget_promoted(space: Space) -> None:
+    """End of an evaluation: its buffers are plain tensors again."""
+    for key in [key for key, jet in _here.jets.items() if jet.space is space]:
+        del _here.jets[key]
+
+
+def promotions() -> set[int]:
+    """The buffers that are jets now."""
+    return set(_here.jets)
+
+
+def forget_promotions(but: set[int]) -> None:
+    """Take back promotions that were made since ``but`` was read."""
+    for key in set(_here.jets) - but:
+        del _here.jets[key]
+
+
+def any_promoted() -> bool:
+    """Whether plain arguments need a look at all."""
+    return bool(_here.jets)
+
+
+def promotion_state() -> dict[int, Jet]:
+    """This thread's promoted buffers, for a thread that works for it to `adopt_promotions`."""
+    return _here.jets
+
+
+def adopt_promotions(state: dict[int, Jet]) -> None:
+    """Let this thread see another one's promoted buffers."""
+    _here.jets = state
