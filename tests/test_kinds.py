@@ -18,6 +18,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import jetplane as jp
+from jetplane._torch import FunctionBase
 from jetplane.evaluation.context import expansion
 from jetplane.jets import AllPairs, Coefficients, Diagonal, Jet, Planes, Star, Sums, parts
 from jetplane.rules.functions import intercept_functions
@@ -57,7 +58,6 @@ class TestThreads:
     """What is intercepted belongs to the thread that evaluates; torch is as it was once nobody does."""
 
     def test_evaluations_that_end_in_the_order_they_began(self):
-        original = vars(torch.autograd.Function)["apply"]
         first_in, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
         w, u, found = torch.ones(3), torch.ones(3), {}
 
@@ -74,7 +74,7 @@ class TestThreads:
         [t.start() for t in threads]
         [t.join(20) for t in threads]
         assert found["slope"].tolist() == [9.0]
-        assert vars(torch.autograd.Function)["apply"] is original
+        assert "apply" not in vars(FunctionBase)
 
     def test_reverse_mode_in_one_thread_while_another_evaluates(self):
         inside, done, x = threading.Event(), threading.Event(), torch.ones(3, requires_grad=True)
@@ -94,26 +94,28 @@ class TestThreads:
     def test_somebody_elses_replacement_is_left_alone(self):
         original, calls, w = vars(torch.autograd.Function)["apply"], [], torch.ones(3)
 
+        def counted(function, *args):
+            calls.append(function)
+            return original.__func__(function, *args)
+
+        theirs = classmethod(counted)
+
         def closure() -> torch.Tensor:
-            ours = vars(torch.autograd.Function)["apply"]
+            torch.autograd.Function.apply = theirs  # type: ignore[method-assign]
+            return Doubled.apply(w).sum()
 
-            def counted(function, *args):
-                calls.append(function)
-                return ours.__func__(function, *args)
-
-            torch.autograd.Function.apply = classmethod(counted)  # type: ignore[method-assign]
-            return (w * w).sum()
-
-        jp.evaluate(closure, [w], [torch.ones(1, 3)])
-        theirs = vars(torch.autograd.Function)["apply"]
         try:
-            x = torch.ones(3, requires_grad=True)
-            jp.evaluate(lambda: (w * Doubled.apply(x)).sum(), [w], [torch.ones(1, 3)])
+            assert slope(closure, [w], [torch.ones(1, 3)]).tolist() == [9.0]
             assert vars(torch.autograd.Function)["apply"] is theirs and calls == [Doubled]
         finally:
             torch.autograd.Function.apply = original  # type: ignore[method-assign]
-            jp.evaluate(lambda: (w * w).sum(), [w], [torch.ones(1, 3)])
-        assert vars(torch.autograd.Function)["apply"] is original
+
+    def test_what_was_taken_before_the_evaluation(self):
+        w = torch.ones(3)
+        assert slope(lambda: APPLIED(w).sum(), [w], [torch.ones(1, 3)]).tolist() == [9.0]
+
+
+APPLIED = Doubled.apply
 
 
 class Gelu(torch.autograd.Function):
@@ -713,6 +715,28 @@ class TestCompiled:
         assert done.stdout.split() == ["6.0", "True", "default"], done.stderr
 
 
+class Steep(torch.autograd.Function):
+    """The cube, ten times as steep."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 30 * g * x**2
+
+    jvp = backward
+
+
 class TestHigherOrder:
     def test_conditions_and_loops(self):
         w, b = double(3), double(3)
@@ -728,6 +752,13 @@ class TestHigherOrder:
             lambda: ((w * b).sin() * b).sin().sum(),
             [w, b],
         )
+
+    @pytest.mark.parametrize("inside", [lambda w, x: w * Steep.apply(x), lambda w, x: Steep.apply(w) * x])
+    def test_custom_functions_inside_vmap(self, inside):
+        w, x = double(3), double(4)
+        closure = lambda: torch.vmap(lambda z: inside(w, z).sum())(x).square().sum()  # noqa: E731
+        v = moving([w])
+        torch.testing.assert_close(slope(closure, [w], v), reverse_slope(closure, [w], v))
 
     def test_others_are_refused(self):
         from torch._higher_order_ops.map import map as mapped
@@ -1054,9 +1085,9 @@ class Quotient(torch.autograd.Function):
 
 BOX = {"dtype": torch.float64, "numpy": True}
 OPAQUE = {  # functions that are not carried operator by operator, the same in torch, and how exact they are
-    "jvp": (lambda x: SavedInForward.apply(x), F.silu, 1e-9),
+    "jvp": (SavedInForward.apply, F.silu, 1e-9),
     "jvp of two": (lambda x: Quotient.apply(x, x.cos()), lambda x: x / (1 + x.cos() ** 2), 1e-9),
-    "backward": (lambda x: Gelu.apply(x), lambda x: F.gelu(x, approximate="tanh"), 1e-9),
+    "backward": (Gelu.apply, lambda x: F.gelu(x, approximate="tanh"), 1e-9),
     "differences": (jp.blackbox(np.sin, **BOX), torch.sin, 1e-5),
     "derivative": (jp.blackbox(np.sin, derivative=lambda x, v: np.cos(x[0]) * v[0], **BOX), torch.sin, 1e-7),
 }

@@ -100,6 +100,11 @@ def operator_names(namespace: str) -> set[str]:
     return {s.name.partition("::")[2] for s in _schemas() if s.name.startswith(f"{namespace}::")}
 
 
+# What ``torch.autograd.Function.apply`` calls in turn is the attribute of this base, looked up at each call.
+FunctionBase: Any = _taken("torch.autograd.function", "_SingleLevelFunction")
+custom_function_call: Any = _taken("torch.autograd.function", "custom_function_call")  # inside torch.func transforms
+
+
 # --- compilers ----------------------------------------------------------------------------------------------
 
 set_eval_frame: Any = _taken("torch", "_C._dynamo.eval_frame.set_eval_frame")

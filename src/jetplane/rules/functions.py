@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from .._torch import DisableTorchFunction, EnableTorchFunction, tree_map
+from .._torch import DisableTorchFunction, EnableTorchFunction, FunctionBase, custom_function_call, tree_map
 from ..errors import DerivativeError
 from ..jets import (
     Coefficients,
@@ -52,7 +51,10 @@ from .registry import enter
 
 REGISTERED: dict[type, Callable[..., Any]] = {}  # what the user said of a function
 
-_original_apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+
+def _apply(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """What torch itself does with a function, whatever is intercepted."""
+    return super(FunctionBase, function).apply(*args, **kwargs)
 
 
 def register_function(function: type, composed: Callable[..., Any] | None) -> None:
@@ -62,12 +64,12 @@ def register_function(function: type, composed: Callable[..., Any] | None) -> No
 
 def differentiate_forward(function: type) -> None:
     """Say of an autograd function that its forward pass, run on jets, has the derivatives that it defines."""
-    REGISTERED[function] = functools.partial(_original_apply, function)
+    REGISTERED[function] = functools.partial(_apply, function)
 
 
 def _constant(function: type) -> Callable[..., Any]:
     def composed(*args: Any) -> Any:
-        return _original_apply(function, *[innermost(a) for a in args])
+        return _apply(function, *[innermost(a) for a in args])
 
     return composed
 
@@ -96,10 +98,6 @@ def _on_jets(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     rule = REGISTERED.get(function) or OF_TORCH.get(f"{function.__module__}.{function.__qualname__}")
     if rule is not None:
         return rule(*args, **kwargs)
-    if kwargs and _sets_context_apart(function):  # as torch binds them
-        bound = inspect.signature(function.forward).bind(*args, **kwargs)
-        bound.apply_defaults()
-        args, kwargs = bound.args, bound.kwargs
     if kwargs or any(map(_wraps_a_jet, args)):
         raise _refused(function, "it is called in a way in which they are not seen")
     # Autograd does not look into lists and dictionaries either: what is in there is constant.
@@ -385,7 +383,7 @@ def _by_backward(space: Space, function: Any, args: Sequence[Any]) -> Any:
 
     def call(*inner: Any) -> Any:
         with EnableTorchFunction():
-            result = _original_apply(function, *inner)
+            result = _apply(function, *inner)
         outputs = _sequence(result)
         _seen(function, outputs)
         written = _overwritten(args, inner, outputs)  # torch returns others that are passed on as views
@@ -526,7 +524,7 @@ def _backward_errs(space: Space, function: Any, xs: Sequence[Any], moving: Seque
         draws.again()
         leaves = [x.requires_grad_() if m else x for x, m in zip(_moved(xs, r, h), moving, strict=True)]
         given = [_copied(x) for x in leaves]  # leaves may not be written to
-        outputs = _sequence(_original_apply(function, *given))
+        outputs = _sequence(_apply(function, *given))
         total = _contracted([y for y in outputs if isinstance(y, Tensor) and y.requires_grad])
         wanted = [x for x, m in zip(leaves, moving, strict=True) if m]
         return wanted, list(torch.autograd.grad(total, wanted, create_graph=True, allow_unused=True))
@@ -576,51 +574,47 @@ def seeded(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return args
 
 
-def _replacing(before: Any) -> Any:
-    """A class method ``apply`` that takes calls with jets, in threads that evaluate, and passes others on."""
+def inside_transforms(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """A custom function inside ``torch.func`` transforms, which torch calls by an operator instead of ``apply``."""
+    if any(map(_carries, (*args, *kwargs.values()))):
+        return _on_jets(function, args, kwargs)
+    with DisableTorchFunction():
+        return custom_function_call(function, *args, **kwargs)
 
-    def apply(function: type, *args: Any, **kwargs: Any) -> Any:
-        args = seeded(args)
-        kwargs = dict(zip(kwargs, seeded(tuple(kwargs.values())), strict=True))
-        if any(map(_carries, (*args, *kwargs.values()))):
-            return _on_jets(function, args, kwargs)
-        return before.__func__(function, *args, **kwargs)
 
-    return classmethod(apply)
+@classmethod
+def _intercepted(function: Any, *args: Any, **kwargs: Any) -> Any:
+    args = seeded(args)
+    kwargs = dict(zip(kwargs, seeded(tuple(kwargs.values())), strict=True))
+    if any(map(_carries, (*args, *kwargs.values()))):
+        return _on_jets(function, args, kwargs)
+    return _apply(function, *args, **kwargs)
 
 
 class _Replacement:
-    """``torch.autograd.Function.apply`` replaced while any thread evaluates, and put back when none does.
+    """What ``torch.autograd.Function.apply`` calls, replaced while any thread evaluates, and put back when none does.
 
-    All threads share it, counted under a lock: each putting back what it had found would, where evaluations end in
-    another order than they began, take away another's or leave its own for good. Which thread's calls are
-    intercepted is up to that thread's own `_Stack`. Torch is as it was between evaluations, which a replacement
-    made once at import would not give.
+    It is replaced below ``apply`` itself, so that an ``apply`` that somebody took earlier (``relu = ReLU.apply``), or
+    replaced, comes here too. All threads share it, counted under a lock, since their evaluations may end in another
+    order than they began. Which thread's calls are intercepted is up to that thread's own `_Stack`. Torch is as it was
+    between evaluations, which a replacement made once at import would not give.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
-        self._ours: Any = None
-        self._before: Any = None  # unbound, as subclasses inherit it
 
     def acquire(self) -> None:
         with self._lock:
             self._users += 1
-            found = vars(torch.autograd.Function)["apply"]
-            if found is not self._ours:  # over somebody else's too, who may have put back what was before ours
-                self._before, self._ours = found, _replacing(found)
-                torch.autograd.Function.apply = self._ours
+            if self._users == 1:
+                FunctionBase.apply = _intercepted
 
     def release(self) -> None:
         with self._lock:
             self._users -= 1
-            if self._users:
-                return
-            if vars(torch.autograd.Function)["apply"] is self._ours:
-                torch.autograd.Function.apply = self._before
-            # else somebody else's is over ours, theirs to put back; ours passes calls on
-            self._ours = self._before = None
+            if self._users == 0:
+                del FunctionBase.apply  # torch's own is inherited
 
 
 _replacement = _Replacement()

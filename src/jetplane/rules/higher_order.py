@@ -11,6 +11,7 @@ from typing import Any
 
 from .._torch import HigherOrderOperator, flex_attention
 from ..errors import DerivativeError
+from .functions import inside_transforms
 
 
 def is_higher_order(func: Any) -> bool:
@@ -48,4 +49,9 @@ def _while(cond: Callable[..., Any], body: Callable[..., Any], carried: Any, add
     return tuple(carried)
 
 
-RULES: dict[str, Callable[..., Any]] = {"flex_attention": _attention, "cond": _cond, "while_loop": _while}
+RULES: dict[str, Callable[..., Any]] = {
+    "flex_attention": _attention,
+    "cond": _cond,
+    "while_loop": _while,
+    "custom_function_call": inside_transforms,
+}
