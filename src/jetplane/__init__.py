@@ -27,7 +27,7 @@ from .evaluation.api import evaluate
 from .evaluation.plane import PlaneModel
 from .jets import LowRank
 from .parallel import ranks as distributed
-from .rules import loss, register_rule, strict
+from .rules import blackbox, loss, register_rule, strict
 from .subspace import descent, search, sources
 from .transforms.estimators import (
     DiagonalEstimate,
@@ -65,6 +65,7 @@ __all__ = [
     "ShapeError",
     "SingularPlaneError",
     "UnusedParametersError",
+    "blackbox",
     "descent",
     "directions",
     "distributed",

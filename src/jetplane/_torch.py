@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,7 +44,9 @@ def _taken(module: str, path: str) -> Any:
 # --- dispatch -----------------------------------------------------------------------------------------------
 
 disabled_torch_function: Any = _taken("torch", "_C._disabled_torch_function_impl")
+disabled_torch_dispatch: Any = _taken("torch", "_C._disabled_torch_dispatch_impl")
 DisableTorchFunction: Any = _taken("torch", "_C.DisableTorchFunction")
+EnableTorchFunction: Any = _taken("torch", "_C._EnableTorchFunction")
 TorchDispatchMode: Any = _taken("torch.utils._python_dispatch", "TorchDispatchMode")
 disable_current_modes: Any = _taken("torch.utils._python_dispatch", "_disable_current_modes")
 no_dispatch: Any = _taken("torch.utils._mode_utils", "no_dispatch")
@@ -95,6 +98,7 @@ def made_without_grad(view: Tensor) -> bool:
 
 Operator: Any = _taken("torch", "_ops.OpOverload")
 OperatorPacket: Any = _taken("torch", "_ops.OpOverloadPacket")
+HigherOrderOperator: Any = _taken("torch", "_ops.HigherOrderOperator")
 _schemas: Any = _taken("torch", "_C._jit_get_all_schemas")
 _taken("torch._decomp", "decomposition_table")
 
@@ -114,6 +118,32 @@ def decompositions() -> dict[Any, Any]:
 def operator_names(namespace: str) -> set[str]:
     """Names of all operators of a namespace, without it."""
     return {s.name.partition("::")[2] for s in _schemas() if s.name.startswith(f"{namespace}::")}
+
+
+# What ``torch.autograd.Function.apply`` calls in turn is the attribute of this base, looked up at each call.
+FunctionBase: Any = _taken("torch.autograd.function", "_SingleLevelFunction")
+custom_function_call: Any = _taken("torch.autograd.function", "custom_function_call")  # inside torch.func transforms
+
+
+# --- compilers ----------------------------------------------------------------------------------------------
+
+set_eval_frame: Any = _taken("torch", "_C._dynamo.eval_frame.set_eval_frame")
+_taken("torch._subclasses", "FakeTensor")
+
+
+def compiler_imported() -> bool:
+    """Whether torch's compiler is imported, which takes seconds and happens at its first use."""
+    return "torch._dynamo" in sys.modules
+
+
+def is_stand_in(cls: type) -> bool:
+    """Whether a class of tensors is one that a compiler traces with in place of others."""
+    return cls.__module__.startswith("torch._subclasses")
+
+
+def flex_attention() -> Any:
+    """Torch's own composition of ``flex_attention``. Not checked at import, as it imports the compiler."""
+    return _taken("torch._higher_order_ops.flex_attention", "math_attention")
 
 
 # --- trees and memory ---------------------------------------------------------------------------------------

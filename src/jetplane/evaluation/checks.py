@@ -19,7 +19,8 @@ from ..errors import (
     ShapeError,
     UnusedParametersError,
 )
-from ..jets import MODEL, Jet, Space, Tangents, kind_of, promoted
+from ..jets import MODEL, Jet, Space, Tangents, goes_outside, kind_of, promoted
+from ..rules.sparse import is_sparse
 from .leaving import plain_result
 from .plane import PlaneModel
 
@@ -31,7 +32,7 @@ NO_LOSS = (
 
 
 def check_parameters(params: Sequence[Any]) -> None:
-    """Check that there are parameters, each a different tensor of a floating dtype.
+    """Check that there are parameters, each a different dense tensor of a floating dtype.
 
     Raises:
         ArgumentError, DTypeError: they are not.
@@ -43,6 +44,11 @@ def check_parameters(params: Sequence[Any]) -> None:
             raise ArgumentError(f"parameter {i} must be a tensor, got {type(p).__name__}")
         if not p.dtype.is_floating_point:
             raise DTypeError(f"parameter {i} must be of a floating dtype, got {p.dtype}")
+        if is_sparse(p):
+            raise ArgumentError(
+                f"parameter {i} is of layout {p.layout}; expected a dense tensor. Let its values be the parameter, and "
+                "write products by its indices: torch.zeros(rows, n).index_add(0, row, values[:, None] * x[column])"
+            )
     if len({id(p) for p in params}) != len(params):
         raise ArgumentError("a parameter is given twice; expected each tensor once")
 
@@ -88,6 +94,11 @@ def coefficients_of(loss: Any, space: Space, used: bool) -> tuple[Tensor, Tensor
     """
     if not isinstance(loss, Tensor):
         raise LossError(f"the closure must return a scalar tensor, got {type(loss).__name__}")
+    if goes_outside(type(loss)):
+        raise LossError(
+            f"the closure must return a plain tensor, got a {type(loss).__name__}, which wraps others; return the one "
+            "inside of it that is to be differentiated"
+        )
     jet = promoted(loss)
     loss = loss if jet is None else jet
     if loss.numel() != 1:

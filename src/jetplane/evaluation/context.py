@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from ..jets import PairStructure, Space
 from ..rules import grad_mode
-from . import leaving
+from . import compilers, leaving
 
 _evaluations = threading.local()  # depth: how many evaluations are under way in this thread
 
@@ -25,13 +25,14 @@ def expansion(
         gauss_newton: whether loss functions alone make second coefficients.
         examples: whether each example's part of the slope is kept.
     """
-    depth = getattr(_evaluations, "depth", 0) + 1
-    space = Space(structure, order, depth, gauss_newton, examples)
-    _evaluations.depth = depth
-    try:
-        with grad_mode.evaluation(space):
-            yield space
-    finally:
-        _evaluations.depth = depth - 1
-        leaving.release(space)
-        space.finish()
+    with compilers.eager():
+        depth = getattr(_evaluations, "depth", 0) + 1
+        space = Space(structure, order, depth, gauss_newton, examples)
+        _evaluations.depth = depth
+        try:
+            with grad_mode.evaluation(space):
+                yield space
+        finally:
+            _evaluations.depth = depth - 1
+            leaving.release(space)
+            space.finish()

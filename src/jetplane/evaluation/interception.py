@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,10 +17,13 @@ from .. import rules as rules  # installs the dispatcher of jets
 from ..directions import AbstractDirections
 from ..errors import DerivativeError, JetplaneWarning, located
 from ..jets import PARAMETER, Jet, Space, any_promoted, carried, innermost, parts, promoted
-from ..rules import grad_mode
-from ..rules.custom import intercept_functions
+from ..rules import grad_mode, higher_order, sparse
 from ..rules.dispatch import loss as mark_loss
+from ..rules.functions import intercept_functions, refuse_captured
 from . import gradient_hooks, leaving, sharded
+
+# What torch and Python say where no class of several takes an operator.
+NOBODY = ("handlers returned NotImplemented", "no implementation found for", "'Jet'")
 
 # Ways out of torch on which a jet's coefficients would be lost.
 _EXITS = {
@@ -121,13 +123,22 @@ class Interception(TorchFunctionMode):
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Intercept whatever a user's function calls; errors say where in it they arose."""
-        thread = threading.get_ident()
-        with intercept_functions(self._replaced, lambda: threading.get_ident() == thread), self:
+        with intercept_functions(self._replaced), self:
             try:
                 yield
             except DerivativeError as error:
                 located(error)
                 raise
+            except TypeError as error:
+                if not any(words in str(error) for words in NOBODY):
+                    raise
+                refused = DerivativeError(
+                    "a tensor of a class of its own met one that depends on the parameters, and its class does not "
+                    f"take it: {str(error).splitlines()[0]}. Take the plain tensor out of it, or detach() the other"
+                )
+                refused.__traceback__ = error.__traceback__
+                located(refused)
+                raise refused from error
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ASIDE:
@@ -149,6 +160,12 @@ class Interception(TorchFunctionMode):
                 f"{_REVERSE_MODE[func]} inside a forward-only evaluation. A closure returns its loss and calls no "
                 "backward(); for derivatives inside of it use jetplane.jet, jetplane.hvp or jetplane.laplacian"
             )
+        if higher_order.is_higher_order(func):
+            with self:  # the functions that it takes may capture parameters
+                return higher_order.run(func, args, kwargs)
+        if sparse.constant(func, args):
+            with grad_mode.autograd(), torch.no_grad():
+                return func(*args, **kwargs)
         if self.space.gauss_newton and func in LOSSES:
             with mark_loss():
                 return _warn_if_flat(func, func(*args, **kwargs), self.space)
@@ -168,6 +185,8 @@ class Interception(TorchFunctionMode):
         """An argument with every parameter in it, and every plain tensor over memory of jets, replaced by its jet."""
         if isinstance(x, Tensor):
             x = sharded.unwrapped(x)
+            if (id(x) in self._unused or id(x) in self.used) and grad_mode.stopped(self.space):
+                refuse_captured()
             if id(x) in self._unused and grad_mode.stopped(self.space):  # no tangents are drawn for it
                 if id(x) not in self.unmoved:
                     here = _sharding.local(x)

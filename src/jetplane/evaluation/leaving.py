@@ -96,11 +96,11 @@ def _into_ordinary(jet: Jet) -> None:
     and for C++.
     """
     plain = jet.primal.detach()
-    kind, own = type(plain), dict(vars(plain))
+    kind, own = type(plain), plain.__dict__.copy()
     # What C++ holds, as the base of a view or in another thread's call, stays a jet, without derivatives.
     plain.__class__ = Jet  # type: ignore[assignment]
     bare = {"first": absent(jet.space, 1), "second": absent(jet.space, 2), "base": None, "examples": None}
-    vars(plain).update(jet.__dict__ | bare)
+    plain.__dict__.update(jet.__dict__ | bare)
     swap_tensors(jet, plain)
     jet.__class__ = kind  # type: ignore[assignment]
     jet.__dict__ = own  # type: ignore[assignment]
@@ -168,8 +168,10 @@ def check_entering(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
 
 def _overwrites(func: Any, args: Any) -> bool:
     """Whether nothing of the first argument is left."""
-    whole = func is Tensor.__setitem__ and (args[1] is ... or (isinstance(args[1], slice) and args[1] == slice(None)))
-    return whole or func in _OVERWRITING
+    if func is not Tensor.__setitem__:
+        return func in _OVERWRITING
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    return all(i is ... or (isinstance(i, slice) and i == slice(None)) for i in index)
 
 
 def _check(x: Any) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .._sharding import is_sharded
 from .._torch import DisableTorchFunction, TorchDispatchMode, disable_current_modes, is_composite
 from ..errors import DerivativeError
-from ..rules.custom import differentiate_forward
+from ..rules.functions import differentiate_forward
 
 
 def unwrapped(x: Any) -> Any:

@@ -44,13 +44,18 @@ class UndoLog(TorchDispatchMode):
                     self._save(value)
         result = func(*args, **kwargs)
         if not any(r.alias_info for r in schema.returns):
-            self._fresh.update(memory_of(t) for t in tree_leaves(result) if type(t) is Tensor)
+            self._fresh.update(memory_of(t) for t in tree_leaves(result) if _has_memory(t))
         return result
 
     def _save(self, value: Any) -> None:
-        known = type(value) in (Tensor, torch.nn.Parameter) and memory_of(value) in self._fresh
+        known = _has_memory(value) and memory_of(value) in self._fresh
         if isinstance(value, Tensor) and not isinstance(value, Jet) and not known and id(value) not in self.saved:
             self.saved[id(value)] = value, value.detach().clone()
+
+
+def _has_memory(x: Any) -> bool:
+    """Whether x is a plain tensor with memory of its own, as those of sparse layouts are not."""
+    return type(x) in (Tensor, torch.nn.Parameter) and x.layout is torch.strided
 
 
 def _named(schema: Any, kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:

@@ -2,8 +2,22 @@
 
 from .calculus import Derivatives, add_jets, as_jet, chain, chain_many, elementwise, jointly, linear, multiply
 from .coefficients import Coefficients, absent, aligned, expand, lift, outer, overwritten, symmetric, writable
-from .jet import LOST, WRITTEN, Jet, carried, innermost, is_jet, kind_of, make, parts, precise, primal, set_dispatcher
-from .pairs import AllPairs, Diagonal, PairStructure, Planes, Star, Sums
+from .jet import (
+    LOST,
+    WRITTEN,
+    Jet,
+    carried,
+    goes_outside,
+    innermost,
+    is_jet,
+    kind_of,
+    make,
+    parts,
+    precise,
+    primal,
+    set_dispatcher,
+)
+from .pairs import AllPairs, Diagonal, PairStructure, Planes, Star, Sums, Term
 from .space import LOSS, MODEL, PARAMETER, Key, Space
 from .storage import (
     any_promoted,
@@ -40,6 +54,7 @@ __all__ = [
     "Star",
     "Sums",
     "Tangents",
+    "Term",
     "absent",
     "add_jets",
     "aligned",
@@ -52,6 +67,7 @@ __all__ = [
     "expand",
     "forget_promoted",
     "forget_promotions",
+    "goes_outside",
     "innermost",
     "is_jet",
     "jointly",

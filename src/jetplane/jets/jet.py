@@ -15,6 +15,8 @@ directions in one number so that the primal and the first coefficients are compu
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 from weakref import ref
@@ -22,7 +24,14 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from .._torch import disabled_torch_function, make_wrapper_subclass, tree_leaves
+from .._torch import (
+    disabled_torch_dispatch,
+    disabled_torch_function,
+    is_stand_in,
+    make_wrapper_subclass,
+    tree_leaves,
+)
+from ..errors import DerivativeError
 from .coefficients import Coefficients, absent
 from .space import MODEL, Key, Space
 from .structured import LowRank, Tangents
@@ -176,12 +185,27 @@ class Jet(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if len(types) > 1 and any(map(goes_outside, types)):
+            return NotImplemented  # it takes itself apart, and its parts meet the jets
         try:
             return _dispatch(func, args, kwargs or {})
         except AttributeError:  # in another thread the evaluation ended meanwhile, and jets became ordinary tensors
             if func._schema.is_mutable or any(isinstance(x, Jet) for x in tree_leaves((args, kwargs))):
                 raise
             return func(*args, **(kwargs or {}))
+
+    def as_subclass(self, cls: type) -> Any:
+        """The same jet with the class of other data, whose ``__torch_function__`` goes on to be asked.
+
+        Raises:
+            DerivativeError: the class takes over operators (``__torch_dispatch__``), which the jet does itself.
+        """
+        wanted = _jet_class(cls)
+        if type(self) is wanted:
+            return self
+        jet = wanted(self.primal, self.first, self.second, self.space, self.root(), kind=self.kind)
+        jet.version, jet.examples = self.version, self.examples
+        return jet
 
     def __copy__(self) -> Jet:
         return self.alias(self.primal)
@@ -196,6 +220,29 @@ class Jet(torch.Tensor):
     def alias(self, primal: Tensor) -> Jet:
         """Another jet over the same coefficients."""
         return Jet(primal, self.first, self.second, self.space, self.root())
+
+
+@functools.cache
+def goes_outside(cls: type) -> bool:
+    """Whether tensors of a class wrap others and take operators apart, as jets do; a compiler's stand-ins do not."""
+    takes_over = cls.__torch_dispatch__ is not disabled_torch_dispatch  # type: ignore[attr-defined]
+    return takes_over and not issubclass(cls, Jet) and not is_stand_in(cls)
+
+
+@functools.cache
+def _jet_class(cls: type) -> type[Jet]:
+    """The class of jets of a class of tensors."""
+    if issubclass(cls, Jet):
+        return cls
+    if goes_outside(cls):
+        raise DerivativeError(
+            f"as_subclass({cls.__name__}) of a tensor that depends on the parameters, where {cls.__name__} takes over "
+            "operators by __torch_dispatch__; expected a class that wraps tensors instead, or none"
+        )
+    asked = inspect.getattr_static(cls, "__torch_function__")
+    if cls is Tensor or asked is disabled_torch_function:  # a parameter's
+        return Jet
+    return type(cls.__name__, (Jet, cls), {"__torch_function__": asked})
 
 
 Dispatcher = Callable[[Any, Any, dict[str, Any]], Any]

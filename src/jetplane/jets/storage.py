@@ -155,7 +155,7 @@ def promote(buffer: Tensor, space: Space) -> Jet:
 
 def promoted(x: Tensor) -> Jet | None:
     """The jet over a plain tensor whose memory a jet was written into, or None."""
-    if isinstance(x, Jet) or not _here.jets:
+    if isinstance(x, Jet) or not _here.jets or x.layout is not torch.strided:
         return None
     root = _here.jets.get(memory_of(x))
     if root is None or root.dtype != x.dtype:

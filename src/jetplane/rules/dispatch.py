@@ -38,7 +38,7 @@ from ..jets import (
     set_dispatcher,
     write,
 )
-from . import examples, fallback, grad_mode
+from . import examples, fallback, grad_mode, sparse
 from .registry import ALIASING, RANDOM, RULES
 
 _grad_enabled = torch.is_grad_enabled
@@ -91,6 +91,8 @@ def _dispatch(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, An
 def carry(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """A functional operator, down the ladder."""
     space.operator = func._schema.name
+    if sparse.concerns(func, args):
+        return sparse.carry(func, space, args, kwargs)
     rule = RULES.get(func)
     if rule is not None:
         result = rule(space, *args, **kwargs)

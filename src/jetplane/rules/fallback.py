@@ -15,13 +15,13 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._torch import tree_flatten, tree_unflatten
+from .._torch import tree_flatten, tree_leaves, tree_unflatten
 from ..errors import FallbackWarning, MissingRuleError
 from ..jets import Coefficients, Jet, Space, chain, make, parts, writable
 from .grad_mode import autograd
@@ -30,6 +30,8 @@ _strict: contextvars.ContextVar[bool] = contextvars.ContextVar("jetplane_strict"
 _announced: set[Any] = set()
 
 TRUSTED = {"aten", "prims"}  # namespaces whose backward passes can be differentiated, or say that they cannot
+
+NOT_LINEAR = "its backward pass is not linear in the cotangent, or torch does not see that it is"
 
 ELEMENTWISE_LIMIT = 4096  # output elements that are differentiated one by one where nothing else works
 
@@ -86,44 +88,72 @@ def _normal(a: Any) -> Any:
 
 def reverse(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Any differentiable operator, by reverse over reverse inside it."""
-    leaves, spec = tree_flatten((tuple(args), kwargs))
-    carried = [parts(a, space) for a in leaves]
-    if not writable(*(p for p, _, _ in carried), *(c.tensor for _, *cs in carried for c in cs if c)):
-        raise missing(func, "the local fallback does not reach into nested jets")
     if func.namespace not in TRUSTED:
         raise missing(func, "nothing says that the backward pass of a custom operator can be differentiated again")
-    if _strict.get():
+    if forbidden():
         raise missing(func, "jetplane.strict() forbids the local fallback")
+    if not all_plain(space, args, kwargs):
+        raise missing(func, "the local fallback does not reach into nested jets")
     try:
-        with autograd():
-            outputs, along = _along(func, space, carried, spec)
-            if not any(isinstance(y, Tensor) and y.requires_grad for y in outputs[0]):
-                raise NotImplementedError("it has no derivative in torch")  # which is not to be zero
-            moving = _Moving(space, carried)
-            found = [
-                moving.checked(*_coefficients(y, *along, space)) if isinstance(y, Tensor) else (y,) for y in outputs[0]
-            ]
+        result = reverse_over_reverse(func, space, args, kwargs)
+        moves = any(c for a in tree_leaves((args, kwargs)) for c in parts(a, space)[1:])
+        if moves and not any(isinstance(y, Jet) for y in tree_leaves(result)):
+            raise NotImplementedError("it has no derivative in torch")  # which is not to be zero
     except (RuntimeError, NotImplementedError) as error:
         raise missing(func, f"autograd cannot differentiate it twice either ({str(error).splitlines()[0]})") from error
-    if func not in _announced:
-        _announced.add(func)
+    announce(func, f"{func} has no rule for jets")
+    return result
+
+
+def forbidden() -> bool:
+    """Whether `strict` forbids the local fallback here."""
+    return _strict.get()
+
+
+def all_plain(space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether neither primals nor coefficients of the arguments are jets of an outer evaluation themselves."""
+    of = [parts(a, space) for a in tree_leaves((args, kwargs))]
+    return writable(*(p for p, _, _ in of), *(c.tensor for _, *both in of for c in both if c))
+
+
+def announce(what: Any, why: str) -> None:
+    """Warn, once for each operator or function, that it is differentiated locally by reverse mode."""
+    if what not in _announced:
+        _announced.add(what)
         warnings.warn(
-            f"{func} has no rule for jets: it is differentiated by reverse over reverse, locally and slowly. "
+            f"{why}: it is differentiated by reverse over reverse, locally and slowly. "
             "Register a rule with jetplane.register_rule, or forbid this with jetplane.strict().",
             FallbackWarning,
             stacklevel=2,
         )
+
+
+def reverse_over_reverse(f: Callable[..., Any], space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The result of ``f(*args, **kwargs)``, with the coefficients that autograd finds inside of f.
+
+    Raises:
+        RuntimeError, NotImplementedError: autograd does not differentiate f, or not twice, or its backward pass is
+            not linear in the cotangent.
+    """
+    leaves, spec = tree_flatten((tuple(args), kwargs))
+    carried = [parts(a, space) for a in leaves]
+    with autograd():
+        outputs, along = _along(f, space, carried, spec)
+        moving = _Moving(space, carried)
+        found = [
+            moving.checked(*_coefficients(y, *along, space)) if isinstance(y, Tensor) else (y,) for y in outputs[0]
+        ]
     # jets are made here, without autograd again, where all others are made
-    return tree_unflatten([make(f[0], f[1], f[2], space) if len(f) == 3 else f[0] for f in found], outputs[1])
+    return tree_unflatten([make(y[0], y[1], y[2], space) if len(y) == 3 else y[0] for y in found], outputs[1])
 
 
 def _along(func: Any, space: Space, carried: Sequence[Any], spec: Any) -> tuple[Any, tuple[Tensor, Tensor]]:
     """The operator's outputs as functions of a and c, at zero."""
     reals = [c.tensor for _, *cs in carried for c in cs if c]
     dtype = torch.float64 if any(t.dtype in (torch.float64, torch.complex128) for t in reals) else torch.float32
+    device = reals[0].device if reals else None  # none in memory that no jet was written into yet
     a, c = (
-        torch.zeros(count, dtype=dtype, device=reals[0].device, requires_grad=True)
-        for count in (space.k, space.structure.count)
+        torch.zeros(count, dtype=dtype, device=device, requires_grad=True) for count in (space.k, space.structure.count)
     )
 
     def at(p: Any, x1: Coefficients, x2: Coefficients) -> Any:
@@ -225,24 +255,25 @@ def _by_cotangent(y: Tensor, a: Tensor, c: Tensor, space: Space) -> tuple[Tensor
     u = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=_generator(y), requires_grad=True)
     g = _grad(y, a, u, create=True)
     first = torch.stack([_grad(g[i], u) for i in range(space.k)])
+    # Both are linear in u, so contracting with u gives back what they are derivatives of. Where a formula forgets its
+    # cotangent it does not, and the result must not be trusted.
+    if not _contracts(first, u, g):
+        raise RuntimeError(NOT_LINEAR)
     gc = _grad(y, c, u, create=True)
-    if space.order == 1:
-        second = torch.stack([_grad(e, u) for e in gc.unbind()]) if gc.requires_grad else None
-        return first.detach(), None if second is None else second.detach()
-    sums = _sums(g, gc, a, space)
+    if space.order == 1 and not gc.requires_grad:
+        return first.detach(), None
+    sums = _sums(g, gc, a, space) if space.order == 2 else list(gc.unbind())
     second = torch.stack([_grad(e, u) for e in sums]).detach()
-    # Both are linear in u, so contracting with u gives back what they are derivatives of. Where a formula
-    # of torch forgets its cotangent it does not, and the result must not be trusted.
-    expected = torch.stack([e.detach() for e in sums])
-    if not (_contracts(first, u, g) and _contracts(second, u, expected)):
-        raise RuntimeError("its double backward is not linear in the cotangent")
+    if not _contracts(second, u, torch.stack([e.detach() for e in sums])):
+        raise RuntimeError(NOT_LINEAR)
     return first.detach(), second
 
 
 def _contracts(c: Tensor, u: Tensor, expected: Tensor) -> bool:
-    found = c.reshape(c.shape[0], u.numel()) @ u.detach().reshape(-1)
-    tolerance = 1e-3 if c.dtype == torch.float32 else 1e-8
-    return torch.allclose(found, expected.detach().to(found.dtype), rtol=tolerance, atol=tolerance, equal_nan=True)
+    dtype = torch.promote_types(c.dtype, torch.float32)
+    found = c.reshape(c.shape[0], u.numel()).to(dtype) @ u.detach().reshape(-1).to(dtype)
+    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(u.dtype, 5e-2)
+    return torch.allclose(found, expected.detach().to(dtype), rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def _generator(y: Tensor) -> torch.Generator:
@@ -257,5 +288,8 @@ def _by_element(y: Tensor, a: Tensor, c: Tensor, space: Space) -> tuple[Tensor, 
         firsts.append(g.detach())
         sums = _sums(g, gc, a, space) if space.order == 2 else list(gc.unbind())
         seconds.append(torch.stack(sums).detach())
-    shape = y.shape
-    return torch.stack(firsts, -1).reshape(space.k, *shape), torch.stack(seconds, -1).reshape(len(seconds[0]), *shape)
+    first, second = (torch.stack(each, -1).reshape(len(each[0]), *y.shape) for each in (firsts, seconds))
+    u = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=_generator(y))
+    if not _contracts(first, u, _grad(y, a, u)):
+        raise RuntimeError(NOT_LINEAR)
+    return first, second
