@@ -1,5 +1,7 @@
 """Kinds of tensors and code that a closure may hold: carried with right derivatives, or told."""
 
+import copy
+import io
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.masked import masked_tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.utils import parametrizations, prune
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -1020,3 +1023,47 @@ class TestBlackbox:
         for options in ({"second": np.sin}, {"noise": 0.0}, {"scale": -1.0}):
             with pytest.raises(jp.ArgumentError):
                 jp.blackbox(np.sin, **options)
+
+
+REPARAMETRIZED = {
+    "pruned": lambda m: prune.l1_unstructured(m[0], "weight", 0.5),
+    "pruned by rows": lambda m: prune.random_structured(m[2], "weight", 0.3, dim=0),
+    "pruned together": lambda m: prune.global_unstructured(
+        [(m[0], "weight"), (m[2], "weight")], pruning_method=prune.L1Unstructured, amount=0.4
+    ),
+    "weight norm": lambda m: parametrizations.weight_norm(m[0]),
+    "weight norm, old": lambda m: nn.utils.weight_norm(m[0]),
+    "spectral norm": lambda m: parametrizations.spectral_norm(m[0]).eval(),
+    "spectral norm, old": lambda m: nn.utils.spectral_norm(m[0]).eval(),
+    "orthogonal": lambda m: parametrizations.orthogonal(m[2]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("name", REPARAMETRIZED)
+class TestReparametrized:
+    """Weights that are computed anew in each forward pass."""
+
+    def case(self, name: str):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+        REPARAMETRIZED[name](model)
+        x, y = double(16, 4), double(16, 2)
+        return model, [p for p in model.parameters() if p.requires_grad], lambda: F.mse_loss(model(x), y)
+
+    def test_the_plane_is_that_of_reverse_mode(self, name):
+        _, params, closure = self.case(name)
+        check_plane(closure, params, moving(params, 3), 1e-8)
+
+    def test_the_model_is_an_ordinary_one_afterwards(self, name):
+        model, params, closure = self.case(name)
+        before = closure().detach()
+        jp.evaluate(closure, params, moving(params, 3))
+        twin = copy.deepcopy(model)
+        torch.save(model.state_dict(), io.BytesIO())
+        assert torch.equal(closure(), before) and set(twin.state_dict()) == set(model.state_dict())
+        gradient = torch.autograd.grad(closure(), params)
+        opt = jp.optim.FGD(params, lr=1e-3, k=8)
+        assert all(torch.isfinite(g).all() for g in gradient)
+        torch.testing.assert_close(opt.step(closure), before)
+        assert closure() < before
