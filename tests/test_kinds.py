@@ -1067,3 +1067,114 @@ class TestReparametrized:
         assert all(torch.isfinite(g).all() for g in gradient)
         torch.testing.assert_close(opt.step(closure), before)
         assert closure() < before
+
+
+COMPLEX = {
+    "modulus": lambda w: (w.abs() ** 2).sum() + w.abs().sum(),
+    "argument": lambda w: w.angle().sin().sum(),
+    "powers": lambda w: (w * w.conj()).real.sum() + (w**3).imag.sum(),
+    "parts": lambda w: torch.view_as_real(w).exp().sum(),
+    "norm": lambda w: w.norm() + torch.linalg.matrix_norm(w[..., 0]),
+    "exponential": lambda w: (w.exp() * (2 + 1j)).abs().sum(),
+    "real factors": lambda w: (w * torch.arange(1.0, 7)).abs().sum(),
+}
+
+
+class FourierLayer(nn.Module):
+    """A layer of a Fourier neural operator: complex weights on low frequencies."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(0.3 * torch.randn(4, 4, 6, dtype=torch.complex128))
+        self.skip = nn.Conv1d(4, 4, 1).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(x)
+        out = torch.zeros_like(spectrum)
+        out[..., :6] = torch.einsum("bim,iom->bom", spectrum[..., :6], self.weight)
+        return F.gelu(torch.fft.irfft(out, n=x.shape[-1]) + self.skip(x))
+
+
+class TestComplexParameters:
+    """They move as the two real parameters that their parts are."""
+
+    @staticmethod
+    def same_as_real(closure, w: Tensor, others: list[Tensor], k: int = 3, **options) -> None:
+        """The plane of ``closure(w)`` is that of the real parameter, whose slope is reverse mode's."""
+        v, real = moving([w, *others], k), torch.view_as_real(w).detach().clone()
+        found = jp.evaluate(lambda: closure(w), [w, *others], v, **options)
+        parts = [torch.view_as_real(v[0]), *v[1:]]
+        wanted = jp.evaluate(lambda: closure(torch.view_as_complex(real)), [real, *others], parts, **options)
+        oracle = reverse_slope(lambda: closure(torch.view_as_complex(real)), [real, *others], parts)
+        torch.testing.assert_close(found.slope, oracle)
+        torch.testing.assert_close(found.slope, wanted.slope)
+        torch.testing.assert_close(found.curvature, wanted.curvature)
+
+    @pytest.mark.parametrize("name", COMPLEX)
+    def test_functions(self, name):
+        self.same_as_real(COMPLEX[name], torch.randn(3, 4, 6, dtype=torch.complex128), [])
+
+    @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+    def test_a_fourier_layer(self, curvature):
+        layer, x, t = FourierLayer(), double(8, 4, 16), double(8, 4, 16)
+        others = [p.detach().clone() for p in layer.skip.parameters()]
+
+        def closure(w: Tensor) -> Tensor:
+            named = {"weight": w, "skip.weight": others[0], "skip.bias": others[1]}
+            return F.mse_loss(torch.func.functional_call(layer, named, (x,)), t)
+
+        self.same_as_real(closure, layer.weight.detach().clone(), others, curvature=curvature)
+
+    @pytest.mark.parametrize("law", ["gaussian", "sphere", "laplace"])
+    @pytest.mark.parametrize("tangents", ["dense", "rank-one", "sparse"])
+    def test_directions_are_those_of_the_parts(self, law, tangents):
+        if law == "sphere" and tangents == "sparse":
+            law = "uniform"
+        w, u = torch.zeros(5, 3, dtype=torch.complex128), torch.zeros(4).double()
+        options = {"density": 0.5} if tangents == "sparse" else {}
+        drawn = [jp.Directions(4, law, tangents, seed=1, **options) for _ in range(2)]
+        mixed, real = drawn[0].tangents([w, u]), drawn[1].tangents([torch.view_as_real(w), u])
+        assert torch.equal(torch.view_as_real(mixed[0]), real[0]) and torch.equal(mixed[1], real[1])
+        kappa = torch.randn(4).double()
+        torch.testing.assert_close(drawn[0].combine(0, w, kappa), torch.tensordot(kappa.to(w.dtype), mixed[0], 1))
+        if law == "sphere":
+            torch.testing.assert_close(sum(t.abs().square().flatten(1).sum(1) for t in mixed), torch.full((4,), 34.0).double())
+
+    @pytest.mark.parametrize(
+        ("make", "options"),
+        [
+            (jp.optim.FGD, {"lr": 0.05, "k": 8}),
+            (jp.optim.FGD, {"lr": 0.05, "k": 8, "momentum": 0.5, "tangents": "rank-one"}),
+            (jp.optim.FoMoH, {"lr": 0.5, "k": 8, "clip": 0.2}),
+            (jp.optim.FoMoHKD, {"lr": 1.0, "k": 8, "descent": "saddle-free", "clip": 1.0}),
+            (jp.optim.FoMoHBP, {"lr": 0.5}),
+        ],
+    )
+    def test_optimizers(self, make, options):
+        layer, x = FourierLayer(), double(8, 4, 16)
+        target = FourierLayer()(x).detach()
+        opt = make(layer.parameters(), **options)
+        losses = [float(opt.step(lambda: F.mse_loss(layer(x), target))) for _ in range(30)]
+        assert losses[-1] < 0.98 * losses[0] and layer.weight.is_complex()
+        if "clip" in options:
+            before = [p.detach().clone() for p in layer.parameters()]
+            opt.step(lambda: F.mse_loss(layer(x), target))
+            moved = [(p - q).abs().square().sum() for p, q in zip(layer.parameters(), before, strict=True)]
+            assert torch.stack(moved).sum().sqrt() <= options["clip"] * (1 + 1e-9)
+
+    def test_as_many_directions_as_real_parameters(self):
+        w = nn.Parameter(torch.randn(2, dtype=torch.complex128))
+        opt = jp.optim.FoMoHKD([w], k=4)  # a whole Newton step
+        opt.step(lambda: ((w - (1 + 2j)).abs() ** 2).sum())
+        torch.testing.assert_close(w.detach(), torch.full((2,), 1 + 2j, dtype=torch.complex128))
+        with pytest.raises(jp.ArgumentError, match="exceed"):
+            jp.optim.FoMoHKD([w], k=5)
+
+    def test_what_does_not_take_them_says_so(self):
+        w = nn.Parameter(torch.randn(2, dtype=torch.complex128))
+        with pytest.raises(jp.DTypeError, match="view_as_real"):
+            jp.optim.PlaneSearch([w])
+        with pytest.raises(jp.DTypeError, match="complex128"):
+            jp.evaluate(lambda: w.abs().sum(), [w], [torch.ones(1, 2).double()])
+        with pytest.raises(jp.LossError, match="complex"):
+            jp.evaluate(lambda: w.sum(), [w], jp.Directions(1))

@@ -1,6 +1,6 @@
 """Internal: what a plane is spanned by. Laws, drawn directions, and directions made of others."""
 
-from .base import AbstractDirections, weighted_sum
+from .base import AbstractDirections, as_real, weighted_sum
 from .compositions import (
     ChosenDirections,
     HeldDirections,
@@ -22,6 +22,7 @@ __all__ = [
     "ScaledDirections",
     "StoredDirections",
     "Structure",
+    "as_real",
     "step_scale",
     "weighted_sum",
 ]

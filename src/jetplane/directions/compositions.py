@@ -12,7 +12,7 @@ from torch import Tensor
 from .._sharding import local, part_of, whole
 from ..errors import ArgumentError, ShapeError, SingularPlaneError
 from ..jets.structured import Deferred, LowRank, Stacked, Tangents
-from .base import AbstractDirections, checked, weighted_sum, working_dtype
+from .base import AbstractDirections, as_real, checked, weighted_sum, working_dtype
 
 
 @final
@@ -142,13 +142,13 @@ class OrthogonalDirections(AbstractDirections):
         self._source.prepare(params, places)
         gram = torch.zeros(self.k, self.k, dtype=torch.float64)
         for index, param in zip(places or range(len(params)), params, strict=True):
-            flat = self._source.draw(index, whole(param)).reshape(self.k, -1).double()
+            flat = as_real(self._source.draw(index, whole(param))).reshape(self.k, -1).double()
             gram += (flat @ flat.mT).cpu()
         triangle, failed = torch.linalg.cholesky_ex(gram)
         diagonal = triangle.diagonal()
         if int(failed) or bool((diagonal <= 1e-6 * gram.diagonal().sqrt()).any()):
             raise SingularPlaneError(f"{self.k} directions are to be made orthogonal, but depend on each other")
-        size = sum(param.numel() for param in params)
+        size = sum(as_real(param).numel() for param in params)
         self._turn = torch.linalg.solve_triangular(triangle, math.sqrt(size) * torch.eye(self.k).double(), upper=False)
 
     def _turned(self) -> Tensor:

@@ -307,7 +307,8 @@ def evaluate(
 
     Args:
         closure: returns a scalar loss, computed by torch functions of the parameters.
-        params: the tensors that move; others are constants.
+        params: the tensors that move; others are constants. A complex one moves along complex tangents, as the two
+            real ones that its parts are.
         directions: `jetplane.Directions`, or for each parameter one tensor of shape (K, *param.shape) or
             `jetplane.LowRank`.
         curvature: "hessian" for the exact one; "ggn" for the Gauss-Newton one, ``J^T Hess(l) J`` with J
@@ -639,7 +640,7 @@ def _checked_directions(
     for i, p in enumerate(params):
         if not isinstance(p, Tensor):
             raise ArgumentError(f"parameter {i} must be a tensor, got {type(p).__name__}")
-        if not p.dtype.is_floating_point:
+        if not (p.dtype.is_floating_point or p.dtype.is_complex):
             raise DTypeError(f"parameter {i} must be of a floating dtype, got {p.dtype}")
         if sparse.is_sparse(p):
             raise ArgumentError(

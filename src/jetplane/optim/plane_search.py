@@ -146,6 +146,8 @@ class PlaneSearch(PlaneOptimizer):
         *("rank", "density", "orthogonal", "preconditioned", "every"),
     )
 
+    _takes_complex = False  # its averages, guards and estimates are of real numbers
+
     def __init__(
         self, params: Params, model: nn.Module | None = None, k: int | None = None, *,
         curvature: Curvature = "ggn", tangents: Structure = "rank-one", rate: str | float | Search = "auto",
