@@ -283,7 +283,6 @@ BAD = {
         jp.DTypeError,
         "parameter 3",
     ),
-    "integers": (lambda: Directions(1).draw(0, torch.ones(2, dtype=torch.int64)), jp.DTypeError, "int64"),
     "kappa": (lambda: Directions(2).combine(0, torch.ones(2), torch.ones(3)), jp.ShapeError, "kappa"),
     "nothing to mix": (lambda: MixedDirections([]), jp.ArgumentError, "at least one"),
     "stored": (lambda: StoredDirections([torch.ones(2, 3), torch.ones(3, 3)]), jp.ShapeError, "one K"),

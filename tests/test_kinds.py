@@ -21,6 +21,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import jetplane as jp
+from benchmarks import kinds
 from jetplane.testing import check_plane
 
 pytestmark = pytest.mark.filterwarnings("ignore::jetplane.FallbackWarning")
@@ -1138,7 +1139,8 @@ class TestComplexParameters:
         kappa = torch.randn(4).double()
         torch.testing.assert_close(drawn[0].combine(0, w, kappa), torch.tensordot(kappa.to(w.dtype), mixed[0], 1))
         if law == "sphere":
-            torch.testing.assert_close(sum(t.abs().square().flatten(1).sum(1) for t in mixed), torch.full((4,), 34.0).double())
+            squares = sum(t.abs().square().flatten(1).sum(1) for t in mixed)
+            torch.testing.assert_close(squares, torch.full((4,), 34.0).double())
 
     @pytest.mark.parametrize(
         ("make", "options"),
@@ -1178,3 +1180,8 @@ class TestComplexParameters:
             jp.evaluate(lambda: w.abs().sum(), [w], [torch.ones(1, 2).double()])
         with pytest.raises(jp.LossError, match="complex"):
             jp.evaluate(lambda: w.sum(), [w], jp.Directions(1))
+
+
+@pytest.mark.parametrize("name", kinds.PROGRAMS)
+def test_every_program_of_the_table_is_carried_or_told_or_refused(name):
+    assert {kinds.outcome(kinds.PROGRAMS[name], c)[0] for c in ("none", "hessian")} <= {"carried", "told", "refused"}

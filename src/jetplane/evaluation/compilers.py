@@ -66,9 +66,12 @@ class _Stance:
 _stance = _Stance()
 
 
-def _set_eval_frame(callback: Any) -> Any:
-    """What compiles the frames that this thread runs; returns what did so before."""
-    return torch._C._dynamo.eval_frame.set_eval_frame(callback)  # pyright: ignore[reportAttributeAccessIssue]
+class _NoFrames:
+    """While no compiler is imported."""
+
+    @staticmethod
+    def set_eval_frame(callback: Any) -> Any:
+        return None
 
 
 @contextlib.contextmanager
@@ -77,12 +80,14 @@ def eager() -> Iterator[None]:
     if torch.compiler.is_compiling():  # as a part of a graph, in which nothing is to be compiled apart
         yield
         return
-    # Code of a compiled function that torch could not trace, and runs as it is, may be what called.
-    around = _set_eval_frame(None) if _DYNAMO in sys.modules else None
+    # Code of a compiled function that torch could not trace, and runs as it is, may be what called. Its frames are
+    # compiled, this one not, since it is a generator's.
+    frames: Any = getattr(torch._C, "_dynamo").eval_frame if _DYNAMO in sys.modules else _NoFrames  # noqa: B009
+    around = frames.set_eval_frame(None)
     _stance.acquire()
     try:
         yield
     finally:
         _stance.release()
         if around is not None:
-            _set_eval_frame(around)
+            frames.set_eval_frame(around)
