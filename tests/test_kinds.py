@@ -848,6 +848,18 @@ class TestSubclasses:
             self.params,
         )
 
+    def test_parameters(self):
+        Tagged.asked.clear()
+        w = double(3)
+        tagged = w.as_subclass(Tagged)
+        found = jp.evaluate(lambda: (tagged**2).sum(), [tagged], [torch.ones(1, 3).double()])
+        assert torch.Tensor.pow in Tagged.asked or torch.Tensor.__pow__ in Tagged.asked
+        assert type(found.slope) is Tensor
+        torch.testing.assert_close(found.slope, 2 * w.sum().reshape(1))
+        with pytest.raises(jp.DerivativeError, match="written to in place"):
+            jp.evaluate(lambda: tagged.mul_(2).sum(), [tagged], [torch.ones(1, 3).double()])
+        assert torch.equal(tagged.as_subclass(Tensor), w)
+
     def test_writes_reach_the_tensor_that_it_was(self):
         w = double(3)
 

@@ -552,9 +552,9 @@ def _seed(param: Tensor, index: int, drawn: AbstractDirections, space: Space, li
         tangents = drawn.structured(index, like)
         if tangents is None:  # a block that no direction moves
             return param.detach()
-        jet = Jet(param.detach(), tangents.to(carried(param.dtype)), None, space)
+        jet = Jet(param.detach().as_subclass(Tensor), tangents.to(carried(param.dtype)), None, space)
         jet.is_seed, jet.kind = True, PARAMETER
-        return jet
+        return jet.as_subclass(type(param))
 
     return seed
 
