@@ -283,7 +283,6 @@ BAD = {
         jp.DTypeError,
         "parameter 3",
     ),
-    "complex": (lambda: Directions(1).draw(0, torch.ones(2) * 1j), jp.DTypeError, "complex64"),
     "kappa": (lambda: Directions(2).combine(0, torch.ones(2), torch.ones(3)), jp.ShapeError, "kappa"),
     "nothing to concatenate": (lambda: ConcatenatedDirections([]), jp.ArgumentError, "at least one"),
     "stored": (lambda: StoredDirections([torch.ones(2, 3), torch.ones(3, 3)]), jp.ShapeError, "one K"),

@@ -1,5 +1,7 @@
 """Kinds of tensors and code that a closure may hold: carried with right derivatives, or told."""
 
+import copy
+import io
 import subprocess
 import sys
 import threading
@@ -14,10 +16,12 @@ from torch.autograd.function import once_differentiable
 from torch.masked import masked_tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.utils import parametrizations, prune
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import jetplane as jp
+from benchmarks import kinds
 from jetplane._torch import FunctionBase
 from jetplane.evaluation.context import expansion
 from jetplane.jets import AllPairs, Coefficients, Diagonal, Jet, Planes, Star, Sums, parts
@@ -884,6 +888,18 @@ class TestSubclasses:
             self.params,
         )
 
+    def test_parameters(self):
+        Tagged.asked.clear()
+        w = double(3)
+        tagged = w.as_subclass(Tagged)
+        found = jp.evaluate(lambda: (tagged**2).sum(), [tagged], [torch.ones(1, 3).double()])
+        assert torch.Tensor.pow in Tagged.asked or torch.Tensor.__pow__ in Tagged.asked
+        assert type(found.slope) is Tensor
+        torch.testing.assert_close(found.slope, 2 * w.sum().reshape(1))
+        with pytest.raises(jp.DerivativeError, match="written to in place"):
+            jp.evaluate(lambda: tagged.mul_(2).sum(), [tagged], [torch.ones(1, 3).double()])
+        assert torch.equal(tagged.as_subclass(Tensor), w)
+
     def test_writes_reach_the_tensor_that_it_was(self):
         w = double(3)
 
@@ -1144,3 +1160,164 @@ class TestPairStructures:
             x1 = Coefficients(space, 1, torch.ones(1, 5, dtype=torch.float64), (1,))
             _, y1, y2 = parts(SavedInForward.apply(Jet(self.W, x1, None, space)), space)
             assert y1.rows == (1,) and not y2
+
+
+REPARAMETRIZED = {
+    "pruned": lambda m: prune.l1_unstructured(m[0], "weight", 0.5),
+    "pruned by rows": lambda m: prune.random_structured(m[2], "weight", 0.3, dim=0),
+    "pruned together": lambda m: prune.global_unstructured(
+        [(m[0], "weight"), (m[2], "weight")], pruning_method=prune.L1Unstructured, amount=0.4
+    ),
+    "weight norm": lambda m: parametrizations.weight_norm(m[0]),
+    "weight norm, old": lambda m: nn.utils.weight_norm(m[0]),
+    "spectral norm": lambda m: parametrizations.spectral_norm(m[0]).eval(),
+    "spectral norm, old": lambda m: nn.utils.spectral_norm(m[0]).eval(),
+    "orthogonal": lambda m: parametrizations.orthogonal(m[2]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("name", REPARAMETRIZED)
+class TestReparametrized:
+    """Weights that are computed anew in each forward pass."""
+
+    def case(self, name: str):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+        REPARAMETRIZED[name](model)
+        x, y = double(16, 4), double(16, 2)
+        return model, [p for p in model.parameters() if p.requires_grad], lambda: F.mse_loss(model(x), y)
+
+    def test_the_plane_is_that_of_reverse_mode(self, name):
+        _, params, closure = self.case(name)
+        check_plane(closure, params, moving(params, 3), 1e-8)
+
+    def test_the_model_is_an_ordinary_one_afterwards(self, name):
+        model, params, closure = self.case(name)
+        before = closure().detach()
+        jp.evaluate(closure, params, moving(params, 3))
+        twin = copy.deepcopy(model)
+        torch.save(model.state_dict(), io.BytesIO())
+        assert torch.equal(closure(), before) and set(twin.state_dict()) == set(model.state_dict())
+        gradient = torch.autograd.grad(closure(), params)
+        opt = jp.optim.FGD(params, lr=1e-3, k=8)
+        assert all(torch.isfinite(g).all() for g in gradient)
+        torch.testing.assert_close(opt.step(closure), before)
+        assert closure() < before
+
+
+COMPLEX = {
+    "modulus": lambda w: (w.abs() ** 2).sum() + w.abs().sum(),
+    "argument": lambda w: w.angle().sin().sum(),
+    "powers": lambda w: (w * w.conj()).real.sum() + (w**3).imag.sum(),
+    "parts": lambda w: torch.view_as_real(w).exp().sum(),
+    "norm": lambda w: w.norm() + torch.linalg.matrix_norm(w[..., 0]),
+    "exponential": lambda w: (w.exp() * (2 + 1j)).abs().sum(),
+    "real factors": lambda w: (w * torch.arange(1.0, 7)).abs().sum(),
+}
+
+
+class FourierLayer(nn.Module):
+    """A layer of a Fourier neural operator: complex weights on low frequencies."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(0.3 * torch.randn(4, 4, 6, dtype=torch.complex128))
+        self.skip = nn.Conv1d(4, 4, 1).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(x)
+        out = torch.zeros_like(spectrum)
+        out[..., :6] = torch.einsum("bim,iom->bom", spectrum[..., :6], self.weight)
+        return F.gelu(torch.fft.irfft(out, n=x.shape[-1]) + self.skip(x))
+
+
+class TestComplexParameters:
+    """They move as the two real parameters that their parts are."""
+
+    @staticmethod
+    def same_as_real(closure, w: Tensor, others: list[Tensor], k: int = 3, **options) -> None:
+        """The plane of ``closure(w)`` is that of the real parameter, whose slope is reverse mode's."""
+        v, real = moving([w, *others], k), torch.view_as_real(w).detach().clone()
+        found = jp.evaluate(lambda: closure(w), [w, *others], v, **options)
+        parts = [torch.view_as_real(v[0]), *v[1:]]
+        wanted = jp.evaluate(lambda: closure(torch.view_as_complex(real)), [real, *others], parts, **options)
+        oracle = reverse_slope(lambda: closure(torch.view_as_complex(real)), [real, *others], parts)
+        torch.testing.assert_close(found.slope, oracle)
+        torch.testing.assert_close(found.slope, wanted.slope)
+        torch.testing.assert_close(found.curvature, wanted.curvature)
+
+    @pytest.mark.parametrize("name", COMPLEX)
+    def test_functions(self, name):
+        self.same_as_real(COMPLEX[name], torch.randn(3, 4, 6, dtype=torch.complex128), [])
+
+    @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+    def test_a_fourier_layer(self, curvature):
+        layer, x, t = FourierLayer(), double(8, 4, 16), double(8, 4, 16)
+        others = [p.detach().clone() for p in layer.skip.parameters()]
+
+        def closure(w: Tensor) -> Tensor:
+            named = {"weight": w, "skip.weight": others[0], "skip.bias": others[1]}
+            return F.mse_loss(torch.func.functional_call(layer, named, (x,)), t)
+
+        self.same_as_real(closure, layer.weight.detach().clone(), others, curvature=curvature)
+
+    @pytest.mark.parametrize("law", ["gaussian", "sphere", "laplace"])
+    @pytest.mark.parametrize("tangents", ["dense", "rank-one", "sparse"])
+    def test_directions_are_those_of_the_parts(self, law, tangents):
+        if law == "sphere" and tangents == "sparse":
+            law = "uniform"
+        w, u = torch.zeros(5, 3, dtype=torch.complex128), torch.zeros(4).double()
+        options = {"density": 0.5} if tangents == "sparse" else {}
+        drawn = [jp.Directions(4, law, tangents, seed=1, **options) for _ in range(2)]
+        mixed, real = drawn[0].tangents([w, u]), drawn[1].tangents([torch.view_as_real(w), u])
+        assert torch.equal(torch.view_as_real(mixed[0]), real[0]) and torch.equal(mixed[1], real[1])
+        kappa = torch.randn(4).double()
+        torch.testing.assert_close(drawn[0].combine(0, w, kappa), torch.tensordot(kappa.to(w.dtype), mixed[0], 1))
+        if law == "sphere":
+            squares = sum(t.abs().square().flatten(1).sum(1) for t in mixed)
+            torch.testing.assert_close(squares, torch.full((4,), 34.0).double())
+
+    @pytest.mark.parametrize(
+        ("make", "options"),
+        [
+            (jp.optim.FGD, {"lr": 0.05, "k": 8}),
+            (jp.optim.FGD, {"lr": 0.05, "k": 8, "momentum": 0.5, "tangents": "rank-one"}),
+            (jp.optim.FoMoH, {"lr": 0.5, "k": 8, "clip": 0.2}),
+            (jp.optim.FoMoHKD, {"lr": 1.0, "k": 8, "descent": "saddle-free", "clip": 1.0}),
+            (jp.optim.FoMoHBP, {"lr": 0.5}),
+        ],
+    )
+    def test_optimizers(self, make, options):
+        layer, x = FourierLayer(), double(8, 4, 16)
+        target = FourierLayer()(x).detach()
+        opt = make(layer.parameters(), **options)
+        losses = [float(opt.step(lambda: F.mse_loss(layer(x), target))) for _ in range(30)]
+        assert losses[-1] < 0.98 * losses[0] and layer.weight.is_complex()
+        if "clip" in options:
+            before = [p.detach().clone() for p in layer.parameters()]
+            opt.step(lambda: F.mse_loss(layer(x), target))
+            moved = [(p - q).abs().square().sum() for p, q in zip(layer.parameters(), before, strict=True)]
+            assert torch.stack(moved).sum().sqrt() <= options["clip"] * (1 + 1e-9)
+
+    def test_as_many_directions_as_real_parameters(self):
+        w = nn.Parameter(torch.randn(2, dtype=torch.complex128))
+        opt = jp.optim.FoMoHKD([w], k=4)  # a whole Newton step
+        opt.step(lambda: ((w - (1 + 2j)).abs() ** 2).sum())
+        torch.testing.assert_close(w.detach(), torch.full((2,), 1 + 2j, dtype=torch.complex128))
+        with pytest.raises(jp.ArgumentError, match="exceed"):
+            jp.optim.FoMoHKD([w], k=5)
+
+    def test_what_does_not_take_them_says_so(self):
+        w = nn.Parameter(torch.randn(2, dtype=torch.complex128))
+        with pytest.raises(jp.DTypeError, match="view_as_real"):
+            jp.optim.PlaneSearch([w])
+        with pytest.raises(jp.DTypeError, match="complex128"):
+            jp.evaluate(lambda: w.abs().sum(), [w], [torch.ones(1, 2).double()])
+        with pytest.raises(jp.LossError, match="complex"):
+            jp.evaluate(lambda: w.sum(), [w], jp.Directions(1))
+
+
+@pytest.mark.parametrize("name", kinds.PROGRAMS)
+def test_every_program_of_the_table_is_carried_or_told_or_refused(name):
+    assert {kinds.outcome(kinds.PROGRAMS[name], c)[0] for c in ("none", "hessian")} <= {"carried", "told", "refused"}

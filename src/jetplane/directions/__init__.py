@@ -1,6 +1,6 @@
 """What a plane is spanned by: laws, drawn directions, and directions made of others."""
 
-from .base import AbstractDirections, weighted_sum
+from .base import AbstractDirections, as_real, weighted_sum
 from .compositions import CachedDirections, ConcatenatedDirections, SelectedDirections, StoredDirections
 from .random import KURTOSIS, Directions, Structure, step_scale
 from .unit import Term, UnitDirections
@@ -16,6 +16,7 @@ __all__ = [
     "Structure",
     "Term",
     "UnitDirections",
+    "as_real",
     "step_scale",
     "weighted_sum",
 ]

@@ -65,6 +65,11 @@ class AbstractDirections(ABC):
         return [self.draw(index, param) for index, param in enumerate(params)]
 
 
+def as_real(param: Tensor) -> Tensor:
+    """A complex parameter as the real one (*shape, 2) of its real and imaginary parts; others as they are."""
+    return torch.view_as_real(param) if param.is_complex() else param
+
+
 def weighted_sum(weights: Tensor, tensors: Tensor) -> Tensor:
     """``sum_k weights[k] tensors[k]``, summed in single precision at least, without a copy of them all."""
     work = working_dtype(tensors)

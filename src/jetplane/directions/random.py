@@ -16,7 +16,7 @@ from torch import Tensor
 from .._sharding import Part, Pieces, Runs, local, part_of, whole
 from ..errors import ArgumentError, DTypeError
 from ..jets import LowRank, Tangents
-from .base import AbstractDirections, checked, working_dtype
+from .base import AbstractDirections, as_real, checked, working_dtype
 from .laws import LAWS, coins, key, pieces, twists, windows
 
 Structure = Literal["dense", "rank-one", "low-rank", "sparse"]
@@ -81,6 +81,8 @@ class Directions(AbstractDirections):
 
     Attributes:
         step: which draw this is. Whoever owns the directions moves it on; equal steps give equal numbers.
+
+    A complex parameter has the tangents of the real one (*shape, 2) that its parts are: they are drawn independently.
 
     The numbers do not depend on torch's generators, on the device (up to the rounding of log, sin and cos),
     on the dtype (they are drawn in float32 and cast), nor on which part is asked for. They do
@@ -149,6 +151,8 @@ class Directions(AbstractDirections):
             DTypeError: the parameter is not of a floating dtype.
             ArgumentError: the law is "sphere", and `prepare` was not called in this step.
         """
+        if param.is_complex():
+            return torch.view_as_complex(self.draw(index, as_real(param), directions))
         flat = self._flat(index, param, directions)
         return self._scaled(flat, directions).reshape(len(flat), *local(param).shape)
 
@@ -158,7 +162,7 @@ class Directions(AbstractDirections):
         Raises:
             ArgumentError: as `draw`.
         """
-        if self.is_low_rank(param):
+        if self.is_low_rank(param) and not param.is_complex():
             left, right = self._factors(index, param, None)
             return LowRank(self._scaled(left.flatten(1)).view_as(left), right, local(param).shape)
         return super().structured(index, param)
@@ -168,6 +172,8 @@ class Directions(AbstractDirections):
 
         The tangents are drawn again, a cache's size at a time, and never held.
         """
+        if param.is_complex():
+            return torch.view_as_complex(self.combine(index, as_real(param), kappa))
         work = working_dtype(param)
         kappa = checked(kappa, self.k).to(param.device, work, copy=True)
         kappa = self._scaled(kappa.unsqueeze(1)).squeeze(1)
@@ -189,14 +195,15 @@ class Directions(AbstractDirections):
             return
         squares = torch.zeros(self.k, dtype=torch.float64)
         for index, param in zip(places or range(len(params)), params, strict=True):
-            norms = torch.linalg.vector_norm(self._flat(index, whole(param), None), dim=1, dtype=torch.float64)
+            flat = self._flat(index, as_real(whole(param)), None)
+            norms = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
             squares += norms.square().cpu()
-        self._scales = (sum(param.numel() for param in params) / squares).sqrt_()
+        self._scales = (sum(as_real(param).numel() for param in params) / squares).sqrt_()
         self._norms_of = (self.seed, self.step)
 
     def squared_norms(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> Tensor:
         """What is expected of each: the number of parameters, since entries have variance one."""
-        return torch.full((self.k,), float(sum(param.numel() for param in params)), dtype=torch.float64)
+        return torch.full((self.k,), float(sum(as_real(param).numel() for param in params)), dtype=torch.float64)
 
     def _scaled(self, numbers: Tensor, directions: slice | None = None) -> Tensor:
         if self.law != "sphere":

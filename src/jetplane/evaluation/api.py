@@ -39,7 +39,8 @@ def evaluate(
 
     Args:
         closure: returns a scalar loss, computed by torch functions of the parameters.
-        params: the tensors that move; others are constants.
+        params: the tensors that move; others are constants. A complex one moves along complex tangents, as the two
+            real ones that its parts are.
         directions: `jetplane.Directions`, or for each parameter one tensor of shape (K, *param.shape) or
             `jetplane.LowRank`.
         curvature: "hessian" for the exact one; "ggn" for the Gauss-Newton one, ``J^T Hess(l) J`` with J

@@ -42,7 +42,7 @@ def check_parameters(params: Sequence[Any]) -> None:
     for i, p in enumerate(params):
         if not isinstance(p, Tensor):
             raise ArgumentError(f"parameter {i} must be a tensor, got {type(p).__name__}")
-        if not p.dtype.is_floating_point:
+        if not (p.dtype.is_floating_point or p.dtype.is_complex):
             raise DTypeError(f"parameter {i} must be of a floating dtype, got {p.dtype}")
         if is_sparse(p):
             raise ArgumentError(

@@ -116,9 +116,9 @@ class Interception(TorchFunctionMode):
         tangents = directions.structured(index, like)
         if tangents is None:  # no direction moves it
             return param.detach()
-        jet = Jet(param.detach(), tangents.to(carried(param.dtype)), None, self.space)
+        jet = Jet(param.detach().as_subclass(Tensor), tangents.to(carried(param.dtype)), None, self.space)
         jet.is_seed, jet.kind = True, PARAMETER
-        return jet
+        return jet.as_subclass(type(param))
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

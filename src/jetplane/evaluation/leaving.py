@@ -96,11 +96,11 @@ def _into_ordinary(jet: Jet) -> None:
     and for C++.
     """
     plain = jet.primal.detach()
-    kind, own = type(plain), plain.__dict__.copy()
+    kind, own = type(plain), dict(vars(plain))
     # What C++ holds, as the base of a view or in another thread's call, stays a jet, without derivatives.
     plain.__class__ = Jet  # type: ignore[assignment]
     bare = {"first": absent(jet.space, 1), "second": absent(jet.space, 2), "base": None, "examples": None}
-    plain.__dict__.update(jet.__dict__ | bare)
+    vars(plain).update(jet.__dict__ | bare)
     swap_tensors(jet, plain)
     jet.__class__ = kind  # type: ignore[assignment]
     jet.__dict__ = own  # type: ignore[assignment]

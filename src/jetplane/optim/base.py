@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _sharding as sharded
-from ..directions import AbstractDirections, CachedDirections, Directions, Structure
+from ..directions import AbstractDirections, CachedDirections, Directions, Structure, as_real
 from ..errors import ArgumentError, DeviceError, DTypeError, NonFiniteError, ShapeError
 from ..evaluation.api import evaluate_plane
 from ..evaluation.checks import CACHED_BYTES, as_directions, checked_finite
@@ -83,6 +83,8 @@ class PlaneOptimizer(torch.optim.Optimizer):
         self._check_size(self._moving())
         self._check_sharding(p for p, _, _ in self._moving())
 
+    _takes_complex = True  # as two real ones
+
     # Of compiled steps: the program, for how many directions of which parameters, and those that the loss uses.
     _program: Any = None
     _known: tuple[int, frozenset[int]] = 0, frozenset()
@@ -97,7 +99,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         """Add parameters, as `torch.optim.Optimizer` does.
 
         Raises:
-            DTypeError: a parameter is not of a real floating dtype.
+            DTypeError: a parameter is not of a floating dtype, or of a complex one that the optimizer does not take.
             DeviceError: parameters lie on different devices.
             ArgumentError: a rate of the group is negative, or parameters are sharded in a way that cannot be had.
         """
@@ -109,8 +111,11 @@ class PlaneOptimizer(torch.optim.Optimizer):
             self._check_sharding(group["params"])
             devices = {p.device for g in self.param_groups for p in g["params"]}
             for p in group["params"]:
-                if not p.dtype.is_floating_point:
-                    raise DTypeError(f"parameters must be of a real floating dtype, got {p.dtype}")
+                if not (p.dtype.is_floating_point or (self._takes_complex and p.dtype.is_complex)):
+                    remedy = ""
+                    if p.dtype.is_complex:
+                        remedy = "; let torch.view_as_real(p) be the parameter, and take torch.view_as_complex of it"
+                    raise DTypeError(f"{type(self).__name__}: expected a real floating dtype, got {p.dtype}{remedy}")
             if len(devices) > 1:
                 raise DeviceError(f"parameters must lie on one device, got {sorted(map(str, devices))}")
         except Exception:
@@ -181,7 +186,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         return {}
 
     def _check_size(self, moving: Moving) -> None:
-        size = sum(p.numel() for p, _, _ in moving)
+        size = sum(as_real(p).numel() for p, _, _ in moving)
         if self.k > size:
             raise ArgumentError(f"k = {self.k} directions exceed the number of parameters that may move, {size}")
 
@@ -280,6 +285,8 @@ class PlaneOptimizer(torch.optim.Optimizer):
         used, tensors = zip(*steps, strict=True)
         params = [moving[i][0] for i in used]
         norm = sharded.joint_norm(tensors, params) if any(map(sharded.is_sharded, params)) else None
+        if any(p.is_complex() for p in params):
+            norm = torch.stack([as_real(t).double().norm() for t in tensors]).norm()
         return zip(used, clipped(tensors, self.clip, norm), strict=True)
 
     def _unclipped(

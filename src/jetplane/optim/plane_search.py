@@ -133,6 +133,8 @@ class PlaneSearch(PlaneOptimizer):
 
     _own = ("clip", "chunk", "plane", "model", "subspace", "curvature", "gradient", "search", "_descent")
 
+    _takes_complex = False  # its averages, guards and estimates are of real numbers
+
     def __init__(
         self, params: Params, model: nn.Module | None = None, *, lr: float = 1.0, weight_decay: float = 0.0,
         clip: float | None = None, seed: int = 0, subspace: Sequence[Source] | Subspace | None = None,
