@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..jets import jet
 from ..jets.jet import (
     Space,
     accumulate,
@@ -462,9 +463,9 @@ def _in_blocks(
     n = p.numel()
     p, flat, first = p.view(n), y.view(n), first.view(-1, n)
     d1, d2 = of(p[:1], flat[:1])
-    if d1 is None or d1.dtype == torch.bool or (second is None and d2 is not None):
-        # a selection takes no derivatives in memory; products that may never be formed are `chain`'s
+    if d1 is None or (second is None and d2 is not None):  # products that may never be formed are `chain`'s
         return NotImplemented
+    weigh = zeros.select_into if d1.dtype == torch.bool else torch.mul
     y1 = space.memory.empty(first.shape, first)
     y2 = None if second is None else space.memory.empty((second.shape[0], n), second)
     for start in range(0, n, BLOCK):
@@ -473,10 +474,10 @@ def _in_blocks(
         assert d1 is not None
         if singular and not zeros.finite(d1, d2):
             return NotImplemented
-        torch.mul(first[:, part], d1, out=y1[:, part])
+        weigh(first[:, part], d1, out=y1[:, part])
         if y2 is not None and second is not None:
             bent = y2[:, part]
-            torch.mul(second.view(-1, n)[:, part], d1, out=bent)
+            weigh(second.view(-1, n)[:, part], d1, out=bent)
             if d2 is not None:
                 accumulate(space, bent, d2 * first[:, part], first[:, part])
     return make(y, y1.view(-1, *y.shape), None if y2 is None else y2.view(-1, *y.shape), space)
@@ -706,44 +707,36 @@ def _(space: Space, a: Any, b: Any) -> Tensor:
     return linear(space, a, lambda _: y, lambda c: expand(lift(c, y.dim()) * ratio, y.shape))
 
 
-def _selecting(space: Space, a: Any, b: Any, y: Tensor, left: Tensor, ties: Tensor | None = None) -> Tensor:
-    """The coefficients of the first where ``left``, of the second elsewhere, and their mean where there are ties."""
-
-    def pick(ca: Tensor | None, cb: Tensor | None) -> Tensor | None:
-        ca, cb = broadcast(ca, y.shape), broadcast(cb, y.shape)
-        if ca is None and cb is None:
-            return None
-        ca, cb = (torch.zeros((), dtype=carried(y.dtype), device=y.device) if c is None else c for c in (ca, cb))
-        chosen = torch.where(left, ca, cb)
-        return chosen if ties is None else torch.where(ties, 0.5 * (ca + cb), chosen)
-
-    _, fa, sa = parts(a, space)
-    _, fb, sb = parts(b, space)
-    return make(y, pick(fa, fb), pick(sa, sb), space)
+def _sharing(space: Space, a: Any, b: Any, y: Tensor, ahead: Tensor, ties: Tensor) -> Tensor:
+    """The first where it is ahead, the second elsewhere, and the mean where there are ties."""
+    left = torch.where(ties, 0.5, ahead.to(carried(y.dtype)))
+    return jet.chain_many(space, (a, b), y, (left, 1 - left), {})
 
 
 @register("maximum")
 def _(space: Space, a: Any, b: Any) -> Tensor:
     x, y = primal(a, space), primal(b, space)
-    return _selecting(space, a, b, torch.maximum(x, y), x > y, x == y)
+    return _sharing(space, a, b, torch.maximum(x, y), x > y, x == y)
 
 
 @register("minimum")
 def _(space: Space, a: Any, b: Any) -> Tensor:
     x, y = primal(a, space), primal(b, space)
-    return _selecting(space, a, b, torch.minimum(x, y), x < y, x == y)
+    return _sharing(space, a, b, torch.minimum(x, y), x < y, x == y)
 
 
 @register("fmax")
 def _(space: Space, a: Any, b: Any) -> Tensor:
     x, y = primal(a, space), primal(b, space)
-    return _selecting(space, a, b, torch.fmax(x, y), (x >= y) | y.isnan())
+    jets = torch.where((x >= y) | y.isnan(), a, b)  # of what is not a number nothing is kept
+    return make(torch.fmax(x, y), *parts(jets, space)[1:], space)
 
 
 @register("fmin")
 def _(space: Space, a: Any, b: Any) -> Tensor:
     x, y = primal(a, space), primal(b, space)
-    return _selecting(space, a, b, torch.fmin(x, y), (x <= y) | y.isnan())
+    jets = torch.where((x <= y) | y.isnan(), a, b)
+    return make(torch.fmin(x, y), *parts(jets, space)[1:], space)
 
 
 @register("clamp.Tensor", "clamp_min.Tensor")

@@ -149,7 +149,7 @@ class _Moving:
     def __init__(self, space: Space, carried: Sequence[Any]) -> None:
         first, second = (
             sum(
-                (c[n].abs().flatten(1).sum(1).double() for c in carried if c[n] is not None),
+                (c[n].abs().reshape(size, -1).double().sum(1) for c in carried if c[n] is not None and c[n].numel()),
                 torch.zeros(size, dtype=torch.float64),
             )
             for n, size in ((1, space.k), (2, space.pairs))

@@ -44,6 +44,11 @@ def select(condition: Tensor, c: Tensor | None) -> Tensor | None:
     return None if c is None else torch.where(condition, c, 0)
 
 
+def select_into(c: Tensor, condition: Tensor, out: Tensor) -> Tensor:
+    """The same, written to memory that is given."""
+    return torch.where(condition, c, c.new_zeros(()), out=out)
+
+
 def chain(space: Space, x: Any, y: Tensor, d1: Tensor | None, d2: Tensor | None, singular: bool = True) -> Tensor:
     """As `jetplane.jets.jet.chain`; a boolean first derivative selects.
 
