@@ -7,6 +7,17 @@ an infinite coefficient, as in reverse mode. A mask behind a function selects in
 not finite before it is forgotten.
 
 The usual formulas serve wherever the derivatives are finite, which is seen from their sums.
+
+First derivatives follow reverse mode wherever that is finite. Where the second derivative does not exist:
+
+- at a kink it is that of the piece whose first derivative is returned: 0 for relu, abs, clamp and their like, 1 within
+  and 0 from ``delta`` on for huber_loss, w for prelu at zero;
+- maxima, minima, medians and sorts have that of the chosen elements, and of the mean of those that tie;
+- norms, deviations and distances have 0 at zero, as their first derivative, and so has atan2 at the origin;
+- binary_cross_entropy takes ``p (1 - p)`` to be at least 1e-12;
+- functions with a limit at infinity have 0 there;
+- where it grows without bound (sqrt, and powers between 1 and 2, at zero) it is infinite along what moves, and an
+  evaluation that asks for it raises `NonFiniteError`.
 """
 
 from __future__ import annotations
