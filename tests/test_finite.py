@@ -491,3 +491,20 @@ def test_directions_that_stay_away_from_an_infinite_slope():
     _, first, second = jp.jet(lambda x: x.sqrt().sum(), x, torch.eye(2).double())
     torch.testing.assert_close(first, torch.tensor([INF, 0.25]).double())
     torch.testing.assert_close(second[1], torch.tensor([0.0, -1 / 32]).double())
+
+
+@pytest.mark.parametrize("f", [torch.log1p, torch.atan, lambda x: (1 + x).sqrt(), lambda x: (1 + x) ** 3, torch.erf])
+def test_nested_coefficients_that_are_zero_at_the_point_alone(f):
+    """The slope along x of f(w x) is zero at w = 0, but its derivative by w is not."""
+    x = torch.tensor([0.5, 0.0, -0.25], dtype=torch.float64)
+
+    def slope(w: Tensor) -> Tensor:
+        return jp.jet(lambda x: f(w * x), x, torch.ones(1, 3).double())[1][0]
+
+    def expected(w: Tensor) -> Tensor:
+        return torch.autograd.functional.vjp(lambda x: f(w * x), x, torch.ones(3).double(), create_graph=True)[1]
+
+    w = torch.zeros(3, dtype=torch.float64)
+    found = jp.jet(slope, w, torch.ones(1, 3).double())[1][0]
+    torch.testing.assert_close(found, torch.autograd.functional.jacobian(expected, w).diagonal())
+    assert found.all()

@@ -33,21 +33,24 @@ from ..jets.jet import Space, add, broadcast, make, outer, parts, plain
 
 
 def finite(*derivatives: Tensor | None) -> bool:
-    """Whether all are known to be finite; it is not asked where that would make an accelerator wait."""
-    return all(
-        d is None or (plain(d) and d.device.type == "cpu" and bool(torch.isfinite(d.sum()))) for d in derivatives
-    )
+    """Whether all are known to be finite. On an accelerator this waits for the sum of each; a compiler cannot know."""
+    return all(d is None or (plain(d) and bool(torch.isfinite(d.sum()))) for d in derivatives)
 
 
 def product(d: Tensor | None, c: Tensor | None) -> Tensor | None:
-    """``d * c`` for a derivative and a stack of coefficients, zero where one of them is; None is zero."""
-    return None if d is None or c is None else torch.where((d == 0) | (c == 0), 0, d * c)
+    """``d * c`` for a derivative and a stack of coefficients, 0 for zero times infinity; None is zero."""
+    return None if d is None or c is None else _cleared((d == 0) | (c == 0), d * c)
+
+
+def _cleared(still: Tensor, y: Tensor) -> Tensor:
+    """Zero where nothing moves and y is not finite. Of nested jets a finite zero may move with the outer ones."""
+    return torch.where(still & ~torch.isfinite(y), 0, y)
 
 
 def strong_outer(space: Space, a: Tensor, b: Tensor) -> Tensor:
-    """``a_i * b_j`` for each pair i <= j, zero where one of them is."""
+    """``a_i * b_j`` for each pair i <= j, 0 for zero times infinity."""
     moves = outer(space, (a != 0).to(a.dtype), (b != 0).to(b.dtype))
-    return torch.where(moves == 0, 0, outer(space, a, b))
+    return _cleared(moves == 0, outer(space, a, b))
 
 
 def select(condition: Tensor, c: Tensor | None) -> Tensor | None:
