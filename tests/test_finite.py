@@ -97,6 +97,8 @@ EXEMPT = {
     "logcumsumexp": {"saturated"},
     # of a product with infinite weights the tangents of what does not move are not zero but NaN
     "nn.functional.linear_cross_entropy.chunked_none": {"inf"},
+    # a matrix with entries of 1e30 has lost the others to rounding
+    "linalg.tensorsolve": {"saturated"},
     # a result that is not a number spoils the local reverse pass, of which all results are one
     "scatter_reduce.prod": {"nan"},
 }

@@ -672,7 +672,7 @@ def _(space: Space, a: Any, b: Any) -> Tensor:
 def _(space: Space, a: Any, b: Any) -> Tensor:
     x, y = primal(a, space), primal(b, space)
     z = torch.logaddexp(x, y)
-    p, q = torch.exp(x - z), torch.exp(y - z)
+    p, q = torch.sigmoid(x - y), torch.sigmoid(y - x)  # x - z would round the logarithm of p away
     pq = p * q
     return chain_many(space, (a, b), z, (p, q), {(0, 0): pq, (0, 1): -pq, (1, 1): pq})
 
@@ -681,7 +681,7 @@ def _(space: Space, a: Any, b: Any) -> Tensor:
 def _(space: Space, a: Any, b: Any) -> Tensor:
     x, y = primal(a, space), primal(b, space)
     z = torch.logaddexp2(x, y)
-    p, q = torch.exp2(x - z), torch.exp2(y - z)
+    p, q = torch.sigmoid(LN2 * (x - y)), torch.sigmoid(LN2 * (y - x))
     pq = LN2 * p * q
     return chain_many(space, (a, b), z, (p, q), {(0, 0): pq, (0, 1): -pq, (1, 1): pq})
 
