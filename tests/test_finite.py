@@ -30,7 +30,7 @@ OPS = [
     if torch.float64 in op.dtypes and op.supports_autograd and not {op.name, name_of(op)} & {*SKIPPED}
 ]
 
-SAMPLES, EVERY = 2, 2  # samples of each operator, and every second draw for each
+SAMPLES, EVERY = 2, 3  # samples of each operator, and every third draw for each
 
 KINKS = torch.tensor([0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 3.0, -3.0, 6.0, 20.0], dtype=torch.float64)
 LARGE = torch.tensor([-800.0, -40.0, -1e-30, 1e-30, 40.0, 800.0, 1e30], dtype=torch.float64)
@@ -95,6 +95,10 @@ EXEMPT = {
     "polar": {"zeros", "some zeros", "kinks", "integers", "0"},
     # torch adds logarithms of gradients to logits of 1e30, which rounds them away
     "logcumsumexp": {"saturated"},
+    # of a product with infinite weights the tangents of what does not move are not zero but NaN
+    "nn.functional.linear_cross_entropy.chunked_none": {"inf"},
+    # a matrix with entries of 1e30 has lost the others to rounding
+    "linalg.tensorsolve": {"saturated"},
     # a result that is not a number spoils the local reverse pass, of which all results are one
     "scatter_reduce.prod": {"nan"},
 }
@@ -242,17 +246,19 @@ NOT_DEFINED = {
     "linalg.qr", "linalg.householder_product", "triangular_solve", "linalg.solve_triangular", "svd_lowrank",
 }  # fmt: skip
 
-# Operators that fall short of it.
-SHORT = {
-    "nn.functional.gaussian_nll_loss",  # clamps under no_grad, which derivatives go through in reverse mode
-}
+HELD = [pytest.param(op, id=name_of(op)) for op in OPS if name_of(op) not in NOT_DEFINED]
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if name_of(op) not in NOT_DEFINED], ids=name_of)
-def test_operator(op, request):
-    if name_of(op) in SHORT:
-        request.applymarker(pytest.mark.xfail(strict=True))
+@pytest.mark.parametrize("op", HELD)
+def test_operator(op):
     found = [f"{where}: {failure}" for where, p in points(op, SAMPLES, EVERY) for failure in failures(p)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("op", HELD)
+def test_more_samples_of_an_operator(op):
+    found = [f"{where}: {failure}" for where, p in points(op, 4, 1) for failure in failures(p)]
     assert not found, "\n".join(found)
 
 
@@ -479,3 +485,20 @@ def test_directions_that_stay_away_from_an_infinite_slope():
     _, first, second = jp.jet(lambda x: x.sqrt().sum(), x, torch.eye(2).double())
     torch.testing.assert_close(first, torch.tensor([INF, 0.25]).double())
     torch.testing.assert_close(second[1], torch.tensor([0.0, -1 / 32]).double())
+
+
+@pytest.mark.parametrize("f", [torch.log1p, torch.atan, lambda x: (1 + x).sqrt(), lambda x: (1 + x) ** 3, torch.erf])
+def test_nested_coefficients_that_are_zero_at_the_point_alone(f):
+    """The slope along x of f(w x) is zero at w = 0, but its derivative by w is not."""
+    x = torch.tensor([0.5, 0.0, -0.25], dtype=torch.float64)
+
+    def slope(w: Tensor) -> Tensor:
+        return jp.jet(lambda x: f(w * x), x, torch.ones(1, 3).double())[1][0]
+
+    def expected(w: Tensor) -> Tensor:
+        return torch.autograd.functional.vjp(lambda x: f(w * x), x, torch.ones(3).double(), create_graph=True)[1]
+
+    w = torch.zeros(3, dtype=torch.float64)
+    found = jp.jet(slope, w, torch.ones(1, 3).double())[1][0]
+    torch.testing.assert_close(found, torch.autograd.functional.jacobian(expected, w).diagonal())
+    assert found.all()

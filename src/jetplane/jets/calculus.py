@@ -129,8 +129,9 @@ def _in_blocks(
     n = p.numel()
     p, flat = p.view(n), y.view(n)
     d1, d2 = of(p[:1], flat[:1])
-    if d1 is None or d1.dtype == torch.bool or (second is None and d2 is not None):
-        return NotImplemented  # a selection takes no derivatives; products that may never be formed are `chain`'s
+    if d1 is None or (second is None and d2 is not None):  # products that may never be formed are `chain`'s
+        return NotImplemented
+    weigh = infinite.select_into if d1.dtype == torch.bool else torch.mul
     y1 = space.memory.empty(first.shape, first)
     y2 = None if second is None else space.memory.empty(second.shape, second)
     flat1, new1 = first.view(-1, n), y1.view(-1, n)
@@ -140,10 +141,10 @@ def _in_blocks(
         assert d1 is not None
         if singular and not infinite.finite(d1, d2):
             return NotImplemented
-        torch.mul(flat1[:, part], d1, out=new1[:, part])
+        weigh(flat1[:, part], d1, out=new1[:, part])
         if second is not None and y2 is not None:
             new2 = y2.view(-1, n)[:, part]
-            torch.mul(second.view(-1, n)[:, part], d1, out=new2)
+            weigh(second.view(-1, n)[:, part], d1, out=new2)
             if d2 is not None:
                 space.structure.add_outer(new2, d2 * flat1[:, part], flat1[:, part])
     return make(y, Coefficients(space, 1, y1, x1.rows), Coefficients(space, 2, y2), space)

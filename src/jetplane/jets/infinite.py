@@ -7,6 +7,17 @@ an infinite coefficient, as in reverse mode. A mask behind a function selects in
 not finite before it is forgotten.
 
 The usual formulas serve wherever the derivatives are finite, which is seen from their sums.
+
+First derivatives follow reverse mode wherever that is finite. Where the second derivative does not exist:
+
+- at a kink it is that of the piece whose first derivative is returned: 0 for relu, abs, clamp and their like, 1 within
+  and 0 from ``delta`` on for huber_loss, w for prelu at zero;
+- maxima, minima, medians and sorts have that of the chosen elements, and of the mean of those that tie;
+- norms, deviations and distances have 0 at zero, as their first derivative, and so has atan2 at the origin;
+- binary_cross_entropy takes ``p (1 - p)`` to be at least 1e-12;
+- functions with a limit at infinity have 0 there;
+- where it grows without bound (sqrt, and powers between 1 and 2, at zero) it is infinite along what moves, and an
+  evaluation that asks for it raises `NonFiniteError`.
 """
 
 from __future__ import annotations
@@ -18,21 +29,21 @@ from .coefficients import Coefficients, absent, aligned, expand, lift, writable
 
 
 def finite(*derivatives: Tensor | None) -> bool:
-    """Whether all are known to be finite; it is not asked where that would make an accelerator wait."""
-    return all(
-        d is None or (writable(d) and d.device.type == "cpu" and bool(torch.isfinite(d.sum()))) for d in derivatives
-    )
+    """Whether all are known to be finite. On an accelerator this waits for the sum of each; a compiler cannot know."""
+    return all(d is None or (writable(d) and bool(torch.isfinite(d.sum()))) for d in derivatives)
 
 
 def product(d: Tensor | None, c: Coefficients) -> Coefficients:
-    """``d * c`` for a derivative and coefficients, zero where one of them is; None is zero."""
+    """``d * c`` for a derivative and coefficients, 0 for zero times infinity; None is zero."""
     if d is None:
         return absent(c.space, c.order)
     return c.map(lambda t: _times(d, lift(t, d.dim())), True)
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:
-    return torch.where((a == 0) | (b == 0), 0, a * b)
+    """The product, 0 for zero times infinity. Of nested jets a finite zero may move with the outer ones."""
+    y = a * b
+    return torch.where(((a == 0) | (b == 0)) & ~torch.isfinite(y), 0, y)
 
 
 def selected(condition: Tensor, c: Coefficients) -> Coefficients:
@@ -40,8 +51,13 @@ def selected(condition: Tensor, c: Coefficients) -> Coefficients:
     return c.map(lambda t: torch.where(condition, expand(t, condition.shape), 0), True)
 
 
+def select_into(c: Tensor, condition: Tensor, out: Tensor) -> Tensor:
+    """A stack where a condition holds, zero elsewhere, written to memory that is given."""
+    return torch.where(condition, c, c.new_zeros(()), out=out)
+
+
 def outer(a: Coefficients, b: Coefficients) -> Coefficients:
-    """As `jetplane.jets.coefficients.outer`, with each product zero where one of its factors is."""
+    """As `jetplane.jets.coefficients.outer`, with 0 for zero times infinity."""
     space = a.space
     if not a or not b or space.order == 1:
         return absent(space, 2)

@@ -620,7 +620,7 @@ def _(space: Space, a: Any, b: Any) -> Tensor:
 def _(space: Space, a: Any, b: Any) -> Tensor:
     x, y = primal(a, space), primal(b, space)
     z = torch.logaddexp(x, y)
-    p, q = torch.exp(x - z), torch.exp(y - z)
+    p, q = torch.sigmoid(x - y), torch.sigmoid(y - x)  # x - z would round the logarithm of p away
     pq = p * q
     return chain_many(space, (a, b), z, (p, q), {(0, 0): pq, (0, 1): -pq, (1, 1): pq})
 
@@ -629,7 +629,7 @@ def _(space: Space, a: Any, b: Any) -> Tensor:
 def _(space: Space, a: Any, b: Any) -> Tensor:
     x, y = primal(a, space), primal(b, space)
     z = torch.logaddexp2(x, y)
-    p, q = torch.exp2(x - z), torch.exp2(y - z)
+    p, q = torch.sigmoid(LN2 * (x - y)), torch.sigmoid(LN2 * (y - x))
     pq = LN2 * p * q
     return chain_many(space, (a, b), z, (p, q), {(0, 0): pq, (0, 1): -pq, (1, 1): pq})
 
@@ -655,39 +655,36 @@ def _(space: Space, a: Any, b: Any) -> Tensor:
     return make(y, a1 * ratio, a2 * ratio, space)
 
 
-def _selecting(space: Space, a: Any, b: Any, y: Tensor, left: Tensor, ties: Tensor | None = None) -> Tensor:
-    """The coefficients of the first where ``left``, of the second elsewhere, and their mean where there are ties."""
-
-    def pick(ca: Tensor, cb: Tensor) -> Tensor:
-        ca, cb = expand(ca, y.shape), expand(cb, y.shape)
-        chosen = torch.where(left, ca, cb)
-        return chosen if ties is None else torch.where(ties, 0.5 * (ca + cb), chosen)
-
-    return jointly(space, (a, b), y, pick)
+def _sharing(space: Space, a: Any, b: Any, y: Tensor, ahead: Tensor, ties: Tensor) -> Tensor:
+    """The first where it is ahead, the second elsewhere, and the mean where there are ties."""
+    left = torch.where(ties, 0.5, ahead.to(carried(y.dtype)))
+    return chain_many(space, (a, b), y, (left, 1 - left), {})
 
 
 @register("maximum")
 def _(space: Space, a: Any, b: Any) -> Tensor:
     x, y = primal(a, space), primal(b, space)
-    return _selecting(space, a, b, torch.maximum(x, y), x > y, x == y)
+    return _sharing(space, a, b, torch.maximum(x, y), x > y, x == y)
 
 
 @register("minimum")
 def _(space: Space, a: Any, b: Any) -> Tensor:
     x, y = primal(a, space), primal(b, space)
-    return _selecting(space, a, b, torch.minimum(x, y), x < y, x == y)
+    return _sharing(space, a, b, torch.minimum(x, y), x < y, x == y)
 
 
 @register("fmax")
 def _(space: Space, a: Any, b: Any) -> Tensor:
     x, y = primal(a, space), primal(b, space)
-    return _selecting(space, a, b, torch.fmax(x, y), (x >= y) | y.isnan())
+    jets = torch.where((x >= y) | y.isnan(), a, b)  # of what is not a number nothing is kept
+    return make(torch.fmax(x, y), *parts(jets, space)[1:], space)
 
 
 @register("fmin")
 def _(space: Space, a: Any, b: Any) -> Tensor:
     x, y = primal(a, space), primal(b, space)
-    return _selecting(space, a, b, torch.fmin(x, y), (x <= y) | y.isnan())
+    jets = torch.where((x <= y) | y.isnan(), a, b)
+    return make(torch.fmin(x, y), *parts(jets, space)[1:], space)
 
 
 @register("clamp.Tensor", "clamp_min.Tensor")

@@ -143,6 +143,37 @@ def _(space: Space, x: Any, target: Any, reduction: int = MEAN) -> Any:
     return reduce(torch.neg(F.logsigmoid(torch.mul(x, target))), reduction)
 
 
+# --- margins: flat at the kink itself, as torch's kernels -------------------------------------------
+
+
+@register("multi_margin_loss")
+def _(
+    space: Space, x: Any, target: Tensor, p: Any = 1, margin: Any = 1, weight: Any = None, reduction: int = MEAN
+) -> Any:
+    rows, labels = x.reshape(-1, x.shape[-1] if x.dim() else 1), target.reshape(-1, 1)
+    z = torch.add(torch.sub(margin, rows.gather(1, labels)), rows)
+    others = torch.arange(rows.shape[1], device=x.device) != labels
+    z = torch.where((z > 0) & others, z, 0)
+    z = z if p == 1 else torch.square(z)
+    y = (z if weight is None else torch.mul(z, weight[labels])).mean(1)
+    return reduce(y if x.dim() > 1 or reduction != NONE else y.squeeze(0), reduction)
+
+
+@register("multilabel_margin_loss")
+def _(space: Space, x: Any, target: Tensor, reduction: int = MEAN) -> Any:
+    rows = x.reshape(-1, x.shape[-1] if x.dim() else 1)
+    labels = target.reshape(rows.shape)
+    listed = (labels >= 0).cumprod(1).bool()  # a negative label ends the list
+    labels = torch.where(listed, labels, 0)
+    wanted = torch.zeros(rows.shape, dtype=labels.dtype, device=x.device).scatter_add(
+        1, labels, listed.to(labels.dtype)
+    )
+    z = torch.add(torch.sub(1, rows.gather(1, labels)).unsqueeze(2), rows.unsqueeze(1))
+    z = torch.where((z > 0) & listed.unsqueeze(2) & (wanted == 0).unsqueeze(1), z, 0)
+    y = torch.div(z.sum((1, 2)), rows.shape[1])
+    return reduce(y if x.dim() > 1 or reduction != NONE else y.squeeze(0), reduction)
+
+
 # --- classes --------------------------------------------------------------------------------------
 
 
