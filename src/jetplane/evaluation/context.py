@@ -24,13 +24,23 @@ def expansion(spec: PlaneSpec) -> Iterator[Space]:
     include = torch._C._dispatch_tls_local_include_set().remove(torch._C.DispatchKey.Python)
     include = include.remove(torch._C.DispatchKey.PythonTLSSnapshot)
     space.keys = include, torch._C._dispatch_tls_local_exclude_set()
-    _evaluations.depth = depth
     try:
-        yield space
+        with at_depth(depth):
+            yield space
     finally:
-        _evaluations.depth = depth - 1
         forget_promoted(space)
         space.finish()
+
+
+@contextlib.contextmanager
+def at_depth(depth: int) -> Iterator[None]:
+    """Let evaluations inside be nested in so many others."""
+    before = getattr(_evaluations, "depth", 0)
+    _evaluations.depth = depth
+    try:
+        yield
+    finally:
+        _evaluations.depth = before
 
 
 def curvature_of(second: Tensor, space: Space, pairs: Pairs) -> Tensor:
