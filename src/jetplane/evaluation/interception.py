@@ -109,7 +109,7 @@ class Interception(TorchFunctionMode):
     Attributes:
         used: the jets of the parameters that were used so far, by the parameters' identities.
         refused: what threads that do not take part in the evaluation wanted to do with its parameters.
-        ended: whether the evaluation is over; whoever still runs under this interception is then left alone.
+        ended: whether the evaluation is over, or suspended: whoever runs under this interception is then left alone.
         views_tracked: whether there may be jets that are no inference tensors.
         lock: held by the thread whose operator is being carried: rules keep notes in the space.
     """
@@ -244,6 +244,8 @@ class Interception(TorchFunctionMode):
 
     def replaced(self, x: Any) -> Any:
         """An argument with every parameter in it, and every plain tensor over memory of jets, replaced by its jet."""
+        if self.ended:
+            return x
         if isinstance(x, Tensor):
             x = sharded.unwrapped(x)
             if self.views_tracked and isinstance(x, Jet) and not x.is_inference() and torch.is_inference_mode_enabled():

@@ -46,6 +46,19 @@ def under_way(interception: Interception) -> Iterator[None]:
         _here.interceptions = before
 
 
+@contextlib.contextmanager
+def suspended() -> Iterator[None]:
+    """Let what runs inside, in this thread, take no part in the evaluations that are under way in it."""
+    interceptions = [one for one in _here.interceptions if not one.ended]
+    for one in interceptions:
+        one.ended = True
+    try:
+        yield
+    finally:
+        for one in interceptions:
+            one.ended = False
+
+
 def taking_part(run: Callable[..., Any]) -> Callable[..., Any]:
     """A function that runs, in any thread, under the interceptions of the thread that calls this."""
     interceptions = _here.interceptions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import is_dataclass, replace
 from typing import Any
 
@@ -15,9 +15,12 @@ from .. import _sharding as sharded
 from ..directions import AbstractDirections, Directions, HeldDirections, Structure
 from ..errors import ArgumentError, DeviceError, DTypeError, NonFiniteError, ShapeError
 from ..evaluation.api import evaluate_plane
+from ..evaluation.audit import Auditing, audit, identity
 from ..evaluation.checks import CACHED_BYTES, as_directions, checked_finite
 from ..evaluation.compiled import evaluate_compiled
 from ..evaluation.plane import PlaneModel
+from ..evaluation.repeats import RepeatedClosure
+from ..evaluation.side_effects import setting_back
 from ..evaluation.specification import Chunk, Pairs, PlaneSpec
 from ..jets.structured import Deferred, Stacked, Tangents
 from ..parallel.ranks import Ranks
@@ -42,9 +45,11 @@ class PlaneOptimizer(torch.optim.Optimizer):
     ranks: Ranks | None = None
     chunk: Chunk = None
     compile: bool = False
+    generators: tuple[Any, ...] = ()
+    _audited: Any = None  # what the last audit was of
     # What a copy needs beside what every torch optimizer has.
     _own: tuple[str, ...] = (
-        "k", "law", "tangents", "planes", "clip", "chunk", "compile", "plane", "_descent"
+        "k", "law", "tangents", "planes", "clip", "chunk", "compile", "plane", "_descent", "audit"
     )  # fmt: skip
 
     def __init__(
@@ -52,6 +57,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         planes: int = 1, clip: float | None = None, weight_decay: float = 0.0, seed: int = 0,
         chunk: Chunk = None, compile: bool = False, process_group: Any = None,
         rank: int | None = None, density: float | None = None,
+        audit: Auditing = "first", generators: Sequence[Any] = (),
     ) -> None:  # fmt: skip
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             _check_rate(name, value)
@@ -60,6 +66,10 @@ class PlaneOptimizer(torch.optim.Optimizer):
         if isinstance(planes, bool) or not isinstance(planes, int) or planes < 1:
             raise ArgumentError(f"planes must be an integer of at least 1, got {planes!r}")
         Directions(k, law, tangents, rank=rank, density=density)  # checks them
+        if audit not in ("first", "always", "never"):
+            raise ArgumentError(f"audit must be 'first', 'always' or 'never', got {audit!r}")
+        with setting_back(generators):  # checks them
+            pass
         if compile and chunk is not None:
             raise ArgumentError("chunk= and compile=True exclude each other: a chunked step is several runs")
         if isinstance(params, Tensor):
@@ -75,6 +85,8 @@ class PlaneOptimizer(torch.optim.Optimizer):
         self.planes = planes
         self.clip = clip
         self.compile = compile
+        self.audit: Auditing = audit
+        self.generators = tuple(generators)
         self.plane: PlaneModel | None = None
         self.ranks = None if process_group is None else Ranks(process_group)
         if compile and self.ranks is not None and self.ranks.parts > 1:
@@ -132,6 +144,8 @@ class PlaneOptimizer(torch.optim.Optimizer):
         Raises:
             ArgumentError: no closure, or no parameter that requires gradients.
             LossError, UnusedParametersError, NonFiniteError, DerivativeError: as `jetplane.evaluate`.
+            AuditError: the slope is not that of the loss; see `jetplane.audit`.
+            RandomClosureError: several runs of the closure give different losses at the same place.
             SingularPlaneError: the plane gives no step.
             HandshakeError, RanksDifferError, LostRankError, RemoteError: with a process group; see
                 `jetplane.parallel.ranks.Ranks.evaluate`. An error of one rank is raised on all of them.
@@ -145,7 +159,8 @@ class PlaneOptimizer(torch.optim.Optimizer):
             raise ArgumentError("no parameter requires gradients, so none may move; unfreeze some of them")
         self._check_size(moving)
         params = [p for p, _, _ in moving]
-        with torch.no_grad():
+        closure = RepeatedClosure(closure, params)
+        with torch.no_grad(), setting_back(self.generators):
             directions = self._directions(moving, closure)
             spec = self._spec(directions)
             if self.ranks is None:
@@ -243,6 +258,8 @@ class PlaneOptimizer(torch.optim.Optimizer):
         self, closure: Closure, params: list[Tensor], directions: AbstractDirections, spec: PlaneSpec
     ) -> PlaneModel:
         """The plane, by a compiled program where there is one."""
+        plain = closure.closure if isinstance(closure, RepeatedClosure) else closure
+        self._audit(plain, params)
         known = spec.k, frozenset(id(p) for p in params)
         if not self.compile or known != self._known:
             plane = evaluate_plane(closure, params, as_directions(params, directions), spec)
@@ -254,8 +271,28 @@ class PlaneOptimizer(torch.optim.Optimizer):
         used = [i for i, p in enumerate(params) if id(p) in self._used]
         along = [directions.structured(i, params[i]) for i in used]
         along = [t.formed() if isinstance(t, (Deferred, Stacked)) else t for t in along]
-        plane = checked_finite(self._program(closure, [params[i] for i in used], along, spec))
+        plane = checked_finite(self._program(plain, [params[i] for i in used], along, spec))
         return replace(plane, examples=checked(plane.examples, plane.slope))
+
+    def _audit(self, closure: Closure, params: list[Tensor]) -> None:
+        """Audit the closure, if it is another one than before."""
+        if self.audit == "never" or any(map(sharded.is_sharded, params)):
+            return
+        kind = identity(closure, params, getattr(self, "model", None))
+        if self.audit == "always" or kind != self._audited:
+            audit(closure, params, names=self._names(params), seed=self.state[STATE]["seed"]).check()  # type: ignore[index]
+            self._audited = kind
+
+    def _names(self, params: Sequence[Tensor]) -> list[str]:
+        """What to call parameters: as they were named, or by place and shape."""
+        named = {}
+        for group in self.param_groups:
+            known = group.get("param_names", [None] * len(group["params"]))
+            named |= {id(p): name for p, name in zip(group["params"], known, strict=True)}
+        return [
+            repr(named.get(id(p))) if named.get(id(p)) else f"parameter {i} of shape {tuple(p.shape)}"
+            for i, p in enumerate(params)
+        ]
 
     def _coefficients(self, plane: PlaneModel) -> Tensor:
         slope = plane.slope

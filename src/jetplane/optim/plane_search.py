@@ -23,9 +23,11 @@ from ..directions import (
 )
 from ..directions.laws import key
 from ..errors import ArgumentError, DTypeError, ShapeError
+from ..evaluation.audit import Auditing
 from ..evaluation.checks import CACHED_BYTES
 from ..evaluation.plane import PlaneModel
-from ..evaluation.side_effects import RandomState, random_state, without_side_effects
+from ..evaluation.repeats import elsewhere
+from ..evaluation.side_effects import RandomState, without_side_effects
 from ..evaluation.specification import Curvature, PlaneSpec
 from ..gradients.feedback import Feedback
 from ..gradients.layers import perturbable
@@ -120,6 +122,10 @@ class PlaneSearch(PlaneOptimizer):
             one where less than a tenth of ``model`` moves, as in adapters: what is scarce there is memory.
         compile: evaluate the plane as one compiled graph (`torch.compile`, ``fullgraph=True``), from the third step
             on, when as many directions are remembered as ever will be. The other passes of a step run eagerly.
+        audit: "first" holds the slope of a closure against differences of its loss before its first step, and again
+            where its code, the parameters that move or the mode of its modules change: about six forward passes, see
+            `jetplane.audit`; "always" does so before every step, "never" not at all.
+        generators: of random numbers that the closure draws from besides torch's own; see `jetplane.evaluate`.
         process_group: processes that step together, each with its shard of the batch, or a `DeviceMesh`; see
             `jetplane.parallel.ranks`. A step sends a few numbers for each pair of the plane's directions and, with
             ``model``, the estimate of the gradient as well: 4 bytes a parameter. A ``guess`` must be the same on all.
@@ -155,7 +161,8 @@ class PlaneSearch(PlaneOptimizer):
         guess: Guess | None = None, clip: float | None = None, weight_decay: float = 0.0, seed: int = 0,
         chunk: Chunk = None, rank: int | None = None, density: float | None = None, orthogonal: bool = False,
         preconditioned: bool = False, every: int = 1, compile: bool = False,
-        process_group: ProcessGroup | DeviceMesh | None = None,
+        process_group: ProcessGroup | DeviceMesh | None = None, audit: Auditing = "first",
+        generators: Sequence[Any] = (),
     ) -> None:  # fmt: skip
         if k == 0 and model is None:
             raise ArgumentError(
@@ -192,7 +199,8 @@ class PlaneSearch(PlaneOptimizer):
         lr = rate if isinstance(rate, (int, float)) else 1.0
         super().__init__(
             params, lr, k or 1, law, tangents, clip=clip, weight_decay=weight_decay, seed=seed, chunk=chunk,
-            rank=rank, density=density, compile=compile, process_group=process_group,
+            rank=rank, density=density, compile=compile, process_group=process_group, audit=audit,
+            generators=generators,
         )  # fmt: skip
         moving = [p for p, _, _ in self._moving()]
         size = sum(p.numel() for p in moving)
@@ -320,7 +328,7 @@ class PlaneSearch(PlaneOptimizer):
     def _evaluate(
         self, closure: Closure, params: list[Tensor], directions: AbstractDirections, spec: PlaneSpec
     ) -> PlaneModel:
-        self._random = random_state()
+        self._random = RandomState()
         own = self.state[STATE]  # type: ignore[index]
         last = own.get("curvature")
         stale = last is None or own["step"] % self.every == 0 or len(last) != directions.k
@@ -349,7 +357,7 @@ class PlaneSearch(PlaneOptimizer):
             steps = steps_along(kappa)
 
             def loss_of_shard_at(rate: float) -> float:
-                with _moved(rate, params, steps), without_side_effects(self._random):
+                with elsewhere(closure), _moved(rate, params, steps), without_side_effects(self._random):
                     return float(closure())
 
             def loss_at(rate: float) -> float:

@@ -49,7 +49,7 @@ from .._sharding import held_alike, local
 from ..directions import AbstractDirections, HeldDirections
 from ..errors import ArgumentError, HandshakeError, JetplaneError, LostRankError, RanksDifferError, RemoteError
 from ..evaluation.plane import PlaneModel
-from ..evaluation.side_effects import without_side_effects
+from ..evaluation.side_effects import RandomState, without_side_effects
 from ..evaluation.specification import PlaneSpec
 from .message import PlaneMessage
 from .work import plan
@@ -562,15 +562,14 @@ def _located(where: Any) -> tuple[Any, int, int, int]:
 
 @contextlib.contextmanager
 def _undone(written: list[Tensor]) -> Iterator[None]:
-    """Set torch's random state and the tensors that a closure writes to back to what they were."""
-    before = [t.clone() for t in written]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            for tensor, values in zip(written, before, strict=True):
-                tensor.copy_(values)
+    """Set random states and the tensors that a closure writes to back to what they were."""
+    before, random = [t.clone() for t in written], RandomState()
+    try:
+        yield
+    finally:
+        random.restore()
+        for tensor, values in zip(written, before, strict=True):
+            tensor.copy_(values)
 
 
 def _answer(ask: Callable[[], T], seconds: float) -> T | None:
