@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import CodeType, MethodType
-from typing import Any, Literal, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,8 @@ Auditing = Literal["first", "always", "never"]
 CLOSE = 2e-3  # relative difference of slope and D(h) up to which they agree
 FAR = 1e-2  # relative difference from which on they may be held to differ
 STEADY = 0.1  # of their difference from the slope: how much D(h) may vary over the steps to be believed
-LADDER = (1.0, 4.0, 1 / 4, 1 / 16, 1 / 64, 1 / 256)  # steps, in parts of the best one for smooth losses
+ROUGH = 0.3  # part of a difference that rounding may make up if it is to say anything
+LADDER = (1.0, 4.0, 16.0, 1 / 4, 1 / 16, 1 / 64, 1 / 256)  # steps, in parts of the best one for smooth losses
 ROUNDINGS = 8  # of the loss, by which a run may be off
 MOST_RUNS = 200  # of the closure, to tell which parameters are concerned
 
@@ -171,6 +172,20 @@ class _Measured:
     reason: str = ""
 
 
+class _Difference(NamedTuple):
+    """Of the loss along a direction, for one step.
+
+    Attributes:
+        value: the symmetric difference.
+        jump: by how much the difference ahead exceeds the one behind: in proportion to the step where it is smooth.
+        noise: what rounding may change of the value.
+    """
+
+    value: float
+    jump: float
+    noise: float
+
+
 @final
 class _Audit:
     """The runs of one audit."""
@@ -179,6 +194,7 @@ class _Audit:
         self.closure, self.params, self.names = closure, params, names
         self.runs = 0
         self.begin = RandomState()
+        self.written: list[Tensor] = []  # by the last plain run: buffers
         self.generator = torch.Generator().manual_seed(seed)
         sizes = [_size(p) for p in params]
         whole = math.sqrt(sum(s**2 * p.numel() for s, p in zip(sizes, params, strict=True)) / _count(params))
@@ -237,9 +253,9 @@ class _Audit:
 
     def compare(self, direction: dict[int, Tensor]) -> _Measured:
         """The slope along a direction, against differences."""
-        slope, value = self.slope(direction)
         stops = _Stops()
         base = self.loss(stops)
+        slope, value = self.slope(direction)
         if base is None or not math.isfinite(base):
             return _Measured("unclear", slope, math.nan, (value, value), "a plain run gives no finite loss")
         found = self._along(direction, slope, base, stops)
@@ -254,23 +270,27 @@ class _Audit:
 
     def _along(self, direction: dict[int, Tensor], slope: float, base: float, stops: _Stops) -> _Measured:
         rounding = ROUNDINGS * max(self.eps, stops.eps) * abs(base)
-        found: dict[float, tuple[float, float]] = {}  # differences, and what rounding may change of them, by steps
+        found: dict[float, _Difference] = {}
+        close = []  # differences that equal the slope as far as rounding lets tell, which is not far
         for part in LADDER:
             h = part * self.best_step()
             ahead, behind = self.loss(stops.held(), direction, h), self.loss(stops.held(), direction, -h)
             if ahead is None or behind is None or not math.isfinite(ahead - behind):
                 continue
-            difference, noise = (ahead - behind) / (2 * h), rounding / h
-            gap, size = abs(difference - slope), max(abs(difference), abs(slope))
-            if gap <= max(CLOSE * size, min(noise, 0.3 * size)) or size == 0:
-                return _Measured("agrees", slope, difference, (base, base))
-            found[h] = difference, noise
+            found[h] = now = _Difference((ahead - behind) / (2 * h), (ahead - 2 * base + behind) / h, rounding / h)
+            gap, size = abs(now.value - slope), max(abs(now.value), abs(slope))
+            if gap <= max(CLOSE * size, min(now.noise, FAR * size)):
+                return _Measured("agrees", slope, now.value, (base, base))
+            if gap <= min(now.noise, ROUGH * size):
+                close.append(now.value)
             steady = _steady([found[h] for h in sorted(found)], slope)
             if steady is not None:
                 return _Measured("differs", slope, steady, (base, base))
+        if close:
+            return _Measured("agrees", slope, close[0], (base, base))
         if not found:
             return _Measured("unclear", slope, math.nan, (base, base), "the loss is not finite nearby")
-        nearest = min((difference for difference, _ in found.values()), key=lambda d: abs(d - slope))
+        nearest = min((d.value for d in found.values()), key=lambda d: abs(d - slope))
         return _Measured("unclear", slope, nearest, (base, base), "the loss is rough or rounded near this place")
 
     def slope(self, direction: dict[int, Tensor]) -> tuple[float, float]:
@@ -279,20 +299,31 @@ class _Audit:
         params = [self.params[i] for i in places]
         tangents = StoredDirections([direction[i].unsqueeze(0) for i in places])
         self.runs += 1
-        with without_side_effects(self.begin):
+        with self._set_back():
             try:
                 plane = evaluate_at_once(self.closure, params, tangents, PlaneSpec(1, "none"))
             except UnusedParametersError:
                 if len(places) == len(self.params):
                     raise
-                loss = self.loss(_Stops())
-                return 0.0, math.nan if loss is None else loss
+                return 0.0, math.nan
         return plane.slope.item(), plane.value.item()
+
+    @contextlib.contextmanager
+    def _set_back(self) -> Iterator[None]:
+        """`without_side_effects` by what a plain run has written to: its mode would show operators to interception."""
+        before, now = [t.clone() for t in self.written], RandomState()
+        self.begin.restore()
+        try:
+            yield
+        finally:
+            now.restore()
+            for t, values in zip(self.written, before, strict=True):
+                t.detach().copy_(values)
 
     def loss(self, stops: _Stops, direction: dict[int, Tensor] | None = None, h: float = 0.0) -> float | None:
         """The loss of a plain run, displaced along a direction; None where it cannot be run."""
         self.runs += 1
-        with self.displaced(direction or {}, h), without_side_effects(self.begin):
+        with self.displaced(direction or {}, h), without_side_effects(self.begin) as log:
             try:
                 with stops.running():
                     loss = self.closure()
@@ -300,6 +331,7 @@ class _Audit:
                 if h == 0:
                     raise
                 return None
+            self.written = [t for t, _ in log.saved.values()]
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise LossError(f"the closure must return a scalar loss, got {type(loss).__name__}")
         stops.eps = max(stops.eps, torch.finfo(loss.dtype).eps)
@@ -450,13 +482,18 @@ class _Holding(TorchFunctionMode):
         return torch.where((rows == padding % len(weight)).unsqueeze(-1), known, made)
 
 
-def _steady(found: Sequence[tuple[float, float]], slope: float) -> float | None:
-    """A difference that three steps in a row agree on, beyond rounding, and that is not the slope."""
+def _steady(found: Sequence[_Difference], slope: float) -> float | None:
+    """A difference that three steps in a row agree on, beyond rounding and kinks, and that is not the slope.
+
+    Args:
+        found: by steps, the shortest first.
+        slope: of the evaluation.
+    """
     for three in zip(found, found[1:], found[2:], strict=False):
-        differences, gap = [d for d, _ in three], min(abs(d - slope) for d, _ in three)
-        spread = max(max(differences) - min(differences), *(noise for _, noise in three))
-        if spread <= STEADY * gap and gap > FAR * max(abs(d) for d in (*differences, slope)):
-            return differences[1]
+        values, gap = [d.value for d in three], min(abs(d.value - slope) for d in three)
+        doubt = max(max(values) - min(values), abs(three[0].jump) / 4, *(d.noise for d in three))
+        if doubt <= STEADY * gap and gap > FAR * max(abs(v) for v in (*values, slope)):
+            return values[1]
     return None
 
 
