@@ -269,7 +269,8 @@ def search_disturbed(rank, name, call, how, weighs=True):
             raise OSError("no guess")
         return [2 * g if rank == 1 and wrong[0] and how == "guess differs" else g for g in guess]
 
-    opt = SEARCHES[name](net, process_group=dist.group.WORLD, guess=guessed if how.startswith("guess") else None)
+    guess_of_step = guessed if how.startswith("guess") else None
+    opt = SEARCHES[name](net, process_group=dist.group.WORLD, guess=guess_of_step, audit="never")
     train(net, opt, x, y, 2, weight=len(x))
     if how == "state" and rank == 1:
         opt.state[net[0].weight]["square"][1, 2] *= 1 + 1e-15

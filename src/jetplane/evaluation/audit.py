@@ -44,12 +44,13 @@ Closure = Callable[[], Any]
 Verdict = Literal["agrees", "differs", "unclear"]
 Auditing = Literal["first", "always", "never"]
 
-CLOSE = 2e-3  # relative difference of slope and D(h) up to which they agree
+CLOSE = 1e-2  # relative difference of slope and D(h) up to which they agree
 FAR = 1e-2  # relative difference from which on they may be held to differ
 STEADY = 0.1  # of their difference from the slope: how much D(h) may vary over the steps to be believed
 ROUGH = 0.3  # part of a difference that rounding may make up if it is to say anything
-LADDER = (1.0, 4.0, 16.0, 1 / 4, 1 / 16, 1 / 64, 1 / 256)  # steps, in parts of the best one for smooth losses
-ROUNDINGS = 8  # of the loss, by which a run may be off
+LADDER = (1 / 256, 1 / 64, 1 / 16, 1 / 4, 1, 4, 16)  # steps, in parts of the best one for smooth losses
+LONGEST = 0.5  # step, relative to the parameters
+ROUNDINGS = 2  # of the loss, by which a run may be off
 MOST_RUNS = 200  # of the closure, to tell which parameters are concerned
 
 
@@ -271,27 +272,27 @@ class _Audit:
     def _along(self, direction: dict[int, Tensor], slope: float, base: float, stops: _Stops) -> _Measured:
         rounding = ROUNDINGS * max(self.eps, stops.eps) * abs(base)
         found: dict[float, _Difference] = {}
-        close = []  # differences that equal the slope as far as rounding lets tell, which is not far
-        for part in LADDER:
-            h = part * self.best_step()
+        for h in self.steps(rounding, slope):
             ahead, behind = self.loss(stops.held(), direction, h), self.loss(stops.held(), direction, -h)
             if ahead is None or behind is None or not math.isfinite(ahead - behind):
                 continue
             found[h] = now = _Difference((ahead - behind) / (2 * h), (ahead - 2 * base + behind) / h, rounding / h)
             gap, size = abs(now.value - slope), max(abs(now.value), abs(slope))
-            if gap <= max(CLOSE * size, min(now.noise, FAR * size)):
+            if gap <= max(CLOSE * size, min(now.noise, ROUGH * size)):
                 return _Measured("agrees", slope, now.value, (base, base))
-            if gap <= min(now.noise, ROUGH * size):
-                close.append(now.value)
             steady = _steady([found[h] for h in sorted(found)], slope)
             if steady is not None:
                 return _Measured("differs", slope, steady, (base, base))
-        if close:
-            return _Measured("agrees", slope, close[0], (base, base))
         if not found:
             return _Measured("unclear", slope, math.nan, (base, base), "the loss is not finite nearby")
         nearest = min((d.value for d in found.values()), key=lambda d: abs(d - slope))
         return _Measured("unclear", slope, nearest, (base, base), "the loss is rough or rounded near this place")
+
+    def steps(self, rounding: float, slope: float) -> list[float]:
+        """Steps to try: the shortest that rounding lets tell, then its neighbours, and theirs."""
+        ladder = sorted({min(part * self.best_step(), LONGEST) for part in LADDER})
+        start = next((n for n, h in enumerate(ladder) if rounding / h <= CLOSE * abs(slope)), len(ladder) - 1)
+        return sorted(ladder, key=lambda h: abs(ladder.index(h) - start))
 
     def slope(self, direction: dict[int, Tensor]) -> tuple[float, float]:
         """The slope of an evaluation along a direction, and its loss."""
