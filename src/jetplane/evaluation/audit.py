@@ -126,8 +126,9 @@ def audit(
 ) -> AuditReport:
     """Hold the slope of a closure, along a direction that moves all parameters, against differences of its loss.
 
-    The optimizers do so before their first step; see their ``audit``. It costs one evaluation of a slope and three
-    plain runs, about six forward passes; more only where these do not agree.
+    The optimizers do so before their first step; see their ``audit``. It costs one evaluation of a slope along a dense
+    direction and three plain runs or a few more: 9 to 14 forward passes on an MLP, a CNN and a GPT. Closures that are
+    convicted cost some dozens of runs, to find the parameters concerned.
 
     Args:
         closure: as in `jetplane.evaluate`.

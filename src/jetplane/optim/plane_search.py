@@ -123,7 +123,7 @@ class PlaneSearch(PlaneOptimizer):
         compile: evaluate the plane as one compiled graph (`torch.compile`, ``fullgraph=True``), from the third step
             on, when as many directions are remembered as ever will be. The other passes of a step run eagerly.
         audit: "first" holds the slope of a closure against differences of its loss before its first step, and again
-            where its code, the parameters that move or the mode of its modules change: about six forward passes, see
+            where its code, the parameters that move or the mode of its modules change: about ten forward passes, see
             `jetplane.audit`; "always" does so before every step, "never" not at all.
         generators: of random numbers that the closure draws from besides torch's own; see `jetplane.evaluate`.
         process_group: processes that step together, each with its shard of the batch, or a `DeviceMesh`; see
