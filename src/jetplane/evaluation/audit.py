@@ -128,7 +128,7 @@ def audit(
 
     The optimizers do so before their first step; see their ``audit``. It costs one evaluation of a slope along a dense
     direction and three plain runs or a few more: 9 to 14 forward passes on an MLP, a CNN and a GPT. Closures that are
-    convicted cost some dozens of runs, to find the parameters concerned.
+    convicted cost some dozens of runs, to find the parameters concerned. It holds two copies of the parameters.
 
     Args:
         closure: as in `jetplane.evaluate`.

@@ -310,7 +310,8 @@ class _Operators(TorchDispatchMode):
             if func is torch.ops.aten._nested_get_values.default and isinstance(args[0]._values, Jet):
                 return args[0]._values  # torch detaches them where autograd does not see it
             # Where the caller tracks views, which it does for all but inference tensors, it does so of the result.
-            if all(t.is_inference() for t in tree_leaves(given) if isinstance(t, Tensor)):
+            both = zip(tree_leaves(given), tree_leaves((args, kwargs)), strict=True)
+            if all(x.is_inference() for x, jet in both if isinstance(jet, Jet)):
                 return func(*args, **kwargs)
             interception.views_tracked = True
             with torch.inference_mode(False), torch.no_grad():

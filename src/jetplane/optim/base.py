@@ -14,15 +14,14 @@ from torch import Tensor
 from .. import _sharding as sharded
 from ..directions import AbstractDirections, Directions, HeldDirections, Structure
 from ..errors import ArgumentError, DeviceError, DTypeError, NonFiniteError, ShapeError
-from ..evaluation.api import evaluate_plane
+from ..evaluation.api import evaluate, evaluate_plane
 from ..evaluation.audit import Auditing, audit, identity
 from ..evaluation.checks import CACHED_BYTES, as_directions, checked_finite
-from ..evaluation.compiled import evaluate_compiled
 from ..evaluation.plane import PlaneModel
 from ..evaluation.repeats import RepeatedClosure
 from ..evaluation.side_effects import setting_back
 from ..evaluation.specification import Chunk, Pairs, PlaneSpec
-from ..jets.structured import Deferred, Stacked, Tangents
+from ..jets.structured import Deferred, Stacked
 from ..parallel.ranks import Ranks
 from ..rules.examples import checked
 from ..subspace.descent import Descent
@@ -267,11 +266,12 @@ class PlaneOptimizer(torch.optim.Optimizer):
                 self._known, self._used = known, frozenset(id(params[i]) for i in directions.used)
             return plane
         if self._program is None:
-            self._program = torch.compile(_evaluate_tangents, fullgraph=True)
+            self._program = torch.compile(evaluate, fullgraph=True)
         used = [i for i, p in enumerate(params) if id(p) in self._used]
         along = [directions.structured(i, params[i]) for i in used]
         along = [t.formed() if isinstance(t, (Deferred, Stacked)) else t for t in along]
-        plane = checked_finite(self._program(plain, [params[i] for i in used], along, spec))
+        moved = [params[i] for i in used]
+        plane = checked_finite(self._program(plain, moved, along, spec.curvature, spec.pairs, examples=spec.examples))
         return replace(plane, examples=checked(plane.examples, plane.slope))
 
     def _audit(self, closure: Closure, params: list[Tensor]) -> None:
@@ -350,12 +350,6 @@ class PlaneOptimizer(torch.optim.Optimizer):
         except ValueError as error:
             raise ShapeError(f"the state belongs to other parameters: {error}") from error
         self.state[STATE] = dict(self.state[STATE])  # type: ignore[index]
-
-
-def _evaluate_tangents(
-    closure: Closure, params: list[Tensor], tangents: list[Tensor | Tangents], spec: PlaneSpec
-) -> PlaneModel:
-    return evaluate_compiled(closure, params, as_directions(params, tangents), spec)
 
 
 def comparable(value: Any) -> Any:

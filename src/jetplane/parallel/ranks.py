@@ -49,6 +49,7 @@ from .._sharding import held_alike, local
 from ..directions import AbstractDirections, HeldDirections
 from ..errors import ArgumentError, HandshakeError, JetplaneError, LostRankError, RanksDifferError, RemoteError
 from ..evaluation.plane import PlaneModel
+from ..evaluation.repeats import ADVICE
 from ..evaluation.side_effects import RandomState, without_side_effects
 from ..evaluation.specification import PlaneSpec
 from .message import PlaneMessage
@@ -407,9 +408,9 @@ class Ranks:
                 total[index] += moments.total.cpu() * item.slope
                 item.add(products, moments.products.cpu(), index)
         if max(values) - min(values) > SAME_LOSS * abs(values[0]):
-            raise errors.LossError(
+            raise errors.RandomClosureError(
                 f"ranks that share directions call the closure {len(items)} times a step, and it gave different losses "
-                f"on the same parameters: {values}; let it fetch no data"
+                f"on the same parameters: {values}; {ADVICE}"
             )
         body[0] = values[0] if self.part == 0 else 0.0
         body[1 : 1 + spec.k] = slope
