@@ -358,7 +358,9 @@ def test_forward_gradients_are_means_over_the_drawn_directions():
 def test_what_learns_from_nothing_costs_no_estimates():
     net = network()
     calls = []
-    opt = jp.optim.PlaneSearch(net.parameters(), net, subspace=[Drawn(4), PreviousStep()], search=FullStep())
+    opt = jp.optim.PlaneSearch(
+        net.parameters(), net, subspace=[Drawn(4), PreviousStep()], search=FullStep(), audit="never"
+    )
     for _ in range(2):
         opt.step(lambda: calls.append(1) or F.cross_entropy(net(X), Y))
     assert len(calls) == 2 and opt.plane.slope.shape == (5,)
@@ -431,7 +433,7 @@ def test_functions_without_noise_never_rise(d, k):
 
 def test_exact_line_search_leaves_a_minimum_alone():
     bad = nn.Parameter(torch.tensor([1.0, 2.0]).double())
-    opt = jp.optim.PlaneSearch([bad], subspace=Subspace([Drawn()], "hessian"), search=ExactLine())
+    opt = jp.optim.PlaneSearch([bad], subspace=Subspace([Drawn()], "hessian"), search=ExactLine(), audit="never")
     calls = []
 
     def rises():  # every pass but the one with jets finds the loss higher
@@ -446,7 +448,7 @@ def test_exact_line_search_leaves_a_minimum_alone():
 def test_a_failing_closure_changes_nothing(call):
     """In the plane, in the look at the loss after the step, and in the estimate."""
     net = network().eval()
-    opt = jp.optim.PlaneSearch(net.parameters(), net)
+    opt = jp.optim.PlaneSearch(net.parameters(), net, audit="never")
     train(net, opt, 2)
     calls = []
 
@@ -481,7 +483,7 @@ def test_weight_decay_comes_before_the_step():
 
 def test_the_loss_after_a_step_sees_the_random_numbers_of_the_plane():
     w, drawn = nn.Parameter(torch.ones(3)), []
-    opt = jp.optim.PlaneSearch([w], search=Backtracking())
+    opt = jp.optim.PlaneSearch([w], search=Backtracking(), audit="never")
 
     def closure():
         drawn.append(torch.rand(()).item())

@@ -4,6 +4,8 @@ from . import directions, errors, gradients, optim, testing
 from .directions import Directions, step_scale
 from .errors import (
     ArgumentError,
+    AuditError,
+    AuditWarning,
     DerivativeError,
     DeviceError,
     DistributedError,
@@ -16,6 +18,7 @@ from .errors import (
     LostRankError,
     MissingRuleError,
     NonFiniteError,
+    RandomClosureError,
     RanksDifferError,
     RemoteError,
     RescueWarning,
@@ -24,6 +27,7 @@ from .errors import (
     UnusedParametersError,
 )
 from .evaluation.api import evaluate
+from .evaluation.audit import AuditReport, audit
 from .evaluation.plane import PlaneModel
 from .jets import LowRank
 from .parallel import ranks as distributed
@@ -41,6 +45,9 @@ from .transforms.functions import hessian, hvp, jet, laplacian, quadratic_form
 
 __all__ = [
     "ArgumentError",
+    "AuditError",
+    "AuditReport",
+    "AuditWarning",
     "DTypeError",
     "DerivativeError",
     "DeviceError",
@@ -59,12 +66,14 @@ __all__ = [
     "NewtonSolution",
     "NonFiniteError",
     "PlaneModel",
+    "RandomClosureError",
     "RanksDifferError",
     "RemoteError",
     "RescueWarning",
     "ShapeError",
     "SingularPlaneError",
     "UnusedParametersError",
+    "audit",
     "blackbox",
     "descent",
     "directions",

@@ -46,6 +46,7 @@ def _taken(module: str, path: str) -> Any:
 disabled_torch_function: Any = _taken("torch", "_C._disabled_torch_function_impl")
 disabled_torch_dispatch: Any = _taken("torch", "_C._disabled_torch_dispatch_impl")
 DisableTorchFunction: Any = _taken("torch", "_C.DisableTorchFunction")
+DisableTorchFunctionSubclass: Any = _taken("torch", "_C.DisableTorchFunctionSubclass")
 EnableTorchFunction: Any = _taken("torch", "_C._EnableTorchFunction")
 TorchDispatchMode: Any = _taken("torch.utils._python_dispatch", "TorchDispatchMode")
 disable_current_modes: Any = _taken("torch.utils._python_dispatch", "_disable_current_modes")
@@ -123,6 +124,17 @@ def operator_names(namespace: str) -> set[str]:
 # What ``torch.autograd.Function.apply`` calls in turn is the attribute of this base, looked up at each call.
 FunctionBase: Any = _taken("torch.autograd.function", "_SingleLevelFunction")
 custom_function_call: Any = _taken("torch.autograd.function", "custom_function_call")  # inside torch.func transforms
+
+
+# --- derivatives of other kinds --------------------------------------------------------------------------------
+
+transform_level: Any = _taken("torch", "_C._functorch.maybe_current_level")  # of torch.func, None outside
+make_dual: Any = _taken("torch", "_VF._make_dual")  # forward mode of torch's own
+FUNCTIONAL, TRANSFORMS = "torch.autograd.functional", "torch._functorch.eager_transforms"  # modules of callers
+_taken(FUNCTIONAL, "jvp")
+_taken(TRANSFORMS, "grad_impl")
+nested_values: Any = _taken("torch", "ops.aten._nested_get_values.default")
+_taken("torch.nested._internal.nested_tensor", "NestedTensor.values")
 
 
 # --- compilers ----------------------------------------------------------------------------------------------

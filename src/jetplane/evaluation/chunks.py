@@ -19,6 +19,7 @@ from .eager import evaluate_at_once
 from .entrance import Entrance, LastEntrance
 from .leaving import plain_run
 from .plane import PlaneModel
+from .repeats import RepeatedClosure
 from .side_effects import without_side_effects
 from .specification import PlaneSpec
 
@@ -35,7 +36,7 @@ def evaluate_in_chunks(
     sharded need no such runs: see `jetplane.evaluation.entrance`.
 
     Raises:
-        As `jetplane.evaluate`.
+        As `jetplane.evaluate`, and `RandomClosureError` where the runs give different losses.
     """
     crossed, block = spec.crossed, spec.block
     one_by_one = crossed and spec.gauss_newton and not any(_sharding.is_sharded(p) for p in params)
@@ -46,6 +47,7 @@ def evaluate_in_chunks(
     else:
         room = free_memory(params[0].device) // 2 if spec.memory is None else spec.memory
         size = affordable(spec.k, block, spec.order == 2, crossed, activations(closure, params), room)
+    closure = RepeatedClosure.of(closure, params)
     whole = spec.at_once()
     if size >= spec.k:
         return evaluate_at_once(closure, params, directions, whole)

@@ -28,11 +28,20 @@ def expansion(
     with compilers.eager():
         depth = getattr(_evaluations, "depth", 0) + 1
         space = Space(structure, order, depth, gauss_newton, examples)
-        _evaluations.depth = depth
         try:
-            with grad_mode.evaluation(space):
+            with at_depth(depth), grad_mode.evaluation(space):
                 yield space
         finally:
-            _evaluations.depth = depth - 1
             leaving.release(space)
             space.finish()
+
+
+@contextlib.contextmanager
+def at_depth(depth: int) -> Iterator[None]:
+    """Let evaluations inside be nested in so many others."""
+    before = getattr(_evaluations, "depth", 0)
+    _evaluations.depth = depth
+    try:
+        yield
+    finally:
+        _evaluations.depth = before

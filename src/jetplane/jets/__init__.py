@@ -20,12 +20,14 @@ from .jet import (
 from .pairs import AllPairs, Diagonal, PairStructure, Planes, Star, Sums, Term
 from .space import LOSS, MODEL, PARAMETER, Key, Space
 from .storage import (
+    adopt_promotions,
     any_promoted,
     forget_promoted,
     forget_promotions,
     mark_view,
     promote,
     promoted,
+    promotion_state,
     promotions,
     same_storage,
     write,
@@ -57,6 +59,7 @@ __all__ = [
     "Term",
     "absent",
     "add_jets",
+    "adopt_promotions",
     "aligned",
     "any_promoted",
     "as_jet",
@@ -84,6 +87,7 @@ __all__ = [
     "primal",
     "promote",
     "promoted",
+    "promotion_state",
     "promotions",
     "same_storage",
     "set_dispatcher",

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from ..directions import AbstractDirections, CachedDirections, ConcatenatedDirections, SelectedDirections
 from ..directions.laws import key
 from ..errors import ArgumentError
+from ..evaluation.audit import Auditing
 from ..evaluation.checks import CACHED_BYTES
 from ..evaluation.leaving import plain_run
 from ..evaluation.plane import PlaneModel
-from ..evaluation.side_effects import RandomState, random_state, without_side_effects
+from ..evaluation.repeats import RepeatedClosure
+from ..evaluation.side_effects import RandomState, setting_back, without_side_effects
 from ..evaluation.specification import Curvature, PlaneSpec
 from ..gradients.estimators import ActivityPerturbation, Batch, Estimate, Estimator, ForwardGradients
 from ..gradients.layers import perturbable
@@ -45,7 +47,7 @@ class _Shard:
         begin: where torch's random numbers stand before the plane is evaluated.
     """
 
-    closure: Closure
+    closure: RepeatedClosure
     weight: float
     begin: RandomState
 
@@ -110,6 +112,10 @@ class PlaneSearch(PlaneOptimizer):
         gradient: a `jetplane.gradients.Estimator`.
         descent: a `jetplane.descent.Spectral` or its name: "damped", "saddle-free", "newton".
         search: a `jetplane.search.Search`.
+        audit: "first" holds the slope of a closure against differences of its loss before its first step, and again
+            where its code, the parameters that move or the mode of its modules change: about ten forward passes, see
+            `jetplane.audit`; "always" does so before every step, "never" not at all.
+        generators: of random numbers that the closure draws from besides torch's own; see `jetplane.evaluate`.
         process_group: processes that step together, each with its shard of the batch, or a `DeviceMesh`; see
             `jetplane.distributed`. A step sends a few numbers for each pair of the plane's directions and, with
             ``model``, the estimate of the gradient as well: 4 bytes a parameter.
@@ -131,7 +137,7 @@ class PlaneSearch(PlaneOptimizer):
     planes, SOFO (hennequin-lab, NeurIPS 2024); activity perturbation, arXiv 2210.03310; Adam, arXiv 1412.6980.
     """
 
-    _own = ("clip", "chunk", "plane", "model", "subspace", "curvature", "gradient", "search", "_descent")
+    _own = ("clip", "chunk", "plane", "audit", "model", "subspace", "curvature", "gradient", "search", "_descent")
 
     _takes_complex = False  # its averages, guards and estimates are of real numbers
 
@@ -139,7 +145,8 @@ class PlaneSearch(PlaneOptimizer):
         self, params: Params, model: nn.Module | None = None, *, lr: float = 1.0, weight_decay: float = 0.0,
         clip: float | None = None, seed: int = 0, subspace: Sequence[Source] | Subspace | None = None,
         gradient: Estimator | None = None, descent: str | Descent | None = None, search: Search | None = None,
-        process_group: ProcessGroup | DeviceMesh | None = None,
+        process_group: ProcessGroup | DeviceMesh | None = None, audit: Auditing = "first",
+        generators: Sequence[Any] = (),
     ) -> None:  # fmt: skip
         plan = subspace if isinstance(subspace, Subspace) else Subspace(subspace)
         exact = plan.curvature == "hessian"
@@ -149,7 +156,10 @@ class PlaneSearch(PlaneOptimizer):
         for name, value, kind in (("gradient", gradient, Estimator), ("search", search, Search)):
             if value is not None and not isinstance(value, kind):
                 raise ArgumentError(f"{name} must be an instance of {kind.__name__} or None, got {value!r}")
-        super().__init__(params, lr, 1, clip=clip, weight_decay=weight_decay, seed=seed, process_group=process_group)
+        super().__init__(
+            params, lr, 1, clip=clip, weight_decay=weight_decay, seed=seed, process_group=process_group,
+            audit=audit, generators=generators,
+        )  # fmt: skip
         moving = [p for p, _, _ in self._moving()]
         size = sum(p.numel() for p in moving)
         known = model is not None and 2 * perturbable(model, moving) >= size
@@ -199,13 +209,13 @@ class PlaneSearch(PlaneOptimizer):
         Raises:
             JetplaneError: as `PlaneOptimizer.step`. Parameters and the optimizer's state are then as they were.
         """
-        closure, moving = self._started(closure)
+        repeated, moving = self._started(closure)
         own = self.state[STATE]  # type: ignore[index]
-        with torch.no_grad():
+        with torch.no_grad(), setting_back(self.generators):
             contexts = self._contexts(moving)
             span = self._spanned(contexts)
-            shard = _Shard(closure, weight, random_state())
-            plane = self._evaluated(closure, weight, moving, span.directions)
+            shard = _Shard(repeated, weight, RandomState())
+            plane = self._evaluated(repeated, weight, moving, span.directions)
             proposal = _proposed(plane, self.descent, span.squared_norms)
             decision, changes = self._decided(shard, moving, span, plane, proposal)
             estimate, signature = self._estimated(shard, contexts[0], span, plane)
@@ -297,7 +307,7 @@ class PlaneSearch(PlaneOptimizer):
         """The loss where parameters are now, with the random numbers of the plane's evaluation."""
 
         def of_shard() -> float:
-            with without_side_effects(shard.begin), plain_run(params, again=True):
+            with shard.closure.elsewhere(), without_side_effects(shard.begin), plain_run(params, again=True):
                 return float(shard.closure())
 
         if self.ranks is None:

@@ -50,7 +50,8 @@ from ..directions import AbstractDirections, CachedDirections
 from ..errors import ArgumentError, HandshakeError, JetplaneError, LostRankError, RanksDifferError, RemoteError
 from ..evaluation.leaving import plain_run
 from ..evaluation.plane import PlaneModel
-from ..evaluation.side_effects import without_side_effects
+from ..evaluation.repeats import ADVICE
+from ..evaluation.side_effects import RandomState, without_side_effects
 from ..evaluation.specification import PlaneSpec
 from .message import PlaneMessage
 from .work import plan
@@ -409,9 +410,9 @@ class Ranks:
                 total[index] += moments.total.cpu() * item.slope
                 item.add(products, moments.products.cpu(), index)
         if max(values) - min(values) > SAME_LOSS * abs(values[0]):
-            raise errors.LossError(
+            raise errors.RandomClosureError(
                 f"ranks that share directions call the closure {len(items)} times a step, and it gave different losses "
-                f"on the same parameters: {values}; let it fetch no data"
+                f"on the same parameters: {values}; {ADVICE}"
             )
         body[0] = values[0] if self.part == 0 else 0.0
         body[1 : 1 + spec.k] = slope
@@ -564,15 +565,14 @@ def _located(where: Any) -> tuple[Any, int, int, int]:
 
 @contextlib.contextmanager
 def _undone(written: list[Tensor]) -> Iterator[None]:
-    """Set torch's random state and the tensors that a closure writes to back to what they were."""
-    before = [t.clone() for t in written]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            for tensor, values in zip(written, before, strict=True):
-                tensor.copy_(values)
+    """Set random states and the tensors that a closure writes to back to what they were."""
+    before, random = [t.clone() for t in written], RandomState()
+    try:
+        yield
+    finally:
+        random.restore()
+        for tensor, values in zip(written, before, strict=True):
+            tensor.copy_(values)
 
 
 def _answer(ask: Callable[[], T], seconds: float) -> T | None:
