@@ -293,7 +293,7 @@ def test_optimizers_audit_their_closure(name):
     with pytest.raises(jp.AuditError, match=r"'3\.weight'"):
         opt.step(lambda: net(x).square().mean() + float((seen**2).sum()))
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
-    assert opt.state_dict()["state"]["jetplane"]["step"] == 0
+    assert opt.state_dict()["param_groups"][0]["jetplane"]["step"] == 0
     opt.step(lambda: net(x).square().mean())
     unaudited = OPTIMIZERS[name](net.parameters(), audit="never")
     unaudited.step(lambda: net(x).square().mean() + float((seen**2).sum()))

@@ -152,7 +152,7 @@ def searched(rank, name, dtype, cut, steps=50, shape=None):
         x, y = shard_of(opt.ranks.shard, x, y, cut)
     losses = train(net, opt, x, y, steps, weight=len(x))
     state = {key: value for key, value in opt.state_dict()["state"].items() if key != "jetplane"}
-    return losses, flat(net), (state, opt.state_dict()["state"]["jetplane"], opt.ranks.sent)
+    return losses, flat(net), (state, opt.state_dict()["param_groups"][0]["jetplane"], opt.ranks.sent)
 
 
 class TestPlaneSearch:

@@ -244,8 +244,8 @@ def test_a_state_that_was_handed_out_does_not_move_on():
     opt = jp.optim.FGD(net.parameters())
     state = opt.state_dict()
     opt.step(closure(net))
-    assert state["state"]["jetplane"]["step"] == 0
-    assert opt.state_dict()["state"]["jetplane"]["step"] == 1
+    assert state["param_groups"][0]["jetplane"]["step"] == 0
+    assert opt.state_dict()["param_groups"][0]["jetplane"]["step"] == 1
 
 
 @pytest.mark.parametrize("name", ["fgd", "fomoh", "fomoh-kd", "plane-search"])
@@ -277,7 +277,7 @@ def test_a_step_beyond_the_numbers_is_refused():
     opt = jp.optim.FoMoH([w], eps=1e-42)
     with pytest.raises(jp.NonFiniteError, match="step"):
         opt.step(lambda: w.sum())
-    assert torch.equal(w.detach(), torch.ones(3)) and opt.state_dict()["state"]["jetplane"]["step"] == 0
+    assert torch.equal(w.detach(), torch.ones(3)) and opt.state_dict()["param_groups"][0]["jetplane"]["step"] == 0
 
 
 def test_a_run_without_side_effects_keeps_no_activations():
@@ -304,7 +304,11 @@ BAD = {
     "descent": (lambda: jp.optim.FoMoHKD(W, descent="downhill"), jp.ArgumentError, "descent"),
     "empty": (lambda: jp.optim.FGD([]), jp.ArgumentError, "no parameters"),
     "integers": (lambda: jp.optim.FGD([torch.ones(3, dtype=torch.int64)]), jp.DTypeError, "int64"),
-    "devices": (lambda: jp.optim.FGD([*W, torch.ones(3, device="meta")]), jp.DeviceError, "one device"),
+    "devices": (
+        lambda: jp.optim.FGD([*W, torch.ones(3, device="meta", requires_grad=True)]),
+        jp.DeviceError,
+        "one device",
+    ),
     "no closure": (lambda: jp.optim.FGD(W).step(), jp.ArgumentError, "closure"),
     "all frozen": (
         lambda: jp.optim.FGD([nn.Parameter(torch.ones(3), requires_grad=False)], k=1),

@@ -387,7 +387,7 @@ def test_an_estimator_of_your_own():
     opt.step(lambda: F.cross_entropy(net(X), Y))
     for found, exact in zip(state_of(opt, "Averages/average 0.0"), expected, strict=True):
         torch.testing.assert_close(found, exact)
-    assert losses[-1] < 0.5 * losses[0] and opt.state_dict()["state"]["jetplane"]["gradient"] == {"times": 21}
+    assert losses[-1] < 0.5 * losses[0] and opt.state_dict()["param_groups"][0]["jetplane"]["gradient"] == {"times": 21}
 
 
 def test_layers_that_are_unfrozen_later_are_trained():

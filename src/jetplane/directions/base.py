@@ -54,7 +54,7 @@ class AbstractDirections(ABC):
 
     def squared_norms(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> Tensor:
         """The squared Euclidean norm of each direction over all parameters, (K,) in float64."""
-        total = torch.zeros(self.k, dtype=torch.float64)
+        total = torch.zeros(self.k, dtype=torch.float64, device="cpu")
         for index, param in zip(places or range(len(params)), params, strict=True):
             total += self.draw(index, param).double().square().reshape(self.k, -1).sum(1).cpu()
         return total

@@ -126,7 +126,7 @@ class Directions(AbstractDirections):
         self.density = density
         self.seed = seed
         self.step: int | Tensor = 0
-        self._scales = torch.empty(0)  # of the sphere
+        self._scales = torch.empty(0, device="cpu")  # of the sphere
         self._norms_of: tuple[int, int | Tensor] | None = None  # the seed and step they belong to
 
     def __repr__(self) -> str:
@@ -134,7 +134,7 @@ class Directions(AbstractDirections):
 
     def is_low_rank(self, param: Tensor) -> bool:
         """Whether this parameter's tangents are sums of products ``a b^T``."""
-        return self.structure in ("rank-one", "low-rank") and param.dim() > 1
+        return self.structure in ("rank-one", "low-rank") and param.dim() > 1 and param.numel() > 0
 
     def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
         """The tangents of one parameter.
@@ -193,7 +193,7 @@ class Directions(AbstractDirections):
         """Find what the draws of one step share: for the law "sphere", the norms."""
         if self.law != "sphere" or self._norms_of == (self.seed, self.step):
             return
-        squares = torch.zeros(self.k, dtype=torch.float64)
+        squares = torch.zeros(self.k, dtype=torch.float64, device="cpu")
         for index, param in zip(places or range(len(params)), params, strict=True):
             flat = self._flat(index, as_real(whole(param)), None)
             norms = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
@@ -203,7 +203,8 @@ class Directions(AbstractDirections):
 
     def squared_norms(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> Tensor:
         """What is expected of each: the number of parameters, since entries have variance one."""
-        return torch.full((self.k,), float(sum(as_real(param).numel() for param in params)), dtype=torch.float64)
+        size = float(sum(as_real(param).numel() for param in params))
+        return torch.full((self.k,), size, dtype=torch.float64, device="cpu")
 
     def _scaled(self, numbers: Tensor, directions: slice | None = None) -> Tensor:
         if self.law != "sphere":

@@ -72,7 +72,7 @@ class UnitDirections(AbstractDirections):
 
     def squared_norms(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> Tensor:
         """Ones."""
-        return torch.ones(self.k, dtype=torch.float64)
+        return torch.ones(self.k, dtype=torch.float64, device="cpu")
 
     def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
         """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""

@@ -199,7 +199,7 @@ class _Audit:
         self.runs = 0
         self.begin = RandomState()
         self.written: list[Tensor] = []  # by the last plain run: buffers
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
         sizes = [_size(p) for p in params]
         whole = math.sqrt(sum(s**2 * p.numel() for s, p in zip(sizes, params, strict=True)) / _count(params))
         self.scales = [max(s, 0.1 * whole) if whole > 0 else 1.0 for s in sizes]
@@ -500,7 +500,8 @@ def _steady(found: Sequence[_Difference], slope: float) -> float | None:
 
 
 def _normal(p: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(p.shape, generator=generator, dtype=torch.complex64 if p.is_complex() else torch.float32)
+    dtype = torch.complex64 if p.is_complex() else torch.float32
+    return torch.randn(p.shape, generator=generator, dtype=dtype, device="cpu")
 
 
 def _size(p: Tensor) -> float:

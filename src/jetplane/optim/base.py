@@ -90,7 +90,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         self.ranks = None if process_group is None else Ranks(process_group)
         if compile and self.ranks is not None and self.ranks.parts > 1:
             raise ArgumentError("compile=True cannot be had where ranks share directions; use it with shards of data")
-        self.state[STATE] = {"seed": seed, "step": 0}  # type: ignore[index]
+        self._record({"seed": seed, "step": 0})
         self._check_size(self._moving())
         self._check_sharding(p for p, _, _ in self._moving())
 
@@ -110,9 +110,11 @@ class PlaneOptimizer(torch.optim.Optimizer):
         """Add parameters, as `torch.optim.Optimizer` does.
 
         Raises:
-            DTypeError: a parameter is not of a floating dtype, or of a complex one that the optimizer does not take.
-            DeviceError: parameters lie on different devices.
-            ArgumentError: a rate of the group is negative, or parameters are sharded in a way that cannot be had.
+            DTypeError: a parameter that may move is of a complex dtype, which this optimizer does not take, or none of
+                the group is of a dtype that can move.
+            DeviceError: parameters that may move lie on different devices. Frozen ones may lie anywhere.
+            ArgumentError: a rate of the group is negative, parameters are sharded in a way that cannot be had, or were
+                made under `torch.inference_mode`.
         """
         super().add_param_group(param_group)
         try:
@@ -120,18 +122,29 @@ class PlaneOptimizer(torch.optim.Optimizer):
             for name in ("lr", "weight_decay"):
                 _check_rate(name, group[name])
             self._check_sharding(group["params"])
-            devices = {p.device for g in self.param_groups for p in g["params"]}
-            for p in group["params"]:
-                if not (p.dtype.is_floating_point or (self._takes_complex and p.dtype.is_complex)):
-                    remedy = ""
-                    if p.dtype.is_complex:
-                        remedy = "; let torch.view_as_real(p) be the parameter, and take torch.view_as_complex of it"
-                    raise DTypeError(f"{type(self).__name__}: expected a real floating dtype, got {p.dtype}{remedy}")
-            if len(devices) > 1:
-                raise DeviceError(f"parameters must lie on one device, got {sorted(map(str, devices))}")
+            if all(not (p.dtype.is_floating_point or p.dtype.is_complex) for p in group["params"]):
+                raise DTypeError(f"none of a group's parameters can move: their dtypes are {_dtypes(group['params'])}")
+            self._check_moving([p for p, _, _ in self._moving()])
         except Exception:
             self.param_groups.pop()
             raise
+
+    def _check_moving(self, params: Sequence[Tensor]) -> None:
+        """Parameters that may move: frozen ones may be of any kind, but can be unfrozen between steps."""
+        for p in params:
+            if not (p.dtype.is_floating_point or (self._takes_complex and p.dtype.is_complex)):
+                remedy = ""
+                if p.dtype.is_complex:
+                    remedy = "; let torch.view_as_real(p) be the parameter, and take torch.view_as_complex of it"
+                raise DTypeError(f"{type(self).__name__}: expected a real floating dtype, got {p.dtype}{remedy}")
+            if p.is_inference():
+                raise ArgumentError(
+                    f"a parameter of shape {tuple(p.shape)} was made under torch.inference_mode() and cannot be "
+                    "written to outside of it: make the model outside, or clone() its parameters there"
+                )
+        devices = {p.device for p in params}
+        if len(devices) > 1:
+            raise DeviceError(f"parameters must lie on one device, got {sorted(map(str, devices))}")
 
     def step(self, closure: Closure | None = None, *, weight: float = 1.0) -> Tensor:  # type: ignore[override]
         """Evaluate the closure once on a fresh plane and move the parameters.
@@ -174,8 +187,10 @@ class PlaneOptimizer(torch.optim.Optimizer):
         moving = self._moving()
         if not moving:
             raise ArgumentError("no parameter requires gradients, so none may move; unfreeze some of them")
+        params = [p for p, _, _ in moving]
+        self._check_moving(params)
         self._check_size(moving)
-        return RepeatedClosure(closure, [p for p, _, _ in moving]), moving
+        return RepeatedClosure(closure, params), moving
 
     def _evaluated(self, closure: Closure, weight: float, moving: Moving, directions: AbstractDirections) -> PlaneModel:
         """The plane of the whole batch."""
@@ -356,19 +371,47 @@ class PlaneOptimizer(torch.optim.Optimizer):
         own = {name: value for name, value in vars(self).items() if name in self._own}
         return super().__getstate__() | own  # type: ignore[misc]
 
+    def _record(self, own: dict[str, Any]) -> None:
+        """Begin with this state of the optimizer itself."""
+        self.state[STATE] = own  # type: ignore[index]
+        self.param_groups[0][STATE] = None  # where state_dict() has it, for whoever looks up what groups have
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as of any torch optimizer; seed, step counter and the like lie in the first group.
+
+        There `torch.distributed.checkpoint.state_dict.get_optimizer_state_dict` takes them along, which knows no state
+        but that of parameters.
+        """
+        found = super().state_dict()
+        state, groups = dict(found["state"]), [dict(group) for group in found["param_groups"]]
+        own = state.pop(STATE)
+        groups[0][STATE] = own | {"kept": sorted({name for of_parameter in state.values() for name in of_parameter})}
+        return found | {"state": state, "param_groups": groups}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state, seed and step counter included, so that training goes on bit for bit.
 
         Raises:
-            ShapeError: the state belongs to other parameter groups, or to another optimizer.
+            ShapeError: the state belongs to other parameter groups, or to another optimizer, or is not whole.
         """
-        if STATE not in state_dict.get("state", {}):
+        groups, state = state_dict.get("param_groups", []), dict(state_dict.get("state", {}))
+        before = state.pop(STATE, None)  # where it lay at first
+        own = next((group[STATE] for group in groups if group.get(STATE)), before)
+        if own is None:
             raise ShapeError("this state does not come from a Jetplane optimizer")
+        own = dict(own)
+        lost = set(own.pop("kept", ())) - {name for of_parameter in state.values() for name in of_parameter}
+        if lost:
+            raise ShapeError(
+                f"this state has lost what the optimizer kept of each parameter: {', '.join(sorted(lost))}. Flattened "
+                "state dicts do so; save with flatten_optimizer_state_dict=False"
+            )
+        plain = [{name: value for name, value in group.items() if name != STATE} for group in groups]
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict(state_dict | {"state": state, "param_groups": plain})
         except ValueError as error:
             raise ShapeError(f"the state belongs to other parameters: {error}") from error
-        self.state[STATE] = dict(self.state[STATE])  # type: ignore[index]
+        self._record(own)
 
 
 def comparable(value: Any) -> Any:
@@ -376,6 +419,10 @@ def comparable(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str, tuple)):
         return value
     return repr(value) if is_dataclass(value) else type(value).__name__
+
+
+def _dtypes(params: Iterable[Tensor]) -> str:
+    return ", ".join(sorted({str(p.dtype) for p in params}))
 
 
 def _check_rate(name: str, value: Any) -> None:

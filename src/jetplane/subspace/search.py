@@ -62,7 +62,9 @@ class Proposal:
         covariance: Tensor | None = None, rounding: float = 0.0,
     ) -> Proposal:  # fmt: skip
         """What a descent proposes; directions are of norm one unless their squared norms are given."""
-        norms = torch.ones(len(slope), dtype=torch.float64) if squared_norms is None else squared_norms
+        norms = (
+            torch.ones(len(slope), dtype=torch.float64, device=slope.device) if squared_norms is None else squared_norms
+        )
         solution = descent.solve(slope, curvature)
         return Proposal(value, slope, curvature, descent, solution, norms.to(slope.device), covariance, rounding)
 
