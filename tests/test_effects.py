@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from jetplane.transforms.functions import jet
 from torch import nn
 from torch.nn import functional as F
 
 from jetplane.gradients.active_outputs import MOST, active_outputs, probes
-from jetplane.transforms.functions import jet
 
 N = 5
 TOLD = {

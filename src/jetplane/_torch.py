@@ -43,6 +43,8 @@ def _taken(module: str, path: str) -> Any:
 
 disabled_torch_function: Any = _taken("torch", "_C._disabled_torch_function_impl")
 DisableTorchFunction: Any = _taken("torch", "_C.DisableTorchFunction")
+DisableTorchFunctionSubclass: Any = _taken("torch", "_C.DisableTorchFunctionSubclass")
+EnableTorchFunction: Any = _taken("torch", "_C._EnableTorchFunction")
 TorchDispatchMode: Any = _taken("torch.utils._python_dispatch", "TorchDispatchMode")
 disable_current_modes: Any = _taken("torch.utils._python_dispatch", "_disable_current_modes")
 no_dispatch: Any = _taken("torch.utils._mode_utils", "no_dispatch")
@@ -69,6 +71,12 @@ def user_keys() -> Keys:
 def under(keys: Keys | None) -> contextlib.AbstractContextManager[Any]:
     """Run under these dispatch keys; None leaves them as they are."""
     return contextlib.nullcontext() if keys is None else _force_keys(*keys)
+
+
+# --- transforms of torch.func -------------------------------------------------------------------------------
+
+is_wrapped: Any = _taken("torch", "_C._functorch.is_functorch_wrapped_tensor")
+is_batched: Any = _taken("torch", "_C._functorch.is_batchedtensor")
 
 
 # --- operators ----------------------------------------------------------------------------------------------

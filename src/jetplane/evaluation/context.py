@@ -6,15 +6,26 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
+import torch
+
 from .._torch import user_keys
 from ..jets import PairStructure, Space, forget_promoted
 
 _evaluations = threading.local()  # depth: how many evaluations are under way in this thread
 
 
+def recording() -> bool:
+    """Whether code that runs here records a graph for reverse mode."""
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
 @contextlib.contextmanager
 def expansion(
-    structure: PairStructure, order: int = 2, gauss_newton: bool = False, examples: bool = False
+    structure: PairStructure,
+    order: int = 2,
+    gauss_newton: bool = False,
+    examples: bool = False,
+    recorded: bool = False,
 ) -> Iterator[Space]:
     """The space of one evaluation; evaluations inside of it, in the same thread, get a higher level.
 
@@ -23,9 +34,10 @@ def expansion(
         order: see `Space`, as all others.
         gauss_newton: whether loss functions alone make second coefficients.
         examples: whether each example's part of the slope is kept.
+        recorded: whether rules record a graph for reverse mode.
     """
     depth = getattr(_evaluations, "depth", 0) + 1
-    space = Space(structure, order, depth, gauss_newton, examples, keys=user_keys())
+    space = Space(structure, order, depth, gauss_newton, examples, recorded=recorded, keys=user_keys())
     _evaluations.depth = depth
     try:
         yield space

@@ -31,8 +31,15 @@ SMALL = 1 << 14  # elements below which fresh memory costs nothing that matters
 
 
 def writable(*tensors: Any) -> bool:
-    """Whether kernels that write to given memory may be used: no jet and no compiler's stand-in among the tensors."""
-    return all(type(t) in _PLAIN or not isinstance(t, Tensor) for t in tensors)
+    """Whether kernels that write to given memory may be used.
+
+    Not with a jet or a compiler's stand-in among the tensors, nor where reverse mode must see what is written.
+    """
+    recorded = torch.is_grad_enabled()
+    for t in tensors:
+        if isinstance(t, Tensor) and (type(t) not in _PLAIN or (recorded and t.requires_grad)):
+            return False
+    return True
 
 
 def broadcast(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:

@@ -15,13 +15,15 @@ directions in one number so that the primal and the first coefficients are compu
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._torch import disabled_torch_function, make_wrapper_subclass
+from .._torch import DisableTorchFunctionSubclass, disabled_torch_function, make_wrapper_subclass
 from .coefficients import Coefficients, absent
 from .space import MODEL, Key, Space
 from .structured import LowRank, Tangents
@@ -44,7 +46,7 @@ class Jet(torch.Tensor):
         space: the directions.
         base: the jet whose memory this one looks into, if it is a view.
         version: how often the base had been written to when the coefficients were read.
-        is_seed: whether it stands for a parameter.
+        is_seed: whether it stands for a parameter, or for an argument of a function.
         kind: see `Space.gauss_newton`.
         examples: each example's part of the slope: see `jetplane.rules.examples`.
     """
@@ -74,7 +76,7 @@ class Jet(torch.Tensor):
         kind: int | None = None,
     ) -> Jet:
         return make_wrapper_subclass(
-            cls,
+            Recorded if isinstance(space, Space) and space.recorded else cls,
             primal.shape,
             strides=primal.stride(),
             storage_offset=primal.storage_offset(),
@@ -177,6 +179,24 @@ class Jet(torch.Tensor):
     def alias(self, primal: Tensor) -> Jet:
         """Another jet over the same coefficients."""
         return Jet(primal, self.first, self.second, self.space, self.root())
+
+
+class Recorded(Jet):
+    """A jet of an evaluation whose rules record a graph for reverse mode.
+
+    Such an evaluation runs user code with grad mode on, so that what is computed of plain tensors alone is recorded.
+    Autograd, though, would break composite operators up and hold jets in a graph of its own. An operator that takes a
+    jet is therefore called under inference mode, which passes it to its rule as a whole, and rules leave that mode.
+    Functions that torch defines in Python may compute with plain tensors between operators, and run as they are.
+    """
+
+    @classmethod
+    def __torch_function__(  # pyright: ignore[reportIncompatibleVariableOverride]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        whole = torch.is_grad_enabled() and not isinstance(func, FunctionType)
+        with DisableTorchFunctionSubclass(), torch.inference_mode() if whole else contextlib.nullcontext():
+            return func(*args, **(kwargs or {}))
 
 
 Dispatcher = Callable[[Any, Any, dict[str, Any]], Any]

@@ -48,13 +48,16 @@ def write(target: Jet, value: Any, space: Space) -> Jet:
     base = target.root()
     if base.is_seed:
         raise DerivativeError(
-            "a parameter was written to in place inside the closure; expected a closure that leaves the "
-            "parameters of the evaluation as they are. Write to a copy (parameter.clone()), or outside of it"
+            "a parameter or an argument was written to in place; expected a closure that leaves the parameters of "
+            "the evaluation, and a function that leaves its arguments, as they are. Write to a copy (x.clone())"
         )
     if any(s == 0 and n > 1 for n, s in zip(target.primal.shape, target.primal.stride(), strict=True)):
         raise DerivativeError("in-place write to an expanded tensor, whose elements share memory; clone() it first")
     if not writable(target.primal, value.primal if is_jet(value, space) else value) and target is not base:
-        raise DerivativeError("in-place write to a view inside nested jets; use the out-of-place operation")
+        raise DerivativeError(
+            "in-place write to a view, or into a buffer, inside nested jets or where a graph is recorded; use the "
+            "out-of-place operation (torch.cat, torch.stack, torch.where, index_put)"
+        )
     p, first, second = parts(value, space)
     base.kind = target.kind = max(base.kind, value.kind if is_jet(value, space) else base.kind)
     parts(target, space)  # what is left of the old coefficients must be current

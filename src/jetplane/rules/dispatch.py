@@ -16,7 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import decompositions, is_composite, no_dispatch, tree_leaves, tree_map, under
+from .._torch import (
+    DisableTorchFunctionSubclass,
+    EnableTorchFunction,
+    decompositions,
+    is_composite,
+    no_dispatch,
+    tree_leaves,
+    tree_map,
+    under,
+)
 from ..errors import DerivativeError, MissingRuleError
 from ..jets import (
     LOSS,
@@ -48,8 +57,18 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     space = _highest(args, _highest(kwargs.values(), None))
     if space is None:  # jets that lost their coefficients to promotion cannot occur; plain calls can
         return func(*args, **kwargs)
-    with under(space.keys):
+    with under(space.keys), recording(space):
         return _on_keys(func, space, args, kwargs, original)
+
+
+@contextlib.contextmanager
+def recording(space: Space) -> Iterator[None]:
+    """Let what runs record a graph for reverse mode, where the evaluation does; see `jetplane.jets.jet.Recorded`."""
+    if space.recorded and torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.enable_grad(), EnableTorchFunction():
+            yield
+    else:
+        yield
 
 
 def _on_keys(func: Any, space: Space, args: Any, kwargs: dict[str, Any], original: Sequence[Any]) -> Any:
@@ -103,7 +122,7 @@ def carry(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) 
 def _decomposed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if is_composite(func):
         before = promotions()
-        result = func.decompose(*args, **kwargs)
+        result = _constituents(func, args, kwargs)
         if promotions() == before:
             return result
         # It moved jets through plain memory of its own, where no operator of ours sees them: not trusted.
@@ -116,6 +135,11 @@ def _decomposed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return table(*args, **kwargs)
     except MissingRuleError:  # it leads to primitives that only a compiler knows
         return NotImplemented
+
+
+def _constituents(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    with DisableTorchFunctionSubclass():  # a recorded jet's would call the operator again, as a whole
+        return func.decompose(*args, **kwargs)
 
 
 @functools.cache
@@ -279,7 +303,7 @@ def _mutate(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
     op = _functional(func)
     if op is None:
         if is_composite(func):
-            return func.decompose(*args, **kwargs)
+            return _constituents(func, args, kwargs)
         raise fallback.missing(func, "it writes in place and has no functional counterpart")
     if outs:
         targets = [kwargs[a.name] for a in schema if a.is_out]
