@@ -116,4 +116,5 @@ _taken("torch", "UntypedStorage._cdata")
 
 def memory_of(x: Tensor) -> int:
     """What is the same for tensors that look into one memory."""
-    return x.untyped_storage()._cdata
+    with DisableTorchFunction():  # a question of ours, which an evaluation around must not answer for its jets
+        return x.untyped_storage()._cdata

@@ -64,11 +64,14 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 @contextlib.contextmanager
 def recording(space: Space) -> Iterator[None]:
     """Let what runs record a graph for reverse mode, where the evaluation does; see `jetplane.jets.jet.Recorded`."""
-    if space.recorded and torch.is_inference_mode_enabled():
+    if not space.recorded:
+        yield
+    elif torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.enable_grad(), EnableTorchFunction():
             yield
-    else:
-        yield
+    else:  # called where the user, or a function of torch's in Python, is not under inference mode
+        with EnableTorchFunction():
+            yield
 
 
 def _on_keys(func: Any, space: Space, args: Any, kwargs: dict[str, Any], original: Sequence[Any]) -> Any:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .._torch import tree_flatten, tree_unflatten
 from ..errors import FallbackWarning, MissingRuleError
-from ..jets import Coefficients, Jet, Space, chain, make, parts, writable
+from ..jets import Coefficients, Jet, Space, chain, make, parts
 
 _strict: contextvars.ContextVar[bool] = contextvars.ContextVar("jetplane_strict", default=False)
 _announced: set[Any] = set()
@@ -64,19 +64,26 @@ def pointwise(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, An
     if torch.Tag.pointwise not in func.tags or len(jets) != 1 or any(isinstance(a, (list, tuple)) for a in args):
         return NotImplemented
     p = parts(jets[0], space)[0]
-    if not writable(p) or not p.dtype.is_floating_point:
+    if not _plain(p) or not p.dtype.is_floating_point:
         return NotImplemented
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            x = p.clone().requires_grad_()
+            recorded = space.recorded
+            x = p.clone() if recorded and p.requires_grad else p.detach().clone().requires_grad_()
             y = func(*[x if a is jets[0] else _normal(a) for a in args], **kwargs)
             if not isinstance(y, Tensor) or y.shape != x.shape or not y.requires_grad:
                 return NotImplemented
             d1 = torch.autograd.grad(y.sum(), x, create_graph=True)[0]
-            d2 = torch.autograd.grad(d1.sum(), x)[0] if space.order == 2 and d1.requires_grad else None
+            twice = space.order == 2 and d1.requires_grad
+            d2 = torch.autograd.grad(d1.sum(), x, create_graph=recorded)[0] if twice else None
     except (RuntimeError, NotImplementedError):
         return NotImplemented
-    return chain(space, jets[0], y.detach(), d1.detach(), d2)
+    return chain(space, jets[0], y, d1, d2) if recorded else chain(space, jets[0], y.detach(), d1.detach(), d2)
+
+
+def _plain(*tensors: Any) -> bool:
+    """Whether there is no jet, no compiler's stand-in and no other subclass among the tensors."""
+    return all(type(t) in (Tensor, torch.nn.Parameter) or not isinstance(t, Tensor) for t in tensors)
 
 
 def _normal(a: Any) -> Any:
@@ -87,7 +94,7 @@ def reverse(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
     """Any differentiable operator, by reverse over reverse inside it."""
     leaves, spec = tree_flatten((tuple(args), kwargs))
     carried = [parts(a, space) for a in leaves]
-    if not writable(*(p for p, _, _ in carried), *(c.tensor for _, *cs in carried for c in cs if c)):
+    if not _plain(*(p for p, _, _ in carried), *(c.tensor for _, *cs in carried for c in cs if c)):
         raise missing(func, "the local fallback does not reach into nested jets")
     if func.namespace not in TRUSTED:
         raise missing(func, "nothing says that the backward pass of a custom operator can be differentiated again")
@@ -99,6 +106,9 @@ def reverse(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
             if not any(isinstance(y, Tensor) and y.requires_grad for y in outputs[0]):
                 raise NotImplementedError("it has no derivative in torch")  # which is not to be zero
             found = [_coefficients(y, *along, space) if isinstance(y, Tensor) else (y,) for y in outputs[0]]
+            if not space.recorded:
+                found = [tuple(t.detach() if isinstance(t, Tensor) else t for t in f) for f in found]
+            found = [(f[0], *(Coefficients(space, n + 1, t) for n, t in enumerate(f[1:]))) for f in found]
     except (RuntimeError, NotImplementedError) as error:
         raise missing(func, f"autograd cannot differentiate it twice either ({str(error).splitlines()[0]})") from error
     if func not in _announced:
@@ -138,8 +148,8 @@ def _along(func: Any, space: Space, carried: Sequence[Any], spec: Any) -> tuple[
 
 def _coefficients(y: Tensor, a: Tensor, c: Tensor, space: Space) -> tuple[Any, ...]:
     """Primal, first and second coefficients of one output y(a, c); the primal alone where it is constant."""
-    if not y.requires_grad:
-        return (y.detach(),)
+    if not _depends(y, a):
+        return (y,)
     real = torch.view_as_real(y) if y.is_complex() else y
     try:
         first, second = _by_cotangent(real, a, c, space)
@@ -149,7 +159,15 @@ def _coefficients(y: Tensor, a: Tensor, c: Tensor, space: Space) -> tuple[Any, .
         first, second = _by_element(real, a, c, space)
     if y.is_complex():
         first, second = (None if s is None else torch.view_as_complex(s.contiguous()) for s in (first, second))
-    return y.detach(), Coefficients(space, 1, first), Coefficients(space, 2, second)
+    return y, first, second
+
+
+def _depends(y: Tensor, a: Tensor) -> bool:
+    """Whether an output depends on the directions, and not on recorded constants alone."""
+    if not y.requires_grad:
+        return False
+    real = torch.view_as_real(y) if y.is_complex() else y
+    return torch.autograd.grad(real.sum(), a, retain_graph=True, allow_unused=True)[0] is not None
 
 
 def _grad(y: Tensor, x: Tensor, u: Tensor | None = None, create: bool = False) -> Tensor:
@@ -173,23 +191,24 @@ def _sums(g: Tensor, gc: Tensor, a: Tensor, space: Space) -> list[Tensor]:
 def _by_cotangent(y: Tensor, a: Tensor, c: Tensor, space: Space) -> tuple[Tensor, Tensor | None]:
     u = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=_generator(y), requires_grad=True)
     g = _grad(y, a, u, create=True)
-    first = torch.stack([_grad(g[i], u) for i in range(space.k)])
+    keep = space.recorded
+    first = torch.stack([_grad(g[i], u, create=keep) for i in range(space.k)])
     gc = _grad(y, c, u, create=True)
     if space.order == 1:
-        second = torch.stack([_grad(e, u) for e in gc.unbind()]) if gc.requires_grad else None
-        return first.detach(), None if second is None else second.detach()
+        second = torch.stack([_grad(e, u, create=keep) for e in gc.unbind()]) if gc.requires_grad else None
+        return first, second
     sums = _sums(g, gc, a, space)
-    second = torch.stack([_grad(e, u) for e in sums]).detach()
+    second = torch.stack([_grad(e, u, create=keep) for e in sums])
     # Both are linear in u, so contracting with u gives back what they are derivatives of. Where a formula
     # of torch forgets its cotangent it does not, and the result must not be trusted.
     expected = torch.stack([e.detach() for e in sums])
     if not (_contracts(first, u, g) and _contracts(second, u, expected)):
         raise RuntimeError("its double backward is not linear in the cotangent")
-    return first.detach(), second
+    return first, second
 
 
 def _contracts(c: Tensor, u: Tensor, expected: Tensor) -> bool:
-    found = c.reshape(c.shape[0], u.numel()) @ u.detach().reshape(-1)
+    found = c.detach().reshape(c.shape[0], u.numel()) @ u.detach().reshape(-1)
     tolerance = 1e-3 if c.dtype == torch.float32 else 1e-8
     return torch.allclose(found, expected.detach().to(found.dtype), rtol=tolerance, atol=tolerance, equal_nan=True)
 
@@ -203,8 +222,8 @@ def _by_element(y: Tensor, a: Tensor, c: Tensor, space: Space) -> tuple[Tensor, 
     firsts, seconds = [], []
     for element in y.reshape(-1).unbind(0):
         g, gc = _grad(element, a, create=True), _grad(element, c, create=True)
-        firsts.append(g.detach())
+        firsts.append(g if space.recorded else g.detach())
         sums = _sums(g, gc, a, space) if space.order == 2 else list(gc.unbind())
-        seconds.append(torch.stack(sums).detach())
+        seconds.append(torch.stack(sums) if space.recorded else torch.stack(sums).detach())
     shape = y.shape
     return torch.stack(firsts, -1).reshape(space.k, *shape), torch.stack(seconds, -1).reshape(len(seconds[0]), *shape)

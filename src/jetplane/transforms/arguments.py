@@ -129,7 +129,7 @@ class Point:
 
     def expanded(self, stack: Tensor) -> Tensor:
         """Directions (K, *shape at one point) that all points share, expanded over the points."""
-        if self.batch_dim is None:
+        if self.batch_dim is None or self.points is None:
             return stack
         stack = stack.unsqueeze(self.batch_dim + 1)
         return stack.expand(*stack.shape[: self.batch_dim + 1], self.points, *stack.shape[self.batch_dim + 2 :])

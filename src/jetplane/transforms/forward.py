@@ -99,7 +99,7 @@ def along(
     if space.level == 1:
         found = [[_released(t) for t in ts] for ts in found]
         aux = _map(_released, aux)
-    return Expansion(*found, spec, aux)
+    return Expansion(found[0], found[1], found[2], spec, aux)
 
 
 def _graph(recorded: bool) -> contextlib.AbstractContextManager[Any]:
@@ -185,7 +185,7 @@ def jet(
     vs, k = where.directions(tangents)
     structure = PlaneSpec(k, pairs=pairs).structure
     got = along(f, where, vs, structure, order, has_aux=has_aux)
-    second = got.tree(map(structure.matrix, got.second)) if order == 2 else None
+    second = got.tree([structure.matrix(y) for y in got.second]) if order == 2 else None
     return with_aux((got.tree(got.value), got.tree(got.first), second), got.aux, has_aux)
 
 
@@ -372,8 +372,9 @@ def divergence(
                 f"divergence: expected a result of the primals' shapes {[tuple(x.shape) for x in where.leaves]}, "
                 f"got {[tuple(y.shape) for y in got.value]}"
             )
-        return sum(where.contracted(y, v) for y, v in zip(got.first, vs, strict=True) if v is not None), got.aux
+        terms = [where.contracted(y, v) for y, v in zip(got.first, vs, strict=True) if v is not None]
+        return torch.stack(terms).sum(0), got.aux
 
     parts = list(in_runs(k, size, once))
-    found = sum(part for part, _ in parts)
+    found = torch.stack([part for part, _ in parts]).sum(0)
     return with_aux(found if drawn is None else found * drawn.scale, parts[-1][1], has_aux)

@@ -141,10 +141,11 @@ def _by_products(
     def once(run: slice) -> tuple[Tensor, Any]:
         vs = where.dense(directions(run), run.stop - run.start)
         found, value, aux = products(f, where, vs, has_aux, "laplacian")
-        return sum(where.contracted(y, v) for y, v in zip(found, vs, strict=True)).reshape(value.shape), aux
+        terms = [where.contracted(y, v) for y, v in zip(found, vs, strict=True)]
+        return torch.stack(terms).sum(0).reshape(value.shape), aux
 
     parts = list(in_runs(k, size, once))
-    return sum(part for part, _ in parts), parts[-1][1]  # type: ignore[return-value]
+    return torch.stack([part for part, _ in parts]).sum(0), parts[-1][1]
 
 
 def _scaled(tree: Any, factor: float) -> Any:
