@@ -75,8 +75,13 @@ def under(keys: Keys | None) -> contextlib.AbstractContextManager[Any]:
 
 # --- transforms of torch.func -------------------------------------------------------------------------------
 
-is_wrapped: Any = _taken("torch", "_C._functorch.is_functorch_wrapped_tensor")
-is_batched: Any = _taken("torch", "_C._functorch.is_batchedtensor")
+_innermost_transform: Any = _taken("torch", "_C._functorch.peek_interpreter_stack")
+
+
+def transform_around() -> str | None:
+    """The name of the innermost transform of torch.func that the code runs in; None outside of all."""
+    found = _innermost_transform()
+    return None if found is None else found.key().name
 
 
 # --- operators ----------------------------------------------------------------------------------------------

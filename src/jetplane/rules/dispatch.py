@@ -57,20 +57,23 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     space = _highest(args, _highest(kwargs.values(), None))
     if space is None:  # jets that lost their coefficients to promotion cannot occur; plain calls can
         return func(*args, **kwargs)
-    with under(space.keys), recording(space):
+    with under(space.keys), recording(space, func):
         return _on_keys(func, space, args, kwargs, original)
 
 
 @contextlib.contextmanager
-def recording(space: Space) -> Iterator[None]:
-    """Let what runs record a graph for reverse mode, where the evaluation does; see `jetplane.jets.jet.Recorded`."""
+def recording(space: Space, func: Any) -> Iterator[None]:
+    """Let a rule record a graph for reverse mode, where the evaluation does; see `jetplane.jets.jet.Recorded`.
+
+    Not under the user's ``no_grad``, but for writes in place: torch's own functions clamp so what has a graph.
+    """
     if not space.recorded:
         yield
-    elif torch.is_inference_mode_enabled():
-        with torch.inference_mode(False), torch.enable_grad(), EnableTorchFunction():
-            yield
-    else:  # called where the user, or a function of torch's in Python, is not under inference mode
-        with EnableTorchFunction():
+        return
+    inside = torch.is_inference_mode_enabled()
+    recorded = inside or torch.is_grad_enabled() or func._schema.is_mutable
+    with torch.inference_mode(False) if inside else contextlib.nullcontext():
+        with torch.set_grad_enabled(recorded), EnableTorchFunction():
             yield
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import is_batched, is_wrapped, tree_flatten, tree_unflatten
+from .._torch import transform_around, tree_flatten, tree_unflatten
 from ..errors import ArgumentError, DeviceError, DTypeError, ShapeError
 from ..jets import Jet, Partial, Tangents
 
@@ -213,10 +213,12 @@ def point(primals: Any, argnums: Argnums = None, batch_dim: int | None = None, r
         real: whether complex numbers are refused.
 
     Raises:
-        ArgumentError: a list of arguments, argnums that are not there, nothing that moves.
+        ArgumentError: a list of arguments, argnums that are not there, nothing that moves, a transform of torch.func
+            around.
         DTypeError: what moves is not a floating-point tensor.
         ShapeError: no axis of points, or different numbers of points.
     """
+    _check_around()
     if isinstance(primals, list):
         raise ArgumentError(
             "primals: got a list. Several arguments are a tuple, (a, b); one argument that is a list is ([a, b],)"
@@ -265,15 +267,24 @@ def _check_leaf(i: int, x: Any, real: bool) -> None:
             f"primal {i}: expected real numbers, got {x.dtype}; differentiate in real and imaginary parts "
             "(torch.view_as_real), or along directions of your own with jetplane.jet"
         )
-    if is_wrapped(x) and not is_batched(x):
+
+
+def _check_around() -> None:
+    """Refuse to work inside a transform of torch.func, which sees no operator that takes a jet.
+
+    Raises:
+        ArgumentError: there is one around.
+    """
+    around = transform_around()
+    if around == "Vmap":
         raise ArgumentError(
-            f"primal {i} belongs to a transform of torch.func around this one (grad, jvp, functionalize), which does "
-            "not reach inside. Results have a graph: use torch.autograd.grad of them, or nest jetplane's functions"
+            "torch.vmap does not reach inside jetplane's functions. Give all points at once: with batch_dim=0 they "
+            "call f once with all points"
         )
-    if is_batched(x):
+    if around is not None:
         raise ArgumentError(
-            f"primal {i} belongs to torch.vmap, which does not reach inside. Give all points at once: "
-            "jetplane's functions take batch_dim=0, and call f once with the batch"
+            f"torch.func.{around.lower()} does not reach inside jetplane's functions. Their results have a graph: use "
+            "torch.autograd.grad or backward() of them, or nest jetplane's functions"
         )
 
 

@@ -9,7 +9,6 @@ from typing import Any, Literal, TypeVar
 
 from ..errors import ArgumentError
 from ..evaluation.chunks import activations, free_memory
-from ..evaluation.context import recording
 from ..evaluation.side_effects import without_side_effects
 from .arguments import Point
 
@@ -91,7 +90,7 @@ def directions_at_a_time(
 
     With "auto" all of them are where coefficients are sure to fit into half of what is free: those of the primals are
     counted, those of activations taken to be at most 64 times as large. Else one plain run of f tells how large its
-    activations are. Results that have a graph keep all of their memory anyway, and are not chunked.
+    activations are. A graph keeps the memory of all chunks.
 
     Raises:
         ArgumentError: a chunk below 1; directions that do not fit, or take too many runs.
@@ -106,9 +105,6 @@ def directions_at_a_time(
         return min(chunk, k)
     room = free_memory(device) // 2
     if where.nested or SPREAD * k * where.bytes <= room:
-        return k
-    if recording():
-        check_memory(what, where, k * where.size * item, f"use {remedy}")
         return k
     each = 2 * max(activations(lambda: where.call(f, [x.detach() for x in where.leaves])), where.bytes)
     size = max(1, min(k, room // each - 2))

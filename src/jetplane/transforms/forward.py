@@ -21,6 +21,7 @@ from ..evaluation.interception import Interception
 from ..evaluation.specification import Pairs, PlaneSpec
 from ..jets import Diagonal, Jet, PairStructure, Space, Tangents, carried, parts, promoted
 from .arguments import Argnums, Point, check_points, outputs, point
+from .compiling import uncompiled
 from .costs import Chunk, directions_at_a_time, in_runs
 from .estimates import Estimate, sampled
 
@@ -134,6 +135,7 @@ def _released(t: Tensor) -> Tensor:
     return t if t.requires_grad else t.clone()
 
 
+@uncompiled
 def jet(
     f: Callable[..., Any],
     primals: Any,
@@ -189,6 +191,7 @@ def jet(
     return with_aux((got.tree(got.value), got.tree(got.first), second), got.aux, has_aux)
 
 
+@uncompiled
 def quadratic_form(f: Callable[..., Any], primals: Any, tangents: Any, pairs: Pairs = "all", **options: Any) -> Any:
     """``v_i^T Hess(f) v_j`` for all pairs, (K, K, *S), or for the diagonal, (K, *S).
 
@@ -202,6 +205,7 @@ def quadratic_form(f: Callable[..., Any], primals: Any, tangents: Any, pairs: Pa
     return (got[0][2], got[1]) if options.get("has_aux") else got[2]
 
 
+@uncompiled
 def jvp(
     f: Callable[..., Any], primals: Any, tangents: Any, *, argnums: Argnums = None, has_aux: bool = False
 ) -> tuple[Any, ...]:
@@ -231,6 +235,7 @@ def jvp(
     return (*result, got.aux) if has_aux else result
 
 
+@uncompiled
 def linearize(f: Callable[..., Any], primals: Any, *, argnums: Argnums = None) -> tuple[Any, Callable[[Any], Any]]:
     """The value and the linear map ``v -> J v`` at a point, as `torch.func.linearize`.
 
@@ -270,6 +275,7 @@ def linearize(f: Callable[..., Any], primals: Any, *, argnums: Argnums = None) -
     return value, push
 
 
+@uncompiled
 def jacobian(
     f: Callable[..., Any],
     primals: Any,
@@ -322,6 +328,7 @@ def blocks(where: Point, stack: Tensor) -> Any:
     return where.tree(where.split(stack.movedim(0, -1), -1))
 
 
+@uncompiled
 def divergence(
     f: Callable[..., Any],
     primals: Any,

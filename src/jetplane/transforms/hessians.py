@@ -13,6 +13,7 @@ from ..evaluation.context import recording
 from ..evaluation.side_effects import without_side_effects
 from ..jets import AllPairs, Diagonal, Partial, Star, Tangents
 from .arguments import Argnums, Point, check_scalar, point
+from .compiling import uncompiled
 from .costs import (
     REVERSE_COST,
     Chunk,
@@ -28,6 +29,7 @@ from .reverse import products
 REVERSE = "hvp(..., mode='forward-over-reverse')"
 
 
+@uncompiled
 def hvp(
     f: Callable[..., Tensor],
     primals: Any,
@@ -97,6 +99,7 @@ def _beside(axes: Tensor | Tangents | None, v: Tensor, k: int) -> Tensor | Tange
     return torch.cat([axes, v])
 
 
+@uncompiled
 def vhv(
     f: Callable[..., Any],
     primals: Any,
@@ -129,6 +132,7 @@ def vhv(
     return with_aux(got.tree([y[0] for y in got.second]), got.aux, has_aux)
 
 
+@uncompiled
 def hessian_diagonal(
     f: Callable[..., Any],
     primals: Any,
@@ -173,6 +177,7 @@ def hessian_diagonal(
     return with_aux(found, last.aux, has_aux)
 
 
+@uncompiled
 def hessian(
     f: Callable[..., Any],
     primals: Any,

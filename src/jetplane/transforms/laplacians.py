@@ -23,6 +23,7 @@ from .._torch import tree_map
 from ..errors import DTypeError, ShapeError
 from ..jets import Sums
 from .arguments import Argnums, Directions, Point, point
+from .compiling import uncompiled
 from .costs import REVERSE_COST, Chunk, Mode, chosen_mode, directions_at_a_time, in_runs
 from .estimates import Estimate, sampled
 from .forward import Expansion, along, blocks, with_aux
@@ -43,6 +44,7 @@ class ValueAndLaplacian(NamedTuple):
     laplacian: Any
 
 
+@uncompiled
 def laplacian(
     f: Callable[..., Any],
     primals: Any,
@@ -152,6 +154,7 @@ def _scaled(tree: Any, factor: float) -> Any:
     return tree_map(lambda t: t * factor, tree)
 
 
+@uncompiled
 def value_and_laplacian(
     f: Callable[..., Any],
     primals: Any,
@@ -191,6 +194,7 @@ def value_and_laplacian(
     return with_aux(found, got.aux, has_aux)
 
 
+@uncompiled
 def weighted_laplacian(
     f: Callable[..., Any],
     primals: Any,
@@ -258,6 +262,7 @@ def _first(sigma: Any) -> Tensor:
     return sigma.movedim(-1, 0)
 
 
+@uncompiled
 def bilaplacian(
     f: Callable[..., Any],
     primals: Any,
