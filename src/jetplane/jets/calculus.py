@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .coefficients import Coefficients, absent, outer, symmetric, writable
+from .coefficients import Coefficients, absent, condensed, outer, symmetric, writable
 from .coefficients import jointly as jointly_coefficients
 from .jet import Jet, carried, is_jet, make, parts, precise
 from .space import Space
@@ -50,7 +50,11 @@ def chain(space: Space, x: Any, y: Tensor, d1: Tensor | None, d2: Tensor | None)
     _, x1, x2 = parts(x, space)
     y1, y2 = (absent(space, 1), absent(space, 2)) if d1 is None else (x1 * d1, x2 * d1)
     if d2 is not None and x1 and space.order == 2:
-        y2 += outer(x1 * d2, x1)
+        if space.structure.single:
+            y2 += outer(x1 * d2, x1)
+        else:  # a few sums of many products: f'' is a factor of the sums
+            x1 = x1.condensed()
+            y2 = y2.add_product(d2, outer(x1, x1).formed())
     return make(y, y1, y2, space)
 
 
@@ -98,31 +102,48 @@ def _in_blocks(
     space: Space, p: Tensor, x1: Coefficients, x2: Coefficients, y: Tensor, of: Callable[..., Derivatives]
 ) -> Any:
     """`chain`, some elements at a time: the derivatives stay in the cache and take no memory of the result's size."""
-    if not x1 or (x2 and x1.rows is not None):
+    structure = space.structure
+    if not x1 or x1.rows is not None:
         return NotImplemented
-    first, second = x1.tensor, x2.tensor if x2 else None
+    first, second = condensed(x1.tensor), x2.tensor if x2 else None
+    shared = first.dim() > 1 and first.shape[1] < p.shape[0] and first.shape[2:] == p.shape[1:]  # by all points
     held = [t for t in (p, y, first, second) if t is not None]
-    if not writable(*held) or not all(t.is_contiguous() for t in held):
+    if not writable(*held) or not all(t.is_contiguous() for t in held) or not (shared or first.shape[1:] == p.shape):
         return NotImplemented
-    n = p.numel()
-    p, flat = p.view(n), y.view(n)
-    d1, d2 = of(p[:1], flat[:1])
-    if d1 is None or (second is None and d2 is not None):  # products that may never be formed are `chain`'s
-        return NotImplemented
-    y1 = space.memory.empty(first.shape, first)
-    y2 = None if second is None else space.memory.empty(second.shape, second)
-    flat1, new1 = first.view(-1, n), y1.view(-1, n)
-    for start in range(0, n, BLOCK):
-        part = slice(start, start + BLOCK)
+    d1, d2 = of(p.flatten()[:1], y.flatten()[:1])
+    if d1 is None or (second is None and d2 is not None and structure.single):
+        return NotImplemented  # products that may never be formed are `chain`'s
+    rows, inner = (p.shape[0], p.numel() // p.shape[0]) if shared else (p.numel(), 1)
+    p, flat = p.view(rows, inner), y.view(rows, inner)
+    first = first.view(space.k, -1, inner)
+    y1 = space.memory.empty((space.k, rows, inner), first)
+    y2 = None if second is None and d2 is None else space.memory.empty((structure.count, rows, inner), first)
+    second = None if second is None else second.view(structure.count, rows, inner)
+    sums = structure.outer(first, first) if shared and not structure.single else None
+    step = max(1, BLOCK // inner)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
         d1, d2 = of(p[part], flat[part])
         assert d1 is not None
-        torch.mul(flat1[:, part], d1, out=new1[:, part])
-        if second is not None and y2 is not None:
-            new2 = y2.view(-1, n)[:, part]
-            torch.mul(second.view(-1, n)[:, part], d1, out=new2)
-            if d2 is not None:
-                space.structure.add_outer(new2, d2 * flat1[:, part], flat1[:, part])
-    return make(y, Coefficients(space, 1, y1, x1.rows), Coefficients(space, 2, y2), space)
+        c = first if shared else first[:, part]
+        torch.mul(c, d1, out=y1[:, part])
+        if y2 is None:
+            continue
+        new = y2[:, part]
+        new.zero_() if second is None else torch.mul(second[:, part], d1, out=new)
+        if d2 is None:
+            continue
+        if structure.single:
+            structure.add_outer(new, d2 * c, c)
+        else:  # a few sums of many products: f'' is a factor of the sums
+            products = sums
+            if products is None:
+                products = torch.zeros_like(new)
+                structure.add_outer(products, c, c)
+            new.addcmul_(products, d2)
+    y1 = y1.view(space.k, *y.shape)
+    y2 = None if y2 is None else y2.view(structure.count, *y.shape)
+    return make(y, Coefficients(space, 1, y1), Coefficients(space, 2, y2), space)
 
 
 def chain_many(

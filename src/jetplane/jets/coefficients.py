@@ -64,6 +64,15 @@ def lift(c: Tensor, ndim: int) -> Tensor:
     return c if missing <= 0 else c.reshape(c.shape[0], *([1] * missing), *c.shape[1:])
 
 
+def condensed(c: Tensor) -> Tensor:
+    """A stack with size one along axes of the value along which it was expanded."""
+    if type(c) in _PLAIN and 0 in c.stride():
+        for d in range(1, c.dim()):
+            if c.stride(d) == 0 and c.shape[d] > 1:
+                c = c.narrow(d, 0, 1)
+    return c
+
+
 @dataclass(frozen=True)
 class _Outer:
     """Second coefficients ``sum w a_i b_j`` before they are formed: summed up at once, they never are."""
@@ -159,6 +168,10 @@ class Coefficients:
         """Whether they are products that nobody has formed yet: what sums them up never forms them."""
         return isinstance(self.held, _Outer)
 
+    def formed(self) -> Coefficients:
+        """The same, with products formed."""
+        return self._new(self.tensor) if self.is_product else self
+
     @property
     def dtype(self) -> torch.dtype | None:
         """Of what is held; None where nothing is, or where it is not known yet."""
@@ -187,6 +200,10 @@ class Coefficients:
 
     def _owns(self, *others: Any) -> bool:
         return self.owned and isinstance(self.held, Tensor) and writable(self.held, *others)
+
+    def condensed(self) -> Coefficients:
+        """The same with size one along axes along which nothing changes, such as points that share directions."""
+        return self if self.held is None else self._new(condensed(self.tensor), False)
 
     def selected(self, run: slice) -> Coefficients:
         """Those of a run of directions; the others become absent."""

@@ -355,6 +355,10 @@ class Sums(PairStructure):
         return "sums", self.k, self.groups
 
     def terms(self) -> Sequence[Term]:
+        return self._terms
+
+    @functools.cached_property
+    def _terms(self) -> list[Term]:
         return [Term(n, i, i, w) for n, group in enumerate(self.groups) for i, w in group]
 
     def _weights(self, like: Tensor) -> Tensor:
@@ -363,7 +367,7 @@ class Sums(PairStructure):
             weights[n, i] = w
         return weights
 
-    @property
+    @functools.cached_property
     def _whole(self) -> bool:
         """Whether there is one group, of all directions with weight one."""
         return self.groups == (tuple((i, 1.0) for i in range(self.k)),)
