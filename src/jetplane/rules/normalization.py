@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import DerivativeError
 from ..jets import (
     Coefficients,
     Space,
@@ -240,6 +241,11 @@ def _(
 ) -> Any:
     rank = x.dim()
     if training or running_mean is None:
+        if space.points:
+            raise DerivativeError(
+                "batch normalization in training mixes points, whose derivatives are carried apart (batch_dim=); call "
+                "eval() on the model, or give batch_dim=None for derivatives by all points together"
+            )
         y = standardize(space, x, [-rank, *range(2 - rank, 0)], eps)
         if training and running_mean is not None:
             _update_running(innermost(x), running_mean, running_var, momentum)

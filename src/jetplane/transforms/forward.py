@@ -84,6 +84,7 @@ def along(
             _seed(x, v, None if seconds is None else seconds[n], space)
             for n, (x, v) in enumerate(zip(where.leaves, tangents, strict=True))
         ]
+        space.points = where.points is not None
         with Interception(space).running():
             result = where.call(f, leaves)
         ys, spec, aux = outputs(result, has_aux)

@@ -45,7 +45,7 @@ def hvp(
 
     - ``mode="forward"``: component d is ``e_d^T Hess(f) v``, D + 1 first coefficients and the D second ones of pairs
       with v; no graph, and memory of ``chunk`` directions.
-    - ``mode="forward-over-reverse"``: torch's reverse mode differentiated along v: the time of some evaluations
+    - ``mode="forward-over-reverse"``: two passes of reverse mode: the time of some evaluations
       whatever D is, and the memory of a backward pass.
     - ``mode="auto"``: the cheaper one that is allowed; the log of ``jetplane.transforms`` says which.
 
