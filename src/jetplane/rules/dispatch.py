@@ -58,7 +58,16 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if space is None:  # jets that lost their coefficients to promotion cannot occur; plain calls can
         return func(*args, **kwargs)
     with under(space.keys), recording(space, func):
+        if space.recorded:
+            args, kwargs = _ordinary(args), {name: _ordinary(value) for name, value in kwargs.items()}
         return _on_keys(func, space, args, kwargs, original)
+
+
+def _ordinary(x: Any) -> Any:
+    """An argument without inference tensors, which cannot be recorded; torch makes some of lists and numbers."""
+    if isinstance(x, Tensor):
+        return x.clone() if x.is_inference() and not isinstance(x, Jet) else x
+    return type(x)(_ordinary(v) for v in x) if type(x) in (list, tuple) else x
 
 
 @contextlib.contextmanager
