@@ -1,7 +1,7 @@
 """Internal: tensors with derivatives, and their calculus."""
 
 from .calculus import Derivatives, add_jets, as_jet, chain, chain_many, elementwise, jointly, linear, multiply
-from .coefficients import Coefficients, absent, aligned, expand, lift, outer, overwritten, symmetric, writable
+from .coefficients import Coefficients, absent, aligned, expand, lift, outer, overwritten, plain, symmetric, writable
 from .jet import LOST, Jet, carried, innermost, is_jet, kind_of, make, parts, precise, primal, set_dispatcher
 from .pairs import AllPairs, Diagonal, PairStructure, Planes, Star, Sums
 from .space import LOSS, MODEL, PARAMETER, Key, Space
@@ -63,6 +63,7 @@ __all__ = [
     "outer",
     "overwritten",
     "parts",
+    "plain",
     "precise",
     "primal",
     "promote",

@@ -30,6 +30,11 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 SMALL = 1 << 14  # elements below which fresh memory costs nothing that matters
 
 
+def plain(*tensors: Any) -> bool:
+    """Whether no jet, no compiler's stand-in and no other subclass is among the tensors."""
+    return all(type(t) in _PLAIN or not isinstance(t, Tensor) for t in tensors)
+
+
 def writable(*tensors: Any) -> bool:
     """Whether kernels that write to given memory may be used.
 

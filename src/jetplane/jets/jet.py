@@ -47,6 +47,7 @@ class Jet(torch.Tensor):
         base: the jet whose memory this one looks into, if it is a view.
         version: how often the base had been written to when the coefficients were read.
         is_seed: whether it stands for a parameter, or for an argument of a function.
+        origin: the primal that it was made with, if it has another one since.
         kind: see `Space.gauss_newton`.
         examples: each example's part of the slope: see `jetplane.rules.examples`.
     """
@@ -60,6 +61,7 @@ class Jet(torch.Tensor):
     is_seed: bool
     kind: int
     examples: Tensor | None
+    origin: Tensor | None
 
     __torch_function__ = disabled_torch_function  # pyright: ignore[reportAssignmentType]
 
@@ -105,6 +107,7 @@ class Jet(torch.Tensor):
         self.base = base
         self.version = 0 if base is None else base.version
         self.is_seed = False
+        self.origin = None
         self.kind = space.kind if kind is None else kind
         self.examples = None
 
@@ -245,7 +248,11 @@ def kind_of(x: Jet) -> int:
 
 def primal(x: Any, space: Space) -> Any:
     """The primal of a jet of this space; anything else as it is."""
-    return x.primal if isinstance(x, Jet) and x.space is space else x
+    if not (isinstance(x, Jet) and x.space is space):
+        return x
+    if x.base is not None and x.base.version != x.version and x.base.origin is not None:
+        _refresh(x)
+    return x.primal
 
 
 def innermost(x: Any) -> Any:

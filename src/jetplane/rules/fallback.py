@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .._torch import tree_flatten, tree_unflatten
 from ..errors import FallbackWarning, MissingRuleError
-from ..jets import Coefficients, Jet, Space, chain, make, parts
+from ..jets import Coefficients, Jet, Space, chain, make, parts, plain
 
 _strict: contextvars.ContextVar[bool] = contextvars.ContextVar("jetplane_strict", default=False)
 _announced: set[Any] = set()
@@ -64,7 +64,7 @@ def pointwise(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, An
     if torch.Tag.pointwise not in func.tags or len(jets) != 1 or any(isinstance(a, (list, tuple)) for a in args):
         return NotImplemented
     p = parts(jets[0], space)[0]
-    if not _plain(p) or not p.dtype.is_floating_point:
+    if not plain(p) or not p.dtype.is_floating_point:
         return NotImplemented
     try:
         with torch.inference_mode(False), torch.enable_grad():
@@ -81,11 +81,6 @@ def pointwise(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, An
     return chain(space, jets[0], y, d1, d2) if recorded else chain(space, jets[0], y.detach(), d1.detach(), d2)
 
 
-def _plain(*tensors: Any) -> bool:
-    """Whether there is no jet, no compiler's stand-in and no other subclass among the tensors."""
-    return all(type(t) in (Tensor, torch.nn.Parameter) or not isinstance(t, Tensor) for t in tensors)
-
-
 def _normal(a: Any) -> Any:
     return a.clone() if isinstance(a, Tensor) and a.is_inference() else a
 
@@ -94,7 +89,7 @@ def reverse(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
     """Any differentiable operator, by reverse over reverse inside it."""
     leaves, spec = tree_flatten((tuple(args), kwargs))
     carried = [parts(a, space) for a in leaves]
-    if not _plain(*(p for p, _, _ in carried), *(c.tensor for _, *cs in carried for c in cs if c)):
+    if not plain(*(p for p, _, _ in carried), *(c.tensor for _, *cs in carried for c in cs if c)):
         raise missing(func, "the local fallback does not reach into nested jets")
     if func.namespace not in TRUSTED:
         raise missing(func, "nothing says that the backward pass of a custom operator can be differentiated again")

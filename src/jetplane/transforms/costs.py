@@ -18,7 +18,7 @@ Mode = Literal["forward", "forward-over-reverse", "auto"]
 
 MODES = "forward", "forward-over-reverse", "auto"
 SPREAD = 64  # a function's activations are taken to be at most so many times its input without a look at them
-MOST_RUNS = 1000  # with chunk="auto"
+MOST_RUNS = 64  # with chunk="auto"; each fills half of the free memory
 REVERSE_COST = 4  # of a Hessian-vector product by reverse mode, in evaluations: measured 3 to 5
 
 _log = logging.getLogger("jetplane.transforms")
