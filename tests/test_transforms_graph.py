@@ -180,6 +180,7 @@ def test_nothing_that_requires_grad_no_graph():
         x = torch.randn(B, D)
         assert not jp.hvp(net, x, v, batch_dim=0, mode="forward-over-reverse").requires_grad
     assert jp.laplacian(net, x, batch_dim=0).requires_grad
+    assert not jp.laplacian(torch.prod, torch.ones(3)).requires_grad  # which has no rule
 
 
 def test_what_f_computes_of_its_parameters_alone_is_in_the_graph():

@@ -68,7 +68,7 @@ def pointwise(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, An
         return NotImplemented
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            recorded = space.recorded
+            recorded = space.recorded and _recorded(p, *args)
             x = p.clone() if recorded and p.requires_grad else p.detach().clone().requires_grad_()
             y = func(*[x if a is jets[0] else _normal(a) for a in args], **kwargs)
             if not isinstance(y, Tensor) or y.shape != x.shape or not y.requires_grad:
@@ -79,6 +79,11 @@ def pointwise(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, An
     except (RuntimeError, NotImplementedError):
         return NotImplemented
     return chain(space, jets[0], y, d1, d2) if recorded else chain(space, jets[0], y.detach(), d1.detach(), d2)
+
+
+def _recorded(*tensors: Any) -> bool:
+    """Whether one of the tensors is in a graph that is recorded."""
+    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
 def _normal(a: Any) -> Any:
@@ -100,8 +105,9 @@ def reverse(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
             outputs, along = _along(func, space, carried, spec)
             if not any(isinstance(y, Tensor) and y.requires_grad for y in outputs[0]):
                 raise NotImplementedError("it has no derivative in torch")  # which is not to be zero
-            found = [_coefficients(y, *along, space) if isinstance(y, Tensor) else (y,) for y in outputs[0]]
-            if not space.recorded:
+            keep = space.recorded and _recorded(*(t for p, *cs in carried for t in (p, *(c.tensor for c in cs if c))))
+            found = [_coefficients(y, *along, space, keep) if isinstance(y, Tensor) else (y,) for y in outputs[0]]
+            if not keep:
                 found = [tuple(t.detach() if isinstance(t, Tensor) else t for t in f) for f in found]
             found = [(f[0], *(Coefficients(space, n + 1, t) for n, t in enumerate(f[1:]))) for f in found]
     except (RuntimeError, NotImplementedError) as error:
@@ -141,17 +147,17 @@ def _along(func: Any, space: Space, carried: Sequence[Any], spec: Any) -> tuple[
     return tree_flatten(func(*inner_args, **inner_kwargs)), (a, c)
 
 
-def _coefficients(y: Tensor, a: Tensor, c: Tensor, space: Space) -> tuple[Any, ...]:
+def _coefficients(y: Tensor, a: Tensor, c: Tensor, space: Space, keep: bool) -> tuple[Any, ...]:
     """Primal, first and second coefficients of one output y(a, c); the primal alone where it is constant."""
     if not _depends(y, a):
         return (y,)
     real = torch.view_as_real(y) if y.is_complex() else y
     try:
-        first, second = _by_cotangent(real, a, c, space)
+        first, second = _by_cotangent(real, a, c, space, keep)
     except (RuntimeError, NotImplementedError):
         if real.numel() > ELEMENTWISE_LIMIT:
             raise
-        first, second = _by_element(real, a, c, space)
+        first, second = _by_element(real, a, c, space, keep)
     if y.is_complex():
         first, second = (None if s is None else torch.view_as_complex(s.contiguous()) for s in (first, second))
     return y, first, second
@@ -183,10 +189,9 @@ def _sums(g: Tensor, gc: Tensor, a: Tensor, space: Space) -> list[Tensor]:
     return sums
 
 
-def _by_cotangent(y: Tensor, a: Tensor, c: Tensor, space: Space) -> tuple[Tensor, Tensor | None]:
+def _by_cotangent(y: Tensor, a: Tensor, c: Tensor, space: Space, keep: bool) -> tuple[Tensor, Tensor | None]:
     u = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=_generator(y), requires_grad=True)
     g = _grad(y, a, u, create=True)
-    keep = space.recorded
     first = torch.stack([_grad(g[i], u, create=keep) for i in range(space.k)])
     gc = _grad(y, c, u, create=True)
     if space.order == 1:
@@ -213,12 +218,12 @@ def _generator(y: Tensor) -> torch.Generator:
     return torch.Generator(y.device).manual_seed(0)
 
 
-def _by_element(y: Tensor, a: Tensor, c: Tensor, space: Space) -> tuple[Tensor, Tensor | None]:
+def _by_element(y: Tensor, a: Tensor, c: Tensor, space: Space, keep: bool) -> tuple[Tensor, Tensor | None]:
     firsts, seconds = [], []
     for element in y.reshape(-1).unbind(0):
         g, gc = _grad(element, a, create=True), _grad(element, c, create=True)
-        firsts.append(g if space.recorded else g.detach())
+        firsts.append(g if keep else g.detach())
         sums = _sums(g, gc, a, space) if space.order == 2 else list(gc.unbind())
-        seconds.append(torch.stack(sums) if space.recorded else torch.stack(sums).detach())
+        seconds.append(torch.stack(sums) if keep else torch.stack(sums).detach())
     shape = y.shape
     return torch.stack(firsts, -1).reshape(space.k, *shape), torch.stack(seconds, -1).reshape(len(seconds[0]), *shape)
