@@ -381,7 +381,9 @@ class Sums(PairStructure):
 
     def add_outer(self, into: Tensor, a: Tensor, b: Tensor) -> None:
         size = into[:1].numel()
-        if size > BLOCK and all(c.is_contiguous() and c.shape[1:] == into.shape[1:] for c in (into, a, b)):
+        if size * self.k <= BLOCK:  # so small that calls would cost more than memory
+            into.add_(self.outer(a, b))
+        elif size > BLOCK and all(c.is_contiguous() and c.shape[1:] == into.shape[1:] for c in (into, a, b)):
             into, a, b = into.view(-1, size), a.view(-1, size), b.view(-1, size)
             for start in range(0, size, BLOCK):
                 self._add(*(c[:, start : start + BLOCK] for c in (into, a, b)))
