@@ -103,7 +103,7 @@ def _in_blocks(
 ) -> Any:
     """`chain`, some elements at a time: the derivatives stay in the cache and take no memory of the result's size."""
     structure = space.structure
-    if not x1 or x1.rows is not None:
+    if not x1 or (x2 and (x1.rows is not None or x2.rows is not None)):
         return NotImplemented
     first, second = condensed(x1.tensor), x2.tensor if x2 else None
     shared = first.dim() > 1 and first.shape[1] < p.shape[0] and first.shape[2:] == p.shape[1:]  # by all points
@@ -111,12 +111,12 @@ def _in_blocks(
     if not writable(*held) or not all(t.is_contiguous() for t in held) or not (shared or first.shape[1:] == p.shape):
         return NotImplemented
     d1, d2 = of(p.flatten()[:1], y.flatten()[:1])
-    if d1 is None or (second is None and d2 is not None and structure.single):
+    if d1 is None or (second is None and d2 is not None and (structure.single or x1.rows is not None)):
         return NotImplemented  # products that may never be formed are `chain`'s
     rows, inner = (p.shape[0], p.numel() // p.shape[0]) if shared else (p.numel(), 1)
     p, flat = p.view(rows, inner), y.view(rows, inner)
-    first = first.view(space.k, -1, inner)
-    y1 = space.memory.empty((space.k, rows, inner), first)
+    first = first.view(first.shape[0], -1, inner)
+    y1 = space.memory.empty((first.shape[0], rows, inner), first)
     y2 = None if second is None and d2 is None else space.memory.empty((structure.count, rows, inner), first)
     second = None if second is None else second.view(structure.count, rows, inner)
     sums = structure.outer(first, first) if shared and not structure.single else None
@@ -141,9 +141,9 @@ def _in_blocks(
                 products = torch.zeros_like(new)
                 structure.add_outer(products, c, c)
             new.addcmul_(products, d2)
-    y1 = y1.view(space.k, *y.shape)
+    y1 = y1.view(first.shape[0], *y.shape)
     y2 = None if y2 is None else y2.view(structure.count, *y.shape)
-    return make(y, Coefficients(space, 1, y1), Coefficients(space, 2, y2), space)
+    return make(y, Coefficients(space, 1, y1, x1.rows), Coefficients(space, 2, y2), space)
 
 
 def chain_many(
