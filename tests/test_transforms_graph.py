@@ -200,6 +200,21 @@ def test_what_the_user_keeps_out_of_the_graph_stays_out():
     close(torch.autograd.grad(jp.laplacian(f, x), w)[0], torch.tensor(4.0))
 
 
+def test_the_graph_of_a_gradient():
+    torch.manual_seed(0)
+    net = NETWORKS["mlp"]().double()
+    x = torch.randn(B, D, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *list(net.parameters())[:-1]]
+    _, _, h = by_reverse(net, x)
+
+    def twice(laplacian):
+        first = torch.autograd.grad(laplacian.square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    for a, b in zip(twice(jp.laplacian(net, x, batch_dim=0)), twice(torch.einsum("bii->b", h)), strict=True):
+        close(a, b)
+
+
 def test_third_derivatives_by_nesting():
     x = torch.randn(3).double().requires_grad_()
     wave = lambda x: (x[0] * x[1]).sin() * x.exp().sum()  # noqa: E731

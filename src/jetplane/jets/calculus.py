@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .coefficients import Coefficients, absent, condensed, outer, symmetric, writable
+from .coefficients import Coefficients, absent, condensed, outer, plain, symmetric, writable
 from .coefficients import jointly as jointly_coefficients
 from .jet import Jet, carried, is_jet, make, parts, precise
+from .recorded import TraceChain
 from .space import Space
 
 Derivatives = tuple[Tensor | None, Tensor | None]  # f' and f''; None is zero everywhere
@@ -47,7 +48,12 @@ def jointly(space: Space, xs: Sequence[Any], y: Tensor, on_stacks: Callable[...,
 
 def chain(space: Space, x: Any, y: Tensor, d1: Tensor | None, d2: Tensor | None) -> Tensor:
     """Elementwise y = f(x): ``y_i = f' x_i`` and ``y_ij = f' x_ij + f'' x_i x_j``; None is zero."""
-    _, x1, x2 = parts(x, space)
+    p, x1, x2 = parts(x, space)
+    if d1 is not None and d2 is not None and x1 and space.order == 2 and space.structure.is_trace:
+        held = x1.tensor, x2.tensor if x2 else None, d1, d2
+        if x1.rows is None and plain(*held) and not writable(*held) and d1.shape == d2.shape == p.shape:
+            y1, y2 = TraceChain.apply(condensed(held[0]), *held[1:])  # type: ignore[misc]
+            return make(y, Coefficients(space, 1, y1), Coefficients(space, 2, y2), space)
     y1, y2 = (absent(space, 1), absent(space, 2)) if d1 is None else (x1 * d1, x2 * d1)
     if d2 is not None and x1 and space.order == 2:
         if space.structure.single:

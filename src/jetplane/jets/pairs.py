@@ -49,6 +49,7 @@ class PairStructure(ABC):
 
     k: int
     on_diagonal = False  # whether every pair is of a direction with itself
+    is_trace = False  # whether there is one coefficient, the sum of all pairs of a direction with itself
     single = True  # whether every coefficient is one pair, of weight one
 
     @property
@@ -368,13 +369,13 @@ class Sums(PairStructure):
         return weights
 
     @functools.cached_property
-    def _whole(self) -> bool:
+    def is_trace(self) -> bool:  # type: ignore[override]
         """Whether there is one group, of all directions with weight one."""
         return self.groups == (tuple((i, 1.0) for i in range(self.k)),)
 
     def outer(self, a: Tensor, b: Tensor) -> Tensor:
         products = a * b
-        return products.sum(0, keepdim=True) if self._whole else torch.tensordot(self._weights(products), products, 1)
+        return products.sum(0, keepdim=True) if self.is_trace else torch.tensordot(self._weights(products), products, 1)
 
     def write_outer(self, out: Tensor, a: Tensor, b: Tensor) -> None:
         self.add_outer(out.zero_(), a, b)
