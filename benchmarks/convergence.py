@@ -1,9 +1,9 @@
-r"""How soon training gets where: every method on the same data, batches, initial weights and seeds.
+r"""Convergence over time: every method on the same data, batches, initial weights and seeds.
 
-Nothing of `jetplane.optim.PlaneSearch` is tuned: its defaults, and one batch size for all methods. Rivals run at
-the best rate of a sweep (``--sweep``), at one that is given (``--rate METHOD=RATE``) or at those of `rivals`.
+`jetplane.optim.PlaneSearch` runs with its defaults, and all methods have the same batch size. Rivals run at the best
+rate of a sweep (``--sweep``), at a given one (``--rate METHOD=RATE``) or at those of `rivals`.
 
-A picture of several tasks, each with seconds of its own; long runs may be made one by one:
+A figure of several tasks, each with its own time; long runs can be made one by one:
 
     export JETPLANE_MNIST=FOLDER FOMOH_SRC=FOLDER SOFO_SRC=FOLDER
     python -m benchmarks.convergence --tasks logreg --seconds 300 --sweep --memory --json logreg.json
@@ -12,7 +12,7 @@ A picture of several tasks, each with seconds of its own; long runs may be made 
     python -m benchmarks.convergence --tasks lstm characters poisson --seconds 300 --sweep --json rest.json
     python -m benchmarks.convergence --from logreg.json mlp.json cnn.json rest.json --out table.md --figure curves.png
 
-A method that is run again replaces its earlier run in what ``--from`` puts together, if its file comes later:
+Of several runs of a method ``--from`` takes that of the last file:
 
     python -m benchmarks.convergence --tasks mlp --methods plane-search --seconds 300 --json again.json
     python -m benchmarks.convergence --from mlp.json again.json --at 120
@@ -42,21 +42,21 @@ import torch
 
 import jetplane as jp
 
-from .courses import Course, Results, draw, load, merged, report, save
+from .learning_curves import LearningCurve, Results, draw, load, merged, report, save
 from .measuring import ROOT, environment, machine
 from .memory import SMALL, peak_growth
 from .rivals import ABLATIONS, METHODS, PLANE, Method
 from .tasks import TASKS, Task
 
-FACTOR, TRIED, FURTHER = 3.0, 5, 3  # of a sweep: between rates, how many, how many more where the best is the last
-LEAST = 10  # steps with each rate of a sweep, however long they take
-MEASURED_STEPS = 3  # until every direction that plane-search remembers is there
+FACTOR, TRIED, FURTHER = 3.0, 5, 3  # of a sweep: ratio of rates, number, and number beyond an end that is the best
+LEAST = 10  # steps with each rate of a sweep at least
+MEASURED_STEPS = 3  # after which plane-search remembers all its directions
 
 # --- runs -------------------------------------------------------------------------------------------------
 
 
 def forward_seconds(task: Task, batch: int, clock: Callable[[], float]) -> float:
-    """What a plain forward pass takes, the median of several."""
+    """The median time of a plain forward pass in seconds."""
     torch.manual_seed(0)
     model, b = task.model(), next(task.batches(batch, torch.Generator().manual_seed(0)))
     times = []
@@ -69,19 +69,19 @@ def forward_seconds(task: Task, batch: int, clock: Callable[[], float]) -> float
 
 
 def run(
-    task: Task, course: Course, method: Method, batch: int, clock: Callable[[], float], forward: float,
+    task: Task, curve: LearningCurve, method: Method, batch: int, clock: Callable[[], float], forward: float,
     scored: bool = True, least: int = 1,
-) -> Course:  # fmt: skip
-    """Train for the seconds of the course, or the least number of steps if they take longer.
+) -> LearningCurve:  # fmt: skip
+    """Train for the budget of the curve, or for ``least`` steps if they take longer.
 
-    Scores are taken at times that grow by a third, outside of the clock. An interrupt ends the run, and its rows so far
-    are kept.
+    Scores are taken at times that grow by a third, and their time does not count. An interrupt ends the run; its rows
+    so far are kept.
     """
-    torch.manual_seed(course.seed)
+    torch.manual_seed(curve.seed)
     model = task.model()
-    trainer = method.make(model, task, 1.0 if course.rate is None else course.rate)
+    trainer = method.make(model, task, 1.0 if curve.rate is None else curve.rate)
     loss = task.reverse if method.reverse and task.reverse else task.loss
-    seconds, due, steps = 0.0, course.budget / 64, 0
+    seconds, due, steps = 0.0, curve.budget / 64, 0
     losses: list[float] = []  # since the last row
 
     def note() -> None:
@@ -94,40 +94,43 @@ def run(
             model.train()
         row = {"seconds": seconds, "steps": steps, "epochs": steps * batch / task.epoch, "forwards": seconds / forward}
         train = {"train": sum(losses) / len(losses)} if losses else {}
-        course.rows.append(row | train | {"loss": held, "measure": value})
+        curve.rows.append(row | train | {"loss": held, "measure": value})
         losses.clear()
 
     note()
-    for b in task.batches(batch, torch.Generator().manual_seed(course.seed)):
+    for b in task.batches(batch, torch.Generator().manual_seed(curve.seed)):
         start = clock()
         try:
             before = trainer.step(lambda b=b: loss(model, b), b)
         except (jp.NonFiniteError, jp.SingularPlaneError) as error:
-            course.status = f"diverged: {error}"
+            curve.status = f"diverged: {error}"
             break
         except KeyboardInterrupt:
             if not scored:
                 raise
-            course.status, course.budget = "interrupted", course.rows[-1]["seconds"]
-            return course
+            curve.status, curve.budget = "interrupted", curve.rows[-1]["seconds"]
+            return curve
         seconds += clock() - start
         losses.append(float(before))
         if not math.isfinite(losses[-1]):
-            course.status = "diverged: the loss is not finite"
+            curve.status = "diverged: the loss is not finite"
             break
         steps += 1
         if seconds >= due or steps == 1:
             note()
             due = seconds * 4 / 3
-        if seconds >= course.budget and steps >= least:
+        if seconds >= curve.budget and steps >= least:
             break
-    if course.rows[-1]["steps"] != steps or course.status != "finished":
+    if curve.rows[-1]["steps"] != steps or curve.status != "finished":
         note()
-    return course
+    return curve
 
 
 def sweep(stated: float, outcome: Callable[[float], float]) -> tuple[float, dict[str, float]]:
-    """The best of rates a factor of three apart around the stated one, and further where it is at an end; outcomes."""
+    """The best of several rates a factor of three apart around the stated one, and the outcome of each.
+
+    Where the best is the lowest or the highest, up to three more rates are tried beyond it.
+    """
 
     def rate(step: int) -> float:
         return float(f"{stated * FACTOR**step:.2g}")
@@ -142,17 +145,17 @@ def sweep(stated: float, outcome: Callable[[float], float]) -> tuple[float, dict
     return rate(best), {f"{rate(step):g}": tried[step] for step in sorted(tried)}
 
 
-def train_loss_of(course: Course) -> float:
-    """The mean over the last quarter of a run, infinite if it diverged."""
-    last = course.rows[-1].get("train", math.inf)
-    return last if course.status == "finished" and math.isfinite(last) else math.inf
+def train_loss_of(curve: LearningCurve) -> float:
+    """The mean training loss since the last but one row; infinite for a run that diverged."""
+    last = curve.rows[-1].get("train", math.inf)
+    return last if curve.status == "finished" and math.isfinite(last) else math.inf
 
 
 # --- memory -----------------------------------------------------------------------------------------------
 
 
 def peak(case: dict[str, Any]) -> int:
-    """In a process of its own: bytes at the peak of a few steps above the weights, the data and the batches."""
+    """Peak memory in bytes of a few steps above weights, data and batches; to be run in a new process."""
     torch.set_num_threads(case["threads"])
     folder = case["data_dir"] and Path(case["data_dir"])
     task, method = TASKS[case["task"]](folder), methods()[case["method"]]
@@ -209,8 +212,8 @@ def arguments() -> argparse.Namespace:
     add("--threads", type=int, default=2)
     add("--cpu-time", action="store_true", help="the clock is processor time over threads")
     add("--out", type=Path, help="the tables")
-    add("--json", type=Path, help="every row, for --from")
-    add("--figure", type=Path, help="the picture")
+    add("--json", type=Path, help="all rows, for --from")
+    add("--figure", type=Path, help="the figure")
     add("--peak", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     try:
@@ -225,7 +228,7 @@ def arguments() -> argparse.Namespace:
 
 
 def chosen(args: argparse.Namespace) -> dict[str, Method]:
-    """The methods that were asked for and can be had; a line for those that cannot."""
+    """The chosen methods whose sources are available; prints a line for those whose are not."""
     names = [*args.methods]
     if args.ablations is not None:
         names += [f"{PLANE}, {name}" for name in args.ablations or ABLATIONS]
@@ -237,20 +240,20 @@ def chosen(args: argparse.Namespace) -> dict[str, Method]:
     return {name: m for name, m in found.items() if m.source not in missing}
 
 
-def courses_of(task: Task, name: str, method: str, how: Method, args: argparse.Namespace) -> list[Course]:
-    """Sweep, run over seeds and measure as the arguments say."""
+def curves_of(task: Task, name: str, method: str, how: Method, args: argparse.Namespace) -> list[LearningCurve]:
+    """Sweep, run all seeds and measure memory, as the arguments say."""
     batch = args.batch or task.batch
     forward = forward_seconds(task, batch, args.clock)
 
-    def course(seed: int, rate: float | None, seconds: float) -> Course:
-        return Course(method, seed, rate, task.measure, budget=seconds)
+    def curve(seed: int, rate: float | None, seconds: float) -> LearningCurve:
+        return LearningCurve(method, seed, rate, task.measure, budget=seconds)
 
     rate = None if how.rates is None else args.rates.get(method, how.rate(name))
     tried: dict[str, float] = {}
     if args.sweep and rate is not None and method not in args.rates and not method.startswith(PLANE):
 
         def outcome(rate: float) -> float:
-            trial = course(args.seeds[0], rate, args.sweep_seconds)
+            trial = curve(args.seeds[0], rate, args.sweep_seconds)
             return train_loss_of(run(task, trial, how, batch, args.clock, forward, scored=False, least=LEAST))
 
         rate, tried = sweep(rate, outcome)
@@ -264,7 +267,7 @@ def courses_of(task: Task, name: str, method: str, how: Method, args: argparse.N
         )  # fmt: skip
     out = []
     for seed in args.seeds:
-        done = run(task, course(seed, rate, args.seconds), how, batch, args.clock, forward)
+        done = run(task, curve(seed, rate, args.seconds), how, batch, args.clock, forward)
         done.sweep, done.sweep_seconds, done.memory = tried, args.sweep_seconds if tried else 0.0, memory
         print(f"{name}, {method}, seed {seed}: {json.dumps(done.rows[-1])} {done.status}", file=sys.stderr)
         out.append(done)
@@ -274,7 +277,7 @@ def courses_of(task: Task, name: str, method: str, how: Method, args: argparse.N
 
 
 def main() -> None:
-    """Train, print and write what was asked for."""
+    """Train, print the tables and write the files."""
     args = arguments()
     if args.peak:
         print(peak(args.peak))
@@ -287,14 +290,14 @@ def main() -> None:
     found, results = chosen(args) if args.tasks else {}, Results()
 
     def write() -> str:
-        together = merged(earlier, results)
-        text = report(together, title, args.at)
+        combined = merged(earlier, results)
+        text = report(combined, title, args.at)
         if args.out:
             args.out.write_text(text + "\n")
         if args.json:
-            save(together, title, args.json)
-        if args.figure and any(together.values()):
-            draw(together, args.figure, title)
+            save(combined, title, args.json)
+        if args.figure and any(combined.values()):
+            draw(combined, args.figure, title)
         return text
 
     for name in args.tasks:
@@ -302,7 +305,7 @@ def main() -> None:
         results[name] = []
         for method, how in found.items():
             if how.tasks is None or name in how.tasks:
-                results[name] += courses_of(task, name, method, how, args)
+                results[name] += curves_of(task, name, method, how, args)
                 write()
                 if results[name][-1].status == "interrupted":
                     print(write())

@@ -4,7 +4,7 @@ Torch describes its operators with sample inputs (`op_db`). Each sample is evalu
 directions and compared with reverse over reverse in double precision; central differences settle
 disagreements. Inputs move on curves, so that every operator meets second coefficients too. In-place
 and ``out=`` variants are compared with their functional counterpart. Prints a summary and writes
-docs/coverage.md.
+docs/coverage.md, of which the last part is about other kinds of tensors and code (`benchmarks.kinds`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ from jetplane.evaluation.plane import PlaneModel
 from jetplane.rules import RULES, fallback
 from jetplane.testing import central_differences, contract, grad_of_grad
 
+from . import kinds
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "coverage.md"
 TOLERANCE = 1e-7
 SETTLED = 1e-5  # what central differences are trusted to
 VARIANTS = ("function", "in place", "into a buffer", "out=")
@@ -399,8 +402,16 @@ def page(rows: list[Row]) -> str:
         f"floating input moving on a curve; relative tolerance {TOLERANCE:.0e}.\n\n"
         f"{summary(rows)}\n\n{meanings}\n\n"
         "An operator is what its worst sample is. *Into a buffer* is the in-place variant on a plain tensor, with jets "
-        "as the other arguments.\n\n" + "\n".join(table) + "\n"
+        "as the other arguments.\n\n" + "\n".join(table) + "\n\n" + kinds.section()
     )
+
+
+def renew_kinds(out: Path) -> None:
+    """Put the last part of the page in place of what is there, and print it."""
+    part = kinds.section()
+    before = out.read_text().partition(part.partition("\n")[0])[0].rstrip()
+    out.write_text(f"{before}\n\n{part}")
+    print(f"{part}\nwritten: {out}")
 
 
 def main() -> None:
@@ -410,10 +421,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30, help="for each operator, about")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, help="the page; docs/coverage.md where all operators are swept")
+    parser.add_argument("--kinds", action="store_true", help="only the part about kinds of tensors and code")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return work(args.samples, args.seconds)
+    if args.kinds:
+        return renew_kinds(args.out or PAGE)
     known = list(operators())
     names = [n for n in known if not args.names or n in args.names or n.partition(".")[0] in args.names]
     rows = sweep(names, args.samples, args.seconds, args.processes)
@@ -422,7 +436,7 @@ def main() -> None:
         for variant, status in row.status.items():
             if status not in (*EXACT, "no oracle") or args.names:
                 print(f"{row.name} ({variant}): {status} {row.detail[variant]}")
-    out = args.out or (None if args.names else Path(__file__).resolve().parent.parent / "docs" / "coverage.md")
+    out = args.out or (None if args.names else PAGE)
     if out is not None:
         out.write_text(page(rows))
         print(f"written: {out}")

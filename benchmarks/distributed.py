@@ -93,8 +93,10 @@ def gauss_newton(problem: Problem, k: int) -> Callable[[], Any]:
 def search(problem: Problem, k: int | None = None) -> Callable[[], Any]:
     """A step of PlaneSearch on a model of its own; of drawn directions, or of estimates by noise on its layers."""
     model = copy.deepcopy(problem.model)
-    shared: dict[str, Any] = {"process_group": dist.group.WORLD}
-    opt = jp.optim.PlaneSearch(model.parameters(), None if k else model, k=k, **shared)
+    sources = [jp.sources.Drawn(k), jp.sources.Averages(), jp.sources.PreviousStep()] if k else None
+    opt = jp.optim.PlaneSearch(
+        model.parameters(), None if k else model, subspace=sources, process_group=dist.group.WORLD
+    )
     return lambda: opt.step(lambda: F.cross_entropy(model(problem.x), problem.y), weight=len(problem.y))
 
 

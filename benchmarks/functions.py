@@ -5,7 +5,6 @@ python -m benchmarks.functions
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -17,7 +16,8 @@ from torch import Tensor
 
 import jetplane as jp
 from jetplane.subspace.descent import Newton
-from jetplane.subspace.search import Backtracking, Line, Proposal
+from jetplane.subspace.search import Backtracking, NoState, Outcome, Proposal, decided
+from jetplane.subspace.sources import Averages, Drawn, PreviousStep, Subspace
 
 GOAL, MOST = 1e-10, 2000
 Function = Callable[[Tensor], Tensor]
@@ -209,9 +209,6 @@ def newton(case: Case, most: int = MOST) -> int | None:
     """Newton's steps, halved until the value falls; None where no part of one lowers it."""
     x, f = case.start.double(), case.f
 
-    def line_from(x: Tensor, kappa: Tensor) -> Line:
-        return Line(lambda rate: f(x + rate * kappa).item(), lambda: kappa.norm().item())
-
     for n in range(most):
         value = f(x).item()
         if case.solved(value):
@@ -219,19 +216,20 @@ def newton(case: Case, most: int = MOST) -> int | None:
         slope, hessian = torch.func.grad(f)(x), torch.func.hessian(f)(x)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", jp.RescueWarning)  # indefinite Hessians are Newton's own affair
-            solution = Newton().solve(slope, hessian)
-        proposal = Proposal(value, slope, solution, None, functools.partial(line_from, x))
-        kappa, rate, _ = Backtracking()(proposal, {})
-        if not rate:
+            proposal = Proposal.of(value, slope, hessian, Newton())
+        at = x
+        found = decided(Backtracking(), proposal, NoState(), lambda t, at=at: Outcome(f(at + t.rate * t.kappa).item()))
+        if not found.rate:
             return None
-        x = x + rate * kappa
+        x = x + found.rate * found.kappa
     return most
 
 
 def plane_search(case: Case, k: int, most: int = MOST, **settings: Any) -> tuple[int, bool, float]:
     """Steps of `jetplane.optim.PlaneSearch` with k directions, whether the value never rose, and the last value."""
     w = torch.nn.Parameter(case.start.double().clone())
-    opt = jp.optim.PlaneSearch([w], k=k, curvature="hessian", **settings)
+    subspace = Subspace([Drawn(k), Averages(), PreviousStep()], "hessian")
+    opt = jp.optim.PlaneSearch([w], subspace=subspace, **settings)
     last, monotone = float("inf"), True
     for n in range(most + 1):
         value = case.f(w.detach()).item()

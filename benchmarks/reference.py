@@ -36,6 +36,7 @@ from jetplane.directions import Directions
 from jetplane.errors import RescueWarning
 from jetplane.experiments import data, models
 from jetplane.experiments.config import Config
+from jetplane.experiments.methods import METHODS
 from jetplane.experiments.reproduce.figures import band, plain_log, style, tidy
 from jetplane.experiments.reproduce.results import markdown, mean_error, pm
 from jetplane.experiments.train import Run, optimizer
@@ -43,17 +44,13 @@ from jetplane.experiments.train import Run, optimizer
 from .measuring import machine
 
 SIDES = ("ours", "paper's code")
-METHODS: dict[str, dict[str, Any]] = {
-    "FGD": {"method": "fgd"},
-    "FoMoH": {"method": "fomoh"},
-    "FoMoH-2D": {"method": "fomoh-kd", "k": 2},
-    "FoMoH-3D": {"method": "fomoh-kd", "k": 3},
-}
+_RUNS = (("fgd", 1), ("fomoh", 1), ("fomoh-kd", 2), ("fomoh-kd", 3))
+RUNS: dict[str, dict[str, Any]] = {METHODS[name].label(k): {"method": name, "k": k} for name, k in _RUNS}
 # FoMoH's are the paper's. The others of logistic regression did best of a few in three epochs; those of the CNN are
-# low enough for the plain Newton step, which an indefinite plane throws far.
+# low enough for the plain Newton step, which goes far where the plane is indefinite.
 RATES = {
-    "logreg": {"FGD": 1e-3, "FoMoH": 0.1362, "FoMoH-2D": 1.0, "FoMoH-3D": 1.0},
-    "cnn": {"FGD": 1e-4, "FoMoH": 0.544, "FoMoH-2D": 0.05, "FoMoH-3D": 0.05},
+    "logreg": {"FGD": 1e-3, "FoMoH": METHODS["fomoh"].rates["logreg"], "FoMoH-2D": 1.0, "FoMoH-3D": 1.0},
+    "cnn": {"FGD": 1e-4, "FoMoH": METHODS["fomoh"].rates["cnn"], "FoMoH-2D": 0.05, "FoMoH-3D": 0.05},
 }
 BATCH = {"logreg": 1024, "cnn": 2048}
 Rows = list[dict[str, float]]
@@ -120,8 +117,8 @@ class Reference:
     def _drawn(self, *size: int) -> Tensor:
         """In place of its random numbers: our directions of this step, in its layout."""
         tangents = self.directions.tangents(list(self.like.parameters()))
-        together = torch.cat([(v.mT if v.dim() == 3 else v).flatten(1) for v in tangents], 1)
-        return together.reshape([int(n) for n in size])
+        flat = torch.cat([(v.mT if v.dim() == 3 else v).flatten(1) for v in tangents], 1)
+        return flat.reshape([int(n) for n in size])
 
     def _step(self, x: Tensor, y: Tensor) -> float:
         if self.config.method == "fomoh-kd":
@@ -233,7 +230,7 @@ def main() -> None:
     """Run both sides and print Markdown."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", choices=list(RATES), default="logreg")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--examples", type=int, default=0, help="use the first so many; 0: all")
@@ -256,7 +253,7 @@ def main() -> None:
         for seed in args.seeds:
             config = Config(
                 data="mnist", model=args.model, lr=RATES[args.model][method], seed=seed, epochs=args.epochs,
-                batch_size=args.batch_size or BATCH[args.model], clip=0.0, descent="newton", **METHODS[method],
+                batch_size=args.batch_size or BATCH[args.model], clip=0.0, descent="newton", **RUNS[method],
             )  # fmt: skip
             apart = max(apart, check(config, dataset))
             runs[method][SIDES[0]].append(ours(config, dataset))

@@ -1,7 +1,7 @@
 """The methods that `convergence` compares: ours, the paper's and SOFO's, zeroth order, backpropagation.
 
-Code of other projects is used if a variable names its tree: FOMOH_SRC that of SRI-CSL/fomoh, the paper's, and
-SOFO_SRC that of hennequin-lab/SOFO.
+The code of other projects is used if an environment variable names its source tree: FOMOH_SRC for SRI-CSL/fomoh, the
+paper's, and SOFO_SRC for hennequin-lab/SOFO.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import jetplane as jp
-from jetplane.optim.plane_search import LEAST
+from jetplane.experiments import methods
+from jetplane.gradients import ActivityPerturbation
 from jetplane.subspace.descent import Damped
-from jetplane.subspace.search import NoiseAware
+from jetplane.subspace.search import FullStep, NoiseAware
+from jetplane.subspace.sources import Averages, Drawn, PreviousStep, Subspace
 
 from .tasks import Batch, Task
 
@@ -36,11 +38,11 @@ PLANE = "plane-search"
 
 @dataclass(frozen=True)
 class Trainer:
-    """A method at work on a model.
+    """A method that trains a model.
 
     Attributes:
-        step: takes a step; the closure is the loss of the batch.
-        write: brings the model's weights up to date, for a method that keeps its own.
+        step: takes a step; the closure computes the loss of the batch.
+        write: copies the weights to the model, for a method that keeps its own.
     """
 
     step: Step
@@ -49,14 +51,14 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Method:
-    """How to train.
+    """A method of training.
 
     Attributes:
-        make: puts the method to work, with a rate.
-        rates: by task; "" for all others. None for a method that has no rate.
-        reverse: whether it goes backward, and needs losses written for that.
-        tasks: those it can do, None for all.
-        source: the variable that names the tree of the project it belongs to.
+        make: makes the trainer of a model for a task, with a learning rate.
+        rates: learning rates by task; "" for all others. None for a method without one.
+        reverse: whether it uses reverse mode, and the loss that is written for it.
+        tasks: tasks that it supports; None for all.
+        source: environment variable that names the source tree of its project; None for none.
     """
 
     make: Callable[[nn.Module, Task, float], Trainer]
@@ -77,7 +79,7 @@ def moving(model: nn.Module) -> list[nn.Parameter]:
 
 
 def plane_search(**settings: Any) -> Callable[[nn.Module, Task, float], Trainer]:
-    """Our general optimizer; where a loss differentiates the model itself, its layers are left out of it."""
+    """PlaneSearch; without its model where the loss differentiates the model, so that layers cannot be perturbed."""
 
     def make(model: nn.Module, task: Task, rate: float) -> Trainer:
         own: dict[str, Any] = {"model": model if task.layers else None} | settings
@@ -87,24 +89,33 @@ def plane_search(**settings: Any) -> Callable[[nn.Module, Task, float], Trainer]
     return make
 
 
-def forward_only(kind: Callable[..., Any], **settings: Any) -> Callable[[nn.Module, Task, float], Trainer]:
+def registered(name: str, k: int | None = None) -> Callable[[nn.Module, Task, float], Trainer]:
+    """A method of the registry with its defaults and a rate."""
+    method = methods.METHODS[name]
+
     def make(model: nn.Module, task: Task, rate: float) -> Trainer:
-        opt = kind(moving(model), lr=rate, **settings)
+        settings = methods.Settings(rate, method.k if k is None else k, clip=method.clip or None)
+        opt: Any = method.build(moving(model), model, settings)
         return Trainer(lambda closure, batch: opt.step(closure))
 
     return make
 
 
+def label(name: str, k: int | None = None) -> str:
+    return methods.METHODS[name].label(k)
+
+
 def sofo(model: nn.Module, task: Task, rate: float) -> Trainer:
-    """SOFO's method at its published settings for MNIST: K = 340 dense tangents, damping 1e-3, a fixed rate."""
+    """SOFO's method with its published settings for MNIST: K = 340 dense tangents, damping 1e-3, a fixed rate."""
     size = sum(p.numel() for p in moving(model))
-    return plane_search(
-        model=None, k=min(340, size), tangents="dense", averages=(), previous=False, descent=Damped(1e-3), rate=rate
-    )(model, task, rate)
+    drawn = Drawn(min(340, size), tangents="dense")
+    return plane_search(model=None, lr=rate, subspace=[drawn], descent=Damped(1e-3), search=FullStep())(
+        model, task, rate
+    )
 
 
 def mezo(model: nn.Module, task: Task, rate: float) -> Trainer:
-    """Zeroth order: the loss's difference along one Gaussian direction, redrawn from its seed (MeZO)."""
+    """Zeroth order (MeZO): a central difference of the loss along one Gaussian direction, redrawn from its seed."""
     params, directions, size = moving(model), jp.Directions(1), 1e-3
 
     def move(by: float) -> None:
@@ -128,10 +139,10 @@ def mezo(model: nn.Module, task: Task, rate: float) -> Trainer:
 
 
 def _checkpointed(model: nn.Module) -> None:
-    """Keep the inputs of the model's parts alone and run each part again in the backward pass.
+    """Checkpoint activations: keep the inputs of the model's parts, and run each part again in the backward pass.
 
-    A chain of layers is cut into about as many segments as segments have layers, other models at the
-    blocks of their lists, or at their children if they have none.
+    A `Sequential` is cut into about as many segments as a segment has layers. The parts of other models are the
+    elements of their module lists, or their children if they have none.
     """
     if isinstance(model, nn.Sequential):
         segments = max(1, round(math.sqrt(len(model))))
@@ -175,7 +186,7 @@ def _module(variable: str, folder: str, name: str) -> Any:
 
 
 def papers_code(k: int, curved: bool = True) -> Callable[[nn.Module, Task, float], Trainer]:
-    """The paper's own models and steps: along K directions, or one, with their curvature or without."""
+    """The paper's own models and steps, along one direction or K of them, with or without curvature."""
 
     def make(model: nn.Module, task: Task, rate: float) -> Trainer:
         library, steps = _module("FOMOH_SRC", "src", "fomoh.nn"), _module("FOMOH_SRC", "src", "fomoh.opt")
@@ -232,45 +243,45 @@ def sofos_code(model: nn.Module, task: Task, rate: float) -> Trainer:
 
 # --- all of them ------------------------------------------------------------------------------------------
 
-_FGD = {"logreg": 5e-4, "mlp": 2e-4, "cnn": 1e-4, "": 1e-4}
-_FOMOH = {"logreg": 0.1362, "cnn": 0.544, "": 0.3}
+_FGD = {**methods.METHODS["fgd"].large_rates, "mlp": 2e-4, "": 1e-4}
+_FOMOH = {"": methods.METHODS["fomoh"].rates["mlp"]} | {
+    model: methods.METHODS["fomoh"].rates[model] for model in methods.METHODS["fomoh"].published
+}
 _PAPER: dict[str, Any] = {"tasks": ("logreg", "mlp", "cnn"), "source": "FOMOH_SRC"}
 
 METHODS: dict[str, Method] = {
     PLANE: Method(plane_search(), None),
-    "FGD": Method(forward_only(jp.optim.FGD), _FGD),
-    "FoMoH": Method(forward_only(jp.optim.FoMoH, clip=1.0), _FOMOH),
-    "FoMoH-2D": Method(forward_only(jp.optim.FoMoHKD, k=2, descent="saddle-free", clip=1.0), {"": 1.0}),
-    "FoMoH-3D": Method(forward_only(jp.optim.FoMoHKD, k=3, descent="saddle-free", clip=1.0), {"": 1.0}),
-    "FGD, paper's code": Method(papers_code(1, curved=False), _FGD, **_PAPER),
-    "FoMoH, paper's code": Method(papers_code(1), _FOMOH, **_PAPER),
-    "FoMoH-2D, paper's code": Method(papers_code(2), {"cnn": 0.05, "": 1.0}, **_PAPER),
-    "FoMoH-3D, paper's code": Method(papers_code(3), {"cnn": 0.05, "": 1.0}, **_PAPER),
+    label("fgd"): Method(registered("fgd"), _FGD),
+    label("fomoh"): Method(registered("fomoh"), _FOMOH),
+    label("fomoh-kd", 2): Method(registered("fomoh-kd", 2), {"": 1.0}),
+    label("fomoh-kd", 3): Method(registered("fomoh-kd", 3), {"": 1.0}),
+    f"{label('fgd')}, paper's code": Method(papers_code(1, curved=False), _FGD, **_PAPER),
+    f"{label('fomoh')}, paper's code": Method(papers_code(1), _FOMOH, **_PAPER),
+    f"{label('fomoh-kd', 2)}, paper's code": Method(papers_code(2), {"cnn": 0.05, "": 1.0}, **_PAPER),
+    f"{label('fomoh-kd', 3)}, paper's code": Method(papers_code(3), {"cnn": 0.05, "": 1.0}, **_PAPER),
     "SOFO's method": Method(sofo, {"": 0.1}),
     "SOFO's code": Method(sofos_code, {"": 0.01}, tasks=("logreg", "mlp"), source="SOFO_SRC"),
     "MeZO-style": Method(mezo, _FGD),
-    "SGD, backprop": Method(backprop(torch.optim.SGD), {"": 0.1}, reverse=True),
+    label("sgd"): Method(backprop(torch.optim.SGD), {"": 0.1}, reverse=True),
     "Adam, backprop": Method(backprop(torch.optim.Adam), {"": 1e-3}, reverse=True),
     "SGD, checkpointed": Method(backprop(torch.optim.SGD, checkpoints=True), {"": 0.1}, reverse=True),
     "Adam, checkpointed": Method(backprop(torch.optim.Adam, checkpoints=True), {"": 1e-3}, reverse=True),
 }
+
+
 _ABLATIONS: dict[str, dict[str, Any]] = {
     "without the layers' noise: 64 drawn directions": {"model": None},
-    "without feedback": {"feedback": False},
-    "without scaled averages": {"scaled": False},
-    "without parts": {"parts": 1},
-    "without the previous step": {"previous": False},
-    "without the longer average": {"averages": (0.9,)},
-    "whole steps": {"rate": 1.0},
-    "without the guard": {"rate": NoiseAware(floor=LEAST, guard=False)},
-    "rates down to a thousandth": {"rate": NoiseAware()},
-    "at least half of a step": {"rate": NoiseAware(floor=0.5)},
-    "with 8 drawn directions": {"k": 8},
-    "twice the passes": {"passes": 16.0},
-    "exact curvature": {"curvature": "hessian"},
-    "one direction at a time": {"chunk": 1},
+    "without feedback": {"gradient": ActivityPerturbation(feedback=False)},
+    "without scaled averages": {"subspace": [Averages(scaled=False), PreviousStep()]},
+    "without groups of layers": {"subspace": [Averages(groups=1), PreviousStep()]},
+    "without the previous step": {"subspace": [Averages()]},
+    "without the longer average": {"subspace": [Averages((0.9,)), PreviousStep()]},
+    "whole steps": {"search": FullStep()},
+    "rates down to a thousandth": {"search": NoiseAware()},
+    "at least half of a step": {"search": NoiseAware(floor=0.5)},
+    "with 8 drawn directions": {"subspace": [Drawn(8), Averages(), PreviousStep()]},
+    "twice the passes": {"gradient": ActivityPerturbation(passes=16.0)},
+    "exact curvature": {"subspace": Subspace(curvature="hessian")},
+    "one direction at a time": {"subspace": Subspace(chunk=1)},
 }
-ABLATIONS = {
-    name: Method(plane_search(**s), {"": s["rate"]} if isinstance(s.get("rate"), float) else None)
-    for name, s in _ABLATIONS.items()
-}
+ABLATIONS = {name: Method(plane_search(**settings), None) for name, settings in _ABLATIONS.items()}

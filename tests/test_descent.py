@@ -1,26 +1,21 @@
 """Descents on batches of planes, and what they make of scale."""
 
-import math
-
 import pytest
 import torch
 from torch.testing import assert_close
 
 import jetplane as jp
 from jetplane.subspace.descent import (
-    Cubic,
     CurvatureScaled,
     Damped,
     Descent,
     ForwardGradient,
     Newton,
     SaddleFree,
-    Truncated,
     named,
 )
 
-SPECTRAL = [Newton(), SaddleFree(), Damped(), Truncated(), Damped(scaled=True)]
-CUBIC = [Cubic(), Cubic(sigma=1e-3), Cubic(sigma=1e3, scaled=True)]
+SPECTRAL = [Newton(), SaddleFree(), Damped(), Damped(scaled=True)]
 
 
 def planes(number: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,7 +23,7 @@ def planes(number: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(number, k), root @ root.mT + torch.eye(k)
 
 
-@pytest.mark.parametrize("descent", SPECTRAL + CUBIC, ids=str)
+@pytest.mark.parametrize("descent", SPECTRAL, ids=str)
 def test_planes_are_solved_apart_and_averaged(descent):
     slope, curvature = planes(4, 3)
     together = descent(slope, curvature)
@@ -63,7 +58,7 @@ def test_turning_the_plane_turns_the_step(descent):
     assert_close(descent(turn.mT @ slope, turn.mT @ curvature @ turn), turn.mT @ descent(slope, curvature))
 
 
-@pytest.mark.parametrize("descent", SPECTRAL + CUBIC, ids=str)
+@pytest.mark.parametrize("descent", SPECTRAL, ids=str)
 def test_the_step_is_a_symmetric_matrix_times_the_slope(descent):
     slope, curvature = planes(2, 4)
     inverse = descent.solve(slope, curvature).inverse
@@ -89,47 +84,6 @@ def test_saddle_free_is_bounded():
     assert_close(kappa, torch.tensor([-0.5, -5.0]).double())
 
 
-def test_truncation_leaves_out_what_is_small_or_beyond_the_rank():
-    slope, curvature = torch.ones(3), torch.diag(torch.tensor([-4.0, 2.0, 1e-4]))
-    assert_close(Truncated()(slope, curvature), torch.tensor([-0.25, -0.5, 0.0]).double())
-    assert_close(Truncated(rank=1)(slope, curvature), torch.tensor([-0.25, 0.0, 0.0]).double())
-    assert_close(Truncated(tolerance=0.0)(slope, curvature)[2], torch.tensor(-1e4).double(), rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("sigma", [1e-6, 1.0, 1e6])
-def test_cubic_steps_are_global_minima_of_their_model(sigma, scaled):
-    """Optimality is stationarity with H + sigma r I without a negative eigenvalue (Nesterov and Polyak)."""
-    torch.manual_seed(0)
-    for size in (1e-6, 1.0, 100.0):
-        h = torch.randn(5, 5).double()
-        h, slope = h + h.mT, size * torch.randn(5).double()
-        lengths = h.diagonal().abs().rsqrt() if scaled else torch.ones(5).double()
-        step = Cubic(sigma, scaled)(slope, h) / lengths
-        h, slope = h * lengths.outer(lengths), slope * lengths
-        r = step.norm()
-        assert_close(h @ step + sigma * r * step, -slope, rtol=1e-8, atol=1e-9 * (r + size).item())
-        assert torch.linalg.eigvalsh(h)[0] + sigma * r >= -1e-9 * h.abs().max()
-
-
-@pytest.mark.parametrize("along", [0.0, 1e-300, 1e-12, -1e-12])
-@pytest.mark.parametrize("rest", [0.0, 0.5])
-def test_cubic_leaves_saddle_points(along, rest):
-    """The hard case: the slope has nothing, or next to nothing, along the lowest curvature."""
-    h = torch.diag(torch.tensor([-2.0, 1.0, 3.0])).double()
-    slope = torch.tensor([along, rest, 0.1 * rest]).double()
-    step = Cubic(1.0)(slope, h)
-    r = step.norm()
-    assert_close(h @ step + r * step, -slope, rtol=0, atol=1e-9)
-    assert r >= 2 - 1e-12 and abs(step[0]) > 1.9
-
-
-def test_cubic_without_curvature_has_a_length_and_without_slope_none():
-    step = Cubic(2.0)(torch.tensor([3.0, 4.0]), torch.zeros(2, 2))
-    assert_close(step, -torch.tensor([0.6, 0.8]).double() * 2.5**0.5)
-    assert_close(Cubic(2.0)(torch.zeros(2), torch.eye(2)), torch.zeros(2).double())
-
-
 def test_one_singular_plane_among_many_is_rescued_alone():
     slope, curvature = planes(3, 2)
     curvature[1] = torch.diag(torch.tensor([1.0, 0.0]))
@@ -139,7 +93,7 @@ def test_one_singular_plane_among_many_is_rescued_alone():
     assert_close(kappa[0], Newton()(slope[:1], curvature[:1])[0] / 3)
 
 
-@pytest.mark.parametrize("name", ["newton", "saddle-free", "damped", "truncated", "cubic"])
+@pytest.mark.parametrize("name", ["newton", "saddle-free", "damped"])
 def test_names(name):
     assert isinstance(named(name), Descent)
     assert named(Damped(0.5)) == Damped(0.5)
@@ -152,10 +106,6 @@ def test_names(name):
         lambda: SaddleFree(0.0),
         lambda: Damped(0.0),
         lambda: named("up"),
-        lambda: Truncated(1.0),
-        lambda: Truncated(rank=0),
-        lambda: Cubic(0.0),
-        lambda: Cubic(math.inf),
     ],
 )
 def test_bad_settings(build):

@@ -11,15 +11,16 @@ from torch.utils._pytree import tree_leaves
 import jetplane as jp
 from jetplane.directions import (
     KURTOSIS,
+    CachedDirections,
+    ConcatenatedDirections,
     Directions,
-    HeldDirections,
-    MixedDirections,
-    OrthogonalDirections,
-    ScaledDirections,
+    SelectedDirections,
     StoredDirections,
+    Term,
+    UnitDirections,
     laws,
 )
-from jetplane.jets import Deferred
+from jetplane.jets import Deferred, Partial
 
 DENSE = list(laws.LAWS)
 EVERY = list(KURTOSIS)
@@ -148,7 +149,7 @@ class TestOnDemand:
         directions = self.directions(law, structure)
         kappa = torch.randn(5, dtype=torch.float64)
         tangents = directions.tangents(PARAMS)
-        held, stored = HeldDirections(directions, PARAMS), StoredDirections(tangents)
+        held, stored = CachedDirections(directions, PARAMS), StoredDirections(tangents)
         for i, (p, t) in enumerate(zip(PARAMS, tangents, strict=True)):
             expected = torch.tensordot(kappa, t.double(), 1).float()
             for source in (directions, held, stored):
@@ -217,7 +218,7 @@ def test_the_sphere_has_one_norm_over_all_parameters(structure):
     directions.step = 1
     with pytest.raises(jp.ArgumentError, match="prepare"):
         directions.draw(0, PARAMS[0])
-    held = HeldDirections(directions, PARAMS[:2], places=[5, 9])
+    held = CachedDirections(directions, PARAMS[:2], places=[5, 9])
     some = torch.cat([held.draw(i, p).flatten(1) for i, p in enumerate(PARAMS[:2])], 1)
     torch.testing.assert_close(some.norm(dim=1), torch.full((3,), math.sqrt(223)))
 
@@ -243,7 +244,7 @@ def test_combining_needs_the_memory_of_one_direction(law, structure):
 
 
 def test_held_directions_draw_once_and_only_what_is_asked_for():
-    held = HeldDirections(Directions(2), PARAMS, places=[4, 5, 6, 7])
+    held = CachedDirections(Directions(2), PARAMS, places=[4, 5, 6, 7])
     assert held.used == set()
     tangents = held.structured(1, PARAMS[1])
     assert isinstance(tangents, Deferred) and held.used == {1}
@@ -251,19 +252,19 @@ def test_held_directions_draw_once_and_only_what_is_asked_for():
     torch.testing.assert_close(tangents.materialized(), Directions(2).draw(5, PARAMS[1]))
 
 
-def test_mixed_directions_are_their_sources_one_behind_the_other():
+def test_concatenated_directions_are_their_sources_one_behind_the_other():
     stored = [torch.randn(2, *p.shape) for p in PARAMS]
     sphere = Directions(3, "sphere")
-    mixed = MixedDirections([StoredDirections(dict(enumerate(stored))), sphere])
-    tangents = mixed.tangents(PARAMS)
+    both = ConcatenatedDirections([StoredDirections(dict(enumerate(stored))), sphere])
+    tangents = both.tangents(PARAMS)
     expected = sphere.tangents(PARAMS)
     kappa = torch.randn(5)
     for i, p in enumerate(PARAMS):
         torch.testing.assert_close(tangents[i], torch.cat([stored[i], expected[i]]))
-        torch.testing.assert_close(mixed.draw(i, p, slice(1, 4)), tangents[i][1:4])
-        torch.testing.assert_close(mixed.combine(i, p, kappa), torch.tensordot(kappa, tangents[i], 1))
+        torch.testing.assert_close(both.draw(i, p, slice(1, 4)), tangents[i][1:4])
+        torch.testing.assert_close(both.combine(i, p, kappa), torch.tensordot(kappa, tangents[i], 1))
     with pytest.raises(jp.ShapeError, match="kappa"):
-        mixed.combine(0, PARAMS[0], torch.ones(4))
+        both.combine(0, PARAMS[0], torch.ones(4))
 
 
 UNTYPED: Any = Directions
@@ -276,16 +277,14 @@ BAD = {
     "density": (lambda: Directions(1, tangents="sparse", density=0.0), jp.ArgumentError, r"\(0, 1\]"),
     "rank": (lambda: Directions(1, tangents="low-rank", rank=0), jp.ArgumentError, "rank must be"),
     "rank unasked": (lambda: Directions(1, rank=2), jp.ArgumentError, "low-rank"),
-    "block unprepared": (lambda: Directions(1, tangents="block").draw(0, torch.ones(2)), jp.ArgumentError, "prepare"),
     "seed": (lambda: UNTYPED(1, seed=0.5), jp.ArgumentError, "seed"),
     "integers": (
         lambda: Directions(1).draw(3, torch.ones(2, dtype=torch.int32)),
         jp.DTypeError,
         "parameter 3",
     ),
-    "complex": (lambda: Directions(1).draw(0, torch.ones(2) * 1j), jp.DTypeError, "complex64"),
     "kappa": (lambda: Directions(2).combine(0, torch.ones(2), torch.ones(3)), jp.ShapeError, "kappa"),
-    "nothing to mix": (lambda: MixedDirections([]), jp.ArgumentError, "at least one"),
+    "nothing to concatenate": (lambda: ConcatenatedDirections([]), jp.ArgumentError, "at least one"),
     "stored": (lambda: StoredDirections([torch.ones(2, 3), torch.ones(3, 3)]), jp.ShapeError, "one K"),
 }
 
@@ -307,56 +306,93 @@ def flat(tangents: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([t.reshape(len(t), -1) for t in tangents], 1).double()
 
 
-@pytest.mark.parametrize("structure", ["dense", "rank-one", "sparse"])
-def test_orthogonal_directions_span_the_same_plane(structure):
-    source = Directions(5, tangents=structure, density=0.3 if structure == "sparse" else None)
-    directions = OrthogonalDirections(source)
+def test_squared_norms():
+    given = StoredDirections([torch.randn(2, *p.shape) for p in PARAMS])
+    expected = flat(given.tangents(PARAMS)).square().sum(1)
+    torch.testing.assert_close(given.squared_norms(PARAMS), expected)
     size = sum(p.numel() for p in PARAMS)
-    v, before = flat(directions.tangents(PARAMS)), flat(source.tangents(PARAMS))
-    torch.testing.assert_close(v @ v.mT, size * torch.eye(5).double(), rtol=1e-5, atol=1e-3)
-    torch.testing.assert_close(v.mT @ (v @ before.mT) / size, before.mT, rtol=1e-4, atol=1e-4)
-    kappa = torch.randn(5)
-    for index, p in enumerate(PARAMS):
-        drawn = directions.draw(index, p)
-        torch.testing.assert_close(directions.draw(index, p, slice(1, 3)), drawn[1:3])
-        torch.testing.assert_close(directions.combine(index, p, kappa), torch.tensordot(kappa, drawn, 1))
+    both = ConcatenatedDirections([given, Directions(3)])
+    torch.testing.assert_close(both.squared_norms(PARAMS)[2:], torch.full((3,), float(size)).double())
+    torch.testing.assert_close(SelectedDirections(both, [slice(1, 2)]).squared_norms(PARAMS), expected[1:])
+    torch.testing.assert_close(CachedDirections(both, PARAMS).squared_norms(PARAMS)[:2], expected)
+    norms = flat(Directions(400, tangents="rank-one").tangents(PARAMS)).square().sum(1)
+    assert norms.mean() == pytest.approx(size, rel=0.1)  # what is expected of drawn ones
 
 
-def test_orthogonal_directions_leave_the_step_of_newtons_method_alone():
-    w, target = torch.zeros(6).double(), torch.arange(6).double()
-    scale = torch.arange(1, 7).double()
-    steps = []
-    for source in (Directions(3), OrthogonalDirections(Directions(3))):
-        plane = jp.evaluate(lambda: (scale * (w - target).square()).sum(), [w], source)
-        kappa = jp.descent.Newton()(plane.slope, plane.curvature)
-        steps.append(source.combine(0, w, kappa))
-    torch.testing.assert_close(steps[0], steps[1])
+# --- directions that do not move every parameter -----------------------------------------------------------
 
 
-def test_directions_that_depend_on_each_other_cannot_be_orthogonal():
-    twice = StoredDirections([torch.ones(2, 4)])
-    with pytest.raises(jp.SingularPlaneError, match="depend"):
-        OrthogonalDirections(twice).prepare([torch.zeros(4)])
-    with pytest.raises(jp.ArgumentError, match="prepare"):
-        OrthogonalDirections(twice).draw(0, torch.zeros(4))
+def some_move() -> UnitDirections:
+    """Three directions of which the first parameter has all, the second two, the third one, the last none."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(3, *p.shape) for p in PARAMS]
+    moved = {0: (0, 1, 2), 1: (0, 2), 2: (1,)}
+    vectors = [{i: Term(tensors[i][row], 2.0) for i, rows in moved.items() if row in rows} for row in range(3)]
+    found = UnitDirections.of(vectors)
+    assert found is not None
+    return found
 
 
-def test_scaled_directions():
-    source, scales = Directions(4, tangents="rank-one"), {0: torch.rand(30, 7) + 0.5}
-    directions = ScaledDirections(source, scales)
-    kappa = torch.randn(4)
-    for index, p in enumerate(PARAMS):
-        expected = source.draw(index, p) * scales.get(index, torch.tensor(1.0))
-        torch.testing.assert_close(directions.draw(index, p), expected)
-        torch.testing.assert_close(directions.draw(index, p, slice(2)), expected[:2])
-        torch.testing.assert_close(directions.combine(index, p, kappa), torch.tensordot(kappa, expected, 1))
-    with pytest.raises(jp.ShapeError, match="scale of parameter 0"):
-        ScaledDirections(source, {0: torch.ones(7)}).prepare(PARAMS)
+def test_unit_directions_have_norm_one_and_say_what_they_move():
+    directions = some_move()
+    v = flat(directions.tangents(PARAMS))
+    torch.testing.assert_close(v @ v.mT * torch.eye(3), torch.eye(3).double())
+    kinds = [directions.structured(i, p) for i, p in enumerate(PARAMS)]
+    assert isinstance(kinds[0], Deferred) and kinds[3] is None
+    assert isinstance(kinds[1], Partial) and isinstance(kinds[2], Partial)
+    assert (kinds[1].rows, kinds[2].rows) == ((0, 2), (1,))
+    for i, (p, kind) in enumerate(zip(PARAMS, kinds, strict=True)):
+        drawn = directions.draw(i, p)
+        if kind is not None:
+            torch.testing.assert_close(kind.materialized(), drawn)
+            torch.testing.assert_close(kind[1:3].materialized(), drawn[1:3])
+            torch.testing.assert_close(kind[1:2].to(torch.float64).materialized(), drawn[1:2].double())
+        kappa = torch.randn(3)
+        torch.testing.assert_close(directions.combine(i, p, kappa), torch.tensordot(kappa, drawn, 1))
 
 
-def test_a_resting_block_beside_factors_has_its_place():
-    w = torch.zeros(3, 2)
-    mixed = MixedDirections([Directions(2, tangents="rank-one"), Directions(1, tangents="block")])
-    mixed.prepare([torch.zeros(2), w], [0, 1])
-    assert mixed.structured(1, w).materialized().shape == (3, 3, 2)
-    torch.testing.assert_close(mixed.structured(1, w).materialized(), mixed.draw(1, w))
+def test_terms_over_a_root_mean_square():
+    term = Term(torch.tensor([3.0, 1.0, 5.0]), 2.0, torch.tensor([9.0, 4.0, 0.0]))
+    torch.testing.assert_close(term.materialized(), torch.tensor([2.0, 1.0, 0.0]))
+
+
+def test_vectors_of_zeros_are_left_out():
+    assert UnitDirections.of([{0: Term(torch.zeros(2))}, {}]) is None
+
+
+@pytest.mark.parametrize("drawn", ["dense", "rank-one"])
+def test_compositions_keep_absence(drawn):
+    """Behind each other, selected and cached: the same numbers, and nothing is stored for what does not move."""
+    sources = [some_move(), Directions(2, tangents=drawn), StoredDirections({1: torch.ones(1, *PARAMS[1].shape)})]
+    both = ConcatenatedDirections(sources)
+    for directions in (both, SelectedDirections(both, [slice(0, 2), slice(3, 6)]), CachedDirections(both, PARAMS)):
+        kappa = torch.randn(directions.k)
+        for i, p in enumerate(PARAMS):
+            tangents, whole = directions.structured(i, p), directions.draw(i, p)
+            torch.testing.assert_close(tangents.materialized(), whole)
+            torch.testing.assert_close(directions.combine(i, p, kappa), torch.tensordot(kappa, whole, 1))
+    assert both.structured(3, PARAMS[3]).rows == (3, 4)
+    assert both.structured(1, PARAMS[1]).rows == (0, 2, 3, 4, 5)
+
+
+@pytest.mark.parametrize("rows", [(0,), (1, 0), (0, 3)])
+def test_partial_tangents_of_other_rows(rows):
+    with pytest.raises(jp.ShapeError, match="ascending rows below k = 3"):
+        Partial(3, rows, torch.ones(2, 4))
+
+
+def test_planes_of_absent_directions_are_those_of_zeros():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    params, x = list(net.parameters()), torch.randn(5, 3).double()
+    vectors = [
+        {0: Term(torch.randn(4, 3).double())},
+        {2: Term(torch.randn(2, 4).double()), 3: Term(torch.ones(2).double())},
+    ]
+    directions = UnitDirections.of(vectors)
+    assert directions is not None
+    for settings in ({}, {"curvature": "ggn", "chunk": 1}, {"curvature": "ggn", "examples": True}, {"chunk": 2}):
+        loss = lambda: torch.nn.functional.mse_loss(net(x), torch.ones(5, 2).double())  # noqa: E731
+        found = jp.evaluate(loss, params, directions, **settings)
+        expected = jp.evaluate(loss, params, directions.tangents(params), **settings)
+        torch.testing.assert_close(found.slope, expected.slope)
+        torch.testing.assert_close(found.curvature, expected.curvature)

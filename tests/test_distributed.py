@@ -18,10 +18,13 @@ from torch.utils._pytree import tree_leaves
 import jetplane as jp
 from jetplane.directions import StoredDirections
 from jetplane.evaluation.specification import PlaneSpec
+from jetplane.gradients import ActivityPerturbation
 from jetplane.parallel import ranks as distributed
 from jetplane.parallel.message import PlaneMessage
 from jetplane.parallel.ranks import fingerprint
 from jetplane.parallel.work import plan
+from jetplane.subspace.search import FullStep
+from jetplane.subspace.sources import Averages, Drawn, PreviousStep, Source, Subspace
 
 pytestmark = pytest.mark.filterwarnings("ignore::jetplane.RescueWarning")
 
@@ -32,20 +35,26 @@ OPTIMIZERS = {
     "planes": lambda p, **kw: jp.optim.FoMoHKD(p, lr=0.3, k=2, planes=3, descent="damped", clip=0.5, **kw),
 }
 
+
+def drawn(k=None, **settings):
+    """The default sources with directions drawn."""
+    return [Drawn(k, **settings), Averages(), PreviousStep()]
+
+
 # Planes of remembered directions, whose step is judged by its noise and guarded by losses of its own.
 SEARCHES = {
-    "drawn": lambda net, **kw: jp.optim.PlaneSearch(net.parameters(), k=8, **kw),
+    "drawn": lambda net, **kw: jp.optim.PlaneSearch(net.parameters(), **{"subspace": drawn(8)} | kw),
     "dense": lambda net, **kw: jp.optim.PlaneSearch(
         net.parameters(),
-        k=5,
-        tangents="dense",
-        curvature="hessian",
+        subspace=Subspace(drawn(5, tangents="dense"), curvature="hessian"),
         descent="damped",
         clip=0.5,
         weight_decay=1e-3,
         **kw,
     ),
-    "model": lambda net, **kw: jp.optim.PlaneSearch(net.parameters(), net, passes=3.0, **kw),
+    "model": lambda net, **kw: jp.optim.PlaneSearch(
+        net.parameters(), net, gradient=ActivityPerturbation(passes=3.0), **kw
+    ),
 }
 
 # Numbers of a step: loss, slope, curvature.
@@ -164,7 +173,7 @@ class TestPlaneSearch:
         assert (bits - flat(net)).norm() <= 30 * close * bits.norm()  # flat directions keep what rounding adds
         alone = opt.state["jetplane"]["search"]
         assert own["search"] == pytest.approx(alone, rel=100 * close) and alone["noise"] > 0
-        assert own.get("plans") == opt.state["jetplane"].get("plans")
+        assert own["gradient"].get("plans") == opt.state["jetplane"]["gradient"].get("plans")
 
     @pytest.mark.parametrize("name", SEARCHES)
     @pytest.mark.parametrize(("dtype", "close"), BOTH, ids=str)
@@ -250,6 +259,21 @@ def equal(some, others):
     return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
+class Guess(Source):
+    """A direction of which nothing says that all ranks have the same."""
+
+    learns = False
+
+    def __init__(self, guess):
+        self.guess = guess
+
+    def directions(self, context):
+        return StoredDirections({i: t.unsqueeze(0) for i, t in zip(context.places, self.guess(), strict=True)})
+
+    def remember(self, context, result):
+        return context.state
+
+
 def search_disturbed(rank, name, call, how, weighs=True):
     """Two good steps, one in which a call of rank 1's closure goes wrong, and a good one again."""
     net, (x, y) = network(), shard_of(rank, *batch(), 7)
@@ -269,10 +293,11 @@ def search_disturbed(rank, name, call, how, weighs=True):
             raise OSError("no guess")
         return [2 * g if rank == 1 and wrong[0] and how == "guess differs" else g for g in guess]
 
-    opt = SEARCHES[name](net, process_group=dist.group.WORLD, guess=guessed if how.startswith("guess") else None)
+    own = {"subspace": [Guess(guessed), *drawn(8)]} if how.startswith("guess") else {}
+    opt = SEARCHES[name](net, process_group=dist.group.WORLD, audit="never", **own)
     train(net, opt, x, y, 2, weight=len(x))
     if how == "state" and rank == 1:
-        opt.state[net[0].weight]["square"][1, 2] *= 1 + 1e-15
+        opt.state[net[0].weight]["Averages/square"][1, 2] *= 1 + 1e-15
     before = tensors_of(net.state_dict(), opt.state_dict())
     calls.clear()
     wrong[0] = True
@@ -308,7 +333,9 @@ class TestFailuresOfOneRankInASearch:
         (_, _, unhindered, _), _ = two.run(search_disturbed, "drawn", 0, "nan")
         assert after != unhindered
 
-    @pytest.mark.parametrize(("how", "said"), [("guess differs", "guess: "), ("state", "square of parameter 0: ")])
+    @pytest.mark.parametrize(
+        ("how", "said"), [("guess differs", "directions of Guess: "), ("state", "Averages/square of parameter 0: ")]
+    )
     def test_what_differs_is_named(self, two, how, said):
         for error, untouched, *_ in two.run(search_disturbed, "model", 0, how):
             assert isinstance(error, jp.RanksDifferError) and error.ranks == (1,) and said in str(error)
@@ -317,7 +344,7 @@ class TestFailuresOfOneRankInASearch:
 
 def search_refused(rank, changes):
     net, (x, y) = network(), batch()
-    options = {"k": 3} | (changes if rank == 1 else {})
+    options = {"subspace": drawn(3)} | (changes if rank == 1 else {})
     opt = jp.optim.PlaneSearch(net.parameters(), process_group=dist.group.WORLD, **options)
     return step_of(opt, lambda: F.cross_entropy(net(x), y))
 
@@ -325,16 +352,17 @@ def search_refused(rank, changes):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"k": 4}, "k: 4 on rank 1, 3 on others"),
-        ({"curvature": "hessian"}, "curvature: 'hessian' on rank 1, 'ggn' on others"),
+        ({"subspace": drawn(4)}, "Drawn: \"Drawn(k=4, law='gaussian'"),
+        ({"subspace": Subspace(drawn(3), "hessian")}, "curvature: 'hessian' on rank 1, 'ggn' on others"),
         ({"descent": "newton"}, "descent: 'Newton(tolerance=None)' on rank 1"),
-        ({"rate": 0.5}, "search: 'Whole()' on rank 1, 'NoiseAware("),
-        ({"averages": (0.5,)}, "averages: (0.5,) on rank 1, (0.9, 0.99) on others"),
-        ({"scaled": False}, "scaled: False on rank 1"),
-        ({"previous": False}, "previous: False on rank 1"),
+        ({"search": FullStep()}, "search: 'FullStep()' on rank 1, 'NoiseAware("),
+        ({"lr": 0.5}, "lr: [0.5] on rank 1"),
+        ({"subspace": [Drawn(3)]}, "subspace: 'Drawn' on rank 1, 'Drawn, Averages, PreviousStep' on others"),
         ({"model": nn.Linear(2, 2)}, "model: 'Linear' on rank 1, None on others"),
-        ({"passes": 3.0}, "passes: 3.0 on rank 1"),
-        ({"tangents": "dense"}, "tangents: 'dense' on rank 1, 'rank-one' on others"),
+        (
+            {"model": nn.Linear(2, 2), "gradient": ActivityPerturbation(3.0)},
+            "gradient: 'ActivityPerturbation(passes=3.0, feedback=True)' on rank 1",
+        ),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
@@ -347,13 +375,14 @@ def search_sent(rank, with_model):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 200), nn.Tanh(), nn.Linear(200, 3))
     x, y = shard_of(rank, *batch(torch.float32, 64), 20)
-    opt = jp.optim.PlaneSearch(net.parameters(), net if with_model else None, process_group=dist.group.WORLD)
+    model = net if with_model else None
+    opt = jp.optim.PlaneSearch(net.parameters(), model, process_group=dist.group.WORLD, audit="never")
     train(net, opt, x, y, 3, weight=len(x))
     before = opt.ranks.sent
     calls = []
     opt.step(lambda: calls.append(1) or F.cross_entropy(net(x), y), weight=len(x))
-    learned = opt.state["jetplane"].get("feedback")
-    taught = [] if learned is None else [learned["second_moments"], *learned["maps"].values()]
+    learned = opt.state["jetplane"]["gradient"].get("feedback")
+    taught = [learned["second_moments"], *learned["maps"].values()] if learned else []
     assert len(taught) == 2 * with_model  # of the first layer, and the errors' moments
     size = sum(t.numel() for t in (*net.parameters(), *taught))
     return opt.ranks.sent - before, len(opt.plane.slope), len(calls) - 1, size
@@ -551,7 +580,7 @@ def test_dropout_and_buffers_with_shares_of_the_directions(two):
 def misused(rank, how):
     net, (x, y) = network(), batch()
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("direction",))
-    opt = jp.optim.FoMoHKD(net.parameters(), k=10, process_group=mesh)
+    opt = jp.optim.FoMoHKD(net.parameters(), k=10, process_group=mesh, audit="never")
     batches = iter(x.split(2))
     if how == "fetches":
         return step_of(opt, lambda: net(next(batches)).square().mean())
@@ -564,7 +593,7 @@ def test_ranks_that_share_directions_must_share_the_batch(two):
         for error in two.run(misused, how):
             assert isinstance(error, jp.RanksDifferError) and "the same batch" in str(error)
     for error in two.run(misused, "fetches"):
-        assert isinstance(error, jp.LossError) and "fetch no data" in str(error)
+        assert isinstance(error, jp.RandomClosureError) and "fetch the batch outside" in str(error)
 
 
 def settings(rank):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from jetplane.transforms.functions import jet
 from torch import nn
 from torch.nn import functional as F
 
+from jetplane import jet
 from jetplane.gradients.active_outputs import MOST, active_outputs, probes
 
 N = 5

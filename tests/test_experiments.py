@@ -16,9 +16,11 @@ from typer.testing import CliRunner
 import jetplane as jp
 from jetplane import cli
 from jetplane.errors import CheckpointError, DataError, RunFolderError
-from jetplane.experiments import data, models, report, store
+from jetplane.experiments import data, models, report, store, train
 from jetplane.experiments.config import Config
+from jetplane.experiments.methods import METHODS
 from jetplane.experiments.train import Run
+from jetplane.subspace.descent import Damped
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::jetplane.RescueWarning"),
@@ -36,13 +38,37 @@ def weights(folder: Path):
 
 
 @pytest.mark.parametrize("model", ["logreg", "mlp", "cnn"])
-@pytest.mark.parametrize("method", ["fgd", "fomoh", "fomoh-kd", "fomoh-bp", "plane-search", "sgd"])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_every_model(method, model, tmp_path):
     result = Run(Config(model=model, method=method, epochs=1, batch_size=256), tmp_path / "run").train()
     assert result["status"] == "finished" and result["last"][0]["epoch"] == 1
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {
         "config.json", "metrics.jsonl", "checkpoint.pt", "result.json", "tensorboard",
     }  # fmt: skip
+
+
+def test_the_cost_of_plane_search_counts_the_directions_that_it_remembers(monkeypatch):
+    seen, solve = [], Damped.solve
+
+    def counted(self, slope, curvature):
+        seen.append(len(slope))
+        return solve(self, slope, curvature)
+
+    monkeypatch.setattr(Damped, "solve", counted)
+    config = Config(method="plane-search")
+    model, (x, y) = models.build("mlp", 8), (torch.randn(32, 1, 8, 8), torch.arange(32) % 10)
+    model.append(torch.nn.Linear(10, 10))  # first layer, last one, and one between them
+    opt = train.optimizer(config, model)
+    for _ in range(4):
+        opt.step(lambda: torch.nn.functional.cross_entropy(model(x), y))
+    assert seen[-1] == max(seen)
+    assert config.forward_passes == 1 + 2 * seen[-1] + 8  # and the passes of the estimates
+
+
+def test_defaults_of_the_command_line_are_those_of_a_configuration(tmp_path):
+    done = CliRunner().invoke(cli.app, ["train", "--epochs", "1", "--out", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    assert Config.load(tmp_path / "run" / "config.json") == Config(epochs=1)
 
 
 def test_training_learns(tmp_path):
@@ -172,7 +198,7 @@ class TestRefusals:
             Run(Config(device="cuda:77"), tmp_path / "run")
 
 
-@pytest.mark.parametrize("method", ["fgd", "fomoh", "fomoh-kd", "fomoh-bp", "plane-search", "sgd"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("model", ["logreg", "cnn"])
 def test_the_default_settings_do_not_blow_up(method, model, tmp_path):
     run = Run(Config(model=model, method=method, epochs=6), tmp_path / "run")

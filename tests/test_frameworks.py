@@ -170,6 +170,17 @@ def language_model(**options: Any) -> Any:
     )
 
 
+@pytest.mark.models
+def test_bloom_whose_gelu_is_a_function_of_its_own():
+    transformers = pytest.importorskip("transformers", reason="the model is that of an optional library")
+    model = transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=20, hidden_size=16, n_layer=2, n_head=2, hidden_dropout=0.0)
+    ).double()
+    tokens = torch.arange(12).reshape(2, 6)
+    params = trainable(model)
+    check_plane(lambda: model(input_ids=tokens, labels=tokens).loss, params, tangents(params), 1e-4)  # float32 inside
+
+
 def held_trainer() -> type:
     transformers = pytest.importorskip("transformers", reason="the loop is that of an optional library")
 

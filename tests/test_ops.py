@@ -130,6 +130,7 @@ def times(f, x, *args):
 
 
 BY_HAND = {
+    "_euclidean_dist": lambda f, x: f(x, x.sin()),
     "rsub.Tensor": lambda f, x: f(x, 2 * x),
     "rsub.Scalar": lambda f, x: f(x, 2.0, 3.0),
     "linear": lambda f, x: f(x, x[:2] * 3, x[0, :2]),

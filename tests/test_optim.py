@@ -18,7 +18,7 @@ ALL = {
     "fgd": lambda p, **k: jp.optim.FGD(p, lr=0.01, k=2, **k),
     "fomoh": lambda p, **k: jp.optim.FoMoH(p, lr=0.1, k=2, **k),
     "fomoh-kd": lambda p, **k: jp.optim.FoMoHKD(p, lr=0.1, k=2, descent="saddle-free", **k),
-    "plane-search": lambda p, **k: jp.optim.PlaneSearch(p, k=2, **k),
+    "plane-search": lambda p, **k: jp.optim.PlaneSearch(p, subspace=[jp.sources.Drawn(2), jp.sources.Averages()], **k),
     "fomoh-bp": lambda p, **k: jp.optim.FoMoHBP(
         p, lr=0.1, **{n: v for n, v in k.items() if n not in ("seed", "planes")}
     ),

@@ -14,7 +14,7 @@ from jetplane import cli
 from jetplane.errors import CheckpointError, DataError, RunFolderError
 from jetplane.experiments import data, models
 from jetplane.experiments.config import Config
-from jetplane.experiments.reproduce import carry_out, experiment, laws, rosenbrock
+from jetplane.experiments.reproduce import experiment, laws, rosenbrock, run_experiment
 from jetplane.experiments.reproduce.results import Results, markdown, pm
 from jetplane.experiments.train import Run, optimizer, scheduler
 
@@ -138,7 +138,7 @@ class TestResults:
 
     def test_damaged_metrics_say_how_to_go_on(self, tmp_path):
         results = Results(tmp_path, {})
-        results.keep("a/b", [1.0])
+        results.write("a/b", [1.0])
         (tmp_path / "metrics" / "a" / "b.json").write_text("[1.")
         with pytest.raises(RunFolderError, match="delete it"):
             results.read("a/b")
@@ -165,7 +165,7 @@ class TestResuming:
     @pytest.mark.parametrize(("name", "at"), [("logreg", 30), ("laws", 9)])
     def test_an_interrupted_experiment_goes_on(self, name, at, tmp_path):
         """Stopped, then finished: the numbers of one that was never stopped, and nothing is done twice."""
-        carry_out(experiment(name, "smoke"), tmp_path / "whole")
+        run_experiment(experiment(name, "smoke"), tmp_path / "whole")
         seen = []
 
         def stops(done, total, unit, loss):
@@ -174,15 +174,15 @@ class TestResuming:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            carry_out(experiment(name, "smoke"), tmp_path / "parts", stops)
+            run_experiment(experiment(name, "smoke"), tmp_path / "parts", stops)
         before = files(tmp_path / "parts")
         assert before
-        carry_out(experiment(name, "smoke"), tmp_path / "parts")
+        run_experiment(experiment(name, "smoke"), tmp_path / "parts")
         after = files(tmp_path / "parts")
         assert {n: after[n] for n in before} == before
         assert without_times(after) == without_times(files(tmp_path / "whole"))
         again = []
-        carry_out(experiment(name, "smoke"), tmp_path / "parts", lambda *a: again.append(a))
+        run_experiment(experiment(name, "smoke"), tmp_path / "parts", lambda *a: again.append(a))
         assert not again and files(tmp_path / "parts") == after
 
 
@@ -203,7 +203,7 @@ class TestCommand:
         assert all(f"({p})" in page for p in pictures)
 
     def test_the_html_report_finds_the_runs(self, tmp_path):
-        carry_out(experiment("logreg", "smoke"), tmp_path / "results")
+        run_experiment(experiment("logreg", "smoke"), tmp_path / "results")
         done = self.runner.invoke(cli.app, ["report", str(tmp_path / "results"), "--out", str(tmp_path / "page.html")])
         assert done.exit_code == 0, done.output
         runs = len(list((tmp_path / "results" / "runs").rglob("metrics.jsonl")))
@@ -237,7 +237,7 @@ class TestNetworks:
 
     def test_the_sweep_decides(self, tmp_path):
         subject = experiment("logreg", "smoke")
-        results = carry_out(subject, tmp_path)
+        results = run_experiment(subject, tmp_path)
         grid = subject.config["sweep"]["grids"]["SGD, backprop"]
         losses = [results.read(f"sweep/sgd-backprop-{rate:g}")["rows"][-1]["train_loss"] for rate in grid]
         assert subject.rate(results, "SGD, backprop") == grid[int(np.argmin(losses))]
@@ -248,17 +248,17 @@ class TestNetworks:
         subject = experiment("logreg", "smoke")
         results = Results(tmp_path, subject.config)
         low, high = subject.config["sweep"]["grids"]["FGD"]
-        results.keep(f"sweep/fgd-{low:g}", {"status": "finished", "rows": [{"train_loss": 2.0}]})
-        results.keep(f"sweep/fgd-{high:g}", {"status": "diverged", "rows": []})
+        results.write(f"sweep/fgd-{low:g}", {"status": "finished", "rows": [{"train_loss": 2.0}]})
+        results.write(f"sweep/fgd-{high:g}", {"status": "diverged", "rows": []})
         assert subject.rate(results, "FGD") == low
 
     def test_a_run_folder_of_another_configuration_is_refused(self, tmp_path):
         subject = experiment("logreg", "smoke")
         results = Results(tmp_path, subject.config)
-        unit = subject.units(results)[0]
-        Run(Config(epochs=1), tmp_path / "runs" / unit.name)
+        item = subject.items(results)[0]
+        Run(Config(epochs=1), tmp_path / "runs" / item.name)
         with pytest.raises(RunFolderError, match="another configuration"):
-            unit.work(quiet)
+            item.work(quiet)
 
 
 @pytest.fixture
@@ -351,7 +351,7 @@ class TestCifar:
             models.build("cnn-bn", 6)
 
     def test_the_whole_pipeline(self, cifar, tmp_path):
-        results = carry_out(experiment("cifar", "smoke", cifar), tmp_path / "out")
+        results = run_experiment(experiment("cifar", "smoke", cifar), tmp_path / "out")
         rows = results.read("fomoh-3d/seed-1")["rows"]
         assert [row["epoch"] for row in rows] == [1, 2]
         assert "cnn-bn on cifar10" in (tmp_path / "out" / "results.md").read_text()

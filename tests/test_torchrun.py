@@ -15,7 +15,7 @@ from ranks import Gang
 
 import jetplane as jp
 from jetplane.errors import RunFolderError
-from jetplane.experiments import store, together, train
+from jetplane.experiments import launch, store, train
 from jetplane.experiments.config import Config
 from jetplane.experiments.train import Run
 
@@ -192,6 +192,6 @@ def test_nan_on_one_rank_names_rank_and_batch_on_all(two, tmp_path):
 
 @pytest.mark.parametrize("method", ["sgd", "fomoh-bp"])
 def test_methods_with_gradients_run_alone(method, monkeypatch):
-    monkeypatch.setattr(together, "group", object)
+    monkeypatch.setattr(launch, "group", object)
     with pytest.raises(jp.ArgumentError, match="gradients to send"):
         train.optimizer(Config(method=method), torch.nn.Linear(1, 1))

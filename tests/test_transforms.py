@@ -221,3 +221,17 @@ def test_estimates_are_unbiased(estimate, net):
 def test_all_axes_are_exact(net):
     x = points()
     close(jp.laplacian(net, x, batch_dim=0, estimate="axes", samples=D), jp.laplacian(net, x, batch_dim=0))
+
+
+def test_shared_directions_meet_a_weight_and_a_bias_that_move():
+    x, w, b = points(), torch.randn(5, D).double(), torch.randn(5).double()
+    f = lambda x, w, b: nn.functional.linear(x, w, b).tanh().sum(-1)  # noqa: E731
+    each = [torch.func.hessian(f, argnums=(0, 1, 2))(z, w, b) for z in x]
+    v = torch.eye(D).double()
+    move = torch.randn(D, 5, D).double(), torch.randn(D, 5).double()
+    second = jp.jet(f, (x, w, b), (v[:, None].expand(D, B, D), *move), pairs="diagonal")[2]
+    for n, h in enumerate(each):
+        flat = torch.cat([v, move[0].flatten(1), move[1]], 1)
+        rows = zip((x[0], w, b), h, strict=True)
+        whole = torch.cat([torch.cat([block.reshape(of.numel(), -1) for block in row], 1) for of, row in rows])
+        close(second[:, n], torch.einsum("ki,ij,kj->k", flat, whole, flat))

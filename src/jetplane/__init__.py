@@ -1,9 +1,11 @@
 """Jetplane: forward-only, second-order training of PyTorch models."""
 
-from . import errors, optim, testing
+from . import directions, errors, gradients, optim, testing
 from .directions import Directions, step_scale
 from .errors import (
     ArgumentError,
+    AuditError,
+    AuditWarning,
     DerivativeError,
     DeviceError,
     DistributedError,
@@ -16,6 +18,7 @@ from .errors import (
     LostRankError,
     MissingRuleError,
     NonFiniteError,
+    RandomClosureError,
     RanksDifferError,
     RemoteError,
     RescueWarning,
@@ -24,11 +27,12 @@ from .errors import (
     UnusedParametersError,
 )
 from .evaluation.api import evaluate
+from .evaluation.audit import AuditReport, audit
 from .evaluation.plane import PlaneModel
 from .jets import LowRank
 from .parallel import ranks as distributed
-from .rules import loss, register_rule, strict
-from .subspace import descent
+from .rules import blackbox, loss, register_rule, strict
+from .subspace import descent, search, sources
 from .transforms.estimators import (
     DiagonalEstimate,
     HessianEstimate,
@@ -49,6 +53,9 @@ from .transforms.laplacians import (
 
 __all__ = [
     "ArgumentError",
+    "AuditError",
+    "AuditReport",
+    "AuditWarning",
     "DTypeError",
     "DerivativeError",
     "DeviceError",
@@ -67,18 +74,23 @@ __all__ = [
     "NewtonSolution",
     "NonFiniteError",
     "PlaneModel",
+    "RandomClosureError",
     "RanksDifferError",
     "RemoteError",
     "RescueWarning",
     "ShapeError",
     "SingularPlaneError",
     "UnusedParametersError",
+    "audit",
+    "blackbox",
     "descent",
+    "directions",
     "distributed",
     "errors",
     "estimate_diagonal",
     "estimate_hessian",
     "evaluate",
+    "gradients",
     "hessian",
     "hvp",
     "jet",
@@ -87,7 +99,9 @@ __all__ = [
     "optim",
     "quadratic_form",
     "register_rule",
+    "search",
     "solve_newton",
+    "sources",
     "step_scale",
     "strict",
     "testing",

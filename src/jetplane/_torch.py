@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,6 +44,7 @@ def _taken(module: str, path: str) -> Any:
 # --- dispatch -----------------------------------------------------------------------------------------------
 
 disabled_torch_function: Any = _taken("torch", "_C._disabled_torch_function_impl")
+disabled_torch_dispatch: Any = _taken("torch", "_C._disabled_torch_dispatch_impl")
 DisableTorchFunction: Any = _taken("torch", "_C.DisableTorchFunction")
 DisableTorchFunctionSubclass: Any = _taken("torch", "_C.DisableTorchFunctionSubclass")
 EnableTorchFunction: Any = _taken("torch", "_C._EnableTorchFunction")
@@ -56,21 +59,48 @@ _force_keys: Any = _taken("torch", "_C._ForceDispatchKeyGuard")
 _python: Any = _taken("torch", "_C.DispatchKey.Python")
 _python_snapshot: Any = _taken("torch", "_C.DispatchKey.PythonTLSSnapshot")
 _composite: Any = _taken("torch", "_C.DispatchKey.CompositeImplicitAutograd")
+_autograd: Any = _taken("torch", "_C.DispatchKey.AutogradFunctionality")
+_is_excluded: Any = _taken("torch", "_C._dispatch_tls_is_dispatch_key_excluded")
+_view_tracking: Any = _taken("torch", "_C.DispatchKey.ADInplaceOrView")
+
+below_autograd: Any = _taken("torch", "_C._AutoDispatchBelowAutograd")
+swap_tensors: Any = _taken("torch", "_C._swap_tensor_impl")
+_creation_meta: Any = _taken("torch", "_C._autograd._get_creation_meta")
+_no_grad_mode: Any = _taken("torch", "_C._autograd.CreationMeta.NO_GRAD_MODE")
 
 Keys = tuple[Any, Any]  # dispatch keys that are on and off in this thread
 
 
-def user_keys() -> Keys:
-    """The dispatch keys as they are for user code, without those of a dispatch mode around the evaluation.
+def user_keys(tracked: bool = False) -> Keys:
+    """The dispatch keys for rules: as they are for user code, but for two kinds.
 
-    That mode is off while it handles a call, and so must its key be.
+    A dispatch mode around the evaluation is off while it handles a call, and so must its key be. Rules run below view
+    tracking too, unless it is wanted (``tracked``): torch itself marks what a view operator of the user's returns.
     """
-    return _included().remove(_python).remove(_python_snapshot), _excluded()
+    off = _excluded() if tracked else _excluded().add(_view_tracking)
+    return _included().remove(_python).remove(_python_snapshot), off
+
+
+def records() -> bool:
+    """Whether autograd records what is computed here."""
+    return torch.is_grad_enabled() and not _is_excluded(_autograd)
 
 
 def under(keys: Keys | None) -> contextlib.AbstractContextManager[Any]:
     """Run under these dispatch keys; None leaves them as they are."""
     return contextlib.nullcontext() if keys is None else _force_keys(*keys)
+
+
+@contextlib.contextmanager
+def tracking_views() -> Iterator[None]:
+    """Run with view tracking and counted versions, below which rules run."""
+    with _force_keys(_included(), _excluded().remove(_view_tracking)):
+        yield
+
+
+def made_without_grad(view: Tensor) -> bool:
+    """Whether a view was made while grad mode was off."""
+    return _creation_meta(view) == _no_grad_mode
 
 
 # --- transforms of torch.func -------------------------------------------------------------------------------
@@ -88,6 +118,7 @@ def transform_around() -> str | None:
 
 Operator: Any = _taken("torch", "_ops.OpOverload")
 OperatorPacket: Any = _taken("torch", "_ops.OpOverloadPacket")
+HigherOrderOperator: Any = _taken("torch", "_ops.HigherOrderOperator")
 _schemas: Any = _taken("torch", "_C._jit_get_all_schemas")
 _taken("torch._decomp", "decomposition_table")
 
@@ -107,6 +138,43 @@ def decompositions() -> dict[Any, Any]:
 def operator_names(namespace: str) -> set[str]:
     """Names of all operators of a namespace, without it."""
     return {s.name.partition("::")[2] for s in _schemas() if s.name.startswith(f"{namespace}::")}
+
+
+# What ``torch.autograd.Function.apply`` calls in turn is the attribute of this base, looked up at each call.
+FunctionBase: Any = _taken("torch.autograd.function", "_SingleLevelFunction")
+custom_function_call: Any = _taken("torch.autograd.function", "custom_function_call")  # inside torch.func transforms
+
+
+# --- derivatives of other kinds --------------------------------------------------------------------------------
+
+transform_level: Any = _taken("torch", "_C._functorch.maybe_current_level")  # of torch.func, None outside
+make_dual: Any = _taken("torch", "_VF._make_dual")  # forward mode of torch's own
+FUNCTIONAL, TRANSFORMS = "torch.autograd.functional", "torch._functorch.eager_transforms"  # modules of callers
+_taken(FUNCTIONAL, "jvp")
+_taken(TRANSFORMS, "grad_impl")
+nested_values: Any = _taken("torch", "ops.aten._nested_get_values.default")
+_taken("torch.nested._internal.nested_tensor", "NestedTensor.values")
+
+
+# --- compilers ----------------------------------------------------------------------------------------------
+
+set_eval_frame: Any = _taken("torch", "_C._dynamo.eval_frame.set_eval_frame")
+_taken("torch._subclasses", "FakeTensor")
+
+
+def compiler_imported() -> bool:
+    """Whether torch's compiler is imported, which takes seconds and happens at its first use."""
+    return "torch._dynamo" in sys.modules
+
+
+def is_stand_in(cls: type) -> bool:
+    """Whether a class of tensors is one that a compiler traces with in place of others."""
+    return cls.__module__.startswith("torch._subclasses")
+
+
+def flex_attention() -> Any:
+    """Torch's own composition of ``flex_attention``. Not checked at import, as it imports the compiler."""
+    return _taken("torch._higher_order_ops.flex_attention", "math_attention")
 
 
 # --- trees and memory ---------------------------------------------------------------------------------------

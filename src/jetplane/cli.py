@@ -20,26 +20,29 @@ from rich.table import Table
 from .errors import ArgumentError, CheckpointError, JetplaneError, LostRankError, RunFolderError
 from .experiments import data as datasets
 from .experiments import demo as demonstration
-from .experiments import page, report, sweep, together
-from .experiments.config import Config, DataName, DescentName, MethodName, ModelName, ScheduleName
-from .experiments.reproduce import Budget, ExperimentName, carry_out, experiment
+from .experiments import launch, page, report, sweep
+from .experiments.config import Config, DataName, ModelName, ScheduleName
+from .experiments.methods import METHODS, DescentName, MethodName
+from .experiments.reproduce import Budget, ExperimentName, experiment, run_experiment
 from .experiments.train import Run
 
 DATA_HELP = "Folder of the data [or JETPLANE_MNIST, JETPLANE_CIFAR10]."
+K_HELP = ", ".join(f"{name} {method.k}" for name, method in METHODS.items() if method.takes_k)
+CLIP_HELP = ", ".join(f"{name} {method.clip:g}" for name, method in METHODS.items() if method.clip)
 
 app = typer.Typer(
     help="Train PyTorch models with forward passes only.", no_args_is_help=True, add_completion=False,
-    pretty_exceptions_enable=False, rich_markup_mode="markdown",  # which leaves [brackets] alone
+    pretty_exceptions_enable=False, rich_markup_mode="markdown",  # rich's own markup would take [brackets] for tags
 )  # fmt: skip
 console = Console()
-# Options of several commands.
+# Options of several commands. Their defaults are those of `Config`.
 Schedule = Annotated[ScheduleName, typer.Option(help="Schedule of the rate.")]
 Descent = Annotated[DescentName, typer.Option(help="How fomoh-kd solves its plane.")]
 BatchSize = Annotated[int, typer.Option(help="Examples of one step.")]
 WeightDecay = Annotated[float, typer.Option(help="Decoupled weight decay.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 DataDir = Annotated[Path | None, typer.Option(help=DATA_HELP)]
-ConfigFile = typer.Option("--config", help="Settings from this JSON file, such as a sweep's best.json; options win.")
+ConfigFile = typer.Option("--config", help="JSON file of settings, such as a sweep's best.json; options override it.")
 
 
 @contextmanager
@@ -55,35 +58,35 @@ def _progress() -> Iterator[Progress]:
 @app.command()
 def train(
     context: typer.Context,
-    data: Annotated[DataName, typer.Option(help="The data set.")] = "digits",
-    model: Annotated[ModelName, typer.Option(help="The model.")] = "logreg",
-    method: Annotated[MethodName, typer.Option(help="The optimizer.")] = "fomoh-kd",
-    k: Annotated[
-        int | None, typer.Option(help="Directions drawn per step [default: 1; fomoh-kd 3, plane-search 0].")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Rate [default: one that suits model and method].")] = None,
-    schedule: Schedule = "constant",
-    descent: Descent = "saddle-free",
-    batch_size: BatchSize = 128,
-    epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 20,
-    seed: Annotated[int, typer.Option(help="Of weights, batches and directions.")] = 0,
-    clip: Annotated[float | None, typer.Option(help="Largest step, 0: any [default: 1 for fomoh, fomoh-kd].")] = None,
-    weight_decay: WeightDecay = 0.0,
-    device: Device = "cpu",
+    data: Annotated[DataName, typer.Option(help="Data set.")] = Config.data,
+    model: Annotated[ModelName, typer.Option(help="Model.")] = Config.model,
+    method: Annotated[MethodName, typer.Option(help="Optimizer.")] = Config.method,
+    k: Annotated[int | None, typer.Option(help=f"Directions drawn per step [default: {K_HELP}].")] = Config.k,
+    lr: Annotated[float | None, typer.Option(help="Rate [default: by data, model and method].")] = Config.lr,
+    schedule: Schedule = Config.schedule,
+    descent: Descent = Config.descent,
+    batch_size: BatchSize = Config.batch_size,
+    epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = Config.epochs,
+    seed: Annotated[int, typer.Option(help="Seed of weights, batches and directions.")] = Config.seed,
+    clip: Annotated[
+        float | None, typer.Option(help=f"Largest norm of a step, 0: none [default: {CLIP_HELP}, others none].")
+    ] = Config.clip,
+    weight_decay: WeightDecay = Config.weight_decay,
+    device: Device = Config.device,
     data_dir: DataDir = None,
     out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/DATA-MODEL-METHOD-SEED].")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with this run folder; other options are its own.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue this run; its settings cannot change.")] = None,
     configuration: Annotated[Path | None, ConfigFile] = None,
 ) -> None:
-    """Train a model and keep everything about the run in a folder. With torchrun, on several processes."""
+    """Train a model and keep everything about the run in a folder. Under torchrun: on several ranks."""
     if resume is not None and configuration is not None:
-        raise ArgumentError("a resumed run has its configuration; expected --resume or --config, got both")
-    together.start()
-    console.quiet = together.rank() > 0
+        raise ArgumentError("a resumed run has its own configuration; expected --resume or --config, got both")
+    launch.start()
+    console.quiet = launch.rank() > 0
     config = _configured(context, configuration)
     folder = out or Path("runs") / f"{config.data}-{config.model}-{config.method}-{config.seed}"
-    if together.restarted() and resume is None and together.by_first(lambda: (folder / "config.json").exists()):
-        resume = folder  # a process was lost, and torchrun started all of them again
+    if launch.restarted() and resume is None and launch.on_first_rank(lambda: (folder / "config.json").exists()):
+        resume = folder  # torchrun has restarted the ranks after one was lost
     if resume is not None:
         run = Run.resume(resume, data_dir)
         _refuse_changes(context, run.config, resume)
@@ -97,10 +100,10 @@ def train(
             )
         except KeyboardInterrupt:
             progress.stop()
-            then = f"go on with: jetplane train --resume {run.folder}"
+            then = f"continue with: jetplane train --resume {run.folder}"
             console.print(f"stopped after {run.epoch} of {run.config.epochs} epochs; {then}", soft_wrap=True)
             raise typer.Exit(130) from None
-    if together.rank() > 0:
+    if launch.rank() > 0:
         return
     if not run.rows():
         raise ArgumentError(f"the run diverged in its first epoch ({result.get('message')}); try a smaller --lr")
@@ -118,13 +121,13 @@ def train(
 
 
 def _configured(context: typer.Context, file: Path | None) -> Config:
-    """The configuration that options name: all of them, or those that were given, over those of a file."""
+    """The configuration of the options; with a file, that of the file with the options that were given."""
     options = {field.name: context.params[field.name] for field in fields(Config) if field.name in context.params}
     return Config(**options) if file is None else Config.of(asdict(Config.load(file)) | _given(context))
 
 
 def _given(context: typer.Context) -> dict[str, Any]:
-    """The settings of a configuration that stand on the command line."""
+    """The settings of a configuration that were given on the command line."""
     sources = {field.name: context.get_parameter_source(field.name) for field in fields(Config)}
     return {
         n: context.params[n] for n, source in sources.items() if source is not None and source.name == "COMMANDLINE"
@@ -132,19 +135,23 @@ def _given(context: typer.Context) -> dict[str, Any]:
 
 
 def _refuse_changes(context: typer.Context, config: Config, folder: Path) -> None:
-    """A resumed run keeps its configuration: an option that says otherwise is an error, not ignored."""
+    """Raise an error if an option differs from the configuration of a resumed run.
+
+    Raises:
+        CheckpointError: an option differs.
+    """
     for name, value in _given(context).items():
         if value != getattr(config, name):
             was = f"--{name.replace('_', '-')} {getattr(config, name)}"
-            raise CheckpointError(f"{folder}: a run with {was} cannot go on with {value}")
+            raise CheckpointError(f"{folder}: a run with {was} cannot continue with {value}")
 
 
 @app.command()
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Run folders.")],
-    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("compare.png"),
+    out: Annotated[Path, typer.Option(help="Image to write.")] = Path("compare.png"),
 ) -> None:
-    """Draw runs beside each other, over epochs and over seconds."""
+    """Plot several runs in one figure, over epochs and over seconds."""
     runs = [report.Finished.read(folder) for folder in folders]
     report.draw(runs, out, "Test loss")
     _show(runs)
@@ -154,9 +161,9 @@ def compare(
 @app.command()
 def demo(
     out: Annotated[Path | None, typer.Option(help="Folder of the runs [default: runs/demo-TIME].")] = None,
-    seed: Annotated[int, typer.Option(help="Of weights, batches and directions.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights, batches and directions.")] = Config.seed,
 ) -> None:
-    """Train logistic regression and a CNN on real digits with every method, and compare."""
+    """Train logistic regression and a CNN on handwritten digits with several methods, and compare them."""
     folder = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     if folder.exists() and any(folder.iterdir()):
         raise RunFolderError(f"{folder} exists; name another folder with --out")
@@ -181,27 +188,27 @@ def demo(
 
 @app.command()
 def reproduce(
-    name: Annotated[ExperimentName, typer.Argument(help="The experiment.")],
-    budget: Annotated[Budget, typer.Option(help="Seconds, an hour on 2 cores, or all of the paper.")] = "hour",
+    name: Annotated[ExperimentName, typer.Argument(help="Experiment.")],
+    budget: Annotated[Budget, typer.Option(help="smoke: seconds; hour: on 2 cores; paper: all of it.")] = "hour",
     out: Annotated[Path | None, typer.Option(help="Results folder [default: results/NAME-BUDGET].")] = None,
     data_dir: DataDir = None,
-    device: Device = "cpu",
-    epochs: Annotated[int | None, typer.Option(help="Of logreg, cnn and cifar, instead of the budget's.")] = None,
+    device: Device = Config.device,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of logreg, cnn and cifar [default: the budget's].")] = None,
 ) -> None:
-    """Run an experiment of the paper; run it again to go on where it stopped."""
+    """Run an experiment of the paper. The same command again continues an interrupted one."""
     folder = out or Path("results") / f"{name}-{budget}"
     with _progress() as progress:
         task = progress.add_task(name, total=None, loss="")
 
-        def observe(done: float, total: float, unit: str, loss: float) -> None:
+        def observe(done: float, total: float, item: str, loss: float) -> None:
             shown = "" if loss != loss else f"{loss:.2e}"
-            progress.update(task, completed=done, total=total, description=unit.replace("/", " "), loss=shown)
+            progress.update(task, completed=done, total=total, description=item.replace("/", " "), loss=shown)
 
         try:
-            carry_out(experiment(name, budget, data_dir, device, epochs), folder, observe)
+            run_experiment(experiment(name, budget, data_dir, device, epochs), folder, observe)
         except KeyboardInterrupt:
             progress.stop()
-            console.print(f"stopped; go on with the same command: what {folder} holds is kept", soft_wrap=True)
+            console.print(f"stopped; the same command continues it: what {folder} holds is kept", soft_wrap=True)
             raise typer.Exit(130) from None
     console.print(Markdown((folder / "results.md").read_text()))
     console.print(f"results  {folder}", soft_wrap=True)
@@ -210,9 +217,9 @@ def reproduce(
 @app.command()
 def fetch(
     name: Annotated[str, typer.Argument(help="mnist or cifar10")],
-    folder: Annotated[Path, typer.Argument(help="Where to put the files.")],
+    folder: Annotated[Path, typer.Argument(help="Folder for the files.")],
 ) -> None:
-    """Download a data set and check it."""
+    """Download a data set and verify its checksums."""
     fetches = {"mnist": datasets.fetch_mnist, "cifar10": datasets.fetch_cifar10}
     if name not in fetches:
         raise ArgumentError(f"only {' and '.join(fetches)} can be fetched, got {name!r}")
@@ -222,8 +229,8 @@ def fetch(
 
 @app.command("report")
 def write_report(
-    folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold some.")],
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders that contain some.")],
+    out: Annotated[Path, typer.Option(help="Page to write.")] = Path("report.html"),
 ) -> None:
     """Make one HTML page of runs: interactive curves, results, configuration and environment."""
     runs = page.find(folders)
@@ -234,30 +241,31 @@ def write_report(
 @app.command("sweep")
 def run_sweep(
     context: typer.Context,
-    data: Annotated[DataName, typer.Option(help="The data set.")] = "digits",
-    model: Annotated[ModelName, typer.Option(help="The model.")] = "logreg",
-    method: Annotated[MethodName, typer.Option(help="The optimizer.")] = "fomoh-kd",
+    data: Annotated[DataName, typer.Option(help="Data set.")] = Config.data,
+    model: Annotated[ModelName, typer.Option(help="Model.")] = Config.model,
+    method: Annotated[MethodName, typer.Option(help="Optimizer.")] = Config.method,
     lr_range: Annotated[
-        tuple[float, float] | None, typer.Option(help="Lowest and highest rate [default: 30 times around its default].")
+        tuple[float, float] | None,
+        typer.Option(help=f"Lowest and highest rate [default: the method's, divided and times {sweep.SPREAD:g}]."),
     ] = None,
-    k_range: Annotated[tuple[int, int] | None, typer.Option(help="Vary the directions per step too.")] = None,
-    clip_range: Annotated[tuple[float, float] | None, typer.Option(help="Vary the largest step too.")] = None,
-    k: Annotated[int | None, typer.Option(help="Directions per step, if they do not vary.")] = None,
-    clip: Annotated[float | None, typer.Option(help="Largest step, if it does not vary; 0: any.")] = None,
-    schedule: Schedule = "constant",
-    descent: Descent = "saddle-free",
-    batch_size: BatchSize = 128,
-    weight_decay: WeightDecay = 0.0,
-    epochs: Annotated[int, typer.Option(help="Passes over the training data, of a trial that is not pruned.")] = 10,
-    trials: Annotated[int, typer.Option(help="Trials in all, those of earlier calls included.")] = 20,
-    seed: Annotated[int, typer.Option(help="Of runs and proposals.")] = 0,
-    device: Device = "cpu",
+    k_range: Annotated[tuple[int, int] | None, typer.Option(help="Range of directions per step.")] = None,
+    clip_range: Annotated[tuple[float, float] | None, typer.Option(help="Range of the largest norm.")] = None,
+    k: Annotated[int | None, typer.Option(help="Directions per step, if fixed.")] = Config.k,
+    clip: Annotated[float | None, typer.Option(help="Largest norm of a step, if fixed; 0: none.")] = Config.clip,
+    schedule: Schedule = Config.schedule,
+    descent: Descent = Config.descent,
+    batch_size: BatchSize = Config.batch_size,
+    weight_decay: WeightDecay = Config.weight_decay,
+    epochs: Annotated[int, typer.Option(help="Epochs of a trial that is not pruned.")] = sweep.EPOCHS,
+    trials: Annotated[int, typer.Option(help="Trials in all, those of earlier calls included.")] = sweep.TRIALS,
+    seed: Annotated[int, typer.Option(help="Seed of runs and proposals.")] = Config.seed,
+    device: Device = Config.device,
     data_dir: DataDir = None,
     out: Annotated[Path | None, typer.Option(help="Sweep folder [default: runs/sweep-DATA-MODEL-METHOD].")] = None,
     storage: Annotated[str | None, typer.Option(help="URL for Optuna [default: a SQLite file in the folder].")] = None,
     configuration: Annotated[Path | None, ConfigFile] = None,
 ) -> None:
-    """Look for the rate, and k and clip if asked for, of a method. The same command again goes on."""
+    """Search the rate of a method, and optionally k and clip. The same command again continues the search."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     config = _configured(context, configuration)
     folder = out or Path("runs") / f"sweep-{config.data}-{config.model}-{config.method}"
@@ -273,8 +281,8 @@ def run_sweep(
             study.run(trials, observe)
         except KeyboardInterrupt:
             progress.stop()
-            over = len(study.outcomes())
-            console.print(f"stopped after {over} of {trials} trials; the same command goes on", soft_wrap=True)
+            ended = len(study.outcomes())
+            console.print(f"stopped after {ended} of {trials} trials; the same command continues", soft_wrap=True)
             raise typer.Exit(130) from None
         progress.update(task, completed=trials)
     study.write()
@@ -293,7 +301,7 @@ def _show(runs: list[report.Finished]) -> None:
 
 
 def _print(rows: list[dict[str, str]], left: Sequence[str], ends: Sequence[int] = ()) -> None:
-    """A table; columns but those named are aligned to the right, and some rows end a section."""
+    """Print a table; columns not in ``left`` are aligned right, and a line follows each row in ``ends``."""
     shown = Table(box=None, header_style="bold", pad_edge=False)
     for name in rows[0]:
         shown.add_column(name, justify="left" if name in left else "right", no_wrap=True)
@@ -303,17 +311,17 @@ def _print(rows: list[dict[str, str]], left: Sequence[str], ends: Sequence[int] 
 
 
 def main() -> None:
-    """Entry point: errors that a user can mend are one line, and exit code 2."""
+    """Entry point. Errors of this package are printed in one line, with exit code 2."""
     try:
         app()
     except JetplaneError as error:
-        rank = together.rank()  # all ranks raise the same, unless the first of them is gone
+        rank = launch.rank()  # all ranks raise the same error, unless rank 0 is lost
         if rank == 0 or isinstance(error, LostRankError):
-            of = f" of rank {rank}" if together.group() is not None else ""
+            of = f" of rank {rank}" if launch.group() is not None else ""
             Console(stderr=True).print(f"[red bold]error{of}[/] {error}", soft_wrap=True, highlight=False)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; go on with jetplane train --resume FOLDER", soft_wrap=True)
+        Console(stderr=True).print("stopped; continue with jetplane train --resume FOLDER", soft_wrap=True)
         raise SystemExit(130) from None
     finally:
-        together.end(sys.exc_info()[1])
+        launch.end(sys.exc_info()[1])

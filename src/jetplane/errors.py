@@ -33,6 +33,10 @@ class LossError(JetplaneError, ValueError):
     """The closure returned something that is not a scalar floating-point tensor."""
 
 
+class RandomClosureError(LossError):
+    """Runs of a closure at the same place gave different losses."""
+
+
 class NonFiniteError(JetplaneError, ArithmeticError):
     """The loss, slope or curvature holds NaN or infinity."""
 
@@ -43,6 +47,18 @@ class UnusedParametersError(JetplaneError, RuntimeError):
 
 class DerivativeError(JetplaneError, RuntimeError):
     """Going on would lose a derivative, or the derivative does not exist."""
+
+
+class AuditError(DerivativeError):
+    """The slope of a closure is not that of its loss: a parameter is used in a way that the evaluation does not see.
+
+    Attributes:
+        parameters: the names of the parameters concerned.
+    """
+
+    def __init__(self, message: str, parameters: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.parameters = parameters
 
 
 class MissingRuleError(DerivativeError, NotImplementedError):
@@ -122,6 +138,10 @@ class JetplaneWarning(UserWarning):
 
 class FallbackWarning(JetplaneWarning):
     """An operator without a rule is differentiated by reverse over reverse, locally and slowly."""
+
+
+class AuditWarning(JetplaneWarning):
+    """The slope of a closure may not be that of its loss; rounding does not let an audit tell."""
 
 
 class RescueWarning(JetplaneWarning):

@@ -1,27 +1,22 @@
-"""Internal: what a plane is spanned by. Laws, drawn directions, and directions made of others."""
+"""What a plane is spanned by: laws, drawn directions, and directions made of others."""
 
-from .base import AbstractDirections, weighted_sum
-from .compositions import (
-    ChosenDirections,
-    HeldDirections,
-    MixedDirections,
-    OrthogonalDirections,
-    ScaledDirections,
-    StoredDirections,
-)
+from .base import AbstractDirections, as_real, weighted_sum
+from .compositions import CachedDirections, ConcatenatedDirections, SelectedDirections, StoredDirections
 from .random import KURTOSIS, Directions, Structure, step_scale
+from .unit import Term, UnitDirections
 
 __all__ = [
     "KURTOSIS",
     "AbstractDirections",
-    "ChosenDirections",
+    "CachedDirections",
+    "ConcatenatedDirections",
     "Directions",
-    "HeldDirections",
-    "MixedDirections",
-    "OrthogonalDirections",
-    "ScaledDirections",
+    "SelectedDirections",
     "StoredDirections",
     "Structure",
+    "Term",
+    "UnitDirections",
+    "as_real",
     "step_scale",
     "weighted_sum",
 ]

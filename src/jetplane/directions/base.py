@@ -18,9 +18,16 @@ class AbstractDirections(ABC):
 
     Of a parameter that is a `DTensor` they have the part that this rank holds: read "this rank's part of the parameter"
     for "parameter" wherever its shape or elements are meant.
+
+    Attributes:
+        k: how many.
+        isotropic: whether ``E[v v^T] = I`` for each of them: forward gradients ``mean_k (F_k v_k)`` are then unbiased.
+        cacheable: whether drawing them again costs more than keeping them.
     """
 
     k: int
+    isotropic: bool = False
+    cacheable: bool = True
 
     @abstractmethod
     def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
@@ -35,14 +42,32 @@ class AbstractDirections(ABC):
     ) -> None:
         """Called before one step's draws with all its parameters, and their indices if not 0, 1, 2, ..."""
 
+    def forget(self) -> None:  # noqa: B027 (most keep nothing)
+        """Keep nothing of what was drawn so far."""
+
     def structured(self, index: int, param: Tensor) -> Tensor | Tangents | None:
-        """The same as `draw`, not formed yet where that can wait; None where no direction moves the parameter."""
+        """The same as `draw`, not materialized yet where that can wait.
+
+        `jetplane.jets.structured.Partial` says which of the directions move the parameter; None that none of them does.
+        """
         return Deferred(lambda run: self.draw(index, param, run), local(param), self.k)
+
+    def squared_norms(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> Tensor:
+        """The squared Euclidean norm of each direction over all parameters, (K,) in float64."""
+        total = torch.zeros(self.k, dtype=torch.float64)
+        for index, param in zip(places or range(len(params)), params, strict=True):
+            total += self.draw(index, param).double().square().reshape(self.k, -1).sum(1).cpu()
+        return total
 
     def tangents(self, params: Sequence[Tensor]) -> list[Tensor]:
         """The tangents of all parameters: one tensor (K, *param.shape) for each."""
         self.prepare(params)
         return [self.draw(index, param) for index, param in enumerate(params)]
+
+
+def as_real(param: Tensor) -> Tensor:
+    """A complex parameter as the real one (*shape, 2) of its real and imaginary parts; others as they are."""
+    return torch.view_as_real(param) if param.is_complex() else param
 
 
 def weighted_sum(weights: Tensor, tensors: Tensor) -> Tensor:

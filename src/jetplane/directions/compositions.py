@@ -1,4 +1,4 @@
-"""Directions made of others: given, side by side, orthogonal, scaled, chosen, cached."""
+"""Directions made of others: given ones, one source behind the other, some of a source, cached."""
 
 from __future__ import annotations
 
@@ -9,20 +9,62 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .._sharding import local, part_of, whole
-from ..errors import ArgumentError, ShapeError, SingularPlaneError
-from ..jets import Deferred, LowRank, Stacked, Tangents
+from .._sharding import local, part_of
+from ..errors import ArgumentError, ShapeError
+from ..jets import Deferred, LowRank, Partial, Stacked, Tangents
 from .base import AbstractDirections, checked, weighted_sum, working_dtype
+
+
+def materialized(tangents: Tensor | Tangents) -> Tensor:
+    """The tensor (K, *S)."""
+    return tangents.materialized() if isinstance(tangents, Tangents) else tangents
+
+
+def concatenated(pieces: Sequence[tuple[int, Tensor | Tangents | None]], param: Tensor) -> Tensor | Tangents | None:
+    """Tangents of one parameter, one piece behind the other, each with its number of directions.
+
+    Factors stay factors, and directions that do not move the parameter (None, or absent from a `Partial`) stay absent.
+    """
+    rows: list[int] = []
+    there: list[Tensor | Tangents] = []
+    start = 0
+    for k, tangents in pieces:
+        if isinstance(tangents, Partial):
+            rows += [start + row for row in tangents.rows]
+            there.append(tangents.tangents)
+        elif tangents is not None:
+            rows += range(start, start + k)
+            there.append(tangents)
+        start += k
+    if not rows:
+        return None
+    one = _joined([t for t in there if t.shape[0]], param)
+    return one if len(rows) == start else Partial(start, rows, one)
+
+
+def _joined(pieces: list[Tensor | Tangents], param: Tensor) -> Tensor | Tangents:
+    if len(pieces) == 1:
+        return pieces[0]
+    factors = [piece for piece in pieces if isinstance(piece, LowRank)]
+    if len(factors) == len(pieces) and len({piece.left.shape[1] for piece in factors}) == 1:
+        left, right = (torch.cat([getattr(f, side) for f in factors]) for side in ("left", "right"))
+        return LowRank(left, right, factors[0].shape[1:])
+    together = Stacked(pieces)
+    if factors:
+        return together
+    return Deferred(lambda run: materialized(together[run]), local(param), together.shape[0])
 
 
 @final
 class StoredDirections(AbstractDirections):
-    """Directions that are given: a gradient, previous steps, a guess.
+    """Directions that are given: a gradient, previous steps.
 
     Args:
         tangents: for each parameter one tensor (K, *param.shape), or `jetplane.LowRank`: in their order, or by
-            their indices.
+            their indices. Directions do not move a parameter whose index is left out.
     """
+
+    cacheable = False
 
     def __init__(self, tangents: Sequence[Tensor | Tangents] | Mapping[int, Tensor | Tangents]) -> None:
         held = dict(tangents) if isinstance(tangents, Mapping) else dict(enumerate(tangents))
@@ -38,16 +80,19 @@ class StoredDirections(AbstractDirections):
     def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
         """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
         held = self.structured(index, param)
-        return (held.materialized() if isinstance(held, Tangents) else held)[directions or slice(None)]
+        if held is None:
+            here = local(param)
+            return here.new_zeros(self.k, *here.shape)[directions or slice(None)]
+        return materialized(held)[directions or slice(None)]
 
-    def structured(self, index: int, param: Tensor) -> Tensor | Tangents:
+    def structured(self, index: int, param: Tensor) -> Tensor | Tangents | None:
         """What was given."""
-        held, part = self._tangents[index], part_of(param)
-        if part is None:
+        held, part = self._tangents.get(index), part_of(param)
+        if part is None or held is None:
             return held
         if isinstance(held, LowRank):
             return LowRank(*part.of_factors(held.left, held.right), part.shape)
-        return part.of(held.materialized() if isinstance(held, Tangents) else held)
+        return part.of(materialized(held))
 
     def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
         """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""
@@ -58,7 +103,7 @@ class StoredDirections(AbstractDirections):
 
 
 @final
-class MixedDirections(AbstractDirections):
+class ConcatenatedDirections(AbstractDirections):
     """The directions of several sources, one behind the other: say, previous steps beside drawn ones.
 
     Args:
@@ -66,21 +111,32 @@ class MixedDirections(AbstractDirections):
 
     >>> import torch, jetplane as jp
     >>> w = torch.zeros(3)
-    >>> mixed = MixedDirections([StoredDirections([torch.ones(1, 3)]), jp.Directions(2)])
-    >>> mixed.k, mixed.combine(0, w, torch.tensor([5.0, 0.0, 0.0]))
+    >>> both = ConcatenatedDirections([StoredDirections([torch.ones(1, 3)]), jp.Directions(2)])
+    >>> both.k, both.combine(0, w, torch.tensor([5.0, 0.0, 0.0]))
     (3, tensor([5., 5., 5.]))
     """
 
     def __init__(self, sources: Sequence[AbstractDirections]) -> None:
         if not sources:
-            raise ArgumentError("expected at least one source of directions to mix, got none")
+            raise ArgumentError("expected at least one source of directions to concatenate, got none")
         self.sources = list(sources)
         self.k = sum(source.k for source in sources)
+        self.isotropic = all(source.isotropic for source in sources)
+        self.cacheable = any(source.cacheable for source in sources)
 
     def prepare(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> None:
         """Prepare every source."""
         for source in self.sources:
             source.prepare(params, places)
+
+    def forget(self) -> None:
+        """Let every source forget."""
+        for source in self.sources:
+            source.forget()
+
+    def squared_norms(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> Tensor:
+        """Those of every source."""
+        return torch.cat([source.squared_norms(params, places) for source in self.sources])
 
     def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
         """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
@@ -90,12 +146,8 @@ class MixedDirections(AbstractDirections):
         return every[directions or slice(None)]
 
     def structured(self, index: int, param: Tensor) -> Tensor | Tangents | None:
-        """Each source's own, one behind the other, where one of them has factors."""
-        parts = [source.structured(index, param) for source in self.sources]
-        if any(isinstance(part, LowRank) for part in parts):
-            pairs = zip(parts, self.sources, strict=True)
-            return Stacked([source.draw(index, param) if part is None else part for part, source in pairs])
-        return super().structured(index, param)
+        """Each source's own, one behind the other."""
+        return concatenated([(source.k, source.structured(index, param)) for source in self.sources], param)
 
     def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
         """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""
@@ -105,123 +157,7 @@ class MixedDirections(AbstractDirections):
 
 
 @final
-class OrthogonalDirections(AbstractDirections):
-    """Another's directions made orthogonal over all parameters together, each of norm ``sqrt(P)`` for P parameters.
-
-        V' = sqrt(P) L^-1 V,    V V^T = L L^T
-
-    which is Gram-Schmidt: they span the same plane, so that descents which do not mind the lengths and angles of
-    directions (Newton) take the same step. What changes is what does mind: damping, and the forward gradient
-    ``mean_k (F_k v_k)``, which is then ``P / K`` times the projection of the gradient onto the plane, without the
-    variance of overlapping directions. Of Gaussian directions it makes uniformly distributed ones.
-    The combinations of rank-one or sparse tangents are dense: their products cost what dense ones do.
-
-    Args:
-        source: what is to be made orthogonal; at most as many directions as there are parameters.
-
-    Raises:
-        SingularPlaneError: (of `prepare`) the directions depend on each other.
-
-    >>> import torch, jetplane as jp
-    >>> directions = OrthogonalDirections(jp.Directions(2))
-    >>> v = torch.cat([t.flatten(1) for t in directions.tangents([torch.zeros(3, 4), torch.zeros(8)])], 1)
-    >>> (v @ v.mT).round(decimals=3).abs()
-    tensor([[20.,  0.],
-            [ 0., 20.]])
-
-    Source: Choromanski et al., arXiv 1804.02395, for orthogonal directions in gradient estimates.
-    """
-
-    def __init__(self, source: AbstractDirections) -> None:
-        self._source = source
-        self.k = source.k
-        self._turn: Tensor | None = None
-
-    def prepare(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> None:
-        """Find the combinations that are orthogonal, by one draw of all directions."""
-        self._source.prepare(params, places)
-        gram = torch.zeros(self.k, self.k, dtype=torch.float64)
-        for index, param in zip(places or range(len(params)), params, strict=True):
-            flat = self._source.draw(index, whole(param)).reshape(self.k, -1).double()
-            gram += (flat @ flat.mT).cpu()
-        triangle, failed = torch.linalg.cholesky_ex(gram)
-        diagonal = triangle.diagonal()
-        if int(failed) or bool((diagonal <= 1e-6 * gram.diagonal().sqrt()).any()):
-            raise SingularPlaneError(f"{self.k} directions are to be made orthogonal, but depend on each other")
-        size = sum(param.numel() for param in params)
-        self._turn = torch.linalg.solve_triangular(triangle, math.sqrt(size) * torch.eye(self.k).double(), upper=False)
-
-    def _turned(self) -> Tensor:
-        if self._turn is None:
-            raise ArgumentError("directions are orthogonal over all parameters: call prepare(params) before drawing")
-        return self._turn
-
-    def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
-        """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
-        turn = self._turned()[directions or slice(None)].to(param.device, working_dtype(param))
-        drawn = self._source.draw(index, param)
-        return torch.tensordot(turn, drawn.to(turn.dtype), 1).to(param.dtype)
-
-    def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
-        """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""
-        turn = self._turned().to(kappa.device)
-        return self._source.combine(index, param, turn.mT @ checked(kappa, self.k).double())
-
-
-@final
-class ScaledDirections(AbstractDirections):
-    """Another's directions with each entry multiplied by a scale: longer where a parameter may go far.
-
-    With one over the root of a running mean square, or of a diagonal of the curvature, that is a diagonal
-    preconditioner: directions look for what is likely to help. The forward gradient of such directions is the
-    gradient times the squares of the scales. Rank-one tangents become dense.
-
-    Args:
-        source: what is to be scaled.
-        scales: positive tensors of the parameters' shapes, by their indices; others are not scaled.
-
-    >>> import torch, jetplane as jp
-    >>> w = torch.zeros(2)
-    >>> scaled = ScaledDirections(StoredDirections([torch.ones(1, 2)]), {0: torch.tensor([1.0, 3.0])})
-    >>> scaled.draw(0, w), scaled.combine(0, w, torch.tensor([2.0]))
-    (tensor([[1., 3.]]), tensor([2., 6.]))
-
-    Source: Adam's diagonal, arXiv 1412.6980, on drawn directions.
-    """
-
-    def __init__(self, source: AbstractDirections, scales: Mapping[int, Tensor]) -> None:
-        self._source, self._scales = source, dict(scales)
-        self.k = source.k
-
-    def prepare(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> None:
-        """Prepare the source.
-
-        Raises:
-            ShapeError: a scale does not have its parameter's shape.
-        """
-        for index, param in zip(places or range(len(params)), params, strict=True):
-            if index in self._scales and self._scales[index].shape != param.shape:
-                got = tuple(self._scales[index].shape)
-                raise ShapeError(f"scale of parameter {index}: expected shape {tuple(param.shape)}, got {got}")
-        self._source.prepare(params, places)
-
-    def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
-        """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
-        return self._scaled(index, param, self._source.draw(index, param, directions))
-
-    def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
-        """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""
-        return self._scaled(index, param, self._source.combine(index, param, kappa))
-
-    def _scaled(self, index: int, param: Tensor, numbers: Tensor) -> Tensor:
-        if index not in self._scales:
-            return numbers
-        scale, part = self._scales[index], part_of(param)
-        return numbers * (scale if part is None else scale[part.box]).to(numbers.dtype)
-
-
-@final
-class ChosenDirections(AbstractDirections):
+class SelectedDirections(AbstractDirections):
     """Some of another's directions: consecutive runs of them.
 
     Args:
@@ -233,10 +169,20 @@ class ChosenDirections(AbstractDirections):
         self._source, self._runs = source, list(runs)
         self._each = [len(range(source.k)[run]) for run in runs]
         self.k = sum(self._each)
+        self.isotropic, self.cacheable = source.isotropic, source.cacheable
 
     def prepare(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> None:
         """Prepare the source."""
         self._source.prepare(params, places)
+
+    def forget(self) -> None:
+        """Let the source forget."""
+        self._source.forget()
+
+    def squared_norms(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> Tensor:
+        """Those of the source's directions that are selected."""
+        every = self._source.squared_norms(params, places)
+        return torch.cat([every[run] for run in self._runs])
 
     def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
         """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
@@ -244,34 +190,35 @@ class ChosenDirections(AbstractDirections):
         return (drawn[0] if len(drawn) == 1 else torch.cat(drawn))[directions or slice(None)]
 
     def structured(self, index: int, param: Tensor) -> Tensor | Tangents | None:
-        """Factors stay factors."""
-        whole = self._source.structured(index, param)
-        if isinstance(whole, LowRank):
-            left, right = (torch.cat([f[run] for run in self._runs]) for f in (whole.left, whole.right))
-            return LowRank(left, right, whole.shape[1:])
-        if isinstance(whole, Stacked) and len(self._runs) == 1:
-            return whole[self._runs[0]]
-        return None if whole is None else super().structured(index, param)
+        """The source's own: factors stay factors."""
+        every = self._source.structured(index, param)
+        if every is None:
+            return None
+        return concatenated([(k, every[run]) for k, run in zip(self._each, self._runs, strict=True)], param)
 
     def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
         """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""
-        whole = kappa.new_zeros(self._source.k)
+        every = kappa.new_zeros(self._source.k)
         for run, part in zip(self._runs, checked(kappa, self.k).split(self._each), strict=True):
-            whole[run] = part
-        return self._source.combine(index, param, whole)
+            every[run] = part
+        return self._source.combine(index, param, every)
 
 
 @final
-class HeldDirections(AbstractDirections):
+class CachedDirections(AbstractDirections):
     """The tangents of given parameters in one step: kept once drawn while they fit, drawn again otherwise.
 
-    What is kept spares the next drawing: at the update, or where a layer is used more than once.
+    What is kept spares the next drawing: at the update, or where a layer is used more than once. Directions that are
+    not `cacheable` are not kept.
 
     Args:
         source: where tangents come from.
         params: all the parameters of a step.
         places: the index by which the source knows each of them; 0, 1, 2, ... by default.
         limit: bytes to keep in all.
+
+    Attributes:
+        used: the indices of the parameters whose tangents were asked for by an evaluation.
     """
 
     def __init__(
@@ -281,18 +228,23 @@ class HeldDirections(AbstractDirections):
         places: Sequence[int] | None = None,
         limit: float = math.inf,
     ) -> None:
-        self.k = source.k
+        self.k, self.isotropic, self.cacheable = source.k, source.isotropic, False
         self.used: set[int] = set()
         self._source = source
         self._places = range(len(params)) if places is None else places
         self._held: dict[int, Tensor] = {}
-        self._room = limit
+        self._room = limit if source.cacheable else 0
         source.prepare(params, places)
 
     def forget(self) -> None:
         """Keep nothing of what was drawn so far."""
         self._room += sum(held.nbytes for held in self._held.values())
         self._held.clear()
+        self._source.forget()
+
+    def squared_norms(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> Tensor:
+        """Those of the source."""
+        return self._source.squared_norms(params, [self._places[i] for i in places or range(len(params))])
 
     def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
         """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
@@ -318,7 +270,8 @@ class HeldDirections(AbstractDirections):
         """As the source has them; `used` collects the parameters that were asked for."""
         self.used.add(index)
         structured = self._source.structured(self._places[index], param)
-        return super().structured(index, param) if isinstance(structured, Deferred) else structured
+        cached = isinstance(structured, Deferred) and self._source.cacheable
+        return super().structured(index, param) if cached else structured
 
     def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
         """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""

@@ -16,10 +16,10 @@ from torch import Tensor
 from .._sharding import Part, Pieces, Runs, local, part_of, whole
 from ..errors import ArgumentError, DTypeError
 from ..jets import LowRank, Tangents
-from .base import AbstractDirections, checked, working_dtype
+from .base import AbstractDirections, as_real, checked, working_dtype
 from .laws import LAWS, coins, key, pieces, twists, windows
 
-Structure = Literal["dense", "rank-one", "low-rank", "sparse", "block"]
+Structure = Literal["dense", "rank-one", "low-rank", "sparse"]
 
 # The fourth moment of one entry, for rules that set the step size by it. "sphere": 3 P / (P + 2) for P
 # parameters, here its limit.
@@ -75,14 +75,14 @@ class Directions(AbstractDirections):
             Products use the factors, so such tangents cost nearly nothing beside the plain forward.
             "low-rank": ``(a_1 b_1^T + ... + a_r b_r^T) / sqrt(r)``.
             "sparse": entries are kept with probability ``density``, and those divided by its root.
-            "block": each direction moves one parameter alone, the next direction the next one, going on from
-            step to step; times the root of their number.
         rank: r of "low-rank".
         density: of "sparse".
         seed: any integer of 64 bits.
 
     Attributes:
         step: which draw this is. Whoever owns the directions moves it on; equal steps give equal numbers.
+
+    A complex parameter has the tangents of the real one (*shape, 2) that its parts are: they are drawn independently.
 
     The numbers do not depend on torch's generators, on the device (up to the rounding of log, sin and cos),
     on the dtype (they are drawn in float32 and cast), nor on which part is asked for. They do
@@ -97,6 +97,8 @@ class Directions(AbstractDirections):
     >>> torch.equal(directions.draw(0, w, slice(2, 3)), v[2:3])
     True
     """
+
+    isotropic = True
 
     def __init__(
         self, k: int, law: str = "gaussian", tangents: Structure = "dense", seed: int = 0,
@@ -126,7 +128,6 @@ class Directions(AbstractDirections):
         self.step: int | Tensor = 0
         self._scales = torch.empty(0)  # of the sphere
         self._norms_of: tuple[int, int | Tensor] | None = None  # the seed and step they belong to
-        self._order: dict[int, int] = {}  # of the parameters that blocks take turns in
 
     def __repr__(self) -> str:
         return f"Directions(k={self.k}, law={self.law!r}, tangents={self.structure!r}, seed={self.seed})"
@@ -150,20 +151,20 @@ class Directions(AbstractDirections):
             DTypeError: the parameter is not of a floating dtype.
             ArgumentError: the law is "sphere", and `prepare` was not called in this step.
         """
+        if param.is_complex():
+            return torch.view_as_complex(self.draw(index, as_real(param), directions))
         flat = self._flat(index, param, directions)
         return self._scaled(flat, directions).reshape(len(flat), *local(param).shape)
 
     def structured(self, index: int, param: Tensor) -> Tensor | Tangents | None:
-        """Low-rank tangents as their factors, dense ones to be drawn later, None for a block that rests.
+        """Low-rank tangents as their factors, dense ones to be drawn later.
 
         Raises:
             ArgumentError: as `draw`.
         """
-        if self.is_low_rank(param):
+        if self.is_low_rank(param) and not param.is_complex():
             left, right = self._factors(index, param, None)
             return LowRank(self._scaled(left.flatten(1)).view_as(left), right, local(param).shape)
-        if self.structure == "block" and not self._moved(index, None):
-            return None
         return super().structured(index, param)
 
     def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
@@ -171,6 +172,8 @@ class Directions(AbstractDirections):
 
         The tangents are drawn again, a cache's size at a time, and never held.
         """
+        if param.is_complex():
+            return torch.view_as_complex(self.combine(index, as_real(param), kappa))
         work = working_dtype(param)
         kappa = checked(kappa, self.k).to(param.device, work, copy=True)
         kappa = self._scaled(kappa.unsqueeze(1)).squeeze(1)
@@ -187,16 +190,20 @@ class Directions(AbstractDirections):
         return self.tangents(params)
 
     def prepare(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> None:
-        """Find what the draws of one step share: the order of blocks; for the law "sphere", the norms."""
-        self._order = {index: n for n, index in enumerate(places or range(len(params)))}
+        """Find what the draws of one step share: for the law "sphere", the norms."""
         if self.law != "sphere" or self._norms_of == (self.seed, self.step):
             return
         squares = torch.zeros(self.k, dtype=torch.float64)
         for index, param in zip(places or range(len(params)), params, strict=True):
-            norms = torch.linalg.vector_norm(self._flat(index, whole(param), None), dim=1, dtype=torch.float64)
+            flat = self._flat(index, as_real(whole(param)), None)
+            norms = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
             squares += norms.square().cpu()
-        self._scales = (sum(param.numel() for param in params) / squares).sqrt_()
+        self._scales = (sum(as_real(param).numel() for param in params) / squares).sqrt_()
         self._norms_of = (self.seed, self.step)
+
+    def squared_norms(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> Tensor:
+        """What is expected of each: the number of parameters, since entries have variance one."""
+        return torch.full((self.k,), float(sum(as_real(param).numel() for param in params)), dtype=torch.float64)
 
     def _scaled(self, numbers: Tensor, directions: slice | None = None) -> Tensor:
         if self.law != "sphere":
@@ -208,16 +215,6 @@ class Directions(AbstractDirections):
             )
         scales = self._scales[directions or slice(None)]
         return numbers.mul_(scales.to(numbers.device, numbers.dtype).unsqueeze(1))
-
-    def _moved(self, index: int, directions: slice | None) -> list[int]:
-        """Which of the chosen directions move this parameter, all of them unless they are blocks."""
-        chosen = self._chosen(directions)
-        if self.structure != "block":
-            return list(range(len(chosen)))
-        if index not in self._order:
-            raise ArgumentError("blocks take turns over all parameters: call prepare(params) before drawing for one")
-        step = int(self.step) * self.k
-        return [n for n, i in enumerate(chosen) if (step + i) % len(self._order) == self._order[index]]
 
     def _flat(self, index: int, param: Tensor, directions: slice | None) -> Tensor:
         """Tangents (directions, elements) before the sphere's scaling."""
@@ -267,10 +264,6 @@ class Directions(AbstractDirections):
             if self.structure == "sparse":
                 runs = self._thinned(runs, key(stream, _KEPT), apart)
             drawn = runs if part is None else part.picked(runs)
-        if self.structure == "block":
-            scale = torch.zeros(len(self._chosen(directions)), 1, device=param.device)
-            scale[self._moved(index, directions)] = math.sqrt(len(self._order))
-            return ((streams, place, values * scale[streams]) for streams, place, values in drawn)
         return drawn
 
     def _thinned(self, drawn: Runs, start: int | Tensor, apart: Tensor) -> Runs:

@@ -10,6 +10,7 @@ the derivatives through: nothing is stored for a backward pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from .chunks import evaluate_in_chunks
 from .compiled import evaluate_compiled
 from .eager import evaluate_at_once
 from .plane import PlaneModel
+from .side_effects import setting_back
 from .specification import Chunk, Curvature, Pairs, PlaneSpec
 
 
@@ -34,12 +36,14 @@ def evaluate(
     examples: bool = False,
     chunk: Chunk = None,
     memory: int | None = None,
+    generators: Sequence[Any] = (),
 ) -> PlaneModel:
     """Run a closure once on the plane that directions span at the parameters.
 
     Args:
         closure: returns a scalar loss, computed by torch functions of the parameters.
-        params: the tensors that move; others are constants.
+        params: the tensors that move; others are constants. A complex one moves along complex tangents, as the two
+            real ones that its parts are.
         directions: `jetplane.Directions`, or for each parameter one tensor of shape (K, *param.shape) or
             `jetplane.LowRank`.
         curvature: "hessian" for the exact one; "ggn" for the Gauss-Newton one, ``J^T Hess(l) J`` with J
@@ -58,6 +62,9 @@ def evaluate(
             back. "auto" takes the largest chunk that ``memory`` allows, by the activations that one plain run keeps
             alive.
         memory: bytes for "auto"; half of what is free by default.
+        generators: of random numbers that the closure draws from besides torch's own and the global ones of NumPy and
+            `random`: `torch.Generator`, `numpy.random.Generator`, `numpy.random.RandomState`, `random.Random`. They are
+            set back between runs.
 
     Returns:
         A `PlaneModel` of detached tensors, float32 at least.
@@ -67,6 +74,7 @@ def evaluate(
             that planes do not fill), an unknown word.
         ShapeError, DTypeError, DeviceError: directions that do not match their parameter.
         LossError: the closure did not return a scalar floating-point tensor.
+        RandomClosureError: it gave different losses in several runs.
         UnusedParametersError: the loss depends on none of the parameters.
         NonFiniteError: NaN or infinity in the loss, slope or curvature.
         DerivativeError: the closure leaves torch, calls autograd, or writes to a parameter.
@@ -86,7 +94,10 @@ def evaluate(
     check_parameters(params)
     along = as_directions(params, directions)
     spec = PlaneSpec(along.k, curvature, pairs, examples, chunk, memory)
-    return evaluate_plane(closure, params, along, spec)
+    if not generators:
+        return evaluate_plane(closure, params, along, spec)
+    with setting_back(generators):
+        return evaluate_plane(closure, params, along, spec)
 
 
 def evaluate_plane(

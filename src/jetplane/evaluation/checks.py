@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..directions import AbstractDirections, HeldDirections, StoredDirections
+from ..directions import AbstractDirections, CachedDirections, StoredDirections
 from ..errors import (
     ArgumentError,
     DeviceError,
@@ -19,7 +19,9 @@ from ..errors import (
     ShapeError,
     UnusedParametersError,
 )
-from ..jets import MODEL, Jet, Space, Tangents, kind_of, promoted
+from ..jets import MODEL, Jet, Space, Tangents, goes_outside, kind_of, promoted
+from ..rules.sparse import is_sparse
+from .leaving import plain_result
 from .plane import PlaneModel
 
 CACHED_BYTES = 1 << 26  # of drawn tangents, kept for the next operator, or the update, that asks for them
@@ -30,7 +32,7 @@ NO_LOSS = (
 
 
 def check_parameters(params: Sequence[Any]) -> None:
-    """Check that there are parameters, each a different tensor of a floating dtype.
+    """Check that there are parameters, each a different dense tensor of a floating dtype.
 
     Raises:
         ArgumentError, DTypeError: they are not.
@@ -40,8 +42,13 @@ def check_parameters(params: Sequence[Any]) -> None:
     for i, p in enumerate(params):
         if not isinstance(p, Tensor):
             raise ArgumentError(f"parameter {i} must be a tensor, got {type(p).__name__}")
-        if not p.dtype.is_floating_point:
+        if not (p.dtype.is_floating_point or p.dtype.is_complex):
             raise DTypeError(f"parameter {i} must be of a floating dtype, got {p.dtype}")
+        if is_sparse(p):
+            raise ArgumentError(
+                f"parameter {i} is of layout {p.layout}; expected a dense tensor. Let its values be the parameter, and "
+                "write products by its indices: torch.zeros(rows, n).index_add(0, row, values[:, None] * x[column])"
+            )
     if len({id(p) for p in params}) != len(params):
         raise ArgumentError("a parameter is given twice; expected each tensor once")
 
@@ -54,10 +61,10 @@ def as_directions(
     Raises:
         ArgumentError, ShapeError, DTypeError, DeviceError: tangents that do not match their parameter.
     """
-    if isinstance(directions, (HeldDirections, StoredDirections)):
+    if isinstance(directions, (CachedDirections, StoredDirections)):
         return directions
     if isinstance(directions, AbstractDirections):
-        return HeldDirections(directions, params, limit=CACHED_BYTES)
+        return CachedDirections(directions, params, limit=CACHED_BYTES)
     if len(directions) != len(params):
         raise ShapeError(f"expected one tensor of tangents for each of {len(params)} parameters, got {len(directions)}")
     k = directions[0].shape[0] if len(directions[0].shape) else 0
@@ -87,6 +94,11 @@ def coefficients_of(loss: Any, space: Space, used: bool) -> tuple[Tensor, Tensor
     """
     if not isinstance(loss, Tensor):
         raise LossError(f"the closure must return a scalar tensor, got {type(loss).__name__}")
+    if goes_outside(type(loss)):
+        raise LossError(
+            f"the closure must return a plain tensor, got a {type(loss).__name__}, which wraps others; return the one "
+            "inside of it that is to be differentiated"
+        )
     jet = promoted(loss)
     loss = loss if jet is None else jet
     if loss.numel() != 1:
@@ -97,7 +109,8 @@ def coefficients_of(loss: Any, space: Space, used: bool) -> tuple[Tensor, Tensor
         raise UnusedParametersError(
             "the loss does not depend on the parameters: "
             + (
-                "they were used, but every path to the loss was cut (detach(), item(), a comparison)"
+                "they were used, but every path to the loss was cut (detach(), torch.no_grad() in the closure, item(), "
+                "a comparison)"
                 if used
                 else "the closure uses none of them; expected a loss computed from these very tensors"
             )
@@ -120,6 +133,7 @@ def checked_finite(model: PlaneModel) -> PlaneModel:
     """
 
     def plain(t: Tensor) -> Tensor:
+        t = plain_result(t)
         return t.clone() if t.dtype in (torch.float32, torch.float64) else t.float()
 
     value, slope = plain(model.value), plain(model.slope)

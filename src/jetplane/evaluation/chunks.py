@@ -14,10 +14,12 @@ from torch import Tensor
 
 from .. import _sharding
 from .._torch import TorchDispatchMode, tree_leaves
-from ..directions import AbstractDirections, ChosenDirections
+from ..directions import AbstractDirections, SelectedDirections
 from .eager import evaluate_at_once
 from .entrance import Entrance, LastEntrance
+from .leaving import plain_run
 from .plane import PlaneModel
+from .repeats import RepeatedClosure
 from .side_effects import without_side_effects
 from .specification import PlaneSpec
 
@@ -34,7 +36,7 @@ def evaluate_in_chunks(
     sharded need no such runs: see `jetplane.evaluation.entrance`.
 
     Raises:
-        As `jetplane.evaluate`.
+        As `jetplane.evaluate`, and `RandomClosureError` where the runs give different losses.
     """
     crossed, block = spec.crossed, spec.block
     one_by_one = crossed and spec.gauss_newton and not any(_sharding.is_sharded(p) for p in params)
@@ -44,7 +46,8 @@ def evaluate_in_chunks(
         size = min(spec.chunk, spec.k)
     else:
         room = free_memory(params[0].device) // 2 if spec.memory is None else spec.memory
-        size = affordable(spec.k, block, spec.order == 2, crossed, activations(closure), room)
+        size = affordable(spec.k, block, spec.order == 2, crossed, activations(closure, params), room)
+    closure = RepeatedClosure.of(closure, params)
     whole = spec.at_once()
     if size >= spec.k:
         return evaluate_at_once(closure, params, directions, whole)
@@ -64,7 +67,7 @@ def _gauss_newton(
     kept = []
     for run in runs[:-1]:
         entrance = Entrance()
-        chosen = ChosenDirections(directions, [run])
+        chosen = SelectedDirections(directions, [run])
         with without_side_effects():
             evaluate_at_once(closure, params, chosen, PlaneSpec(chosen.k, "ggn"), entrance)
         if entrance.barred:
@@ -83,7 +86,7 @@ def _assembled(
     """A plane from the planes of its chunks."""
     models: list[PlaneModel] = []
     for chunk in chunks:
-        chosen = ChosenDirections(directions, chunk)
+        chosen = SelectedDirections(directions, chunk)
         last = len(models) + 1 == len(chunks)
         with contextlib.nullcontext() if last else without_side_effects():
             models.append(evaluate_at_once(closure, params, chosen, spec.restricted(chosen.k)))
@@ -178,8 +181,8 @@ class _LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def activations(closure: Callable[[], Any]) -> int:
+def activations(closure: Callable[[], Any], params: Sequence[Tensor]) -> int:
     """The most bytes that a plain run of the closure keeps alive at once; the run is without side effects."""
-    with torch.inference_mode(), without_side_effects(), _LiveBytes() as live:
+    with plain_run(params), without_side_effects(), _LiveBytes() as live:
         closure()
     return live.peak

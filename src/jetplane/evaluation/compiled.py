@@ -32,6 +32,11 @@ class _CompiledInterception(TorchFunctionMode):
         self.space = space
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not torch.is_grad_enabled():  # switched off by the user's own code: derivatives stop
+            target = args[0] if args else None
+            args, kwargs = tree_map(self._constant, (args, kwargs or {}))
+            result = func(*args, **kwargs)
+            return target if isinstance(target, Jet) and result is target.primal else result
         args, kwargs = tree_map(self._replaced, (args, kwargs or {}))
         if self.space.gauss_newton and (func in LOSSES or inside_loss()):
             # Operators meet the jets after the user's code has run: what enters a loss must say so itself.
@@ -48,7 +53,12 @@ class _CompiledInterception(TorchFunctionMode):
         return Jet(x.primal, x.first_tensor, x.second_tensor, self.space.key, None, None, None, LOSS)
 
     def _replaced(self, x: Any) -> Any:
-        return self.jets.get(id(x), x) if isinstance(x, self.kind) else x
+        if isinstance(x, self.kind):
+            x = self.jets.get(id(x), x)
+        return x.detach() if isinstance(x, Tensor) and x.requires_grad else x  # nothing is recorded for reverse mode
+
+    def _constant(self, x: Any) -> Any:
+        return x.primal if isinstance(x, Jet) else x
 
 
 def evaluate_compiled(
@@ -77,7 +87,7 @@ def evaluate_compiled(
             elif tangents is not None:
                 jets[id(p)] = Jet(p.detach(), tangents.to(carried(p.dtype)), None, key)
         kind = torch.nn.Parameter if all(isinstance(p, torch.nn.Parameter) for p in params) else Tensor
-        with _CompiledInterception(jets, kind, space):
+        with _CompiledInterception(jets, kind, space), torch.enable_grad():
             loss = closure()
         if spec.gauss_newton and loss.kind == MODEL:  # type: ignore[attr-defined]
             raise LossError(NO_LOSS)

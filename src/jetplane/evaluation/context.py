@@ -6,17 +6,11 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-import torch
-
-from .._torch import user_keys
-from ..jets import PairStructure, Space, forget_promoted
+from ..jets import PairStructure, Space
+from ..rules import grad_mode
+from . import compilers, leaving
 
 _evaluations = threading.local()  # depth: how many evaluations are under way in this thread
-
-
-def recording() -> bool:
-    """Whether code that runs here records a graph for reverse mode."""
-    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 @contextlib.contextmanager
@@ -36,12 +30,23 @@ def expansion(
         examples: whether each example's part of the slope is kept.
         recorded: whether rules record a graph for reverse mode.
     """
-    depth = getattr(_evaluations, "depth", 0) + 1
-    space = Space(structure, order, depth, gauss_newton, examples, recorded=recorded, keys=user_keys())
+    with compilers.eager():
+        depth = getattr(_evaluations, "depth", 0) + 1
+        space = Space(structure, order, depth, gauss_newton, examples, recorded=recorded)
+        try:
+            with at_depth(depth), grad_mode.evaluation(space):
+                yield space
+        finally:
+            leaving.release(space)
+            space.finish()
+
+
+@contextlib.contextmanager
+def at_depth(depth: int) -> Iterator[None]:
+    """Let evaluations inside be nested in so many others."""
+    before = getattr(_evaluations, "depth", 0)
     _evaluations.depth = depth
     try:
-        yield space
+        yield
     finally:
-        _evaluations.depth = depth - 1
-        forget_promoted(space)
-        space.finish()
+        _evaluations.depth = before

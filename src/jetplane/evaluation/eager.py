@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from .. import _sharding
 from ..directions import AbstractDirections
 from ..rules.examples import known
-from . import sharded
+from . import gradient_hooks, sharded
 from .checks import checked_finite, coefficients_of
 from .context import expansion
 from .entrance import Entrance
@@ -40,14 +39,15 @@ def evaluate_at_once(
         As `jetplane.evaluate`.
     """
     structure = spec.structure
-    with torch.inference_mode(), expansion(structure, spec.order, spec.gauss_newton, spec.examples) as space:
-        space.entrance = entrance
+    with expansion(structure, spec.order, spec.gauss_newton, spec.examples) as space:
+        space.entrance, space.remembered = entrance, True
         interception = Interception(space)
+        gradient_hooks.announce(params)
         for i, p in enumerate(params):
             interception.register(p, i, directions, p)
         with interception.running(), _copies_registered(interception, params, directions):
             loss = sharded.gathered(closure())
-        value, first, second = coefficients_of(loss, space, bool(interception.used))
+        value, first, second = coefficients_of(loss, space, bool(interception.used or interception.unmoved))
         if second is None and spec.curvature != "none":
             second = value.new_zeros(structure.count)
         if first is None:
@@ -55,6 +55,8 @@ def evaluate_at_once(
         second = None if second is None else structure.matrix(second)
         examples = known(loss, first) if spec.examples else None
         model = PlaneModel(value, first, second, examples, space.materialized)
+        interception.used.clear()  # what nobody else holds need not become ordinary tensors
+        del loss
     return model if space.level > 1 else checked_finite(model)
 
 

@@ -1,11 +1,18 @@
-"""While a closure runs, parameters become jets wherever a torch function takes them, and exits are guarded."""
+"""While a closure runs, its parameters are replaced by their jets, and ways out on which derivatives are lost raise.
+
+Two modes of torch see what a closure does, in its own thread and in those that it gives work to. A function mode sees
+the functions that it calls, with their arguments as the user wrote them. A dispatch mode sees every operator, whoever
+calls it: scripted and traced modules, the batching rules of `torch.vmap`, the transforms of `torch.func`, C++
+extensions. What reads a parameter's memory by its address is seen by neither: that is what `jetplane.audit` is for.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,12 +22,38 @@ from torch.overrides import TorchFunctionMode
 
 from .. import _sharding
 from .. import rules as rules  # installs the dispatcher of jets
+from .._torch import (
+    FUNCTIONAL,
+    TRANSFORMS,
+    DisableTorchFunctionSubclass,
+    TorchDispatchMode,
+    make_dual,
+    nested_values,
+    transform_level,
+)
 from ..directions import AbstractDirections
-from ..errors import DerivativeError, JetplaneWarning, located
-from ..jets import PARAMETER, Jet, Space, any_promoted, carried, parts, promoted
-from ..rules.custom import intercept_functions
+from ..errors import DerivativeError, JetplaneWarning, MissingRuleError, located
+from ..jets import (
+    PARAMETER,
+    Jet,
+    Space,
+    adopt_promotions,
+    any_promoted,
+    carried,
+    innermost,
+    parts,
+    promoted,
+    promotion_state,
+)
+from ..rules import grad_mode, higher_order, sparse
+from ..rules.dispatch import inside_loss
 from ..rules.dispatch import loss as mark_loss
-from . import sharded
+from ..rules.functions import intercept_functions, refuse_captured
+from . import gradient_hooks, leaving, sharded, threads
+from .context import at_depth
+
+# What torch and Python say where no class of several takes an operator.
+NOBODY = ("handlers returned NotImplemented", "no implementation found for", "'Jet'")
 
 # Ways out of torch on which a jet's coefficients would be lost.
 _EXITS = {
@@ -44,7 +77,16 @@ _QUERIES = {
     torch.Tensor.dim,
     torch.Tensor.numel,
 }
-_REVERSE_MODE = {torch.autograd.grad: "torch.autograd.grad", torch.Tensor.backward: "backward()"}
+# Numbers for people to read.
+_SHOWING = {torch.Tensor.__repr__, torch.Tensor.__format__}
+_ASIDE = _QUERIES | _SHOWING | gradient_hooks.REGISTERING
+# Derivatives inside a loss that running below autograd, or the end of the evaluation, would turn into zeros or errors.
+_OTHER_DERIVATIVES = {
+    torch.autograd.grad: "torch.autograd.grad",
+    torch.Tensor.backward: "backward()",
+    make_dual: "torch.autograd.forward_ad",
+    torch.Tensor.requires_grad_: FUNCTIONAL,
+}
 
 LOSSES = {
     getattr(F, name)
@@ -70,23 +112,39 @@ def _warn_if_flat(func: Any, result: Any, space: Space) -> Any:
     return result
 
 
+def _caller() -> str:
+    """The module that called the function which is being intercepted."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals["__name__"] in (__name__, "torch.overrides", "torch.autograd"):
+        frame = frame.f_back
+    return frame.f_globals["__name__"]
+
+
 class Interception(TorchFunctionMode):
     """Replaces registered parameters by their jets in the arguments of every torch function of this thread.
-
-    Ways out of torch, on which derivatives would be lost, and reverse mode raise.
 
     Args:
         space: that of the evaluation.
 
     Attributes:
         used: the jets of the parameters that were used so far, by the parameters' identities.
+        unmoved: the same of parameters that were used where derivatives stop.
+        refused: what threads that do not take part in the evaluation wanted to do with its parameters.
+        ended: whether the evaluation is over, or suspended: whoever runs under this interception is then left alone.
+        lock: held by the thread whose operator is being carried: rules keep notes in the space.
     """
 
     def __init__(self, space: Space) -> None:
         super().__init__()
         self.space = space
         self.used: dict[int, Tensor] = {}
+        self.unmoved: dict[int, Tensor] = {}
+        self.refused: list[str] = []
+        self.ended = False
+        self.lock = threading.RLock()
+        self._params: list[Tensor] = []
         self._unused: dict[int, Callable[[], Tensor]] = {}  # what makes the jet of a parameter at its first use
+        self._thread = threading.get_ident()
 
     def register(self, param: Tensor, index: int, directions: AbstractDirections, like: Tensor) -> None:
         """Let a parameter be replaced by its jet.
@@ -100,68 +158,213 @@ class Interception(TorchFunctionMode):
             like: the tensor for which they are drawn.
         """
         local = _sharding.local(param)
+        self._params.append(param)
         self._unused[id(local)] = lambda: self._jet(local, index, directions, like)
         if local is not param:
-            self._unused[id(param)] = lambda: _sharding.wrapped(self._replaced(local), param)
+            self._unused[id(param)] = lambda: _sharding.wrapped(self.replaced(local), param)
 
     def _jet(self, param: Tensor, index: int, directions: AbstractDirections, like: Tensor) -> Tensor:
         tangents = directions.structured(index, like)
         if tangents is None:  # no direction moves it
             return param.detach()
-        jet = Jet(param.detach(), tangents.to(carried(param.dtype)), None, self.space)
+        jet = Jet(param.detach().as_subclass(Tensor), tangents.to(carried(param.dtype)), None, self.space)
         jet.is_seed, jet.kind = True, PARAMETER
-        return jet
+        return jet.as_subclass(type(param))
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Intercept whatever a user's function calls; errors say where in it they arose."""
-        thread = threading.get_ident()
-        with intercept_functions(self._replaced, lambda: threading.get_ident() == thread), self:
-            try:
+        """Intercept what a user's function does; errors say where in it they arose.
+
+        Raises:
+            DerivativeError: another thread used a parameter and did not take part.
+        """
+        operators = _Operators(self) if self._params else contextlib.nullcontext()
+        try:
+            with threads.refusing(self._params, self), threads.under_way(self), operators, self._intercepting():
                 yield
-            except DerivativeError as error:
-                located(error)
+        except DerivativeError as error:
+            located(error)
+            raise
+        except TypeError as error:
+            if not any(words in str(error) for words in NOBODY):
                 raise
+            refused = DerivativeError(
+                "a tensor of a class of its own met one that depends on the parameters, and its class does not "
+                f"take it: {str(error).splitlines()[0]}. Take the plain tensor out of it, or detach() the other"
+            )
+            refused.__traceback__ = error.__traceback__
+            located(refused)
+            raise refused from error
+        finally:
+            self.ended = True
+        if self.refused:
+            raise DerivativeError(self.refused[0])
+
+    @contextlib.contextmanager
+    def _intercepting(self) -> Iterator[None]:
+        with intercept_functions(self.replaced), self:
+            yield
+
+    def in_worker(self) -> contextlib.AbstractContextManager[None]:
+        """What another thread enters to take part in the evaluation of this one."""
+        loss, promotions = inside_loss(), promotion_state()
+
+        @contextlib.contextmanager
+        def entered() -> Iterator[None]:
+            before = promotion_state()
+            adopt_promotions(promotions)
+            try:
+                with contextlib.ExitStack() as stack:
+                    stack.enter_context(at_depth(self.space.level))
+                    stack.enter_context(grad_mode.forward_only())
+                    stack.enter_context(threads.under_way(self))
+                    stack.enter_context(_Operators(self))
+                    stack.enter_context(self._intercepting())
+                    if loss:
+                        stack.enter_context(mark_loss())
+                    yield
+            finally:
+                adopt_promotions(before)
+
+        return entered()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _QUERIES:
-            return func(*args, **(kwargs or {}))
-        args = tuple(self._replaced(a) for a in args)
-        kwargs = {name: self._replaced(a) for name, a in kwargs.items()} if kwargs else {}
+        kwargs = kwargs or {}
+        if self.ended:
+            return func(*args, **kwargs)
+        if func in _ASIDE:
+            return self._aside(func, args, kwargs)
+        if leaving.earlier.known:
+            leaving.check_entering(func, args, kwargs)
+        if transform_level() is None:  # else operators are intercepted where they meet the parameters themselves
+            args = tuple(self.replaced(a) for a in args)
+            kwargs = {name: self.replaced(a) for name, a in kwargs.items()} if kwargs else kwargs
+            if func in _OTHER_DERIVATIVES:
+                self._refuse_derivative(func)
         if func in _EXITS and args and isinstance(args[0], Jet):
+            if grad_mode.stopped(args[0].space):
+                return func(innermost(args[0]), *args[1:], **kwargs)
             raise DerivativeError(
                 f"{_EXITS[func]} on a tensor of shape {tuple(args[0].shape)} that depends on the "
                 "parameters: its derivatives would be lost. Stay in torch, or detach() the tensor first "
                 "if they are not wanted"
             )
-        if func in _REVERSE_MODE:
-            raise DerivativeError(
-                f"{_REVERSE_MODE[func]} inside a forward-only evaluation. A closure returns its loss and calls no "
-                "backward(); for derivatives inside of it use jetplane.jet, jetplane.hvp or jetplane.laplacian"
-            )
+        if higher_order.is_higher_order(func):
+            with self:  # the functions that it takes may capture parameters
+                return higher_order.run(func, args, kwargs)
+        if sparse.constant(func, args):
+            with grad_mode.autograd(), torch.no_grad():
+                return func(*args, **kwargs)
         if self.space.gauss_newton and func in LOSSES:
             with mark_loss():
                 return _warn_if_flat(func, func(*args, **kwargs), self.space)
+        try:
+            return func(*args, **kwargs)
+        except MissingRuleError as error:
+            if transform_level() is not None:
+                raise DerivativeError(
+                    f"{error}. This is inside a transform of torch.func: torch.func.grad, vjp, jacrev and vmap can be "
+                    "carried, and mostly jvp, jacfwd and hessian cannot; for second derivatives use jetplane.jet, "
+                    "jetplane.hessian or jetplane.laplacian"
+                ) from error
+            raise
+
+    def _aside(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A call that asks about a tensor, shows its numbers, or registers a hook."""
+        if func in gradient_hooks.REGISTERING:
+            return gradient_hooks.registered(func, args, kwargs)
+        if func in _SHOWING:
+            return func(innermost(args[0]), *args[1:], **kwargs)
+        if func in gradient_hooks.ASKED_FOR_HOOKS:
+            gradient_hooks.announce_module()
         return func(*args, **kwargs)
 
-    def _replaced(self, x: Any) -> Any:
+    def _refuse_derivative(self, func: Any) -> None:
+        name, caller = _OTHER_DERIVATIVES[func], _caller()
+        if func is torch.Tensor.requires_grad_ and caller != name:  # somebody else's, which does no harm
+            return
+        if func is torch.autograd.grad and caller == TRANSFORMS:  # which carries jets
+            return
+        raise DerivativeError(
+            f"{name} inside a forward-only evaluation. A closure returns its loss and calls no backward(); for "
+            "derivatives inside of it use torch.func.grad and its like, or jetplane.jet, jetplane.hvp or "
+            "jetplane.laplacian"
+        )
+
+    def replaced(self, x: Any) -> Any:
         """An argument with every parameter in it, and every plain tensor over memory of jets, replaced by its jet."""
+        if self.ended:
+            return x
         if isinstance(x, Tensor):
             x = sharded.unwrapped(x)
-            jet = self._unused.pop(id(x), None)  # what makes the jet looks at the parameter itself
-            if jet is not None:
-                self.used[id(x)] = jet()
-            if id(x) in self.used:
-                return self.used[id(x)]
-            if any_promoted():
-                of_memory = promoted(x)
-                return x if of_memory is None else of_memory
-            return x
+            known = id(x) in self._unused or id(x) in self.used
+            if known and grad_mode.stopped(self.space):
+                refuse_captured()
+                if id(x) in self._unused:  # no tangents are drawn for it
+                    return self._stopped(x)
+            jet = self._used(x) if known else promoted(x) if any_promoted() else None
+            return x if jet is None else jet
         if isinstance(x, (list, tuple)):
-            items = [self._replaced(v) for v in x]
+            items = [self.replaced(v) for v in x]
             if all(a is b for a, b in zip(items, x, strict=True)):
                 return x
             return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
         if isinstance(x, dict):
-            return {name: self._replaced(v) for name, v in x.items()}
+            return {name: self.replaced(v) for name, v in x.items()}
         return x
+
+    def meets(self, values: Iterable[Any]) -> bool:
+        """Whether arguments of an operator may hold something to be replaced."""
+        if any_promoted():
+            return True
+        for x in values:
+            if isinstance(x, (list, tuple)):
+                if self.meets(x):
+                    return True
+            elif id(x) in self._unused or id(x) in self.used or getattr(x, "is_nested", False):
+                return True
+        return False
+
+    def _stopped(self, param: Tensor) -> Tensor:
+        """What stands for a parameter that is first used where derivatives stop."""
+        if id(param) not in self.unmoved:
+            here = _sharding.local(param)
+            bare = grad_mode.unmoved(here, self.space)
+            self.unmoved[id(param)] = bare if here is param else _sharding.wrapped(bare, param)
+        return self.unmoved[id(param)]
+
+    def _used(self, param: Tensor) -> Tensor:
+        """The jet of a parameter, from its first use on."""
+        if id(param) in self.used:
+            return self.used[id(param)]
+        with self.lock:
+            make = self._unused.pop(id(param), None)  # what makes the jet looks at the parameter itself
+            if make is not None:
+                with DisableTorchFunctionSubclass():
+                    self.used[id(param)] = make()
+            return self.used.get(id(param), param)
+
+
+class _Operators(TorchDispatchMode):
+    """Replaces parameters where operators meet them without a function of torch's having been called on them."""
+
+    def __init__(self, interception: Interception) -> None:
+        super().__init__()
+        self._interception = interception
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what would make it skip imports a compiler, at the first operator, and costs time at each
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        interception = self._interception
+        if interception.ended:
+            return func(*args, **kwargs)
+        with interception.lock:
+            if not interception.meets((*args, *kwargs.values())):
+                return func(*args, **kwargs)
+            args, kwargs = interception.replaced(args), interception.replaced(kwargs)
+            if func is nested_values and isinstance(args[0]._values, Jet):
+                return args[0]._values  # torch detaches them where autograd does not see it
+            return func(*args, **kwargs)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .._sharding import is_sharded
 from .._torch import DisableTorchFunction, TorchDispatchMode, disable_current_modes, is_composite
 from ..errors import DerivativeError
-from ..rules.custom import differentiate_forward
+from ..rules.functions import differentiate_forward
 
 
 def unwrapped(x: Any) -> Any:
@@ -72,7 +72,7 @@ def _follow_layout_functions() -> None:
 class _Watch(TorchDispatchMode):
     """Breaks composite operators on `DTensor`s up, and sees FSDP2 gather what no hook of ours has seen.
 
-    Outside of inference mode `DTensor` never sees composites. It takes them, but finds worse layouts for them: a linear
+    Above autograd `DTensor` never sees composites. It takes them, but finds worse layouts for them: a linear
     layer whose weight is split along its inputs gathered weight and inputs.
     """
 
@@ -109,7 +109,7 @@ def _gathering(params: Sequence[Tensor], gathered: Callable[[Tensor, Tensor], No
     def before(module: Any, args: Any) -> None:
         if not isinstance(module, fsdp.FSDPModule) or threading.get_ident() != thread:
             return
-        # As outside of an evaluation: copies that are made in inference mode could not be used for training later.
+        # As outside of an evaluation: copies may be used for training by reverse mode later.
         with (
             torch.inference_mode(False),
             torch.no_grad(),

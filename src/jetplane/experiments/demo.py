@@ -1,4 +1,4 @@
-"""The demonstration: two models on real digits, every method, each run in a process of its own."""
+"""The demonstration: two models on handwritten digits, trained by several methods, each run in its own process."""
 
 from __future__ import annotations
 
@@ -11,42 +11,35 @@ from typing import Any
 
 from ..errors import JetplaneError
 from .config import Config
+from .methods import METHODS
 
 EPOCHS = 50
-# The paper's methods draw ten directions a step each; rates are the best of a few tried for each, and FoMoH
-# takes the paper's step as it is. PlaneSearch is as it comes.
-METHODS: dict[str, list[dict[str, Any]]] = {
-    "logreg": [
-        {"method": "sgd", "lr": 0.5},
-        {"method": "fgd", "lr": 0.2, "k": 10},
-        {"method": "fomoh", "lr": 1.0, "k": 10, "clip": 0},
-        {"method": "fomoh-kd", "lr": 0.6, "k": 10, "clip": 1.0},
-        {"method": "plane-search", "schedule": "constant"},
-    ],
-    "cnn": [
-        {"method": "sgd", "lr": 0.2},
-        {"method": "fgd", "lr": 0.03, "k": 10},
-        {"method": "fomoh", "lr": 0.544, "k": 10, "clip": 0},
-        {"method": "fomoh-kd", "lr": 0.5, "k": 10, "clip": 1.0},
-        {"method": "plane-search", "schedule": "constant"},
-    ],
-}
+# In the order of the figure, by model. Settings are those of `METHODS`: ten directions a step for the paper's methods,
+# rates that did best of a few, and PlaneSearch with its defaults.
+SHOWN = ("sgd", "fgd", "fomoh", "fomoh-kd", "plane-search")
+MODELS = ("logreg", "cnn")
 
 
-def plan(seed: int = 0) -> list[Config]:
-    """The runs of the demonstration."""
+def plan(seed: int = Config.seed) -> list[Config]:
+    """The configurations of the demonstration."""
+    shared: dict[str, Any] = {"data": "digits", "epochs": EPOCHS, "seed": seed, "schedule": "cosine"}
     return [
-        Config(**{"data": "digits", "model": model, "epochs": EPOCHS, "seed": seed, "schedule": "cosine"} | settings)
-        for model, methods in METHODS.items()
-        for settings in methods
+        Config.of({**shared, "model": model, "method": name, **METHODS[name].demo[model]})
+        for model in MODELS
+        for name in SHOWN
     ]
 
 
 def run_apart(config: Config, folder: Path, observe: Callable[[int, int, float], None]) -> None:
-    """Train in a fresh process, so that its peak memory is its own.
+    """Train in a new process, so that the measured peak of memory is that of this run alone.
+
+    Args:
+        config: the configuration.
+        folder: the run folder.
+        observe: called with the steps done, the steps in all and the loss.
 
     Raises:
-        JetplaneError: the process failed; its message is passed on.
+        JetplaneError: the run failed; the message is that of its process.
     """
     context = multiprocessing.get_context("spawn")
     messages: Any = context.Queue()

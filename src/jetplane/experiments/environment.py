@@ -1,4 +1,4 @@
-"""Where a run took place: versions, machine, threads and date, kept in its folder."""
+"""The environment of a run (versions, machine, threads, date), recorded in its folder."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ NAME = "environment.json"
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """This process and its machine, as values that JSON can hold.
+    """Versions, machine and date as a dictionary that JSON can represent.
 
-    Keys: ``date`` (UTC), ``jetplane``, ``torch`` and ``python`` (versions), ``system``, ``cpu``, ``cores`` (that
-    this process may use), ``threads`` (torch's) and ``device``.
+    Keys: ``date`` (UTC), ``jetplane``, ``torch`` and ``python`` (versions), ``system``, ``cpu``, ``cores`` (those that
+    this process may use), ``threads`` (of torch) and ``device``.
     """
     affinity = getattr(os, "sched_getaffinity", None)  # not on every system
     return {
@@ -38,9 +38,9 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def record(folder: Path, device: torch.device, epoch: int) -> None:
-    """Write down where a run starts, or where it goes on after ``epoch`` epochs.
+    """Record the environment in which a run starts, or is resumed after ``epoch`` epochs.
 
-    ``environment.json`` describes the first start; later ones are in its list ``resumed``, each with its epoch.
+    ``environment.json`` describes the first start; its list ``resumed`` holds the later ones, each with its epoch.
     """
     here = describe(device)
     known = read(folder)
@@ -48,11 +48,11 @@ def record(folder: Path, device: torch.device, epoch: int) -> None:
         content = here | {"resumed": []}
     else:
         content = known | {"resumed": [*known.get("resumed", []), here | {"epoch": epoch}]}
-    store.write_whole(folder / NAME, (json.dumps(content, indent=2) + "\n").encode())
+    store.write_atomically(folder / NAME, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """What `record` wrote; None where nothing is, or something else."""
+    """The content of the file that `record` wrote; None if it is missing or damaged."""
     try:
         content = json.loads((folder / NAME).read_text())
     except (OSError, ValueError):
@@ -68,7 +68,7 @@ def _version(package: str) -> str:
 
 
 def _cpu() -> str:
-    """The processor's name; where the system does not tell, its architecture."""
+    """Name of the processor, or its architecture where the system does not give a name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The models of the paper, and smaller ones for smaller images. Plain torch: nothing knows of jets."""
+"""The models of the paper, and smaller ones for smaller images, as plain torch modules."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from ..errors import ArgumentError
 
 
 def build(name: str, side: int, channels: int = 1) -> nn.Module:
-    """A model for square images and ten classes.
+    """A classifier of square images (N, channels, side, side) into ten classes.
 
     Args:
-        name: "logreg", "mlp" (one hidden layer of 128 units), "cnn" or "cnn-bn". For 28 pixels and one channel the CNN
-            is the paper's, 431,080 parameters, and "logreg" has its 7,850; "cnn-bn", with BatchNorm and dropout, is
-            what its scripts name for CIFAR-10.
-        side: pixels of an image's side.
-        channels: colours of an image.
+        name: "logreg", "mlp" (one hidden layer of 128 units), "cnn" or "cnn-bn" (BatchNorm and dropout). For 28 pixels
+            and one channel "logreg" (7,850 parameters) and "cnn" (431,080) are the paper's; for 32 pixels and three
+            channels "cnn-bn" is the model of the paper's scripts for CIFAR-10.
+        side: height and width of the images in pixels.
+        channels: number of channels.
 
     Raises:
         ArgumentError: the images are too small for the model.
@@ -41,7 +41,7 @@ def build(name: str, side: int, channels: int = 1) -> nn.Module:
 
 
 def _cnn_bn(side: int, channels: int) -> nn.Module:
-    """Three blocks of two convolutions each; BatchNorm by the batch at hand, in training as in testing."""
+    """Three blocks of two convolutions; BatchNorm uses the statistics of the batch in training and in testing."""
     if side < 8:
         raise ArgumentError(f"cnn-bn halves images three times: expected a side of at least 8 pixels, got {side}")
     layers: list[nn.Module] = []

@@ -1,4 +1,4 @@
-"""The report: one HTML page, complete in itself, with interactive curves, tables and all settings of runs."""
+"""The report: one self-contained HTML page with interactive curves, tables and the settings of runs."""
 
 from __future__ import annotations
 
@@ -21,50 +21,56 @@ from . import environment, report, store
 from .config import Config
 from .report import COLOURS, STYLES, Finished
 
-WIDTH = 2  # of a line, pixels
+WIDTH = 2  # of lines, in pixels
 PANELS = {"train_loss": "train loss", "test_loss": "test loss", "test_accuracy": "test accuracy"}
 
 
 @dataclass(frozen=True)
-class Unit:
-    """What the x axis may count: a button's text, the axis's title and the value of a row."""
+class Quantity:
+    """A quantity that the x axis can show.
+
+    Attributes:
+        button: text of its button.
+        title: title of the axis.
+        of: value of a row of metrics of a run.
+    """
 
     button: str
     title: str
     of: Callable[[Finished, dict[str, Any]], float]
 
     def values(self, run: Finished) -> list[float]:
-        """The x of each row of a run."""
+        """The value for each row of a run, rounded to six digits."""
         return [float(f"{self.of(run, row):.6g}") for row in run.rows]
 
 
-UNITS = [
-    Unit("Epochs", "epochs", lambda run, row: row["epoch"]),
-    Unit("Seconds", "seconds of training", lambda run, row: row["seconds"]),
-    Unit("Forward passes", "forward-pass equivalents", lambda run, row: row["epoch"] * run.config.forward_passes),
+QUANTITIES = [
+    Quantity("Epochs", "epochs", lambda run, row: row["epoch"]),
+    Quantity("Seconds", "seconds of training", lambda run, row: row["seconds"]),
+    Quantity("Forward passes", "forward-pass equivalents", lambda run, row: row["epoch"] * run.config.forward_passes),
 ]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Runs that differ in nothing but their seed: one line style, one entry of the legend."""
+    """Runs that differ in their seed alone; they share a line style and an entry of the legend."""
 
     name: str
     colour: str
-    pattern: Sequence[float]  # lengths of strokes and gaps in pixels; empty for a line without gaps
+    pattern: Sequence[float]  # lengths of dashes and gaps in pixels; empty for a solid line
     runs: list[Finished]
 
     @property
     def dash(self) -> str:
-        """The pattern as plotly takes it."""
+        """The pattern in plotly's notation."""
         return ",".join(f"{length:g}px" for length in self.pattern) or "solid"
 
 
 def find(folders: Iterable[Path]) -> list[Finished]:
-    """The runs in folders, each a run folder or one that holds run folders at any depth.
+    """The runs in folders, each of them a run folder or a folder with run folders at any depth.
 
     Raises:
-        RunFolderError: a folder is missing or holds no run, or runs in it cannot be shown; all are named.
+        RunFolderError: a folder is missing or holds no run, or runs cannot be read; the message names all of them.
     """
     runs: dict[Path, Finished] = {}
     wrong: list[str] = []
@@ -90,20 +96,20 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def write(runs: Sequence[Finished], path: Path) -> None:
-    """Write the page of some runs.
+    """Write the page for some runs.
 
     Raises:
         RunFolderError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        store.write_whole(path, render(runs).encode())
+        store.write_atomically(path, render(runs).encode())
     except OSError as error:
         raise RunFolderError(f"{path}: the report cannot be written ({error.strerror})") from error
 
 
 def render(runs: Sequence[Finished]) -> str:
-    """The page as text. It loads nothing: plotly's program lies inside, and the page forbids the network."""
+    """The page as HTML. It includes plotly's JavaScript, and its content security policy forbids network access."""
     folders = _short([run.folder for run in runs])
     problems = dict.fromkeys((run.config.data, run.config.model) for run in runs)
     grouped = {
@@ -111,18 +117,18 @@ def render(runs: Sequence[Finished]) -> str:
         for problem in problems
     }
     styled = _styled(grouped)
-    sections, program = [], True
+    sections, script = [], True
     for n, ((data, model), curves) in enumerate(styled.items()):
         drawn = any(run.rows for curve in curves for run in curve.runs)
         figure = _figure(curves, folders) if drawn else None
         sections.append(
             {
                 "title": f"{model} on {data}",
-                "figure": _html(figure, f"curves-{n}", program) if figure else None,
+                "figure": _html(figure, f"curves-{n}", script) if figure else None,
                 "rows": [_row(curve, run, folders[run.folder]) for curve in curves for run in curve.runs],
             }
         )
-        program = program and figure is None
+        script = script and figure is None
     details = [
         {
             "folder": folders[run.folder],
@@ -143,7 +149,7 @@ def render(runs: Sequence[Finished]) -> str:
 
 
 def _short(folders: Sequence[Path]) -> dict[Path, str]:
-    """Names of the folders without what they have in common."""
+    """The folders relative to their common parent."""
     common = os.path.commonpath([folder.resolve() for folder in folders])
     return {
         folder: os.path.relpath(folder.resolve(), common) if str(folder.resolve()) != common else folder.resolve().name
@@ -152,7 +158,7 @@ def _short(folders: Sequence[Path]) -> dict[Path, str]:
 
 
 def _curves(runs: Sequence[Finished]) -> list[tuple[str, list[Finished]]]:
-    """Runs by their name in the legend, which leaves seeds out."""
+    """Runs grouped by their label in the legend, which does not contain the seed."""
     grouped: dict[Config, list[Finished]] = {}
     for run in runs:
         grouped.setdefault(replace(run.config, seed=0), []).append(run)
@@ -160,7 +166,7 @@ def _curves(runs: Sequence[Finished]) -> list[tuple[str, list[Finished]]]:
 
 
 def _styled(grouped: dict[Any, list[tuple[str, list[Finished]]]]) -> dict[Any, list[Curve]]:
-    """Curves with their styles: what has one name looks the same in every section."""
+    """Curves with their styles; equal names have equal styles in all sections."""
     places = {name: n for n, name in enumerate(dict.fromkeys(name for pairs in grouped.values() for name, _ in pairs))}
 
     def curve(name: str, runs: list[Finished]) -> Curve:
@@ -201,9 +207,9 @@ def _environments(folder: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _figure(curves: Sequence[Curve], folders: dict[Path, str]) -> go.Figure:
-    """Losses and accuracy, one below the other so that a narrow window shows them whole."""
+    """Losses and accuracy in panels one below the other, so that they fit into a narrow window."""
     figure = make_subplots(rows=len(PANELS), cols=1, shared_xaxes=True, vertical_spacing=0.04)
-    drawn: list[tuple[Finished, slice]] = []  # for each trace its run, and which of its rows
+    drawn: list[tuple[Finished, slice]] = []  # the run and the rows of each trace
     for curve in curves:
         shown = [run for run in curve.runs if run.rows]
         diverged = any(run.status == "diverged" for run in shown)
@@ -216,7 +222,7 @@ def _figure(curves: Sequence[Curve], folders: dict[Path, str]) -> go.Figure:
                 template = f"{hover}<br>{title} %{{y:.4~g}} at %{{x:.4~g}}<extra></extra>"
                 line = go.Scatter(
                     y=y, **common, showlegend=n == 0 and place == 1, hovertemplate=template,
-                    mode="lines" if len(y) > 1 else "lines+markers",  # a line of one point cannot be seen
+                    mode="lines" if len(y) > 1 else "lines+markers",  # a line of one point is invisible
                     line={"color": curve.colour, "dash": curve.dash, "width": WIDTH},
                 )  # fmt: skip
                 figure.add_trace(line, row=place, col=1)
@@ -229,13 +235,13 @@ def _figure(curves: Sequence[Curve], folders: dict[Path, str]) -> go.Figure:
                     )  # fmt: skip
                     figure.add_trace(cross, row=place, col=1)
                     drawn.append((run, slice(-1, None)))
-    switches = [_switch(unit, drawn) for unit in UNITS]
+    switches = [_switch(quantity, drawn) for quantity in QUANTITIES]
     restyle, relayout = switches[0]
     for trace, x in zip(figure.data, restyle["x"], strict=True):
         trace.x = x  # type: ignore[attr-defined]
     figure.update_layout(
         template="simple_white", height=220 * len(PANELS) + 150 + 30 * len(curves),
-        margin={"l": 10, "r": 10, "t": 80, "b": 10},  # plotly's own buttons above ours, which they else cover
+        margin={"l": 10, "r": 10, "t": 80, "b": 10},  # room for plotly's buttons above ours
         font={"size": 13, "color": "#222222", "family": "system-ui, sans-serif"}, hoverlabel={"align": "left"},
         legend={"orientation": "h", "y": -0.09, "yanchor": "top", "x": 0, "itemwidth": 40},
         updatemenus=[
@@ -243,8 +249,8 @@ def _figure(curves: Sequence[Curve], folders: dict[Path, str]) -> go.Figure:
                 "type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom",
                 "pad": {"b": 12, "l": 0}, "showactive": True, "active": 0,
                 "buttons": [
-                    {"label": unit.button, "method": "update", "args": list(switch)}
-                    for unit, switch in zip(UNITS, switches, strict=True)
+                    {"label": quantity.button, "method": "update", "args": list(switch)}
+                    for quantity, switch in zip(QUANTITIES, switches, strict=True)
                 ],
             }
         ],
@@ -258,19 +264,19 @@ def _figure(curves: Sequence[Curve], folders: dict[Path, str]) -> go.Figure:
         else:
             values = [row[column] for run, _ in drawn for row in run.rows if 0 < row[column] < math.inf]
             ratio = max(values, default=1.0) / min(values, default=1.0)
-            # Between few and many powers of ten plotly writes every digit: 1, 2 and 5 are enough.
+            # From one to four powers of ten plotly labels every digit: 1, 2 and 5 are enough.
             kind = {"type": "log", "tickformat": ".3~r", "dtick": "D2" if 4 < ratio < 1e4 else None}
         figure.update_yaxes({"title_text": title, **kind}, row=place, col=1)
     return figure
 
 
-def _switch(unit: Unit, drawn: Sequence[tuple[Finished, slice]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a button changes: the x of every trace, the axes' title and scale."""
+def _switch(quantity: Quantity, drawn: Sequence[tuple[Finished, slice]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The changes that a button makes: the x of every trace; title and scale of the axes."""
     runs = list({id(run): run for run, _ in drawn}.values())
-    ends = [unit.values(run)[-1] for run in runs]
-    kind = "log" if max(ends) > 10 * min(ends) > 0 else "linear"  # else the short runs are a stroke at the left edge
+    ends = [quantity.values(run)[-1] for run in runs]
+    kind = "log" if max(ends) > 10 * min(ends) > 0 else "linear"  # on a linear axis short runs would not be visible
     axes = [f"xaxis{n}" if n > 1 else "xaxis" for n in range(1, len(PANELS) + 1)]
-    whole = unit.button == "Epochs" and kind == "linear" and max(ends) <= 10  # else there are ticks at half epochs
+    whole = quantity.button == "Epochs" and kind == "linear" and max(ends) <= 10  # no ticks at half epochs
     settings = {
         "type": kind,
         "autorange": True,
@@ -278,12 +284,12 @@ def _switch(unit: Unit, drawn: Sequence[tuple[Finished, slice]]) -> tuple[dict[s
         "dtick": 1 if whole else None,
     }
     relayout = {f"{axis}.{name}": value for axis in axes for name, value in settings.items()}
-    title = unit.title + (" (log)" if kind == "log" else "")
-    return {"x": [unit.values(run)[part] for run, part in drawn]}, relayout | {f"{axes[-1]}.title.text": title}
+    title = quantity.title + (" (log)" if kind == "log" else "")
+    return {"x": [quantity.values(run)[part] for run, part in drawn]}, relayout | {f"{axes[-1]}.title.text": title}
 
 
-def _html(figure: go.Figure, name: str, program: bool) -> str:
-    """The figure as a piece of a page, with plotly's program if it is the first one."""
+def _html(figure: go.Figure, name: str, script: bool) -> str:
+    """The figure as an HTML element, with plotly's JavaScript if asked for."""
     buttons = ["toImage", "zoom2d", "pan2d", "resetScale2d"]
     config = {"displaylogo": False, "responsive": True, "modeBarButtons": [buttons]}
-    return figure.to_html(full_html=False, include_plotlyjs=program, include_mathjax=False, div_id=name, config=config)
+    return figure.to_html(full_html=False, include_plotlyjs=script, include_mathjax=False, div_id=name, config=config)

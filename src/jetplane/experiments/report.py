@@ -1,4 +1,4 @@
-"""Tables and pictures of runs."""
+"""Tables and figures of training runs."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from ..errors import RunFolderError  # noqa: E402
 from . import store  # noqa: E402
 from .config import Config  # noqa: E402
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; line styles tell them apart in grey.
+# Okabe and Ito's colours, distinct for colour-blind readers; the line styles are distinct in grey.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 STYLES: list[Any] = ["-", (0, (5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1.5, 1))]
-COLUMNS = ("epoch", "train_loss", "test_loss", "test_accuracy", "seconds")  # of metrics.jsonl, shown here
+COLUMNS = ("epoch", "train_loss", "test_loss", "test_accuracy", "seconds")  # columns of metrics.jsonl used here
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A run as its folder tells it."""
+    """The content of a run folder."""
 
     folder: Path
     config: Config
@@ -42,8 +42,7 @@ class Finished:
 
         Raises:
             CheckpointError: it holds no configuration.
-            RunFolderError: it is missing, no epoch was finished although the run did not diverge, or its
-                files are not what a run writes.
+            RunFolderError: it is missing, its files are damaged, or no epoch was finished and the run did not diverge.
         """
         if not folder.is_dir():
             raise RunFolderError(f"{folder}: there is no such folder")
@@ -62,7 +61,7 @@ class Finished:
 
     @property
     def status(self) -> str:
-        """One of "finished", "diverged" and "stopped"."""
+        """Either "finished", "diverged" or "stopped"."""
         return self.result.get("status", "stopped")
 
 
@@ -71,10 +70,10 @@ def _is_row(row: Any) -> bool:
 
 
 def table(runs: Sequence[Finished]) -> list[dict[str, str]]:
-    """Test loss and accuracy, seconds and peak memory of each run's last epoch."""
+    """A row for each run: test loss and accuracy of its last epoch, seconds of training and peak memory."""
     rows = []
     for run in runs:
-        last = run.rows[-1] if run.rows else None  # None: it diverged in its first epoch
+        last = run.rows[-1] if run.rows else None  # None: the run diverged in its first epoch
         rows.append(
             {
                 "model": run.config.model,
@@ -90,7 +89,11 @@ def table(runs: Sequence[Finished]) -> list[dict[str, str]]:
 
 
 def draw(runs: Sequence[Finished], path: Path, title: str) -> None:
-    """Test loss over epochs and over seconds, a row of panels for each model."""
+    """Plot test losses over epochs and over seconds, a row of panels for each model.
+
+    Raises:
+        RunFolderError: no run has finished an epoch.
+    """
     names = list(dict.fromkeys((run.config.data, run.config.model) for run in runs if run.rows))
     if not names:
         raise RunFolderError("every one of these runs diverged in its first epoch, so there is no curve to draw")
@@ -112,8 +115,8 @@ def draw(runs: Sequence[Finished], path: Path, title: str) -> None:
 
 
 def names(configs: Sequence[Config]) -> list[str]:
-    """What a legend calls each run: its method, and where methods repeat, the settings that differ among them."""
-    settings = [asdict(config) | {"k": None} for config in configs]  # k is in the label
+    """The label of each run in a legend: its method and, where runs have the same, the settings that differ."""
+    settings = [asdict(config) | {"k": None} for config in configs]  # the label has k
     labels = [config.label for config in configs]
 
     def name(n: int) -> str:
@@ -142,7 +145,7 @@ def _curves(axes: Axes, runs: Sequence[Finished], over: str) -> None:
     axes.set_yscale("log")
     rounded_ticks(axes.yaxis)
     ends = [run.rows[-1][over] for run in runs]
-    if max(ends) > 10 * min(ends) > 0:  # else the short runs are a stroke at the left edge
+    if max(ends) > 10 * min(ends) > 0:  # on a linear axis the short runs would not be visible
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
@@ -150,7 +153,7 @@ def _curves(axes: Axes, runs: Sequence[Finished], over: str) -> None:
 
 
 def rounded_ticks(axis: Axis) -> None:
-    """Ticks of a logarithmic axis at round numbers, written out: the more the fewer powers of ten it covers."""
+    """Put ticks of a logarithmic axis at round numbers; more of them where it spans fewer powers of ten."""
     low, high = sorted(axis.get_view_interval())
     decades = math.log10(high / low) if 0 < low < high < math.inf else 1.0
     subs = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 4 else (1,)

@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all, read without running code."""
+"""Files of a run: written atomically, and read without executing code from them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ..errors import CheckpointError
 MAGIC = b"jetplane-checkpoint-1 "
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Replace a file in one move, so that a crash leaves the old one or the new one."""
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file atomically: after a crash it has its old or its new content."""
     scratch = path.with_suffix(path.suffix + ".part")
     with open(scratch, "wb") as file:
         file.write(content)
@@ -28,18 +28,18 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Tensors and plain values, behind a line with their checksum."""
+    """Write tensors and plain values, preceded by a line with their SHA-256 checksum."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getvalue()
-    write_whole(path, MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+    write_atomically(path, MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """What `save_checkpoint` wrote.
+    """Read a file of `save_checkpoint`.
 
     Raises:
-        CheckpointError: the file is missing, is no checkpoint, or is damaged.
+        CheckpointError: the file is missing or damaged, or is not a checkpoint.
     """
     try:
         head, _, payload = path.read_bytes().partition(b"\n")
@@ -56,7 +56,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """One more line of metrics, on disk before this returns."""
+    """Append a row of metrics; it is on disk when this returns."""
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
         file.flush()
@@ -64,7 +64,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of metrics; a last one that was cut off is left out."""
+    """All complete rows of metrics; an incomplete last line is left out."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -75,6 +75,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_rows(path: Path, epochs: int) -> None:
-    """Drop the metrics of epochs that no checkpoint covers."""
+    """Keep the rows of the first ``epochs`` epochs: those that the checkpoint includes."""
     rows = [row for row in read_rows(path) if row["epoch"] <= epochs]
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

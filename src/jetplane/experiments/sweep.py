@@ -1,4 +1,4 @@
-"""Sweeps: the rate, and k and clip if asked for, of one method by Optuna, resumable, with hopeless runs cut short."""
+"""Hyperparameter search for one method by Optuna: the learning rate, optionally k and clip; resumable, with pruning."""
 
 from __future__ import annotations
 
@@ -18,27 +18,30 @@ from optuna.trial import FrozenTrial, TrialState
 from ..errors import ArgumentError, CheckpointError, NonFiniteError, RunFolderError, SingularPlaneError
 from . import store
 from .config import Config
+from .methods import METHODS
 from .report import COLOURS, plt, rounded_ticks
 from .train import Run
 
-SPREAD = 30.0  # the rates of a sweep, unless named: the method's own rate, divided and multiplied by this
-SPACE = "space"  # the attribute of a study that holds its search space
-OVER = (TrialState.COMPLETE, TrialState.PRUNED)
-Observer = Callable[[int, Config, int, int, float], None]  # (trials done, the one under way, its steps done, all, loss)
+EPOCHS, TRIALS = 10, 20  # of a trial, and how many, by default
+SPREAD = 30.0  # default range of rates: the configuration's rate divided and multiplied by this
+SPACE = "space"  # attribute of the study that holds the search space
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
+# (trials done, configuration of the current one, its steps done, its steps in all, loss)
+Observer = Callable[[int, Config, int, int, float], None]
 
 
 @dataclass(frozen=True)
 class Space:
-    """What a sweep varies and what it keeps.
+    """The search space of a sweep. Each varied setting is drawn log-uniformly from its range.
 
     Attributes:
-        config: everything that stays; its ``lr``, and ``k`` and ``clip`` where they have a range, are of no matter.
-        lr: lowest and highest rate, drawn log-uniformly; by default 30 times around the configuration's rate.
-        k: lowest and highest number of directions, both included, drawn log-uniformly; None to keep it.
-        clip: lowest and highest limit of a step, drawn log-uniformly; None to keep it.
+        config: the settings that do not vary. Its ``lr``, and ``k`` and ``clip`` where they have a range, are not used.
+        lr: lowest and highest rate; by default the configuration's rate divided and multiplied by `SPREAD`.
+        k: lowest and highest number of directions, both included; None for the configuration's.
+        clip: lowest and highest limit of the norm of a step; None for the configuration's.
 
     Raises:
-        ArgumentError: a range is empty or not positive, or the method does not know what it is of.
+        ArgumentError: a range is empty or not positive, or the method does not have the setting.
     """
 
     config: Config
@@ -54,26 +57,25 @@ class Space:
             low, high = bounds
             if not 0 < low <= high < math.inf:
                 raise ArgumentError(f"the range of {name} must be 0 < low <= high, got {low:g} to {high:g}")
-        method = self.config.method
-        if self.k and method not in ("fgd", "fomoh", "fomoh-kd"):
-            raise ArgumentError(f"the method {method} draws no directions, so it takes no range of k")
-        if self.clip and method == "sgd":
-            raise ArgumentError("the method sgd takes no clip, so it takes no range of it")
+        name, method = self.config.method, METHODS[self.config.method]
+        if self.k and not (method.takes_k and method.k):
+            raise ArgumentError(f"the method {name} draws no directions, so it takes no range of k")
+        if self.clip and not method.takes_clip:
+            raise ArgumentError(f"the method {name} takes no clip, so it takes no range of it")
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
-        """What varies, with its bounds."""
+        """The settings that vary, each with its bounds."""
         every = {"lr": self.lr, "k": self.k, "clip": self.clip}
         return {name: bounds for name, bounds in every.items() if bounds is not None}
 
     @property
     def label(self) -> str:
         """The method as a title names it."""
-        names = {"fgd": "FGD", "fomoh": "FoMoH", "fomoh-kd": "FoMoH-KD"}
-        return names[self.config.method] if self.k else self.config.label
+        return METHODS[self.config.method].title if self.k else self.config.label
 
     def plain(self) -> dict[str, Any]:
-        """As values that JSON can hold; equal for equal sweeps."""
+        """A dictionary that JSON can represent; equal for equal search spaces."""
         kept = {name: value for name, value in asdict(self.config).items() if name not in self.ranges}
         return kept | {f"{name}_range": list(bounds) for name, bounds in self.ranges.items()}
 
@@ -88,16 +90,16 @@ class Space:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial ended.
+    """The result of a trial.
 
     Attributes:
-        trial: its number, and the name of its run folder.
-        config: what it ran.
+        trial: number of the trial, and name of its run folder.
+        config: its configuration.
         status: "finished", "pruned" or "diverged".
-        epochs: how many it trained.
-        loss: the last test loss; None without a finite one.
-        accuracy: that of the same epoch.
-        seconds: of training.
+        epochs: epochs trained.
+        loss: test loss of the last epoch; None if it is not finite, or if there is no epoch.
+        accuracy: test accuracy of the last epoch.
+        seconds: seconds of training.
     """
 
     trial: int
@@ -112,24 +114,24 @@ class Outcome:
 class Sweep:
     """A sweep and its folder.
 
-    The folder holds ``trials/`` (a run folder each), ``sweep.db`` (Optuna's storage, unless another is named) and,
-    after `write`, ``table.md``, ``sweep.png``, ``sweep.svg`` and ``best.json``, a configuration that
-    ``jetplane train --config`` takes. The quantity that is minimised is the test loss of the last epoch. A trial
-    that diverges ends; from its second epoch on, one whose best loss lies above the median of the others at that epoch
-    is pruned, once four have finished.
+    The folder holds ``trials/`` (a run folder for each), ``sweep.db`` (Optuna's storage, unless another is given) and,
+    after `write`, ``table.md``, ``sweep.png``, ``sweep.svg`` and ``best.json``, a configuration for
+    ``jetplane train --config``. The objective is the test loss of the last epoch. A trial that diverges ends. Once four
+    trials have finished, a trial is pruned from its second epoch on if its best loss is above the median of the
+    others' at that epoch.
 
-    Opening the same folder again goes on: a trial that was interrupted is resumed from its checkpoint, and each
-    proposal depends on the seed and on the trials before it alone, so an interruption changes nothing.
+    A folder that holds a sweep is continued: an interrupted trial is resumed from its checkpoint, and each proposal
+    depends on the seed and the previous trials alone, so that an interruption does not change the result.
 
     Args:
-        space: what is varied. Its configuration's seed is that of the proposals too.
-        folder: where everything goes. In a storage of your own it names the study.
-        storage: a URL that Optuna takes, such as ``sqlite:///sweeps.db``.
-        data_dir: folder of MNIST's files.
+        space: the search space. The seed of its configuration also seeds the proposals.
+        folder: the sweep folder; its name is that of the study.
+        storage: a URL for Optuna, such as ``sqlite:///sweeps.db``.
+        data_dir: folder of the data set, if it does not come with a library.
 
     Raises:
         CheckpointError: the stored sweep has another search space.
-        RunFolderError: the folder holds something else, or another process is at work in it.
+        RunFolderError: the folder holds something else, or another process uses it.
         ArgumentError: the storage cannot be opened.
 
     >>> import tempfile
@@ -166,7 +168,7 @@ class Sweep:
         path = self.folder / "sweep.db"
         shown = storage or str(path)
 
-        def connect() -> sqlite3.Connection:  # not by URL, which means something else by some letters of a file's name
+        def connect() -> sqlite3.Connection:  # not by URL, in which some characters of file names have a meaning
             return sqlite3.connect(path, check_same_thread=False)
 
         try:
@@ -177,35 +179,39 @@ class Sweep:
                 load_if_exists=True,
             )
             stored = study.user_attrs.get(SPACE)
-        except Exception as error:  # noqa: BLE001 - drivers of data bases raise what they like
+        except Exception as error:  # noqa: BLE001 - database drivers raise exceptions of their own
             reason = str(error).splitlines()[0]
             raise ArgumentError(f"the storage {shown} cannot be opened as Optuna's: {reason}") from error
         space = self.space.plain()
         if stored is None and not study.trials:
             study.set_user_attr(SPACE, space)
             return study
-        # A sweep of an older version lacks what its configurations did not have yet: the default, that is.
+        # Settings that did not exist when the sweep was stored have their default.
         known = {field.name: field.default for field in fields(Config) if field.name in space} | (stored or {})
         if known != space:
             raise CheckpointError(f"{shown}: this sweep has {_differences(known, space)}; name another folder")
         return study
 
     def run(self, trials: int, observe: Observer = lambda done, config, step, steps, loss: None) -> None:
-        """Run trials until there are so many in all; what an earlier call left unfinished comes first.
+        """Run trials until ``trials`` of them have ended; interrupted ones are resumed first.
+
+        Args:
+            trials: number of trials, those of earlier calls included.
+            observe: called during a trial; see `Observer`.
 
         Raises:
             ArgumentError: trials < 1.
-            JetplaneError: a trial cannot be run at all (no data, no such device). It counts as unfinished.
+            JetplaneError: a trial cannot run (no data, no such device). It counts as interrupted.
         """
         if trials < 1:
             raise ArgumentError(f"trials must be at least 1, got {trials}")
         with self._alone():
             for trial in self.study.get_trials(states=(TrialState.RUNNING,)):
-                self.study.tell(trial.number, state=TrialState.FAIL)  # and once more with the same values
+                self.study.tell(trial.number, state=TrialState.FAIL)  # it is queued again with the same values
                 if trial.params:
                     self.study.enqueue_trial(trial.params)
-            while (done := len(self.study.get_trials(deepcopy=False, states=OVER))) < trials:
-                # A generator of its own for each trial: one that is resumed has no past to be lost.
+            while (done := len(self.study.get_trials(deepcopy=False, states=ENDED))) < trials:
+                # A sampler for each trial: the state of a longer-lived one would be lost by an interruption.
                 self.study.sampler = optuna.samplers.TPESampler(seed=(self.space.config.seed << 20) + done)
                 self._trial(self.study.ask(), done, observe)
 
@@ -247,19 +253,19 @@ class Sweep:
             self.study.tell(trial, state=TrialState.PRUNED)
 
     def outcomes(self) -> list[Outcome]:
-        """The trials that are over, in their order."""
-        return sorted((self._outcome(t) for t in self.study.get_trials(states=OVER)), key=lambda o: o.trial)
+        """The trials that have ended, in order."""
+        return sorted((self._outcome(t) for t in self.study.get_trials(states=ENDED)), key=lambda o: o.trial)
 
     def _outcome(self, trial: FrozenTrial) -> Outcome:
         return Outcome(config=replace(self.space.config, **trial.params), **trial.user_attrs)
 
     def best(self) -> Outcome | None:
-        """The finished trial with the lowest loss; None if every one diverged or was pruned."""
+        """The finished trial with the lowest loss; None if there is none."""
         finished = [o for o in self.outcomes() if o.status == "finished"]
         return min(finished, key=lambda o: o.loss or 0.0, default=None)
 
     def table(self) -> list[dict[str, str]]:
-        """A row for each trial: the finished ones first, best on top, those that diverged last."""
+        """A row for each trial: finished, then pruned, then diverged ones; each group by its loss."""
         order = ["finished", "pruned", "diverged"]
         outcomes = sorted(
             self.outcomes(), key=lambda o: (order.index(o.status), o.loss if o.loss is not None else math.inf)
@@ -282,7 +288,7 @@ class Sweep:
         best = self.best()
         if best is not None:
             best.config.save(self.folder / "best.json")
-        store.write_whole(self.folder / "table.md", self._markdown().encode())
+        store.write_atomically(self.folder / "table.md", self._markdown().encode())
         self._draw()
 
     def _markdown(self) -> str:
@@ -305,7 +311,7 @@ class Sweep:
         return f"{self.space.label}, {self.space.config.model} on {self.space.config.data}"
 
     def _draw(self) -> None:
-        """Loss over the rate, and over whatever else varies."""
+        """Plot the loss over each setting that varies."""
         outcomes, best = self.outcomes(), self.best()
         names = {"lr": "rate", "k": "directions", "clip": "largest step"}
         ranges = self.space.ranges
@@ -346,7 +352,7 @@ def _points(axes: Any, outcomes: Sequence[Outcome], best: Outcome | None, name: 
             continue
         x = [getattr(o.config, name) for o in chosen]
         label = f"{status} ({len(chosen)})"
-        if status == "diverged":  # whatever their last loss was: at the upper edge
+        if status == "diverged":  # at the upper edge, whatever their last loss was
             axes.scatter(
                 x, [0.97] * len(x), marker=marker, color=colour, label=label, transform=axes.get_xaxis_transform()
             )

@@ -1,4 +1,4 @@
-"""A training run: one loop for all methods, a folder that holds everything, resumable after any end."""
+"""A training run: one loop for all methods, and a folder from which it can be resumed after any interruption."""
 
 from __future__ import annotations
 
@@ -16,46 +16,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import optim
 from ..errors import ArgumentError, CheckpointError, NonFiniteError, RunFolderError, SingularPlaneError
 from ..parallel.ranks import Ranks, fingerprint
-from . import data, environment, models, store, together
+from . import data, environment, launch, models, store
 from .config import Config
+from .methods import METHODS, Settings
 
-Observer = Callable[[int, int, float], None]  # (steps done, steps in all, loss of the last one)
-OnEpoch = Callable[[dict[str, Any]], None]  # the row of metrics that an epoch ends with
+Observer = Callable[[int, int, float], None]  # (steps done, steps in all, loss of the last step)
+OnEpoch = Callable[[dict[str, Any]], None]  # (row of metrics of the epoch)
 
 
 def optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that a configuration names."""
-    params = list(model.parameters())
-    lr, k = config.lr, config.k
-    assert lr is not None and k is not None
-    shared: dict[str, Any] = {"lr": lr, "clip": config.clip or None, "weight_decay": config.weight_decay}
-    if together.group() is not None:
-        if config.method in ("sgd", "fomoh-bp"):
-            raise ArgumentError(f"the method {config.method} has gradients to send: it runs in one process alone")
-        shared["process_group"] = together.group()
-    if config.method == "sgd":
-        return torch.optim.SGD(params, lr=lr, weight_decay=config.weight_decay)
-    if config.method == "fomoh-bp":
-        return optim.FoMoHBP(params, **shared)
-    if config.method == "plane-search":
-        opt = optim.PlaneSearch(
-            params, model, k=k, seed=config.seed, clip=config.clip or None, weight_decay=config.weight_decay,
-            process_group=together.group(),
-        )  # fmt: skip
-        for group in opt.param_groups:
-            group["lr"] = lr
-        return opt
-    if config.method == "fomoh-kd":
-        return optim.FoMoHKD(params, k=k, descent=config.descent, seed=config.seed, **shared)
-    kind = optim.FGD if config.method == "fgd" else optim.FoMoH
-    return kind(params, k=k, seed=config.seed, **shared)
+    """The optimizer of a configuration, for all parameters of a model.
+
+    Raises:
+        ArgumentError: there are several ranks, and the method cannot take a step in common.
+    """
+    method = METHODS[config.method]
+    group = launch.group()
+    if group is not None and not method.many_processes:
+        raise ArgumentError(f"the method {config.method} has gradients to send: it runs in one process alone")
+    assert config.lr is not None and config.k is not None
+    settings = Settings(
+        config.lr, config.k, clip=config.clip or None, weight_decay=config.weight_decay, seed=config.seed,
+        descent=config.descent, process_group=group,
+    )  # fmt: skip
+    return method.build(list(model.parameters()), model, settings)
 
 
 def scheduler(config: Config, opt: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    """The schedule of the rate, one step an epoch."""
+    """The learning rate schedule of a configuration, to be stepped once an epoch."""
     if config.schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(opt, config.epochs)
     if config.schedule == "drops":
@@ -68,27 +58,27 @@ def scheduler(config: Config, opt: torch.optim.Optimizer) -> torch.optim.lr_sche
 
 
 class Run:
-    """A run and its folder.
+    """A training run and its folder.
 
-    The folder holds ``config.json``, ``environment.json`` (versions, machine, date), ``metrics.jsonl`` (a line an
-    epoch), ``checkpoint.pt`` (the last whole epoch), ``result.json``, TensorBoard events and, drawn by the command
-    line, ``curves.png``.
+    The folder holds ``config.json``, ``environment.json`` (versions, machine, date), ``metrics.jsonl`` (a line per
+    epoch), ``checkpoint.pt`` (after the last complete epoch), ``result.json``, TensorBoard events and, drawn by the
+    command line, ``curves.png``.
+
+    Of several ranks (torchrun) each takes its shard of every batch, and rank 0 alone reads and writes the folder. The
+    numbers do not depend on the number of ranks, up to rounding.
 
     Args:
-        config: what to train, and how.
-        folder: of the run; made if it is not there.
-        resume: go on with the folder's last checkpoint.
-        data_dir: where the data set is, if it does not come with a library.
-        dataset: the data set itself, for whoever trains on it more than once.
-
-    Of several processes (torchrun) each takes its share of every batch, and the first alone reads and writes the
-    folder. The numbers do not depend on how many there are, up to rounding.
+        config: the configuration.
+        folder: the run folder; it is created if it does not exist.
+        resume: continue from the folder's checkpoint.
+        data_dir: folder of the data set, if it does not come with a library.
+        dataset: the data set itself, for several runs on the same data.
 
     Raises:
         RunFolderError: the folder exists and ``resume`` was not asked for.
-        CheckpointError: the folder to resume has no checkpoint of this very model.
-        ArgumentError: the device does not exist, or the method is not one for several processes.
-        HandshakeError: the processes have different configurations, data or code.
+        CheckpointError: the folder's checkpoint is damaged, or belongs to another configuration or model.
+        ArgumentError: the device does not exist, or the method cannot run on several ranks.
+        HandshakeError: ranks have different configurations, data or code.
     """
 
     def __init__(
@@ -100,7 +90,7 @@ class Run:
         self.data = data.load(config.data, data_dir) if dataset is None else dataset
         if config.examples:
             self.data = self.data.first(config.examples)
-        device = _device(together.device(config.device))
+        device = _device(launch.device(config.device))
         torch.manual_seed(config.seed)
         self.model = models.build(config.model, self.data.side, self.data.channels).to(device)
         self.opt = optimizer(config, self.model)
@@ -115,7 +105,7 @@ class Run:
         if resume:
             self._restore()
         else:
-            together.by_first(self._begin)
+            launch.on_first_rank(self._begin)
 
     def _data_facts(self) -> dict[str, Any]:
         splits = {"training": self.train_split, "test": self.test_split}
@@ -130,10 +120,14 @@ class Run:
 
     @staticmethod
     def resume(folder: Path, data_dir: Path | None = None, dataset: data.Data | None = None) -> Run:
-        """Go on where the folder's last checkpoint stands."""
-        if together.rank() == 0 and not folder.is_dir():
+        """Continue from the checkpoint of a run folder.
+
+        Raises:
+            CheckpointError: the folder does not exist, holds no configuration, or its checkpoint does not fit.
+        """
+        if launch.rank() == 0 and not folder.is_dir():
             raise CheckpointError(f"{folder}: there is no such run folder")
-        config = together.by_first(lambda: Config.load(folder / "config.json"))
+        config = launch.on_first_rank(lambda: Config.load(folder / "config.json"))
         return Run(config, folder, True, data_dir, dataset)
 
     def train(
@@ -146,13 +140,13 @@ class Run:
         Args:
             observe: called after each step with the steps done, the steps in all and the loss.
             on_epoch: called after each epoch, once it is on disk, with its row of metrics: "epoch", "train_loss",
-                "lr", "test_loss", "test_accuracy" and "seconds". The place for a tracker beside TensorBoard. What
-                it raises ends the training and passes through; the run can be resumed.
+                "lr", "test_loss", "test_accuracy" and "seconds"; for trackers other than TensorBoard. An exception
+                that it raises ends the training and is passed on; the run can be resumed.
 
         Returns:
-            What ``result.json`` holds: status "finished" or "diverged" with a message, the last metrics and the
-            peak of memory above what was held at the start, in bytes. Of several processes also their number, and
-            the bytes that one sends in a step.
+            The content of ``result.json``: "status", "finished" or "diverged" (with a "message"); "last", a list with
+            the last row of metrics; "peak_memory", peak resident memory in bytes above that at the start. With several
+            ranks also "ranks", their number, and "bytes_per_step", what each of them sends in a step.
 
         >>> import tempfile
         >>> losses = []
@@ -168,7 +162,7 @@ class Run:
         """
         from torch.utils.tensorboard import SummaryWriter
 
-        first = together.rank() == 0  # which alone evaluates and writes
+        first = launch.rank() == 0  # it alone evaluates and writes
         if first and self.epoch < self.config.epochs:
             environment.record(self.folder, self.train_split.images.device, self.epoch)
         baseline = _reset_peak()
@@ -202,24 +196,24 @@ class Run:
         if not first:
             return status
         result = status | {"last": self.rows()[-1:], "peak_memory": max(_peak() - baseline, 0)}
-        store.write_whole(self.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+        store.write_atomically(self.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
         return result
 
     def rows(self) -> list[dict[str, Any]]:
-        """The metrics so far."""
+        """The rows of metrics so far."""
         return store.read_rows(self.folder / "metrics.jsonl")
 
     def _epoch(self, observe: Callable[[int, float], None]) -> dict[str, float]:
-        """One pass; its batches are a function of the seed and the epoch alone."""
+        """Train one epoch. Its batches depend on the seed and the number of the epoch alone."""
         self.model.train()
         torch.manual_seed((self.config.seed << 20) + self.epoch)
         images, labels = self.train_split.images, self.train_split.labels
         total, start = 0.0, time.perf_counter()
         rate = self.opt.param_groups[0]["lr"]
         for n, batch in enumerate(torch.randperm(len(labels)).split(self.config.batch_size)):
-            self.batch, own = n + 1, together.share(torch.arange(len(batch)))
+            self.batch, own = n + 1, launch.shard(torch.arange(len(batch)))
             x, y = images[batch], labels[batch[own]]
-            if self.data.augment is not None:  # of the whole batch, so that ranks draw the same numbers
+            if self.data.augment is not None:  # the whole batch, so that all ranks draw the same numbers
                 x = self.data.augment(x)
             x = x[own]
             loss = self._step(lambda x=x, y=y: F.cross_entropy(self.model(x), y), len(own)).item()
@@ -229,7 +223,7 @@ class Run:
         return {"train_loss": total / len(labels), "lr": rate}
 
     def _step(self, closure: Callable[[], Tensor], examples: int) -> Tensor:
-        if self.config.method != "sgd":
+        if not METHODS[self.config.method].backward:
             return self.opt.step(closure, weight=examples)  # type: ignore[return-value,arg-type,call-arg]
         self.opt.zero_grad()
         loss = closure()
@@ -265,11 +259,11 @@ class Run:
 
     def _restore(self) -> None:
         path = self.folder / "checkpoint.pt"
-        state = together.by_first(lambda: store.load_checkpoint(path) if path.exists() else None)
-        if state is None:  # it ended before its first epoch did
+        state = launch.on_first_rank(lambda: store.load_checkpoint(path) if path.exists() else None)
+        if state is None:  # the run ended within its first epoch
             self._keep_rows()
             return
-        known = dataclasses.asdict(Config.of(state["config"]))  # with defaults for what older versions did not have
+        known = dataclasses.asdict(Config.of(state["config"]))  # defaults for settings that older versions did not have
         if known != dataclasses.asdict(self.config):
             changed = sorted(k for k, v in dataclasses.asdict(self.config).items() if known[k] != v)
             raise CheckpointError(f"{path}: belongs to another run; different: {', '.join(changed)}")
@@ -283,7 +277,7 @@ class Run:
         self._keep_rows()
 
     def _keep_rows(self) -> None:
-        if together.rank() == 0:
+        if launch.rank() == 0:
             store.keep_rows(self.folder / "metrics.jsonl", self.epoch)
 
 
@@ -294,11 +288,6 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ArgumentError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device
-
-
-def parameters(model: nn.Module) -> int:
-    """How many numbers a model has."""
-    return sum(p.numel() for p in model.parameters())
 
 
 # --- peak memory of this process ----------------------------------------------------------------
@@ -320,7 +309,7 @@ def _peak() -> int:
 
 
 def _reset_peak() -> int:
-    """Start measuring the peak anew where the system can; the memory held now."""
+    """Reset the peak where the system allows it; returns the resident memory in bytes at this moment."""
     if sys.platform != "linux":
         return _peak()
     try:

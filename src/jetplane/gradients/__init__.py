@@ -1,27 +1,36 @@
-"""Estimates of the gradient by activity perturbation: noise on what layers put out, in forward passes alone.
+"""Estimates of the gradient, forward only: by noise on what layers put out, or by drawn directions.
 
-`allocate` plans how each layer is perturbed, `estimate` finds the gradient by the plans, and a `Feedback` learns to
-predict it. `register_layer` makes a new class of modules one that can be perturbed.
+An `Estimator` makes estimates in the steps of `jetplane.optim.PlaneSearch`. For activity perturbation `allocate` plans
+how each layer is perturbed, `estimate` finds the gradient by the plans, and a `Feedback` learns to predict it.
+`register_layer` makes a new class of modules one that can be perturbed.
 """
 
+from ..evaluation.side_effects import without_side_effects
 from .allocation import allocate, signature
+from .estimators import ActivityPerturbation, Batch, Estimate, Estimator, ForwardGradients
 from .feedback import Feedback, FeedbackSpec, FeedbackState
 from .layers import PerturbableLayer, WeightPerturbableLayer, perturbable, register_layer
-from .perturbation import Estimate, estimate
+from .perturbation import PerturbationEstimate, estimate
 from .plan import OTHERS, LayerPlan
 
 __all__ = [
     "OTHERS",
+    "ActivityPerturbation",
+    "Batch",
     "Estimate",
+    "Estimator",
     "Feedback",
     "FeedbackSpec",
     "FeedbackState",
+    "ForwardGradients",
     "LayerPlan",
     "PerturbableLayer",
+    "PerturbationEstimate",
     "WeightPerturbableLayer",
     "allocate",
     "estimate",
     "perturbable",
     "register_layer",
     "signature",
+    "without_side_effects",
 ]

@@ -106,7 +106,6 @@ def visit(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(without_side_effects())
-        stack.enter_context(torch.inference_mode())
         space = stack.enter_context(expansion(Diagonal(PROBES), 1))
 
         def after(module: nn.Module, call: int, x: Any, y: Any) -> Any:

@@ -207,7 +207,7 @@ class _Facts:
 
 def _observe(closure: Closure, model: nn.Module, params: Sequence[Tensor], per_position: bool) -> _Facts:
     known, modules = registered_modules(model), perturbed_modules(model, params)
-    traces, flops = trace(closure, known)
+    traces, flops = trace(closure, known, params)
     names = [name for name in traces if name in modules]
     positions = {}
     for name in names:

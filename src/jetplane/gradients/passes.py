@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .._torch import DisableTorchFunction, no_dispatch
+from ..evaluation.leaving import plain_run
 from ..evaluation.side_effects import without_side_effects
 from ..jets import Jet, Space
 
@@ -110,12 +111,15 @@ class LayerTrace(NamedTuple):
         return self.shape[0]
 
 
-def trace(closure: Closure, modules: dict[str, nn.Module]) -> tuple[dict[str, LayerTrace], int]:
+def trace(
+    closure: Closure, modules: dict[str, nn.Module], params: Sequence[Tensor]
+) -> tuple[dict[str, LayerTrace], int]:
     """What modules do in one pass, without side effects.
 
     Args:
         closure: returns the loss; called once.
         modules: by name.
+        params: of the evaluations around this pass.
 
     Returns:
         A trace of each module that was called, in the order of first calls, and the pass's floating-point operations
@@ -139,6 +143,6 @@ def trace(closure: Closure, modules: dict[str, nn.Module]) -> tuple[dict[str, La
                 call + 1, met.outputs + y.numel(), y.shape, met.flops + flops, met.remaining
             )
 
-        with without_side_effects(), torch.inference_mode(), hooked(after, names, before, names):
+        with without_side_effects(), plain_run(params), hooked(after, names, before, names):
             closure()
     return {n: t._replace(remaining=counter.total - t.remaining) for n, t in found.items()}, counter.total

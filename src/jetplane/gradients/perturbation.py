@@ -50,7 +50,7 @@ from .passes import Closure, hooked
 from .plan import OTHERS, LayerPlan, Mode
 
 
-class Estimate(NamedTuple):
+class PerturbationEstimate(NamedTuple):
     """What `estimate` returns.
 
     Attributes:
@@ -71,7 +71,7 @@ def estimate(
     offset: float = 0.0,
     feedback: Feedback | None = None,
     fraction: float = 1.0,
-) -> Estimate:
+) -> PerturbationEstimate:
     """An estimate of the gradient, from perturbed activities. It is unbiased, but for plans ``per_position``.
 
     Args:
@@ -136,8 +136,10 @@ def estimate(
             total |= {id(p): direction for p, direction in zip(others, moved, strict=True)}
         gradient = [total[id(p)].to(p.dtype) if id(p) in total else torch.zeros_like(p) for p in params]
         if feedback is None:
-            return Estimate(gradient, [])
-        return Estimate(gradient, feedback.sufficient_statistics(correlations, _errors(layers, slopes), fraction))
+            return PerturbationEstimate(gradient, [])
+        return PerturbationEstimate(
+            gradient, feedback.sufficient_statistics(correlations, _errors(layers, slopes), fraction)
+        )
 
 
 Slopes = Mapping[nn.Module, Tensor | None]
@@ -293,11 +295,8 @@ class PerturbedLayer(ABC):
         return torch.cat(found, 1)
 
     def _slopes(self, closure: Closure, samples: range) -> Tensor | None:
-        with (
-            without_side_effects(),
-            torch.inference_mode(),
-            expansion(Diagonal(len(samples)), 1, examples=True) as space,
-        ):
+        structure = Diagonal(len(samples))
+        with without_side_effects(), expansion(structure, 1, examples=True) as space:
 
             def after(module: nn.Module, call: int, x: Any, y: Any) -> Any:
                 at, first, _ = parts(y, space)

@@ -2,16 +2,33 @@
 
 from .calculus import Derivatives, add_jets, as_jet, chain, chain_many, elementwise, jointly, linear, multiply
 from .coefficients import Coefficients, absent, aligned, expand, lift, outer, overwritten, plain, symmetric, writable
-from .jet import LOST, Jet, carried, innermost, is_jet, kind_of, make, parts, precise, primal, set_dispatcher
-from .pairs import AllPairs, Diagonal, PairStructure, Planes, Star, Sums
+from .jet import (
+    LOST,
+    WRITTEN,
+    Jet,
+    carried,
+    goes_outside,
+    innermost,
+    is_jet,
+    kind_of,
+    make,
+    parts,
+    precise,
+    primal,
+    set_dispatcher,
+    whole,
+)
+from .pairs import AllPairs, Diagonal, PairStructure, Planes, Star, Sums, Term
 from .space import LOSS, MODEL, PARAMETER, Key, Space
 from .storage import (
+    adopt_promotions,
     any_promoted,
     forget_promoted,
     forget_promotions,
     mark_view,
     promote,
     promoted,
+    promotion_state,
     promotions,
     same_storage,
     write,
@@ -23,6 +40,7 @@ __all__ = [
     "LOST",
     "MODEL",
     "PARAMETER",
+    "WRITTEN",
     "AllPairs",
     "Coefficients",
     "Deferred",
@@ -39,8 +57,10 @@ __all__ = [
     "Star",
     "Sums",
     "Tangents",
+    "Term",
     "absent",
     "add_jets",
+    "adopt_promotions",
     "aligned",
     "any_promoted",
     "as_jet",
@@ -51,6 +71,7 @@ __all__ = [
     "expand",
     "forget_promoted",
     "forget_promotions",
+    "goes_outside",
     "innermost",
     "is_jet",
     "jointly",
@@ -68,10 +89,12 @@ __all__ = [
     "primal",
     "promote",
     "promoted",
+    "promotion_state",
     "promotions",
     "same_storage",
     "set_dispatcher",
     "symmetric",
+    "whole",
     "writable",
     "write",
 ]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import infinite
 from .coefficients import Coefficients, absent, condensed, outer, plain, symmetric, writable
 from .coefficients import jointly as jointly_coefficients
 from .jet import Jet, carried, is_jet, make, parts, precise
@@ -46,9 +47,22 @@ def jointly(space: Space, xs: Sequence[Any], y: Tensor, on_stacks: Callable[...,
     return make(y, y1, y2, space)
 
 
-def chain(space: Space, x: Any, y: Tensor, d1: Tensor | None, d2: Tensor | None) -> Tensor:
-    """Elementwise y = f(x): ``y_i = f' x_i`` and ``y_ij = f' x_ij + f'' x_i x_j``; None is zero."""
+def chain(space: Space, x: Any, y: Tensor, d1: Tensor | None, d2: Tensor | None, singular: bool = True) -> Tensor:
+    """Elementwise y = f(x): ``y_i = f' x_i`` and ``y_ij = f' x_ij + f'' x_i x_j``.
+
+    Args:
+        space: of the evaluation.
+        x: the argument.
+        y: the value.
+        d1: the first derivative, f'; None is zero, and a boolean one selects.
+        d2: the second.
+        singular: whether derivatives may be infinite or NaN where x does not move: see `jetplane.jets.infinite`.
+    """
     p, x1, x2 = parts(x, space)
+    if d1 is not None and d1.dtype == torch.bool:
+        return make(y, infinite.selected(d1, x1), infinite.selected(d1, x2), space)
+    if singular and not infinite.finite(d1, d2):
+        return chain_many(space, (x,), y, (d1,), {} if d2 is None else {(0, 0): d2})
     if d1 is not None and d2 is not None and x1 and space.order == 2 and space.structure.is_trace:
         held = x1.tensor, x2.tensor if x2 else None, d1, d2
         if x1.rows is None and plain(*held) and not writable(*held) and d1.shape == d2.shape == p.shape:
@@ -71,6 +85,7 @@ def elementwise(
     derivatives: Callable[[Tensor, Tensor], Derivatives],
     slope: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     blocks: bool = True,
+    singular: bool = True,
 ) -> Tensor:
     """`chain` with derivatives that are computed from primal and result, a cache's size at a time.
 
@@ -81,6 +96,7 @@ def elementwise(
         derivatives: gives f' and f'' for elements of the primal and of the result, in the dtype of coefficients.
         slope: ``c f'`` in one pass, from c, primal and result: where only first coefficients are wanted.
         blocks: whether f' at an element depends on that element alone.
+        singular: see `chain`.
     """
     p, x1, x2 = parts(x, space)
 
@@ -98,14 +114,20 @@ def elementwise(
             y1 = x1.map(lambda c: quick(c[0].contiguous(), precise(p), precise(y))[None])
             return make(y, y1, absent(space, 2), space)
     if blocks and p.numel() > BLOCK and not y.is_complex():
-        result = _in_blocks(space, p, x1, x2, y, of)
+        result = _in_blocks(space, p, x1, x2, y, of, singular)
         if result is not NotImplemented:
             return result
-    return chain(space, x, y, *of(p, y))
+    return chain(space, x, y, *of(p, y), singular)
 
 
 def _in_blocks(
-    space: Space, p: Tensor, x1: Coefficients, x2: Coefficients, y: Tensor, of: Callable[..., Derivatives]
+    space: Space,
+    p: Tensor,
+    x1: Coefficients,
+    x2: Coefficients,
+    y: Tensor,
+    of: Callable[..., Derivatives],
+    singular: bool,
 ) -> Any:
     """`chain`, some elements at a time: the derivatives stay in the cache and take no memory of the result's size."""
     structure = space.structure
@@ -119,6 +141,7 @@ def _in_blocks(
     d1, d2 = of(p.flatten()[:1], y.flatten()[:1])
     if d1 is None or (second is None and d2 is not None and (structure.single or x1.rows is not None)):
         return NotImplemented  # products that may never be formed are `chain`'s
+    weigh = infinite.select_into if d1.dtype == torch.bool else torch.mul
     rows, inner = (p.shape[0], p.numel() // p.shape[0]) if shared else (p.numel(), 1)
     p, flat = p.view(rows, inner), y.view(rows, inner)
     first = first.view(first.shape[0], -1, inner)
@@ -131,12 +154,14 @@ def _in_blocks(
         part = slice(start, start + step)
         d1, d2 = of(p[part], flat[part])
         assert d1 is not None
+        if singular and not infinite.finite(d1, d2):
+            return NotImplemented
         c = first if shared else first[:, part]
-        torch.mul(c, d1, out=y1[:, part])
+        weigh(c, d1, out=y1[:, part])
         if y2 is None:
             continue
         new = y2[:, part]
-        new.zero_() if second is None else torch.mul(second[:, part], d1, out=new)
+        new.zero_() if second is None else weigh(second[:, part], d1, out=new)
         if d2 is None:
             continue
         if structure.single:
@@ -164,16 +189,25 @@ def chain_many(
     ``hessian[a, b]`` with a <= b holds the mixed second derivative; None and an absent one are zero.
     """
     every = [[c.expanded(y.shape) for c in parts(x, space)[1:]] for x in xs]
+    times, crossed = _times, outer
+    if not infinite.finite(*gradient, *hessian.values()):
+        times, crossed = infinite.product, infinite.outer
     y1, y2 = absent(space, 1), absent(space, 2)
     for g, (x1, x2) in zip(gradient, every, strict=True):
         if g is not None:
-            y1 += x1 * g
-            y2 += x2 * g
+            y1 += times(g, x1)
+            y2 += times(g, x2)
     if space.order == 2:
         for (a, b), h in hessian.items():
-            left, right = every[a][0] * h, every[b][0]
-            y2 += outer(left, right) if a == b else symmetric(left, right)
+            left, right = times(h, every[a][0]), every[b][0]
+            y2 += crossed(left, right)
+            if a != b:
+                y2 += crossed(right, left)
     return make(y, y1, y2, space)
+
+
+def _times(d: Tensor, c: Coefficients) -> Coefficients:
+    return c * d
 
 
 def multiply(space: Space, a: Any, b: Any) -> Tensor:

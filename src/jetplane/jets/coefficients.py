@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import records
 from .pairs import PairStructure
 from .space import Space
 from .structured import Deferred, Partial, Tangents
@@ -40,10 +41,12 @@ def writable(*tensors: Any) -> bool:
 
     Not with a jet or a compiler's stand-in among the tensors, nor where reverse mode must see what is written.
     """
-    recorded = torch.is_grad_enabled()
     for t in tensors:
-        if isinstance(t, Tensor) and (type(t) not in _PLAIN or (recorded and t.requires_grad)):
-            return False
+        if isinstance(t, Tensor):
+            if type(t) not in _PLAIN:
+                return False
+            if t.requires_grad and not torch.compiler.is_compiling() and records():
+                return False
     return True
 
 
@@ -197,7 +200,7 @@ class Coefficients:
 
     def own(self) -> Coefficients:
         """The same, which may be overwritten: for what a rule got of an operator that it called itself."""
-        self.owned = True
+        self.owned = not (isinstance(self.held, Tensor) and 0 in self.held.stride())  # expanded memory is shared
         return self
 
     def _new(self, held: Tensor, owned: bool = True) -> Coefficients:

@@ -16,17 +16,38 @@ directions in one number so that the primal and the first coefficients are compu
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 
-from .._torch import DisableTorchFunctionSubclass, disabled_torch_function, make_wrapper_subclass
+from .._torch import (
+    DisableTorchFunctionSubclass,
+    Keys,
+    TorchDispatchMode,
+    below_autograd,
+    disabled_torch_dispatch,
+    disabled_torch_function,
+    is_stand_in,
+    make_wrapper_subclass,
+    tree_leaves,
+    under,
+    user_keys,
+)
+from ..errors import DerivativeError
 from .coefficients import Coefficients, absent
 from .space import MODEL, Key, Space
 from .structured import LowRank, Tangents
+
+WRITTEN = (
+    "a parameter was written to in place inside the closure; expected a closure that leaves the "
+    "parameters of the evaluation as they are. Write to a copy (parameter.clone()), or outside of it"
+)
 
 LOST = torch.empty(0)  # the examples of a jet that stands for a sum over them, but no longer tells which
 
@@ -46,7 +67,9 @@ class Jet(torch.Tensor):
         space: the directions.
         base: the jet whose memory this one looks into, if it is a view.
         version: how often the base had been written to when the coefficients were read.
-        is_seed: whether it stands for a parameter, or for an argument of a function.
+        is_seed: whether it stands for a parameter.
+        is_argument: whether it stands for an argument of a function, whose memory is the caller's: a write in place
+            gives it another primal.
         origin: the primal that it was made with, if it has another one since.
         kind: see `Space.gauss_newton`.
         examples: each example's part of the slope: see `jetplane.rules.examples`.
@@ -62,6 +85,7 @@ class Jet(torch.Tensor):
     kind: int
     examples: Tensor | None
     origin: Tensor | None
+    is_argument: bool
 
     __torch_function__ = disabled_torch_function  # pyright: ignore[reportAssignmentType]
 
@@ -78,7 +102,7 @@ class Jet(torch.Tensor):
         kind: int | None = None,
     ) -> Jet:
         return make_wrapper_subclass(
-            Recorded if isinstance(space, Space) and space.recorded else cls,
+            Recorded if cls is Jet and isinstance(space, Space) and space.recorded else cls,
             primal.shape,
             strides=primal.stride(),
             storage_offset=primal.storage_offset(),
@@ -108,8 +132,14 @@ class Jet(torch.Tensor):
         self.version = 0 if base is None else base.version
         self.is_seed = False
         self.origin = None
+        self.is_argument = False
         self.kind = space.kind if kind is None else kind
         self.examples = None
+        made = space.made
+        if made is not None:
+            made.append(ref(self))
+            if len(made) > space.most:
+                space.forget()
 
     # --- what a compiler sees: tensors and plain numbers ---------------------------------------------------
 
@@ -163,11 +193,34 @@ class Jet(torch.Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         order = 2 if self.second else 1 if self.first else 0
-        return f"Jet(shape={tuple(self.shape)}, dtype={self.dtype}, k={self.space.k}, carried order={order})"
+        return f"Jet({self.primal!r}, k={self.space.k}, carried order={order})"
+
+    def __format__(self, spec: str) -> str:
+        return format(self.primal, spec) if spec else repr(self)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _dispatch(func, args, kwargs or {})
+        if len(types) > 1 and any(map(goes_outside, types)):
+            return NotImplemented  # it takes itself apart, and its parts meet the jets
+        try:
+            return _dispatch(func, args, kwargs or {})
+        except AttributeError:  # in another thread the evaluation ended meanwhile, and jets became ordinary tensors
+            if func._schema.is_mutable or any(isinstance(x, Jet) for x in tree_leaves((args, kwargs))):
+                raise
+            return func(*args, **(kwargs or {}))
+
+    def as_subclass(self, cls: type) -> Any:
+        """The same jet with the class of other data, whose ``__torch_function__`` goes on to be asked.
+
+        Raises:
+            DerivativeError: the class takes over operators (``__torch_dispatch__``), which the jet does itself.
+        """
+        wanted = _jet_class(cls)
+        if type(self) is wanted:
+            return self
+        jet = wanted(self.primal, self.first, self.second, self.space, self.root(), kind=self.kind)
+        jet.version, jet.examples = self.version, self.examples
+        return jet
 
     def __copy__(self) -> Jet:
         return self.alias(self.primal)
@@ -187,19 +240,74 @@ class Jet(torch.Tensor):
 class Recorded(Jet):
     """A jet of an evaluation whose rules record a graph for reverse mode.
 
-    Such an evaluation runs user code with grad mode on, so that what is computed of plain tensors alone is recorded.
+    Such an evaluation runs user code with autograd, so that what is computed of plain tensors alone is recorded.
     Autograd, though, would break composite operators up and hold jets in a graph of its own. An operator that takes a
-    jet is therefore called under inference mode, which passes it to its rule as a whole, and rules leave that mode.
-    Functions that torch defines in Python may compute with plain tensors between operators, and run as they are.
+    jet is therefore called below autograd, which passes it to its rule as a whole, and rules run with autograd again.
     """
 
     @classmethod
     def __torch_function__(  # pyright: ignore[reportIncompatibleVariableOverride]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        whole = torch.is_grad_enabled() and not isinstance(func, FunctionType)
-        with DisableTorchFunctionSubclass(), torch.inference_mode() if whole else contextlib.nullcontext():
+        with whole(between=isinstance(func, FunctionType)):
             return func(*args, **(kwargs or {}))
+
+
+class _Between(TorchDispatchMode):
+    """Records what is computed of plain tensors alone, where code runs below autograd."""
+
+    def __init__(self, keys: Keys) -> None:
+        super().__init__()
+        self._keys = keys
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what would make it skip imports a compiler, at the first operator, and costs time at each
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        if not any(isinstance(x, Tensor) and x.requires_grad for x in leaves) or any(
+            isinstance(x, Jet) for x in leaves
+        ):
+            return func(*args, **kwargs)
+        with under(self._keys):
+            return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def whole(between: bool) -> Iterator[None]:
+    """Call a function so that operators on recorded jets arrive as a whole.
+
+    Args:
+        between: whether it may compute with plain tensors between operators, as functions that torch defines in Python.
+    """
+    keys = user_keys(tracked=True)
+    with DisableTorchFunctionSubclass(), below_autograd(), _Between(keys) if between else contextlib.nullcontext():
+        yield
+
+
+@functools.cache
+def goes_outside(cls: type) -> bool:
+    """Whether tensors of a class wrap others and take operators apart, as jets do; a compiler's stand-ins do not."""
+    takes_over = cls.__torch_dispatch__ is not disabled_torch_dispatch  # type: ignore[attr-defined]
+    return takes_over and not issubclass(cls, Jet) and not is_stand_in(cls)
+
+
+@functools.cache
+def _jet_class(cls: type) -> type[Jet]:
+    """The class of jets of a class of tensors."""
+    if issubclass(cls, Jet):
+        return cls
+    if goes_outside(cls):
+        raise DerivativeError(
+            f"as_subclass({cls.__name__}) of a tensor that depends on the parameters, where {cls.__name__} takes over "
+            "operators by __torch_dispatch__; expected a class that wraps tensors instead, or none"
+        )
+    asked = inspect.getattr_static(cls, "__torch_function__")
+    if cls is Tensor or asked is disabled_torch_function:  # a parameter's
+        return Jet
+    return type(cls.__name__, (Jet, cls), {"__torch_function__": asked})
 
 
 Dispatcher = Callable[[Any, Any, dict[str, Any]], Any]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 from .memory import Memory
 from .pairs import PairStructure, structure_of
@@ -35,6 +37,13 @@ class Space:
         operator: the name of the operator being carried.
         materialized: operators that materialized low-rank tangents since they could not use the factors, and how
             often.
+        stopped: whether derivatives stop, since an evaluation inside of this one began while the user had switched
+            grad mode off: see `jetplane.rules.grad_mode`.
+        made: the jets, for those that are left to become ordinary tensors at the end: see
+            `jetplane.evaluation.leaving`; None in compiled code, and afterwards.
+        most: how many ``made`` may hold before those that are gone are taken out.
+        written: plain tensors that jets were written into.
+        remembered: whether tensors that carried derivatives may not enter a later evaluation.
         absent: the coefficients of each order of which none is there.
         entrance: where the model carries a part of the directions only: see `jetplane.evaluation.entrance`.
     """
@@ -51,7 +60,21 @@ class Space:
     operator: str = ""
     materialized: dict[str, int] = field(default_factory=dict)
     entrance: Any = None
+    stopped: bool = False
+    made: deque[ref[Any]] | None = None
+    written: list[ref[Any]] = field(default_factory=list)
+    remembered: bool = False
+    most: int = 1 << 12
     absent: dict[int, Any] = field(default_factory=dict, repr=False)
+
+    def forget(self) -> None:
+        """Take jets that are gone out of ``made``. Safe under threads."""
+        made = self.made or deque()
+        for _ in range(len(made)):
+            kept = made.popleft()
+            if kept() is not None:
+                made.append(kept)
+        self.most = 2 * len(made) + (1 << 12)
 
     @property
     def k(self) -> int:

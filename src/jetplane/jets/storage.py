@@ -15,7 +15,7 @@ from torch import Tensor
 from .._torch import memory_of
 from ..errors import DerivativeError
 from .coefficients import Coefficients, aligned, plain, writable
-from .jet import Jet, carried, innermost, is_jet, parts, set_refresh
+from .jet import WRITTEN, Jet, carried, innermost, is_jet, parts, set_refresh
 from .space import Space
 
 
@@ -47,10 +47,7 @@ def write(target: Jet, value: Any, space: Space) -> Jet:
     """
     base = target.root()
     if base.is_seed:
-        raise DerivativeError(
-            "a parameter or an argument was written to in place; expected a closure that leaves the parameters of "
-            "the evaluation, and a function that leaves its arguments, as they are. Write to a copy (x.clone())"
-        )
+        raise DerivativeError(WRITTEN)
     if any(s == 0 and n > 1 for n, s in zip(target.primal.shape, target.primal.stride(), strict=True)):
         raise DerivativeError("in-place write to an expanded tensor, whose elements share memory; clone() it first")
     p, first, second = parts(value, space)
@@ -60,7 +57,7 @@ def write(target: Jet, value: Any, space: Space) -> Jet:
     base.first = _replaced(base, target, base.first, first)
     base.second = _replaced(base, target, base.second, second)
     if p is not target.primal:
-        if writable(base.primal, target.primal, p):
+        if writable(base.primal, target.primal, p) and not base.is_argument:
             target.primal.copy_(p)
         else:
             _rebind(base, target, p)
@@ -197,7 +194,7 @@ def promote(buffer: Tensor, space: Space) -> Jet:
 
 def promoted(x: Tensor) -> Jet | None:
     """The jet over a plain tensor whose memory a jet was written into, or None."""
-    if isinstance(x, Jet) or not _here.jets:
+    if isinstance(x, Jet) or not _here.jets or x.layout is not torch.strided:
         return None
     root = _here.jets.get(memory_of(x))
     if root is None or root.dtype != x.dtype:

@@ -178,6 +178,9 @@ class Partial(Tangents):
         rows: which of them are there, ascending.
         tangents: those, a tensor (len(rows), *S) or `Tangents`.
 
+    Raises:
+        ShapeError: the rows are not as many as the tangents, not ascending, or not below k.
+
     >>> import torch
     >>> Partial(3, (1,), torch.ones(1, 2)).materialized()
     tensor([[0., 0.],
@@ -188,7 +191,10 @@ class Partial(Tangents):
     def __init__(self, k: int, rows: Sequence[int], tangents: Tensor | Tangents) -> None:
         rows = tuple(rows)
         if len(rows) != tangents.shape[0] or list(rows) != sorted(set(rows)) or not all(0 <= r < k for r in rows):
-            raise ShapeError(f"expected {tangents.shape[0]} ascending rows of {k} tangents, got {rows}")
+            raise ShapeError(
+                f"partial tangents: expected ascending rows below k = {k}, one for each of {tangents.shape[0]} "
+                f"tangents, got {rows}"
+            )
         self.rows, self.tangents = rows, tangents
         self.shape, self.dtype, self.device = torch.Size((k, *tangents.shape[1:])), tangents.dtype, tangents.device
 

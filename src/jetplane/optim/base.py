@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import is_dataclass, replace
 from typing import Any
 
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from .. import _sharding as sharded
-from ..directions import AbstractDirections, Directions, HeldDirections, Structure
+from ..directions import AbstractDirections, CachedDirections, Directions, Structure, as_real
 from ..errors import ArgumentError, DeviceError, DTypeError, NonFiniteError, ShapeError
-from ..evaluation.api import evaluate_plane
+from ..evaluation.api import evaluate, evaluate_plane
+from ..evaluation.audit import Auditing, audit, identity
 from ..evaluation.checks import CACHED_BYTES, as_directions, checked_finite
-from ..evaluation.compiled import evaluate_compiled
 from ..evaluation.plane import PlaneModel
+from ..evaluation.repeats import RepeatedClosure
+from ..evaluation.side_effects import setting_back
 from ..evaluation.specification import Chunk, Pairs, PlaneSpec
-from ..jets import Deferred, Partial, Stacked, Tangents
+from ..jets import Deferred, Partial, Stacked
 from ..parallel.ranks import Ranks
 from ..rules.examples import checked
 from ..subspace.descent import Descent
@@ -42,9 +44,11 @@ class PlaneOptimizer(torch.optim.Optimizer):
     ranks: Ranks | None = None
     chunk: Chunk = None
     compile: bool = False
+    generators: tuple[Any, ...] = ()
+    _audited: Any = None  # what the last audit was of
     # What a copy needs beside what every torch optimizer has.
     _own: tuple[str, ...] = (
-        "k", "law", "tangents", "planes", "clip", "chunk", "compile", "plane", "_descent"
+        "k", "law", "tangents", "planes", "clip", "chunk", "compile", "plane", "_descent", "audit"
     )  # fmt: skip
 
     def __init__(
@@ -52,6 +56,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         planes: int = 1, clip: float | None = None, weight_decay: float = 0.0, seed: int = 0,
         chunk: Chunk = None, compile: bool = False, process_group: Any = None,
         rank: int | None = None, density: float | None = None,
+        audit: Auditing = "first", generators: Sequence[Any] = (),
     ) -> None:  # fmt: skip
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             _check_rate(name, value)
@@ -60,6 +65,10 @@ class PlaneOptimizer(torch.optim.Optimizer):
         if isinstance(planes, bool) or not isinstance(planes, int) or planes < 1:
             raise ArgumentError(f"planes must be an integer of at least 1, got {planes!r}")
         Directions(k, law, tangents, rank=rank, density=density)  # checks them
+        if audit not in ("first", "always", "never"):
+            raise ArgumentError(f"audit must be 'first', 'always' or 'never', got {audit!r}")
+        with setting_back(generators):  # checks them
+            pass
         if compile and chunk is not None:
             raise ArgumentError("chunk= and compile=True exclude each other: a chunked step is several runs")
         if isinstance(params, Tensor):
@@ -75,6 +84,8 @@ class PlaneOptimizer(torch.optim.Optimizer):
         self.planes = planes
         self.clip = clip
         self.compile = compile
+        self.audit: Auditing = audit
+        self.generators = tuple(generators)
         self.plane: PlaneModel | None = None
         self.ranks = None if process_group is None else Ranks(process_group)
         if compile and self.ranks is not None and self.ranks.parts > 1:
@@ -82,6 +93,8 @@ class PlaneOptimizer(torch.optim.Optimizer):
         self.state[STATE] = {"seed": seed, "step": 0}  # type: ignore[index]
         self._check_size(self._moving())
         self._check_sharding(p for p, _, _ in self._moving())
+
+    _takes_complex = True  # as two real ones
 
     # Of compiled steps: the program, for how many directions of which parameters, and those that the loss uses.
     _program: Any = None
@@ -97,7 +110,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         """Add parameters, as `torch.optim.Optimizer` does.
 
         Raises:
-            DTypeError: a parameter is not of a real floating dtype.
+            DTypeError: a parameter is not of a floating dtype, or of a complex one that the optimizer does not take.
             DeviceError: parameters lie on different devices.
             ArgumentError: a rate of the group is negative, or parameters are sharded in a way that cannot be had.
         """
@@ -109,8 +122,11 @@ class PlaneOptimizer(torch.optim.Optimizer):
             self._check_sharding(group["params"])
             devices = {p.device for g in self.param_groups for p in g["params"]}
             for p in group["params"]:
-                if not p.dtype.is_floating_point:
-                    raise DTypeError(f"parameters must be of a real floating dtype, got {p.dtype}")
+                if not (p.dtype.is_floating_point or (self._takes_complex and p.dtype.is_complex)):
+                    remedy = ""
+                    if p.dtype.is_complex:
+                        remedy = "; let torch.view_as_real(p) be the parameter, and take torch.view_as_complex of it"
+                    raise DTypeError(f"{type(self).__name__}: expected a real floating dtype, got {p.dtype}{remedy}")
             if len(devices) > 1:
                 raise DeviceError(f"parameters must lie on one device, got {sorted(map(str, devices))}")
         except Exception:
@@ -132,35 +148,44 @@ class PlaneOptimizer(torch.optim.Optimizer):
         Raises:
             ArgumentError: no closure, or no parameter that requires gradients.
             LossError, UnusedParametersError, NonFiniteError, DerivativeError: as `jetplane.evaluate`.
+            AuditError: the slope is not that of the loss; see `jetplane.audit`.
+            RandomClosureError: several runs of the closure give different losses at the same place.
             SingularPlaneError: the plane gives no step.
             HandshakeError, RanksDifferError, LostRankError, RemoteError: with a process group; see
                 `jetplane.parallel.ranks.Ranks.evaluate`. An error of one rank is raised on all of them.
 
         Whatever is raised, parameters and the optimizer's state are as they were.
         """
+        repeated, moving = self._started(closure)
+        with torch.no_grad(), setting_back(self.generators):
+            directions = self._directions(moving, repeated)
+            plane = self._evaluated(repeated, weight, moving, directions)
+            changed = self._advance(repeated, weight, moving, directions, plane)
+        self.plane = plane
+        # A new record: one that state_dict() has handed out must not move on.
+        own = self.state[STATE]  # type: ignore[index]
+        self.state[STATE] = own | changed | {"step": own["step"] + 1}  # type: ignore[index]
+        return plane.value
+
+    def _started(self, closure: Closure | None) -> tuple[RepeatedClosure, Moving]:
+        """The closure and the parameters of a step, checked; the closure's losses will be held against each other."""
         if closure is None:
             raise ArgumentError("step() needs a closure that returns the loss: there are no gradients to use")
         moving = self._moving()
         if not moving:
             raise ArgumentError("no parameter requires gradients, so none may move; unfreeze some of them")
         self._check_size(moving)
-        params = [p for p, _, _ in moving]
-        with torch.no_grad():
-            directions = self._directions(moving, closure)
-            spec = self._spec(directions)
-            if self.ranks is None:
-                plane = self._evaluate(closure, params, directions, spec)
-            else:
-                plane = self.ranks.evaluate(
-                    closure, lambda part: self._evaluate(closure, params, part, spec.restricted(part.k)), directions,
-                    spec, params, self._progress(), self._facts, weight, self._held(moving),
-                )  # fmt: skip
-            changed = self._advance(closure, weight, moving, directions, plane)
-        self.plane = plane
-        # A new record: one that state_dict() has handed out must not move on.
-        own = self.state[STATE]  # type: ignore[index]
-        self.state[STATE] = own | changed | {"step": own["step"] + 1}  # type: ignore[index]
-        return plane.value
+        return RepeatedClosure(closure, [p for p, _, _ in moving]), moving
+
+    def _evaluated(self, closure: Closure, weight: float, moving: Moving, directions: AbstractDirections) -> PlaneModel:
+        """The plane of the whole batch."""
+        params, spec = [p for p, _, _ in moving], self._spec(directions)
+        if self.ranks is None:
+            return self._evaluate(closure, params, directions, spec)
+        return self.ranks.evaluate(
+            closure, lambda part: self._evaluate(closure, params, part, spec.restricted(part.k)), directions,
+            spec, params, self._progress(), self._facts, weight, self._held(moving),
+        )  # fmt: skip
 
     def _advance(
         self, closure: Closure, weight: float, moving: Moving, directions: AbstractDirections, plane: PlaneModel
@@ -174,7 +199,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         return {}
 
     def _check_size(self, moving: Moving) -> None:
-        size = sum(p.numel() for p, _, _ in moving)
+        size = sum(as_real(p).numel() for p, _, _ in moving)
         if self.k > size:
             raise ArgumentError(f"k = {self.k} directions exceed the number of parameters that may move, {size}")
 
@@ -203,7 +228,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         own = self.state[STATE]  # type: ignore[index]
         directions = Directions(self.k * self.planes, self.law, self.tangents, own["seed"])
         directions.step = own["step"]
-        return HeldDirections(directions, [p for p, _, _ in moving], [i for _, _, i in moving], CACHED_BYTES)
+        return CachedDirections(directions, [p for p, _, _ in moving], [i for _, _, i in moving], CACHED_BYTES)
 
     def _spec(self, directions: AbstractDirections) -> PlaneSpec:
         """The plane that the descent needs on these directions."""
@@ -243,19 +268,42 @@ class PlaneOptimizer(torch.optim.Optimizer):
         self, closure: Closure, params: list[Tensor], directions: AbstractDirections, spec: PlaneSpec
     ) -> PlaneModel:
         """The plane, by a compiled program where there is one."""
+        plain = closure.closure if isinstance(closure, RepeatedClosure) else closure
+        self._audit(plain, params)
         known = spec.k, frozenset(id(p) for p in params)
         if not self.compile or known != self._known:
             plane = evaluate_plane(closure, params, as_directions(params, directions), spec)
-            if self.compile and isinstance(directions, HeldDirections):  # an eager step shows what the loss uses
+            if self.compile and isinstance(directions, CachedDirections):  # an eager step shows what the loss uses
                 self._known, self._used = known, frozenset(id(params[i]) for i in directions.used)
             return plane
         if self._program is None:
-            self._program = torch.compile(_evaluate_tangents, fullgraph=True)
+            self._program = torch.compile(evaluate, fullgraph=True)
         used = [i for i, p in enumerate(params) if id(p) in self._used]
         along = [directions.structured(i, params[i]) for i in used]
         along = [t.materialized() if isinstance(t, (Deferred, Stacked, Partial)) else t for t in along]
-        plane = checked_finite(self._program(closure, [params[i] for i in used], along, spec))
+        moved = [params[i] for i in used]
+        plane = checked_finite(self._program(plain, moved, along, spec.curvature, spec.pairs, examples=spec.examples))
         return replace(plane, examples=checked(plane.examples, plane.slope))
+
+    def _audit(self, closure: Closure, params: list[Tensor]) -> None:
+        """Audit the closure, if it is another one than before."""
+        if self.audit == "never" or any(map(sharded.is_sharded, params)):
+            return
+        kind = identity(closure, params, getattr(self, "model", None))
+        if self.audit == "always" or kind != self._audited:
+            audit(closure, params, names=self._names(params), seed=self.state[STATE]["seed"]).check()  # type: ignore[index]
+            self._audited = kind
+
+    def _names(self, params: Sequence[Tensor]) -> list[str]:
+        """What to call parameters: as they were named, or by place and shape."""
+        named = {}
+        for group in self.param_groups:
+            known = group.get("param_names", [None] * len(group["params"]))
+            named |= {id(p): name for p, name in zip(group["params"], known, strict=True)}
+        return [
+            repr(named.get(id(p))) if named.get(id(p)) else f"parameter {i} of shape {tuple(p.shape)}"
+            for i, p in enumerate(params)
+        ]
 
     def _coefficients(self, plane: PlaneModel) -> Tensor:
         slope = plane.slope
@@ -266,21 +314,29 @@ class PlaneOptimizer(torch.optim.Optimizer):
     def _steps(
         self, moving: Moving, directions: AbstractDirections, plane: PlaneModel, kappa: Tensor
     ) -> Iterator[tuple[int, Tensor]]:
-        """``lr * sum_k kappa_k v_k``, clipped, of each parameter that the loss makes use of, by its place in `moving`.
+        """``lr * sum_k kappa_k v_k``, clipped, of each parameter that the loss uses, by its place in `moving`."""
+        steps = self._unclipped(moving, directions, plane, kappa)
+        if self.clip is None:
+            return steps
+        used, tensors = zip(*steps, strict=True)
+        params = [moving[i][0] for i in used]
+        norm = sharded.joint_norm(tensors, params) if any(map(sharded.is_sharded, params)) else None
+        if any(p.is_complex() for p in params):
+            norm = torch.stack([as_real(t).double().norm() for t in tensors]).norm()
+        return zip(used, clipped(tensors, self.clip, norm), strict=True)
+
+    def _unclipped(
+        self, moving: Moving, directions: AbstractDirections, plane: PlaneModel, kappa: Tensor
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The same without clipping.
 
         Raises:
             NonFiniteError: NaN or infinity in the coefficients.
         """
         if not bool(torch.isfinite(kappa.float()).all()):
             raise NonFiniteError(f"the step is not finite: slope {plane.slope}, curvature {plane.curvature}")
-        used = sorted(directions.used) if isinstance(directions, HeldDirections) else range(len(moving))
-        steps: Iterable[Tensor]
-        steps = (directions.combine(i, moving[i][0], moving[i][1]["lr"] * kappa) for i in used)
-        if self.clip is not None:
-            steps, params = list(steps), [moving[i][0] for i in used]
-            norm = sharded.joint_norm(steps, params) if any(map(sharded.is_sharded, params)) else None
-            steps = clipped(steps, self.clip, norm)
-        return zip(used, steps, strict=True)
+        used = sorted(directions.used) if isinstance(directions, CachedDirections) else range(len(moving))
+        return ((i, directions.combine(i, moving[i][0], moving[i][1]["lr"] * kappa)) for i in used)
 
     def _move(self, moving: Moving, steps: Iterable[tuple[int, Tensor]]) -> None:
         """``theta <- theta - lr * weight_decay * theta + step``.
@@ -313,12 +369,6 @@ class PlaneOptimizer(torch.optim.Optimizer):
         except ValueError as error:
             raise ShapeError(f"the state belongs to other parameters: {error}") from error
         self.state[STATE] = dict(self.state[STATE])  # type: ignore[index]
-
-
-def _evaluate_tangents(
-    closure: Closure, params: list[Tensor], tangents: list[Tensor | Tangents], spec: PlaneSpec
-) -> PlaneModel:
-    return evaluate_compiled(closure, params, as_directions(params, tangents), spec)
 
 
 def comparable(value: Any) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, final
 
 from ..directions import AbstractDirections, Structure
 from ..errors import ArgumentError
+from ..evaluation.audit import Auditing
 from ..evaluation.plane import PlaneModel
 from ..subspace.descent import Descent, ForwardGradient
 from .base import Chunk, Closure, Moving, Params, PlaneOptimizer
@@ -30,14 +32,17 @@ class FGD(PlaneOptimizer):
         k: directions per step.
         momentum: of the heavy ball, in [0, 1).
         law: of the tangents; see `jetplane.Directions`.
-        tangents: "dense", "rank-one" (nearly free beside the plain forward) or "block"; see
-            `jetplane.Directions`.
+        tangents: "dense" or "rank-one" (nearly free beside the plain forward); see `jetplane.Directions`.
         planes: multiplies the number of directions; they are averaged.
         clip: largest Euclidean norm of a step over all parameters, or None.
         weight_decay: decoupled: ``theta <- theta - lr * weight_decay * theta`` beside the step.
         seed: of the directions. Seed and step counter are part of ``state_dict()``.
         chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`.
         compile: run every step but the first as one compiled graph (`torch.compile`, ``fullgraph=True``).
+        audit: "first" holds the slope of a closure against differences of its loss before its first step, and again
+            where its code, the parameters that move or the mode of its modules change: about ten forward passes, see
+            `jetplane.audit`; "always" does so before every step, "never" not at all.
+        generators: of random numbers that the closure draws from besides torch's own; see `jetplane.evaluate`.
         process_group: of `torch.distributed`, whose ranks have a shard of each batch each, or a `DeviceMesh` with
             the dimensions "data" and "direction"; see `jetplane.parallel.ranks`. None, which is also what
             ``torch.distributed.group.WORLD`` is before ``init_process_group()``: this process is alone.
@@ -61,9 +66,13 @@ class FGD(PlaneOptimizer):
         self, params: Params, lr: float = 1e-3, k: int = 1, *, momentum: float = 0.0, law: str = "gaussian",
         tangents: Structure = "dense", planes: int = 1, clip: float | None = None, weight_decay: float = 0.0,
         seed: int = 0, chunk: Chunk = None, compile: bool = False,
-        process_group: ProcessGroup | DeviceMesh | None = None,
+        process_group: ProcessGroup | DeviceMesh | None = None, audit: Auditing = "first",
+        generators: Sequence[Any] = (),
     ) -> None:  # fmt: skip
-        super().__init__(params, lr, k, law, tangents, planes, clip, weight_decay, seed, chunk, compile, process_group)
+        super().__init__(
+            params, lr, k, law, tangents, planes, clip, weight_decay, seed, chunk, compile, process_group,
+            audit=audit, generators=generators,
+        )  # fmt: skip
         self.defaults["momentum"] = momentum  # groups that are added later have it as well
         for group in self.param_groups:
             group.setdefault("momentum", momentum)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
 
 from ..directions import StoredDirections, Structure
 from ..errors import LossError, UnusedParametersError
+from ..evaluation.audit import Auditing
 from ..evaluation.side_effects import without_side_effects
 from ..subspace.descent import CurvatureScaled, Descent
 from .base import Chunk, Closure, Moving, Params, PlaneOptimizer
@@ -33,14 +35,17 @@ class FoMoH(PlaneOptimizer):
         k: directions per step, each on its own line.
         eps: added to the curvature.
         law: of the tangents; see `jetplane.Directions`.
-        tangents: "dense", "rank-one" (nearly free beside the plain forward) or "block"; see
-            `jetplane.Directions`.
+        tangents: "dense" or "rank-one" (nearly free beside the plain forward); see `jetplane.Directions`.
         planes: multiplies the number of directions; they are averaged.
         clip: largest Euclidean norm of a step over all parameters, or None.
         weight_decay: decoupled: ``theta <- theta - lr * weight_decay * theta`` beside the step.
         seed: of the directions. Seed and step counter are part of ``state_dict()``.
         chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`.
         compile: run every step but the first as one compiled graph (`torch.compile`, ``fullgraph=True``).
+        audit: "first" holds the slope of a closure against differences of its loss before its first step, and again
+            where its code, the parameters that move or the mode of its modules change: about ten forward passes, see
+            `jetplane.audit`; "always" does so before every step, "never" not at all.
+        generators: of random numbers that the closure draws from besides torch's own; see `jetplane.evaluate`.
         process_group: of `torch.distributed`, whose ranks have a shard of each batch each, or a `DeviceMesh` with
             the dimensions "data" and "direction"; see `jetplane.parallel.ranks`. None, which is also what
             ``torch.distributed.group.WORLD`` is before ``init_process_group()``: this process is alone.
@@ -63,10 +68,14 @@ class FoMoH(PlaneOptimizer):
         self, params: Params, lr: float = 0.1, k: int = 1, *, eps: float = 1e-5, law: str = "gaussian",
         tangents: Structure = "dense", planes: int = 1, clip: float | None = None, weight_decay: float = 0.0,
         seed: int = 0, chunk: Chunk = None, compile: bool = False,
-        process_group: ProcessGroup | DeviceMesh | None = None,
+        process_group: ProcessGroup | DeviceMesh | None = None, audit: Auditing = "first",
+        generators: Sequence[Any] = (),
     ) -> None:  # fmt: skip
         self._descent = CurvatureScaled(eps)
-        super().__init__(params, lr, k, law, tangents, planes, clip, weight_decay, seed, chunk, compile, process_group)
+        super().__init__(
+            params, lr, k, law, tangents, planes, clip, weight_decay, seed, chunk, compile, process_group,
+            audit=audit, generators=generators,
+        )  # fmt: skip
 
     @property
     def descent(self) -> Descent:
@@ -84,7 +93,7 @@ class FoMoHBP(PlaneOptimizer):
     same random numbers, and buffers such as BatchNorm's running statistics move once.
 
     Args:
-        params, lr, eps, clip, weight_decay: as for `FoMoH`.
+        params, lr, eps, clip, weight_decay, audit, generators: as for `FoMoH`.
 
     Raises:
         ArgumentError, DTypeError, DeviceError: settings or parameters that cannot be.
@@ -101,10 +110,10 @@ class FoMoHBP(PlaneOptimizer):
 
     def __init__(
         self, params: Params, lr: float = 0.1, *, eps: float = 1e-5, clip: float | None = None,
-        weight_decay: float = 0.0,
+        weight_decay: float = 0.0, audit: Auditing = "first", generators: Sequence[Any] = (),
     ) -> None:  # fmt: skip
         self._descent = CurvatureScaled(eps)
-        super().__init__(params, lr, 1, clip=clip, weight_decay=weight_decay)
+        super().__init__(params, lr, 1, clip=clip, weight_decay=weight_decay, audit=audit, generators=generators)
 
     def _without_sharding(self) -> str:
         return type(self).__name__

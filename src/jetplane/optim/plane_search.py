@@ -3,124 +3,122 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
 
-from ..directions import (
-    AbstractDirections,
-    Directions,
-    HeldDirections,
-    MixedDirections,
-    OrthogonalDirections,
-    ScaledDirections,
-    StoredDirections,
-    Structure,
-)
+from ..directions import AbstractDirections, CachedDirections, ConcatenatedDirections, SelectedDirections
 from ..directions.laws import key
-from ..errors import ArgumentError, DTypeError, ShapeError
+from ..errors import ArgumentError
+from ..evaluation.audit import Auditing
 from ..evaluation.checks import CACHED_BYTES
+from ..evaluation.leaving import plain_run
 from ..evaluation.plane import PlaneModel
-from ..evaluation.side_effects import RandomState, random_state, without_side_effects
+from ..evaluation.repeats import RepeatedClosure
+from ..evaluation.side_effects import RandomState, setting_back, without_side_effects
 from ..evaluation.specification import Curvature, PlaneSpec
-from ..gradients import Feedback, FeedbackState, LayerPlan, allocate, estimate, perturbable, signature
-from ..jets import carried
-from ..subspace.descent import Damped, Descent, SaddleFree, Solution, Spectral, named
-from ..subspace.search import Backtracking, ExactLine, Line, NoiseAware, Proposal, Search, Whole
-from .base import STATE, Chunk, Closure, Moving, Params, PlaneOptimizer
+from ..gradients.estimators import ActivityPerturbation, Batch, Estimate, Estimator, ForwardGradients
+from ..gradients.layers import perturbable
+from ..subspace.descent import Damped, Descent, SaddleFree, Spectral, named
+from ..subspace.search import Backtracking, Decision, ExactLine, NoiseAware, Outcome, Proposal, Search, advance
+from ..subspace.sources import Averages, Context, Drawn, PreviousStep, Result, Source, State, Subspace
+from .base import STATE, Closure, Moving, Params, PlaneOptimizer, comparable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-Guess = Callable[[], Sequence[Tensor]]
-
-PREVIOUS, AVERAGE, ALONE, SQUARE = "previous", "average {}", "alone {}", "square"  # names in the state of a parameter
-DRAWN = 64  # directions, by default, where there is no model to perturb
 LEAST = 0.1  # of a step, in a plane of nothing but averages over many batches
 FEW = 0.1  # of a model's parameters: where fewer move, memory for all directions at a time is not spent
-CLEAR = 0.25  # an average of which more than this part is signal counts in full
-SQUARE_KEPT = 0.99  # how much of the average of squares is kept from step to step
+
+Changes = list[tuple[int, Tensor]]  # what is added to parameters, by their place among those that move
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """This process's part of the batch.
+
+    Attributes:
+        closure: returns its loss.
+        weight: of this loss in the mean over processes.
+        begin: where torch's random numbers stand before the plane is evaluated.
+    """
+
+    closure: RepeatedClosure
+    weight: float
+    begin: RandomState
+
+
+@dataclass(frozen=True)
+class _Span:
+    """The directions of one step's plane.
+
+    Attributes:
+        directions: all of them, by the places of parameters among those that move.
+        squared_norms: of each, (K,) in float64.
+        drawn: which of them have ``E[v v^T] = I``.
+    """
+
+    directions: CachedDirections
+    squared_norms: Tensor
+    drawn: Sequence[int]
 
 
 @final
 class PlaneSearch(PlaneOptimizer):
     """Search in a plane of remembered and drawn directions: no learning rate, nothing to be tuned.
 
-        kappa = -M F,    theta <- theta + rate * sum_k kappa_k v_k
+        kappa = -M F,    theta <- theta + lr * rate * sum_k kappa_k v_k
 
-    with F the slope and M the damped inverse of the Gauss-Newton matrix of the plane, both of this batch. The plane
-    is spanned by
+    with F the slope and M the damped inverse of the Gauss-Newton matrix of the plane, both of this batch. It is made
+    of four parts:
 
-    - running averages of gradient estimates from earlier batches: with ``model``, by noise on its layers'
-      outputs (`.gradients.perturbation`), else the forward gradients ``mean_k (F_k v_k)`` of the drawn directions;
-    - the same averages, each entry over the root of its running mean square (``scaled``), as Adam's steps are; with
-      ``model`` the first of them is cut into ``parts``, directions of their own: the first layer, the last one, and
-      runs of those in between, whose right lengths differ;
-    - the previous step;
-    - ``k`` directions drawn anew;
-    - whatever ``guess`` returns.
+    - ``subspace``, what the plane is spanned by. By default running averages of gradient estimates from earlier
+      batches, the same over the root mean square of each entry, as Adam's steps are, and the previous step
+      (`jetplane.sources.Averages`, `jetplane.sources.PreviousStep`); before them 64 directions drawn anew
+      (`jetplane.sources.Drawn`), but not with a model whose layers that can be perturbed own half of the parameters or
+      more. A plane of which nothing is known yet has one drawn direction.
+    - ``gradient``, how estimates are made: with a model by noise on its layers' outputs
+      (`jetplane.gradients.ActivityPerturbation`), else as the forward gradients ``mean_k (F_k v_k)`` of the drawn
+      directions (`jetplane.gradients.ForwardGradients`). Estimates enter the plane one step after the batch that they
+      come from: in a plane of directions that were fitted to the very batch that judges them, the slope would be
+      biased, and its noise taken for signal.
+    - ``descent``, what solves the plane: `jetplane.descent.Damped` on directions of unit curvature, and with
+      exact curvature `jetplane.descent.SaddleFree`.
+    - ``search``, how far to go: by default what of the step is not noise, by the spread of the examples' slopes, and
+      with damping where this batch's loss does not fall as the plane promises (`jetplane.search.NoiseAware`).
+      Without drawn directions the rate is at least a tenth: the best rate for one step is less than the best for
+      many (Wu et al., arXiv 1803.02021). Where the loss does not tell its examples apart, the step is halved until the
+      loss falls, or with exact curvature the loss is minimized along it, by more passes.
 
-    In averages a parameter counts for less where they are mostly noise, by what its estimates have in common.
-
-    The rate is what of the step is not noise, by the spread of the examples' slopes; where this batch's loss does
-    not fall as the plane promises, the plane is damped (`.search.NoiseAware`). Without drawn directions the
-    rate is at least a tenth: the best rate for one step is less than the best for many (Wu et al., arXiv 1803.02021).
-    Estimates enter the plane one step after the batch that they come from: in a plane of directions that were
-    fitted to the very batch that judges them, the slope would be biased, and its noise taken for signal.
-
-    Where the loss does not tell its examples apart, the step is halved until the loss falls, or with
-    ``curvature="hessian"`` the loss is minimized along it, by more passes. With as many directions as parameters
-    (``k``) the plane is the whole space, and this is (Gauss-)Newton's method.
+    With as many drawn directions as parameters the plane is the whole space, and this is (Gauss-)Newton's method.
+    Sources, estimators and searches of your own are small classes: docs/extending.md.
 
     Args:
-        params: parameters or groups of them, as for any torch optimizer. Groups may set ``lr`` (a factor on the
-            step, 1 unless ``rate`` is a number; with unlike factors the step is not the plane's solution, and may be
-            refused) and ``weight_decay``. Frozen parameters are left alone.
-        model: holds the layers to perturb. The closure is called several times a step and must compute the same
-            each time; what it writes to buffers, and torch's random numbers, move once.
-        k: directions to draw; by default 0 with a model whose layers that can be perturbed own half of the parameters
-            or more (one, until there is something to remember), otherwise 64, or as many as there are parameters.
-        curvature: "ggn", which needs a loss function (see `jetplane.evaluate`), or "hessian".
-        tangents: structure of the drawn directions: "rank-one", "dense", "low-rank" (with ``rank``), "sparse" (with
-            ``density``), or "block", each direction in one parameter alone; see `jetplane.Directions`.
-        rank, density: of such tangents.
-        orthogonal: whether the drawn directions are made orthogonal; see `jetplane.directions.OrthogonalDirections`.
-        preconditioned: whether the drawn directions' entries are divided by the root of the running mean square of
-            the gradient estimates; see `jetplane.directions.ScaledDirections`.
-        rate: "auto" as above, a number for steps of that part, or a `jetplane.subspace.search.Search`.
-        descent: what solves the plane, a `jetplane.subspace.descent.Spectral` or its name. By default
-            `jetplane.subspace.descent.Damped` on directions of unit curvature for "ggn", and for "hessian"
-            `jetplane.subspace.descent.SaddleFree`. Others are "newton", "truncated" and "cubic".
-        law: of the drawn directions.
-        averages: how much of each running average is kept from step to step.
-        scaled: whether the averages are in the plane in scaled form as well.
-        parts: into how many parts the first scaled average is cut, where there is a ``model``; 1 for none.
-        previous: whether the previous step is in the plane.
-        passes: about how many forward passes the estimates by the model's layers cost in a step.
-        feedback: whether to predict gradients at layers' outputs by what their noise has taught.
-        guess: called before each step; returns a direction, one tensor for each parameter that may move.
-        clip: largest Euclidean norm of a step over all parameters, or None.
-        weight_decay: decoupled: ``theta <- theta - lr * weight_decay * theta`` beside the step.
-        seed: of the directions and the noise. With the averages and the previous step it is part of
-            ``state_dict()``, so that training resumes bit for bit.
-        every: evaluate the curvature in every so many steps, and the slope alone in those between, with the last
-            curvature. That is for planes whose directions keep their meaning from step to step, so without drawn
-            ones, unless they are as many as the parameters and thus the coordinates; and without ``guess``. The running
-            averages and the previous step turn slowly, but they do turn. Where the plane gets another direction its
-            curvature is evaluated at once. It pays with "hessian", whose cost grows with the square of the number of
-            directions; "ggn" costs little beside the slope.
-        chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`. By default all of them, but
-            one where less than a tenth of ``model`` moves, as in adapters: what is scarce there is memory.
-        compile: evaluate the plane as one compiled graph (`torch.compile`, ``fullgraph=True``), from the third step
-            on, when as many directions are remembered as ever will be. The other passes of a step run eagerly.
+        params: parameters or groups of them, as for any torch optimizer. Groups may set ``lr`` (with unlike ones the
+            step is not the plane's solution, and may be refused) and ``weight_decay``. Frozen parameters stay.
+        model: holds the layers to perturb, and tells layers apart. The closure is called several times a step and must
+            compute the same each time; what it writes to buffers, and torch's random numbers, move once.
+        lr: a factor on the step, which schedulers may change.
+        weight_decay: decoupled: ``theta <- theta - lr * weight_decay * theta`` before the step is added.
+        clip: largest Euclidean norm of ``lr * sum_k kappa_k v_k`` over all parameters, or None.
+        seed: of the directions and the noise. With what sources remember it is part of ``state_dict()``, so that
+            training resumes bit for bit.
+        subspace: a list of `jetplane.sources.Source`, or a `jetplane.sources.Subspace` of them, which also says
+            what curvature is evaluated and how many directions at a time.
+        gradient: a `jetplane.gradients.Estimator`.
+        descent: a `jetplane.descent.Spectral` or its name: "damped", "saddle-free", "newton".
+        search: a `jetplane.search.Search`.
+        audit: "first" holds the slope of a closure against differences of its loss before its first step, and again
+            where its code, the parameters that move or the mode of its modules change: about ten forward passes, see
+            `jetplane.audit`; "always" does so before every step, "never" not at all.
+        generators: of random numbers that the closure draws from besides torch's own; see `jetplane.evaluate`.
         process_group: processes that step together, each with its shard of the batch, or a `DeviceMesh`; see
-            `jetplane.parallel.ranks`. A step sends a few numbers for each pair of the plane's directions and, with
-            ``model``, the estimate of the gradient as well: 4 bytes a parameter. A ``guess`` must be the same on all.
+            `jetplane.distributed`. A step sends a few numbers for each pair of the plane's directions and, with
+            ``model``, the estimate of the gradient as well: 4 bytes a parameter.
 
     Raises:
         ArgumentError, DTypeError, DeviceError: settings or parameters that cannot be.
@@ -139,400 +137,289 @@ class PlaneSearch(PlaneOptimizer):
     planes, SOFO (hennequin-lab, NeurIPS 2024); activity perturbation, arXiv 2210.03310; Adam, arXiv 1412.6980.
     """
 
-    _own = (
-        *PlaneOptimizer._own,
-        *("model", "curvature", "search", "averages", "scaled", "parts", "previous", "passes", "feedback", "guess"),
-        *("rank", "density", "orthogonal", "preconditioned", "every"),
-    )
+    _own = ("clip", "chunk", "plane", "audit", "model", "subspace", "curvature", "gradient", "search", "_descent")
+
+    _takes_complex = False  # its averages, guards and estimates are of real numbers
 
     def __init__(
-        self, params: Params, model: nn.Module | None = None, k: int | None = None, *,
-        curvature: Curvature = "ggn", tangents: Structure = "rank-one", rate: str | float | Search = "auto",
-        descent: str | Descent | None = None, law: str = "gaussian", averages: Sequence[float] = (0.9, 0.99),
-        scaled: bool = True, parts: int = 3, previous: bool = True, passes: float = 8.0, feedback: bool = True,
-        guess: Guess | None = None, clip: float | None = None, weight_decay: float = 0.0, seed: int = 0,
-        chunk: Chunk = None, rank: int | None = None, density: float | None = None, orthogonal: bool = False,
-        preconditioned: bool = False, every: int = 1, compile: bool = False,
-        process_group: ProcessGroup | DeviceMesh | None = None,
+        self, params: Params, model: nn.Module | None = None, *, lr: float = 1.0, weight_decay: float = 0.0,
+        clip: float | None = None, seed: int = 0, subspace: Sequence[Source] | Subspace | None = None,
+        gradient: Estimator | None = None, descent: str | Descent | None = None, search: Search | None = None,
+        process_group: ProcessGroup | DeviceMesh | None = None, audit: Auditing = "first",
+        generators: Sequence[Any] = (),
     ) -> None:  # fmt: skip
-        if k == 0 and model is None:
-            raise ArgumentError(
-                "without a model there is nothing but drawn directions to learn from: k must be positive"
-            )
-        if isinstance(rate, str) and rate != "auto":
-            raise ArgumentError(f"rate must be 'auto', a number or a Search, got {rate!r}")
-        if curvature not in ("ggn", "hessian"):
-            raise ArgumentError(f"curvature must be 'ggn' or 'hessian', got {curvature!r}")
-        if not all(0 <= b < 1 for b in averages) or not 0 < passes < math.inf:
-            raise ArgumentError(f"expected averages in [0, 1) and passes above 0, got {averages} and {passes}")
-        if isinstance(parts, bool) or not isinstance(parts, int) or parts < 1:
-            raise ArgumentError(f"parts must be an integer of at least 1, got {parts!r}")
-        if preconditioned and not (scaled and averages):
-            raise ArgumentError("preconditioned needs the running mean square, which scaled averages alone keep")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ArgumentError(f"every must be an integer of at least 1, got {every!r}")
-        default = Damped(scaled=True) if curvature == "ggn" else SaddleFree(None)
-        solver = default if descent is None else named(descent)
+        plan = subspace if isinstance(subspace, Subspace) else Subspace(subspace)
+        exact = plan.curvature == "hessian"
+        solver = (SaddleFree(None) if exact else Damped(scaled=True)) if descent is None else named(descent)
         if not isinstance(solver, Spectral):
             raise ArgumentError(f"descent must solve a plane as a whole, which {type(solver).__name__} does not")
-        self._descent = solver
-        self.model = model
-        self.curvature: Curvature = curvature
-        # Beside exact curvature, which costs as much as many passes, those of a good line search are few.
-        otherwise = ExactLine(10) if curvature == "hessian" else Backtracking()
-        self.averages = tuple(averages)
-        self.scaled = scaled
-        self.parts = parts
-        self.previous = previous
-        self.passes = passes
-        self.feedback = feedback
-        self.guess = guess
-        lr = rate if isinstance(rate, (int, float)) else 1.0
+        for name, value, kind in (("gradient", gradient, Estimator), ("search", search, Search)):
+            if value is not None and not isinstance(value, kind):
+                raise ArgumentError(f"{name} must be an instance of {kind.__name__} or None, got {value!r}")
         super().__init__(
-            params, lr, k or 1, law, tangents, clip=clip, weight_decay=weight_decay, seed=seed, chunk=chunk,
-            rank=rank, density=density, compile=compile, process_group=process_group,
+            params, lr, 1, clip=clip, weight_decay=weight_decay, seed=seed, process_group=process_group,
+            audit=audit, generators=generators,
         )  # fmt: skip
         moving = [p for p, _, _ in self._moving()]
         size = sum(p.numel() for p in moving)
-        if k is None:
-            k = 0 if model is not None and 2 * perturbable(model, moving) >= size else min(DRAWN, size)
-        self.k = k
-        if chunk is None and not compile and curvature == "ggn" and model is not None:
-            whole = sum(p.numel() for p in model.parameters())
-            self.chunk = 1 if size < FEW * whole else None
-        auto = NoiseAware(floor=NoiseAware.floor if k else LEAST, otherwise=otherwise)
-        self.search: Search = rate if isinstance(rate, Search) else auto if rate == "auto" else Whole()
-        self.rank = rank
-        self.density = density
-        self.orthogonal = orthogonal
-        self.preconditioned = preconditioned
-        self.every = every
-        if every > 1 and (guess is not None or k not in (0, size)):
+        known = model is not None and 2 * perturbable(model, moving) >= size
+        sources = [*([] if known else [Drawn()]), Averages(), PreviousStep()] if plan.sources is None else plan.sources
+        draws = [source for source in sources if isinstance(source, Drawn)]
+        for source in draws:
+            source.count(size)
+        # Beside exact curvature, which costs as much as many passes, those of a good line search are few.
+        otherwise = ExactLine(10) if exact else Backtracking()
+        self.model = model
+        self.subspace = tuple(sources)
+        self.curvature: Curvature = plan.curvature
+        self.gradient = gradient or (ForwardGradients() if model is None else ActivityPerturbation())
+        self.search = search or NoiseAware(floor=NoiseAware.floor if draws else LEAST, otherwise=otherwise)
+        self._descent = solver
+        self.chunk = plan.chunk
+        if plan.chunk is None and not exact and model is not None:
+            self.chunk = 1 if size < FEW * sum(p.numel() for p in model.parameters()) else None
+        if isinstance(self.gradient, ActivityPerturbation) and model is None:
             raise ArgumentError(
-                f"every = {every} keeps a curvature for directions that are the same in the next step, which "
-                f"drawn ones (k = {k}) and a guess are not"
+                "ActivityPerturbation needs the model whose layers it perturbs, got None: PlaneSearch(params, model)"
             )
-
-    def _without_sharding(self) -> str:
-        return type(self).__name__
+        drawless = all(isinstance(source, (Averages, PreviousStep)) for source in sources)
+        if isinstance(self.gradient, ForwardGradients) and drawless:
+            raise ArgumentError(
+                "forward gradients come from drawn directions, and the subspace has none: put jetplane.sources.Drawn() "
+                "into it, or give a model"
+            )
 
     @property
     def descent(self) -> Spectral:
         """What solves the plane."""
         return self._descent
 
-    # --- the plane ---------------------------------------------------------------------------------------
+    # --- one step, from top to bottom ---------------------------------------------------------------------
 
-    def _directions(self, moving: Moving, closure: Closure) -> HeldDirections:
+    def step(self, closure: Closure | None = None, *, weight: float = 1.0) -> Tensor:  # type: ignore[override]
+        """Span a plane, evaluate it, decide how far to step in it, estimate the gradient for later planes, and move.
+
+        Args:
+            closure: computes and returns the scalar loss. It need not call ``backward``, and must not.
+            weight: with a process group: of this rank's loss in the mean over ranks; see `PlaneOptimizer.step`.
+
+        Returns:
+            The loss before the step, a plain tensor of shape (). With a process group, that of the whole batch.
+
+        Raises:
+            JetplaneError: as `PlaneOptimizer.step`. Parameters and the optimizer's state are then as they were.
+        """
+        repeated, moving = self._started(closure)
+        own = self.state[STATE]  # type: ignore[index]
+        with torch.no_grad(), setting_back(self.generators):
+            contexts = self._contexts(moving)
+            span = self._spanned(contexts)
+            shard = _Shard(repeated, weight, RandomState())
+            plane = self._evaluated(repeated, weight, moving, span.directions)
+            proposal = _proposed(plane, self.descent, span.squared_norms)
+            decision, changes = self._decided(shard, moving, span, plane, proposal)
+            estimate, signature = self._estimated(shard, contexts[0], span, plane)
+            result = Result(estimate.gradient, [dict(changes).get(i) for i in range(len(moving))])
+            pairs = zip(self.subspace, contexts, strict=True)
+            remembered = [source.remember(context, result) for source, context in pairs]
+            self._move(moving, changes)
+        for i, (p, _, _) in enumerate(moving):
+            self.state[p] = _flat(self._labels, [states[i] for states in remembered])
+        told = {"search": asdict(decision.state), "gradient": estimate.state, "signature": signature}
+        # A new record: one that state_dict() has handed out must not move on.
+        self.state[STATE] = own | told | {"step": own["step"] + 1}  # type: ignore[index]
+        self.plane = plane
+        return plane.value
+
+    def _contexts(self, moving: Moving) -> list[Context]:
+        """What each source sees."""
         params, places = [p for p, _, _ in moving], [place for _, _, place in moving]
-        size = sum(p.numel() for p in params)
-        stored = self._stored(moving)[: size - self.k]  # more directions than parameters would be dependent
-        self._lasting = self.k == size or (self.k == 0 and bool(stored))
-        sources: list[AbstractDirections] = []
-        self._drawn = 0
-        if stored:
-            together = zip(places, zip(*stored, strict=True), strict=True)
-            sources.append(StoredDirections({place: torch.stack(tensors) for place, tensors in together}))
-        if self.k == size:
-            sources.append(StoredDirections(dict(zip(places, _coordinates(params), strict=True))))
-        elif self.k or not stored:
-            own = self.state[STATE]  # type: ignore[index]
-            self._drawn = self.k or 1
-            drawn = Directions(
-                self._drawn, self.law, self.tangents, own["seed"], rank=self.rank, density=self.density
-            )  # fmt: skip
-            drawn.step = own["step"]
-            new = ScaledDirections(drawn, self._scales(moving)) if self.preconditioned else drawn
-            sources.append(OrthogonalDirections(new) if self.orthogonal else new)
-        return HeldDirections(MixedDirections(sources), params, places, CACHED_BYTES)
+        own, states = self.state[STATE], [self.state.get(p, {}) for p in params]  # type: ignore[index]
+        return [
+            Context(params, places, [_of(state, label) for state in states], own["step"], own["seed"], self.model)
+            for label in self._labels
+        ]
 
-    def _scales(self, moving: Moving) -> dict[int, Tensor]:
-        """One over the root mean square of each entry's estimates, by place; of mean one over all, and bounded."""
-        squares = {place: self.state[p][SQUARE] for p, _, place in moving if SQUARE in self.state[p]}
-        if not squares:
-            return {}
-        mean = torch.cat([s.flatten() for s in squares.values()]).mean().clamp_min(torch.finfo(torch.float32).tiny)
-        scales = {place: (s / mean).clamp(1e-6, 1e6).rsqrt() for place, s in squares.items()}
-        level = torch.cat([s.flatten() for s in scales.values()]).mean()
-        return {place: s / level for place, s in scales.items()}
+    def _spanned(self, contexts: Sequence[Context]) -> _Span:
+        """The plane's directions: those of all sources, at most as many as there are parameters."""
+        params, places, room = contexts[0].params, contexts[0].places, contexts[0].size
+        found: list[CachedDirections] = []
+        for source, context in zip(self.subspace, contexts, strict=True):
+            directions = self._directions_of(source, context)
+            if directions is not None and room:
+                fitting = directions if directions.k <= room else SelectedDirections(directions, [slice(room)])
+                found.append(CachedDirections(fitting, params, places, CACHED_BYTES))
+                room -= fitting.k
+        if not found:
+            found.append(CachedDirections(Drawn(1).directions(contexts[0]), params, places, CACHED_BYTES))
+        every = ConcatenatedDirections(found)
+        isotropic = [one.isotropic for one in found for _ in range(one.k)]
+        drawn = [i for i, yes in enumerate(isotropic) if yes]
+        return _Span(CachedDirections(every, params), every.squared_norms(params), drawn)
 
-    def _stored(self, moving: Moving) -> list[list[Tensor]]:
-        """What is known, as directions of norm one: for each a tensor for each parameter."""
-        found = [] if self.guess is None else [self._guessed(self.guess, moving)]
-        states = [(p, self.state[p]) for p, _, _ in moving]
-        averages = [AVERAGE.format(b) for b in self.averages]
-        step = self.state[STATE]["step"]  # type: ignore[index]
-        worth = [{AVERAGE.format(b): _worth(state, b, step) for b in self.averages} for _, state in states]
+    def _directions_of(self, source: Source, context: Context) -> AbstractDirections | None:
+        """A source's directions; with several processes compared bit by bit, where they are to be."""
+        if self.ranks is None or not source.compared:
+            return source.directions(context)
+        found: list[AbstractDirections] = []
 
-        def held(name: str, scaled: bool) -> list[Tensor]:
-            return [
-                of.get(name, 1.0) * (_scaled(state[name], state[SQUARE]) if scaled else state[name])
-                if name in state
-                else torch.zeros_like(p)
-                for (p, state), of in zip(states, worth, strict=True)
-            ]
+        def drawn() -> list[Tensor]:
+            directions = source.directions(context)
+            if directions is None:
+                return []
+            found.append(directions)
+            directions.prepare(context.params, context.places)
+            return [directions.draw(i, p) for i, p in zip(context.places, context.params, strict=True)]
 
-        for name in (*averages, *([PREVIOUS] if self.previous else [])):
-            if any(name in state for _, state in states):
-                found.append(held(name, scaled=False))
-        for name in averages if any(SQUARE in state for _, state in states) else ():
-            whole = held(name, scaled=True)
-            found += _cut(whole, self._parts(moving)) if name == averages[0] else [whole]
-        norms = [_norm(tensors) for tensors in found]
-        return [[t / norm for t in tensors] for tensors, norm in zip(found, norms, strict=True) if norm > 0]
-
-    def _parts(self, moving: Moving) -> list[int]:
-        """The part of each parameter: that of the first layer, of the last one, or of a run of those in between."""
-        if self.model is None or self.parts == 1:
-            return [0] * len(moving)
-        owners = {id(p): i for i, m in enumerate(self.model.modules()) for p in m.parameters(recurse=False)}
-        layers = [owners.get(id(p), 0) for p, _, _ in moving]
-        order = {layer: i for i, layer in enumerate(sorted(set(layers)))}
-        last, inner = len(order) - 1, max(self.parts - 2, 0)
-        runs = max(last - 1, 1)
-
-        def part(i: int) -> int:
-            if i == last:
-                return self.parts - 1
-            return 0 if i == 0 or not inner else 1 + (i - 1) * inner // runs
-
-        return [part(order[layer]) for layer in layers]
-
-    def _guessed(self, guess: Guess, moving: Moving) -> list[Tensor]:
-        if self.ranks is None:
-            return _checked_guess(guess(), moving)
         self.ranks.greet(self._facts)
-        return self.ranks.agreed("guess", lambda: _checked_guess(guess(), moving), moving[0][0].device)
+        self.ranks.agreed(f"directions of {type(source).__name__}", drawn, context.params[0].device)
+        return found[0] if found else None
+
+    def _decided(
+        self, shard: _Shard, moving: Moving, span: _Span, plane: PlaneModel, proposal: Proposal
+    ) -> tuple[Decision, Changes]:
+        """What the search makes of the proposal, told the losses that it asks for; and what is added to parameters."""
+        params, factor = [p for p, _, _ in moving], max(float(group["lr"]) for _, group, _ in moving)
+        trials = self.search.decide(proposal, _restored(self.search, self.state[STATE]))  # type: ignore[index]
+        kappa, changes, shortened, outcome = None, [], 1.0, None
+        while True:
+            asked = advance(trials, outcome)
+            if kappa is None or not torch.equal(asked.kappa, kappa):
+                kappa = asked.kappa
+                changes, shortened = self._changes(moving, span.directions, plane, kappa)
+            if isinstance(asked, Decision):
+                return asked, [(i, asked.rate * change) for i, change in changes]
+            with _moved(asked.rate, params, changes):
+                outcome = Outcome(self._loss(shard, params, plane), factor * shortened)
+
+    def _changes(
+        self, moving: Moving, directions: CachedDirections, plane: PlaneModel, kappa: Tensor
+    ) -> tuple[Changes, float]:
+        """``lr * sum_k kappa_k v_k`` of each parameter that the loss uses, and by how much clipping shortens it."""
+        changes = list(self._unclipped(moving, directions, plane, kappa))
+        if self.clip is None:
+            return changes, 1.0
+        norm = torch.stack([change.double().norm() for _, change in changes]).norm().item()
+        shortened = min(1.0, self.clip / norm) if norm > 0 else 1.0
+        return [(i, shortened * change) for i, change in changes], shortened
+
+    def _loss(self, shard: _Shard, params: Sequence[Tensor], plane: PlaneModel) -> float:
+        """The loss where parameters are now, with the random numbers of the plane's evaluation."""
+
+        def of_shard() -> float:
+            with shard.closure.elsewhere(), without_side_effects(shard.begin), plain_run(params, again=True):
+                return float(shard.closure())
+
+        if self.ranks is None:
+            return of_shard()
+        options: dict[str, Any] = {"dtype": torch.float64, "device": plane.value.device}
+        mean = self.ranks.mean(lambda: torch.tensor([of_shard()], **options), 1, shard.weight, **options)
+        return mean.to(plane.value.dtype).item()  # rounded as that of one process
+
+    def _estimated(self, shard: _Shard, context: Context, span: _Span, plane: PlaneModel) -> tuple[Estimate, str]:
+        """An estimate of the gradient on this batch, for planes of later ones, and what its preparation depended on."""
+        own, estimator = self.state[STATE], self.gradient  # type: ignore[index]
+        ranks, weight = self.ranks, shard.weight
+        state, signature = own.get("gradient", {}), estimator.signature(context.params, self.model)
+        batch = Batch(
+            shard.closure, context.params, self.model, span.directions, plane, span.drawn,
+            frozenset(span.directions.used), int(key(own["seed"], own["step"])),
+            chunk=self.chunk if isinstance(self.chunk, int) else None,
+        )  # fmt: skip
+        if not any(source.learns for source in self.subspace):
+            return Estimate([], state), signature
+        if not estimator.measures:
+            return estimator.estimate(batch, [], state), signature
+        if ranks is not None:
+            before, whole = ranks.place(weight, plane.value.device)
+            batch = replace(batch, before=before / weight if weight else 0.0, part=weight / whole)
+        if signature != own.get("signature"):
+            first = lambda: estimator.prepare(batch, state) if weight else None  # noqa: E731
+            state = estimator.prepare(batch, state) if ranks is None else ranks.first(first)
+        if ranks is None:
+            return estimator.estimate(batch, estimator.measure(batch, state), state), signature
+        shapes, dtype = estimator.shapes(batch, state), _widest(context.params)
+        measured = lambda: torch.cat([t.flatten().to(dtype) for t in estimator.measure(batch, state)])  # noqa: E731
+        sizes = [shape.numel() for shape in shapes]
+        means = ranks.mean(measured, sum(sizes), weight, dtype, plane.value.device).split(sizes)
+        shaped = [mean.reshape(shape).clone() for mean, shape in zip(means, shapes, strict=True)]
+        return estimator.estimate(batch, shaped, state), signature
+
+    # --- what the optimizers have in common, as it is here --------------------------------------------------
+
+    @property
+    def _labels(self) -> list[str]:
+        """Under which each source's part of a parameter's state lies: its class, with a number from the second on."""
+        names = [type(source).__name__ for source in self.subspace]
+        counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
+        return [name if n == 1 else f"{name} {n}" for name, n in zip(names, counts, strict=True)]
 
     def _spec(self, directions: AbstractDirections) -> PlaneSpec:
         return PlaneSpec(directions.k, self.curvature, "all", self.search.examples, self.chunk)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `PlaneOptimizer.load_state_dict`. What is remembered keeps its dtype."""
+        super().load_state_dict(state_dict)
+        params = [p for group in self.param_groups for p in group["params"]]
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for p, i in zip(params, saved, strict=True):
+            for name, t in state_dict["state"].get(i, {}).items():
+                self.state[p][name] = t.to(p.device)
+
+    def _check_size(self, moving: Moving) -> None:
+        """Sources see to it themselves."""
+
+    def _without_sharding(self) -> str:
+        return type(self).__name__
+
+    def _progress(self) -> dict[str, Any]:
+        moving = [p for p, _, _ in self._moving()]
+        return super()._progress() | {"layers": self.gradient.signature(moving, self.model)}
+
     def _facts(self) -> dict[str, Any]:
         remembered = sorted({name for p, _, _ in self._moving() for name in self.state.get(p, {})})
-        return super()._facts() | {"remembered": remembered}
+        sources = dict(zip(self._labels, map(comparable, self.subspace), strict=True))
+        return super()._facts() | {"subspace": ", ".join(self._labels)} | sources | {"remembered": remembered}
 
-    _drawn: int  # how many directions of this step's plane were drawn anew; they are its last ones
-    _lasting: bool  # whether directions of this step's plane are there in the next one
-    _random: RandomState  # where random numbers stood before the evaluation of this step
 
-    def _evaluate(
-        self, closure: Closure, params: list[Tensor], directions: AbstractDirections, spec: PlaneSpec
-    ) -> PlaneModel:
-        self._random = random_state()
-        own = self.state[STATE]  # type: ignore[index]
-        last = own.get("curvature")
-        stale = last is None or own["step"] % self.every == 0 or len(last) != directions.k
-        spec = spec if stale else replace(spec, curvature="none")
-        plane = super()._evaluate(closure, params, directions, spec)
-        return plane if stale else replace(plane, curvature=last)
+def _proposed(plane: PlaneModel, descent: Spectral, squared_norms: Tensor) -> Proposal:
+    """What a descent proposes on a plane."""
+    assert plane.curvature is not None
+    value, covariance = plane.value.item(), None if plane.moments is None else plane.moments.covariance
+    rounding = 2 * torch.finfo(plane.value.dtype).eps * abs(value)
+    return Proposal.of(value, plane.slope, plane.curvature, descent, squared_norms, covariance, rounding)
 
-    # --- the step ----------------------------------------------------------------------------------------
 
-    def _advance(
-        self, closure: Closure, weight: float, moving: Moving, directions: AbstractDirections, plane: PlaneModel
-    ) -> dict[str, Any]:
-        own = self.state[STATE]  # type: ignore[index]
-        params = [p for p, _, _ in moving]
-        assert plane.curvature is not None
-        solution = self.descent.solve(plane.slope, plane.curvature)
-        formed: dict[int, tuple[Tensor, list[tuple[int, Tensor]]]] = {}  # the last line's coefficients and step
+def _restored(search: Search, own: dict[str, Any]) -> Any:
+    """A search's state; it begins anew where what is there belongs to another kind of search."""
+    saved, names = own.get("search", {}), [field.name for field in fields(search.start)]
+    return replace(search.start, **saved) if sorted(saved) == sorted(names) else search.start
 
-        def steps_along(kappa: Tensor) -> list[tuple[int, Tensor]]:
-            if id(kappa) not in formed:
-                formed.clear()
-                formed[id(kappa)] = kappa, list(self._steps(moving, directions, plane, kappa))
-            return formed[id(kappa)][1]
 
-        def line(kappa: Tensor) -> Line:
-            steps = steps_along(kappa)
+def _of(state: dict[str, Any], label: str) -> State:
+    """A source's part of a parameter's state."""
+    return {name.removeprefix(f"{label}/"): t for name, t in state.items() if name.startswith(f"{label}/")}
 
-            def loss_of_shard_at(rate: float) -> float:
-                with _moved(rate, params, steps), without_side_effects(self._random):
-                    return float(closure())
 
-            def loss_at(rate: float) -> float:
-                if self.ranks is None:
-                    return loss_of_shard_at(rate)
-                dtype, device = plane.value.dtype, plane.value.device
-                options: dict[str, Any] = {"dtype": torch.float64, "device": device}
-                loss = self.ranks.mean(lambda: torch.tensor([loss_of_shard_at(rate)], **options), 1, weight, **options)
-                return loss.to(dtype).item()  # rounded as that of one process
+def _flat(labels: Sequence[str], states: Sequence[State]) -> dict[str, Tensor]:
+    """A parameter's state, of what each source remembers of it."""
+    pairs = zip(labels, states, strict=True)
+    return {f"{label}/{name}": t for label, state in pairs for name, t in state.items()}
 
-            return Line(loss_at, lambda: _norm([step for _, step in steps]))
 
-        factor = max(float(group["lr"]) for _, group, _ in moving)
-        covariance = None if plane.moments is None else plane.moments.covariance
-        curvature, lengths = plane.curvature, self._lengths(params, plane.slope)
-
-        def damped(damping: float) -> Solution:
-            return self.descent.solve(plane.slope, (curvature + damping * lengths.diag()).to(curvature.dtype))
-
-        stiffest = (curvature.diagonal() / lengths).max().item()
-        value = plane.value.item()
-        rounding = 2 * torch.finfo(plane.value.dtype).eps * abs(value)
-        proposal = Proposal(value, plane.slope, solution, covariance, line, factor, damped, stiffest, rounding)
-        kappa, rate, record = self.search(proposal, own.get("search", {}))
-        steps = steps_along(kappa)
-        found, changed = self._estimates(closure, weight, params, directions, plane.slope)
-        if self.every > 1:
-            changed["curvature"] = plane.curvature if self._lasting else None
-        steps = [(i, rate * step) for i, step in steps]
-        self._move(moving, steps)
-        self._remember(params, found, steps, own["step"])
-        return changed | {"search": record}
-
-    def _lengths(self, params: list[Tensor], slope: Tensor) -> Tensor:
-        """The squared lengths of the plane's directions: one if remembered, as many as parameters if drawn."""
-        lengths = torch.ones(len(slope), dtype=torch.float64, device=slope.device)
-        lengths[len(slope) - self._drawn :] = sum(p.numel() for p in params)
-        return lengths
-
-    def _estimates(
-        self, closure: Closure, weight: float, params: list[Tensor], directions: AbstractDirections, slope: Tensor
-    ) -> tuple[list[Tensor], dict[str, Any]]:
-        """Estimates of the gradient from this batch, for planes of later ones, and what of the state has changed."""
-        if not self.averages:
-            return [], {}
-        if self.model is not None:
-            return self._perturbed(closure, weight, params, self.model)
-        # The drawn directions, of which there are k at the end, give mean_k (F_k v_k).
-        weights = torch.cat([slope.new_zeros(len(slope) - self.k), slope[-self.k :] / self.k])
-        assert isinstance(directions, HeldDirections)
-        used = directions.used
-        found = [directions.combine(i, p, weights) if i in used else torch.zeros_like(p) for i, p in enumerate(params)]
-        if self.preconditioned:  # what they give is the gradient times the squares of their scales
-            moving = self._moving()
-            scales = self._scales(moving)
-            found = [
-                f / scales[place].square() if place in scales else f
-                for f, (_, _, place) in zip(found, moving, strict=True)
-            ]
-        return found, {}
-
-    def _perturbed(
-        self, closure: Closure, weight: float, params: list[Tensor], model: nn.Module
-    ) -> tuple[list[Tensor], dict[str, Any]]:
-        """Estimates by noise on the model's layers; the layers' plans, and what their feedback has learned."""
-        own, ranks, device = self.state[STATE], self.ranks, params[0].device  # type: ignore[index]
-        if ranks is None:
-            before, weight, whole = 0.0, 1.0, 1.0
-        else:
-            before, whole = ranks.place(weight, device)
-
-        def allocated() -> dict[str, LayerPlan]:
-            chunk = self.chunk if isinstance(self.chunk, int) else None
-            return allocate(closure, model, params, self.passes, whole / weight, chunk=chunk)
-
-        plans = {name: LayerPlan.of(fields) for name, fields in own.get("plans", {}).items()}
-        planned_for = signature(model, params)
-        if planned_for != own.get("planned for"):  # at first, and when layers were frozen, unfrozen, or changed mode
-            plans = allocated() if ranks is None else ranks.first(lambda: allocated() if weight else None)
-        specs = {name: plan.feedback for name, plan in plans.items() if plan.feedback is not None and self.feedback}
-        dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
-        state = FeedbackState.of(own.get("feedback", {}))
-        feedback = Feedback(specs, state, torch.empty(0, dtype=dtype, device=device))
-
-        def numbers() -> Tensor:
-            seed = int(key(own["seed"], own["step"]))
-            found = estimate(closure, model, params, plans, seed, before / weight, feedback, weight / whole)
-            return torch.cat([t.flatten().to(dtype) for t in (*found.gradient, *found.statistics)])
-
-        shapes = [p.shape for p in params] + [torch.Size(shape) for shape in feedback.shapes]
-        sizes = [shape.numel() for shape in shapes]
-        together = numbers() if ranks is None else ranks.mean(numbers, sum(sizes), weight, dtype, device)
-        parts = [part.reshape(shape) for part, shape in zip(together.split(sizes), shapes, strict=True)]
-        found = [part.to(p.dtype, copy=True) for part, p in zip(parts, params, strict=False)]
-        learned = feedback.update(parts[len(params) :]).plain()
-        plain = {name: plan.plain() for name, plan in plans.items()}
-        return found, {"plans": plain, "planned for": planned_for, "feedback": learned}
-
-    def _remember(self, params: list[Tensor], found: list[Tensor], steps: list[tuple[int, Tensor]], n: int) -> None:
-        if self.previous and any(bool(step.any()) for _, step in steps):
-            for i, step in steps:
-                self.state[params[i]][PREVIOUS] = step
-        for p, estimated in zip(params, found, strict=False):  # there are none without averages
-            state, new = self.state[p], {AVERAGE.format(b): (b, estimated) for b in self.averages}
-            if self.scaled:
-                new[SQUARE] = SQUARE_KEPT, estimated * estimated
-            square = estimated.double().square().sum().to(carried(p.dtype))
-            for b in self.averages:
-                kept, name = _kept(b, n), ALONE.format(b)
-                state[name] = kept**2 * state.get(name, 0.0) + (1 - kept) ** 2 * square
-            for name, (b, value) in new.items():
-                kept = _kept(b, n)
-                state[name] = kept * state[name] + (1 - kept) * value if name in state else value
+def _widest(params: Sequence[Tensor]) -> torch.dtype:
+    """In which dtype estimates are sent: single precision, or double where a parameter has it."""
+    return torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
 
 
 @contextlib.contextmanager
-def _moved(rate: float, params: list[Tensor], steps: list[tuple[int, Tensor]]) -> Iterator[None]:
-    """The parameters after a part of the step; they are set back."""
-    before = [params[i].clone() for i, _ in steps]
+def _moved(rate: float, params: Sequence[Tensor], changes: Changes) -> Iterator[None]:
+    """The parameters after a part of a step; they are set back."""
+    before = [params[i].clone() for i, _ in changes]
     try:
-        for i, step in steps:
-            params[i].add_(step, alpha=rate)
+        for i, change in changes:
+            params[i].add_(change, alpha=rate)
         yield
     finally:
-        for (i, _), held in zip(steps, before, strict=True):
+        for (i, _), held in zip(changes, before, strict=True):
             params[i].copy_(held)
-
-
-def _kept(b: float, n: int) -> float:
-    """How much of a running average of n values is kept for another one.
-
-    Values weigh ``b**age`` in parts of the sum of all weights, as in Adam's corrected averages: the first of them
-    weighs no more than its age leaves it.
-
-    >>> [round(_kept(0.9, n), 3) for n in (0, 1, 10, 1000)]
-    [0.0, 0.474, 0.854, 0.9]
-    """
-    return b * (1 - b**n) / (1 - b ** (n + 1))
-
-
-def _worth(state: dict[str, Any], b: float, n: int) -> float:
-    """How much to make of a running average of n estimates: what part of its square is signal, in parts of `CLEAR`.
-
-    The square of ``sum_i w_i g_i`` without its terms ``w_i^2 |g_i|^2`` is on average that of the estimates' mean,
-    however noisy they are, less the weight of those terms. It is never zero, so that planes keep their size.
-    """
-    name, alone = AVERAGE.format(b), ALONE.format(b)
-    weight = (1 - b) / (1 + b) * (1 + b**n) / (1 - b**n) if n else 1.0  # sum_i w_i^2
-    if weight == 1 or name not in state or alone not in state:  # of one estimate nothing is known
-        return 1.0
-    whole = state[name].double().square().sum().item()
-    signal = (whole - state[alone].item()) / ((1 - weight) * whole) if whole > 0 else 0.0
-    return min(max(signal / CLEAR, 0.01), 1.0)
-
-
-def _scaled(average: Tensor, square: Tensor) -> Tensor:
-    """``average / sqrt(square)``; where nothing was ever estimated, zero."""
-    return average * torch.where(square > 0, square, 1).rsqrt()
-
-
-def _cut(tensors: list[Tensor], parts: list[int]) -> list[list[Tensor]]:
-    """A direction as several, each zero outside of its part."""
-    return [
-        [t if mine == part else torch.zeros_like(t) for t, mine in zip(tensors, parts, strict=True)]
-        for part in sorted(set(parts))
-    ]
-
-
-def _coordinates(params: list[Tensor]) -> list[Tensor]:
-    """The unit vectors of the whole space: for each parameter a tensor (size, *param.shape)."""
-    sizes = [p.numel() for p in params]
-    parts = torch.eye(sum(sizes), device=params[0].device).split(sizes, 1)
-    return [part.reshape(-1, *p.shape).to(p.dtype) for part, p in zip(parts, params, strict=True)]
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return torch.stack([t.double().norm() for t in tensors]).norm().item()
-
-
-def _checked_guess(guess: Sequence[Tensor], moving: Moving) -> list[Tensor]:
-    tensors = list(guess)
-    shapes, expected = [tuple(t.shape) for t in tensors], [tuple(p.shape) for p, _, _ in moving]
-    if shapes != expected:
-        raise ShapeError(f"guess() must return a tensor for each parameter that may move, {expected}; got {shapes}")
-    for t, (p, _, _) in zip(tensors, moving, strict=True):
-        if t.dtype != p.dtype:
-            raise DTypeError(f"guess() must return tensors of its parameters' dtype {p.dtype}, got {t.dtype}")
-    return [t.detach() for t in tensors]

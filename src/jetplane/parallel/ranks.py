@@ -46,10 +46,12 @@ from torch import Tensor
 
 from .. import errors
 from .._sharding import held_alike, local
-from ..directions import AbstractDirections, HeldDirections
+from ..directions import AbstractDirections, CachedDirections
 from ..errors import ArgumentError, HandshakeError, JetplaneError, LostRankError, RanksDifferError, RemoteError
+from ..evaluation.leaving import plain_run
 from ..evaluation.plane import PlaneModel
-from ..evaluation.side_effects import without_side_effects
+from ..evaluation.repeats import ADVICE
+from ..evaluation.side_effects import RandomState, without_side_effects
 from ..evaluation.specification import PlaneSpec
 from .message import PlaneMessage
 from .work import plan
@@ -217,12 +219,12 @@ class Ranks:
             _check_weight(weight)
             mark ^= fingerprint(self._alike(every.values()))
             if weight > 0:
-                value, double = self._fill(body, moments, closure, run, directions, message)
+                value, double = self._fill(body, moments, closure, run, directions, message, params)
         except BaseException as error:  # also Ctrl-C: the others must hear of it
             failure, weight, value = error, 0.0, 0.0
             body.zero_()
             moments.zero_()
-        used = directions.used if isinstance(directions, HeldDirections) else None
+        used = directions.used if isinstance(directions, CachedDirections) else None
         difference = _contrast(self.part, self.parts) * weight * value
         head = [
             float(failure is not None),
@@ -260,7 +262,7 @@ class Ranks:
         alike = _one(uses, self.size)
         if used is not None and not alike:
             self._unite(used, params)
-        if isinstance(directions, HeldDirections) and not (alike and self.parts == 1):
+        if isinstance(directions, CachedDirections) and not (alike and self.parts == 1):
             directions.forget()  # ranks that have kept different ones would round their sums differently
         plane = message.plane(body / weights, torch.float64 if doubles else torch.float32, params[0].device)
         return replace(plane, pooled=message.moments(moments / weights**power, params[0].device))
@@ -374,6 +376,7 @@ class Ranks:
         run: Callable[[AbstractDirections], PlaneModel],
         directions: AbstractDirections,
         message: PlaneMessage,
+        params: Sequence[Tensor],
     ) -> tuple[float, bool]:
         """Evaluate this rank's work items, and write their numbers, unweighted, into ``body`` and ``sums``.
 
@@ -387,7 +390,7 @@ class Ranks:
         items = plan(spec, self.parts)[self.part]
         written: list[Tensor] = []
         if len(items) > 1:  # all but the last are to be without side effects
-            with without_side_effects() as log:
+            with plain_run(params), without_side_effects() as log:
                 closure()
             written = [tensor for tensor, _ in log.saved.values()]
         values, counts = [], []
@@ -407,9 +410,9 @@ class Ranks:
                 total[index] += moments.total.cpu() * item.slope
                 item.add(products, moments.products.cpu(), index)
         if max(values) - min(values) > SAME_LOSS * abs(values[0]):
-            raise errors.LossError(
+            raise errors.RandomClosureError(
                 f"ranks that share directions call the closure {len(items)} times a step, and it gave different losses "
-                f"on the same parameters: {values}; let it fetch no data"
+                f"on the same parameters: {values}; {ADVICE}"
             )
         body[0] = values[0] if self.part == 0 else 0.0
         body[1 : 1 + spec.k] = slope
@@ -562,15 +565,14 @@ def _located(where: Any) -> tuple[Any, int, int, int]:
 
 @contextlib.contextmanager
 def _undone(written: list[Tensor]) -> Iterator[None]:
-    """Set torch's random state and the tensors that a closure writes to back to what they were."""
-    before = [t.clone() for t in written]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            for tensor, values in zip(written, before, strict=True):
-                tensor.copy_(values)
+    """Set random states and the tensors that a closure writes to back to what they were."""
+    before, random = [t.clone() for t in written], RandomState()
+    try:
+        yield
+    finally:
+        random.restore()
+        for tensor, values in zip(written, before, strict=True):
+            tensor.copy_(values)
 
 
 def _answer(ask: Callable[[], T], seconds: float) -> T | None:

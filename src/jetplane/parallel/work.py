@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..directions import AbstractDirections, ChosenDirections
+from ..directions import AbstractDirections, SelectedDirections
 from ..evaluation.specification import Curvature, PlaneSpec
 
 
@@ -37,7 +37,7 @@ class WorkItem:
         runs: list[slice] = []
         for i in self.directions:
             runs[-1:] = [slice(runs[-1].start, i + 1)] if runs and runs[-1].stop == i else [*runs[-1:], slice(i, i + 1)]
-        return ChosenDirections(directions, runs)
+        return SelectedDirections(directions, runs)
 
     def add(self, total: Tensor, part: Tensor, index: Tensor) -> None:
         """Add what counts of the curvature of these directions, ``part``, to that of all."""

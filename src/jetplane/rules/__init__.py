@@ -13,6 +13,7 @@ from . import (
     structure,
 )
 from .custom import register_rule
+from .differences import blackbox
 from .dispatch import dispatch, loss
 from .fallback import strict
 from .registry import RULES
@@ -20,6 +21,7 @@ from .registry import RULES
 __all__ = [
     "RULES",
     "attention",
+    "blackbox",
     "collectives",
     "constants",
     "dispatch",

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from ..errors import ArgumentError, DerivativeError
+from .._torch import Operator, OperatorPacket
+from ..errors import ArgumentError
 from ..jets import Jet, Space, chain, primal
 from ..jets import linear as linear_jet
 from .fallback import missing
+from .functions import register_function
 from .registry import RULES
-
-_functions: dict[type, Callable[..., Any]] = {}
 
 
 def register_rule(
@@ -59,7 +57,7 @@ def register_rule(
     if isinstance(op, type) and issubclass(op, torch.autograd.Function):
         if composed is None and not constant:
             raise ArgumentError("an autograd.Function takes composed= or constant=True")
-        _functions[op] = _constant_function(op) if composed is None else composed
+        register_function(op, composed)
         return
     func = _overload(op)
 
@@ -84,68 +82,11 @@ def register_rule(
 
 def _overload(op: Any) -> Any:
     op = getattr(op, "_opoverload", op)  # torch.library.custom_op
-    if isinstance(op, torch._ops.OpOverloadPacket):
+    if isinstance(op, OperatorPacket):
         names = op.overloads()
         if len(names) != 1:
             raise ArgumentError(f"{op} has the overloads {names}; register each of them, as {op}.{names[0]}")
         op = getattr(op, names[0])
-    if not isinstance(op, torch._ops.OpOverload):
+    if not isinstance(op, Operator):
         raise ArgumentError(f"expected an operator or an autograd.Function, got {type(op).__name__}")
     return op
-
-
-def _constant_function(function: type) -> Callable[..., Any]:
-    def composed(*args: Any) -> Any:
-        return _original_apply(function, *[_innermost(a) for a in args])
-
-    return composed
-
-
-def differentiate_forward(function: type) -> None:
-    """Say of an autograd function that its forward pass, run on jets, has the derivatives that it defines."""
-    _functions[function] = functools.partial(_original_apply, function)
-
-
-def _carries(x: Any) -> bool:
-    """Whether x is a jet, or the wrapper of one that `jetplane.evaluation.sharded` makes."""
-    return isinstance(x, Jet) or isinstance(getattr(x, "_local_tensor", None), Jet)
-
-
-def _innermost(x: Any) -> Any:
-    while isinstance(x, Jet):
-        x = x.primal
-    return x
-
-
-_original_apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
-
-
-@contextlib.contextmanager
-def intercept_functions(seeded: Callable[[Any], Any], active: Callable[[], bool]) -> Iterator[None]:
-    """While a closure runs: custom autograd functions on jets go to their rule, or raise.
-
-    Their forward would run on the jets as they are, and a derivative that ``backward`` defines would be
-    replaced in silence by that of ``forward``.
-    """
-    before: Any = vars(torch.autograd.Function)["apply"]  # unbound: subclasses inherit it
-
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if not active():  # another thread
-            return before.__func__(cls, *args, **kwargs)
-        args = tuple(seeded(a) for a in args)
-        if not any(map(_carries, args)):
-            return before.__func__(cls, *args, **kwargs)
-        rule = _functions.get(cls)
-        if rule is None:
-            raise DerivativeError(
-                f"the custom autograd function {cls.__qualname__} defines its own derivatives, which forward "
-                "jets cannot see. Register the same function in torch operators: "
-                f"jetplane.register_rule({cls.__qualname__}, composed=...)"
-            )
-        return rule(*args, **kwargs)
-
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = before  # type: ignore[method-assign]

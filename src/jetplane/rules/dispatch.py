@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor
 
 from .._torch import (
-    DisableTorchFunctionSubclass,
     EnableTorchFunction,
     decompositions,
     is_composite,
@@ -33,6 +33,7 @@ from ..jets import (
     PARAMETER,
     Jet,
     Space,
+    absent,
     any_promoted,
     forget_promotions,
     is_jet,
@@ -43,10 +44,14 @@ from ..jets import (
     promoted,
     promotions,
     set_dispatcher,
+    whole,
     write,
 )
-from . import examples, fallback
+from . import examples, fallback, grad_mode, sparse
 from .registry import ALIASING, RANDOM, RULES
+
+_grad_enabled = torch.is_grad_enabled
+_nothing = contextlib.nullcontext()
 
 
 def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -57,33 +62,11 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     space = _highest(args, _highest(kwargs.values(), None))
     if space is None:  # jets that lost their coefficients to promotion cannot occur; plain calls can
         return func(*args, **kwargs)
-    with under(space.keys), recording(space, func):
-        if space.recorded:
-            args, kwargs = _ordinary(args), {name: _ordinary(value) for name, value in kwargs.items()}
+    with under(space.keys), EnableTorchFunction() if space.recorded else _nothing:
+        # Compiled code has no keys, and the operators of a compiler's graph are not the user's.
+        if (space.stopped or not _grad_enabled()) and space.keys and torch.Tag.inplace_view not in func.tags:
+            return grad_mode.on_primals(func, args, kwargs, original)
         return _on_keys(func, space, args, kwargs, original)
-
-
-def _ordinary(x: Any) -> Any:
-    """An argument without inference tensors, which cannot be recorded; torch makes some of lists and numbers."""
-    if isinstance(x, Tensor):
-        return x.clone() if x.is_inference() and not isinstance(x, Jet) else x
-    return type(x)(_ordinary(v) for v in x) if type(x) in (list, tuple) else x
-
-
-@contextlib.contextmanager
-def recording(space: Space, func: Any) -> Iterator[None]:
-    """Let a rule record a graph for reverse mode, where the evaluation does; see `jetplane.jets.jet.Recorded`.
-
-    Not under the user's ``no_grad``, but for writes in place: torch's own functions clamp so what has a graph.
-    """
-    if not space.recorded:
-        yield
-        return
-    inside = torch.is_inference_mode_enabled()
-    recorded = inside or torch.is_grad_enabled() or func._schema.is_mutable
-    with torch.inference_mode(False) if inside else contextlib.nullcontext():
-        with torch.set_grad_enabled(recorded), EnableTorchFunction():
-            yield
 
 
 def _on_keys(func: Any, space: Space, args: Any, kwargs: dict[str, Any], original: Sequence[Any]) -> Any:
@@ -118,12 +101,14 @@ def _dispatch(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, An
 def carry(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """A functional operator, down the ladder."""
     space.operator = func._schema.name
+    if sparse.concerns(func, args):
+        return sparse.carry(func, space, args, kwargs)
     rule = RULES.get(func)
     if rule is not None:
         result = rule(space, *args, **kwargs)
         if result is not NotImplemented:
             return result
-    result = _decomposed(func, args, kwargs)
+    result = _decomposed(func, space, args, kwargs)
     if result is not NotImplemented:
         return result
     if rule is None:
@@ -134,10 +119,10 @@ def carry(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) 
     return result if result is not NotImplemented else fallback.reverse(func, space, args, kwargs)
 
 
-def _decomposed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def _decomposed(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if is_composite(func):
         before = promotions()
-        result = _constituents(func, args, kwargs)
+        result = _constituents(func, space, args, kwargs)
         if promotions() == before:
             return result
         # It moved jets through plain memory of its own, where no operator of ours sees them: not trusted.
@@ -152,8 +137,8 @@ def _decomposed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return NotImplemented
 
 
-def _constituents(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    with DisableTorchFunctionSubclass():  # a recorded jet's would call the operator again, as a whole
+def _constituents(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    with whole(between=True) if space.recorded else _nothing:
         return func.decompose(*args, **kwargs)
 
 
@@ -306,9 +291,11 @@ def _more_names(a: Signature, b: Signature) -> bool:
 
 def _mutate(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any], original: Sequence[Any]) -> Any:
     packet = func._schema.name.partition("::")[2]
+    if packet == "detach_":
+        return _detach_in_place(args[0])
     if torch.Tag.inplace_view in func.tags:
         return _reshape_in_place(func, args, kwargs)
-    if packet in ("requires_grad_", "detach_", "rename_"):
+    if packet in ("requires_grad_", "rename_"):
         return args[0]
     schema = func._schema.arguments
     outs = {a.name for a in schema if a.is_out}
@@ -318,7 +305,7 @@ def _mutate(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
     op = _functional(func)
     if op is None:
         if is_composite(func):
-            return _constituents(func, args, kwargs)
+            return _constituents(func, space, args, kwargs)
         raise fallback.missing(func, "it writes in place and has no functional counterpart")
     if outs:
         targets = [kwargs[a.name] for a in schema if a.is_out]
@@ -330,6 +317,16 @@ def _mutate(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
     if written != [0]:
         raise fallback.missing(func, "it writes to several of its arguments in place")
     return _store([args[0]], [dispatch(op, _reordered(func, op, args), kwargs)], space, original[0])
+
+
+def _detach_in_place(x: Jet) -> Jet:
+    """``x.detach_()``: derivatives stop, those of views that were made before excepted."""
+    if x.is_seed or x.base is not None:
+        raise DerivativeError(
+            "detach_() of a parameter of the evaluation, or of a view; use detach(), which makes another tensor"
+        )
+    x.first, x.second = absent(x.space, 1), absent(x.space, 2)
+    return x
 
 
 def _reordered(func: Any, op: Any, args: Sequence[Any]) -> Sequence[Any]:
@@ -362,6 +359,8 @@ def _store(targets: Sequence[Any], values: Sequence[Any], space: Space, returned
         write(target, value, space)
         return returned
     if is_jet(value, space) and (target.dtype.is_floating_point or target.dtype.is_complex):
+        grad_mode.check_view(target)
+        space.written.append(weakref.ref(target._base if target._is_view() else target))
         write(promote(target, space), value, space)
         return returned
     target.copy_(primal(value, space))

@@ -36,6 +36,11 @@ TWO_OVER_SQRT_PI = 2 / math.sqrt(math.pi)
 LN2, LN10 = math.log(2), math.log(10)
 
 
+def _fading(x: Tensor, d: Tensor) -> Tensor:
+    """``x * d`` for d that vanishes where x is infinite."""
+    return torch.where(d == 0, 0, x * d)
+
+
 def _tan(x: Tensor, y: Tensor) -> Derivatives:
     d = 1 + y * y
     return d, 2 * y * d
@@ -70,7 +75,7 @@ def _mish(x: Tensor, y: Tensor) -> Derivatives:
 
 def _erf(x: Tensor, y: Tensor) -> Derivatives:
     d = TWO_OVER_SQRT_PI * torch.exp(-x * x)
-    return d, -2 * x * d
+    return d, -2 * _fading(x, d)
 
 
 def _erfinv(x: Tensor, y: Tensor) -> Derivatives:
@@ -96,7 +101,7 @@ def _acos(x: Tensor, y: Tensor) -> Derivatives:
 
 def _atan(x: Tensor, y: Tensor) -> Derivatives:
     d = 1 / (1 + x * x)
-    return d, -2 * x * d * d
+    return d, -2 * _fading(x, d * d)
 
 
 def _asinh(x: Tensor, y: Tensor) -> Derivatives:
@@ -162,7 +167,7 @@ def _logit(x: Tensor, y: Tensor, eps: float | None = None) -> Derivatives:
 
 def _ndtr(x: Tensor, y: Tensor) -> Derivatives:
     d = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-    return d, -x * d
+    return d, -_fading(x, d)
 
 
 def _ndtri(x: Tensor, y: Tensor) -> Derivatives:
@@ -172,7 +177,7 @@ def _ndtri(x: Tensor, y: Tensor) -> Derivatives:
 
 def _log_ndtr(x: Tensor, y: Tensor) -> Derivatives:
     d = TWO_OVER_SQRT_PI / math.sqrt(2) / torch.special.erfcx(-x / math.sqrt(2))
-    return d, -d * (x + d)
+    return d, -_fading(x + d, d)
 
 
 def _entr(x: Tensor, y: Tensor) -> Derivatives:
@@ -249,7 +254,8 @@ def _softplus(x: Tensor, y: Tensor, beta: Any = 1, threshold: Any = 20) -> Deriv
 
 
 def _mask(condition: Tensor, x: Tensor) -> Derivatives:
-    return condition.to(x.dtype), None
+    """A derivative that is one or zero: coefficients are selected, not multiplied."""
+    return condition, None
 
 
 def _leaky_relu(x: Tensor, y: Tensor, negative_slope: Any = 0.01) -> Derivatives:
@@ -389,6 +395,14 @@ SLOPES: dict[str, Callable[..., Tensor]] = {
     "softplus": lambda c, x, y, beta=1, threshold=20: aten.softplus_backward(c, x, beta, threshold),
 }
 
+# Functions whose derivatives are infinite or undefined somewhere, at infinity too.
+SINGULAR = {
+    "log", "log1p", "log2", "log10", "sqrt", "rsqrt", "reciprocal", "square", "pow.Tensor_Scalar",
+    "tan", "asin", "acos", "atan", "asinh", "acosh", "atanh", "sinc", "logit", "erf", "erfc", "erfinv",
+    "special_erfcx", "special_entr", "special_ndtr", "special_ndtri", "special_log_ndtr",
+    "lgamma", "digamma", "i0", "special_i0e", "special_i1",
+}  # fmt: skip
+
 # Functions whose value on complex numbers is not holomorphic: the chain rule above does not hold.
 NOT_HOLOMORPHIC = {"abs"}
 
@@ -396,6 +410,7 @@ NOT_HOLOMORPHIC = {"abs"}
 def _unary(name: str) -> Rule:
     derivatives, slope, packet = DERIVATIVES[name], SLOPES.get(name), name.partition(".")[0]
     op: Any = operator(name)
+    singular = name in SINGULAR
 
     def rule(space: Space, x: Any, *args: Any, **kwargs: Any) -> Any:
         p = primal(x, space)
@@ -409,6 +424,7 @@ def _unary(name: str) -> Rule:
             lambda p, y: derivatives(p, y, *args, **kwargs),
             None if slope is None else functools.partial(_slope, slope, args, kwargs),
             blocks=not any(isinstance(a, Tensor) for a in args),
+            singular=singular,
         )
 
     return rule
@@ -537,8 +553,13 @@ def _(space: Space, magnitude: Any, angle: Any) -> Tensor:
 
 @register("nextafter")
 def _(space: Space, a: Any, b: Any) -> Tensor:
-    _, a1, a2 = parts(a, space)
-    return make(torch.nextafter(primal(a, space), primal(b, space)), a1, a2, space)
+    y, a1, a2 = torch.nextafter(primal(a, space), primal(b, space)), *parts(a, space)[1:]
+    apart = primal(a, space) != primal(b, space)  # where they are equal, torch's derivative is zero
+
+    def kept(c: Tensor) -> Tensor:
+        return torch.where(apart, expand(c, y.shape), 0)
+
+    return make(y, a1.map(kept), a2.map(kept), space)
 
 
 # --- functions of two tensors --------------------------------------------------------------
@@ -559,19 +580,19 @@ def _(space: Space, a: Any, b: Any) -> Tensor:
 def _(space: Space, a: Any, b: Any) -> Tensor:
     y, x = primal(a, space), primal(b, space)
     n = y * y + x * x
-    n2 = n * n
-    cross = 2 * x * y / n2
-    hessian = {(0, 0): -cross, (0, 1): (y * y - x * x) / n2, (1, 1): cross}
-    return chain_many(space, (a, b), torch.atan2(y, x), (x / n, -y / n), hessian)
+    n = torch.where(n == 0, torch.inf, n)  # as torch: no derivatives at the origin
+    u, v = x / n, y / n
+    hessian = {(0, 0): -2 * u * v, (0, 1): v * v - u * u, (1, 1): 2 * u * v}
+    return chain_many(space, (a, b), torch.atan2(y, x), (u, -v), hessian)
 
 
 @register("hypot")
 def _(space: Space, a: Any, b: Any) -> Tensor:
     x, y = primal(a, space), primal(b, space)
     r = torch.hypot(x, y)
-    r3 = r**3
-    hessian = {(0, 0): y * y / r3, (0, 1): -x * y / r3, (1, 1): x * x / r3}
-    return chain_many(space, (a, b), r, (x / r, y / r), hessian)
+    u, v = x / r, y / r
+    hessian = {(0, 0): v * v / r, (0, 1): -u * v / r, (1, 1): u * u / r}
+    return chain_many(space, (a, b), r, (u, v), hessian)
 
 
 @register("xlogy.Tensor", "xlogy.Scalar_Other", "xlogy.Scalar_Self")
@@ -599,7 +620,7 @@ def _(space: Space, a: Any, b: Any) -> Tensor:
 def _(space: Space, a: Any, b: Any) -> Tensor:
     x, y = primal(a, space), primal(b, space)
     z = torch.logaddexp(x, y)
-    p, q = torch.exp(x - z), torch.exp(y - z)
+    p, q = torch.sigmoid(x - y), torch.sigmoid(y - x)  # x - z would round the logarithm of p away
     pq = p * q
     return chain_many(space, (a, b), z, (p, q), {(0, 0): pq, (0, 1): -pq, (1, 1): pq})
 
@@ -608,7 +629,7 @@ def _(space: Space, a: Any, b: Any) -> Tensor:
 def _(space: Space, a: Any, b: Any) -> Tensor:
     x, y = primal(a, space), primal(b, space)
     z = torch.logaddexp2(x, y)
-    p, q = torch.exp2(x - z), torch.exp2(y - z)
+    p, q = torch.sigmoid(LN2 * (x - y)), torch.sigmoid(LN2 * (y - x))
     pq = LN2 * p * q
     return chain_many(space, (a, b), z, (p, q), {(0, 0): pq, (0, 1): -pq, (1, 1): pq})
 
@@ -634,39 +655,36 @@ def _(space: Space, a: Any, b: Any) -> Tensor:
     return make(y, a1 * ratio, a2 * ratio, space)
 
 
-def _selecting(space: Space, a: Any, b: Any, y: Tensor, left: Tensor) -> Tensor:
-    """The first where left is 1, the second where it is 0, and the mean where it is 1/2."""
-    left = left.to(y.dtype)
+def _sharing(space: Space, a: Any, b: Any, y: Tensor, ahead: Tensor, ties: Tensor) -> Tensor:
+    """The first where it is ahead, the second elsewhere, and the mean where there are ties."""
+    left = torch.where(ties, 0.5, ahead.to(carried(y.dtype)))
     return chain_many(space, (a, b), y, (left, 1 - left), {})
-
-
-def _share(x: Tensor, y: Tensor, larger: bool) -> Tensor:
-    ahead = (x > y) if larger else (x < y)
-    return torch.where(x == y, 0.5, ahead.to(torch.float64))
 
 
 @register("maximum")
 def _(space: Space, a: Any, b: Any) -> Tensor:
     x, y = primal(a, space), primal(b, space)
-    return _selecting(space, a, b, torch.maximum(x, y), _share(x, y, True))
+    return _sharing(space, a, b, torch.maximum(x, y), x > y, x == y)
 
 
 @register("minimum")
 def _(space: Space, a: Any, b: Any) -> Tensor:
     x, y = primal(a, space), primal(b, space)
-    return _selecting(space, a, b, torch.minimum(x, y), _share(x, y, False))
+    return _sharing(space, a, b, torch.minimum(x, y), x < y, x == y)
 
 
 @register("fmax")
 def _(space: Space, a: Any, b: Any) -> Tensor:
     x, y = primal(a, space), primal(b, space)
-    return _selecting(space, a, b, torch.fmax(x, y), (x >= y) | y.isnan())
+    jets = torch.where((x >= y) | y.isnan(), a, b)  # of what is not a number nothing is kept
+    return make(torch.fmax(x, y), *parts(jets, space)[1:], space)
 
 
 @register("fmin")
 def _(space: Space, a: Any, b: Any) -> Tensor:
     x, y = primal(a, space), primal(b, space)
-    return _selecting(space, a, b, torch.fmin(x, y), (x <= y) | y.isnan())
+    jets = torch.where((x <= y) | y.isnan(), a, b)
+    return make(torch.fmin(x, y), *parts(jets, space)[1:], space)
 
 
 @register("clamp.Tensor", "clamp_min.Tensor")
@@ -685,12 +703,11 @@ def _clamped(space: Space, x: Any, low: Any, high: Any) -> Tensor:
     bounds = [(b, primal(b, space)) for b in (low, high)]
     below = torch.zeros_like(y, dtype=torch.bool) if low is None else p < bounds[0][1]
     above = torch.zeros_like(y, dtype=torch.bool) if high is None else p > bounds[1][1]
-    if low is not None and high is not None:
-        crossed = bounds[0][1] > bounds[1][1]
-        above = above | crossed
-        below = below & ~crossed
-    below = below & ~above
     inside = ~(below | above)
+    if low is not None and high is not None:  # as torch: bounds in the wrong order give the upper one,
+        above = above | (bounds[0][1] > bounds[1][1])
+        below = below & (bounds[0][1] < bounds[1][1])  # and equal ones no derivative below them
+        inside = inside & ~above
     xs, gradient = [x], [inside.to(y.dtype)]
     for bound, hit in ((low, below), (high, above)):
         if bound is not None:
@@ -744,6 +761,7 @@ def _(
     generator: Any = None,
 ) -> Any:
     p = primal(x, space)
-    y = aten.rrelu(p, lower, upper, training, generator)
-    slope = torch.where(p > 0, 1.0, torch.where(p == 0, 1.0, y / p)).to(p.dtype)
-    return chain(space, x, y, slope, None)
+    noise = torch.empty_like(p)
+    y = aten.rrelu_with_noise(p, noise, lower, upper, training, generator)
+    leak = noise if training else (lower + upper) / 2
+    return chain(space, x, y, torch.where(p > 0, 1.0, leak).to(p.dtype), None, singular=False)

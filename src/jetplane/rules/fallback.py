@@ -15,20 +15,23 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._torch import tree_flatten, tree_unflatten
+from .._torch import tree_flatten, tree_leaves, tree_unflatten
 from ..errors import FallbackWarning, MissingRuleError
 from ..jets import Coefficients, Jet, Space, chain, make, parts, plain
+from .grad_mode import autograd
 
 _strict: contextvars.ContextVar[bool] = contextvars.ContextVar("jetplane_strict", default=False)
 _announced: set[Any] = set()
 
 TRUSTED = {"aten", "prims"}  # namespaces whose backward passes can be differentiated, or say that they cannot
+
+NOT_LINEAR = "its backward pass is not linear in the cotangent, or torch does not see that it is"
 
 ELEMENTWISE_LIMIT = 4096  # output elements that are differentiated one by one where nothing else works
 
@@ -67,7 +70,7 @@ def pointwise(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, An
     if not plain(p) or not p.dtype.is_floating_point:
         return NotImplemented
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with autograd():
             recorded = space.recorded and _recorded(p, *args)
             x = p.clone() if recorded and p.requires_grad else p.detach().clone().requires_grad_()
             y = func(*[x if a is jets[0] else _normal(a) for a in args], **kwargs)
@@ -92,45 +95,74 @@ def _normal(a: Any) -> Any:
 
 def reverse(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Any differentiable operator, by reverse over reverse inside it."""
-    leaves, spec = tree_flatten((tuple(args), kwargs))
-    carried = [parts(a, space) for a in leaves]
-    if not plain(*(p for p, _, _ in carried), *(c.tensor for _, *cs in carried for c in cs if c)):
-        raise missing(func, "the local fallback does not reach into nested jets")
     if func.namespace not in TRUSTED:
         raise missing(func, "nothing says that the backward pass of a custom operator can be differentiated again")
-    if _strict.get():
+    if forbidden():
         raise missing(func, "jetplane.strict() forbids the local fallback")
+    if not all_plain(space, args, kwargs):
+        raise missing(func, "the local fallback does not reach into nested jets")
     try:
-        with torch.inference_mode(False), torch.enable_grad():
-            outputs, along = _along(func, space, carried, spec)
-            if not any(isinstance(y, Tensor) and y.requires_grad for y in outputs[0]):
-                raise NotImplementedError("it has no derivative in torch")  # which is not to be zero
-            keep = space.recorded and _recorded(*(t for p, *cs in carried for t in (p, *(c.tensor for c in cs if c))))
-            found = [_coefficients(y, *along, space, keep) if isinstance(y, Tensor) else (y,) for y in outputs[0]]
-            if not keep:
-                found = [tuple(t.detach() if isinstance(t, Tensor) else t for t in f) for f in found]
-            found = [(f[0], *(Coefficients(space, n + 1, t) for n, t in enumerate(f[1:]))) for f in found]
+        result = reverse_over_reverse(func, space, args, kwargs)
+        moves = any(c for a in tree_leaves((args, kwargs)) for c in parts(a, space)[1:])
+        if moves and not any(isinstance(y, Jet) for y in tree_leaves(result)):
+            raise NotImplementedError("it has no derivative in torch")  # which is not to be zero
     except (RuntimeError, NotImplementedError) as error:
         raise missing(func, f"autograd cannot differentiate it twice either ({str(error).splitlines()[0]})") from error
-    if func not in _announced:
-        _announced.add(func)
+    announce(func, f"{func} has no rule for jets")
+    return result
+
+
+def forbidden() -> bool:
+    """Whether `strict` forbids the local fallback here."""
+    return _strict.get()
+
+
+def all_plain(space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether neither primals nor coefficients of the arguments are jets of an outer evaluation themselves."""
+    of = [parts(a, space) for a in tree_leaves((args, kwargs))]
+    return plain(*(p for p, _, _ in of), *(c.tensor for _, *both in of for c in both if c))
+
+
+def announce(what: Any, why: str) -> None:
+    """Warn, once for each operator or function, that it is differentiated locally by reverse mode."""
+    if what not in _announced:
+        _announced.add(what)
         warnings.warn(
-            f"{func} has no rule for jets: it is differentiated by reverse over reverse, locally and slowly. "
+            f"{why}: it is differentiated by reverse over reverse, locally and slowly. "
             "Register a rule with jetplane.register_rule, or forbid this with jetplane.strict().",
             FallbackWarning,
             stacklevel=2,
         )
-    # jets are made here, under inference mode again, where all others are made
-    return tree_unflatten([make(*f, space) if len(f) == 3 else f[0] for f in found], outputs[1])
+
+
+def reverse_over_reverse(f: Callable[..., Any], space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The result of ``f(*args, **kwargs)``, with the coefficients that autograd finds inside of f.
+
+    Raises:
+        RuntimeError, NotImplementedError: autograd does not differentiate f, or not twice, or its backward pass is
+            not linear in the cotangent.
+    """
+    leaves, spec = tree_flatten((tuple(args), kwargs))
+    carried = [parts(a, space) for a in leaves]
+    with autograd():
+        outputs, along = _along(f, space, carried, spec)
+        moving = _Moving(space, carried)
+        keep = space.recorded and _recorded(*(t for p, *cs in carried for t in (p, *(c.tensor for c in cs if c))))
+        found = [
+            moving.checked(*_coefficients(y, *along, space, keep)) if isinstance(y, Tensor) else (y,)
+            for y in outputs[0]
+        ]
+    # jets are made here, without autograd again, where all others are made
+    return tree_unflatten([make(y[0], y[1], y[2], space) if len(y) == 3 else y[0] for y in found], outputs[1])
 
 
 def _along(func: Any, space: Space, carried: Sequence[Any], spec: Any) -> tuple[Any, tuple[Tensor, Tensor]]:
     """The operator's outputs as functions of a and c, at zero."""
     reals = [c.tensor for _, *cs in carried for c in cs if c]
     dtype = torch.float64 if any(t.dtype in (torch.float64, torch.complex128) for t in reals) else torch.float32
+    device = reals[0].device if reals else None  # none in memory that no jet was written into yet
     a, c = (
-        torch.zeros(count, dtype=dtype, device=reals[0].device, requires_grad=True)
-        for count in (space.k, space.structure.count)
+        torch.zeros(count, dtype=dtype, device=device, requires_grad=True) for count in (space.k, space.structure.count)
     )
 
     def at(p: Any, x1: Coefficients, x2: Coefficients) -> Any:
@@ -140,17 +172,64 @@ def _along(func: Any, space: Space, carried: Sequence[Any], spec: Any) -> tuple[
         for along, coefficients in ((a, x1), (c, x2)):
             if coefficients:
                 stack = coefficients.full(p.shape, coefficients.tensor.dtype, p.device)
-                x = x + torch.tensordot(along.to(stack.dtype), stack.clone(), 1).to(p.dtype)
+                x = x + _combined(along, stack).to(p.dtype)
         return x
 
     inner_args, inner_kwargs = tree_unflatten([at(*c) for c in carried], spec)
     return tree_flatten(func(*inner_args, **inner_kwargs)), (a, c)
 
 
+def _combined(a: Tensor, c: Tensor) -> Tensor:
+    """``sum_n a_n c_n``; what does not move, or is not finite, passes no gradient back, infinite ones neither."""
+    moves = (c != 0) & c.isfinite()
+    return torch.where(moves, a.to(c.dtype).reshape(-1, *[1] * (c.dim() - 1)) * c.clone(), 0).sum(0)
+
+
+class _Moving:
+    """Along which directions the inputs move, and whether by finite coefficients.
+
+    Where a gradient is not finite, a direction in which nothing moves still has coefficients zero, and one that is
+    not finite itself leaves the others as they are.
+    """
+
+    def __init__(self, space: Space, carried: Sequence[Any]) -> None:
+        first, second = (
+            sum(
+                (c[order].full((), torch.float64, torch.device("cpu")) for c in self._sizes(carried) if c[order]),
+                torch.zeros(space.count(order), dtype=torch.float64),
+            )
+            for order in (1, 2)
+        )
+        self.first, self.second = first, second.clone()
+        for n, i, j, _ in space.structure.terms():
+            if first[i] != 0 and first[j] != 0:
+                self.second[n] += first[i] + first[j]
+
+    def _sizes(self, carried: Sequence[Any]) -> list[Any]:
+        return [
+            (p, *(c.map(lambda t: t.detach().abs().reshape(t.shape[0], -1).sum(1).double().cpu()) for c in cs))
+            for p, *cs in carried
+        ]
+
+    def checked(self, y: Tensor, first: Coefficients | None = None, second: Coefficients | None = None) -> Any:
+        """The coefficients of a result, zero for directions that do not move and NaN for those that are not finite."""
+
+        def known(c: Coefficients, size: Tensor) -> Coefficients:
+            def of(t: Tensor) -> Tensor:
+                sizes = size.to(t.device).reshape(-1, *[1] * (t.dim() - 1))
+                return torch.where(sizes == 0, 0, torch.where(sizes.isfinite(), t, torch.nan))
+
+            return c.map(of, True)
+
+        if first is None or second is None:
+            return (y,)
+        return y, known(first, self.first), known(second, self.second)
+
+
 def _coefficients(y: Tensor, a: Tensor, c: Tensor, space: Space, keep: bool) -> tuple[Any, ...]:
     """Primal, first and second coefficients of one output y(a, c); the primal alone where it is constant."""
-    if not _depends(y, a):
-        return (y,)
+    if not _depends(y, a, c):
+        return (y if keep else y.detach(),)
     real = torch.view_as_real(y) if y.is_complex() else y
     try:
         first, second = _by_cotangent(real, a, c, space, keep)
@@ -160,15 +239,16 @@ def _coefficients(y: Tensor, a: Tensor, c: Tensor, space: Space, keep: bool) -> 
         first, second = _by_element(real, a, c, space, keep)
     if y.is_complex():
         first, second = (None if s is None else torch.view_as_complex(s.contiguous()) for s in (first, second))
-    return y, first, second
+    return y if keep else y.detach(), Coefficients(space, 1, first), Coefficients(space, 2, second)
 
 
-def _depends(y: Tensor, a: Tensor) -> bool:
+def _depends(y: Tensor, a: Tensor, c: Tensor) -> bool:
     """Whether an output depends on the directions, and not on recorded constants alone."""
     if not y.requires_grad:
         return False
     real = torch.view_as_real(y) if y.is_complex() else y
-    return torch.autograd.grad(real.sum(), a, retain_graph=True, allow_unused=True)[0] is not None
+    found = torch.autograd.grad(real.sum(), (a, c), retain_graph=True, allow_unused=True)
+    return any(g is not None for g in found)
 
 
 def _grad(y: Tensor, x: Tensor, u: Tensor | None = None, create: bool = False) -> Tensor:
@@ -193,24 +273,25 @@ def _by_cotangent(y: Tensor, a: Tensor, c: Tensor, space: Space, keep: bool) -> 
     u = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=_generator(y), requires_grad=True)
     g = _grad(y, a, u, create=True)
     first = torch.stack([_grad(g[i], u, create=keep) for i in range(space.k)])
+    # Both are linear in u, so contracting with u gives back what they are derivatives of. Where a formula forgets its
+    # cotangent it does not, and the result must not be trusted.
+    if not _contracts(first, u, g):
+        raise RuntimeError(NOT_LINEAR)
     gc = _grad(y, c, u, create=True)
-    if space.order == 1:
-        second = torch.stack([_grad(e, u, create=keep) for e in gc.unbind()]) if gc.requires_grad else None
-        return first, second
-    sums = _sums(g, gc, a, space)
+    if space.order == 1 and not gc.requires_grad:
+        return first if keep else first.detach(), None
+    sums = _sums(g, gc, a, space) if space.order == 2 else list(gc.unbind())
     second = torch.stack([_grad(e, u, create=keep) for e in sums])
-    # Both are linear in u, so contracting with u gives back what they are derivatives of. Where a formula
-    # of torch forgets its cotangent it does not, and the result must not be trusted.
-    expected = torch.stack([e.detach() for e in sums])
-    if not (_contracts(first, u, g) and _contracts(second, u, expected)):
-        raise RuntimeError("its double backward is not linear in the cotangent")
-    return first, second
+    if not _contracts(second, u, torch.stack([e.detach() for e in sums])):
+        raise RuntimeError(NOT_LINEAR)
+    return (first, second) if keep else (first.detach(), second.detach())
 
 
 def _contracts(c: Tensor, u: Tensor, expected: Tensor) -> bool:
-    found = c.detach().reshape(c.shape[0], u.numel()) @ u.detach().reshape(-1)
-    tolerance = 1e-3 if c.dtype == torch.float32 else 1e-8
-    return torch.allclose(found, expected.detach().to(found.dtype), rtol=tolerance, atol=tolerance, equal_nan=True)
+    dtype = torch.promote_types(c.dtype, torch.float32)
+    found = c.detach().reshape(c.shape[0], u.numel()).to(dtype) @ u.detach().reshape(-1).to(dtype)
+    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(u.dtype, 5e-2)
+    return torch.allclose(found, expected.detach().to(dtype), rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def _generator(y: Tensor) -> torch.Generator:
@@ -225,5 +306,8 @@ def _by_element(y: Tensor, a: Tensor, c: Tensor, space: Space, keep: bool) -> tu
         firsts.append(g if keep else g.detach())
         sums = _sums(g, gc, a, space) if space.order == 2 else list(gc.unbind())
         seconds.append(torch.stack(sums) if keep else torch.stack(sums).detach())
-    shape = y.shape
-    return torch.stack(firsts, -1).reshape(space.k, *shape), torch.stack(seconds, -1).reshape(len(seconds[0]), *shape)
+    first, second = (torch.stack(each, -1).reshape(len(each[0]), *y.shape) for each in (firsts, seconds))
+    u = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=_generator(y))
+    if not _contracts(first, u, _grad(y, a, u)):
+        raise RuntimeError(NOT_LINEAR)
+    return first, second

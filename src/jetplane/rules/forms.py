@@ -254,8 +254,6 @@ class _Rows(Form):
         return self._columns(a, b).t().contiguous() if 1 < b.shape[0] < NARROW else a @ b.t()
 
     def left(self, space: Space, a: Tensor, b: Tensor) -> Tensor:
-        if shared(a):  # rows that are the same are multiplied once: coordinate directions of all points, say
-            return self.left(space, a[:, :1], b).expand(*a.shape[:-1], b.shape[0])
         return self(a.flatten(0, 1), b).view(*a.shape[:-1], b.shape[0])
 
     def right(self, space: Space, a: Tensor, b: Tensor) -> Tensor:
@@ -274,14 +272,9 @@ class _Rows(Form):
         return torch.matmul(inner, left) if onto is None else onto + torch.matmul(inner, left)
 
 
-def shared(c: Tensor) -> bool:
-    """Whether a stack of matrices was expanded along their rows."""
-    return type(c) in (Tensor, torch.nn.Parameter) and c.shape[1] > 1 and c.stride(1) == 0
-
-
 class _RowsInPlace(_Rows, InPlace):
     def left(self, space: Space, a: Tensor, b: Tensor) -> Tensor:
-        if 1 < b.shape[0] < NARROW or shared(a):
+        if 1 < b.shape[0] < NARROW:
             return super().left(space, a, b)
         out = space.memory.empty((*a.shape[:-1], b.shape[0]), a)
         torch.mm(a.flatten(0, 1), b.t(), out=out.flatten(0, 1))

@@ -13,11 +13,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..jets import Coefficients, Jet, Space, absent, chain, is_jet, make, outer, overwritten, parts, precise, primal
+from ..jets import (
+    Coefficients,
+    Jet,
+    Space,
+    absent,
+    chain,
+    chain_many,
+    is_jet,
+    make,
+    outer,
+    overwritten,
+    parts,
+    precise,
+    primal,
+)
 from . import examples
 from .registry import aten, enter, register
 
 NONE, MEAN, SUM = 0, 1, 2
+CLAMPED = 1e-12  # the least p (1 - p) in derivatives of the binary cross entropy
 BLOCK = 1 << 19  # elements of a stack that are weighed at a time
 
 
@@ -64,8 +79,9 @@ def _(space: Space, x: Any, target: Any, reduction: int = MEAN, delta: float = 1
     d = torch.sub(x, target)
     p = primal(d, space)
     near = p.abs() <= delta
+    bent = (p.abs() < delta).to(p.dtype)
     y = torch.where(near, 0.5 * p * p, delta * (p.abs() - 0.5 * delta))
-    return summed_chain(space, d, y, torch.where(near, p, delta * torch.sgn(p)), near.to(p.dtype), reduction)
+    return summed_chain(space, d, y, torch.where(near, p, delta * torch.sgn(p)), bent, reduction)
 
 
 @register("smooth_l1_loss")
@@ -86,17 +102,19 @@ def _(space: Space, x: Any, target: Any, reduction: int = MEAN, beta: float = 1.
 @register("binary_cross_entropy_with_logits")
 def _(space: Space, x: Any, target: Any, weight: Any = None, pos_weight: Any = None, reduction: int = MEAN) -> Any:
     if any(is_jet(t, space) for t in (target, weight, pos_weight)) or target.shape != x.shape:
-        negative = torch.mul(torch.sub(1, target), torch.nn.functional.softplus(x, 1, 1e6))
-        positive = torch.mul(target, torch.nn.functional.softplus(torch.neg(x), 1, 1e6))
+        negative = torch.mul(torch.sub(1, target), F.logsigmoid(torch.neg(x)))
+        positive = torch.mul(target, F.logsigmoid(x))
         positive = positive if pos_weight is None else torch.mul(positive, pos_weight)
-        y = torch.add(negative, positive)
+        y = torch.neg(torch.add(negative, positive))
         return reduce(y if weight is None else torch.mul(y, weight), reduction)
     p = primal(x, space)
     y = aten.binary_cross_entropy_with_logits(p, target, weight, pos_weight, NONE)
     s = torch.sigmoid(p)
-    positive = target if pos_weight is None else target * pos_weight
-    total = 1 - target + positive
-    d1, d2 = s * total - positive, s * (1 - s) * total
+    d1, d2 = s - target, s * (1 - s)
+    if pos_weight is not None:
+        positive = target * pos_weight
+        total = 1 - target + positive
+        d1, d2 = s * total - positive, d2 * total
     if weight is not None:
         d1, d2 = d1 * weight, d2 * weight
     return summed_chain(space, x, y, d1, d2, reduction)
@@ -104,13 +122,17 @@ def _(space: Space, x: Any, target: Any, weight: Any = None, pos_weight: Any = N
 
 @register("binary_cross_entropy")
 def _(space: Space, x: Any, target: Any, weight: Any = None, reduction: int = MEAN) -> Any:
-    p, t = primal(x, space), primal(target, space)
-    if is_jet(target, space) or is_jet(weight, space):
-        y = torch.neg(torch.add(torch.mul(target, torch.log(x)), torch.mul(1 - target, torch.log1p(torch.neg(x)))))
-        return reduce(y if weight is None else torch.mul(y, weight), reduction)
-    y = aten.binary_cross_entropy(p, t, weight, NONE)
+    # As torch, which takes logarithms to be at least -100, and p (1 - p) in the derivatives to be at least 1e-12.
+    p, t = precise(primal(x, space)), precise(primal(target, space))
     q = 1 - p
-    d1, d2 = (p - t) / (p * q), t / (p * p) + (1 - t) / (q * q)
+    both = (p * q).clamp(min=CLAMPED)
+    d1, d2 = (p - t) / both, (t * q * q + (1 - t) * p * p) / (both * both)
+    if is_jet(target, space) or is_jet(weight, space):
+        y = aten.binary_cross_entropy(primal(x, space), primal(target, space), None, NONE)
+        gradient = d1, torch.log1p(-p) - torch.log(p)
+        y = chain_many(space, (x, target), y, gradient, {(0, 0): d2, (0, 1): -1 / both})
+        return reduce(y if weight is None else torch.mul(y, weight), reduction)
+    y = aten.binary_cross_entropy(primal(x, space), primal(target, space), weight, NONE)
     if weight is not None:
         d1, d2 = d1 * weight, d2 * weight
     return summed_chain(space, x, y, d1, d2, reduction)
@@ -118,7 +140,38 @@ def _(space: Space, x: Any, target: Any, weight: Any = None, reduction: int = ME
 
 @register("soft_margin_loss")
 def _(space: Space, x: Any, target: Any, reduction: int = MEAN) -> Any:
-    return reduce(torch.nn.functional.softplus(torch.neg(torch.mul(x, target)), 1, 1e6), reduction)
+    return reduce(torch.neg(F.logsigmoid(torch.mul(x, target))), reduction)
+
+
+# --- margins: flat at the kink itself, as torch's kernels -------------------------------------------
+
+
+@register("multi_margin_loss")
+def _(
+    space: Space, x: Any, target: Tensor, p: Any = 1, margin: Any = 1, weight: Any = None, reduction: int = MEAN
+) -> Any:
+    rows, labels = x.reshape(-1, x.shape[-1] if x.dim() else 1), target.reshape(-1, 1)
+    z = torch.add(torch.sub(margin, rows.gather(1, labels)), rows)
+    others = torch.arange(rows.shape[1], device=x.device) != labels
+    z = torch.where((z > 0) & others, z, 0)
+    z = z if p == 1 else torch.square(z)
+    y = (z if weight is None else torch.mul(z, weight[labels])).mean(1)
+    return reduce(y if x.dim() > 1 or reduction != NONE else y.squeeze(0), reduction)
+
+
+@register("multilabel_margin_loss")
+def _(space: Space, x: Any, target: Tensor, reduction: int = MEAN) -> Any:
+    rows = x.reshape(-1, x.shape[-1] if x.dim() else 1)
+    labels = target.reshape(rows.shape)
+    listed = (labels >= 0).cumprod(1).bool()  # a negative label ends the list
+    labels = torch.where(listed, labels, 0)
+    wanted = torch.zeros(rows.shape, dtype=labels.dtype, device=x.device).scatter_add(
+        1, labels, listed.to(labels.dtype)
+    )
+    z = torch.add(torch.sub(1, rows.gather(1, labels)).unsqueeze(2), rows.unsqueeze(1))
+    z = torch.where((z > 0) & listed.unsqueeze(2) & (wanted == 0).unsqueeze(1), z, 0)
+    y = torch.div(z.sum((1, 2)), rows.shape[1])
+    return reduce(y if x.dim() > 1 or reduction != NONE else y.squeeze(0), reduction)
 
 
 # --- classes --------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from ..jets import (
     chain,
     innermost,
     is_jet,
+    linear,
     make,
     multiply,
     outer,
@@ -98,6 +99,20 @@ def _(space: Space, x: Any, dim: Sequence[int], keepdim: bool = False) -> Tensor
     second = (x2 * y).map(total) + outer(a * y, a).map(total)
     jet = make(z.to(p.dtype), mean, second, space)
     return jet if keepdim else jet.squeeze(tuple(dims))
+
+
+@register("logcumsumexp")
+def _(space: Space, x: Any, dim: int) -> Tensor:
+    p = primal(x, space)
+    if p.numel() == 0 or p.dim() == 0:
+        return x
+    if p.is_complex():
+        return NotImplemented
+    sums = list(x.unbind(dim))
+    for i in range(1, len(sums)):
+        sums[i] = torch.logaddexp(sums[i - 1], sums[i])
+    _, first, second = parts(torch.stack(sums, dim), space)
+    return make(torch.logcumsumexp(p, dim), first, second, space)
 
 
 # --- normalization by mean and variance -------------------------------------------------------
@@ -349,13 +364,43 @@ def _(space: Space, x: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False
 
 
 def _root(space: Space, x: Any, power: float) -> Any:
-    """``x ** power`` with derivative zero at zero: the subgradient that torch takes for norms."""
-    p = primal(x, space)
+    """``x ** power`` with both derivatives zero at zero: what torch takes for norms and standard deviations."""
+    p = precise(primal(x, space))
     y = torch.sqrt(p) if power == 0.5 else torch.pow(p, power)
-    at_zero = torch.eq(p, 0)
-    safe = torch.where(at_zero, 1, p)
-    d1 = torch.where(at_zero, 0, power * torch.where(at_zero, 1, y) / safe)
-    return chain(space, x, y, d1, (power - 1) * d1 / safe)
+    d1 = torch.where(p == 0, 0, 0.5 / y if power == 0.5 else power * p ** (power - 1))
+    return chain(space, x, y.to(x.dtype), d1, (power - 1) * d1 / torch.where(p == 0, 1, p))
+
+
+def _distance(space: Space, difference: Any, p: float) -> Any:
+    """The p-norm along the last dimension, with the derivatives that torch's distances have.
+
+    Zero at equal points; for the largest difference, each that is as large counts in full.
+    """
+    if p != math.inf:
+        return torch.linalg.vector_norm(difference, p, -1)
+    size = torch.abs(difference)
+    y = torch.amax(primal(size, space), -1)
+    hit = primal(size, space) == y.unsqueeze(-1)
+    return linear(space, size, lambda _: y, lambda c: torch.where(hit, c, 0).sum(-1))
+
+
+@register("_cdist_forward")
+def _(space: Space, a: Any, b: Any, p: float, compute_mode: Any = None) -> Any:
+    y = aten._cdist_forward(primal(a, space), primal(b, space), p, compute_mode)
+    return make(y, *parts(_distance(space, a.unsqueeze(-2) - b.unsqueeze(-3), p), space)[1:], space)
+
+
+@register("_euclidean_dist")
+def _(space: Space, a: Any, b: Any) -> Any:
+    y = aten._euclidean_dist(primal(a, space), primal(b, space))
+    return make(y, *parts(_distance(space, a.unsqueeze(-2) - b.unsqueeze(-3), 2), space)[1:], space)
+
+
+@register("_pdist_forward")
+def _(space: Space, x: Any, p: float = 2) -> Any:
+    i, j = torch.triu_indices(x.shape[0], x.shape[0], 1, device=x.device)
+    y = aten._pdist_forward(primal(x, space), p)
+    return make(y, *parts(_distance(space, x[i] - x[j], p), space)[1:], space)
 
 
 # --- variance and norms ------------------------------------------------------------------------
@@ -381,7 +426,8 @@ def _(space: Space, x: Any, dim: Any = None, *, correction: Any = None, keepdim:
 
 @register("std.correction")
 def _(space: Space, x: Any, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Any:
-    return torch.sqrt(torch.var(x, dim, correction=1 if correction is None else correction, keepdim=keepdim))
+    var = torch.var(x, dim, correction=1 if correction is None else correction, keepdim=keepdim)
+    return _root(space, var, 0.5)
 
 
 @register("var_mean.correction")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..jets import Space, linear, make, mark_view, parts, primal
+from .._torch import decompositions
+from ..jets import Space, is_jet, linear, make, mark_view, parts, primal
 from .registry import Rule, aten, declare, operator, register
 from .structure import up
 
@@ -58,11 +59,10 @@ def _extremum(op: Any) -> Rule:
         dims = [dim] if isinstance(dim, int) else list(dim) or list(range(p.dim()))
         y = extreme(p, dims, True)
         hit = (p == y) | (p.isnan() & y.isnan())
-        share = hit.to(p.dtype)
-        share = share / share.sum(dims, keepdim=True)
+        count = hit.sum(dims, keepdim=keepdim)
         over = [up(d) for d in dims]
         value = y if keepdim else y.squeeze(dims)  # type: ignore[arg-type]
-        return linear(space, x, lambda _: value, lambda c: (c * share).sum(over, keepdim=keepdim))
+        return linear(space, x, lambda _: value, lambda c: torch.where(hit, c, 0).sum(over, keepdim=keepdim) / count)
 
     return rule
 
@@ -77,12 +77,18 @@ def _(space: Space, x: Any, *, dim: int | None = None, keepdim: bool = False) ->
 
 
 def _middle(op: Any) -> Rule:
+    """Medians of all elements, which share the derivative equally among ties too."""
+
     def rule(space: Space, x: Any) -> Any:
         p = primal(x, space)
         y = op(p)
-        flat = p.flatten()
-        index = ((flat == y) | (flat.isnan() & y.isnan())).to(torch.int8).argmax()
-        return linear(space, x, lambda _: y, lambda c: c.reshape(c.shape[0], -1)[:, index])
+        hit = (p == y) | (p.isnan() & y.isnan())
+        over = list(range(1, p.dim() + 1))
+
+        def on_stack(c: Tensor) -> Tensor:
+            return torch.where(hit, c, 0).sum(over) / hit.sum() if over else c
+
+        return linear(space, x, lambda _: y, on_stack)
 
     return rule
 
@@ -186,6 +192,29 @@ def _max_unpool(op: Any) -> Rule:
 
 
 declare("max_unpool2d max_unpool3d", _max_unpool)
+
+
+# --- sampling between pixels ---------------------------------------------------------------------------
+
+
+@register("grid_sampler_2d")
+def _(space: Space, x: Any, grid: Any, mode: int, padding: int, align: bool) -> Any:
+    """Torch's decomposition, but flat on the border where coordinates are kept inside, as torch's kernels are."""
+    if is_jet(grid, space) and mode == 0 and padding != 0:
+        moves = _inside(primal(grid, space), (x.shape[3], x.shape[2]), padding, align)
+        grid = torch.where(moves, grid, primal(grid, space))
+    return decompositions()[aten.grid_sampler_2d.default](x, grid, mode, padding, align)
+
+
+def _inside(grid: Tensor, sizes: tuple[int, int], padding: int, align: bool) -> Tensor:
+    """Which coordinates lie strictly inside of an image, reflected into it (padding 2) or not (1)."""
+    size = torch.tensor(sizes, dtype=grid.dtype, device=grid.device)
+    at = (grid + 1) / 2 * (size - 1) if align else ((grid + 1) * size - 1) / 2
+    if padding == 2:
+        low, span = (0.0, size - 1) if align else (-0.5, size)
+        turns, rest = torch.floor((at - low).abs() / span), torch.fmod((at - low).abs(), span)
+        at = torch.where(turns % 2 == 0, rest, span - rest) + low
+    return (at > 0) & (at < size - 1)
 
 
 # --- dropout: one mask for the primal and all directions ---------------------------------------------

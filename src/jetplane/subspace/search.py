@@ -1,42 +1,34 @@
-"""Whether and how far to step along what a descent proposes, and along what of it.
+"""How far to step along what a descent proposes.
 
-The rate itself is the parameter group's ``lr``, so that torch's schedulers drive it; a search scales the step
-besides, or changes its coefficients. It is a value without a state: what it must remember from step to step, its
-*record*, is a dictionary of numbers and lists of them that goes in and comes out.
+The rate itself is the parameter group's ``lr``, so that torch's schedulers drive it; a search scales the step besides,
+or solves the plane anew with damping. A search is a generator: it yields a `Trial` where it wants to know the loss
+after a step, receives its `Outcome`, and returns a `Decision`. What it must remember from step to step is its *state*,
+a frozen record that goes in and comes out.
+
+>>> import torch, jetplane as jp
+>>> slope, curvature = torch.tensor([2.0]), torch.tensor([[0.5]])
+>>> proposal = Proposal.of(1.0, slope, curvature, jp.descent.Newton())  # at (1 + a)^2 the step is 4 times too long
+>>> decided(Backtracking(), proposal, NoState(), lambda trial: Outcome((1 - 4 * trial.rate) ** 2)).rate
+0.25
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .descent import Solution, cubic_step
-
-Record = dict[str, Any]
-Chosen = tuple[Tensor, float, Record]  # coefficients kappa, how much of them to go, and the new record
+from .descent import Solution, Spectral
 
 _HOLDS = 0.75  # of the promised decrease: below it a plane's model does not hold where a step leads
-_TRIES = 5  # with more damping each
-
-
-@dataclass(frozen=True)
-class Line:
-    """A step that may be taken in part.
-
-    Attributes:
-        loss_at: the loss after so much of it, by a pass of its own.
-        length: its Euclidean norm over all parameters.
-    """
-
-    loss_at: Callable[[float], float]
-    length: Callable[[], float]
+_ATTEMPTS = 5  # with more damping each
+_FIRST_DAMPING = 1e-3  # in parts of the largest curvature
 
 
 @dataclass(frozen=True)
@@ -46,52 +38,130 @@ class Proposal:
     Attributes:
         value: the loss before it.
         slope: F, shape (K,).
-        solution: the plane in coordinates of its own, and the step in them: see `jetplane.subspace.descent.Solution`.
+        curvature: H, shape (K, K).
+        descent: what solves the plane.
+        solution: the plane as it solves it: see `jetplane.subspace.descent.Solution`.
+        squared_norms: ``|v_k|^2`` of the directions over all parameters, (K,) in float64.
         covariance: C, that of the slope as one of a random batch, (K, K) in float64, or None where it is not known;
             see `jetplane.evaluation.plane.SlopeMoments`.
-        line: the line along coefficients kappa. Searches that know no other go along ``proposal.kappa``.
-        factor: the rate by which lines are shorter than their coefficients say.
-        damped: the plane solved anew with so much added to the curvature of each direction for every unit of its
-            squared length, or None where there is no such thing.
-        stiffest: the largest curvature of a direction for its squared length.
         rounding: the error of the loss as a number.
     """
 
     value: float
     slope: Tensor
+    curvature: Tensor
+    descent: Spectral
     solution: Solution
-    covariance: Tensor | None
-    line: Callable[[Tensor], Line]
-    factor: float = 1.0
-    damped: Callable[[float], Solution] | None = None
-    stiffest: float = 1.0
+    squared_norms: Tensor
+    covariance: Tensor | None = None
     rounding: float = 0.0
+
+    @staticmethod
+    def of(
+        value: float, slope: Tensor, curvature: Tensor, descent: Spectral, squared_norms: Tensor | None = None,
+        covariance: Tensor | None = None, rounding: float = 0.0,
+    ) -> Proposal:  # fmt: skip
+        """What a descent proposes; directions are of norm one unless their squared norms are given."""
+        norms = torch.ones(len(slope), dtype=torch.float64) if squared_norms is None else squared_norms
+        solution = descent.solve(slope, curvature)
+        return Proposal(value, slope, curvature, descent, solution, norms.to(slope.device), covariance, rounding)
+
+    def damped(self, damping: float) -> Proposal:
+        """The plane solved with ``damping * |v_k|^2`` added to each direction's curvature (Levenberg, Marquardt)."""
+        if not damping:
+            return self
+        curvature = (self.curvature + damping * self.squared_norms.diag()).to(self.curvature.dtype)
+        return replace(self, solution=self.descent.solve(self.slope, curvature))
+
+    @property
+    def largest_curvature(self) -> float:
+        """Of a direction for its squared norm: ``max_k H_kk / |v_k|^2``."""
+        return (self.curvature.diagonal() / self.squared_norms).max().item()
 
     @property
     def kappa(self) -> Tensor:
         """The coefficients that the descent proposes."""
-        return self.solution.kappa(self.solution.step)
+        return self.solution.kappa
 
     @property
     def signal(self) -> float:
         """``F^T M F``: how fast the loss falls along the step, twice what a quadratic model promises."""
-        return -(self.solution.slope @ self.solution.step).item()
+        return (self.solution.weights @ self.solution.slope.square()).item()
 
     @property
     def noise(self) -> float | None:
         """``tr(M C)``, C the covariance of the slope: what `signal` would be on average without a gradient."""
-        return None if self.covariance is None else (self.solution.weights * self.noises()).sum().item()
+        if self.covariance is None:
+            return None
+        basis = self.solution.basis
+        return (self.solution.weights * ((self.covariance @ basis) * basis).sum(0)).sum().item()
 
-    def noises(self) -> Tensor:
-        """The variance of the slope along each coordinate, ``diag(B^T C B)``."""
-        assert self.covariance is not None
-        return ((self.covariance @ self.solution.basis) * self.solution.basis).sum(0)
+    def decrease(self, kappa: Tensor, rate: float = 1.0) -> float:
+        """By how much the loss falls in the quadratic model after so much of the step with these coefficients."""
+        kappa = rate * kappa
+        return -(self.slope.double() @ kappa + 0.5 * kappa @ self.curvature.double() @ kappa).item()
 
-    def decrease(self, step: Tensor, rate: float = 1.0) -> float:
-        """By how much the loss falls in the quadratic model after so much of the step with these coordinates."""
-        rate = rate * self.factor
-        solution = self.solution
-        return -(rate * solution.slope @ step + 0.5 * rate**2 * solution.values @ step.square()).item()
+
+@dataclass(frozen=True)
+class Trial:
+    """A question: what is the loss after ``rate`` times the step with these coefficients?"""
+
+    kappa: Tensor
+    rate: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The answer.
+
+    Attributes:
+        loss: after the step.
+        scale: how long the step is in parts of ``rate * sum_k kappa_k v_k``: less than 1 by the rates of parameter
+            groups and by clipping.
+    """
+
+    loss: float
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class NoState:
+    """Of a search that remembers nothing."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is done.
+
+    Attributes:
+        kappa: coefficients of the step.
+        rate: how much of it to go; 0: stay.
+        state: what the search wants to know in the next step.
+    """
+
+    kappa: Tensor
+    rate: float
+    state: Any
+
+
+Trials = Generator[Trial, Outcome, Decision]
+
+
+def advance(trials: Trials, outcome: Outcome | None) -> Trial | Decision:
+    """What a search asks next, told the outcome of its last trial (None: there is none yet), or its decision."""
+    try:
+        return next(trials) if outcome is None else trials.send(outcome)
+    except StopIteration as end:
+        return end.value
+
+
+def decided(search: Search, proposal: Proposal, state: Any, outcome: Callable[[Trial], Outcome]) -> Decision:
+    """The decision of a search whose trials have these outcomes."""
+    trials = search.decide(proposal, state)
+    asked = advance(trials, None)
+    while isinstance(asked, Trial):
+        asked = advance(trials, outcome(asked))
+    return asked
 
 
 class Search(ABC):
@@ -99,39 +169,36 @@ class Search(ABC):
 
     Attributes:
         examples: whether it makes use of the slope's covariance, by the examples' parts of it.
+        start: its state before the first step, a frozen dataclass of numbers.
     """
 
     examples: bool = False
+    start: Any = NoState()
 
     @abstractmethod
-    def __call__(self, proposal: Proposal, record: Record) -> Chosen:
-        """Coefficients, how much of them to go (0: stay), and the record to come with next time ({} at first)."""
+    def decide(self, proposal: Proposal, state: Any) -> Trials:
+        """Yield the trials whose losses are needed, and return the decision."""
 
 
 @dataclass(frozen=True)
-class Whole(Search):
-    """The whole step: its length is the rate's business."""
+class FullStep(Search):
+    """The whole step: its length is the rate's business. Without trials."""
 
-    def __call__(self, proposal: Proposal, record: Record) -> Chosen:
+    def decide(self, proposal: Proposal, state: Any) -> Trials:
         """See `Search`."""
-        return proposal.kappa, 1.0, record
+        yield from ()
+        return Decision(proposal.kappa, 1.0, state)
 
 
 @dataclass(frozen=True)
 class Backtracking(Search):
-    """Halve the step until the loss falls by a part of what its slope promises (Armijo), by passes of their own.
+    """Halve the step until the loss falls by a part of what its slope promises (Armijo).
 
     The loss never rises: where no length will do, the step is not taken. For losses without noise.
 
     Attributes:
         part: the part, ``L(rate) <= L(0) - part * rate * signal``.
         halvings: how often at most.
-
-    >>> import torch, jetplane as jp
-    >>> slope, plane = torch.tensor([2.0]), jp.descent.Newton().solve(torch.tensor([2.0]), torch.tensor([[0.5]]))
-    >>> line = Line(lambda rate: (1 - 4 * rate) ** 2, lambda: 4.0)
-    >>> Backtracking()(Proposal(1.0, slope, plane, None, lambda kappa: line), {})[1:]
-    (0.25, {})
     """
 
     part: float = 1e-4
@@ -141,17 +208,19 @@ class Backtracking(Search):
         if not 0 < self.part < 1 or self.halvings < 0:
             raise ArgumentError(f"expected 0 < part < 1 and halvings >= 0, got {self.part} and {self.halvings}")
 
-    def __call__(self, proposal: Proposal, record: Record) -> Chosen:
+    def decide(self, proposal: Proposal, state: Any) -> Trials:
         """See `Search`."""
-        kappa = proposal.kappa
-        return kappa, self.shortened(proposal, kappa, 1.0), record
+        rate = yield from self.shortened(proposal, proposal.kappa, 1.0)
+        return Decision(proposal.kappa, rate, state)
 
-    def shortened(self, proposal: Proposal, kappa: Tensor, rate: float) -> float:
+    def shortened(self, proposal: Proposal, kappa: Tensor, rate: float) -> Generator[Trial, Outcome, float]:
         """The first of ``rate``, a half, a fourth of it, … for which the loss falls; 0 if there is none."""
-        line, slope = proposal.line(kappa), (proposal.slope.double() @ kappa).item()
+        slope = (proposal.slope.double() @ kappa).item()
         for n in range(self.halvings + 1):
-            if line.loss_at(rate / 2**n) <= proposal.value + self.part * rate / 2**n * slope:
-                return rate / 2**n
+            part = rate / 2**n
+            outcome = yield Trial(kappa, part)
+            if outcome.loss <= proposal.value + self.part * part * outcome.scale * slope:
+                return part
         return 0.0
 
 
@@ -168,9 +237,9 @@ class ExactLine(Search):
         passes: how many points of the line are looked at.
 
     >>> import torch, jetplane as jp
-    >>> slope, plane = torch.tensor([2.0]), jp.descent.Newton().solve(torch.tensor([2.0]), torch.tensor([[1.0]]))
-    >>> line = Line(lambda rate: 1 + (1 - rate / 0.3) ** 2 * 0.6, lambda: 2.0)
-    >>> round(ExactLine(passes=3)(Proposal(1.6, slope, plane, None, lambda kappa: line), {})[1], 6)
+    >>> proposal = Proposal.of(1.6, torch.tensor([2.0]), torch.tensor([[1.0]]), jp.descent.Newton())
+    >>> found = decided(ExactLine(3), proposal, NoState(), lambda t: Outcome(1 + (1 - t.rate / 0.3) ** 2 * 0.6))
+    >>> round(found.rate, 6)
     0.3
 
     Source: Brent, Algorithms for Minimization without Derivatives, 1973, chapter 5.
@@ -182,15 +251,15 @@ class ExactLine(Search):
         if self.passes < 1:
             raise ArgumentError(f"passes must be at least 1, got {self.passes}")
 
-    def __call__(self, proposal: Proposal, record: Record) -> Chosen:
+    def decide(self, proposal: Proposal, state: Any) -> Trials:
         """See `Search`."""
         kappa = proposal.kappa
-        line, slope = proposal.line(kappa), proposal.factor * (proposal.slope.double() @ kappa).item()
+        slope = (proposal.slope.double() @ kappa).item()
         below, best, above = None, (0.0, proposal.value), None  # neighbours and best of what is known, by rate
         rate = 1.0
         for _ in range(self.passes):
-            value = line.loss_at(rate)
-            value = value if math.isfinite(value) else math.inf
+            outcome = yield Trial(kappa, rate)
+            value = outcome.loss if math.isfinite(outcome.loss) else math.inf
             point, beyond = (rate, value), rate > best[0]
             if value < best[1]:
                 below, above = (best, above) if beyond else (below, best)
@@ -200,10 +269,10 @@ class ExactLine(Search):
             if above is None:
                 rate = 2 * best[0]
             elif below is None:  # nothing is lower yet
-                rate = _least_by_slope(above, proposal.value, slope)
+                rate = _least_by_slope(above, proposal.value, outcome.scale * slope)
             else:
                 rate = _least_between(below, best, above)
-        return kappa, best[0], record
+        return Decision(kappa, best[0], state)
 
 
 def _least_by_slope(point: tuple[float, float], value: float, slope: float) -> float:
@@ -224,140 +293,19 @@ def _least_between(below: tuple[float, float], best: tuple[float, float], above:
     return b + golden * (c - b) if c - b > b - a else b - golden * (b - a)
 
 
-class RatioTest(Search):
-    """Searches that compare how much the loss falls with how much the plane's model promised.
-
-    A try is taken if the loss falls by at least a ten-thousandth of that. Below a quarter the next is more careful,
-    above three quarters bolder. For losses without noise.
-
-    Attributes:
-        tries: how many in a step; if the loss does not fall in any, the step is refused. What the tries
-            have taught is remembered all the same.
-    """
-
-    tries: int
-
-    def __call__(self, proposal: Proposal, record: Record) -> Chosen:
-        """See `Search`."""
-        kappa = proposal.kappa
-        for _ in range(self.tries):
-            kappa, rate, promised, line = self._attempt(proposal, record)
-            fallen = proposal.value - line.loss_at(rate)
-            ratio = fallen / promised if promised > 0 and math.isfinite(fallen) else -math.inf
-            record = self._learned(record, ratio, rate, line, proposal)
-            if ratio >= 1e-4:
-                return kappa, rate, record
-        return kappa, 0.0, record
-
-    @abstractmethod
-    def _attempt(self, proposal: Proposal, record: Record) -> tuple[Tensor, float, float, Line]:
-        """Coefficients, how much of them, by how much the loss should fall then, and their line."""
-
-    @abstractmethod
-    def _learned(self, record: Record, ratio: float, rate: float, line: Line, proposal: Proposal) -> Record:
-        """The record after a try."""
-
-
 @dataclass(frozen=True)
-class TrustRegion(RatioTest):
-    """Steps no longer than a radius within which the plane's model has held: it grows and shrinks by the ratio test.
-
-    A step that is too long is scaled back to the radius. The radius is halved twice after a poor try, doubled after a
-    good one that reached it.
+class NoiseState:
+    """What `NoiseAware` remembers.
 
     Attributes:
-        radius: at first; None for the length of the first step.
-        metric: what lengths are: "euclidean", over all parameters, or "plane", ``sqrt(F^T M F)``, in which long
-            directions and short ones weigh the same.
-        tries: see `RatioTest`.
-
-    >>> import torch, jetplane as jp
-    >>> slope, plane = torch.tensor([2.0]), jp.descent.Newton().solve(torch.tensor([2.0]), torch.tensor([[1.0]]))
-    >>> line = Line(lambda rate: 2 - 4 * rate + 2 * rate**2, lambda: 2.0)
-    >>> TrustRegion(radius=0.5)(Proposal(2.0, slope, plane, None, lambda kappa: line), {})[1:]
-    (0.25, {'radius': 1.0})
-
-    Source: Conn, Gould and Toint, Trust-Region Methods, SIAM 2000, chapter 6.
+        noise: running average of ``tr(M C)``.
+        signal: running average of ``F^T M F``.
+        damping: what is added to the curvature of a direction of norm one.
     """
 
-    radius: float | None = None
-    metric: Literal["euclidean", "plane"] = "euclidean"
-    tries: int = 5
-
-    def __post_init__(self) -> None:
-        if self.radius is not None and not self.radius > 0:
-            raise ArgumentError(f"radius must be positive or None, got {self.radius}")
-        if self.metric not in ("euclidean", "plane"):
-            raise ArgumentError(f"metric must be 'euclidean' or 'plane', got {self.metric!r}")
-        if self.tries < 1:
-            raise ArgumentError(f"tries must be at least 1, got {self.tries}")
-
-    def _length(self, proposal: Proposal, line: Line) -> float:
-        return line.length() if self.metric == "euclidean" else math.sqrt(max(proposal.signal, 0.0))
-
-    def _attempt(self, proposal: Proposal, record: Record) -> tuple[Tensor, float, float, Line]:
-        kappa = proposal.kappa
-        line = proposal.line(kappa)
-        length = self._length(proposal, line)
-        radius = record.get("radius", self.radius or length)
-        rate = min(1.0, radius / length) if length > 0 else 0.0
-        return kappa, rate, proposal.decrease(proposal.solution.step, rate), line
-
-    def _learned(self, record: Record, ratio: float, rate: float, line: Line, proposal: Proposal) -> Record:
-        taken = rate * self._length(proposal, line)
-        radius = record.get("radius", self.radius or taken)
-        if ratio < 0.25:
-            radius = 0.25 * taken
-        elif ratio > 0.75 and taken >= 0.99 * radius:
-            radius = 2 * radius
-        return record | {"radius": radius} if radius > 0 else record
-
-
-@dataclass(frozen=True)
-class AdaptiveCubic(RatioTest):
-    """`jetplane.subspace.descent.Cubic` with a sigma that the ratio test finds, whatever descent the optimizer has.
-
-    The descent says in which coordinates the step is short (scaled or not). Sigma is four times as large after
-    a poor try, a third after a good one.
-
-    Attributes:
-        sigma: at first; None for ``|H| / |newton step|`` of the first plane, for which the damping is as large as the
-            curvature where the step would be a whole one.
-        tries: see `RatioTest`.
-
-    >>> import torch, jetplane as jp
-    >>> slope, plane = torch.tensor([2.0]), jp.descent.Newton().solve(torch.tensor([2.0]), torch.tensor([[1.0]]))
-    >>> line = Line(lambda rate: 2 - 2 * rate + 0.5 * rate**2, lambda: 1.0)
-    >>> AdaptiveCubic(sigma=1.0)(Proposal(2.0, slope, plane, None, lambda kappa: line), {})[1:]
-    (1.0, {'sigma': 0.3333333333333333})
-
-    Source: Cartis, Gould and Toint, Mathematical Programming 127 (2011), algorithm ARC.
-    """
-
-    sigma: float | None = None
-    tries: int = 8
-
-    def __post_init__(self) -> None:
-        if self.sigma is not None and not self.sigma > 0:
-            raise ArgumentError(f"sigma must be positive or None, got {self.sigma}")
-        if self.tries < 1:
-            raise ArgumentError(f"tries must be at least 1, got {self.tries}")
-
-    def _sigma(self, proposal: Proposal, record: Record) -> float:
-        found = proposal.solution
-        largest = found.values.abs().max().item()
-        scale = 0.0 if found.slope.norm() == 0 else largest * largest / found.slope.norm().item()
-        return record.get("sigma", self.sigma or scale or 1.0)
-
-    def _attempt(self, proposal: Proposal, record: Record) -> tuple[Tensor, float, float, Line]:
-        _, step = cubic_step(proposal.solution.values, proposal.solution.slope, self._sigma(proposal, record))
-        kappa = proposal.solution.kappa(step)
-        return kappa, 1.0, proposal.decrease(step), proposal.line(kappa)
-
-    def _learned(self, record: Record, ratio: float, rate: float, line: Line, proposal: Proposal) -> Record:
-        sigma = self._sigma(proposal, record)
-        sigma = 4 * sigma if ratio < 0.25 else sigma / 3 if ratio > 0.75 else sigma
-        return record | {"sigma": min(max(sigma, 1e-100), 1e100)}
+    noise: float = 0.0
+    signal: float = 0.0
+    damping: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -372,88 +320,62 @@ class NoiseAware(Search):
     The model of the plane may be wrong where the step leads, above all where directions that are mostly noise, and so
     hardly curve, are gone far along. If the loss of the same batch falls by less than three quarters of what the model
     promises, the plane is solved again with ``damping`` times the squared length of the step added to it (Levenberg,
-    Marquardt), ten times as much for each try. What was needed is remembered, and a third of it after each good step.
-    If nothing helps the step is halved until the loss falls.
-
-    With ``each`` every coordinate of the plane, an eigenvector of its curvature as the descent scales it, is shrunk
-    for itself, ``max(floor, 1 - c_i / f_i^2)`` with f_i the slope along it and c_i the variance of that: one noisy
-    direction does not slow the good ones down. As eigenvectors turn from step to step, the averages are those of the
-    i-th lowest eigenvalue, of ``m_i f_i^2`` and ``m_i c_i``; they begin anew where the plane gets more directions.
+    Marquardt), ten times as much for each attempt. What was needed is remembered, and a third of it after each good
+    step. If nothing helps the step is halved until the loss falls.
 
     Attributes:
         memory: how much of the averages is kept from step to step.
         floor: the least that is taken of a step, unless the loss rises.
-        each: whether coordinates are shrunk one by one.
-        otherwise: what decides where the loss does not tell its examples apart.
-        guard: whether to look at the loss after the step, by a pass of its own. Else nothing is damped or halved.
+        otherwise: a search without a state, for losses that do not tell their examples apart.
 
     >>> import torch, jetplane as jp
-    >>> slope, plane = torch.tensor([4.0]), jp.descent.Newton().solve(torch.tensor([4.0]), torch.tensor([[1.0]]))
-    >>> line = Line(lambda rate: 100 - 8 * rate, lambda: 4.0)
+    >>> slope, curvature = torch.tensor([4.0]), torch.tensor([[1.0]])
     >>> noise = torch.tensor([[4.0]]).double()  # beside a signal of 16
-    >>> NoiseAware()(Proposal(100.0, slope, plane, noise, lambda kappa: line), {})[1]
+    >>> proposal = Proposal.of(100.0, slope, curvature, jp.descent.Newton(), covariance=noise)
+    >>> decided(NoiseAware(), proposal, NoiseState(), lambda trial: Outcome(100 - 8 * trial.rate)).rate
     0.75
     """
 
     memory: float = 0.95
     floor: float = 1e-3
-    guard: bool = True
-    each: bool = False
     otherwise: Search = Backtracking()
     examples = True
+    start = NoiseState()
 
     def __post_init__(self) -> None:
         if not 0 <= self.memory < 1 or not 0 <= self.floor <= 1:
             raise ArgumentError(f"expected 0 <= memory < 1 and 0 <= floor <= 1, got {self.memory} and {self.floor}")
 
-    def __call__(self, proposal: Proposal, record: Record) -> Chosen:
+    def decide(self, proposal: Proposal, state: NoiseState) -> Trials:
         """See `Search`."""
         if proposal.covariance is None:
-            return self.otherwise(proposal, record)
-        if not self.guard:
-            return self._shrunk(proposal, record)
-        damping = record.get("damping", 0.0)
-        for n in range(_TRIES):
-            if n:
-                damping = max(10 * damping, 1e-3 * proposal.stiffest)
-            tried = proposal
-            if damping and proposal.damped is not None:
-                tried = replace(proposal, solution=proposal.damped(damping))
-            kappa, rate, told = self._shrunk(tried, record)
-            if rate == 0 or proposal.damped is None:
-                break
-            promised = proposal.decrease(torch.linalg.solve(proposal.solution.basis, kappa), rate)
-            fallen = proposal.value - proposal.line(kappa).loss_at(rate)
-            if fallen >= _HOLDS * max(promised, 0.0) - proposal.rounding:
-                if n == 0:
-                    damping = damping / 3 if damping > 1e-4 * proposal.stiffest else 0.0
-                return kappa, rate, told | {"damping": damping}
-        if rate > 0:
-            rate = Backtracking().shortened(proposal, kappa, rate)
-        return kappa, rate, told | {"damping": damping}
+            return (yield from self.otherwise.decide(proposal, state))
+        damping, largest = state.damping, proposal.largest_curvature
+        kappa, rate, now = proposal.kappa, 0.0, state
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                damping = max(10 * damping, _FIRST_DAMPING * largest)
+            tried = proposal.damped(damping)
+            kappa, (rate, now) = tried.kappa, self._shrunk(tried, state)
+            now = replace(now, damping=damping)
+            if rate == 0:
+                return Decision(kappa, rate, now)
+            outcome = yield Trial(kappa, rate)
+            promised = proposal.decrease(kappa, rate * outcome.scale)
+            if proposal.value - outcome.loss >= _HOLDS * max(promised, 0.0) - proposal.rounding:
+                if attempt == 0:
+                    now = replace(now, damping=damping / 3 if damping > 0.1 * _FIRST_DAMPING * largest else 0.0)
+                return Decision(kappa, rate, now)
+        rate = yield from Backtracking().shortened(proposal, kappa, rate)
+        return Decision(kappa, rate, now)
 
-    def _shrunk(self, proposal: Proposal, record: Record) -> Chosen:
-        """What of a step is not noise."""
-        kappa, solution = proposal.kappa, proposal.solution
-        noise, signal = solution.weights * proposal.noises(), -solution.slope * solution.step
-        if not self.each:
-            noise, signal = noise.sum(0, keepdim=True), signal.sum(0, keepdim=True)
-        mixed = {}
-        for name, value in (("noise", noise), ("signal", signal)):
-            old = torch.tensor(record.get(name, 0.0), dtype=value.dtype).to(value.device)
-            old = old if old.numel() == value.numel() else torch.zeros_like(value)
-            mixed[name] = self.memory * old.reshape(-1) + (1 - self.memory) * value
-        kept = torch.where(mixed["signal"] > 0, 1 - mixed["noise"] / mixed["signal"], 0).nan_to_num(0.0)
-        kept = torch.where(mixed["signal"] > 0, kept.clamp_min(self.floor), 0)
-        record = {name: value.tolist() if self.each else value.item() for name, value in mixed.items()}
-        rate = 1.0
-        if self.each:
-            kappa = solution.kappa(kept * solution.step)
-        else:
-            rate = kept.item()
-        if not bool(kept.any()):
-            return kappa, 0.0, record
-        return kappa, rate, record
+    def _shrunk(self, proposal: Proposal, state: NoiseState) -> tuple[float, NoiseState]:
+        """What part of a step is not noise, and the averages with this step's noise and signal in them."""
+        assert proposal.noise is not None
+        noise = self.memory * state.noise + (1 - self.memory) * proposal.noise
+        signal = self.memory * state.signal + (1 - self.memory) * proposal.signal
+        rate = max(1 - noise / signal, self.floor) if signal > 0 else 0.0
+        return rate, replace(state, noise=noise, signal=signal)
 
 
 def clipped(steps: Sequence[Tensor], limit: float, norm: Tensor | None = None) -> list[Tensor]:

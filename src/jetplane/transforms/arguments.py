@@ -155,7 +155,7 @@ class Point:
         Raises:
             ShapeError: it has another structure.
         """
-        leaves, spec = tree_flatten((tree,) if self.single else tree)
+        leaves, spec = tree_flatten((tree,) if self.single else tuple(tree) if type(tree) is list else tree)
         if spec != self.spec:
             raise ShapeError(
                 f"{what}: expected the structure of the primals that move, {_shown(self.tree(self.leaves))}; "
@@ -207,24 +207,21 @@ def point(primals: Any, argnums: Argnums = None, batch_dim: int | None = None, r
     """The point at which a function is differentiated.
 
     Args:
-        primals: a tensor, or a tuple of arguments.
+        primals: a tensor, or a tuple or list of arguments; one argument that is a list is ``([a, b],)``.
         argnums: which arguments move; all by default.
         batch_dim: the axis of points.
         real: whether complex numbers are refused.
 
     Raises:
-        ArgumentError: a list of arguments, argnums that are not there, nothing that moves, a transform of torch.func
+        ArgumentError: argnums that are not there, nothing that moves, a transform of torch.func
             around.
         DTypeError: what moves is not a floating-point tensor.
         ShapeError: no axis of points, or different numbers of points.
     """
     _check_around()
-    if isinstance(primals, list):
-        raise ArgumentError(
-            "primals: got a list. Several arguments are a tuple, (a, b); one argument that is a list is ([a, b],)"
-        )
-    arguments = primals if type(primals) is tuple else (primals,)
-    numbers, single = _numbers(argnums, len(arguments), type(primals) is tuple)
+    several = type(primals) in (tuple, list)
+    arguments = tuple(primals) if several else (primals,)
+    numbers, single = _numbers(argnums, len(arguments), several)
     leaves, spec = tree_flatten(tuple(arguments[n] for n in numbers))
     if not leaves or not sum(x.numel() for x in leaves if isinstance(x, Tensor)):
         if all(isinstance(x, Tensor) for x in leaves):

@@ -106,7 +106,7 @@ def directions_at_a_time(
     room = free_memory(device) // 2
     if where.nested or SPREAD * k * where.bytes <= room:
         return k
-    each = 2 * max(activations(lambda: where.call(f, [x.detach() for x in where.leaves])), where.bytes)
+    each = 2 * max(activations(lambda: where.call(f, [x.detach() for x in where.leaves]), ()), where.bytes)
     size = max(1, min(k, room // each - 2))
     runs = -(-k // size)
     if runs > MOST_RUNS:

@@ -6,7 +6,6 @@ evaluated on a plane. Where grad mode is on, results have a graph to whatever re
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import tree_map, tree_unflatten
+from .._torch import records, tree_map, tree_unflatten
 from ..errors import ArgumentError, ShapeError
-from ..evaluation.context import expansion, recording
+from ..evaluation.context import expansion
 from ..evaluation.interception import Interception
+from ..evaluation.leaving import plain_result
 from ..evaluation.specification import Pairs, PlaneSpec
 from ..jets import Diagonal, Jet, PairStructure, Space, Tangents, carried, parts, promoted
 from .arguments import Argnums, Point, check_points, outputs, point
@@ -65,9 +65,8 @@ def along(
 ) -> Expansion:
     """Value, first and second coefficients of f along K directions.
 
-    Where grad mode is on, rules run with it and outside of inference mode, and write to no memory that autograd must
-    see: the results have a graph to whatever requires grad, primals, tangents and what f uses beside them. Else all
-    runs under inference mode.
+    Where autograd records what is computed, rules run with it and write to no memory that it must see: the results
+    have a graph to whatever requires grad, primals, tangents and what f uses beside them.
 
     Args:
         f: the function.
@@ -78,8 +77,8 @@ def along(
         seconds: second coefficients (count, *shape) of the tensors themselves; none by default.
         has_aux: whether f returns a pair.
     """
-    graph = recording()
-    with _graph(graph), expansion(structure, order, recorded=graph) as space:
+    graph = records()
+    with expansion(structure, order, recorded=graph) as space:
         leaves = [
             _seed(x, v, None if seconds is None else seconds[n], space)
             for n, (x, v) in enumerate(zip(where.leaves, tangents, strict=True))
@@ -104,10 +103,6 @@ def along(
     return Expansion(found[0], found[1], found[2], spec, aux)
 
 
-def _graph(recorded: bool) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext() if recorded else torch.inference_mode()
-
-
 def _seed(x: Tensor, v: Tensor | Tangents | None, second: Tensor | None, space: Space) -> Jet:
     dtype = carried(x.dtype)
     if not space.recorded and not isinstance(x, Jet):
@@ -115,7 +110,7 @@ def _seed(x: Tensor, v: Tensor | Tangents | None, second: Tensor | None, space: 
     elif space.recorded and x.is_inference():
         x = x.clone()
     jet = Jet(x, None if v is None else v.to(dtype), None if second is None else second.to(dtype), space)
-    jet.is_seed = True
+    jet.is_argument = True
     return jet
 
 
@@ -132,8 +127,8 @@ def _primals(aux: Any, space: Space) -> Any:
 
 
 def _released(t: Tensor) -> Tensor:
-    """An ordinary tensor instead of an inference tensor or a view of internals."""
-    return t if t.requires_grad else t.clone()
+    """A tensor of its own instead of a view of internals."""
+    return t if t.requires_grad else plain_result(t).clone()
 
 
 @uncompiled

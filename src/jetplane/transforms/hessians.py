@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import records
 from ..evaluation.chunks import by_direction, chunks_of
-from ..evaluation.context import recording
 from ..evaluation.side_effects import without_side_effects
 from ..jets import AllPairs, Diagonal, Partial, Star, Tangents
 from .arguments import Argnums, Point, check_scalar, point
@@ -256,7 +256,7 @@ def _square(where: Point, h: Tensor) -> Any:
 
 def _by_products(f: Callable[..., Any], where: Point, chunk: Chunk, has_aux: bool) -> Any:
     """The Hessian of a function that gives one number, by its products with the coordinate directions."""
-    if recording() and chunk == "auto":
+    if records() and chunk == "auto":
         size = where.size
     else:
         size = directions_at_a_time(chunk, "hessian", where, REVERSE_COST * where.size, f, "hessian_diagonal")

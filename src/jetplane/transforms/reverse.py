@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import tree_flatten, tree_unflatten
+from .._torch import records, tree_flatten, tree_unflatten
 from ..errors import DerivativeError, JetplaneError
-from ..evaluation.context import recording
 from .arguments import Point, check_scalar, outputs
 
 
@@ -75,7 +74,7 @@ Total = Callable[..., tuple[Tensor, list[Tensor]]]
 
 def _one(total: Total, leaves: Sequence[Tensor], vectors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The product with one vector."""
-    recorded = recording()
+    recorded = records()
     with torch.inference_mode(False), torch.enable_grad():
         # Tensors of their own: f may use the primals beside, as constants.
         xs = [x.view_as(x) if recorded and x.requires_grad else x.detach().clone().requires_grad_() for x in leaves]
@@ -113,7 +112,7 @@ def _gradient(y: Tensor, xs: Sequence[Tensor], create: bool) -> Sequence[Tensor]
 
 def _several(total: Total, leaves: Sequence[Tensor], vectors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
     """The products with several vectors."""
-    leaves = tuple(leaves) if recording() else tuple(x.detach() for x in leaves)
+    leaves = tuple(leaves) if records() else tuple(x.detach() for x in leaves)
     gradient = torch.func.grad(total, argnums=tuple(range(len(leaves))), has_aux=True)
 
     def product(vs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], list[Tensor]]:

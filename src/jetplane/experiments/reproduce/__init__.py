@@ -1,4 +1,4 @@
-"""The paper's experiments, each by one command: ``jetplane reproduce NAME``."""
+"""The experiments of the paper, each run by one command: ``jetplane reproduce NAME``."""
 
 from __future__ import annotations
 
@@ -6,30 +6,35 @@ from pathlib import Path
 from typing import Literal
 
 from ...errors import ArgumentError
-from .experiment import Budget, Experiment, carry_out
+from ..config import Config
+from .experiment import Budget, Experiment, run_experiment
 from .laws import Laws
 from .networks import Networks
 from .rosenbrock import Rosenbrock
 
 ExperimentName = Literal["rosenbrock", "laws", "logreg", "cnn", "cifar"]
 
-__all__ = ["Budget", "Experiment", "ExperimentName", "carry_out", "experiment"]
+__all__ = ["Budget", "Experiment", "ExperimentName", "experiment", "run_experiment"]
 
 
 def experiment(
-    name: ExperimentName, budget: Budget, data_dir: Path | None = None, device: str = "cpu", epochs: int | None = None
+    name: ExperimentName,
+    budget: Budget,
+    data_dir: Path | None = None,
+    device: str = Config.device,
+    epochs: int | None = None,
 ) -> Experiment:
     """An experiment by its name.
 
     Args:
-        name: "rosenbrock", "laws" (of the tangents), "logreg", "cnn" or "cifar".
+        name: "rosenbrock", "laws" (of the distribution of tangents), "logreg", "cnn" or "cifar".
         budget: "smoke" (seconds), "hour" (on 2 cores) or "paper".
-        data_dir: where the data set of the last three is; otherwise an environment variable names it.
-        device: where the last three train.
-        epochs: of the last three, instead of the budget's.
+        data_dir: folder of the data set of the last three; by default the one that an environment variable names.
+        device: device on which the last three train.
+        epochs: epochs of the last three, instead of the budget's.
 
     Raises:
-        ArgumentError: epochs < 1, or for an experiment that has none.
+        ArgumentError: epochs < 1, or epochs given for an experiment without any.
     """
     if name in ("rosenbrock", "laws"):
         if epochs is not None:

@@ -1,4 +1,4 @@
-"""What an experiment is, and how it is carried out: unit by unit, each of them once."""
+"""Experiments as lists of work items, each of which is done once and its result kept."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any, Literal
 from .results import Results
 
 Budget = Literal["smoke", "hour", "paper"]
-Progress = Callable[[float, float], None]  # (fraction of the unit that is done, loss)
-Observer = Callable[[float, float, str, float], None]  # (cost done, cost in all, name of the unit, loss)
+Progress = Callable[[float, float], None]  # (fraction of the work item that is done, loss)
+Observer = Callable[[float, float, str, float], None]  # (cost done, cost in all, name of the work item, loss)
 
 
 @dataclass(frozen=True)
-class Unit:
-    """A piece of work that is done once and kept.
+class WorkItem:
+    """A part of an experiment that is done once.
 
     Attributes:
-        name: of its metrics in the results folder.
-        cost: expected, in any unit that all the experiment's units share.
+        name: name of its metrics in the results folder.
+        cost: expected cost relative to the other items of the experiment.
         work: does it and returns the metrics.
     """
 
@@ -34,39 +34,39 @@ class Experiment(ABC):
     """An experiment of the paper under a budget.
 
     Attributes:
-        config: everything that decides the numbers; plain values.
+        config: everything that decides the numbers, as plain values.
     """
 
     config: dict[str, Any]
 
     @abstractmethod
-    def units(self, results: Results) -> list[Unit]:
-        """All the work, in an order in which later units may read the metrics of earlier ones."""
+    def items(self, results: Results) -> list[WorkItem]:
+        """All work items; later ones may read the metrics of earlier ones."""
 
     @abstractmethod
     def report(self, results: Results) -> None:
         """Write the page and the figures from the metrics."""
 
 
-def carry_out(
+def run_experiment(
     experiment: Experiment, folder: Path, observe: Observer = lambda done, total, name, loss: None
 ) -> Results:
-    """Do the work that the folder does not hold yet, and report.
+    """Do the work items whose metrics the folder does not hold yet, and write the report.
 
     Raises:
-        RunFolderError: the folder belongs to something else.
+        RunFolderError: the folder holds something else.
     """
     results = Results(folder, experiment.config)
-    todo = [unit for unit in experiment.units(results) if not results.has(unit.name)]
-    total, done = sum(unit.cost for unit in todo), 0.0
-    for unit in todo:
-        observe(done, total, unit.name, float("nan"))
+    todo = [item for item in experiment.items(results) if not results.has(item.name)]
+    total, done = sum(item.cost for item in todo), 0.0
+    for item in todo:
+        observe(done, total, item.name, float("nan"))
 
-        def progress(fraction: float, loss: float, before: float = done, unit: Unit = unit) -> None:
-            observe(before + fraction * unit.cost, total, unit.name, loss)
+        def progress(fraction: float, loss: float, before: float = done, item: WorkItem = item) -> None:
+            observe(before + fraction * item.cost, total, item.name, loss)
 
-        results.keep(unit.name, unit.work(progress))
-        done += unit.cost
-        observe(done, total, unit.name, float("nan"))
+        results.write(item.name, item.work(progress))
+        done += item.cost
+        observe(done, total, item.name, float("nan"))
     experiment.report(results)
     return results

@@ -1,4 +1,4 @@
-"""What the figures of all experiments share."""
+"""Styles that the figures of all experiments share."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from ..report import COLOURS, STYLES
 
 
 def style(n: int, variant: int | None = None) -> dict[str, Any]:
-    """Colour and line of the n-th curve: colour-blind readers can tell them apart, and so can a grey print.
+    """Colour and line style of the n-th curve, distinct for colour-blind readers and in grey.
 
     Args:
-        n: which curve.
-        variant: of it: the same colour in another line. None for curves without variants.
+        n: number of the curve.
+        variant: number of a variant of the curve, with its colour and another line style; None without variants.
     """
     line = n + 2 * (n // len(COLOURS)) if variant is None else variant
     return {"color": COLOURS[n % len(COLOURS)], "linestyle": STYLES[line % len(STYLES)]}
 
 
 def plain_log(axis: Axis) -> None:
-    """Ticks of a logarithmic axis at 1, 2, 5, 10, ..., in plain numbers; for a few decades."""
+    """Put ticks of a logarithmic axis at 1, 2, 5, 10, ..., as plain numbers; for an axis of a few decades."""
     axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def tidy(axes: Axes, title: str, x: str, y: str) -> None:
-    """Title, labels, a light grid, and no more frame than needed."""
+    """Set title and labels, draw a light grid, and remove the upper and the right frame line."""
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -41,14 +41,14 @@ def tidy(axes: Axes, title: str, x: str, y: str) -> None:
 
 
 def band(axes: Axes, x: Sequence[float], seeds: Any, log: bool = False, **line: Any) -> None:
-    """Mean over seeds with its standard error; with ``log``, of the logarithms: a geometric mean.
+    """Plot the mean over seeds and a band of its standard error.
 
     Args:
-        axes: where.
-        x: shared by all seeds.
-        seeds: (seeds, points).
-        log: for positive values over orders of magnitude, whose plain mean is that of the worst seed.
-        line: of the mean.
+        axes: axes to plot on.
+        x: (points,), the same for all seeds.
+        seeds: values (seeds, points).
+        log: plot the geometric mean, for values over orders of magnitude, whose arithmetic mean the worst seed decides.
+        line: line style of the mean.
     """
     values = np.log(seeds) if log else np.asarray(seeds)
     mean = values.mean(0)

@@ -1,6 +1,6 @@
-"""Laws of the tangents: how fast forward gradient descent converges on a quadratic, beside the theory.
+"""Distributions of tangents: convergence of forward gradient descent on a quadratic, compared with theory.
 
-The loss is ``f = sum_i a_i theta_i^2 / 2``. One step of the heavy ball with the rate eta,
+The loss is ``f = sum_i a_i theta_i^2 / 2``. One step with rate eta and momentum beta,
 
     theta+ = theta - eta mean_k (g . v_k) v_k + beta (theta - theta-),    g_i = a_i theta_i,
 
@@ -10,9 +10,9 @@ takes the second moments ``m_i = E theta_i^2``, ``c_i = E theta_i theta-_i`` and
            + eta^2 ((1 - 1/K) a_i^2 m_i + (q sum_j a_j^2 m_j + (kappa - q) a_i^2 m_i) / K)
     c_i+ = (1 + beta - eta a_i) m_i - beta c_i,    p_i+ = m_i
 
-with ``kappa = E v_i^4`` and ``q = E v_i^2 v_j^2``: exact for every law here, and linear. Its spectral radius is the
-factor by which the expected loss shrinks in the end. Without momentum, at ``eta = step_scale / L``, it is at most
-``1 - mu / (L (d + kappa - 1))`` for one direction, with equality where all a_i are one.
+with ``kappa = E v_i^4`` and ``q = E v_i^2 v_j^2``. This recursion is linear, and exact for every law here. Its spectral
+radius is the asymptotic factor of the expected loss in one step. Without momentum, at ``eta = step_scale / L``, it is
+at most ``1 - mu / (L (d + kappa - 1))`` for one direction, with equality where all a_i are one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from matplotlib import pyplot as plt
 
 from ... import optim
 from ...directions import KURTOSIS, step_scale
-from .experiment import Budget, Experiment, Progress, Unit
+from .experiment import Budget, Experiment, Progress, WorkItem
 from .figures import band, style, tidy
 from .results import Results, markdown, pm
 
@@ -34,18 +34,18 @@ SIZES = {  # parameters, iterations, seeds
     "hour": (30, 300, 40),
     "paper": (30, 300, 200),
 }
-CONDITION = 10.0  # of the second quadratic
+CONDITION = 10.0  # condition number of the second quadratic
 MOMENTA = (0.0, 0.5, 0.9)
 LAWS = tuple(sorted(KURTOSIS, key=lambda law: (KURTOSIS[law], law)))
 
 
 def curvatures(kind: str, size: int) -> np.ndarray:
-    """The a_i: all one, or spread evenly in the logarithm from 1 / CONDITION to 1."""
+    """The a_i (size,): all one ("round"), or log-spaced from 1 / CONDITION to 1."""
     return np.ones(size) if kind == "round" else np.geomspace(1 / CONDITION, 1, size)
 
 
 def recursion(law: str, a: np.ndarray, rate: float, momentum: float = 0.0, k: int = 1) -> np.ndarray:
-    """The matrix (3 D, 3 D) that takes the moments (m, c, p) one step on."""
+    """The matrix (3 D, 3 D) that maps the moments (m, c, p) to those after one step."""
     d = len(a)
     off = d / (d + 2) if law == "sphere" else 1.0
     fourth = 3 * d / (d + 2) if law == "sphere" else KURTOSIS[law]
@@ -61,7 +61,7 @@ def recursion(law: str, a: np.ndarray, rate: float, momentum: float = 0.0, k: in
 
 
 def predicted(law: str, a: np.ndarray, rate: float, momentum: float, steps: int) -> np.ndarray:
-    """The expected loss (steps + 1,) from theta = (1, ..., 1) at rest."""
+    """The expected losses (steps + 1,) from theta = theta- = (1, ..., 1)."""
     step, moments, losses = recursion(law, a, rate, momentum), np.ones(3 * len(a)), []
     for _ in range(steps + 1):
         losses.append(a @ moments[: len(a)] / 2)
@@ -70,18 +70,18 @@ def predicted(law: str, a: np.ndarray, rate: float, momentum: float, steps: int)
 
 
 def spectral_radius(matrix: np.ndarray) -> float:
-    """The largest modulus of an eigenvalue."""
+    """The largest absolute value of an eigenvalue."""
     return float(np.abs(np.linalg.eigvals(matrix)).max())
 
 
 def best_rate(law: str, a: np.ndarray, momentum: float) -> float:
-    """The rate of the fastest recursion, among 80 around that of the rule."""
+    """Of 80 rates around that of `step_scale`, the one whose recursion has the smallest spectral radius."""
     rates = step_scale(law, len(a)) * np.geomspace(0.02, 10, 80)
     return float(min(rates, key=lambda rate: spectral_radius(recursion(law, a, rate, momentum))))
 
 
 def descend(law: str, a: np.ndarray, rate: float, momentum: float, steps: int, seed: int) -> list[float]:
-    """Losses (steps + 1,) of `jetplane.optim.FGD`."""
+    """Losses (steps + 1,) of `jetplane.optim.FGD` from theta = (1, ..., 1)."""
     scales = torch.tensor(a)
     theta = torch.ones(len(a), dtype=torch.float64, requires_grad=True)
     opt = optim.FGD([theta], lr=rate, momentum=momentum, law=law, seed=seed)
@@ -94,10 +94,10 @@ def descend(law: str, a: np.ndarray, rate: float, momentum: float, steps: int, s
 
 
 class Laws(Experiment):
-    """Forward gradient descent in each law at the rule's rate, and heavy balls at the theory's best.
+    """Forward gradient descent with each law at the rate of `step_scale`, and with momentum at the best rate.
 
     Args:
-        budget: sets the number of seeds.
+        budget: decides the number of seeds.
     """
 
     def __init__(self, budget: Budget) -> None:
@@ -116,11 +116,12 @@ class Laws(Experiment):
             "experiment": "laws", "budget": budget, "size": size, "steps": steps, "seeds": seeds, "runs": runs,
         }  # fmt: skip
 
-    def units(self, results: Results) -> list[Unit]:
-        """A unit for each law, momentum and quadratic, with all its seeds."""
+    def items(self, results: Results) -> list[WorkItem]:
+        """A work item for each law, momentum and quadratic, with all seeds."""
         torch.set_num_threads(1)  # on vectors this small, threads cost more than they give
         return [
-            Unit(_name(run), 1.0, lambda progress, run=run: self._work(run, progress)) for run in self.config["runs"]
+            WorkItem(_name(run), 1.0, lambda progress, run=run: self._work(run, progress))
+            for run in self.config["runs"]
         ]
 
     def _work(self, run: dict[str, Any], progress: Progress) -> list[list[float]]:
@@ -134,18 +135,18 @@ class Laws(Experiment):
         return curvatures("round" if run["kind"] == "round" else "stretched", self.config["size"])
 
     def measured(self, results: Results, run: dict[str, Any]) -> tuple[list[float], float]:
-        """Factor a step of the mean loss, by jackknife over seeds, and of the expected loss."""
+        """Factor of the mean loss in a step (jackknife values, one for each seed), and that of the expected loss."""
         losses = np.array(results.read(_name(run)))[:, -1]
         a, steps = self._curvatures(run), self.config["steps"]
         first = a.sum() / 2
         left_out = (losses.sum() - losses) / (len(losses) - 1)
         whole = (losses.mean() / first) ** (1 / steps)
-        parts = len(losses) * whole - (len(losses) - 1) * (left_out / first) ** (1 / steps)
+        values = len(losses) * whole - (len(losses) - 1) * (left_out / first) ** (1 / steps)
         expected = predicted(run["law"], a, run["rate"], run["momentum"], steps)[-1]
-        return parts.tolist(), float((expected / first) ** (1 / steps))
+        return values.tolist(), float((expected / first) ** (1 / steps))
 
     def report(self, results: Results) -> None:
-        """Losses over iterations beside the exact expectation, rates beside the theory's."""
+        """Plot losses over iterations and their exact expectation, measured factors and those of theory."""
         groups = {k: [r for r in self.config["runs"] if r["kind"] == k] for k in ("round", "stretched", "ball")}
         figure, panels = plt.subplots(2, 2, figsize=(12, 8.5), layout="constrained")
         size = self.config["size"]
@@ -188,20 +189,20 @@ class Laws(Experiment):
         rows = []
         for n, (kind, runs) in enumerate(groups.items()):
             for run in runs:
-                parts, expected = self.measured(results, run)
+                values, expected = self.measured(results, run)
                 a = self._curvatures(run)
                 bound = 1 - a.min() * step_scale(run["law"], len(a)) if kind != "ball" else None
                 rows.append({
                     "law": run["law"], "curvatures": f"{a.min():g} to {a.max():g}", "momentum": f"{run['momentum']:g}",
-                    "rate": f"{run['rate']:.4f}", "measured": pm(parts, 5), "expected": f"{expected:.5f}",
+                    "rate": f"{run['rate']:.4f}", "measured": pm(values, 5), "expected": f"{expected:.5f}",
                     "bound": "-" if bound is None else f"{bound:.5f}",
                 })  # fmt: skip
             if kind == "ball":
                 continue
             place = np.arange(len(runs)) + (n - 0.5) * 0.24
             measured = [self.measured(results, run) for run in runs]
-            means = np.array([np.mean(parts) for parts, _ in measured])
-            errors = np.array([np.std(parts, ddof=1) / len(parts) ** 0.5 for parts, _ in measured])
+            means = np.array([np.mean(values) for values, _ in measured])
+            errors = np.array([np.std(values, ddof=1) / len(values) ** 0.5 for values, _ in measured])
             colour = style(n)["color"]
             name = "all 1" if kind == "round" else f"{1 / CONDITION:g} to 1"
             axes.errorbar(
@@ -219,7 +220,7 @@ class Laws(Experiment):
         axes.set_xticks(
             range(len(LAWS)), [f"{law}\nκ₄ = {1.0 if law == 'sphere' else KURTOSIS[law]:g}" for law in LAWS]
         )
-        tidy(axes, "part of the loss that a step takes away", "", "1 - factor of a step")
+        tidy(axes, "relative decrease of the loss in a step", "", "1 - factor of a step")
         axes.tick_params(axis="x", labelsize=8.5)
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False, fontsize=9)

@@ -1,12 +1,12 @@
 """The paper's classifiers: logistic regression and the CNN on MNIST, the CNN on CIFAR-10, by every method.
 
-Rates: the paper's where it publishes them, else the best of a grid, one short run each, by the training loss of
-its last epoch, so that the test data choose nothing. Methods with a schedule take the rate of the same method
-without.
+Rates are the paper's where it publishes them. Otherwise each rate of a grid is tried in one short run, and the lowest
+training loss of the last epoch decides, so that the test data are not used. A method with a schedule has the rate of
+the same method without one.
 
-The paper's scripts apply their schedule in two ways. FoMoH-KD's rate drops to a tenth after every 1,000 epochs. For all
-other methods the same settings make a list of *equal* milestones, which torch counts together: all drops come at once
-after the first 1,000 epochs (1/100 in 2,000 epochs, 1/1000 in 3,000). Both readings run here, for FoMoH and FoMoH-3D.
+The paper's scripts apply their schedule in two ways. FoMoH-KD's rate is multiplied by 0.1 after every 1,000 epochs. For
+all other methods the same settings give a list of *equal* milestones, which torch adds up: all drops occur after the
+first 1,000 epochs (a factor of 1/100 in 2,000 epochs, 1/1000 in 3,000). FoMoH and FoMoH-3D run with both.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ from matplotlib import ticker
 from ...errors import ArgumentError, RunFolderError
 from .. import data
 from ..config import Config
+from ..methods import METHODS
 from ..train import Run
-from .experiment import Budget, Experiment, Progress, Unit
+from .experiment import Budget, Experiment, Progress, WorkItem
 from .figures import band, plain_log, style, tidy
 from .results import Results, markdown, pm
 
-# What is common to all runs of a model; the steps are the paper's own: no clipping, plain Newton in the plane.
+# Settings of all runs: the paper's own steps, without clipping and by plain Newton in the plane.
 SHARED = {"clip": 0.0, "descent": "newton"}
 SETUPS: dict[str, dict[str, Any]] = {
     "logreg": {"data": "mnist", "model": "logreg", "batch_size": 1024},
     "cnn": {"data": "mnist", "model": "cnn", "batch_size": 2048},
     "cifar": {"data": "cifar10", "model": "cnn-bn", "batch_size": 2048},
 }
-# Epochs, seeds, epochs between drops of the rate, examples (0: all); of the sweep: epochs, rates.
+# Of the runs: epochs, seeds, epochs between drops of the rate, examples (all if not given). Of the sweep: epochs and
+# number of rates.
 BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
     "logreg": {
         "smoke": {"epochs": 2, "seeds": [0, 1], "drop_every": 1, "sweep_epochs": 1, "rates": 2},
@@ -60,26 +62,28 @@ BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
         "paper": {"epochs": 3000, "seeds": [0, 1, 3], "drop_every": 1000, "sweep_epochs": 100, "rates": 13},
     },
 }  # fmt: skip
-THROWN = 100.0  # a cross entropy at which the figure ends: a run beyond it was thrown, and how far tells nothing
-METHODS: dict[str, dict[str, Any]] = {
-    "FGD": {"method": "fgd"},
-    "FoMoH": {"method": "fomoh"},
-    "FoMoH, drops": {"method": "fomoh", "schedule": "drops"},
-    "FoMoH, drops at once": {"method": "fomoh", "schedule": "drops-at-once"},
-    "FoMoH-2D": {"method": "fomoh-kd", "k": 2},
-    "FoMoH-2D, drops": {"method": "fomoh-kd", "k": 2, "schedule": "drops"},
-    "FoMoH-3D": {"method": "fomoh-kd", "k": 3},
-    "FoMoH-3D, drops": {"method": "fomoh-kd", "k": 3, "schedule": "drops"},
-    "FoMoH-3D, drops at once": {"method": "fomoh-kd", "k": 3, "schedule": "drops-at-once"},
-    "FoMoH-BP": {"method": "fomoh-bp"},
-    "SGD, backprop": {"method": "sgd"},
-}
-PUBLISHED = {"logreg": {"FoMoH": 0.1362}, "cnn": {"FoMoH": 0.544}}
-# Where the paper's own searches looked, log-uniformly.
-SPACES = {
-    "FGD": (1e-5, 1e-1), "FoMoH": (1e-3, 1.0), "FoMoH-2D": (1e-3, 1.0), "FoMoH-3D": (1e-3, 1.0),
-    "FoMoH-BP": (1e-2, 1.0), "SGD, backprop": (5e-3, 0.5),
-}  # fmt: skip
+HIGHEST = 100.0  # cross entropy at the upper end of the figure; beyond it the value means nothing
+_RUNS: list[dict[str, Any]] = [
+    {"method": "fgd"},
+    {"method": "fomoh"},
+    {"method": "fomoh", "schedule": "drops"},
+    {"method": "fomoh", "schedule": "drops-at-once"},
+    {"method": "fomoh-kd", "k": 2},
+    {"method": "fomoh-kd", "k": 2, "schedule": "drops"},
+    {"method": "fomoh-kd", "k": 3},
+    {"method": "fomoh-kd", "k": 3, "schedule": "drops"},
+    {"method": "fomoh-kd", "k": 3, "schedule": "drops-at-once"},
+    {"method": "fomoh-bp"},
+    {"method": "sgd"},
+]
+
+
+def _label(method: str, k: int | None = None, schedule: str | None = None) -> str:
+    """A method with its schedule as tables and legends name it."""
+    return METHODS[method].label(k) + (f", {schedule.replace('-', ' ')}" if schedule else "")
+
+
+RUNS = {_label(**settings): settings for settings in _RUNS}
 
 
 class Networks(Experiment):
@@ -88,18 +92,19 @@ class Networks(Experiment):
     Args:
         name: "logreg", "cnn" or "cifar".
         budget: "smoke" trains "logreg" and "cnn" on the digits of scikit-learn, which need no download.
-        data_dir: where the data set is; otherwise a variable names it.
-        device: where to train.
-        epochs: instead of the budget's; drops of the rate and the sweep shrink with them.
+        data_dir: folder of the data set; by default the one that an environment variable names.
+        device: device to train on.
+        epochs: number of epochs instead of the budget's; epochs between drops and of the sweep change in proportion.
 
     Raises:
         ArgumentError: epochs < 1.
     """
 
     def __init__(
-        self, name: str, budget: Budget, data_dir: Path | None = None, device: str = "cpu", epochs: int | None = None
-    ) -> None:
-        plan = {"examples": 0} | SETUPS[name] | BUDGETS[name][budget]
+        self, name: str, budget: Budget, data_dir: Path | None = None, device: str = Config.device,
+        epochs: int | None = None,
+    ) -> None:  # fmt: skip
+        plan: dict[str, Any] = {"examples": 0} | SETUPS[name] | BUDGETS[name][budget]
         if epochs is not None:
             if epochs < 1:
                 raise ArgumentError(f"epochs must be at least 1, got {epochs}")
@@ -108,36 +113,38 @@ class Networks(Experiment):
             plan["epochs"] = epochs
         if budget == "smoke" and name != "cifar":
             plan |= {"data": "digits", "batch_size": 256}
-        published = PUBLISHED.get(name, {})
+        unscheduled = {label: METHODS[run["method"]] for label, run in RUNS.items() if "schedule" not in run}
+        model = plan["model"]
+        published = {label: method.rates[model] for label, method in unscheduled.items() if model in method.published}
         grids = {
-            method: [float(f"{rate:.3g}") for rate in np.geomspace(*space, plan["rates"])]
-            for method, space in SPACES.items()
-            if method not in published
+            label: [float(f"{rate:.3g}") for rate in np.geomspace(*method.search, plan["rates"])]
+            for label, method in unscheduled.items()
+            if label not in published and method.search is not None
         }
         shared = {n: plan[n] for n in ("data", "model", "batch_size", "drop_every", "examples")}
         self.config = {
             "experiment": name, "budget": budget, "shared": shared | SHARED | {"device": device},
-            "epochs": plan["epochs"], "seeds": plan["seeds"], "methods": METHODS, "published_rates": published,
+            "epochs": plan["epochs"], "seeds": plan["seeds"], "methods": RUNS, "published_rates": published,
             "sweep": {"epochs": plan["sweep_epochs"], "seed": 100, "grids": grids, "by": "last training loss"},
         }  # fmt: skip
         self._data_dir = data_dir
         self._dataset: data.Data | None = None
 
-    def units(self, results: Results) -> list[Unit]:
+    def items(self, results: Results) -> list[WorkItem]:
         """The runs of the sweep, then those of each method and seed."""
         sweep = self.config["sweep"]
-        units = []
+        items = []
         for method, grid in sweep["grids"].items():
             for rate in grid:
                 config = self._config(method, rate, sweep["seed"], sweep["epochs"])
-                units.append(self._unit(results, _sweep_name(method, rate), config))
+                items.append(self._item(results, _sweep_name(method, rate), config))
         for method in self.config["methods"]:
             for seed in self.config["seeds"]:
-                units.append(self._unit(results, _name(method, seed), method=method, seed=seed))
-        return units
+                items.append(self._item(results, _name(method, seed), method=method, seed=seed))
+        return items
 
     def rate(self, results: Results, method: str) -> float:
-        """The published rate of a method, or the best of its grid."""
+        """The published rate of a method, or the best one of its grid."""
         method = method.partition(", drops")[0]
         if method in self.config["published_rates"]:
             return self.config["published_rates"][method]
@@ -152,14 +159,16 @@ class Networks(Experiment):
         settings = self.config["methods"][method]
         return Config(lr=rate, seed=seed, epochs=epochs, **self.config["shared"], **settings)
 
-    def _unit(self, results: Results, name: str, config: Config | None = None, method: str = "", seed: int = 0) -> Unit:
+    def _item(
+        self, results: Results, name: str, config: Config | None = None, method: str = "", seed: int = 0
+    ) -> WorkItem:
         def work(progress: Progress) -> dict[str, Any]:
-            # The rate of a method is known when its sweep is through, which is before its turn comes.
+            # The rate of a method is known after its sweep, which comes before its runs.
             chosen = config or self._config(method, self.rate(results, method), seed, self.config["epochs"])
             return self._train(chosen, results.folder / "runs" / name, progress)
 
         known = config or self._config(method, 1.0, seed, self.config["epochs"])
-        return Unit(name, known.epochs * (known.forward_passes + 0.5), work)  # the half: test data, files
+        return WorkItem(name, known.epochs * (known.forward_passes + 0.5), work)  # 0.5 for test data and files
 
     def _train(self, config: Config, folder: Path, progress: Progress) -> dict[str, Any]:
         if self._dataset is None:
@@ -174,7 +183,7 @@ class Networks(Experiment):
         return {"config": asdict(config), "status": result["status"], "rows": run.rows()}
 
     def report(self, results: Results) -> None:
-        """Loss and accuracy over epochs and seconds, the table, and what the sweep found."""
+        """Plot loss and accuracy over epochs and seconds; write their table and that of the sweep."""
         runs = {
             method: [results.read(_name(method, seed)) for seed in self.config["seeds"]]
             for method in self.config["methods"]
@@ -253,7 +262,7 @@ class Networks(Experiment):
             tidy(panels[0, column], "test loss", "", "cross entropy" if column == 0 else "")
             tidy(panels[1, column], "test accuracy", x, "%" if column == 0 else "")
         panels[0, 0].set_yscale("log")
-        panels[0, 0].set_ylim(top=min(panels[0, 0].get_ylim()[1], THROWN))
+        panels[0, 0].set_ylim(top=min(panels[0, 0].get_ylim()[1], HIGHEST))
         panels[0, 1].set_xscale("log")
         plain_log(panels[0, 0].yaxis)
         plain_log(panels[1, 1].xaxis)

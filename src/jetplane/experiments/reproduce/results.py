@@ -1,4 +1,4 @@
-"""A results folder: what was asked for, the numbers as they came, a table and figures."""
+"""Results folders: the configuration, the metrics of each work item, a page and figures."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Results:
     """A folder with ``configuration.json``, ``environment.json``, ``metrics/``, ``results.md`` and figures.
 
     Args:
-        folder: made if it is not there.
-        config: everything that decides the numbers. A folder that was begun with another one is refused.
+        folder: the results folder; it is created if it does not exist.
+        config: everything that decides the numbers.
 
     Raises:
         RunFolderError: the folder holds something else, or results of another configuration.
@@ -30,7 +30,7 @@ class Results:
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         self.folder = folder
-        config = json.loads(json.dumps(config))  # tuples as lists, as they will be read
+        config = json.loads(json.dumps(config))  # tuples become lists, as in the file
         path = folder / "configuration.json"
         if path.exists():
             _refuse_changes(path, config)
@@ -44,17 +44,17 @@ class Results:
             environment.record(folder, torch.device("cpu"), 0)
 
     def has(self, name: str) -> bool:
-        """Whether these metrics are there already."""
+        """Whether the folder holds metrics of this name."""
         return self._path(name).exists()
 
-    def keep(self, name: str, metrics: Any) -> None:
-        """Write metrics, whole or not at all."""
+    def write(self, name: str, metrics: Any) -> None:
+        """Write metrics atomically."""
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, metrics)
 
     def read(self, name: str) -> Any:
-        """Metrics that `keep` wrote.
+        """Read metrics that `write` wrote.
 
         Raises:
             RunFolderError: they are missing or damaged.
@@ -67,34 +67,34 @@ class Results:
             ) from error
 
     def figure(self, name: str, figure: Figure) -> None:
-        """Write a figure as PNG and SVG."""
+        """Write a figure as PNG and SVG, and close it."""
         for kind in ("png", "svg"):
             figure.savefig(self.folder / f"{name}.{kind}", dpi=150)
         plt.close(figure)
 
     def page(self, title: str, sections: Sequence[str]) -> None:
         """Write ``results.md``."""
-        store.write_whole(self.folder / "results.md", "\n\n".join([f"# {title}", *sections, ""]).encode())
+        store.write_atomically(self.folder / "results.md", "\n\n".join([f"# {title}", *sections, ""]).encode())
 
     def _path(self, name: str) -> Path:
         return self.folder / "metrics" / f"{name}.json"
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A Markdown table; all columns but the first are aligned to the right."""
+    """A Markdown table; all columns but the first are aligned right."""
     names = list(rows[0])
     lines = [names, ["---", *["--:"] * (len(names) - 1)], *([row[n] for n in names] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def mean_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean over seeds and its standard error; the error of a single value is NaN."""
+    """Mean and its standard error; for a single value the error is NaN."""
     x = torch.tensor(values, dtype=torch.float64)
     return x.mean().item(), (x.std() / len(x) ** 0.5).item() if len(x) > 1 else float("nan")
 
 
 def pm(values: Sequence[float], digits: int = 3, scale: float = 1.0) -> str:
-    """Mean and standard error as a table shows them; what was thrown far by its order of magnitude.
+    """Mean and standard error for a table; numbers of a million and more by their order of magnitude alone.
 
     >>> pm([1.0, 2.0]), pm([2e12, 55.1])
     ('1.500 ± 0.500', '1e+12 ± 1e+12')
@@ -105,7 +105,7 @@ def pm(values: Sequence[float], digits: int = 3, scale: float = 1.0) -> str:
 
 
 def _write(path: Path, content: Any) -> None:
-    store.write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+    store.write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _refuse_changes(path: Path, config: dict[str, Any]) -> None:

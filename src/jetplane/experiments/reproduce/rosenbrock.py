@@ -1,16 +1,16 @@
-"""Rosenbrock's function: paths in 2 dimensions, the order by K in 10 and 100.
+"""Rosenbrock's function: paths in 2 dimensions, losses by K in 10 and 100 dimensions.
 
     f(x) = sum_i (1 - x_i)^2 + 100 (x_{i+1} - x_i^2)^2,    minimum 0 at (1, ..., 1)
 
-Starts are standard normal, one for each seed and the same for every method, as in the paper's scripts. FoMoH-KD takes
-the paper's plain Newton step in its plane, uphill where the plane is indefinite; in 100 dimensions the saddle-free
-step (eigenvalues by absolute value) runs beside it.
+Starting points are standard normal, one for each seed and the same for every method, as in the paper's scripts.
+FoMoH-KD takes the paper's plain Newton step in its plane, which goes uphill where the plane is indefinite; in 100
+dimensions it is compared with the saddle-free step (eigenvalues by absolute value).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,22 +19,21 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from ... import optim
 from ...errors import NonFiniteError, RescueWarning, SingularPlaneError
-from ...subspace.descent import Newton, SaddleFree
-from .experiment import Budget, Experiment, Progress, Unit
+from ..methods import METHODS, Settings
+from .experiment import Budget, Experiment, Progress, WorkItem
 from .figures import band, style, tidy
 from .results import Results, markdown, pm
 
-FLOOR = 1e-32  # smaller losses are rounding: 0 has no logarithm
+FLOOR = 1e-32  # losses below it, which are rounding, count as it: 0 has no logarithm
 
-# dimensions -> (iterations, seeds, dimensions of the planes)
+# dimensions of the function -> (iterations, seeds, dimensions of the planes)
 SIZES: dict[str, dict[int, tuple[int, int, list[int]]]] = {
     "smoke": {2: (30, 2, [2]), 10: (15, 2, [2, 5, 10]), 100: (4, 2, [2, 20, 100])},
     "hour": {2: (1000, 10, [2]), 10: (100, 10, list(range(2, 11))), 100: (100, 10, [2, 5, 10, 20, 50, 80, 90, 100])},
     "paper": {2: (1000, 10, [2]), 10: (100, 10, list(range(2, 11))), 100: (100, 10, [2, 5, *range(10, 101, 10)])},
 }
-FGD_RATE = 1e-4  # the paper's notebook; at 1e-3, that of its script, some starts diverge
+FGD_RATE = METHODS["fgd"].rates["rosenbrock"]
 
 
 def rosenbrock(x: Tensor) -> Tensor:
@@ -70,42 +69,47 @@ def newton_path(x: Tensor) -> Iterator[Tensor]:
         yield x
 
 
-def path(x: Tensor, method: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Iterator[Tensor]:
-    """The iterates of one of our optimizers."""
+def path(x: Tensor, name: str, settings: Settings) -> Iterator[Tensor]:
+    """The iterates of a method of the registry."""
     x = x.clone().requires_grad_()
-    opt = method([x])
+    opt = METHODS[name].build([x], None, settings)
     while True:
         opt.step(lambda: rosenbrock(x))  # type: ignore[arg-type,return-value]
         yield x.detach().clone()
 
 
 def iterates(dimensions: int, method: str, seed: int, iterations: int, progress: Progress) -> dict[str, Any]:
-    """Losses, start included, of one method from one start; in 2 dimensions the points as well.
+    """The losses of one method from one starting point, that of the start included; in 2 dimensions also the points.
 
     Args:
-        dimensions: of the function.
-        method: "newton", "fgd", "fomoh", or "fomoh-K" and "saddle-free-K" with the dimensions of the planes.
-        seed: of the start and the directions.
-        iterations: how many. A path that leaves the numbers ends where it does; its last loss is kept.
-        progress: is told how far it has come.
+        dimensions: dimensions of the function.
+        method: "newton", "fgd", "fomoh", or "fomoh-K" and "saddle-free-K" for planes of K dimensions.
+        seed: seed of the start and of the directions.
+        iterations: number of iterations. A path that becomes infinite or NaN ends there, and its last finite loss is
+            repeated.
+        progress: called after every tenth iteration with the fraction done and the loss.
     """
     first = start(dimensions, seed)
     if method == "newton":
         steps = newton_path(first)
     elif method == "fgd":
-        steps = path(first, lambda x: optim.FGD(x, lr=FGD_RATE, seed=seed))
+        steps = path(first, "fgd", Settings(lr=FGD_RATE, k=1, seed=seed))
     elif method == "fomoh":
-        steps = path(first, lambda x: optim.FoMoH(x, lr=1.0, eps=0.0, seed=seed))
+        steps = path(first, "fomoh", Settings(lr=1.0, k=1, eps=0.0, seed=seed))
     else:
-        k, descent = planes(method), SaddleFree() if method.startswith("saddle") else Newton()
-        steps = path(first, lambda x: optim.FoMoHKD(x, lr=1.0, k=k, descent=descent, seed=seed))
+        descent = "saddle-free" if method.startswith("saddle") else "newton"
+        steps = path(first, "fomoh-kd", Settings(lr=1.0, k=planes(method), descent=descent, seed=seed))
     points, ended = [first], False
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RescueWarning)  # of uphill steps: the paper's method takes them
+        warnings.simplefilter("ignore", RescueWarning)  # uphill steps are part of the paper's method
         for n in range(1, iterations + 1):
             try:
                 points.append(next(steps) if not ended else points[-1])
-            except (NonFiniteError, SingularPlaneError, RuntimeError):  # the last: torch's, of a singular Hessian
+            except (
+                NonFiniteError,
+                SingularPlaneError,
+                RuntimeError,
+            ):  # the last: torch's, singular Hessian
                 ended = True
                 points.append(points[-1])
             if n % 10 == 0:
@@ -118,7 +122,7 @@ class Rosenbrock(Experiment):
     """FGD, FoMoH, FoMoH-KD and Newton on Rosenbrock's function.
 
     Args:
-        budget: "hour" takes minutes; "paper" has more planes in 100 dimensions.
+        budget: "hour" takes minutes; "paper" has more values of K in 100 dimensions.
     """
 
     def __init__(self, budget: Budget) -> None:
@@ -128,38 +132,38 @@ class Rosenbrock(Experiment):
         self.config = {"experiment": "rosenbrock", "budget": budget, "fgd_rate": FGD_RATE, "sizes": sizes}
 
     def methods(self, dimensions: int) -> list[str]:
-        """What runs in so many dimensions."""
+        """The methods that run in a number of dimensions."""
         ks = self.config["sizes"][str(dimensions)]["planes"]
         lines = ["fgd", "fomoh"] if dimensions == 2 else []
         safe = [f"saddle-free-{k}" for k in ks] if dimensions == 100 else []
         return [*lines, *(f"fomoh-{k}" for k in ks), *safe, "newton"]
 
-    def units(self, results: Results) -> list[Unit]:
-        """A unit for each dimension, method and seed."""
+    def items(self, results: Results) -> list[WorkItem]:
+        """A work item for each dimension, method and seed."""
         torch.set_num_threads(1)  # on vectors this small, threads cost more than they give
-        units = []
+        items = []
         for d, size in self.config["sizes"].items():
             for method in self.methods(int(d)):
                 k = planes(method)
                 for seed in size["seeds"]:
                     t = size["iterations"]
-                    units.append(
-                        Unit(
+                    items.append(
+                        WorkItem(
                             f"{d}d/{method}-{seed}",
                             t * (0.1 if method == "newton" else 1 + k * k / 400),
                             lambda progress, d=int(d), m=method, s=seed, t=t: iterates(d, m, s, t, progress),
                         )
                     )
-        return units
+        return items
 
     def losses(self, results: Results, dimensions: int, method: str) -> np.ndarray:
-        """Losses (seeds, iterations + 1), none below `FLOOR`."""
+        """Losses (seeds, iterations + 1), at least `FLOOR`."""
         seeds = self.config["sizes"][str(dimensions)]["seeds"]
         runs = [results.read(f"{dimensions}d/{method}-{seed}")["loss"] for seed in seeds]
         return np.maximum(np.array(runs), FLOOR)
 
     def report(self, results: Results) -> None:
-        """Paths over contour lines, losses over iterations, tables."""
+        """Plot paths over contour lines and losses over iterations; write the tables."""
         sections = [
             "Base-10 logarithms of the loss after the last iteration: mean over starts with its standard error, and "
             "the median; a loss below 1e-32 counts as that. FoMoH-KD takes the paper's plain Newton step in its plane, "
@@ -176,7 +180,7 @@ class Rosenbrock(Experiment):
             size = self.config["sizes"][str(dimensions)]
             sections += [f"## {dimensions} dimensions, {size['iterations']} iterations", markdown(rows)]
             if dimensions in size["planes"]:
-                sections.append(self._coincidence(results, dimensions))
+                sections.append(self._agreement_text(results, dimensions))
             name = "paths-2d" if dimensions == 2 else f"loss-{dimensions}d"
             sections.append(f"![{dimensions} dimensions]({name}.png)")
         self._paths(results)
@@ -184,12 +188,12 @@ class Rosenbrock(Experiment):
             self._curves(results, dimensions)
         results.page("Rosenbrock's function", sections)
 
-    def together(self, results: Results, dimensions: int) -> list[tuple[int, float]]:
-        """How far FoMoH-KD with K = D and Newton go together.
+    def agreement(self, results: Results, dimensions: int) -> list[tuple[int, float]]:
+        """For how many iterations FoMoH-KD with K = D and Newton's method agree.
 
         Returns:
-            For each start: the iterations after which their losses differ by less than a thousandth, and Newton's
-            largest loss until then. Losses below 1e-20 count as equal.
+            For each start the number of iterations in which their losses differ by at most a thousandth (losses below
+            1e-20 count as equal), and Newton's largest loss until then.
         """
         found = []
         ours, newton = (self.losses(results, dimensions, m) for m in (f"fomoh-{dimensions}", "newton"))
@@ -199,15 +203,15 @@ class Rosenbrock(Experiment):
             found.append((last, float(b[: last + 1].max())))
         return found
 
-    def _coincidence(self, results: Results, dimensions: int) -> str:
+    def _agreement_text(self, results: Results, dimensions: int) -> str:
         iterations = self.config["sizes"][str(dimensions)]["iterations"]
-        found = self.together(results, dimensions)
+        found = self.agreement(results, dimensions)
         parted = [(n, loss) for n, loss in found if n < iterations]
         text = (
             f"FoMoH-{dimensions}D and Newton: losses within a thousandth of each other for all iterations in "
             f"{len(found) - len(parted)} of {len(found)} starts"
         )
-        if parted:  # Newton was thrown far away, and rounding decides where it comes down
+        if parted:  # after a step far away, rounding decides the next iterates
             steps, losses = zip(*parted, strict=True)
             text += (
                 f"; in the others for {min(steps)} to {max(steps)}, until Newton's loss had grown to at least "
@@ -218,7 +222,7 @@ class Rosenbrock(Experiment):
         return text + "."
 
     def distance(self, results: Results) -> float:
-        """Largest distance between points of FoMoH-2D and of Newton in 2 dimensions, over all starts."""
+        """The largest distance between the iterates of FoMoH-2D and of Newton in 2 dimensions, over all starts."""
         seeds = self.config["sizes"]["2"]["seeds"]
         pairs = [[np.array(results.read(f"2d/{m}-{s}")["points"]) for m in ("fomoh-2", "newton")] for s in seeds]
         return max(float(np.abs(a - b).max()) for a, b in pairs)
@@ -247,7 +251,7 @@ class Rosenbrock(Experiment):
         results.figure("paths-2d", figure)
 
     def _curves(self, results: Results, dimensions: int) -> None:
-        """Losses over iterations, a panel for each way to solve the plane, and medians over K."""
+        """Plot losses over iterations, a panel for each descent, and their medians over K."""
         size = self.config["sizes"][str(dimensions)]
         kinds = ["fomoh", "saddle-free"] if dimensions == 100 else ["fomoh"]
         colours = plt.get_cmap("viridis")(np.linspace(0, 0.93, len(size["planes"])))
@@ -281,15 +285,18 @@ class Rosenbrock(Experiment):
 
 
 def planes(method: str) -> int:
-    """The dimensions of a method's planes, 1 for those that search lines."""
+    """The dimensions of a method's planes; 1 for methods that step along single directions."""
     last = method.rpartition("-")[2]
     return int(last) if last.isdigit() else 1
 
 
 def label(method: str) -> str:
     """A method as legends and tables name it."""
-    names = {"newton": "Newton", "fgd": "FGD", "fomoh": "FoMoH"}
-    return names.get(method) or f"FoMoH-{planes(method)}D" + (", saddle-free" if method.startswith("saddle") else "")
+    if method == "newton":
+        return "Newton"
+    if method in METHODS:
+        return METHODS[method].label()
+    return METHODS["fomoh-kd"].label(planes(method)) + (", saddle-free" if method.startswith("saddle") else "")
 
 
 def _contours(axes: Axes) -> None:

@@ -1,4 +1,4 @@
-"""How training runs went, and what is made of them: tables, times to a target, the picture."""
+"""Learning curves of training runs: files, tables, times to a target and the figure."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ Rows = list[dict[str, float]]
 
 
 @dataclass
-class Course:
-    """How one run went.
+class LearningCurve:
+    """The learning curve of one run.
 
     Attributes:
-        rows: seconds, steps, epochs, forward passes, the mean loss of the batches since the row before,
-            each before its step ("train"), and held-out loss and measure.
-        rate: None if the method has none.
-        measure: what is reported, "accuracy" or an error.
-        budget: the seconds it was given.
-        sweep: the rates that were tried and the train loss that each came to; empty if none were.
-        sweep_seconds: how long each of them was tried.
-        memory: bytes at the peak of training above the weights, if that was measured.
+        method: name of the method.
+        seed: seed of weights, batches and directions.
+        rate: learning rate; None for a method without one.
+        measure: the reported quantity, "accuracy" or an error.
+        rows: seconds, steps, epochs, forward passes, held-out loss and measure, and "train", the mean loss of the
+            batches since the previous row, each before its step.
+        status: "finished", "interrupted", or "diverged" with a reason.
+        budget: seconds of training that it was given.
+        sweep: training loss at the end of a short run for each rate that was tried; empty without a sweep.
+        sweep_seconds: seconds of training of each short run.
+        memory: peak memory of training above the weights in bytes; None if it was not measured.
     """
 
     method: str
@@ -44,52 +47,52 @@ class Course:
 
     @property
     def seconds(self) -> float:
-        """How long it was to go."""
+        """Seconds of training of the whole run."""
         return self.budget or self.rows[-1]["seconds"]
 
     def at(self, seconds: float) -> dict[str, float] | None:
-        """The last row that is not later, if the run came so far."""
+        """The last row up to a time; None if the run ended before it without diverging."""
         if not self.status.startswith("diverged") and self.seconds < 0.98 * seconds:
             return None
         return next((row for row in reversed(self.rows) if row["seconds"] <= 1.02 * seconds + 0.02), None)
 
     def when(self, reached: Callable[[dict[str, float]], bool]) -> float | None:
-        """The seconds of the first row that is good enough."""
+        """The seconds of the first row that satisfies a condition; None if there is none."""
         return next((row["seconds"] for row in self.rows if reached(row)), None)
 
 
-Results = dict[str, list[Course]]  # by task
+Results = dict[str, list[LearningCurve]]  # by task
 
 
 def save(results: Results, machine: str, path: Path) -> None:
-    rows = {name: [asdict(c) for c in courses] for name, courses in results.items()}
+    rows = {name: [asdict(c) for c in curves] for name, curves in results.items()}
     path.write_text(json.dumps({"machine": machine, "results": rows}, indent=1) + "\n")
 
 
 def load(paths: Iterable[Path]) -> tuple[list[str], Results]:
-    """Machines and courses of earlier runs; of the same task, method and seed the last one counts."""
+    """Machines and learning curves from files; for equal task, method and seed the last one is kept."""
     machines: list[str] = []
-    found: dict[str, dict[tuple[str, int], Course]] = {}
+    found: dict[str, dict[tuple[str, int], LearningCurve]] = {}
     for path in paths:
         held = json.loads(path.read_text())
         machines.append(held["machine"])
-        for name, courses in held["results"].items():
-            for c in courses:
-                found.setdefault(name, {})[c["method"], c["seed"]] = Course(**c)
-    return list(dict.fromkeys(machines)), {name: list(courses.values()) for name, courses in found.items()}
+        for name, curves in held["results"].items():
+            for c in curves:
+                found.setdefault(name, {})[c["method"], c["seed"]] = LearningCurve(**c)
+    return list(dict.fromkeys(machines)), {name: list(curves.values()) for name, curves in found.items()}
 
 
 def merged(earlier: Results, later: Results) -> Results:
-    """Both; of the same task, method and seed the later one."""
-    out = {name: list(courses) for name, courses in earlier.items()}
-    for name, courses in later.items():
-        new = {(c.method, c.seed) for c in courses}
-        out[name] = [c for c in out.get(name, []) if (c.method, c.seed) not in new] + courses
+    """The learning curves of both; for equal task, method and seed the later one."""
+    out = {name: list(curves) for name, curves in earlier.items()}
+    for name, curves in later.items():
+        new = {(c.method, c.seed) for c in curves}
+        out[name] = [c for c in out.get(name, []) if (c.method, c.seed) not in new] + curves
     return out
 
 
-def by_method(courses: list[Course]) -> dict[str, list[Course]]:
-    return {method: [c for c in courses if c.method == method] for method in dict.fromkeys(c.method for c in courses)}
+def by_method(curves: list[LearningCurve]) -> dict[str, list[LearningCurve]]:
+    return {method: [c for c in curves if c.method == method] for method in dict.fromkeys(c.method for c in curves)}
 
 
 # --- tables -----------------------------------------------------------------------------------------------
@@ -99,25 +102,25 @@ def shown(value: float, measure: str) -> str:
     return f"{100 * value:.1f} %" if measure == "accuracy" else f"{value:.3g}"
 
 
-def _cell(courses: list[Course], seconds: float) -> str:
-    rows = [row for c in courses if (row := c.at(seconds)) is not None]
+def _cell(curves: list[LearningCurve], seconds: float) -> str:
+    rows = [row for c in curves if (row := c.at(seconds)) is not None]
     if not rows:
         return ""
-    measure, values = courses[0].measure, [row["measure"] for row in rows]
+    measure, values = curves[0].measure, [row["measure"] for row in rows]
     spread = f" ± {shown(max(values) - min(values), measure)}" if len(values) > 1 else ""
     return shown(fmean(values), measure) + spread
 
 
-def table(name: str, courses: list[Course]) -> str:
-    """Means over seeds at a few times, what a step costs in forward passes, and peak memory if it was measured."""
-    longest = max(c.seconds for c in courses)
+def table(name: str, curves: list[LearningCurve]) -> str:
+    """Means over seeds at three times, forward passes of a step, and peak memory if it was measured."""
+    longest = max(c.seconds for c in curves)
     times = [longest / 16, longest / 4, longest]
     heads = [name, "rate", *(f"{t:.3g} s" for t in times), "train loss", "epochs", "forwards a step"]
-    measured = any(c.memory is not None for c in courses)
+    measured = any(c.memory is not None for c in curves)
     if measured:
         heads.append("peak above the weights, MiB")
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
-    for method, own in by_method(courses).items():
+    for method, own in by_method(curves).items():
         last = own[0].rows[-1]
         note = " (diverged)" if any(c.status.startswith("diverged") for c in own) else ""
         cells = [
@@ -134,9 +137,9 @@ def table(name: str, courses: list[Course]) -> str:
     return "\n".join(lines)
 
 
-def sweeps(name: str, courses: list[Course]) -> str:
-    """What rates were tried, and how they did; nothing if none were."""
-    swept = {method: own[0] for method, own in by_method(courses).items() if own[0].sweep}
+def sweeps(name: str, curves: list[LearningCurve]) -> str:
+    """The rates that were tried with their training losses; empty without a sweep."""
+    swept = {method: own[0] for method, own in by_method(curves).items() if own[0].sweep}
     lines = [
         f"- {method}, {c.sweep_seconds:g} s each: "
         + "; ".join(
@@ -148,13 +151,13 @@ def sweeps(name: str, courses: list[Course]) -> str:
     return "\n".join([f"Rates that were tried on {name}, and the train loss at the end:", "", *lines]) if lines else ""
 
 
-def targets(name: str, courses: list[Course], at: float | None = None) -> str:
-    """What each rival has at the end, or after so many seconds, and when plane-search has it."""
-    methods = by_method(courses)
+def targets(name: str, curves: list[LearningCurve], at: float | None = None) -> str:
+    """Loss and measure of each rival at the end, or at a time, and when plane-search reaches them."""
+    methods = by_method(curves)
     ours = methods.pop(PLANE, [])
     if not ours or not methods:
         return ""
-    measure = courses[0].measure
+    measure = curves[0].measure
     word = measure if measure == "accuracy" else "held-out error"
     lines = [
         f"| {name} | after | train loss | {PLANE} has it after | times sooner | {word} | {PLANE} has it after "
@@ -185,7 +188,7 @@ def targets(name: str, courses: list[Course], at: float | None = None) -> str:
 
 
 def _sooner(seconds: float, ours: list[float | None]) -> tuple[str, str]:
-    """When ours were there, and how many times sooner that is."""
+    """The mean time at which our runs reached a target, and ``seconds`` divided by it."""
     reached = [t for t in ours if t is not None]
     if len(reached) < len(ours):
         return "not reached", ""
@@ -196,26 +199,26 @@ def _sooner(seconds: float, ours: list[float | None]) -> tuple[str, str]:
 def report(results: Results, machine: str, at: float | None = None) -> str:
     """All tables."""
     parts = [machine]
-    for name, courses in results.items():
-        if courses:
-            parts += [table(name, courses), targets(name, courses, at), sweeps(name, courses)]
+    for name, curves in results.items():
+        if curves:
+            parts += [table(name, curves), targets(name, curves, at), sweeps(name, curves)]
     return "\n\n".join(part for part in parts if part)
 
 
-# --- the picture ------------------------------------------------------------------------------------------
+# --- the figure ------------------------------------------------------------------------------------------
 
 
 def draw(results: Results, path: Path, title: str) -> None:
-    """The measure over seconds, a panel for each task."""
-    results = {name: courses for name, courses in results.items() if courses}
+    """Plot the measure over seconds, a panel for each task."""
+    results = {name: curves for name, curves in results.items() if curves}
     figure, panels = plt.subplots(
         1, len(results), figsize=(1 + 4.4 * len(results), 4.2), squeeze=False, layout="constrained"
     )
     figure.suptitle(title, fontsize=12)
-    methods = list(dict.fromkeys(c.method for courses in results.values() for c in courses))
-    for panel, (name, courses) in zip(panels[0], results.items(), strict=True):
-        error = courses[0].measure == "accuracy"
-        for c in courses:
+    methods = list(dict.fromkeys(c.method for curves in results.values() for c in curves))
+    for panel, (name, curves) in zip(panels[0], results.items(), strict=True):
+        error = curves[0].measure == "accuracy"
+        for c in curves:
             n = methods.index(c.method)
             panel.plot(
                 [r["seconds"] for r in c.rows[1:]],
@@ -229,7 +232,7 @@ def draw(results: Results, path: Path, title: str) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     named = {
         label: line for panel in panels[0] for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
-    }  # one line a method, however many panels and seeds it is in
+    }  # one entry a method, for all panels and seeds
     figure.legend([named[m] for m in methods], methods, frameon=False, fontsize=9, loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""A run of several processes that torchrun started: who they are, and what the first of them does for all."""
+"""Training runs on several ranks that torchrun launched: the process group, and work of the first rank for all."""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ from torch.distributed.rendezvous import rendezvous
 from ..errors import JetplaneError, LostRankError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=5)  # how long ranks wait for one that hangs
+TIMEOUT = timedelta(minutes=5)  # until a rank that does not answer is taken for lost
 
 
 def start() -> None:
-    """Join the other processes, if torchrun started more than one: gloo for CPU tensors, NCCL for those of GPUs."""
+    """Initialize the process group if torchrun launched several ranks: gloo for CPU tensors, NCCL for CUDA tensors."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         store, place, count = next(rendezvous("env://"))
-        # torchrun keeps its store over a restart, and gloo would meet the addresses of the dead (torch 2.13).
+        # torchrun keeps its store over a restart, where gloo would find the addresses of ended processes (torch 2.13).
         attempt = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(timeout=TIMEOUT, store=attempt, rank=place, world_size=count)
 
 
 def end(reason: BaseException | None) -> None:
-    """Leave them; a process that is through with its work and asks to exit does so at once.
+    """Destroy the process group; on `SystemExit` end this process at once, with its exit code.
 
-    Torch's threads may still run when the interpreter takes itself apart, and then abort a process whose work is done
-    (torch 2.13, "terminate called without an active exception").
+    Threads of torch may still run while the interpreter shuts down, and abort a process that has done its work (torch
+    2.13, "terminate called without an active exception"). ``os._exit`` leaves them no time to.
+
+    Args:
+        reason: the exception that ends the program, if any.
     """
     if group() is None:
         return
@@ -44,37 +47,42 @@ def end(reason: BaseException | None) -> None:
 
 
 def group() -> Any:
-    """All processes that train together, or None where this one is alone."""
+    """The process group of all ranks, or None for a single process."""
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
 def size() -> int:
-    """How many there are."""
+    """The number of ranks."""
     return 1 if group() is None else dist.get_world_size()
 
 
 def rank() -> int:
-    """Which of them this is."""
+    """The number of this rank, from 0."""
     return 0 if group() is None else dist.get_rank()
 
 
 def restarted() -> bool:
-    """Whether torchrun started this process again after one was lost."""
+    """Whether torchrun has restarted the ranks after one was lost."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def device(name: str) -> str:
-    """Of GPUs, each process of a machine takes its own."""
+    """The device of this rank: "cuda" becomes a GPU of its own where there are several ranks."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and group() is not None else name
 
 
-def share(batch: torch.Tensor) -> torch.Tensor:
-    """This process's part of a batch of indices, the same size as that of others or one less."""
+def shard(batch: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a batch of indices (N,); sizes on different ranks differ by at most one."""
     return batch.tensor_split(size())[rank()]
 
 
-def by_first(work: Callable[[], T]) -> T:
-    """What the first process's work gives, or raises, on all of them; files are its own business."""
+def on_first_rank(work: Callable[[], T]) -> T:
+    """Do work on rank 0 alone, such as reading and writing files, and return its result on all ranks.
+
+    Raises:
+        JetplaneError: on all ranks, if the work raised it on rank 0.
+        LostRankError: a rank ended before it had the result.
+    """
     if group() is None:
         return work()
     said: list[Any] = [None]

@@ -1,0 +1,106 @@
+"""Directions of norm one, made on demand of tensors that are held elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from .._sharding import local
+from ..jets import Deferred, Partial, Tangents
+from .base import AbstractDirections, checked, working_dtype
+
+
+@dataclass(frozen=True)
+class Term:
+    """What a direction is at one parameter: ``weight * tensor / sqrt(square)``.
+
+    Attributes:
+        tensor: of the parameter's shape.
+        weight: a number.
+        square: of the same shape, positive or zero; None to divide by nothing. Where it is zero the direction is zero.
+    """
+
+    tensor: Tensor
+    weight: float = 1.0
+    square: Tensor | None = None
+
+    def materialized(self) -> Tensor:
+        """The tensor that this stands for."""
+        if self.square is None:
+            return self.weight * self.tensor
+        there = self.square > 0
+        return torch.where(there, self.weight * self.tensor * torch.where(there, self.square, 1).rsqrt(), 0)
+
+
+@final
+class UnitDirections(AbstractDirections):
+    """K directions of Euclidean norm one over all parameters, which hold no memory of their own.
+
+    `UnitDirections.of` makes them of vectors of any length: for each its `Term` at every parameter that it moves, by
+    the parameter's index. Vectors that are zero are left out; where all are, it returns None.
+
+    >>> import torch
+    >>> w = torch.zeros(2)
+    >>> found = UnitDirections.of([{0: Term(torch.tensor([3.0, 4.0]))}, {0: Term(torch.zeros(2))}])
+    >>> found.k, found.draw(0, w)
+    (1, tensor([[0.6000, 0.8000]]))
+    """
+
+    cacheable = False
+
+    def __init__(self, vectors: Sequence[Mapping[int, Term]]) -> None:
+        self.k = len(vectors)
+        self._terms: dict[int, dict[int, Term]] = {}
+        for row, vector in enumerate(vectors):
+            for index, term in vector.items():
+                self._terms.setdefault(index, {})[row] = term
+
+    @staticmethod
+    def of(vectors: Sequence[Mapping[int, Term]]) -> UnitDirections | None:
+        """The directions of these vectors that are not zero."""
+        kept = []
+        for vector in vectors:
+            norms = [term.materialized().double().norm() for term in vector.values()]
+            norm = torch.stack(norms).norm().item() if norms else 0.0
+            if norm > 0:
+                kept.append({i: replace(term, weight=term.weight / norm) for i, term in vector.items()})
+        return UnitDirections(kept) if kept else None
+
+    def squared_norms(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> Tensor:
+        """Ones."""
+        return torch.ones(self.k, dtype=torch.float64)
+
+    def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
+        """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
+        run, terms, here = range(self.k)[directions or slice(None)], self._terms.get(index, {}), local(param)
+        drawn = torch.zeros(len(run), *here.shape, dtype=here.dtype, device=here.device)
+        for n, row in enumerate(run):
+            if row in terms:
+                drawn[n] = terms[row].materialized()
+        return drawn
+
+    def structured(self, index: int, param: Tensor) -> Tensor | Tangents | None:
+        """To be made when an operator asks for them; those that move the parameter alone."""
+        terms, here = self._terms.get(index, {}), local(param)
+        if not terms:
+            return None
+        rows = sorted(terms)
+
+        def made(run: slice) -> Tensor:
+            chosen = [terms[row].materialized() for row in rows[run]]
+            return torch.stack(chosen) if chosen else here.new_zeros(0, *here.shape)
+
+        deferred = Deferred(made, here, len(rows))
+        return deferred if len(rows) == self.k else Partial(self.k, rows, deferred)
+
+    def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
+        """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""
+        here = local(param)
+        total, weights = torch.zeros_like(here, dtype=working_dtype(here)), checked(kappa, self.k).tolist()
+        for row, term in self._terms.get(index, {}).items():
+            total.add_(replace(term, weight=weights[row] * term.weight).materialized())
+        return total.to(here.dtype)

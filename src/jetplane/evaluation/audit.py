@@ -1,0 +1,508 @@
+"""An audit of a closure: the slope of one evaluation held against differences of plain runs.
+
+Interception sees what passes through torch in the threads of a closure. No list of what it does not see is complete, so
+the slope along one direction that moves all parameters is measured as well:
+
+    D(h) = (L(theta + h v) - L(theta - h v)) / (2 h)
+
+A difference D that stays the same over a range of steps h, that is not the slope, and that rounding does not explain,
+convicts the evaluation: first at the parameters, then at two places nearby, where whatever kink there was is gone.
+Bisection over the parameters then tells which of them are concerned. In doubt there is no error.
+
+What the closure stops derivatives at by its own will (`detach()`, `item()`, `torch.no_grad()`) is held at its value of
+the undisplaced run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import CodeType, MethodType
+from typing import Any, Literal, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .. import _sharding
+from ..directions import StoredDirections
+from ..errors import ArgumentError, AuditError, AuditWarning, LossError, RandomClosureError, UnusedParametersError
+from ..rules.functions import intercept_functions
+from ..rules.grad_mode import forward_only
+from .checks import check_parameters
+from .eager import evaluate_at_once
+from .repeats import ADVICE, tolerance
+from .side_effects import RandomState, setting_back, without_side_effects
+from .specification import PlaneSpec
+
+Closure = Callable[[], Any]
+Verdict = Literal["agrees", "differs", "unclear"]
+Auditing = Literal["first", "always", "never"]
+
+CLOSE = 1e-2  # relative difference of slope and D(h) up to which they agree
+FAR = 1e-2  # relative difference from which on they may be held to differ
+STEADY = 0.1  # of their difference from the slope: how much D(h) may vary over the steps to be believed
+ROUGH = 0.3  # part of a difference that rounding may make up if it is to say anything
+LADDER = (1 / 256, 1 / 64, 1 / 16, 1 / 4, 1, 4, 16)  # steps, in parts of the best one for smooth losses
+LONGEST = 0.5  # step, relative to the parameters
+ROUNDINGS = 2  # of the loss, by which a run may be off
+MOST_RUNS = 200  # of the closure, to tell which parameters are concerned
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What an audit has found.
+
+    Attributes:
+        verdict: "agrees" where the slope is that of the loss; "differs"; "random" where runs at the same place give
+            different losses; "unclear" where rounding, kinks or discontinuities do not let it tell.
+        slope: of the evaluation, along the direction of the audit.
+        difference: the symmetric difference of the loss along it, at the step of the closest agreement.
+        losses: of two runs at the same place.
+        parameters: the names of those whose part of the slope is not that of the loss.
+        suspicious: whether an unclear audit came near to a conviction.
+        reason: why it is unclear.
+        runs: how often the closure was run.
+    """
+
+    verdict: Literal["agrees", "differs", "random", "unclear"]
+    slope: float
+    difference: float
+    losses: tuple[float, float]
+    parameters: tuple[str, ...] = ()
+    suspicious: bool = False
+    reason: str = ""
+    runs: int = 0
+
+    def __str__(self) -> str:
+        numbers = f"slope {self.slope:.6g}, measured {self.difference:.6g} along a random direction"
+        if self.verdict == "agrees":
+            return f"agrees: {numbers} ({self.runs} runs)"
+        if self.verdict == "random":
+            return f"random: two runs at the same place gave the losses {self.losses[0]:.9g} and {self.losses[1]:.9g}"
+        if self.verdict == "unclear":
+            return f"unclear, {self.reason}: {numbers} ({self.runs} runs)"
+        return f"differs: {numbers}, because of {', '.join(self.parameters)} ({self.runs} runs)"
+
+    def check(self) -> None:
+        """Raise, or warn, if the evaluation is not to be trusted.
+
+        Raises:
+            AuditError: the slope is not that of the loss.
+            RandomClosureError: the closure gives different losses at the same place.
+        """
+        if self.verdict == "random":
+            raise RandomClosureError(f"{str(self).removeprefix('random: ')}. {ADVICE}")
+        if self.verdict == "differs":
+            raise AuditError(
+                f"the slope of this closure is not that of its loss: along a random direction it is {self.slope:.6g}, "
+                f"and the loss changes by {self.difference:.6g}. The use of {', '.join(self.parameters)} is not seen: "
+                "it may leave torch (NumPy, data_ptr in an extension, a thread of its own) or go through copies of "
+                "the parameter that were made outside of the closure. Use the parameters by torch functions inside "
+                "of the closure; if the closure is right as it is, audit='never' switches this check off",
+                self.parameters,
+            )
+        if self.suspicious:
+            warnings.warn(
+                f"the slope of this closure may not be that of its loss: {self}. jetplane.audit in double precision "
+                "can tell",
+                AuditWarning,
+                stacklevel=2,
+            )
+
+
+def audit(
+    closure: Closure,
+    params: Sequence[Tensor],
+    *,
+    names: Sequence[str] | None = None,
+    generators: Sequence[Any] = (),
+    seed: int = 0,
+) -> AuditReport:
+    """Hold the slope of a closure, along a direction that moves all parameters, against differences of its loss.
+
+    The optimizers do so before their first step; see their ``audit``. It costs one evaluation of a slope along a dense
+    direction and three plain runs or a few more: 9 to 14 forward passes on an MLP, a CNN and a GPT. Closures that are
+    convicted cost some dozens of runs, to find the parameters concerned. It holds two copies of the parameters.
+
+    Args:
+        closure: as in `jetplane.evaluate`.
+        params: the parameters, which are set back afterwards, whatever is raised. So are buffers and random states.
+        names: of the parameters, for the report; by default their places and shapes.
+        generators: as in `jetplane.evaluate`.
+        seed: of the direction.
+
+    Returns:
+        An `AuditReport`, to be printed, or raised by its `check`.
+
+    Raises:
+        ArgumentError: parameters are sharded.
+        As `jetplane.evaluate`: what the evaluation of the slope raises.
+
+    >>> import torch, jetplane as jp
+    >>> w = torch.ones(3)
+    >>> copy = w.numpy()  # shares the memory of w, and leaves torch
+    >>> print(jp.audit(lambda: (w**2).sum(), [w]).verdict)
+    agrees
+    >>> print(jp.audit(lambda: (w**2).sum() + float(copy.sum()), [w], names=["w"]).parameters)
+    ('w',)
+    """
+    params = list(params)
+    check_parameters(params)
+    if any(_sharding.is_sharded(p) for p in params):
+        raise ArgumentError("parameters are sharded: audit the closure in one process, with a small model")
+    named = [f"parameter {i} of shape {tuple(p.shape)}" for i, p in enumerate(params)] if names is None else names
+    if len(named) != len(params):
+        raise ArgumentError(f"expected a name for each of {len(params)} parameters, got {len(named)}")
+    with setting_back(generators), torch.no_grad():
+        return _Audit(closure, params, list(named), seed).report()
+
+
+@dataclass
+class _Measured:
+    """A comparison at one place, along one direction."""
+
+    verdict: Verdict
+    slope: float
+    difference: float
+    losses: tuple[float, float]
+    reason: str = ""
+
+
+class _Difference(NamedTuple):
+    """Of the loss along a direction, for one step.
+
+    Attributes:
+        value: the symmetric difference.
+        jump: by how much the difference ahead exceeds the one behind: in proportion to the step where it is smooth.
+        noise: what rounding may change of the value.
+    """
+
+    value: float
+    jump: float
+    noise: float
+
+
+@final
+class _Audit:
+    """The runs of one audit."""
+
+    def __init__(self, closure: Closure, params: list[Tensor], names: list[str], seed: int) -> None:
+        self.closure, self.params, self.names = closure, params, names
+        self.runs = 0
+        self.begin = RandomState()
+        self.written: list[Tensor] = []  # by the last plain run: buffers
+        self.generator = torch.Generator().manual_seed(seed)
+        sizes = [_size(p) for p in params]
+        whole = math.sqrt(sum(s**2 * p.numel() for s, p in zip(sizes, params, strict=True)) / _count(params))
+        self.scales = [max(s, 0.1 * whole) if whole > 0 else 1.0 for s in sizes]
+        self.eps = max(torch.finfo(p.dtype).eps for p in params)
+
+    def report(self) -> AuditReport:
+        found = self.compare(self.direction(range(len(self.params))))
+        agreed = tolerance(found.losses, [p.dtype for p in self.params])
+        if abs(found.losses[0] - found.losses[1]) > agreed:
+            again = self.loss(_Stops())
+            if again is None or abs(again - found.losses[1]) > agreed:
+                losses = found.losses if again is None else (found.losses[1], again)
+                return self._report("random", found, losses=losses)
+        if found.verdict != "differs":
+            return self._report(found.verdict, found, reason=found.reason)
+        verdicts = []
+        for _ in range(2):
+            with self.displaced(self.direction(range(len(self.params))), 4 * self.best_step()):
+                direction = self.direction(range(len(self.params)))
+                nearby = self.compare(direction)
+                verdicts.append(nearby.verdict)
+                if verdicts == ["differs", "differs"]:
+                    concerned = self.bisect(direction, abs(nearby.difference - nearby.slope))
+                    return self._report("differs", nearby, parameters=tuple(self.names[i] for i in concerned))
+        reason = "it differs at this place and not at others nearby"
+        return self._report("unclear", found, reason=reason, suspicious="agrees" not in verdicts)
+
+    def _report(self, verdict: Any, found: _Measured, **more: Any) -> AuditReport:
+        fields: dict[str, Any] = {"losses": found.losses} | more
+        return AuditReport(verdict, found.slope, found.difference, runs=self.runs, **fields)
+
+    def bisect(self, direction: dict[int, Tensor], whole: float) -> list[int]:
+        """The parameters, among those that a direction moves, that account for the difference ``whole``."""
+        places = list(direction)
+        if len(places) == 1 or self.runs > MOST_RUNS:
+            return places
+        concerned: list[int] = []
+        for half in (places[: len(places) // 2], places[len(places) // 2 :]):
+            part = {i: direction[i] for i in half}
+            found = self.compare(part)
+            if found.verdict == "differs" and abs(found.difference - found.slope) > FAR * whole:
+                concerned += self.bisect(part, whole)
+        return concerned or places
+
+    def direction(self, places: Sequence[int]) -> dict[int, Tensor]:
+        """Random tangents of some parameters, each as long in proportion to its size."""
+        return {
+            i: (torch.randn(p.shape, generator=self.generator, dtype=torch.float32) * self.scales[i]).to(p)
+            for i, p in ((i, self.params[i]) for i in places)
+        }
+
+    def best_step(self) -> float:
+        """The step, relative to the parameters, at which truncation and rounding of a smooth loss are about equal."""
+        return min(self.eps ** (1 / 3), 0.2)
+
+    def compare(self, direction: dict[int, Tensor]) -> _Measured:
+        """The slope along a direction, against differences."""
+        stops = _Stops()
+        base = self.loss(stops)
+        slope, value = self.slope(direction)
+        if base is None or not math.isfinite(base):
+            return _Measured("unclear", slope, math.nan, (value, value), "a plain run gives no finite loss")
+        found = self._along(direction, slope, base, stops)
+        if found.verdict == "differs" and stops.in_doubt:
+            return _Measured("unclear", slope, found.difference, (value, base), stops.in_doubt)
+        if found.verdict == "differs":  # as it would be if derivatives stopped under torch.no_grad()
+            stopped = _Stops(no_grad=True)
+            if self.loss(stopped) is not None and stopped.recorded_under_no_grad:
+                held = self._along(direction, slope, base, stopped)
+                found = held if held.verdict != "differs" else found
+        return _Measured(found.verdict, slope, found.difference, (value, base), found.reason)
+
+    def _along(self, direction: dict[int, Tensor], slope: float, base: float, stops: _Stops) -> _Measured:
+        rounding = ROUNDINGS * max(self.eps, stops.eps) * abs(base)
+        found: dict[float, _Difference] = {}
+        for h in self.steps(rounding, slope):
+            ahead, behind = self.loss(stops.held(), direction, h), self.loss(stops.held(), direction, -h)
+            if ahead is None or behind is None or not math.isfinite(ahead - behind):
+                continue
+            found[h] = now = _Difference((ahead - behind) / (2 * h), (ahead - 2 * base + behind) / h, rounding / h)
+            gap, size = abs(now.value - slope), max(abs(now.value), abs(slope))
+            if gap <= max(CLOSE * size, min(now.noise, ROUGH * size)):
+                return _Measured("agrees", slope, now.value, (base, base))
+            steady = _steady([found[h] for h in sorted(found)], slope)
+            if steady is not None:
+                return _Measured("differs", slope, steady, (base, base))
+        if not found:
+            return _Measured("unclear", slope, math.nan, (base, base), "the loss is not finite nearby")
+        nearest = min((d.value for d in found.values()), key=lambda d: abs(d - slope))
+        return _Measured("unclear", slope, nearest, (base, base), "the loss is rough or rounded near this place")
+
+    def steps(self, rounding: float, slope: float) -> list[float]:
+        """Steps to try: the shortest that rounding lets tell, then its neighbours, and theirs."""
+        ladder = sorted({min(part * self.best_step(), LONGEST) for part in LADDER})
+        start = next((n for n, h in enumerate(ladder) if rounding / h <= CLOSE * abs(slope)), len(ladder) - 1)
+        return sorted(ladder, key=lambda h: abs(ladder.index(h) - start))
+
+    def slope(self, direction: dict[int, Tensor]) -> tuple[float, float]:
+        """The slope of an evaluation along a direction, and its loss."""
+        places = list(direction)
+        params = [self.params[i] for i in places]
+        tangents = StoredDirections([direction[i].unsqueeze(0) for i in places])
+        self.runs += 1
+        with self._set_back():
+            try:
+                plane = evaluate_at_once(self.closure, params, tangents, PlaneSpec(1, "none"))
+            except UnusedParametersError:
+                if len(places) == len(self.params):
+                    raise
+                return 0.0, math.nan
+        return plane.slope.item(), plane.value.item()
+
+    @contextlib.contextmanager
+    def _set_back(self) -> Iterator[None]:
+        """`without_side_effects` by what a plain run has written to: its mode would show operators to interception."""
+        before, now = [t.clone() for t in self.written], RandomState()
+        self.begin.restore()
+        try:
+            yield
+        finally:
+            now.restore()
+            for t, values in zip(self.written, before, strict=True):
+                t.detach().copy_(values)
+
+    def loss(self, stops: _Stops, direction: dict[int, Tensor] | None = None, h: float = 0.0) -> float | None:
+        """The loss of a plain run, displaced along a direction; None where it cannot be run."""
+        self.runs += 1
+        with self.displaced(direction or {}, h), without_side_effects(self.begin) as log:
+            try:
+                with stops.running():
+                    loss = self.closure()
+            except (RuntimeError, ValueError, ArithmeticError):
+                if h == 0:
+                    raise
+                return None
+            self.written = [t for t, _ in log.saved.values()]
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise LossError(f"the closure must return a scalar loss, got {type(loss).__name__}")
+        stops.eps = max(stops.eps, torch.finfo(loss.dtype).eps)
+        return loss.item()
+
+    @contextlib.contextmanager
+    def displaced(self, direction: dict[int, Tensor], h: float) -> Iterator[None]:
+        before = {i: self.params[i].detach().clone() for i in direction} if h else {}
+        try:
+            for i in before:
+                self.params[i].detach().add_(direction[i], alpha=h)
+            yield
+        finally:
+            for i, values in before.items():
+                self.params[i].detach().copy_(values)
+
+
+# --- which closure was audited --------------------------------------------------------------------------------------
+
+
+def identity(closure: Closure, params: Sequence[Tensor], model: nn.Module | None = None) -> Any:
+    """What an audit holds for: the closure's code, the parameters that move, and which modules are in training mode.
+
+    Modules are those that the closure's code refers to by a variable of its own or of its module, and ``model``.
+    """
+    function = inspect.unwrap(closure)
+    while isinstance(function, functools.partial):
+        function = function.func
+    if isinstance(function, MethodType):
+        function = function.__func__
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", type(function))
+    variables = [_content(cell) for cell in getattr(function, "__closure__", None) or ()]
+    if isinstance(code, CodeType):
+        known = getattr(function, "__globals__", {})
+        variables += [known[name] for name in code.co_names if name in known]
+    modules = [m for m in (model, getattr(closure, "__self__", None), *variables) if isinstance(m, nn.Module)]
+    training = tuple(part.training for m in modules for part in m.modules())
+    return code, frozenset(id(p) for p in params), training
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a variable that is not set yet
+        return None
+
+
+# --- what a closure stops derivatives at ---------------------------------------------------------------------------
+
+_STOPPING = {
+    torch.Tensor.detach,
+    torch.Tensor.data.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.item,
+    torch.Tensor.tolist,
+    torch.Tensor.__float__,
+    torch.Tensor.__int__,
+    torch.Tensor.__bool__,
+    torch.Tensor.__index__,
+}
+# Functions whose derivative is by convention, or on average, another one than that of their value.
+_CONVENTIONS = {
+    getattr(torch, name)
+    for name in (
+        "_standard_gamma", "_sample_dirichlet", "poisson", "fake_quantize_per_tensor_affine",
+        "fake_quantize_per_channel_affine",
+    )
+}  # fmt: skip
+
+
+@dataclass
+class _Stops:
+    """What stopped derivatives in one run, in order; held at the same values in others.
+
+    Attributes:
+        no_grad: whether what runs under `torch.no_grad()` is among it.
+        in_doubt: why the derivative of the closure need not be that of its loss, or nothing.
+        eps: the coarsest rounding that was seen.
+    """
+
+    no_grad: bool = False
+    values: list[Any] = field(default_factory=list)
+    holding: bool = False
+    recorded_under_no_grad: bool = False
+    in_doubt: str = ""
+    eps: float = 0.0
+
+    def held(self) -> _Stops:
+        """For a run that repeats the values of this one."""
+        return _Stops(self.no_grad, self.values, True, eps=self.eps)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Record, or repeat, what stops derivatives inside."""
+        with contextlib.ExitStack() as stack:
+            if self.no_grad:  # grad mode tells where the closure's own code has switched it off; no graph is made
+                stack.enter_context(forward_only())
+            stack.enter_context(intercept_functions(self._custom))
+            stack.enter_context(_Holding(self))
+            yield
+
+    def _custom(self, x: Any) -> Any:
+        self.in_doubt = "a custom autograd function defines a derivative of its own"
+        return x
+
+    def take(self, made: Any) -> Any:
+        """A value that stops derivatives: noted, or replaced by the one noted before."""
+        if not self.holding:
+            self.values.append(made.clone() if isinstance(made, Tensor) else made)
+            return made
+        known = self.values[self._next] if self._next < len(self.values) else made
+        self._next += 1
+        if isinstance(made, Tensor):
+            return known if isinstance(known, Tensor) and known.shape == made.shape else made
+        return known if type(known) is type(made) else made
+
+    _next: int = 0
+
+
+class _Holding(TorchFunctionMode):
+    def __init__(self, stops: _Stops) -> None:
+        super().__init__()
+        self._stops = stops
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, stops = kwargs or {}, self._stops
+        made = func(*args, **kwargs)
+        if func in _CONVENTIONS:
+            stops.in_doubt = f"{func.__name__} has a derivative by convention"
+        if func in _STOPPING:
+            return stops.take(made)
+        if func is F.embedding:
+            return self._padded(made, args, kwargs)
+        if stops.no_grad and isinstance(made, Tensor) and made.is_floating_point() and not torch.is_grad_enabled():
+            stops.recorded_under_no_grad = True
+            known = stops.take(made)
+            written = any(made is x for x in (*args, *kwargs.values()))
+            return made.copy_(known) if written and known is not made else known
+        return made
+
+    def _padded(self, made: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """Rows of padding, which by convention are not moved."""
+        padding = kwargs.get("padding_idx", args[2] if len(args) > 2 else None)
+        if padding is None:
+            return made
+        rows, weight = args[0] if args else kwargs["input"], args[1] if len(args) > 1 else kwargs["weight"]
+        known = self._stops.take(made)
+        return torch.where((rows == padding % len(weight)).unsqueeze(-1), known, made)
+
+
+def _steady(found: Sequence[_Difference], slope: float) -> float | None:
+    """A difference that three steps in a row agree on, beyond rounding and kinks, and that is not the slope.
+
+    Args:
+        found: by steps, the shortest first.
+        slope: of the evaluation.
+    """
+    for three in zip(found, found[1:], found[2:], strict=False):
+        values, gap = [d.value for d in three], min(abs(d.value - slope) for d in three)
+        doubt = max(max(values) - min(values), abs(three[0].jump) / 4, *(d.noise for d in three))
+        if doubt <= STEADY * gap and gap > FAR * max(abs(v) for v in (*values, slope)):
+            return values[1]
+    return None
+
+
+def _size(p: Tensor) -> float:
+    """The root mean square of a parameter's entries."""
+    return p.detach().double().square().mean().sqrt().item() if p.numel() else 0.0
+
+
+def _count(params: Sequence[Tensor]) -> int:
+    return max(1, sum(p.numel() for p in params))

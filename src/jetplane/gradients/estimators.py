@@ -1,0 +1,182 @@
+"""How estimates of the gradient are made, from which later planes are spanned.
+
+An estimator looks at the batch again, by passes of its own (`Estimator.measure`), and turns what it has measured
+into an estimate (`Estimator.estimate`). In between processes that step together take the mean over their shards. It has
+no state of its own: what it learns from step to step goes in and comes out, as plain tensors, numbers, lists and
+dictionaries.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ..directions import AbstractDirections
+from ..errors import ArgumentError
+from ..evaluation.plane import PlaneModel
+from .allocation import allocate, signature
+from .feedback import Feedback, FeedbackState
+from .perturbation import estimate
+from .plan import LayerPlan
+
+State = dict[str, Any]  # plain values, {} at first
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an estimator sees: the plane that was just evaluated, and this process's shard of the batch.
+
+    Attributes:
+        closure: returns the loss of the shard. Run it under `without_side_effects` of `jetplane.gradients`, so that
+            buffers and random numbers move once in a step.
+        params: the tensors that may move.
+        model: holds the layers, or None.
+        directions: of the plane, by the places of ``params`` among themselves.
+        plane: its loss, slope and curvature, of the whole batch.
+        drawn: which of its directions v have ``E[v v^T] = I``.
+        used: the places of the parameters that the loss makes use of.
+        seed: another one in each step.
+        before: how many times the shard's examples come before it in the whole batch.
+        part: of the whole batch that the shard is; 0 for an empty one.
+        chunk: how many directions the plane's evaluation has carried at a time, or None.
+    """
+
+    closure: Callable[[], Any]
+    params: Sequence[Tensor]
+    model: nn.Module | None
+    directions: AbstractDirections
+    plane: PlaneModel
+    drawn: Sequence[int]
+    used: frozenset[int]
+    seed: int
+    before: float = 0.0
+    part: float = 1.0
+    chunk: int | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimate of the gradient, one tensor for each parameter, and the estimator's new state."""
+
+    gradient: Sequence[Tensor]
+    state: State
+
+
+class Estimator(ABC):
+    """What estimates the gradient on a batch.
+
+    Attributes:
+        measures: whether it looks at the batch again. If not, `measure` is not called.
+    """
+
+    measures: bool = True
+
+    @abstractmethod
+    def measure(self, batch: Batch, state: State) -> Sequence[Tensor]:
+        """What is measured on the shard, such that the weighted mean over shards is that of the whole batch."""
+
+    @abstractmethod
+    def estimate(self, batch: Batch, means: Sequence[Tensor], state: State) -> Estimate:
+        """The estimate, from what was measured on the whole batch, and the new state; the old one is left as it is."""
+
+    def shapes(self, batch: Batch, state: State) -> Sequence[torch.Size]:
+        """The shapes of what `measure` returns: by default one tensor for each parameter."""
+        return [p.shape for p in batch.params]
+
+    def signature(self, params: Sequence[Tensor], model: nn.Module | None) -> str:
+        """What `prepare` depends on: it is called in the first step, and where this changes."""
+        return ""
+
+    def prepare(self, batch: Batch, state: State) -> State:
+        """Decide what is decided once for many steps, by one process for all: the new state."""
+        return state
+
+
+@final
+@dataclass(frozen=True)
+class ForwardGradients(Estimator):
+    """``mean_k (F_k v_k)`` over the plane's drawn directions, without a pass of its own (arXiv 2202.08587)."""
+
+    measures = False
+
+    def measure(self, batch: Batch, state: State) -> Sequence[Tensor]:
+        """See `Estimator`: nothing."""
+        return []
+
+    def estimate(self, batch: Batch, means: Sequence[Tensor], state: State) -> Estimate:
+        """See `Estimator`."""
+        drawn, slope = list(batch.drawn), batch.plane.slope
+        weights = torch.zeros_like(slope)
+        weights[drawn] = slope[drawn] / max(len(drawn), 1)
+        every = enumerate(batch.params)
+        found = [batch.directions.combine(i, p, weights) if i in batch.used else torch.zeros_like(p) for i, p in every]
+        return Estimate(found, state)
+
+
+@final
+@dataclass(frozen=True)
+class ActivityPerturbation(Estimator):
+    """Noise on the outputs of the model's layers: see `jetplane.gradients.perturbation`.
+
+    Attributes:
+        passes: about how many forward passes an estimate costs.
+        feedback: whether to predict gradients at layers' outputs by what their noise has taught.
+
+    Raises:
+        ArgumentError: passes that are not positive and finite.
+    """
+
+    passes: float = 8.0
+    feedback: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.passes < math.inf:
+            raise ArgumentError(f"passes must be positive and finite, got {self.passes}")
+
+    def signature(self, params: Sequence[Tensor], model: nn.Module | None) -> str:
+        """See `Estimator`: which parameters move, and what layers can be perturbed, in which mode."""
+        assert model is not None
+        return signature(model, params)
+
+    def prepare(self, batch: Batch, state: State) -> State:
+        """See `Estimator`: plan how each layer is perturbed."""
+        plans = allocate(batch.closure, _model_of(batch), batch.params, self.passes, 1 / batch.part, chunk=batch.chunk)
+        return {"plans": {name: plan.plain() for name, plan in plans.items()}, "feedback": state.get("feedback", {})}
+
+    def shapes(self, batch: Batch, state: State) -> Sequence[torch.Size]:
+        """See `Estimator`: those of the parameters, then of what feedback learns from."""
+        _, feedback = self._restored(batch, state)
+        return [*(p.shape for p in batch.params), *map(torch.Size, feedback.shapes)]
+
+    def measure(self, batch: Batch, state: State) -> Sequence[Tensor]:
+        """See `Estimator`."""
+        plans, feedback = self._restored(batch, state)
+        found = estimate(
+            batch.closure, _model_of(batch), batch.params, plans, batch.seed, batch.before, feedback, batch.part
+        )
+        return [*found.gradient, *found.statistics]
+
+    def estimate(self, batch: Batch, means: Sequence[Tensor], state: State) -> Estimate:
+        """See `Estimator`."""
+        _, feedback = self._restored(batch, state)
+        count = len(batch.params)
+        return Estimate(means[:count], state | {"feedback": feedback.update(means[count:]).plain()})
+
+    def _restored(self, batch: Batch, state: State) -> tuple[dict[str, LayerPlan], Feedback]:
+        """The layers' plans, and the feedback as earlier steps have left it."""
+        plans = {name: LayerPlan.of(fields) for name, fields in state["plans"].items()}
+        specs = {name: p.feedback for name, p in plans.items() if p.feedback is not None and self.feedback}
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in batch.params) else torch.float32
+        like = torch.empty(0, dtype=dtype, device=batch.params[0].device)
+        return plans, Feedback(specs, FeedbackState.of(state.get("feedback", {})), like)
+
+
+def _model_of(batch: Batch) -> nn.Module:
+    assert batch.model is not None
+    return batch.model

@@ -1,0 +1,319 @@
+"""Sources of directions: what the plane of `jetplane.optim.PlaneSearch` is spanned by.
+
+A source says which directions it adds to this step's plane, and what it remembers after the step: one small dictionary
+of tensors for each parameter. It has no state of its own, so that one source may serve several optimizers.
+
+>>> import torch, jetplane as jp
+>>> context = Context(params=[torch.zeros(3)], places=[0], state=[{}], step=0, seed=0)
+>>> source = Averages(decays=(0.9,), scaled=False)
+>>> source.directions(context) is None  # nothing is known yet
+True
+>>> state = source.remember(context, Result(gradient=[torch.tensor([0.0, 3.0, 4.0])], steps=[None]))
+>>> source.directions(Context([torch.zeros(3)], [0], state, 1, 0)).draw(0, torch.zeros(3))
+tensor([[0.0000, 0.6000, 0.8000]])
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from ..directions import AbstractDirections, Directions, StoredDirections, Structure, Term, UnitDirections
+from ..errors import ArgumentError
+from ..jets import carried
+
+State = Mapping[str, Tensor]  # what a source remembers of one parameter, {} at first
+Curvature = Literal["ggn", "hessian"]
+
+DRAWN = 64  # directions, where their number is not given
+SIGNAL = 0.25  # an average of which more than this part is signal counts in full
+LEAST_WEIGHT = 0.01  # of an average that is noise alone: planes keep their size
+SQUARE_DECAY = 0.99  # how much of the average of squares is kept from step to step
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a source sees of a step before it is made.
+
+    Attributes:
+        params: the tensors that may move.
+        places: the index of each among all parameters of the optimizer, by which directions know them.
+        state: for each of them what this source remembers.
+        step: how many steps were made before.
+        seed: of the optimizer.
+        model: that of the optimizer, or None.
+    """
+
+    params: Sequence[Tensor]
+    places: Sequence[int]
+    state: Sequence[State]
+    step: int
+    seed: int
+    model: nn.Module | None = None
+
+    @property
+    def size(self) -> int:
+        """How many numbers may move."""
+        return sum(p.numel() for p in self.params)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a step has brought.
+
+    Attributes:
+        gradient: an estimate of the gradient on this step's batch before the step, one tensor for each parameter; empty
+            where no source `learns`.
+        steps: what was added to each parameter; None where the loss makes no use of it.
+    """
+
+    gradient: Sequence[Tensor]
+    steps: Sequence[Tensor | None]
+
+
+class Source(ABC):
+    """What adds directions to a plane.
+
+    Attributes:
+        learns: whether it makes use of estimates of the gradient, which cost passes of their own.
+        compared: whether processes that step together compare its directions bit by bit. Those that follow from the
+            state and the seed alone, which are compared anyway, need not be.
+    """
+
+    learns: bool = True
+    compared: bool = True
+
+    @abstractmethod
+    def directions(self, context: Context) -> AbstractDirections | None:
+        """Its directions in this step's plane, of finite tensors that do not depend on this step's batch; or None."""
+
+    @abstractmethod
+    def remember(self, context: Context, result: Result) -> Sequence[State]:
+        """Its new state, one dictionary for each of the context's parameters. What it was given is left as it is."""
+
+
+@final
+@dataclass(frozen=True)
+class Averages(Source):
+    """Running averages of gradient estimates, of norm one, and the same over the root mean square of each entry.
+
+        m_t = sum_i w_i g_i,   w_i in proportion to decay^(t - i);    m_t,    m_t / sqrt(mean of g_i^2)
+
+    The second are Adam's steps. The first of them is cut into ``groups``, directions of their own: the first layer,
+    the last one, and runs of those in between, whose right lengths differ. At each parameter an average counts by what
+    of its square is signal (`signal_fraction`), in full from a quarter on.
+
+    It remembers an average for each decay, one mean square and, for each average, one number.
+
+    Attributes:
+        decays: how much of each average is kept from step to step.
+        scaled: whether the averages over the root mean square are there.
+        groups: into how many groups of layers the first scaled average is cut, where there is a model; 1 for none.
+
+    Raises:
+        ArgumentError: no decay, one outside of [0, 1), or fewer than one group.
+
+    Source: Adam, arXiv 1412.6980, for averages over root mean squares.
+    """
+
+    decays: tuple[float, ...] = (0.9, 0.99)
+    scaled: bool = True
+    groups: int = 3
+    compared = False
+
+    def __post_init__(self) -> None:
+        if not self.decays or not all(0 <= b < 1 for b in self.decays):
+            raise ArgumentError(f"decays must be at least one number in [0, 1), got {self.decays}")
+        if isinstance(self.groups, bool) or not isinstance(self.groups, int) or self.groups < 1:
+            raise ArgumentError(f"groups must be an integer of at least 1, got {self.groups!r}")
+
+    def directions(self, context: Context) -> AbstractDirections | None:
+        """See `Source`."""
+        known = [(i, state) for i, state in zip(context.places, context.state, strict=True) if state]
+        groups = dict(zip(context.places, layer_groups(context.params, context.model, self.groups), strict=True))
+        plain, scaled = [], []
+        for b in self.decays:
+            weights = {i: _weight(s[f"average {b}"], s[f"energy {b}"], b, context.step) for i, s in known}
+            plain.append({i: Term(s[f"average {b}"], weights[i]) for i, s in known})
+            if not self.scaled:
+                continue
+            whole = {i: Term(s[f"average {b}"], weights[i], s["square"]) for i, s in known}
+            cut = sorted(set(groups.values())) if b == self.decays[0] else [None]
+            scaled += [{i: t for i, t in whole.items() if group in (None, groups[i])} for group in cut]
+        return UnitDirections.of([*plain, *scaled])
+
+    def remember(self, context: Context, result: Result) -> Sequence[State]:
+        """See `Source`."""
+        pairs = zip(context.state, result.gradient, strict=True)
+        return [self._averaged(old, g, context.step if old else 0) for old, g in pairs]
+
+    def _averaged(self, old: State, gradient: Tensor, n: int) -> State:
+        new = {}
+        energy = gradient.double().square().sum().to(carried(gradient.dtype))
+        for b in self.decays:
+            kept = kept_of_average(b, n)
+            new[f"average {b}"] = _mixed(old.get(f"average {b}"), gradient, kept)
+            new[f"energy {b}"] = kept**2 * old.get(f"energy {b}", 0.0) + (1 - kept) ** 2 * energy
+        if self.scaled:
+            new["square"] = _mixed(old.get("square"), gradient.square(), kept_of_average(SQUARE_DECAY, n))
+        return new
+
+
+@final
+@dataclass(frozen=True)
+class PreviousStep(Source):
+    """The last step that was not zero, of norm one (SEBOOST, arXiv 1609.00629; arXiv 2406.17954)."""
+
+    learns = False
+    compared = False
+
+    def directions(self, context: Context) -> AbstractDirections | None:
+        """See `Source`."""
+        known = zip(context.places, context.state, strict=True)
+        return UnitDirections.of([{i: Term(state["step"]) for i, state in known if state}])
+
+    def remember(self, context: Context, result: Result) -> Sequence[State]:
+        """See `Source`."""
+        if not any(step is not None and bool(step.any()) for step in result.steps):
+            return context.state
+        pairs = zip(context.state, result.steps, strict=True)
+        return [old if step is None else {"step": step} for old, step in pairs]
+
+
+@final
+@dataclass(frozen=True)
+class Drawn(Source):
+    """Directions drawn anew in each step: `jetplane.Directions`; as many as parameters are the coordinates instead.
+
+    Attributes:
+        k: how many; None for 64, or as many as there are parameters if those are fewer.
+        law: see `jetplane.Directions`, and so are the following.
+        tangents: their structure.
+        rank: of "low-rank" ones.
+        density: of "sparse" ones.
+
+    Raises:
+        ArgumentError: settings that cannot be, or (of `directions`) more directions than parameters.
+    """
+
+    k: int | None = None
+    law: str = "gaussian"
+    tangents: Structure = "rank-one"
+    rank: int | None = None
+    density: float | None = None
+    learns = False
+    compared = False
+
+    def __post_init__(self) -> None:
+        Directions(1 if self.k is None else self.k, self.law, self.tangents, rank=self.rank, density=self.density)
+
+    def count(self, size: int) -> int:
+        """How many directions there are for so many parameters."""
+        if self.k is not None and self.k > size:
+            raise ArgumentError(f"k = {self.k} directions exceed the number of parameters that may move, {size}")
+        return min(DRAWN, size) if self.k is None else self.k
+
+    def directions(self, context: Context) -> AbstractDirections:
+        """See `Source`."""
+        k = self.count(context.size)
+        if k == context.size:
+            return StoredDirections(dict(zip(context.places, _coordinates(context.params), strict=True)))
+        drawn = Directions(k, self.law, self.tangents, context.seed, rank=self.rank, density=self.density)
+        drawn.step = context.step
+        return drawn
+
+    def remember(self, context: Context, result: Result) -> Sequence[State]:
+        """See `Source`: nothing."""
+        return context.state
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """What the plane of a step is, and how it is evaluated.
+
+    Attributes:
+        sources: of its directions, in this order and at most as many as there are parameters. None for the default: see
+            `jetplane.optim.PlaneSearch`.
+        curvature: "ggn", the Gauss-Newton one, which needs a loss function, or "hessian"; see `jetplane.evaluate`.
+        chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`. None for all of them, but
+            one with "ggn" where less than a tenth of the model moves, as in adapters: memory is what is scarce there.
+
+    Raises:
+        ArgumentError: no source, or another curvature.
+    """
+
+    sources: Sequence[Source] | None = None
+    curvature: Curvature = "ggn"
+    chunk: int | Literal["auto"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.curvature not in ("ggn", "hessian"):
+            raise ArgumentError(f"curvature must be 'ggn' or 'hessian', got {self.curvature!r}")
+        if self.sources is not None and not (self.sources and all(isinstance(s, Source) for s in self.sources)):
+            raise ArgumentError(f"sources must be at least one Source of directions, got {list(self.sources)}")
+
+
+def kept_of_average(decay: float, n: int) -> float:
+    """How much of a running average of n values is kept for another one.
+
+    Values weigh ``decay**age`` in parts of the sum of all weights, as in Adam's corrected averages: the first of them
+    weighs no more than its age leaves it.
+
+    >>> [round(kept_of_average(0.9, n), 3) for n in (0, 1, 10, 1000)]
+    [0.0, 0.474, 0.854, 0.9]
+    """
+    return decay * (1 - decay**n) / (1 - decay ** (n + 1))
+
+
+def signal_fraction(average: Tensor, energy: Tensor, decay: float, n: int) -> float:
+    """What part of the square of a running average of n estimates is signal; 1 for n = 1, where nothing is known.
+
+    The square of ``sum_i w_i g_i`` without its terms ``w_i^2 |g_i|^2``, whose sum is the energy, is on average that of
+    the estimates' mean, however noisy they are, less the weight of those terms: ``1 - sum_i w_i^2`` corrects for it.
+    """
+    weight = (1 - decay) / (1 + decay) * (1 + decay**n) / (1 - decay**n) if n else 1.0  # sum_i w_i^2
+    if weight == 1:
+        return 1.0
+    whole = average.double().square().sum().item()
+    return (whole - energy.item()) / ((1 - weight) * whole) if whole > 0 else 0.0
+
+
+def layer_groups(params: Sequence[Tensor], model: nn.Module | None, groups: int) -> list[int]:
+    """The group of each parameter: that of the first layer, of the last one, or of a run of those in between.
+
+    Layers are the modules that own parameters, in the model's order. Without a model all are in one group.
+    """
+    if model is None or groups == 1:
+        return [0] * len(params)
+    owners = {id(p): i for i, m in enumerate(model.modules()) for p in m.parameters(recurse=False)}
+    layers = [owners.get(id(p), 0) for p in params]
+    order = {layer: i for i, layer in enumerate(sorted(set(layers)))}
+    last, inner = len(order) - 1, max(groups - 2, 0)
+    runs = max(last - 1, 1)
+
+    def group(i: int) -> int:
+        if i == last:
+            return groups - 1
+        return 0 if i == 0 or not inner else 1 + (i - 1) * inner // runs
+
+    return [group(order[layer]) for layer in layers]
+
+
+def _weight(average: Tensor, energy: Tensor, decay: float, n: int) -> float:
+    return min(max(signal_fraction(average, energy, decay, n) / SIGNAL, LEAST_WEIGHT), 1.0)
+
+
+def _mixed(average: Tensor | None, value: Tensor, kept: float) -> Tensor:
+    return value if average is None else kept * average + (1 - kept) * value
+
+
+def _coordinates(params: Sequence[Tensor]) -> list[Tensor]:
+    """The unit vectors of the whole space: for each parameter a tensor (size, *param.shape)."""
+    sizes = [p.numel() for p in params]
+    parts = torch.eye(sum(sizes), device=params[0].device).split(sizes, 1)
+    return [part.reshape(-1, *p.shape).to(p.dtype) for part, p in zip(parts, params, strict=True)]

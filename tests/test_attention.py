@@ -1,0 +1,126 @@
+"""Attention by blocks against the dense formula and reverse over reverse; blocks do not divide the lengths."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import jetplane as jp
+from jetplane.rules import attention
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    for name, size in (("QUERIES", 5), ("KEYS", 7), ("WHOLE", 0)):
+        monkeypatch.setattr(attention, name, size)
+
+
+def dense(q, k, v, mask=None, causal=False):
+    """The formula, with all scores at once."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    if causal:
+        scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -math.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    blind = scores.detach().isneginf().all(-1, keepdim=True)
+    return scores.softmax(-1).masked_fill(blind, 0) @ v
+
+
+def heads(n=13, keys=13, groups=4, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(2, h, m, d, dtype=dtype, generator=generator)
+        for h, m, d in ((4, n, 6), (groups, keys, 6), (groups, keys, 3))
+    ]
+
+
+MASKS = {
+    "none": None,
+    "boolean": (torch.rand(13, 13, generator=torch.Generator().manual_seed(1)) > 0.4).index_fill(
+        0, torch.tensor([3]), False
+    ),
+    "added": torch.randn(4, 13, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2)),
+    "one row": torch.rand(2, 1, 1, 13, generator=torch.Generator().manual_seed(3)) > 0.3,
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_blocks_against_the_dense_formula(mask, causal, small_blocks):
+    if causal and mask != "none":
+        return  # torch takes one of them
+    xs = heads()
+    vs = [torch.randn(3, *x.shape).double() for x in xs]
+    blocks = jp.jet(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, MASKS[mask], is_causal=causal), xs, vs)
+    for got, want in zip(blocks, jp.jet(lambda q, k, v: dense(q, k, v, MASKS[mask], causal), xs, vs), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("keys", [13, 4, 1])
+def test_blocks_against_reverse_over_reverse(groups, keys, small_blocks):
+    leaves = [x.requires_grad_() for x in heads(9, keys, groups)]
+    tangents = [torch.randn(2, *x.shape).double() for x in leaves]
+    mask = torch.randn(keys, dtype=torch.float64)
+
+    def closure():
+        return F.scaled_dot_product_attention(*leaves, mask, enable_gqa=groups < 4).square().sum()
+
+    jp.testing.check_plane(closure, leaves, tangents, 1e-8)
+
+
+def test_a_mask_that_moves(small_blocks):
+    q, k, v = heads()
+    bias = torch.randn(13, 13).double()
+    tangents = torch.randn(2, 13, 13).double()
+    got = jp.jet(lambda b: F.scaled_dot_product_attention(q, k, v, b), bias, tangents)
+    for a, b in zip(got, jp.jet(lambda b: dense(q, k, v, b), bias, tangents), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "none"])
+def test_planes_of_a_transformer_do_not_depend_on_blocks(curvature, monkeypatch):
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double()
+    x, y = torch.randn(2, 11, 8).double(), torch.randn(2, 11, 8).double()
+    params = list(layer.parameters())
+
+    def plane():
+        return jp.evaluate(lambda: F.mse_loss(layer(x), y), params, jp.Directions(3), curvature)
+
+    whole = plane()
+    for name, size in (("QUERIES", 4), ("KEYS", 3), ("WHOLE", 0)):
+        monkeypatch.setattr(attention, name, size)
+    blocks = plane()
+    torch.testing.assert_close(blocks.slope, whole.slope)
+    if curvature == "ggn":
+        torch.testing.assert_close(blocks.curvature, whole.curvature)
+
+
+def test_dropout_has_the_mask_of_the_plain_run(small_blocks):
+    q, k, v = heads()
+    torch.manual_seed(0)
+    plain = F.scaled_dot_product_attention(q, k, v, dropout_p=0.4)
+    torch.manual_seed(0)
+    value, *_ = jp.jet(
+        lambda v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.4), v, torch.ones(1, *v.shape).double()
+    )
+    torch.testing.assert_close(value, plain)
+
+
+def test_decided_scores_do_not_cancel(small_blocks):
+    q, k, v = (x * s for x, s in zip(heads(), (1e8, 1e8, 1.0), strict=True))
+    vs = [torch.randn(1, *x.shape).double() for x in (q, k, v)]
+    _, first, _ = jp.jet(F.scaled_dot_product_attention, (q, k, v), vs)
+    chosen = (q @ k.transpose(-2, -1)).argmax(-1)
+    picked = vs[2][0].gather(-2, chosen.unsqueeze(-1).expand(*chosen.shape, 3))
+    torch.testing.assert_close(first[0], picked)
+
+
+def test_half_precision_has_coefficients_in_single(small_blocks):
+    xs = heads(dtype=torch.bfloat16)
+    vs = [torch.randn(1, *x.shape).bfloat16() for x in xs]
+    _, first, _ = jp.jet(F.scaled_dot_product_attention, xs, vs)
+    _, want, _ = jp.jet(F.scaled_dot_product_attention, [x.double() for x in xs], [t.double() for t in vs])
+    assert first.dtype == torch.float32
+    torch.testing.assert_close(first.double(), want, rtol=2e-2, atol=2e-2)
