@@ -37,6 +37,7 @@ from ..rules.functions import intercept_functions
 from ..rules.grad_mode import forward_only
 from .checks import check_parameters
 from .eager import evaluate_at_once
+from .leaving import watched
 from .repeats import ADVICE, tolerance
 from .side_effects import RandomState, setting_back, without_side_effects
 from .specification import PlaneSpec
@@ -246,8 +247,7 @@ class _Audit:
     def direction(self, places: Sequence[int]) -> dict[int, Tensor]:
         """Random tangents of some parameters, each as long in proportion to its size."""
         return {
-            i: (torch.randn(p.shape, generator=self.generator, dtype=torch.float32) * self.scales[i]).to(p)
-            for i, p in ((i, self.params[i]) for i in places)
+            i: (_normal(p, self.generator) * self.scales[i]).to(p) for i, p in ((i, self.params[i]) for i in places)
         }
 
     def best_step(self) -> float:
@@ -328,7 +328,7 @@ class _Audit:
         self.runs += 1
         with self.displaced(direction or {}, h), without_side_effects(self.begin) as log:
             try:
-                with stops.running():
+                with watched(self.params, again=self.runs > 1), stops.running():
                     loss = self.closure()
             except (RuntimeError, ValueError, ArithmeticError):
                 if h == 0:
@@ -442,7 +442,7 @@ class _Stops:
     def take(self, made: Any) -> Any:
         """A value that stops derivatives: noted, or replaced by the one noted before."""
         if not self.holding:
-            self.values.append(made.clone() if isinstance(made, Tensor) else made)
+            self.values.append(made.detach().clone() if isinstance(made, Tensor) else made)
             return made
         known = self.values[self._next] if self._next < len(self.values) else made
         self._next += 1
@@ -499,9 +499,13 @@ def _steady(found: Sequence[_Difference], slope: float) -> float | None:
     return None
 
 
+def _normal(p: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(p.shape, generator=generator, dtype=torch.complex64 if p.is_complex() else torch.float32)
+
+
 def _size(p: Tensor) -> float:
     """The root mean square of a parameter's entries."""
-    return p.detach().double().square().mean().sqrt().item() if p.numel() else 0.0
+    return p.detach().abs().double().square().mean().sqrt().item() if p.numel() else 0.0
 
 
 def _count(params: Sequence[Tensor]) -> int:

@@ -169,7 +169,7 @@ class Interception(TorchFunctionMode):
             return param.detach()
         jet = Jet(param.detach().as_subclass(Tensor), tangents.to(carried(param.dtype)), None, self.space)
         jet.is_seed, jet.kind = True, PARAMETER
-        return jet.as_subclass(type(param))
+        return jet.as_subclass(threads.own_class(param))
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

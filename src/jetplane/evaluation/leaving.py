@@ -151,13 +151,19 @@ _HARMLESS = _found(_HARMLESS_NAMES) | {
 _OVERWRITING = _found(["detach_", "zero_", "fill_", "copy_", "normal_", "uniform_", "bernoulli_", "random_"])
 
 
-def check_entering(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+def check_entering(func: Any, args: Any, kwargs: dict[str, Any], graded: bool = True) -> None:
     """A call inside of an evaluation: none of its arguments may have carried derivatives in an earlier one.
+
+    Args:
+        func: the function.
+        args: of the call.
+        kwargs: likewise.
+        graded: whether derivatives stop where grad mode is off.
 
     Raises:
         DerivativeError: one of them has.
     """
-    if not torch.is_grad_enabled() or func in _HARMLESS:
+    if (graded and not torch.is_grad_enabled()) or func in _HARMLESS:
         return
     out = kwargs.get("out")
     for x in out if isinstance(out, (list, tuple)) else (out, args[0] if args and _overwrites(func, args) else None):
@@ -201,14 +207,15 @@ class _PlainRun(TorchFunctionMode):
         super().__init__()
         self.params = {id(p) for p in params}
         self.moved: list[weakref.ref[Tensor]] = []
+        self.graded = torch.is_grad_enabled()  # where grad mode is off from the start, its being off says nothing
         self.known = WeakTensors()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _HARMLESS or not torch.is_grad_enabled():
+        if func in _HARMLESS or (self.graded and not torch.is_grad_enabled()):
             return func(*args, **kwargs)
         if earlier.known:
-            check_entering(func, args, kwargs)
+            check_entering(func, args, kwargs, self.graded)
         moved = any(map(self._depends, (*args, *kwargs.values())))
         result = func(*args, **kwargs)
         if moved:
@@ -227,8 +234,8 @@ class _PlainRun(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def plain_run(params: Sequence[Tensor], again: bool = False) -> Iterator[None]:
-    """Run a closure without jets, as an evaluation of it runs: what depends on parameters may not enter a later one.
+def watched(params: Sequence[Tensor], again: bool = False) -> Iterator[None]:
+    """Run a closure without jets: what depends on parameters may not enter a later evaluation, or a run like this one.
 
     Args:
         params: of the evaluations around this run.
@@ -237,12 +244,21 @@ def plain_run(params: Sequence[Tensor], again: bool = False) -> Iterator[None]:
     Raises:
         DerivativeError: something of an earlier evaluation is computed with.
     """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(forward_only())
-        watch = None if again and not earlier.known else stack.enter_context(_PlainRun(params))
-        try:
+    if again and not earlier.known:
+        yield
+        return
+    watch = _PlainRun(params)
+    try:
+        with watch:
             yield
-        finally:
-            for x in (known() for known in (watch.moved if watch else ())):
-                if x is not None:
-                    earlier.add(x)
+    finally:
+        for x in (known() for known in watch.moved):
+            if x is not None:
+                earlier.add(x)
+
+
+@contextlib.contextmanager
+def plain_run(params: Sequence[Tensor], again: bool = False) -> Iterator[None]:
+    """A run that is `watched`, below autograd as evaluations are."""
+    with forward_only(), watched(params, again):
+        yield

@@ -128,6 +128,9 @@ _WITHOUT_DERIVATIVE = {
 }
 
 
+_SHOWING = {torch.Tensor.__repr__, torch.Tensor.__format__}
+
+
 class _Refusing:
     """Mixed into the class of a parameter while it is evaluated."""
 
@@ -135,6 +138,9 @@ class _Refusing:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not _here.interceptions and torch.is_grad_enabled() and func not in _WITHOUT_DERIVATIVE:
             _refuse(func, tree_leaves((args, kwargs)))
+        if func in _SHOWING:  # as what it is to the user
+            with DisableTorchFunctionSubclass():
+                args = args[0].detach().requires_grad_(args[0].requires_grad), *args[1:]
         with DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -149,6 +155,13 @@ class _RefusingParameter(_Refusing, nn.Parameter):
 
 _CLASSES = {Tensor: _RefusingTensor, nn.Parameter: _RefusingParameter}
 _ORIGINAL = {refusing: plain for plain, refusing in _CLASSES.items()}
+
+
+def own_class(param: Tensor) -> type:
+    """The class of a parameter where it is not evaluated."""
+    return _ORIGINAL.get(type(param), type(param))
+
+
 _evaluated: dict[int, list[Interception]] = {}  # the evaluations of each parameter
 _lock = threading.Lock()
 

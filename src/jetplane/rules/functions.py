@@ -605,8 +605,13 @@ def refuse_captured() -> None:
         raise _stack.refusal
 
 
+def _seeded_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return seeded(args), dict(zip(kwargs, seeded(tuple(kwargs.values())), strict=True))
+
+
 def inside_transforms(function: Any, *args: Any, **kwargs: Any) -> Any:
     """A custom function inside ``torch.func`` transforms, which torch calls by an operator instead of ``apply``."""
+    args, kwargs = _seeded_call(args, kwargs)
     if any(map(_carries, (*args, *kwargs.values()))):
         return _on_jets(function, args, kwargs)
     with DisableTorchFunction():
@@ -615,8 +620,7 @@ def inside_transforms(function: Any, *args: Any, **kwargs: Any) -> Any:
 
 @classmethod
 def _intercepted(function: Any, *args: Any, **kwargs: Any) -> Any:
-    args = seeded(args)
-    kwargs = dict(zip(kwargs, seeded(tuple(kwargs.values())), strict=True))
+    args, kwargs = _seeded_call(args, kwargs)
     if not torch.is_grad_enabled():  # the user's own code has switched derivatives off
         args, kwargs = tree_map(innermost, (args, kwargs))
     if any(map(_carries, (*args, *kwargs.values()))):
