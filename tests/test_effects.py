@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from jetplane import jet
 from jetplane.gradients.active_outputs import MOST, active_outputs, probes
-from jetplane.transforms.functions import jet
 
 N = 5
 TOLD = {

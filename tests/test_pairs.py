@@ -258,3 +258,19 @@ def test_a_misspelt_rule_and_a_second_one_are_errors():
         declare("sin", lambda op: lambda space, x: x)
     with pytest.raises(jp.ArgumentError, match="already"):
         enter(torch.ops.aten.sin.default, lambda space, x: x)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+@pytest.mark.parametrize("rows", [None, (1, 4)])
+def test_large_elementwise_results_in_blocks_and_shared_directions(structure, rows):
+    p = torch.randn(300, 256).double()
+    for tangents in (torch.randn(K, 1, 256).double().expand(K, 300, 256), torch.randn(K, 300, 256).double()):
+        held = tangents if rows is None else Partial(K, rows, tangents[list(rows)])
+        with torch.inference_mode(), expansion(structure, 2) as space:
+            found = parts(torch.tanh(torch.exp(Jet(p, Coefficients(space, 1, held), None, space))), space)[1:]
+            first, second = (c.full(p.shape, p.dtype, p.device).clone() for c in found)
+        y, x = torch.tanh(p.exp()), held.materialized() if rows else tangents
+        d1 = (1 - y * y) * p.exp()
+        d2 = d1 - 2 * y * d1 * p.exp()
+        torch.testing.assert_close(first, d1 * x)
+        torch.testing.assert_close(second, expected(structure, d2 * x[:, None] * x[None]))

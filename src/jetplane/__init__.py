@@ -41,7 +41,15 @@ from .transforms.estimators import (
     estimate_hessian,
     solve_newton,
 )
-from .transforms.functions import hessian, hvp, jet, laplacian, quadratic_form
+from .transforms.forward import divergence, jacobian, jet, jvp, linearize, quadratic_form
+from .transforms.hessians import hessian, hessian_diagonal, hvp, vhv
+from .transforms.laplacians import (
+    ValueAndLaplacian,
+    bilaplacian,
+    laplacian,
+    value_and_laplacian,
+    weighted_laplacian,
+)
 
 __all__ = [
     "ArgumentError",
@@ -97,4 +105,14 @@ __all__ = [
     "step_scale",
     "strict",
     "testing",
+    "weighted_laplacian",
+    "value_and_laplacian",
+    "bilaplacian",
+    "ValueAndLaplacian",
+    "vhv",
+    "hessian_diagonal",
+    "linearize",
+    "jvp",
+    "jacobian",
+    "divergence",
 ]

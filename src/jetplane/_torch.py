@@ -59,6 +59,8 @@ _force_keys: Any = _taken("torch", "_C._ForceDispatchKeyGuard")
 _python: Any = _taken("torch", "_C.DispatchKey.Python")
 _python_snapshot: Any = _taken("torch", "_C.DispatchKey.PythonTLSSnapshot")
 _composite: Any = _taken("torch", "_C.DispatchKey.CompositeImplicitAutograd")
+_autograd: Any = _taken("torch", "_C.DispatchKey.AutogradFunctionality")
+_is_excluded: Any = _taken("torch", "_C._dispatch_tls_is_dispatch_key_excluded")
 _view_tracking: Any = _taken("torch", "_C.DispatchKey.ADInplaceOrView")
 
 below_autograd: Any = _taken("torch", "_C._AutoDispatchBelowAutograd")
@@ -69,13 +71,19 @@ _no_grad_mode: Any = _taken("torch", "_C._autograd.CreationMeta.NO_GRAD_MODE")
 Keys = tuple[Any, Any]  # dispatch keys that are on and off in this thread
 
 
-def user_keys() -> Keys:
+def user_keys(tracked: bool = False) -> Keys:
     """The dispatch keys for rules: as they are for user code, but for two kinds.
 
     A dispatch mode around the evaluation is off while it handles a call, and so must its key be. Rules run below view
-    tracking too: torch itself marks what a view operator of the user's returns.
+    tracking too, unless it is wanted (``tracked``): torch itself marks what a view operator of the user's returns.
     """
-    return _included().remove(_python).remove(_python_snapshot), _excluded().add(_view_tracking)
+    off = _excluded() if tracked else _excluded().add(_view_tracking)
+    return _included().remove(_python).remove(_python_snapshot), off
+
+
+def records() -> bool:
+    """Whether autograd records what is computed here."""
+    return torch.is_grad_enabled() and not _is_excluded(_autograd)
 
 
 def under(keys: Keys | None) -> contextlib.AbstractContextManager[Any]:
@@ -93,6 +101,17 @@ def tracking_views() -> Iterator[None]:
 def made_without_grad(view: Tensor) -> bool:
     """Whether a view was made while grad mode was off."""
     return _creation_meta(view) == _no_grad_mode
+
+
+# --- transforms of torch.func -------------------------------------------------------------------------------
+
+_innermost_transform: Any = _taken("torch", "_C._functorch.peek_interpreter_stack")
+
+
+def transform_around() -> str | None:
+    """The name of the innermost transform of torch.func that the code runs in; None outside of all."""
+    found = _innermost_transform()
+    return None if found is None else found.key().name
 
 
 # --- operators ----------------------------------------------------------------------------------------------
@@ -170,4 +189,5 @@ _taken("torch", "UntypedStorage._cdata")
 
 def memory_of(x: Tensor) -> int:
     """What is the same for tensors that look into one memory."""
-    return x.untyped_storage()._cdata
+    with DisableTorchFunction():  # a question of ours, which an evaluation around must not answer for its jets
+        return x.untyped_storage()._cdata

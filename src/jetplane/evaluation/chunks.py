@@ -125,9 +125,9 @@ def chunks_of(k: int, size: int, crossed: bool) -> list[Runs]:
 
 
 def by_direction(k: int, chunks: Sequence[Runs], pieces: Sequence[Tensor], square: bool) -> Tensor:
-    """Numbers of all directions from those of each chunk: (K, ...), or (K, K) from square pieces."""
+    """Numbers of all directions from those of each chunk: (K, ...), or (K, K, ...) from square pieces."""
     where = [torch.cat([torch.arange(k)[run] for run in runs]).to(pieces[0].device) for runs in chunks]
-    whole = pieces[0].new_empty((k, k) if square else (k, *pieces[0].shape[1:]))
+    whole = pieces[0].new_empty((k, k, *pieces[0].shape[2:]) if square else (k, *pieces[0].shape[1:]))
     for index, piece in zip(where, pieces, strict=True):
         if square:
             whole[index[:, None], index] = piece

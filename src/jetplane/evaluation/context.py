@@ -15,7 +15,11 @@ _evaluations = threading.local()  # depth: how many evaluations are under way in
 
 @contextlib.contextmanager
 def expansion(
-    structure: PairStructure, order: int = 2, gauss_newton: bool = False, examples: bool = False
+    structure: PairStructure,
+    order: int = 2,
+    gauss_newton: bool = False,
+    examples: bool = False,
+    recorded: bool = False,
 ) -> Iterator[Space]:
     """The space of one evaluation; evaluations inside of it, in the same thread, get a higher level.
 
@@ -24,10 +28,11 @@ def expansion(
         order: see `Space`, as all others.
         gauss_newton: whether loss functions alone make second coefficients.
         examples: whether each example's part of the slope is kept.
+        recorded: whether rules record a graph for reverse mode.
     """
     with compilers.eager():
         depth = getattr(_evaluations, "depth", 0) + 1
-        space = Space(structure, order, depth, gauss_newton, examples)
+        space = Space(structure, order, depth, gauss_newton, examples, recorded=recorded)
         try:
             with at_depth(depth), grad_mode.evaluation(space):
                 yield space

@@ -95,7 +95,8 @@ def _into_ordinary(jet: Jet) -> None:
     Another thread may use the tensor meanwhile: after each step it is either a jet or an ordinary tensor, for Python
     and for C++.
     """
-    plain = jet.primal.detach()
+    p = jet.primal
+    plain = p.view_as(p) if jet.space.recorded and p.requires_grad else p.detach()
     kind, own = type(plain), dict(vars(plain))
     # What C++ holds, as the base of a view or in another thread's call, stays a jet, without derivatives.
     plain.__class__ = Jet  # type: ignore[assignment]

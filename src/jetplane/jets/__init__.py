@@ -1,7 +1,7 @@
 """Internal: tensors with derivatives, and their calculus."""
 
 from .calculus import Derivatives, add_jets, as_jet, chain, chain_many, elementwise, jointly, linear, multiply
-from .coefficients import Coefficients, absent, aligned, expand, lift, outer, overwritten, symmetric, writable
+from .coefficients import Coefficients, absent, aligned, expand, lift, outer, overwritten, plain, symmetric, writable
 from .jet import (
     LOST,
     WRITTEN,
@@ -16,6 +16,7 @@ from .jet import (
     precise,
     primal,
     set_dispatcher,
+    whole,
 )
 from .pairs import AllPairs, Diagonal, PairStructure, Planes, Star, Sums, Term
 from .space import LOSS, MODEL, PARAMETER, Key, Space
@@ -83,6 +84,7 @@ __all__ = [
     "outer",
     "overwritten",
     "parts",
+    "plain",
     "precise",
     "primal",
     "promote",
@@ -92,6 +94,7 @@ __all__ = [
     "same_storage",
     "set_dispatcher",
     "symmetric",
+    "whole",
     "writable",
     "write",
 ]

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from . import infinite
-from .coefficients import Coefficients, absent, outer, symmetric, writable
+from .coefficients import Coefficients, absent, condensed, outer, plain, symmetric, writable
 from .coefficients import jointly as jointly_coefficients
 from .jet import Jet, carried, is_jet, make, parts, precise
+from .recorded import TraceChain
 from .space import Space
 
 Derivatives = tuple[Tensor | None, Tensor | None]  # f' and f''; None is zero everywhere
@@ -57,14 +58,23 @@ def chain(space: Space, x: Any, y: Tensor, d1: Tensor | None, d2: Tensor | None,
         d2: the second.
         singular: whether derivatives may be infinite or NaN where x does not move: see `jetplane.jets.infinite`.
     """
-    _, x1, x2 = parts(x, space)
+    p, x1, x2 = parts(x, space)
     if d1 is not None and d1.dtype == torch.bool:
         return make(y, infinite.selected(d1, x1), infinite.selected(d1, x2), space)
     if singular and not infinite.finite(d1, d2):
         return chain_many(space, (x,), y, (d1,), {} if d2 is None else {(0, 0): d2})
+    if d1 is not None and d2 is not None and x1 and space.order == 2 and space.structure.is_trace:
+        held = x1.tensor, x2.tensor if x2 else None, d1, d2
+        if x1.rows is None and plain(*held) and not writable(*held) and d1.shape == d2.shape == p.shape:
+            y1, y2 = TraceChain.apply(condensed(held[0]), *held[1:])  # type: ignore[misc]
+            return make(y, Coefficients(space, 1, y1), Coefficients(space, 2, y2), space)
     y1, y2 = (absent(space, 1), absent(space, 2)) if d1 is None else (x1 * d1, x2 * d1)
     if d2 is not None and x1 and space.order == 2:
-        y2 += outer(x1 * d2, x1)
+        if space.structure.single:
+            y2 += outer(x1 * d2, x1)
+        else:  # a few sums of many products: f'' is a factor of the sums
+            x1 = x1.condensed()
+            y2 = y2.add_product(d2, outer(x1, x1).formed())
     return make(y, y1, y2, space)
 
 
@@ -120,33 +130,50 @@ def _in_blocks(
     singular: bool,
 ) -> Any:
     """`chain`, some elements at a time: the derivatives stay in the cache and take no memory of the result's size."""
-    if not x1 or (x2 and x1.rows is not None):
+    structure = space.structure
+    if not x1 or (x2 and (x1.rows is not None or x2.rows is not None)):
         return NotImplemented
-    first, second = x1.tensor, x2.tensor if x2 else None
+    first, second = condensed(x1.tensor), x2.tensor if x2 else None
+    shared = first.dim() > 1 and first.shape[1] < p.shape[0] and first.shape[2:] == p.shape[1:]  # by all points
     held = [t for t in (p, y, first, second) if t is not None]
-    if not writable(*held) or not all(t.is_contiguous() for t in held):
+    if not writable(*held) or not all(t.is_contiguous() for t in held) or not (shared or first.shape[1:] == p.shape):
         return NotImplemented
-    n = p.numel()
-    p, flat = p.view(n), y.view(n)
-    d1, d2 = of(p[:1], flat[:1])
-    if d1 is None or (second is None and d2 is not None):  # products that may never be formed are `chain`'s
-        return NotImplemented
+    d1, d2 = of(p.flatten()[:1], y.flatten()[:1])
+    if d1 is None or (second is None and d2 is not None and (structure.single or x1.rows is not None)):
+        return NotImplemented  # products that may never be formed are `chain`'s
     weigh = infinite.select_into if d1.dtype == torch.bool else torch.mul
-    y1 = space.memory.empty(first.shape, first)
-    y2 = None if second is None else space.memory.empty(second.shape, second)
-    flat1, new1 = first.view(-1, n), y1.view(-1, n)
-    for start in range(0, n, BLOCK):
-        part = slice(start, start + BLOCK)
+    rows, inner = (p.shape[0], p.numel() // p.shape[0]) if shared else (p.numel(), 1)
+    p, flat = p.view(rows, inner), y.view(rows, inner)
+    first = first.view(first.shape[0], -1, inner)
+    y1 = space.memory.empty((first.shape[0], rows, inner), first)
+    y2 = None if second is None and d2 is None else space.memory.empty((structure.count, rows, inner), first)
+    second = None if second is None else second.view(structure.count, rows, inner)
+    sums = structure.outer(first, first) if shared and not structure.single else None
+    step = max(1, BLOCK // inner)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
         d1, d2 = of(p[part], flat[part])
         assert d1 is not None
         if singular and not infinite.finite(d1, d2):
             return NotImplemented
-        weigh(flat1[:, part], d1, out=new1[:, part])
-        if second is not None and y2 is not None:
-            new2 = y2.view(-1, n)[:, part]
-            weigh(second.view(-1, n)[:, part], d1, out=new2)
-            if d2 is not None:
-                space.structure.add_outer(new2, d2 * flat1[:, part], flat1[:, part])
+        c = first if shared else first[:, part]
+        weigh(c, d1, out=y1[:, part])
+        if y2 is None:
+            continue
+        new = y2[:, part]
+        new.zero_() if second is None else weigh(second[:, part], d1, out=new)
+        if d2 is None:
+            continue
+        if structure.single:
+            structure.add_outer(new, d2 * c, c)
+        else:  # a few sums of many products: f'' is a factor of the sums
+            products = sums
+            if products is None:
+                products = torch.zeros_like(new)
+                structure.add_outer(products, c, c)
+            new.addcmul_(products, d2)
+    y1 = y1.view(first.shape[0], *y.shape)
+    y2 = None if y2 is None else y2.view(structure.count, *y.shape)
     return make(y, Coefficients(space, 1, y1, x1.rows), Coefficients(space, 2, y2), space)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import records
 from .pairs import PairStructure
 from .space import Space
 from .structured import Deferred, Partial, Tangents
@@ -30,9 +31,23 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 SMALL = 1 << 14  # elements below which fresh memory costs nothing that matters
 
 
-def writable(*tensors: Any) -> bool:
-    """Whether kernels that write to given memory may be used: no jet and no compiler's stand-in among the tensors."""
+def plain(*tensors: Any) -> bool:
+    """Whether no jet, no compiler's stand-in and no other subclass is among the tensors."""
     return all(type(t) in _PLAIN or not isinstance(t, Tensor) for t in tensors)
+
+
+def writable(*tensors: Any) -> bool:
+    """Whether kernels that write to given memory may be used.
+
+    Not with a jet or a compiler's stand-in among the tensors, nor where reverse mode must see what is written.
+    """
+    for t in tensors:
+        if isinstance(t, Tensor):
+            if type(t) not in _PLAIN:
+                return False
+            if t.requires_grad and not torch.compiler.is_compiling() and records():
+                return False
+    return True
 
 
 def broadcast(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
@@ -55,6 +70,15 @@ def lift(c: Tensor, ndim: int) -> Tensor:
     """
     missing = ndim + 1 - c.dim()
     return c if missing <= 0 else c.reshape(c.shape[0], *([1] * missing), *c.shape[1:])
+
+
+def condensed(c: Tensor) -> Tensor:
+    """A stack with size one along axes of the value along which it was expanded."""
+    if type(c) in _PLAIN and 0 in c.stride():
+        for d in range(1, c.dim()):
+            if c.stride(d) == 0 and c.shape[d] > 1:
+                c = c.narrow(d, 0, 1)
+    return c
 
 
 @dataclass(frozen=True)
@@ -152,6 +176,10 @@ class Coefficients:
         """Whether they are products that nobody has formed yet: what sums them up never forms them."""
         return isinstance(self.held, _Outer)
 
+    def formed(self) -> Coefficients:
+        """The same, with products formed."""
+        return self._new(self.tensor) if self.is_product else self
+
     @property
     def dtype(self) -> torch.dtype | None:
         """Of what is held; None where nothing is, or where it is not known yet."""
@@ -172,7 +200,7 @@ class Coefficients:
 
     def own(self) -> Coefficients:
         """The same, which may be overwritten: for what a rule got of an operator that it called itself."""
-        self.owned = True
+        self.owned = not (isinstance(self.held, Tensor) and 0 in self.held.stride())  # expanded memory is shared
         return self
 
     def _new(self, held: Tensor, owned: bool = True) -> Coefficients:
@@ -180,6 +208,10 @@ class Coefficients:
 
     def _owns(self, *others: Any) -> bool:
         return self.owned and isinstance(self.held, Tensor) and writable(self.held, *others)
+
+    def condensed(self) -> Coefficients:
+        """The same with size one along axes along which nothing changes, such as points that share directions."""
+        return self if self.held is None else self._new(condensed(self.tensor), False)
 
     def selected(self, run: slice) -> Coefficients:
         """Those of a run of directions; the others become absent."""

@@ -25,12 +25,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .coefficients import Coefficients, absent, aligned, expand, lift, writable
+from .coefficients import Coefficients, absent, aligned, expand, lift, plain
 
 
 def finite(*derivatives: Tensor | None) -> bool:
     """Whether all are known to be finite. On an accelerator this waits for the sum of each; a compiler cannot know."""
-    return all(d is None or (writable(d) and bool(torch.isfinite(d.sum()))) for d in derivatives)
+    return all(d is None or (plain(d) and bool(torch.isfinite(d.detach().sum()))) for d in derivatives)
 
 
 def product(d: Tensor | None, c: Coefficients) -> Coefficients:

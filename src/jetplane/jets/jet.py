@@ -15,9 +15,11 @@ directions in one number so that the primal and the first coefficients are compu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 from weakref import ref
 
@@ -25,11 +27,17 @@ import torch
 from torch import Tensor
 
 from .._torch import (
+    DisableTorchFunctionSubclass,
+    Keys,
+    TorchDispatchMode,
+    below_autograd,
     disabled_torch_dispatch,
     disabled_torch_function,
     is_stand_in,
     make_wrapper_subclass,
     tree_leaves,
+    under,
+    user_keys,
 )
 from ..errors import DerivativeError
 from .coefficients import Coefficients, absent
@@ -60,6 +68,9 @@ class Jet(torch.Tensor):
         base: the jet whose memory this one looks into, if it is a view.
         version: how often the base had been written to when the coefficients were read.
         is_seed: whether it stands for a parameter.
+        is_argument: whether it stands for an argument of a function, whose memory is the caller's: a write in place
+            gives it another primal.
+        origin: the primal that it was made with, if it has another one since.
         kind: see `Space.gauss_newton`.
         examples: each example's part of the slope: see `jetplane.rules.examples`.
     """
@@ -73,6 +84,8 @@ class Jet(torch.Tensor):
     is_seed: bool
     kind: int
     examples: Tensor | None
+    origin: Tensor | None
+    is_argument: bool
 
     __torch_function__ = disabled_torch_function  # pyright: ignore[reportAssignmentType]
 
@@ -89,7 +102,7 @@ class Jet(torch.Tensor):
         kind: int | None = None,
     ) -> Jet:
         return make_wrapper_subclass(
-            cls,
+            Recorded if cls is Jet and isinstance(space, Space) and space.recorded else cls,
             primal.shape,
             strides=primal.stride(),
             storage_offset=primal.storage_offset(),
@@ -118,6 +131,8 @@ class Jet(torch.Tensor):
         self.base = base
         self.version = 0 if base is None else base.version
         self.is_seed = False
+        self.origin = None
+        self.is_argument = False
         self.kind = space.kind if kind is None else kind
         self.examples = None
         made = space.made
@@ -222,6 +237,56 @@ class Jet(torch.Tensor):
         return Jet(primal, self.first, self.second, self.space, self.root())
 
 
+class Recorded(Jet):
+    """A jet of an evaluation whose rules record a graph for reverse mode.
+
+    Such an evaluation runs user code with autograd, so that what is computed of plain tensors alone is recorded.
+    Autograd, though, would break composite operators up and hold jets in a graph of its own. An operator that takes a
+    jet is therefore called below autograd, which passes it to its rule as a whole, and rules run with autograd again.
+    """
+
+    @classmethod
+    def __torch_function__(  # pyright: ignore[reportIncompatibleVariableOverride]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        with whole(between=isinstance(func, FunctionType)):
+            return func(*args, **(kwargs or {}))
+
+
+class _Between(TorchDispatchMode):
+    """Records what is computed of plain tensors alone, where code runs below autograd."""
+
+    def __init__(self, keys: Keys) -> None:
+        super().__init__()
+        self._keys = keys
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what would make it skip imports a compiler, at the first operator, and costs time at each
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        if not any(isinstance(x, Tensor) and x.requires_grad for x in leaves) or any(
+            isinstance(x, Jet) for x in leaves
+        ):
+            return func(*args, **kwargs)
+        with under(self._keys):
+            return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def whole(between: bool) -> Iterator[None]:
+    """Call a function so that operators on recorded jets arrive as a whole.
+
+    Args:
+        between: whether it may compute with plain tensors between operators, as functions that torch defines in Python.
+    """
+    keys = user_keys(tracked=True)
+    with DisableTorchFunctionSubclass(), below_autograd(), _Between(keys) if between else contextlib.nullcontext():
+        yield
+
+
 @functools.cache
 def goes_outside(cls: type) -> bool:
     """Whether tensors of a class wrap others and take operators apart, as jets do; a compiler's stand-ins do not."""
@@ -291,7 +356,11 @@ def kind_of(x: Jet) -> int:
 
 def primal(x: Any, space: Space) -> Any:
     """The primal of a jet of this space; anything else as it is."""
-    return x.primal if isinstance(x, Jet) and x.space is space else x
+    if not (isinstance(x, Jet) and x.space is space):
+        return x
+    if x.base is not None and x.base.version != x.version and x.base.origin is not None:
+        _refresh(x)
+    return x.primal
 
 
 def innermost(x: Any) -> Any:

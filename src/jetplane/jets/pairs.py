@@ -49,6 +49,7 @@ class PairStructure(ABC):
 
     k: int
     on_diagonal = False  # whether every pair is of a direction with itself
+    is_trace = False  # whether there is one coefficient, the sum of all pairs of a direction with itself
     single = True  # whether every coefficient is one pair, of weight one
 
     @property
@@ -355,6 +356,10 @@ class Sums(PairStructure):
         return "sums", self.k, self.groups
 
     def terms(self) -> Sequence[Term]:
+        return self._terms
+
+    @functools.cached_property
+    def _terms(self) -> list[Term]:
         return [Term(n, i, i, w) for n, group in enumerate(self.groups) for i, w in group]
 
     def _weights(self, like: Tensor) -> Tensor:
@@ -363,21 +368,23 @@ class Sums(PairStructure):
             weights[n, i] = w
         return weights
 
-    @property
-    def _whole(self) -> bool:
+    @functools.cached_property
+    def is_trace(self) -> bool:  # type: ignore[override]
         """Whether there is one group, of all directions with weight one."""
         return self.groups == (tuple((i, 1.0) for i in range(self.k)),)
 
     def outer(self, a: Tensor, b: Tensor) -> Tensor:
         products = a * b
-        return products.sum(0, keepdim=True) if self._whole else torch.tensordot(self._weights(products), products, 1)
+        return products.sum(0, keepdim=True) if self.is_trace else torch.tensordot(self._weights(products), products, 1)
 
     def write_outer(self, out: Tensor, a: Tensor, b: Tensor) -> None:
         self.add_outer(out.zero_(), a, b)
 
     def add_outer(self, into: Tensor, a: Tensor, b: Tensor) -> None:
         size = into[:1].numel()
-        if size > BLOCK and all(c.is_contiguous() and c.shape[1:] == into.shape[1:] for c in (into, a, b)):
+        if size * self.k <= BLOCK:  # so small that calls would cost more than memory
+            into.add_(self.outer(a, b))
+        elif size > BLOCK and all(c.is_contiguous() and c.shape[1:] == into.shape[1:] for c in (into, a, b)):
             into, a, b = into.view(-1, size), a.view(-1, size), b.view(-1, size)
             for start in range(0, size, BLOCK):
                 self._add(*(c[:, start : start + BLOCK] for c in (into, a, b)))

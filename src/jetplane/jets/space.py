@@ -29,6 +29,8 @@ class Space:
             alone (regularizers), not by the model between them. Jets then have a kind: PARAMETER (a
             function of parameters alone), MODEL (of data too), LOSS (what a loss function made).
         examples: whether each example's part of the slope is kept: see `jetplane.rules.examples`.
+        recorded: whether rules record a graph for reverse mode: they run outside of inference mode then.
+        points: whether values at many points are carried together, which no operator may mix.
         kind: the kind of what the operator being carried makes.
         keys: torch's dispatch keys as they are for user code. Inside ``__torch_dispatch__`` more of them
             are off, lazy conjugation and view tracking among them, which rules and autograd rely on.
@@ -51,6 +53,8 @@ class Space:
     level: int = 0
     gauss_newton: bool = False
     examples: bool = False
+    recorded: bool = False
+    points: bool = False
     kind: int = PARAMETER
     keys: tuple[Any, Any] | None = None
     operator: str = ""

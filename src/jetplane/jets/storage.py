@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._torch import memory_of
 from ..errors import DerivativeError
-from .coefficients import Coefficients, aligned, writable
+from .coefficients import Coefficients, aligned, plain, writable
 from .jet import WRITTEN, Jet, carried, innermost, is_jet, parts, set_refresh
 from .space import Space
 
@@ -50,8 +50,6 @@ def write(target: Jet, value: Any, space: Space) -> Jet:
         raise DerivativeError(WRITTEN)
     if any(s == 0 and n > 1 for n, s in zip(target.primal.shape, target.primal.stride(), strict=True)):
         raise DerivativeError("in-place write to an expanded tensor, whose elements share memory; clone() it first")
-    if not writable(target.primal, value.primal if is_jet(value, space) else value) and target is not base:
-        raise DerivativeError("in-place write to a view inside nested jets; use the out-of-place operation")
     p, first, second = parts(value, space)
     base.kind = target.kind = max(base.kind, value.kind if is_jet(value, space) else base.kind)
     parts(target, space)  # what is left of the old coefficients must be current
@@ -59,15 +57,47 @@ def write(target: Jet, value: Any, space: Space) -> Jet:
     base.first = _replaced(base, target, base.first, first)
     base.second = _replaced(base, target, base.second, second)
     if p is not target.primal:
-        if writable(target.primal, p):
+        if writable(base.primal, target.primal, p) and not base.is_argument:
             target.primal.copy_(p)
         else:
-            target.primal = p.expand_as(target.primal)
+            _rebind(base, target, p)
     base.version += 1
     if target is base:
         return target
     _read_again(target)
     return target
+
+
+def _rebind(base: Jet, target: Jet, p: Tensor) -> None:
+    """Give the base a new primal in place of one that may not be written to: values of before are recorded in a graph.
+
+    Views take theirs from it when they are read again. Plain memory that a jet stands for gets the values too.
+
+    Raises:
+        DerivativeError: a view of nested jets.
+    """
+    if target is base:
+        base.origin = base.primal if base.origin is None else base.origin
+        base.primal = p.expand_as(base.primal)
+    elif not (plain(base.primal) and plain(p)):
+        raise DerivativeError(
+            "in-place write to a view, or into a buffer, inside nested jets; use the out-of-place operation "
+            "(torch.cat, torch.stack, torch.where, index_put)"
+        )
+    else:
+        whole, view = base.primal, target.primal
+        if base.origin is None:
+            base.origin = whole
+        if any(jet is base for jet in _here.jets.values()):
+            with torch.no_grad():
+                base.origin.as_strided(view.shape, view.stride(), view.storage_offset()).copy_(p)
+        extent = whole.storage_offset() + 1
+        extent += sum((size - 1) * stride for size, stride in zip(whole.shape, whole.stride(), strict=True))
+        memory = torch.empty(extent, dtype=whole.dtype, device=whole.device)
+        fresh = memory.as_strided(whole.shape, whole.stride(), whole.storage_offset())
+        fresh.copy_(whole)
+        memory.as_strided(view.shape, view.stride(), view.storage_offset()).copy_(p)
+        base.primal = memory.as_strided(whole.shape, whole.stride(), whole.storage_offset())
 
 
 def _replaced(base: Jet, view: Jet, held: Coefficients, new: Coefficients) -> Coefficients:
@@ -92,6 +122,8 @@ def _read_again(view: Jet) -> None:
     """Read a view's coefficients again after somebody wrote into its base."""
     base = view.base
     assert base is not None
+    if base.origin is not None and view.primal is not base.primal:
+        view.primal = _seen_primal(base, view.primal)
     view.first, view.second = (_seen(base, view, name) for name in ("first", "second"))
     view.version = base.version
 
@@ -109,6 +141,13 @@ def _seen(base: Jet, view: Jet, name: str) -> Coefficients:
         held = Coefficients(held.space, held.order, out, held.rows)
         setattr(base, name, held)
     return Coefficients(held.space, held.order, _region(base, view.primal, held.tensor), held.rows)
+
+
+def _seen_primal(base: Jet, view: Tensor) -> Tensor:
+    """What a view sees of a base whose primal is another one now."""
+    if not plain(base.primal) or base.primal.dtype != view.dtype or view.is_conj() or view.is_neg():
+        raise DerivativeError("a view of a nested jet that was written to in place; take the view after the write")
+    return base.primal.as_strided(view.shape, view.stride(), view.storage_offset())
 
 
 def _region(base: Jet, view: Tensor, c: Tensor) -> Tensor:

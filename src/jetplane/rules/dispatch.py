@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import decompositions, is_composite, no_dispatch, tree_leaves, tree_map, under
+from .._torch import (
+    EnableTorchFunction,
+    decompositions,
+    is_composite,
+    no_dispatch,
+    tree_leaves,
+    tree_map,
+    under,
+)
 from ..errors import DerivativeError, MissingRuleError
 from ..jets import (
     LOSS,
@@ -36,12 +44,14 @@ from ..jets import (
     promoted,
     promotions,
     set_dispatcher,
+    whole,
     write,
 )
 from . import examples, fallback, grad_mode, sparse
 from .registry import ALIASING, RANDOM, RULES
 
 _grad_enabled = torch.is_grad_enabled
+_nothing = contextlib.nullcontext()
 
 
 def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -52,7 +62,7 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     space = _highest(args, _highest(kwargs.values(), None))
     if space is None:  # jets that lost their coefficients to promotion cannot occur; plain calls can
         return func(*args, **kwargs)
-    with under(space.keys):
+    with under(space.keys), EnableTorchFunction() if space.recorded else _nothing:
         # Compiled code has no keys, and the operators of a compiler's graph are not the user's.
         if (space.stopped or not _grad_enabled()) and space.keys and torch.Tag.inplace_view not in func.tags:
             return grad_mode.on_primals(func, args, kwargs, original)
@@ -98,7 +108,7 @@ def carry(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) 
         result = rule(space, *args, **kwargs)
         if result is not NotImplemented:
             return result
-    result = _decomposed(func, args, kwargs)
+    result = _decomposed(func, space, args, kwargs)
     if result is not NotImplemented:
         return result
     if rule is None:
@@ -109,10 +119,10 @@ def carry(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) 
     return result if result is not NotImplemented else fallback.reverse(func, space, args, kwargs)
 
 
-def _decomposed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def _decomposed(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if is_composite(func):
         before = promotions()
-        result = func.decompose(*args, **kwargs)
+        result = _constituents(func, space, args, kwargs)
         if promotions() == before:
             return result
         # It moved jets through plain memory of its own, where no operator of ours sees them: not trusted.
@@ -125,6 +135,11 @@ def _decomposed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return table(*args, **kwargs)
     except MissingRuleError:  # it leads to primitives that only a compiler knows
         return NotImplemented
+
+
+def _constituents(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    with whole(between=True) if space.recorded else _nothing:
+        return func.decompose(*args, **kwargs)
 
 
 @functools.cache
@@ -290,7 +305,7 @@ def _mutate(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
     op = _functional(func)
     if op is None:
         if is_composite(func):
-            return func.decompose(*args, **kwargs)
+            return _constituents(func, space, args, kwargs)
         raise fallback.missing(func, "it writes in place and has no functional counterpart")
     if outs:
         targets = [kwargs[a.name] for a in schema if a.is_out]

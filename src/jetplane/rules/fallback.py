@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .._torch import tree_flatten, tree_leaves, tree_unflatten
 from ..errors import FallbackWarning, MissingRuleError
-from ..jets import Coefficients, Jet, Space, chain, make, parts, writable
+from ..jets import Coefficients, Jet, Space, chain, make, parts, plain
 from .grad_mode import autograd
 
 _strict: contextvars.ContextVar[bool] = contextvars.ContextVar("jetplane_strict", default=False)
@@ -67,19 +67,26 @@ def pointwise(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, An
     if torch.Tag.pointwise not in func.tags or len(jets) != 1 or any(isinstance(a, (list, tuple)) for a in args):
         return NotImplemented
     p = parts(jets[0], space)[0]
-    if not writable(p) or not p.dtype.is_floating_point:
+    if not plain(p) or not p.dtype.is_floating_point:
         return NotImplemented
     try:
         with autograd():
-            x = p.clone().requires_grad_()
+            recorded = space.recorded and _recorded(p, *args)
+            x = p.clone() if recorded and p.requires_grad else p.detach().clone().requires_grad_()
             y = func(*[x if a is jets[0] else _normal(a) for a in args], **kwargs)
             if not isinstance(y, Tensor) or y.shape != x.shape or not y.requires_grad:
                 return NotImplemented
             d1 = torch.autograd.grad(y.sum(), x, create_graph=True)[0]
-            d2 = torch.autograd.grad(d1.sum(), x)[0] if space.order == 2 and d1.requires_grad else None
+            twice = space.order == 2 and d1.requires_grad
+            d2 = torch.autograd.grad(d1.sum(), x, create_graph=recorded)[0] if twice else None
     except (RuntimeError, NotImplementedError):
         return NotImplemented
-    return chain(space, jets[0], y.detach(), d1.detach(), d2)
+    return chain(space, jets[0], y, d1, d2) if recorded else chain(space, jets[0], y.detach(), d1.detach(), d2)
+
+
+def _recorded(*tensors: Any) -> bool:
+    """Whether one of the tensors is in a graph that is recorded."""
+    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
 def _normal(a: Any) -> Any:
@@ -113,7 +120,7 @@ def forbidden() -> bool:
 def all_plain(space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether neither primals nor coefficients of the arguments are jets of an outer evaluation themselves."""
     of = [parts(a, space) for a in tree_leaves((args, kwargs))]
-    return writable(*(p for p, _, _ in of), *(c.tensor for _, *both in of for c in both if c))
+    return plain(*(p for p, _, _ in of), *(c.tensor for _, *both in of for c in both if c))
 
 
 def announce(what: Any, why: str) -> None:
@@ -140,8 +147,10 @@ def reverse_over_reverse(f: Callable[..., Any], space: Space, args: Sequence[Any
     with autograd():
         outputs, along = _along(f, space, carried, spec)
         moving = _Moving(space, carried)
+        keep = space.recorded and _recorded(*(t for p, *cs in carried for t in (p, *(c.tensor for c in cs if c))))
         found = [
-            moving.checked(*_coefficients(y, *along, space)) if isinstance(y, Tensor) else (y,) for y in outputs[0]
+            moving.checked(*_coefficients(y, *along, space, keep)) if isinstance(y, Tensor) else (y,)
+            for y in outputs[0]
         ]
     # jets are made here, without autograd again, where all others are made
     return tree_unflatten([make(y[0], y[1], y[2], space) if len(y) == 3 else y[0] for y in found], outputs[1])
@@ -198,7 +207,7 @@ class _Moving:
 
     def _sizes(self, carried: Sequence[Any]) -> list[Any]:
         return [
-            (p, *(c.map(lambda t: t.abs().reshape(t.shape[0], -1).sum(1).double().cpu()) for c in cs))
+            (p, *(c.map(lambda t: t.detach().abs().reshape(t.shape[0], -1).sum(1).double().cpu()) for c in cs))
             for p, *cs in carried
         ]
 
@@ -217,20 +226,29 @@ class _Moving:
         return y, known(first, self.first), known(second, self.second)
 
 
-def _coefficients(y: Tensor, a: Tensor, c: Tensor, space: Space) -> tuple[Any, ...]:
+def _coefficients(y: Tensor, a: Tensor, c: Tensor, space: Space, keep: bool) -> tuple[Any, ...]:
     """Primal, first and second coefficients of one output y(a, c); the primal alone where it is constant."""
-    if not y.requires_grad:
-        return (y.detach(),)
+    if not _depends(y, a, c):
+        return (y if keep else y.detach(),)
     real = torch.view_as_real(y) if y.is_complex() else y
     try:
-        first, second = _by_cotangent(real, a, c, space)
+        first, second = _by_cotangent(real, a, c, space, keep)
     except (RuntimeError, NotImplementedError):
         if real.numel() > ELEMENTWISE_LIMIT:
             raise
-        first, second = _by_element(real, a, c, space)
+        first, second = _by_element(real, a, c, space, keep)
     if y.is_complex():
         first, second = (None if s is None else torch.view_as_complex(s.contiguous()) for s in (first, second))
-    return y.detach(), Coefficients(space, 1, first), Coefficients(space, 2, second)
+    return y if keep else y.detach(), Coefficients(space, 1, first), Coefficients(space, 2, second)
+
+
+def _depends(y: Tensor, a: Tensor, c: Tensor) -> bool:
+    """Whether an output depends on the directions, and not on recorded constants alone."""
+    if not y.requires_grad:
+        return False
+    real = torch.view_as_real(y) if y.is_complex() else y
+    found = torch.autograd.grad(real.sum(), (a, c), retain_graph=True, allow_unused=True)
+    return any(g is not None for g in found)
 
 
 def _grad(y: Tensor, x: Tensor, u: Tensor | None = None, create: bool = False) -> Tensor:
@@ -251,27 +269,27 @@ def _sums(g: Tensor, gc: Tensor, a: Tensor, space: Space) -> list[Tensor]:
     return sums
 
 
-def _by_cotangent(y: Tensor, a: Tensor, c: Tensor, space: Space) -> tuple[Tensor, Tensor | None]:
+def _by_cotangent(y: Tensor, a: Tensor, c: Tensor, space: Space, keep: bool) -> tuple[Tensor, Tensor | None]:
     u = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=_generator(y), requires_grad=True)
     g = _grad(y, a, u, create=True)
-    first = torch.stack([_grad(g[i], u) for i in range(space.k)])
+    first = torch.stack([_grad(g[i], u, create=keep) for i in range(space.k)])
     # Both are linear in u, so contracting with u gives back what they are derivatives of. Where a formula forgets its
     # cotangent it does not, and the result must not be trusted.
     if not _contracts(first, u, g):
         raise RuntimeError(NOT_LINEAR)
     gc = _grad(y, c, u, create=True)
     if space.order == 1 and not gc.requires_grad:
-        return first.detach(), None
+        return first if keep else first.detach(), None
     sums = _sums(g, gc, a, space) if space.order == 2 else list(gc.unbind())
-    second = torch.stack([_grad(e, u) for e in sums]).detach()
+    second = torch.stack([_grad(e, u, create=keep) for e in sums])
     if not _contracts(second, u, torch.stack([e.detach() for e in sums])):
         raise RuntimeError(NOT_LINEAR)
-    return first.detach(), second
+    return (first, second) if keep else (first.detach(), second.detach())
 
 
 def _contracts(c: Tensor, u: Tensor, expected: Tensor) -> bool:
     dtype = torch.promote_types(c.dtype, torch.float32)
-    found = c.reshape(c.shape[0], u.numel()).to(dtype) @ u.detach().reshape(-1).to(dtype)
+    found = c.detach().reshape(c.shape[0], u.numel()).to(dtype) @ u.detach().reshape(-1).to(dtype)
     tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(u.dtype, 5e-2)
     return torch.allclose(found, expected.detach().to(dtype), rtol=tolerance, atol=tolerance, equal_nan=True)
 
@@ -281,13 +299,13 @@ def _generator(y: Tensor) -> torch.Generator:
     return torch.Generator(y.device).manual_seed(0)
 
 
-def _by_element(y: Tensor, a: Tensor, c: Tensor, space: Space) -> tuple[Tensor, Tensor | None]:
+def _by_element(y: Tensor, a: Tensor, c: Tensor, space: Space, keep: bool) -> tuple[Tensor, Tensor | None]:
     firsts, seconds = [], []
     for element in y.reshape(-1).unbind(0):
         g, gc = _grad(element, a, create=True), _grad(element, c, create=True)
-        firsts.append(g.detach())
+        firsts.append(g if keep else g.detach())
         sums = _sums(g, gc, a, space) if space.order == 2 else list(gc.unbind())
-        seconds.append(torch.stack(sums).detach())
+        seconds.append(torch.stack(sums) if keep else torch.stack(sums).detach())
     first, second = (torch.stack(each, -1).reshape(len(each[0]), *y.shape) for each in (firsts, seconds))
     u = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=_generator(y))
     if not _contracts(first, u, _grad(y, a, u)):

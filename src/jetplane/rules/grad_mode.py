@@ -53,8 +53,8 @@ def evaluation(space: Space) -> Iterator[None]:
     _running.spaces = [*outer, space]
     space.made = deque()
     try:
-        with forward_only():
-            space.keys = user_keys()
+        with contextlib.nullcontext() if space.recorded else forward_only():
+            space.keys = user_keys(space.recorded)
             yield
     finally:
         _running.spaces = outer
@@ -92,7 +92,7 @@ def on_primals(func: Any, args: Any, kwargs: dict[str, Any], original: Any) -> A
     written = {a.name: x for a, x in named if a.alias_info is not None and a.alias_info.is_write}
     outs = {a.name: kwargs[a.name] for a in func._schema.arguments if a.is_out and a.name in kwargs}
     for target in (*written.values(), *outs.values()):
-        if isinstance(target, Jet) and target.root().is_seed:
+        if isinstance(target, Jet) and (target.root().is_seed or target.root().is_argument):
             raise DerivativeError(WRITTEN)
     result = func(*tree_map(innermost, args), **tree_map(innermost, kwargs))
     if not func._schema.returns or not func._schema.is_mutable:

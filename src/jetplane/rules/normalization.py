@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import DerivativeError
 from ..jets import (
     Coefficients,
     Space,
@@ -24,6 +25,7 @@ from ..jets import (
     precise,
     primal,
     symmetric,
+    writable,
 )
 from .registry import aten, register
 from .structure import up
@@ -121,15 +123,13 @@ def standardize(space: Space, x: Any, dims: Sequence[int], eps: float) -> Tensor
     p, x1, x2 = parts(x, space)
     dtype, p = p.dtype, precise(p)
     over = list(dims)  # negative, so that they serve tensors and stacks alike
-    if over == list(range(-len(over), 0)):
+    if over == list(range(-len(over), 0)) and writable(p):
         shape = p.shape[over[0] :]
         if space.order == 1 and not x2:
             return _layer_norm(space, x, shape, None, None, eps)
-        y, _, r = torch.native_layer_norm(p, shape, None, None, eps)
+        y, _, r = torch.native_layer_norm(p, shape, None, None, eps)  # of which torch keeps no gradient of r
     else:
-        c0 = p - p.mean(over, keepdim=True)
-        r = torch.rsqrt((c0 * c0).mean(over, keepdim=True) + eps)
-        y = c0 * r
+        y, r = _standardized(p, over, eps)
 
     def mean(c: Tensor) -> Tensor:
         return c.mean(over, keepdim=True)
@@ -148,10 +148,13 @@ def _layer_norm(space: Space, x: Any, shape: Sequence[int], weight: Any, bias: A
     """First coefficients of a layer norm, each direction from beginning to end in the cache."""
     p, x1, _ = parts(x, space)
     dtype, p = p.dtype, precise(p)
-    y, mean, r = torch.native_layer_norm(p, shape, None, None, eps)
+    over = list(range(-len(shape), 0))
+    if writable(p):
+        y, mean, r = torch.native_layer_norm(p, shape, None, None, eps)
+    else:
+        (y, r), mean = _standardized(p, over, eps), p
     pw, w1, _ = parts(weight, space)
     pb, b1, _ = parts(bias, space)
-    over = list(range(-len(shape), 0))
 
     def kernel(c: Tensor, out: Tensor) -> None:
         # The Jacobian is symmetric, as that of softmax.
@@ -168,6 +171,13 @@ def _layer_norm(space: Space, x: Any, shape: Sequence[int], weight: Any, bias: A
     y = y.to(dtype)
     y = y if pw is None else torch.mul(y, pw)
     return make(y if pb is None else torch.add(y, pb), y1, absent(space, 2), space)
+
+
+def _standardized(p: Tensor, over: list[int], eps: float) -> tuple[Tensor, Tensor]:
+    """The standardized tensor, and the reciprocal of its standard deviation."""
+    centred = p - p.mean(over, keepdim=True)
+    r = torch.rsqrt((centred * centred).mean(over, keepdim=True) + eps)
+    return centred * r, r
 
 
 def _affine(space: Space, y: Any, weight: Any, bias: Any) -> Any:
@@ -218,7 +228,7 @@ def _channels(c: Any, rank: int) -> Any:
 
 def _update_running(p: Tensor, mean: Tensor | None, var: Tensor | None, momentum: float) -> None:
     """BatchNorm's running statistics, by the primal alone; the variance unbiased, as torch keeps it."""
-    dims = [0, *range(2, p.dim())]
+    dims, p = [0, *range(2, p.dim())], p.detach()
     if mean is not None:
         mean.mul_(1 - momentum).add_(p.mean(dims), alpha=momentum)
     if var is not None:
@@ -246,6 +256,11 @@ def _(
 ) -> Any:
     rank = x.dim()
     if training or running_mean is None:
+        if space.points:
+            raise DerivativeError(
+                "batch normalization in training mixes points, whose derivatives are carried apart (batch_dim=); call "
+                "eval() on the model, or give batch_dim=None for derivatives by all points together"
+            )
         y = standardize(space, x, [-rank, *range(2 - rank, 0)], eps)
         if training and running_mean is not None:
             _update_running(innermost(x), running_mean, running_var, momentum)
@@ -292,7 +307,7 @@ def _(
     if use_input_stats:
         y = standardize(space, x, range(2 - rank, 0), eps)
         if running_mean is not None:
-            p = innermost(x)
+            p = innermost(x).detach()
             dims = list(range(2, rank))
             running_mean.mul_(1 - momentum).add_(p.mean(dims).mean(0), alpha=momentum)
             running_var.mul_(1 - momentum).add_(p.var(dims, correction=1).mean(0), alpha=momentum)

@@ -30,6 +30,7 @@ from ..jets import (
     carried,
     make,
     parts,
+    plain,
     precise,
     primal,
 )
@@ -62,6 +63,16 @@ def bilinear(space: Space, form: Form, a: Any, b: Any, y: Tensor | None = None) 
 
 
 def _left(space: Space, form: Form, a: Coefficients, b: Tensor) -> Coefficients:
+    if (
+        form.by_rows
+        and a
+        and a.tensor.dim() == 3
+        and plain(a.tensor)
+        and a.tensor.stride(1) == 0 < a.tensor.shape[1] - 1
+    ):
+        # Rows that are the same are multiplied once: coordinate directions of all points, say.
+        rows = a.tensor.shape[1]
+        return a.map(lambda c: form.left(space, c[:, :1], b).expand(-1, rows, -1))
     return a.map(lambda c: form.left(space, c, b), True)
 
 

@@ -28,8 +28,8 @@ from ..jets import (
     make,
     mark_view,
     parts,
+    plain,
     primal,
-    writable,
 )
 from .registry import Rule, aten, declare, register
 
@@ -430,7 +430,7 @@ def _(space: Space, x: Any, size: Sequence[int], stride: Sequence[int], offset: 
     p, x1, x2 = parts(x, space)
     y = p.as_strided(size, stride, offset)
     base = x.root()
-    if not writable(p):
+    if not plain(p):
         raise DerivativeError("as_strided inside nested jets")
     view = Jet(y, None, None, space, base)
     if not (x1 or x2):

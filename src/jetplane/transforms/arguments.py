@@ -1,0 +1,364 @@
+"""Where a function is differentiated: its arguments, the tensors among them that move, and directions for those.
+
+A function is given as ``f`` and ``primals``, a tensor or, as in `torch.func.jvp`, a tuple of arguments, each of which
+may be a tree of tensors (dicts, lists, tuples). ``argnums`` says which arguments move: an int, or a tuple of ints whose
+results are then a tuple as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._torch import transform_around, tree_flatten, tree_unflatten
+from ..errors import ArgumentError, DeviceError, DTypeError, ShapeError
+from ..jets import Jet, Partial, Tangents
+
+Argnums = int | Sequence[int] | None
+Directions = list[Tensor | Tangents | None]  # K tangents for each tensor that moves; None where no direction moves it
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a function is differentiated.
+
+    Attributes:
+        arguments: all arguments of the function.
+        argnums: which of them move.
+        single: whether results are those of one argument, and not a tuple over several.
+        leaves: the tensors in the arguments that move.
+        spec: the tree that they are the leaves of.
+        batch_dim: the axis of points in each of the leaves; None where there is one point.
+    """
+
+    arguments: tuple[Any, ...]
+    argnums: tuple[int, ...]
+    single: bool
+    leaves: tuple[Tensor, ...]
+    spec: Any
+    batch_dim: int | None = None
+
+    @functools.cached_property
+    def shapes(self) -> list[torch.Size]:
+        """The shape of each leaf at one point."""
+        return [self.at_one_point(x.shape) for x in self.leaves]
+
+    @functools.cached_property
+    def sizes(self) -> list[int]:
+        """How many numbers each leaf has at one point."""
+        return [shape.numel() for shape in self.shapes]
+
+    @functools.cached_property
+    def size(self) -> int:
+        """D: how many numbers move at one point."""
+        return sum(self.sizes)
+
+    @property
+    def points(self) -> int | None:
+        """How many points there are; None where one is given without an axis of points."""
+        return None if self.batch_dim is None else self.leaves[0].shape[self.batch_dim]
+
+    @property
+    def bytes(self) -> int:
+        """Of all that moves."""
+        return sum(x.numel() * x.element_size() for x in self.leaves)
+
+    @property
+    def nested(self) -> bool:
+        """Whether an outer evaluation differentiates these tensors too."""
+        return any(isinstance(x, Jet) for x in self.leaves)
+
+    def at_one_point(self, shape: torch.Size) -> torch.Size:
+        """A shape without the axis of points."""
+        if self.batch_dim is None:
+            return shape
+        return torch.Size((*shape[: self.batch_dim], *shape[self.batch_dim + 1 :]))
+
+    def call(self, f: Callable[..., Any], leaves: Sequence[Any]) -> Any:
+        """``f`` with other tensors in place of those that move."""
+        arguments = list(self.arguments)
+        for n, moved in zip(self.argnums, tree_unflatten(list(leaves), self.spec), strict=True):
+            arguments[n] = moved
+        return f(*arguments)
+
+    def tree(self, leaves: Sequence[Any]) -> Any:
+        """One result for each leaf, in the structure of the arguments that move."""
+        tree = tree_unflatten(list(leaves), self.spec)
+        return tree[0] if self.single else tree
+
+    def split(self, stack: Tensor, dim: int) -> list[Tensor]:
+        """An axis of all D numbers, in parts of each leaf's shape at one point."""
+        dim = dim % stack.dim()
+        return [
+            part.reshape((*part.shape[:dim], *shape, *part.shape[dim + 1 :]))
+            for part, shape in zip(stack.split(self.sizes, dim), self.shapes, strict=True)
+        ]
+
+    def like_primals(self, stack: Tensor) -> Any:
+        """Numbers for each of the D coordinates, (D, points) or (D,), in the structure and shape of the primals."""
+        parts = self.split(stack.reshape(self.size, *(() if self.points is None else (self.points,))), 0)
+        if self.batch_dim is not None:
+            parts = [part.movedim(-1, self.batch_dim) for part in parts]
+        return self.tree(parts)
+
+    # --- directions --------------------------------------------------------------------------------------------
+
+    def axes(self, run: slice | None = None, which: Tensor | None = None) -> Directions:
+        """The coordinate directions, a run of them or those of the given numbers; all points share them."""
+        numbers = torch.arange(self.size)[run] if run is not None else which
+        numbers = torch.arange(self.size) if numbers is None else numbers.sort().values
+        k, start, found = len(numbers), 0, []
+        for x, shape, size in zip(self.leaves, self.shapes, self.sizes, strict=True):
+            rows = ((numbers >= start) & (numbers < start + size)).nonzero()[:, 0]
+            own = (numbers[rows] - start).to(x.device)
+            stack = torch.zeros(len(rows), size, dtype=x.dtype, device=x.device)
+            stack[torch.arange(len(rows), device=x.device), own] = 1
+            tangents = self.expanded(stack.reshape(-1, *shape))
+            start += size
+            if not len(rows):
+                found.append(None)
+            else:
+                found.append(tangents if len(rows) == k else Partial(k, rows.tolist(), tangents))
+        return found
+
+    def expanded(self, stack: Tensor) -> Tensor:
+        """Directions (K, *shape at one point) that all points share, expanded over the points."""
+        if self.batch_dim is None or self.points is None:
+            return stack
+        stack = stack.unsqueeze(self.batch_dim + 1)
+        return stack.expand(*stack.shape[: self.batch_dim + 1], self.points, *stack.shape[self.batch_dim + 2 :])
+
+    def dense(self, directions: Directions, k: int) -> list[Tensor]:
+        """Directions as tensors (k, *primal.shape)."""
+        return [
+            x.new_zeros(k, *x.shape) if v is None else v.materialized() if isinstance(v, Tangents) else v
+            for x, v in zip(self.leaves, directions, strict=True)
+        ]
+
+    def contracted(self, y: Tensor, v: Tensor | Tangents) -> Tensor:
+        """``sum_k y_k . v_k`` at each point, of (k, *primal.shape) both."""
+        if isinstance(v, Partial):
+            y, v = y[list(v.rows)], v.tangents
+        assert isinstance(v, Tensor)
+        product = y * v
+        return product.sum([d for d in range(product.dim()) if self.batch_dim is None or d != self.batch_dim + 1])
+
+    def flat(self, tree: Any, what: str) -> list[Any]:
+        """The leaves of a tree of the primals' structure.
+
+        Raises:
+            ShapeError: it has another structure.
+        """
+        leaves, spec = tree_flatten((tree,) if self.single else tuple(tree) if type(tree) is list else tree)
+        if spec != self.spec:
+            raise ShapeError(
+                f"{what}: expected the structure of the primals that move, {_shown(self.tree(self.leaves))}; "
+                f"got {_shown(tree)}"
+            )
+        return leaves
+
+    def directions(self, tree: Any, what: str = "tangents", k: int | None = None) -> tuple[list[Tensor], int]:
+        """K directions in the structure of the primals: (K, *primal.shape), or (K, *shape at one point).
+
+        Args:
+            tree: of the directions.
+            what: they are called in errors.
+            k: 1 if they are one direction without an axis of K.
+
+        Returns:
+            A tensor (K, *primal.shape) for each leaf, and K.
+
+        Raises:
+            ShapeError, DTypeError, DeviceError, ArgumentError: directions that do not match the primals.
+        """
+        found: list[Tensor] = []
+        for i, (x, shape, v) in enumerate(zip(self.leaves, self.shapes, self.flat(tree, what), strict=True)):
+            if not isinstance(v, Tensor):
+                raise ArgumentError(f"{what} {i}: expected a tensor, got {type(v).__name__}")
+            if k == 1:
+                if v.shape not in (x.shape, shape):
+                    raise ShapeError(f"{what} {i}: expected shape {tuple(x.shape)}, got {tuple(v.shape)}")
+                v = v.unsqueeze(0)
+            many = v.shape[0] if v.dim() else 0
+            if many < 1:
+                raise ArgumentError(f"{what} {i}: k must be at least 1: expected shape (k, *primal.shape)")
+            many = found[0].shape[0] if found else many
+            if v.shape == (many, *shape):
+                whole = self.expanded(v)
+            elif v.shape == (many, *x.shape):
+                whole = v
+            else:
+                raise ShapeError(f"{what} {i}: expected shape {(many, *x.shape)}, got {tuple(v.shape)}")
+            if v.dtype != x.dtype:
+                raise DTypeError(f"{what} {i}: expected {x.dtype} as its primal, got {v.dtype}")
+            if v.device != x.device:
+                raise DeviceError(f"{what} {i}: expected {x.device} as its primal, got {v.device}")
+            found.append(whole)
+        return found, found[0].shape[0]
+
+
+def point(primals: Any, argnums: Argnums = None, batch_dim: int | None = None, real: bool = True) -> Point:
+    """The point at which a function is differentiated.
+
+    Args:
+        primals: a tensor, or a tuple or list of arguments; one argument that is a list is ``([a, b],)``.
+        argnums: which arguments move; all by default.
+        batch_dim: the axis of points.
+        real: whether complex numbers are refused.
+
+    Raises:
+        ArgumentError: argnums that are not there, nothing that moves, a transform of torch.func
+            around.
+        DTypeError: what moves is not a floating-point tensor.
+        ShapeError: no axis of points, or different numbers of points.
+    """
+    _check_around()
+    several = type(primals) in (tuple, list)
+    arguments = tuple(primals) if several else (primals,)
+    numbers, single = _numbers(argnums, len(arguments), several)
+    leaves, spec = tree_flatten(tuple(arguments[n] for n in numbers))
+    if not leaves or not sum(x.numel() for x in leaves if isinstance(x, Tensor)):
+        if all(isinstance(x, Tensor) for x in leaves):
+            raise ArgumentError("primals: expected tensors with at least one number, got none")
+    for i, x in enumerate(leaves):
+        _check_leaf(i, x, real)
+    if batch_dim is not None:
+        _check_batch(leaves, batch_dim)
+    return Point(tuple(arguments), numbers, single, tuple(leaves), spec, batch_dim)
+
+
+def _numbers(argnums: Argnums, count: int, several: bool) -> tuple[tuple[int, ...], bool]:
+    if argnums is None:
+        if not count:
+            raise ArgumentError("primals: expected at least one argument, got an empty tuple")
+        return tuple(range(count)), not several
+    single = isinstance(argnums, int)
+    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    for n in numbers:
+        if isinstance(n, bool) or not isinstance(n, int) or not -count <= n < count:
+            raise ArgumentError(f"argnums: expected integers from {-count} to {count - 1}, got {n!r}")
+    numbers = tuple(n % count for n in numbers)
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise ArgumentError(f"argnums: expected at least one argument, each once, got {argnums!r}")
+    return numbers, single
+
+
+def _check_leaf(i: int, x: Any, real: bool) -> None:
+    if not isinstance(x, Tensor):
+        raise DTypeError(
+            f"primal {i}: expected a floating-point tensor, got {type(x).__name__}. "
+            "Name the arguments to differentiate by argnums=; the others may be anything"
+        )
+    if not (x.dtype.is_floating_point or x.dtype.is_complex):
+        raise DTypeError(
+            f"primal {i}: expected a floating dtype, got {x.dtype}. Name the arguments to differentiate by argnums="
+        )
+    if real and x.dtype.is_complex:
+        raise DTypeError(
+            f"primal {i}: expected real numbers, got {x.dtype}; differentiate in real and imaginary parts "
+            "(torch.view_as_real), or along directions of your own with jetplane.jet"
+        )
+
+
+def _check_around() -> None:
+    """Refuse to work inside a transform of torch.func, which sees no operator that takes a jet.
+
+    Raises:
+        ArgumentError: there is one around.
+    """
+    around = transform_around()
+    if around == "Vmap":
+        raise ArgumentError(
+            "torch.vmap does not reach inside jetplane's functions. Give all points at once: with batch_dim=0 they "
+            "call f once with all points"
+        )
+    if around is not None:
+        raise ArgumentError(
+            f"torch.func.{around.lower()} does not reach inside jetplane's functions. Their results have a graph: use "
+            "torch.autograd.grad or backward() of them, or nest jetplane's functions"
+        )
+
+
+def _check_batch(leaves: Sequence[Tensor], batch_dim: int) -> None:
+    if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
+        raise ArgumentError(f"batch_dim must be None or an integer of at least 0, got {batch_dim!r}")
+    for i, x in enumerate(leaves):
+        if x.dim() <= batch_dim:
+            raise ShapeError(f"primal {i}: expected an axis of points, batch_dim={batch_dim}, got {tuple(x.shape)}")
+    points = [x.shape[batch_dim] for x in leaves]
+    if len(set(points)) > 1:
+        raise ShapeError(f"primals: expected as many points in each along axis {batch_dim}, got {points}")
+
+
+def _shown(tree: Any) -> str:
+    """A tree with shapes in place of its tensors."""
+    leaves, spec = tree_flatten(tree)
+    words = [_Word(f"tensor{tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__) for x in leaves]
+    return str(tree_unflatten(words, spec))
+
+
+class _Word(str):
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def outputs(result: Any, has_aux: bool) -> tuple[list[Tensor], Any, Any]:
+    """The tensors that f returned, the tree that they are the leaves of, and what it returned beside them.
+
+    Raises:
+        ArgumentError: ``has_aux`` of a function that does not return a pair.
+        DTypeError: a result that is no floating-point tensor.
+    """
+    aux = None
+    if has_aux:
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise ArgumentError(f"has_aux=True: expected f to return (result, aux), got {_shown(result)}")
+        result, aux = result
+    leaves, spec = tree_flatten(result)
+    for y in leaves:
+        if not isinstance(y, Tensor) or not (y.dtype.is_floating_point or y.dtype.is_complex):
+            kind = str(y.dtype) if isinstance(y, Tensor) else type(y).__name__
+            raise DTypeError(
+                f"f: expected floating-point tensors as results, got {kind} in {_shown(result)}. Return what is not "
+                "to be differentiated beside the result, (result, aux), with has_aux=True"
+            )
+    return leaves, spec, aux
+
+
+def check_points(where: Point, y: Tensor) -> None:
+    """Check that a result has an axis of points.
+
+    Raises:
+        ShapeError: it has none.
+    """
+    if where.points is not None and where.points not in y.shape:
+        raise ShapeError(
+            f"f: with batch_dim={where.batch_dim} expected a result with an axis of {where.points} points, one "
+            f"result for each, got shape {tuple(y.shape)}"
+        )
+
+
+def check_scalar(where: Point, results: Sequence[Tensor], what: str) -> None:
+    """Check that a function gives one number (at each point).
+
+    Raises:
+        ShapeError: it does not.
+    """
+    numbers = 1 if where.points is None else where.points
+    if len(results) != 1 or results[0].numel() != numbers or math.prod(results[0].shape) != numbers:
+        at = "" if where.points is None else " at each point"
+        shapes = ", ".join(str(tuple(y.shape)) for y in results)
+        raise ShapeError(
+            f"{what}: expected f to return one number{at}, got {len(results)} result(s) of shape {shapes}; "
+            "sum them up, or use jetplane.hessian, which takes any shape"
+        )
+    if results[0].is_complex():
+        raise DTypeError(f"{what}: expected f to return a real number, got {results[0].dtype}")

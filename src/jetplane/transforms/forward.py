@@ -1,0 +1,383 @@
+"""Derivatives along directions, and first derivatives, by forward jets.
+
+All of these functions nest: ``f`` may itself call them, and they may be called inside a closure that is being
+evaluated on a plane. Where grad mode is on, results have a graph to whatever requires grad: see `along`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._torch import records, tree_map, tree_unflatten
+from ..errors import ArgumentError, ShapeError
+from ..evaluation.context import expansion
+from ..evaluation.interception import Interception
+from ..evaluation.leaving import plain_result
+from ..evaluation.specification import Pairs, PlaneSpec
+from ..jets import Diagonal, Jet, PairStructure, Space, Tangents, carried, parts, promoted
+from .arguments import Argnums, Point, check_points, outputs, point
+from .compiling import uncompiled
+from .costs import Chunk, directions_at_a_time, in_runs
+from .estimates import Estimate, sampled
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """A function's result and its derivatives, leaf by leaf.
+
+    Attributes:
+        value: of each leaf.
+        first: first coefficients, (K, *S) of each.
+        second: second coefficients, (count, *S) of each; empty where they were not wanted.
+        spec: the tree that these are the leaves of.
+        aux: what the function returned beside its result.
+    """
+
+    value: list[Tensor]
+    first: list[Tensor]
+    second: list[Tensor]
+    spec: Any
+    aux: Any
+
+    def tree(self, leaves: Sequence[Any]) -> Any:
+        """One thing for each leaf, in the structure of the function's result."""
+        return tree_unflatten(list(leaves), self.spec)
+
+
+def with_aux(result: Any, aux: Any, has_aux: bool) -> Any:
+    """A result, and what the function returned beside, where that is asked for."""
+    return (result, aux) if has_aux else result
+
+
+def along(
+    f: Callable[..., Any],
+    where: Point,
+    tangents: Sequence[Tensor | Tangents | None],
+    structure: PairStructure,
+    order: int = 2,
+    seconds: Sequence[Tensor | None] | None = None,
+    has_aux: bool = False,
+) -> Expansion:
+    """Value, first and second coefficients of f along K directions.
+
+    Where autograd records what is computed, rules run with it and write to no memory that it must see: the results
+    have a graph to whatever requires grad, primals, tangents and what f uses beside them.
+
+    Args:
+        f: the function.
+        where: the point.
+        tangents: K for each tensor that moves.
+        structure: which second coefficients there are.
+        order: 1 leaves them out.
+        seconds: second coefficients (count, *shape) of the tensors themselves; none by default.
+        has_aux: whether f returns a pair.
+    """
+    graph = records()
+    with expansion(structure, order, recorded=graph) as space:
+        leaves = [
+            _seed(x, v, None if seconds is None else seconds[n], space)
+            for n, (x, v) in enumerate(zip(where.leaves, tangents, strict=True))
+        ]
+        space.points = where.points is not None
+        with Interception(space).running():
+            result = where.call(f, leaves)
+        ys, spec, aux = outputs(result, has_aux)
+        found: list[list[Tensor]] = [[], [], []]
+        for y in ys:
+            check_points(where, y)
+            jet = promoted(y)
+            p, first, second = parts(y if jet is None else jet, space)
+            found[0].append(p)
+            found[1].append(first.full(p.shape, p.dtype, p.device))
+            if order == 2:
+                found[2].append(second.full(p.shape, p.dtype, p.device))
+        aux = _primals(aux, space)
+    if space.level == 1:
+        found = [[_released(t) for t in ts] for ts in found]
+        aux = _map(_released, aux)
+    return Expansion(found[0], found[1], found[2], spec, aux)
+
+
+def _seed(x: Tensor, v: Tensor | Tangents | None, second: Tensor | None, space: Space) -> Jet:
+    dtype = carried(x.dtype)
+    if not space.recorded and not isinstance(x, Jet):
+        x = x.detach()
+    elif space.recorded and x.is_inference():
+        x = x.clone()
+    jet = Jet(x, None if v is None else v.to(dtype), None if second is None else second.to(dtype), space)
+    jet.is_argument = True
+    return jet
+
+
+def _map(f: Callable[[Tensor], Any], tree: Any) -> Any:
+    return tree_map(lambda t: f(t) if isinstance(t, Tensor) else t, tree)
+
+
+def _primals(aux: Any, space: Space) -> Any:
+    def value(t: Tensor) -> Any:
+        jet = promoted(t)
+        return parts(t if jet is None else jet, space)[0]
+
+    return _map(value, aux)
+
+
+def _released(t: Tensor) -> Tensor:
+    """A tensor of its own instead of a view of internals."""
+    return t if t.requires_grad else plain_result(t).clone()
+
+
+@uncompiled
+def jet(
+    f: Callable[..., Any],
+    primals: Any,
+    tangents: Any,
+    pairs: Pairs = "all",
+    order: int = 2,
+    *,
+    argnums: Argnums = None,
+    has_aux: bool = False,
+    batch_dim: int | None = None,
+) -> Any:
+    """Value, first and second directional derivatives of ``f`` along K directions.
+
+        first[i]     = d/da_i       f(x + sum a v)
+        second[i, j] = d²/da_i da_j f(x + sum a v),   at a = 0
+
+    Args:
+        f: a function of tensors that returns a tensor, or a tree of tensors.
+        primals: where; a tensor, or a tuple of arguments, each of them a tensor or a tree of tensors.
+        tangents: K directions in the structure of the primals, each tensor of shape (K, *primal.shape).
+        pairs: "all", "diagonal", or the size of independent planes, as in `jetplane.evaluate`.
+        order: 1 leaves the second derivatives out (None).
+        argnums: which arguments move: an int, or several; all by default. Tangents are those of these arguments.
+        has_aux: whether f returns ``(result, aux)``; aux is passed through.
+        batch_dim: the axis of points; tangents may then be (K, *shape at one point), shared by all points.
+
+    Returns:
+        ``(value, first, second)`` of the structure of f's result, with shapes S, (K, *S) and
+        (K, K, *S); (K, *S) for the diagonal, (K/b, b, b, *S) for planes of b directions. With ``has_aux``
+        ``((value, first, second), aux)``.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, ArgumentError: tangents that do not match the primals, results that are
+            no tensors, an unknown order.
+        DerivativeError: f leaves torch, writes to its arguments, or holds an operator that cannot be carried.
+
+    >>> import torch, jetplane as jp
+    >>> x = torch.tensor([1.0, 2.0])
+    >>> value, first, second = jp.jet(lambda x: x.prod(), x, torch.eye(2))
+    >>> value, first, second
+    (tensor(2.), tensor([2., 1.]), tensor([[0., 1.],
+            [1., 0.]]))
+
+    Source: Cobb et al., arXiv 2408.10419, section 2 (hyper-dual numbers), for K directions at once.
+    """
+    if order not in (1, 2) or isinstance(order, bool):
+        raise ArgumentError(f"order must be 1 or 2, got {order!r}; derivatives nest: give f that calls jetplane.jet")
+    where = point(primals, argnums, batch_dim, real=False)
+    vs, k = where.directions(tangents)
+    structure = PlaneSpec(k, pairs=pairs).structure
+    got = along(f, where, vs, structure, order, has_aux=has_aux)
+    second = got.tree([structure.matrix(y) for y in got.second]) if order == 2 else None
+    return with_aux((got.tree(got.value), got.tree(got.first), second), got.aux, has_aux)
+
+
+@uncompiled
+def quadratic_form(f: Callable[..., Any], primals: Any, tangents: Any, pairs: Pairs = "all", **options: Any) -> Any:
+    """``v_i^T Hess(f) v_j`` for all pairs, (K, K, *S), or for the diagonal, (K, *S).
+
+    See `jet` for arguments and errors.
+
+    >>> import torch, jetplane as jp
+    >>> jp.quadratic_form(lambda x: (x**2).sum(), torch.zeros(3), torch.eye(3), pairs="diagonal")
+    tensor([2., 2., 2.])
+    """
+    got = jet(f, primals, tangents, pairs, **options)
+    return (got[0][2], got[1]) if options.get("has_aux") else got[2]
+
+
+@uncompiled
+def jvp(
+    f: Callable[..., Any], primals: Any, tangents: Any, *, argnums: Argnums = None, has_aux: bool = False
+) -> tuple[Any, ...]:
+    """Value and derivative along one direction, ``(f(x), J v)``, as `torch.func.jvp`.
+
+    Args:
+        f: a function of tensors that returns a tensor, or a tree of tensors.
+        primals: where; a tensor, or a tuple of arguments.
+        tangents: the direction v, of the structure and shapes of the primals (of those of ``argnums``).
+        argnums: which arguments move: an int, or several; all by default.
+        has_aux: whether f returns ``(result, aux)``.
+
+    Returns:
+        ``(value, derivative)``, and aux as a third with ``has_aux``.
+
+    Raises:
+        As `jet`.
+
+    >>> import torch, jetplane as jp
+    >>> jp.jvp(torch.sin, torch.tensor(0.0), torch.tensor(2.0))
+    (tensor(0.), tensor(2.))
+    """
+    where = point(primals, argnums, real=False)
+    vs, _ = where.directions(tangents, k=1)
+    got = along(f, where, vs, Diagonal(1), 1, has_aux=has_aux)
+    result = got.tree(got.value), got.tree([y[0] for y in got.first])
+    return (*result, got.aux) if has_aux else result
+
+
+@uncompiled
+def linearize(f: Callable[..., Any], primals: Any, *, argnums: Argnums = None) -> tuple[Any, Callable[[Any], Any]]:
+    """The value and the linear map ``v -> J v`` at a point, as `torch.func.linearize`.
+
+    The map takes one direction in the structure of the primals, or K of them, (K, *primal.shape), at once. Nothing is
+    stored: each call runs f again with its directions, which costs 1 + K evaluations.
+
+    Args:
+        f: a function of tensors that returns a tensor, or a tree of tensors.
+        primals: where; a tensor, or a tuple of arguments.
+        argnums: which arguments move; all by default.
+
+    Returns:
+        ``(value, map)``.
+
+    Raises:
+        As `jet`; ShapeError also by the map.
+
+    >>> import torch, jetplane as jp
+    >>> value, push = jp.linearize(torch.exp, torch.zeros(2))
+    >>> value, push(torch.tensor([1.0, 3.0])), push(torch.eye(2))
+    (tensor([1., 1.]), tensor([1., 3.]), tensor([[1., 0.],
+            [0., 1.]]))
+    """
+    where = point(primals, argnums, real=False)
+    value = where.call(f, where.leaves)
+    outputs(value, False)
+
+    def push(tangents: Any) -> Any:
+        one = all(
+            isinstance(v, Tensor) and v.shape == x.shape
+            for x, v in zip(where.leaves, where.flat(tangents, "tangents"), strict=True)
+        )
+        vs, k = where.directions(tangents, k=1 if one else None)
+        got = along(f, where, vs, Diagonal(k), 1)
+        return got.tree([y[0] if one else y for y in got.first])
+
+    return value, push
+
+
+@uncompiled
+def jacobian(
+    f: Callable[..., Any],
+    primals: Any,
+    *,
+    argnums: Argnums = None,
+    has_aux: bool = False,
+    batch_dim: int | None = None,
+    chunk: Chunk = "auto",
+) -> Any:
+    """The Jacobian of ``f``, exactly: D directions, the total size of the primals (at one point), and 1 + D channels.
+
+    Args:
+        f: a function of tensors that returns a tensor, or a tree of tensors.
+        primals: where; a tensor, or a tuple of arguments, each of them a tensor or a tree of tensors.
+        argnums: which arguments move: an int, or several; all by default.
+        has_aux: whether f returns ``(result, aux)``.
+        batch_dim: the axis of points in the primals. f is called once with all points, and its result at each must
+            depend on that point alone: D directions are carried then, and not one for each number of each point.
+        chunk: directions at a time; "auto" carries all where they are sure to fit into half of the free memory, None
+            always.
+
+    Returns:
+        For a result of shape S and a primal of shape X (at one point): (*S, *X), as `torch.func.jacfwd`, in the
+        structure of the result, and within it of the primals. With ``has_aux`` ``(jacobian, aux)``.
+
+    Raises:
+        As `jet`; ArgumentError: what does not fit into memory.
+
+    >>> import torch, jetplane as jp
+    >>> jp.jacobian(lambda x: x**2, torch.tensor([1.0, 2.0]))
+    tensor([[2., 0.],
+            [0., 4.]])
+    """
+    where = point(primals, argnums, batch_dim)
+    size = directions_at_a_time(chunk, "jacobian", where, where.size, f)
+    got = list(
+        in_runs(
+            where.size,
+            size,
+            lambda run: along(f, where, where.axes(run), Diagonal(run.stop - run.start), 1, has_aux=has_aux),
+        )
+    )
+    last = got[-1]
+    found = last.tree([blocks(where, torch.cat(ys)) for ys in zip(*(g.first for g in got), strict=True)])
+    return with_aux(found, last.aux, has_aux)
+
+
+def blocks(where: Point, stack: Tensor) -> Any:
+    """Derivatives (D, *S) as (*S, *X) for each leaf of the primals, in their structure."""
+    return where.tree(where.split(stack.movedim(0, -1), -1))
+
+
+@uncompiled
+def divergence(
+    f: Callable[..., Any],
+    primals: Any,
+    *,
+    argnums: Argnums = None,
+    has_aux: bool = False,
+    batch_dim: int | None = None,
+    chunk: Chunk = "auto",
+    estimate: Estimate = None,
+    samples: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Any:
+    """The divergence ``sum_d dF_d/dx_d`` of a vector field, a function whose result has the shape of its primals.
+
+    Args:
+        f: the field; its result has the structure and shapes of the primals that move.
+        primals: where; a tensor, or a tuple of arguments.
+        argnums: which arguments move: an int, or several; all by default.
+        has_aux: whether f returns ``(result, aux)``.
+        batch_dim: the axis of points, see `jacobian`.
+        chunk: directions at a time, see `jacobian`.
+        estimate: "hutchinson" or "axes" for an unbiased estimate, see `laplacian`.
+        samples: directions of the estimate.
+        generator: of its random numbers.
+
+    Returns:
+        A number, shape (); (points,) with ``batch_dim``. With ``has_aux`` ``(divergence, aux)``.
+
+    Raises:
+        As `jacobian`; ShapeError: a result of other shapes than the primals.
+
+    >>> import torch, jetplane as jp
+    >>> jp.divergence(lambda x: x**2, torch.tensor([1.0, 2.0]))
+    tensor(6.)
+
+    Source: of the estimate, Hutchinson, Commun. Stat. Simul. 18 (1989); in flows, Grathwohl et al., arXiv 1810.01367.
+    """
+    where = point(primals, argnums, batch_dim)
+    drawn = sampled(where, estimate, samples, generator)
+    k = where.size if drawn is None else drawn.count
+    size = directions_at_a_time(chunk, "divergence", where, k, f)
+
+    def once(run: slice) -> tuple[Tensor, Any]:
+        vs = where.axes(run) if drawn is None else drawn.directions(run)
+        got = along(f, where, vs, Diagonal(run.stop - run.start), 1, has_aux=has_aux)
+        if [y.shape for y in got.value] != [x.shape for x in where.leaves]:
+            raise ShapeError(
+                f"divergence: expected a result of the primals' shapes {[tuple(x.shape) for x in where.leaves]}, "
+                f"got {[tuple(y.shape) for y in got.value]}"
+            )
+        terms = [where.contracted(y, v) for y, v in zip(got.first, vs, strict=True) if v is not None]
+        return torch.stack(terms).sum(0), got.aux
+
+    parts = list(in_runs(k, size, once))
+    found = torch.stack([part for part, _ in parts]).sum(0)
+    return with_aux(found if drawn is None else found * drawn.scale, parts[-1][1], has_aux)
