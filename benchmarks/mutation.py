@@ -45,6 +45,10 @@ MODULES: dict[str, tuple[str, ...]] = {
     "directions/laws.py": ("test_directions.py",),
     "directions/random.py": ("test_directions.py", "test_tangents.py"),
     "directions/compositions.py": ("test_directions.py", "test_tangents.py"),
+    "evaluation/audit.py": ("test_audit.py",),
+    "jets/coefficients.py": ("test_pairs.py", "test_planes.py", "test_property.py"),
+    "jets/pairs.py": ("test_pairs.py", "test_planes.py", "test_transforms.py"),
+    "jets/calculus.py": ("test_pairs.py", "test_planes.py", "test_property.py"),
     "jets/jet.py": ("test_planes.py", "test_writes.py", "test_functions.py", "test_property.py"),
     "jets/structured.py": ("test_tangents.py",),
 }

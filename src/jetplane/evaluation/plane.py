@@ -53,7 +53,7 @@ class PlaneModel:
             of b directions, or None where it was not asked for.
         examples: each example's part of the slope, (N, K); they add up to it. None where it was not asked
             for or is not known.
-        formed: which operators materialized low-rank tangents, since they could not use the factors, and how often.
+        materialized: which operators materialized low-rank tangents, whose factors they could not use, and how often.
         pooled: the moments of the slope over the examples of all ranks, where several evaluated shards of a batch.
     """
 
