@@ -1,6 +1,7 @@
 """Audits convict what evaluations do not see, and nothing else."""
 
 import contextlib
+import copy
 import math
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -494,3 +495,16 @@ def test_a_generator_of_another_kind():
         jp.evaluate(lambda: w.sum(), [w], jp.Directions(1), generators=[iter([])])
     with pytest.raises(jp.ArgumentError, match="generators must be"):
         jp.optim.FGD([w], generators=[42])
+
+
+def test_what_a_closure_deep_copies_stays_what_it_is():
+    """The copy's memory is allocated and filled by no operator that says so."""
+    w, kept = torch.ones(64), []
+
+    def closure():
+        kept.append([copy.deepcopy(torch.full((n,), 7)) for n in range(1, 40)])
+        return (w**2).sum()
+
+    for _ in range(20):
+        assert jp.audit(closure, [w]).verdict == "agrees"
+    assert all(bool((t == 7).all()) for run in kept for t in run)

@@ -195,3 +195,29 @@ def test_layers_are_frozen_and_unfrozen_between_steps(name):
     held = net[0].weight.clone()
     train(net, opt, 2)
     assert torch.equal(held, net[0].weight)
+
+
+@each
+def test_weights_decay_before_the_step_is_added(name):
+    changes = []
+    for decay in (0.0, 0.5):
+        net = network().double()
+        opt = OPTIMIZERS[name](net)
+        for group in opt.param_groups:
+            group["weight_decay"], group["lr"] = decay, 0.1
+        before = [p.detach().clone() for p in net.parameters()]
+        train(net, opt, 1)
+        kept = 1 - 0.1 * decay
+        changes.append([p.detach() - kept * b for p, b in zip(net.parameters(), before, strict=True)])
+    torch.testing.assert_close(changes[0], changes[1], rtol=1e-9, atol=1e-15)
+
+
+@each
+def test_clipping_bounds_the_norm_over_all_parameters(name):
+    net = network().double()
+    opt = OPTIMIZERS[name](net)
+    opt.clip = 1e-4
+    before = torch.cat([p.detach().flatten() for p in net.parameters()])
+    train(net, opt, 1)
+    change = torch.cat([p.detach().flatten() for p in net.parameters()]) - before
+    assert change.norm().item() == pytest.approx(1e-4, rel=1e-6) or name == "plane search" and 0 < change.norm() <= 1e-4

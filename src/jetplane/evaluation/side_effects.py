@@ -27,6 +27,7 @@ class UndoLog(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._fresh: set[int] = set()  # storages allocated meanwhile: nothing outside looks into them
+        self._raw: dict[int, Tensor] = {}  # bytes of whole storages, as they are copied by `deepcopy`
         self.saved: dict[int, tuple[Tensor, Tensor]] = {}
 
     def restore(self) -> None:
@@ -46,15 +47,24 @@ class UndoLog(TorchDispatchMode):
             for argument, value in zip(schema.arguments, args, strict=False):
                 if argument.name in ("running_mean", "running_var"):
                     self._save(value)
+        sets = schema.name == "aten::set_" and args[0].dtype == torch.uint8 and self._is_fresh(args[0])
         result = func(*args, **kwargs)
+        if sets:
+            self._raw[id(args[0])] = args[0]
         if not any(r.alias_info for r in schema.returns):
             self._fresh.update(memory_of(t) for t in tree_leaves(result) if _has_memory(t))
         return result
 
     def _save(self, value: Any) -> None:
-        known = _has_memory(value) and memory_of(value) in self._fresh
+        known = self._is_fresh(value)
+        if not known and id(value) in self._raw:  # a storage that is filled by another one was just allocated
+            self._fresh.add(memory_of(value))
+            return
         if isinstance(value, Tensor) and not isinstance(value, Jet) and not known and id(value) not in self.saved:
             self.saved[id(value)] = value, value.detach().clone()
+
+    def _is_fresh(self, value: Any) -> bool:
+        return _has_memory(value) and memory_of(value) in self._fresh
 
 
 def _has_memory(x: Any) -> bool:
