@@ -221,3 +221,14 @@ def test_clipping_bounds_the_norm_over_all_parameters(name):
     train(net, opt, 1)
     change = torch.cat([p.detach().flatten() for p in net.parameters()]) - before
     assert change.norm().item() == pytest.approx(1e-4, rel=1e-6) or name == "plane search" and 0 < change.norm() <= 1e-4
+
+
+def test_both_modes_of_fomoh_bp_see_one_dropout_mask():
+    net = nn.Sequential(nn.Linear(4, 32), nn.Dropout(0.5), nn.Tanh(), nn.Linear(32, 3)).double()
+    x, y = torch.randn(6, 4).double(), torch.arange(6) % 3
+    opt = jp.optim.FoMoHBP(net.parameters())
+    torch.manual_seed(5)
+    gradient = torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters()))
+    torch.manual_seed(5)
+    opt.step(lambda: F.cross_entropy(net(x), y))
+    assert opt.plane.slope.item() == pytest.approx(sum(g.square().sum().item() for g in gradient), rel=1e-10)

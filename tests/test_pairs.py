@@ -274,3 +274,22 @@ def test_large_elementwise_results_in_blocks_and_shared_directions(structure, ro
         d2 = d1 - 2 * y * d1 * p.exp()
         torch.testing.assert_close(first, d1 * x)
         torch.testing.assert_close(second, expected(structure, d2 * x[:, None] * x[None]))
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_interpolated_products_keep_their_digits(size):
+    """Sums that are interpolated are of factors of one size, whatever the lengths of the tangents."""
+    torch.manual_seed(0)
+    layers = [torch.randn(256, 256) / 16 for _ in range(2)]
+    tangents = [size * torch.randn(3, 256, 256) / 16 for _ in layers]
+    x = torch.randn(512, 256)
+
+    def plane(dtype):
+        params, data = [w.to(dtype) for w in layers], x.to(dtype)
+        return jp.evaluate(
+            lambda: ((data @ params[0]).tanh() @ params[1]).sum(), params, [t.to(dtype) for t in tangents]
+        )
+
+    single, double = plane(torch.float32), plane(torch.float64)
+    for found, expected in ((single.slope, double.slope), (single.curvature, double.curvature)):
+        assert (found.double() - expected).norm() < 1e-4 * expected.norm()
