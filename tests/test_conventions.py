@@ -232,3 +232,12 @@ def test_both_modes_of_fomoh_bp_see_one_dropout_mask():
     torch.manual_seed(5)
     opt.step(lambda: F.cross_entropy(net(x), y))
     assert opt.plane.slope.item() == pytest.approx(sum(g.square().sum().item() for g in gradient), rel=1e-10)
+
+
+@each
+def test_lazy_modules_are_told_and_trained_once_they_have_a_shape(name):
+    net = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.Linear(8, 3))
+    with pytest.raises(jp.ArgumentError, match="one batch"):
+        OPTIMIZERS[name](net)
+    net(torch.zeros(6, 4))
+    assert len(set(train(net, OPTIMIZERS[name](net), 3))) > 1

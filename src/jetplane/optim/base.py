@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .. import _sharding as sharded
 from ..directions import AbstractDirections, CachedDirections, Directions, Structure, as_real
@@ -114,7 +115,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
                 the group is of a dtype that can move.
             DeviceError: parameters that may move lie on different devices. Frozen ones may lie anywhere.
             ArgumentError: a rate of the group is negative, parameters are sharded in a way that cannot be had, or were
-                made under `torch.inference_mode`.
+                made under `torch.inference_mode`, or have no shape yet.
         """
         super().add_param_group(param_group)
         try:
@@ -137,6 +138,11 @@ class PlaneOptimizer(torch.optim.Optimizer):
                 if p.dtype.is_complex:
                     remedy = "; let torch.view_as_real(p) be the parameter, and take torch.view_as_complex of it"
                 raise DTypeError(f"{type(self).__name__}: expected a real floating dtype, got {p.dtype}{remedy}")
+            if is_lazy(p):
+                raise ArgumentError(
+                    "a parameter of a lazy module has no shape yet: run one batch through the model before the optimizer "
+                    "is made"
+                )
             if p.is_inference():
                 raise ArgumentError(
                     f"a parameter of shape {tuple(p.shape)} was made under torch.inference_mode() and cannot be "
