@@ -140,8 +140,8 @@ class PlaneOptimizer(torch.optim.Optimizer):
                 raise DTypeError(f"{type(self).__name__}: expected a real floating dtype, got {p.dtype}{remedy}")
             if is_lazy(p):
                 raise ArgumentError(
-                    "a parameter of a lazy module has no shape yet: run one batch through the model before the optimizer "
-                    "is made"
+                    "a parameter of a lazy module has no shape yet: run one batch through the model before you make "
+                    "the optimizer"
                 )
             if p.is_inference():
                 raise ArgumentError(
