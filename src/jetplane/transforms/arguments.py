@@ -106,6 +106,8 @@ class Call:
                 raise ArgumentError(f"has_aux=True: expected f to return (result, aux), got {_shown(returned)}")
             result, aux = returned
         leaves, spec = tree_flatten(result)
+        if not leaves:
+            raise DTypeError(f"f: expected floating-point tensors as results, got none in {_shown(result)}")
         for y in leaves:
             if not isinstance(y, Tensor) or not (y.dtype.is_floating_point or y.dtype.is_complex):
                 kind = str(y.dtype) if isinstance(y, Tensor) else type(y).__name__
@@ -286,11 +288,10 @@ def call_of(
     arguments = tuple(primals) if several else (primals,)
     numbers, single = _numbers(argnums, len(arguments), several)
     leaves, spec = tree_flatten(tuple(arguments[n] for n in numbers))
-    if not leaves or not sum(x.numel() for x in leaves if isinstance(x, Tensor)):
-        if all(isinstance(x, Tensor) for x in leaves):
-            raise ArgumentError("primals: expected tensors with at least one number, got none")
     for i, x in enumerate(leaves):
         _check_leaf(i, x, real)
+    if not sum(x.numel() for x in leaves):
+        raise ArgumentError("primals: expected tensors with at least one number, got none")
     if batch_dim is not None:
         _check_batch(leaves, batch_dim)
     return Call(name, f, bool(has_aux), arguments, numbers, single, tuple(leaves), spec, batch_dim)
@@ -301,8 +302,8 @@ def _numbers(argnums: Argnums, count: int, several: bool) -> tuple[tuple[int, ..
         if not count:
             raise ArgumentError("primals: expected at least one argument, got an empty tuple")
         return tuple(range(count)), not several
-    single = isinstance(argnums, int)
-    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    single = not isinstance(argnums, (tuple, list))
+    numbers: tuple[Any, ...] = tuple(argnums) if isinstance(argnums, (tuple, list)) else (argnums,)
     for n in numbers:
         if isinstance(n, bool) or not isinstance(n, int) or not -count <= n < count:
             raise ArgumentError(f"argnums: expected integers from {-count} to {count - 1}, got {n!r}")
@@ -318,6 +319,11 @@ def _check_leaf(i: int, x: Any, real: bool) -> None:
             f"primal {i}: expected a floating-point tensor, got {type(x).__name__}. "
             "Name the arguments to differentiate by argnums=; the others may be anything"
         )
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else str(x.layout)
+        raise ArgumentError(f"primal {i}: expected a dense tensor, got {kind}; differentiate in its values")
+    if x.device.type == "meta":
+        raise DeviceError(f"primal {i}: expected a tensor with numbers, got one on the meta device, which has none")
     if not (x.dtype.is_floating_point or x.dtype.is_complex):
         raise DTypeError(
             f"primal {i}: expected a floating dtype, got {x.dtype}. Name the arguments to differentiate by argnums="

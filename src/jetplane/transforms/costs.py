@@ -77,6 +77,18 @@ def check_memory(call: Call, size: int, remedy: str) -> None:
         )
 
 
+def check_chunk(chunk: Chunk) -> None:
+    """Check how many directions a caller wants carried at a time.
+
+    Raises:
+        ArgumentError: a number below 1, or an unknown word.
+    """
+    if chunk is None or chunk == "auto":
+        return
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise ArgumentError(f"chunk must be None, 'auto' or an integer of at least 1, got {chunk!r}")
+
+
 def directions_at_a_time(call: Call, chunk: Chunk, k: int, remedy: str = "chunk=", width: int = 1) -> int:
     """How many of k directions are carried together.
 
@@ -94,13 +106,12 @@ def directions_at_a_time(call: Call, chunk: Chunk, k: int, remedy: str = "chunk=
     Raises:
         ArgumentError: a chunk below 1; directions that do not fit, or take too many runs.
     """
+    check_chunk(chunk)
     item, device = call.leaves[0].element_size(), call.leaves[0].device
     if chunk is None:
         check_memory(call, k * call.size * item * width, remedy)
         return k
     if chunk != "auto":
-        if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-            raise ArgumentError(f"chunk must be None, 'auto' or an integer of at least 1, got {chunk!r}")
         return min(chunk, k)
     room = free_memory(device) // 2
     if call.nested or SPREAD * k * call.bytes * width <= room:

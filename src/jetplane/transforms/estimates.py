@@ -65,6 +65,8 @@ def sampled(call: Call, estimate: Estimate, samples: int | None, generator: torc
         raise ArgumentError(f"estimate must be None, 'hutchinson' or 'axes', got {estimate!r}")
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ArgumentError(f"samples must be an integer of at least 1 with estimate={estimate!r}, got {samples!r}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ArgumentError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if estimate == "hutchinson":
         return Sample(call, samples, 1 / samples, None, generator)
     if samples > call.size:

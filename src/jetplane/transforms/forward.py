@@ -22,7 +22,7 @@ from ..evaluation.specification import Pairs, PlaneSpec
 from ..jets import Diagonal, Jet, PairStructure, Space, Sums, Tangents, carried, parts, promoted
 from .arguments import Argnums, Call, Directions, call_of
 from .compiling import uncompiled
-from .costs import Chunk, directions_at_a_time, in_turn, runs_of
+from .costs import Chunk, check_chunk, directions_at_a_time, in_turn, runs_of
 from .estimates import Estimate, sampled
 
 
@@ -276,6 +276,7 @@ def linearize(
             [0., 1.]]))
     """
     call = call_of("linearize", f, primals, argnums, has_aux, batch_dim, real=False)
+    check_chunk(chunk)
     ys, spec, aux = call.outputs(call.at(call.leaves))
 
     def push(tangents: Any) -> Any:

@@ -226,7 +226,7 @@ def bilaplacian(
     call = call_of("bilaplacian", f, primals, argnums, has_aux, batch_dim)
 
     def inner(*arguments: Any) -> Any:
-        return laplacian(f, arguments, argnums=call.argnums, has_aux=has_aux, batch_dim=batch_dim, chunk=None)
+        return laplacian(f, arguments, argnums=call.argnums, has_aux=has_aux, batch_dim=batch_dim, chunk=call.size)
 
     outer = replace(call, f=inner)
     got = expanded(outer, call.axes, call.size, chunk, Sums.trace, width=call.size + 2)
