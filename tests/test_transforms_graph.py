@@ -1,5 +1,6 @@
 """Reverse mode through derivatives of functions, in parameters and points, against reverse mode alone."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -339,3 +340,30 @@ def test_a_write_to_a_leaf_that_requires_grad_is_refused():
         jp.laplacian(f, torch.ones(2))
     with torch.no_grad():
         close(jp.laplacian(f, torch.ones(2)), torch.zeros(()))
+
+
+@pytest.mark.parametrize("numpy", [False, True])
+def test_a_black_box_has_no_graph_and_says_so(numpy):
+    w, x = torch.tensor([1.0, 2.0]).double().requires_grad_(), torch.tensor([0.3, 0.7]).double()
+    box = jp.blackbox((lambda a: np.sin(a)) if numpy else torch.sin, numpy=numpy, scale=1.0)
+    found = jp.jet(lambda x: box(w * x).sum(), x, torch.eye(2).double(), pairs="diagonal")
+    for t in found if numpy else found[1:]:
+        with pytest.raises(jp.DerivativeError, match="blackbox.*no graph"):
+            torch.autograd.grad(t.sum(), w, retain_graph=True)
+    if numpy:
+        with pytest.raises(jp.DerivativeError, match="blackbox.*no graph"):
+            box(w).sum().backward()
+    assert not jp.laplacian(lambda x: box(w.detach() * x).sum(), x).requires_grad
+
+
+def test_torch_functions_in_python_may_take_parameters_apart():
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(4, 2, batch_first=True).double()
+    w, y, v = (torch.randn(1, 3, 4).double() for _ in range(3))
+
+    def f(w):
+        crossed = lambda y: attention(w * y, (w * y) ** 2, y.sin())[0].sum()  # noqa: E731
+        return jp.jet(crossed, y, v[None])[2].sum()
+
+    along, quotient = gradient_and_difference(f, w)
+    close(along, quotient, rtol=1e-6, atol=1e-7)
