@@ -11,6 +11,7 @@ result is held against the first way's.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import statistics
@@ -87,11 +88,61 @@ def by_autograd(net: nn.Module, x: Tensor) -> Tensor:
     return total
 
 
-def by_jet_for_pytorch(net: nn.Module, x: Tensor) -> Tensor:
-    """The package jet-for-pytorch, collapsed."""
-    from jet.laplacian import laplacian  # pyright: ignore[reportMissingImports]
+def jet_for_pytorch(net: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """The package jet-for-pytorch, collapsed, traced once and batched by vmap."""
+    from jet import laplacian  # pyright: ignore[reportMissingImports]
 
-    return laplacian(net, x)[-1][:, 0]
+    operator = vmap(laplacian(net, (x[0],)))
+    return lambda: operator(x)[:, 0]
+
+
+def _in_jax(net: nn.Module) -> tuple[Any, Any]:
+    """A network's weights and the same function in jax, of one point."""
+    import jax.numpy as jnp  # pyright: ignore[reportMissingImports]
+
+    layers = [m for m in net if isinstance(m, nn.Linear)]  # type: ignore[attr-defined]
+    weights = [(jnp.asarray(m.weight.detach().numpy()), jnp.asarray(m.bias.detach().numpy())) for m in layers]
+
+    def f(weights: Any, x: Any) -> Any:
+        for n, (w, b) in enumerate(weights):
+            x = w @ x + b
+            x = jnp.tanh(x) if n + 1 < len(weights) else x
+        return x[0]
+
+    return weights, f
+
+
+def folx_laplacian(net: nn.Module, x: Tensor) -> Way:
+    """The package folx, compiled by jax."""
+    import folx  # pyright: ignore[reportMissingImports]
+    import jax  # pyright: ignore[reportMissingImports]
+
+    weights, f = _in_jax(net)
+    at = jax.numpy.asarray(x.numpy())
+    operator = jax.jit(jax.vmap(folx.ForwardLaplacianOperator(0)(lambda z: f(weights, z))))
+    return lambda: torch.from_numpy(jax.device_get(operator(at)[0]).copy())
+
+
+def folx_step(net: nn.Module, x: Tensor) -> Way:
+    """A step of a physics-informed network in folx."""
+    import folx  # pyright: ignore[reportMissingImports]
+    import jax  # pyright: ignore[reportMissingImports]
+
+    weights, f = _in_jax(net)
+    at = jax.numpy.asarray(x.numpy())
+
+    def loss(weights: Any) -> Any:
+        each = jax.vmap(lambda z: folx.ForwardLaplacianOperator(0)(lambda y: f(weights, y))(z)[0])(at)
+        return (each**2).mean()
+
+    step = jax.jit(jax.value_and_grad(loss))
+
+    def run() -> Tensor:
+        value, gradient = step(weights)
+        norms = [float(jax.numpy.linalg.norm(t.ravel())) for pair in gradient for t in pair][:-1]
+        return torch.tensor([float(value), *norms])
+
+    return run
 
 
 LAPLACIANS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
@@ -99,38 +150,43 @@ LAPLACIANS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "torch.func": by_torch_func,
     "jvp of jvp": by_nested_jvp,
     "autograd": by_autograd,
-    "jet-for-pytorch": by_jet_for_pytorch,
 }
-NEEDS = {"jet-for-pytorch": "jet"}  # packages of rivals that need one
+BUILT: dict[str, Callable[[nn.Module, Tensor], Callable[[], Tensor]]] = {
+    **{name: functools.partial(lambda f, net, x: functools.partial(f, net, x), f) for name, f in LAPLACIANS.items()},
+    "jet-for-pytorch": jet_for_pytorch,
+}
+NEEDS = {"jet-for-pytorch": "jet", "folx": "folx"}  # packages of rivals that need one
 
 
 def laplacians(d: int, b: int) -> dict[str, Callable[[], Way]]:
     """Laplacians at B points in D dimensions."""
 
-    def way(f: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[], Way]:
+    def way(f: Callable[[nn.Module, Tensor], Callable[[], Tensor]]) -> Callable[[], Way]:
         def build() -> Way:
-            net, x = network(d).requires_grad_(False), points(b, d)
+            found = f(network(d).requires_grad_(False), points(b, d))
 
             def run() -> Tensor:
                 with torch.no_grad():
-                    return f(net, x).detach()
+                    return found().detach()
 
             return run
 
         return build
 
-    return {name: way(f) for name, f in LAPLACIANS.items()}
+    ways = {name: way(f) for name, f in BUILT.items()}
+    return ways | {"folx": lambda: folx_laplacian(network(d), points(b, d))}
 
 
 def pinn(d: int, b: int) -> dict[str, Callable[[], Way]]:
     """Value and gradient, in all parameters, of the mean square of Laplacians."""
 
-    def way(f: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[], Way]:
+    def way(f: Callable[[nn.Module, Tensor], Callable[[], Tensor]]) -> Callable[[], Way]:
         def build() -> Way:
-            net, x = network(d), points(b, d)
+            net = network(d)
+            found = f(net, points(b, d))
 
             def run() -> Tensor:
-                loss = f(net, x).square().mean()
+                loss = found().square().mean()
                 gradient = torch.autograd.grad(loss, list(net.parameters())[:-1])
                 return torch.stack([loss.detach(), *(g.norm() for g in gradient)])
 
@@ -138,7 +194,116 @@ def pinn(d: int, b: int) -> dict[str, Callable[[], Way]]:
 
         return build
 
-    return {name: way(f) for name, f in LAPLACIANS.items()}
+    ways = {name: way(f) for name, f in BUILT.items()}
+    return ways | {"folx": lambda: folx_step(network(d), points(b, d))}
+
+
+def sampled_axes(d: int, b: int, samples: int) -> dict[str, Callable[[], Way]]:
+    """Second derivatives along a few axes of many: the first ones here, in place of a draw, so that ways agree."""
+
+    def ours() -> Way:
+        net, x = network(d).requires_grad_(False), points(b, d)
+        # Of D axes, those that this seed draws lie in front.
+        drawn = torch.randperm(d, generator=torch.Generator().manual_seed(0))
+        net[0].weight.copy_(net[0].weight[:, drawn.argsort()])
+        generator, x = torch.Generator(), x[:, drawn.argsort()].contiguous()
+
+        def run() -> Tensor:
+            generator.manual_seed(0)
+            found = jp.laplacian(net, x, batch_dim=0, estimate="axes", samples=samples, generator=generator)
+            return found[:, 0] * (samples / d)
+
+        return run
+
+    def by_hand() -> Way:
+        net, x = network(d).requires_grad_(False), points(b, d)
+        layers = [(m.weight, m.bias) for m in net if isinstance(m, nn.Linear)]
+
+        def run() -> Tensor:
+            y, first, second = x, None, None
+            for n, (w, bias) in enumerate(layers):
+                y = y @ w.T + bias
+                first = w[:, :samples].T[:, None] if first is None else first @ w.T
+                second = None if second is None else second @ w.T
+                if n + 1 < len(layers):
+                    y = y.tanh()
+                    slope = 1 - y * y
+                    bend = -2 * y * slope * (first * first).sum(0)
+                    second = bend if second is None else slope * second + bend
+                    first = slope * first
+            assert second is not None
+            return second[:, 0]
+
+        return run
+
+    def nested() -> Way:
+        net, x = network(d).requires_grad_(False), points(b, d)
+
+        def along(e: Tensor) -> Tensor:
+            v = e.expand_as(x)
+            return jvp(lambda z: jvp(net, (z,), (v,))[1], (x,), (v,))[1][:, 0]
+
+        axes = torch.eye(samples, d)
+        return lambda: vmap(along)(axes).sum(0)
+
+    return {"jetplane": ours, "by hand": by_hand, "jvp of jvp": nested}
+
+
+def diffusion(d: int, r: int, b: int) -> dict[str, Callable[[], Way]]:
+    """``tr(sigma sigma^T Hess)`` with r columns that all points share."""
+
+    def sigma() -> Tensor:
+        return torch.randn(d, r, generator=torch.Generator().manual_seed(2)) / d**0.5
+
+    def ours() -> Way:
+        net, x, s = network(d).requires_grad_(False), points(b, d), sigma()
+        return lambda: jp.weighted_laplacian(net, x, s, batch_dim=0)[:, 0]
+
+    def nested() -> Way:
+        net, x, s = network(d).requires_grad_(False), points(b, d), sigma()
+
+        def along(v: Tensor) -> Tensor:
+            v = v.expand_as(x)
+            return jvp(lambda z: jvp(net, (z,), (v,))[1], (x,), (v,))[1][:, 0]
+
+        return lambda: vmap(along)(s.T.contiguous()).sum(0)
+
+    def reverse() -> Way:
+        net, x, s = network(d).requires_grad_(False), points(b, d), sigma()
+        hessian = vmap(jacfwd(grad(lambda z: net(z).squeeze())))
+        return lambda: torch.einsum("bij,ir,jr->b", hessian(x), s, s)
+
+    return {"jetplane": ours, "torch.func": reverse, "jvp of jvp": nested}
+
+
+def biharmonic(d: int, b: int) -> dict[str, Callable[[], Way]]:
+    """The Laplacian of the Laplacian."""
+
+    def ours() -> Way:
+        net, x = network(d).requires_grad_(False), points(b, d)
+        return lambda: jp.bilaplacian(net, x, batch_dim=0)[:, 0]
+
+    def func() -> Way:
+        net, x = network(d).requires_grad_(False), points(b, d)
+
+        def once(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            return lambda z: torch.trace(jacfwd(grad(f))(z))
+
+        return lambda: vmap(once(once(lambda z: net(z).squeeze())))(x)
+
+    def folx_twice() -> Way:
+        import folx  # pyright: ignore[reportMissingImports]
+        import jax  # pyright: ignore[reportMissingImports]
+
+        net, x = network(d), points(b, d)
+        weights, f = _in_jax(net)
+        at = jax.numpy.asarray(x.numpy())
+        once = folx.ForwardLaplacianOperator(0)
+        inner = lambda z: once(lambda y: f(weights, y))(z)[0]  # noqa: E731
+        operator = jax.jit(jax.vmap(lambda z: once(inner)(z)[0]))
+        return lambda: torch.from_numpy(jax.device_get(operator(at)).copy())
+
+    return {"jetplane": ours, "torch.func": func, "folx": folx_twice}
 
 
 def hessian(d: int) -> dict[str, Callable[[], Way]]:
@@ -179,9 +344,15 @@ TASKS: dict[str, tuple[str, Callable[[], dict[str, Callable[[], Way]]]]] = {
     "lap10": ("Laplacian, D 10, B 256", lambda: laplacians(10, 256)),
     "lap100": ("Laplacian, D 100, B 256", lambda: laplacians(100, 256)),
     "lap10large": ("Laplacian, D 10, B 2048", lambda: laplacians(10, 2048)),
+    "lap100large": ("Laplacian, D 100, B 2048", lambda: laplacians(100, 2048)),
     "lap2one": ("Laplacian, D 2, B 1", lambda: laplacians(2, 1)),
+    "lap100one": ("Laplacian, D 100, B 1", lambda: laplacians(100, 1)),
     "pinn2": ("PINN step, D 2, B 2048", lambda: pinn(2, 2048)),
     "pinn10": ("PINN step, D 10, B 256", lambda: pinn(10, 256)),
+    "pinn100": ("PINN step, D 100, B 256", lambda: pinn(100, 256)),
+    "stde": ("16 of 10,000 axes, B 100", lambda: sampled_axes(10_000, 100, 16)),
+    "diffusion": ("Fokker-Planck, D 100, 50 columns, B 256", lambda: diffusion(100, 50, 256)),
+    "biharmonic": ("Biharmonic, D 5, B 256", lambda: biharmonic(5, 256)),
     "hessian": ("Hessian, D 1,000", lambda: hessian(1000)),
     "hvp": ("Hessian-vector product, D 10,000", lambda: product(10_000)),
 }
