@@ -17,6 +17,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -390,6 +391,32 @@ def measured(task: str, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def measured_here(task: str, rounds: int) -> list[dict[str, Any]]:
+    """Time alone, of ways that take turns in this process: for machines that others use."""
+    torch.set_num_threads(1)
+    runs: dict[str, Way] = {}
+    rows = {w: {"task": TASKS[task][0], "way": w} for w in ways(task)}
+    seconds: dict[str, list[float]] = {w: [] for w in rows}
+    first = None
+    for w, build in TASKS[task][1]().items():
+        if w not in rows:
+            continue
+        try:
+            run = build()
+            found = run().detach().flatten()
+        except Exception as error:  # of a rival's: that is its row
+            rows[w]["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            continue
+        runs[w], first = run, found if first is None else first
+        rows[w]["agrees"] = bool((found - first).abs().max() <= TOLERANCE * first.abs().max())
+    for _ in range(rounds):
+        for w, run in runs.items():
+            begin = time.process_time()
+            run()
+            seconds[w].append(time.process_time() - begin)
+    return [row | ({"ms": 1000 * statistics.median(seconds[w])} if w in runs else {}) for w, row in rows.items()]
+
+
 def serve_one(spec: dict[str, Any]) -> None:
     """The measured process."""
     torch.set_num_threads(spec["threads"])
@@ -414,8 +441,33 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {row['task']} | {row['way']} | | | {row['error']} |")
         else:
             word = "" if row["agrees"] else "another result"
-            lines.append(f"| {row['task']} | {row['way']} | {row['ms']:.1f} | {row['mib']:.0f} | {word} |")
+            memory = f"{row['mib']:.0f}" if "mib" in row else ""
+            lines.append(f"| {row['task']} | {row['way']} | {row['ms']:.1f} | {memory} | {word} |")
     return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Times of all ways, relative to ours in the same task."""
+    import matplotlib.pyplot as plt
+
+    ours = {row["task"]: row["ms"] for row in rows if row["way"] == "jetplane" and "ms" in row}
+    tasks, names = list(ours), sorted({row["way"] for row in rows} - {"jetplane"})
+    figure, axis = plt.subplots(figsize=(7, 0.5 + 0.55 * len(tasks)))
+    for n, name in enumerate(names):
+        own = [row for row in rows if row["way"] == name and "ms" in row]
+        at = [tasks.index(row["task"]) + 0.8 * ((n + 0.5) / len(names) - 0.5) for row in own]
+        axis.barh(at, [row["ms"] / ours[row["task"]] for row in own], 0.8 / len(names), label=name)
+    axis.axvline(1, color="black", lw=1)
+    axis.set_xscale("log")
+    axis.minorticks_off()
+    axis.set_xticks(ticks := [0.1, 0.2, 0.5, 1, 2, 5, 10], [str(t) for t in ticks])
+    axis.set_xlim(0.1, 20)
+    axis.set_yticks(range(len(tasks)), tasks)
+    axis.invert_yaxis()
+    axis.set_xlabel("time, relative to Jetplane's")
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -426,11 +478,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
     parser.add_argument("--rounds", type=int, default=5, help="turns of each way")
+    parser.add_argument("--here", action="store_true", help="time alone, in turns within one process")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
+    parser.add_argument("--figure", type=Path, help="where to draw; with --from, numbers of before")
+    parser.add_argument(
+        "--from", dest="before", type=Path, nargs="*", help="draw these files' numbers, measure nothing"
+    )
     options = parser.parse_args()
-    rows = [row for task in options.tasks for row in measured(task, options.rounds)]
+    if options.before:
+        draw([row for file in options.before for row in json.loads(file.read_text())["rows"]], options.figure)
+        return
+    way = measured_here if options.here else measured
+    rows = [row for task in options.tasks for row in way(task, options.rounds)]
     print(machine(1), end="\n\n")
     print(table(rows))
+    if options.figure is not None:
+        draw(rows, options.figure)
     if options.json is not None:
         options.json.write_text(json.dumps({"machine": machine(1), "rows": rows}, indent=1) + "\n")
 

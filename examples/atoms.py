@@ -6,7 +6,8 @@ The energy of a trial function psi is the mean, over positions drawn from psi²,
 
 and never below the ground state's. Its Laplacian and gradient come from one forward pass,
 `jetplane.value_and_laplacian`; the parameters move against the natural gradient, ``2 E[(E(x) - E) grad log psi]`` in
-the metric of ``grad log psi`` (Sorella, Phys. Rev. Lett. 80 (1998)), in which the Laplacian itself is not differentiated.
+the metric of ``grad log psi`` (Sorella, Phys. Rev. Lett. 80 (1998)), in which the Laplacian is not
+differentiated.
 
     python examples/atoms.py                        # helium, about half a minute
     python examples/atoms.py --steps 6000 --walkers 2048 --samples 1000 --json helium.json
