@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._torch import tree_flatten, tree_unflatten
-from ..errors import ArgumentError, DeviceError, NonFiniteError, ShapeError, UnusedParametersError
+from ..errors import ArgumentError, DeviceError, DTypeError, NonFiniteError, ShapeError, UnusedParametersError
 from ..subspace.linear_model import LinearModel, Region, RowFactor
 from ..subspace.robust import Rho, RobustLoss
 from ..transforms.arguments import Point, point
@@ -31,6 +31,7 @@ MESSAGES: dict[Status, str] = {
     ),
     "limit": "max_nfev evaluations were not enough",
 }
+_ROWS = 256  # residuals that are collected before they are summed
 _FIRST_RADIUS = 100.0  # the first step's most, in parts of the scaled parameters' length
 
 
@@ -303,11 +304,11 @@ class _Problem:
                 returned["leaves"] = ys
             for y, first in zip(ys, firsts, strict=True):
                 if y.is_complex():
-                    raise ShapeError("residuals: expected real numbers; return torch.view_as_real of complex ones")
+                    raise DTypeError("residuals: expected real numbers; return torch.view_as_real of complex ones")
                 if len(first) == self.n:
-                    sums.add(y.flatten().double(), first.reshape(len(first), -1).double().mT)
+                    sums.add(y, first)
                 else:
-                    columns[-1].append((y.flatten(), first.reshape(len(first), -1)))
+                    columns[-1].append((y, first))
 
         columns: list[list[tuple[Tensor, Tensor]]] = []
         here = Point(self.where.arguments, (0,), True, tuple(leaves), self.where.spec)
@@ -322,7 +323,7 @@ class _Problem:
             if len({tuple(y.shape for y, _ in column) for column in columns}) > 1:
                 raise ShapeError("chunk= runs the function more than once, and it gave residuals of other shapes then")
             for parts in zip(*columns, strict=True):
-                sums.add(parts[-1][0].double(), torch.cat([first for _, first in parts]).double().mT)
+                sums.add(parts[-1][0], torch.cat([first for _, first in parts]))
         fun = tree_unflatten(returned["leaves"], returned["spec"]) if returned else None
         return sums.evaluation(x, fun)
 
@@ -335,11 +336,24 @@ class _Sums:
         self.cost = torch.zeros((), dtype=torch.float64, device=device)
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.bread, self.meat = torch.zeros(2, n, n, dtype=torch.float64, device=device)
-        self.count = 0
+        self.held: list[tuple[Tensor, Tensor]] = []
+        self.count, self.due = 0, _ROWS
 
-    def add(self, r: Tensor, j: Tensor) -> None:
-        """Add residuals (m,) and their derivatives (m, n)."""
-        self.count += len(r)
+    def add(self, y: Tensor, first: Tensor) -> None:
+        """Add residuals, of any shape S, and their derivatives, (n, *S)."""
+        self.held.append((y.reshape(-1), first.reshape(len(first), -1)))
+        self.count += y.numel()
+        if self.count >= self.due:
+            self._summed()
+
+    def _summed(self) -> None:
+        if not self.held:
+            return
+        r, j = (
+            torch.cat([y for y, _ in self.held]).double(),
+            torch.cat([first for _, first in self.held], 1).double().mT,
+        )
+        self.held, self.due = [], self.count + _ROWS
         if self.robust is None:
             self.cost += r @ r / 2
         else:
@@ -360,6 +374,7 @@ class _Sums:
         """
         if not self.count:
             raise ArgumentError("residuals: expected at least one number, got none")
+        self._summed()
         cost = self.cost.item()
         if not (bool(self.finite) and math.isfinite(cost)):
             return _Evaluation(x, None, math.inf, self.count, fun)

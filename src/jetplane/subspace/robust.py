@@ -46,7 +46,7 @@ def cauchy(z: Tensor) -> Tensor:
 
 
 def arctan(z: Tensor) -> Tensor:
-    """Outliers count at most pi / 2: ``rho(z) = arctan(z)``."""
+    """Outliers count at most pi / 2: rho is the arc tangent."""
     t = 1 + z.square()
     return torch.stack([z.atan(), 1 / t, -2 * z / t.square()])
 
