@@ -108,6 +108,7 @@ def of_torch_lm(problem: Problem) -> dict[str, Any] | None:
     except ImportError:
         return None
     history: list[float] = []
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
 
     class Residuals(torch.nn.Module):
         def __init__(self) -> None:
@@ -117,8 +118,8 @@ def of_torch_lm(problem: Problem) -> dict[str, Any] | None:
         def forward(self, _: Tensor) -> Tensor:
             found = problem.residuals(self.x).unsqueeze(1)
             plain = found
-            while torch._C._functorch.is_functorch_wrapped_tensor(plain):
-                plain = torch._C._functorch.get_unwrapped(plain)
+            while functorch.is_functorch_wrapped_tensor(plain):
+                plain = functorch.get_unwrapped(plain)
             history.append(float(plain.square().sum()))
             return found
 

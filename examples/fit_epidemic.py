@@ -40,7 +40,8 @@ def residuals(p):
 
 def fit():
     """The fit, from rough rates."""
-    start = {name: torch.tensor(number).double() for name, number in dict(infection=2.0, recovery=0.5, first=1.0).items()}
+    start = {"infection": 2.0, "recovery": 0.5, "first": 1.0}
+    start = {name: torch.tensor(number).double() for name, number in start.items()}
     return jp.optim.least_squares(residuals, start, bounds=(0, 10))
 
 

@@ -1,4 +1,4 @@
-"""Predators and prey: four rates and two first values of the Lotka-Volterra equations, fitted to pelts of lynx and hare.
+"""Predators and prey: rates and first values of the Lotka-Volterra equations, fitted to pelts of lynx and hare.
 
     python examples/fit_lotka_volterra.py
 
@@ -10,7 +10,8 @@ import torch
 
 import jetplane as jp
 
-HARE = [30, 47.2, 70.2, 77.4, 36.3, 20.6, 18.1, 21.4, 22, 25.4, 27.1, 40.3, 57, 76.6, 52.3, 19.5, 11.2, 7.6, 14.6, 16.2, 24.7]
+HARE = [30, 47.2, 70.2, 77.4, 36.3, 20.6, 18.1, 21.4, 22, 25.4, 27.1]
+HARE += [40.3, 57, 76.6, 52.3, 19.5, 11.2, 7.6, 14.6, 16.2, 24.7]
 LYNX = [4, 6.1, 9.8, 35.2, 59.4, 41.7, 19, 13, 8.3, 9.1, 7.4, 8, 12.3, 19.5, 45.7, 51.1, 29.7, 15.8, 9.7, 10.1, 8.6]
 PELTS = torch.tensor([HARE, LYNX], dtype=torch.float64).T
 STEPS = 10  # a year
