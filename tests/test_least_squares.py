@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -380,3 +381,31 @@ def test_row_factor_takes_any_split() -> None:
         for part in rows.split(size):
             factor.add(part)
         assert torch.allclose(factor.matrix().mT @ factor.matrix(), rows.mT @ rows)
+
+
+class TestExamples:
+    """The scripts in examples/ run, and find what is known of their data."""
+
+    folder = Path(__file__).parent.parent / "examples"
+
+    def fitted(self, name: str, *arguments: Any) -> Any:
+        return runpy.run_path(str(self.folder / f"fit_{name}.py"))["fit"](*arguments)
+
+    def test_lotka_volterra(self) -> None:
+        fit = self.fitted("lotka_volterra")
+        assert fit.success
+        # a Bayesian analysis of these data with weak priors has 0.55, 0.80, 0.028 and 0.024
+        assert fit.params["growth"].tolist() == pytest.approx([0.55, 0.80], abs=0.02)
+        assert fit.params["effect"].tolist() == pytest.approx([0.028, 0.024], abs=0.001)
+
+    def test_epidemic(self) -> None:
+        fit = self.fitted("epidemic")
+        assert fit.success and not any(mask.item() for mask in fit.active_mask.values())
+        assert (fit.params["infection"] / fit.params["recovery"]).item() == pytest.approx(3.9, abs=0.2)
+
+    def test_pendulum(self) -> None:
+        fit = self.fitted("pendulum", 1500)
+        assert fit.success and fit.fun is None
+        truth = runpy.run_path(str(self.folder / "fit_pendulum.py"))["TRUTH"]
+        for name, value in truth.items():
+            assert abs(fit.params[name] - value) < 4 * fit.standard_errors[name]

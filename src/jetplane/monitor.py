@@ -209,7 +209,8 @@ class CurvatureMonitor:
         self.readings: list[CurvatureReading] = []
         self.steps = 0
         self._optimizer, self._closure, self._every = optimizer, closure, every
-        self._names, self._chunk = names, chunk
+        self._names = names
+        self._chunk: Chunk = chunk
         self._kinds: tuple[Curvature, ...] = ("hessian", "ggn") if curvature == "both" else (curvature,)
         self._writer, self._report, self._prefix = writer, report, prefix
         self._due_audit, self._generators = audit == "first", tuple(generators)
