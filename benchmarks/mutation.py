@@ -38,8 +38,8 @@ COPIED = ("src", "tests", "benchmarks", "docs", "pyproject.toml", "README.md")
 # module -> its tests; the examples in its own docstrings run as well
 MODULES: dict[str, tuple[str, ...]] = {
     "subspace/descent.py": ("test_descent.py",),
-    "subspace/search.py": ("test_search.py", "test_plane_search.py"),
-    "gradients/feedback.py": ("test_activity.py",),
+    "subspace/search.py": ("test_search.py",),
+    "gradients/feedback.py": ("test_feedback.py",),
     "gradients/perturbation.py": ("test_activity.py",),
     "gradients/active_outputs.py": ("test_activity.py",),
     "directions/laws.py": ("test_directions.py",),
@@ -109,7 +109,7 @@ def mutation_operators() -> list[Any]:
 
     class Halved(base):
         def mutation_positions(self, node: Any) -> Iterator[tuple[Any, Any]]:
-            if isinstance(node, number) and isinstance(ast.literal_eval(node.value), float):
+            if isinstance(node, number) and isinstance(value := ast.literal_eval(node.value), float) and value:
                 yield node.start_pos, node.end_pos
 
         def mutate(self, node: Any, index: int) -> Any:
