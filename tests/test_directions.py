@@ -14,13 +14,9 @@ from jetplane.directions import (
     CachedDirections,
     ConcatenatedDirections,
     Directions,
-    SelectedDirections,
     StoredDirections,
-    Term,
-    UnitDirections,
     laws,
 )
-from jetplane.jets import Deferred, Partial
 
 DENSE = list(laws.LAWS)
 EVERY = list(KURTOSIS)
@@ -243,30 +239,6 @@ def test_combining_needs_the_memory_of_one_direction(law, structure):
     assert largest.numel <= w.numel()
 
 
-def test_held_directions_draw_once_and_only_what_is_asked_for():
-    held = CachedDirections(Directions(2), PARAMS, places=[4, 5, 6, 7])
-    assert held.used == set()
-    tangents = held.structured(1, PARAMS[1])
-    assert isinstance(tangents, Deferred) and held.used == {1}
-    assert tangents.materialized().data_ptr() == held.draw(1, PARAMS[1]).data_ptr()
-    torch.testing.assert_close(tangents.materialized(), Directions(2).draw(5, PARAMS[1]))
-
-
-def test_concatenated_directions_are_their_sources_one_behind_the_other():
-    stored = [torch.randn(2, *p.shape) for p in PARAMS]
-    sphere = Directions(3, "sphere")
-    both = ConcatenatedDirections([StoredDirections(dict(enumerate(stored))), sphere])
-    tangents = both.tangents(PARAMS)
-    expected = sphere.tangents(PARAMS)
-    kappa = torch.randn(5)
-    for i, p in enumerate(PARAMS):
-        torch.testing.assert_close(tangents[i], torch.cat([stored[i], expected[i]]))
-        torch.testing.assert_close(both.draw(i, p, slice(1, 4)), tangents[i][1:4])
-        torch.testing.assert_close(both.combine(i, p, kappa), torch.tensordot(kappa, tangents[i], 1))
-    with pytest.raises(jp.ShapeError, match="kappa"):
-        both.combine(0, PARAMS[0], torch.ones(4))
-
-
 UNTYPED: Any = Directions
 BAD = {
     "k": (lambda: Directions(0), jp.ArgumentError, "at least 1"),
@@ -300,99 +272,3 @@ def test_empty_parameters_and_wide_seeds():
     assert Directions(2).draw(0, torch.empty(0, 4)).shape == (2, 0, 4)
     assert torch.equal(draw("gaussian", 5, seed=2**64 + 1), draw("gaussian", 5, seed=1))
     assert not torch.equal(draw("gaussian", 5, seed=-1), draw("gaussian", 5, seed=1))
-
-
-def flat(tangents: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([t.reshape(len(t), -1) for t in tangents], 1).double()
-
-
-def test_squared_norms():
-    given = StoredDirections([torch.randn(2, *p.shape) for p in PARAMS])
-    expected = flat(given.tangents(PARAMS)).square().sum(1)
-    torch.testing.assert_close(given.squared_norms(PARAMS), expected)
-    size = sum(p.numel() for p in PARAMS)
-    both = ConcatenatedDirections([given, Directions(3)])
-    torch.testing.assert_close(both.squared_norms(PARAMS)[2:], torch.full((3,), float(size)).double())
-    torch.testing.assert_close(SelectedDirections(both, [slice(1, 2)]).squared_norms(PARAMS), expected[1:])
-    torch.testing.assert_close(CachedDirections(both, PARAMS).squared_norms(PARAMS)[:2], expected)
-    norms = flat(Directions(400, tangents="rank-one").tangents(PARAMS)).square().sum(1)
-    assert norms.mean() == pytest.approx(size, rel=0.1)  # what is expected of drawn ones
-
-
-# --- directions that do not move every parameter -----------------------------------------------------------
-
-
-def some_move() -> UnitDirections:
-    """Three directions of which the first parameter has all, the second two, the third one, the last none."""
-    torch.manual_seed(0)
-    tensors = [torch.randn(3, *p.shape) for p in PARAMS]
-    moved = {0: (0, 1, 2), 1: (0, 2), 2: (1,)}
-    vectors = [{i: Term(tensors[i][row], 2.0) for i, rows in moved.items() if row in rows} for row in range(3)]
-    found = UnitDirections.of(vectors)
-    assert found is not None
-    return found
-
-
-def test_unit_directions_have_norm_one_and_say_what_they_move():
-    directions = some_move()
-    v = flat(directions.tangents(PARAMS))
-    torch.testing.assert_close(v @ v.mT * torch.eye(3), torch.eye(3).double())
-    kinds = [directions.structured(i, p) for i, p in enumerate(PARAMS)]
-    assert isinstance(kinds[0], Deferred) and kinds[3] is None
-    assert isinstance(kinds[1], Partial) and isinstance(kinds[2], Partial)
-    assert (kinds[1].rows, kinds[2].rows) == ((0, 2), (1,))
-    for i, (p, kind) in enumerate(zip(PARAMS, kinds, strict=True)):
-        drawn = directions.draw(i, p)
-        if kind is not None:
-            torch.testing.assert_close(kind.materialized(), drawn)
-            torch.testing.assert_close(kind[1:3].materialized(), drawn[1:3])
-            torch.testing.assert_close(kind[1:2].to(torch.float64).materialized(), drawn[1:2].double())
-        kappa = torch.randn(3)
-        torch.testing.assert_close(directions.combine(i, p, kappa), torch.tensordot(kappa, drawn, 1))
-
-
-def test_terms_over_a_root_mean_square():
-    term = Term(torch.tensor([3.0, 1.0, 5.0]), 2.0, torch.tensor([9.0, 4.0, 0.0]))
-    torch.testing.assert_close(term.materialized(), torch.tensor([2.0, 1.0, 0.0]))
-
-
-def test_vectors_of_zeros_are_left_out():
-    assert UnitDirections.of([{0: Term(torch.zeros(2))}, {}]) is None
-
-
-@pytest.mark.parametrize("drawn", ["dense", "rank-one"])
-def test_compositions_keep_absence(drawn):
-    """Behind each other, selected and cached: the same numbers, and nothing is stored for what does not move."""
-    sources = [some_move(), Directions(2, tangents=drawn), StoredDirections({1: torch.ones(1, *PARAMS[1].shape)})]
-    both = ConcatenatedDirections(sources)
-    for directions in (both, SelectedDirections(both, [slice(0, 2), slice(3, 6)]), CachedDirections(both, PARAMS)):
-        kappa = torch.randn(directions.k)
-        for i, p in enumerate(PARAMS):
-            tangents, whole = directions.structured(i, p), directions.draw(i, p)
-            torch.testing.assert_close(tangents.materialized(), whole)
-            torch.testing.assert_close(directions.combine(i, p, kappa), torch.tensordot(kappa, whole, 1))
-    assert both.structured(3, PARAMS[3]).rows == (3, 4)
-    assert both.structured(1, PARAMS[1]).rows == (0, 2, 3, 4, 5)
-
-
-@pytest.mark.parametrize("rows", [(0,), (1, 0), (0, 3)])
-def test_partial_tangents_of_other_rows(rows):
-    with pytest.raises(jp.ShapeError, match="ascending rows below k = 3"):
-        Partial(3, rows, torch.ones(2, 4))
-
-
-def test_planes_of_absent_directions_are_those_of_zeros():
-    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
-    params, x = list(net.parameters()), torch.randn(5, 3).double()
-    vectors = [
-        {0: Term(torch.randn(4, 3).double())},
-        {2: Term(torch.randn(2, 4).double()), 3: Term(torch.ones(2).double())},
-    ]
-    directions = UnitDirections.of(vectors)
-    assert directions is not None
-    for settings in ({}, {"curvature": "ggn", "chunk": 1}, {"curvature": "ggn", "examples": True}, {"chunk": 2}):
-        loss = lambda: torch.nn.functional.mse_loss(net(x), torch.ones(5, 2).double())  # noqa: E731
-        found = jp.evaluate(loss, params, directions, **settings)
-        expected = jp.evaluate(loss, params, directions.tangents(params), **settings)
-        torch.testing.assert_close(found.slope, expected.slope)
-        torch.testing.assert_close(found.curvature, expected.curvature)
