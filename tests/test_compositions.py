@@ -16,6 +16,7 @@ from jetplane.directions import (
     Term,
     UnitDirections,
 )
+from jetplane.directions.compositions import concatenated
 from jetplane.jets import Deferred, Partial, Stacked
 
 PARAMS = [torch.zeros(30, 7), torch.zeros(13), torch.zeros(2, 3, 5), torch.zeros(())]
@@ -265,6 +266,8 @@ def test_squared_norms_of_tensors_are_summed_over_all_parameters():
     held = CachedDirections(stored, [torch.empty(4), torch.empty(2)], places=[5, 7])
     assert held.squared_norms([torch.empty(4), torch.empty(2)]).tolist() == [4 + 18]
     assert held.squared_norms([torch.empty(2)], places=[1]).tolist() == [18]
+    with pytest.raises(ValueError, match="zip"):
+        stored.squared_norms([torch.empty(4)], places=[5, 7])
 
 
 @pytest.mark.parametrize("low_rank", [False, True])
@@ -306,6 +309,15 @@ def test_compositions_prepare_and_forget_their_sources():
         outer.forget()
         inner.draw(1, PARAMS[1])
         assert inner._source.draws == 2
+
+
+def test_directions_that_move_nothing_do_not_spoil_factors():
+    low, none = Directions(2, tangents="rank-one").structured(0, PARAMS[0]), torch.empty(0, *PARAMS[0].shape)
+    for pieces, rows in (([(1, Partial(1, (), none)), (2, low)], (1, 2)), ([(2, low), (3, None)], (0, 1))):
+        held = concatenated(pieces, PARAMS[0])
+        assert isinstance(held, Partial) and held.rows == rows and held.tangents is low
+    assert concatenated([(1, Partial(1, (), none)), (2, None)], PARAMS[0]) is None
+    assert concatenated([(2, low)], PARAMS[0]) is low
 
 
 def test_joined_tangents_are_factors_where_all_are_of_one_rank():

@@ -24,105 +24,6 @@ CPU = torch.device("cpu")
 PARAMS = [torch.zeros(30, 7), torch.zeros(13), torch.zeros(2, 3, 5), torch.zeros(())]
 
 
-def draw(law: str, n: int, index: int = 0, seed: int = 0, step: int = 0) -> torch.Tensor:
-    directions = Directions(1, law, seed=seed)
-    directions.step = step
-    return directions.draw(index, torch.empty(n))[0]
-
-
-# Published outputs of SplitMix64: from 0 by S. Vigna's C code, from 1234567 by the task at Rosetta Code.
-@pytest.mark.parametrize(
-    ("start", "outputs"),
-    [
-        (0, [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]),
-        (
-            1234567,
-            [
-                6457827717110365317,
-                3203168211198807973,
-                9817491932198370423,
-                4593380528125082431,
-                16408922859458223821,
-            ],
-        ),
-    ],
-)
-def test_lanes_are_splitmix64(start, outputs):
-    untwisted = laws._mix(laws._outputs(range(len(outputs)), CPU) + start)
-    assert [int(lane) % 2**64 for lane in untwisted] == outputs
-    assert int(laws._mix(laws._signed(start + laws._GOLDEN))) % 2**64 == outputs[0]
-
-
-def test_keys_from_tensors_are_keys_from_integers():
-    words = (2**63 + 5, 12, -3)
-    assert int(laws.key(words[0], torch.tensor(12), words[2])) == laws.key(*words)
-    assert len({laws.key(a, b) for a in range(20) for b in range(20)}) == 400
-
-
-N = 1 << 19
-CDF = {
-    "gaussian": torch.special.ndtr,
-    "uniform": lambda x: (x / math.sqrt(3) + 1) / 2,
-    "laplace": lambda x: (1 + x.sign() * (1 - torch.exp(-math.sqrt(2) * x.abs()))) / 2,
-    "semicircle": lambda x: 0.5 + x * (4 - x**2).sqrt() / (4 * math.pi) + torch.asin(x / 2) / math.pi,
-}
-
-
-@pytest.mark.parametrize("law", DENSE)
-def test_moments(law):
-    x = draw(law, N).double()
-    assert abs(x.mean()) < 5 / math.sqrt(N)
-    # Five standard errors, which the sample's own higher moments give.
-    assert abs((x**2).mean() - 1) <= 5 * (x**2).std() / math.sqrt(N) + 1e-12
-    assert abs((x**3).mean()) < 5 * (x**3).std() / math.sqrt(N)
-    assert abs((x**4).mean() - KURTOSIS[law]) <= 5 * (x**4).std() / math.sqrt(N) + 1e-12
-
-
-@pytest.mark.parametrize("law", CDF)
-def test_law_by_kolmogorov_and_smirnov(law):
-    x = draw(law, N, seed=3).double().sort().values
-    steps = torch.arange(N + 1, dtype=torch.float64) / N
-    gap = torch.maximum(steps[1:] - CDF[law](x), CDF[law](x) - steps[:-1]).max()
-    assert gap < 1.95 / math.sqrt(N)  # one in a thousand
-
-
-def test_signs_are_fair_in_every_bit():
-    assert set(draw("rademacher", 1000).tolist()) == {-1.0, 1.0}
-    means = draw("rademacher", 64 * 4096).reshape(64, 4096).mean(1)
-    assert means.abs().max() < 5 / math.sqrt(4096)
-
-
-NEIGHBOURS = {
-    "seeds": lambda law: (draw(law, N, seed=1), draw(law, N, seed=2)),
-    "steps": lambda law: (draw(law, N, step=1), draw(law, N, step=2)),
-    "seed and step": lambda law: (draw(law, N, seed=1, step=2), draw(law, N, seed=2, step=1)),
-    "parameters": lambda law: (draw(law, N, index=0), draw(law, N, index=1)),
-    "directions": lambda law: Directions(2, law).draw(0, torch.empty(N)),
-    "elements": lambda law: (draw(law, N)[:-1], draw(law, N)[1:]),
-    "halves": lambda law: draw(law, N).chunk(2),
-}
-
-
-@pytest.mark.parametrize("law", DENSE)
-@pytest.mark.parametrize("pair", NEIGHBOURS)
-def test_neighbours_are_independent(law, pair):
-    a, b = (x.double() for x in NEIGHBOURS[pair](law))
-    shapes = [lambda x: x] if law == "rademacher" else [lambda x: x, lambda x: x**2, torch.sign]
-    for f in shapes:
-        for g in shapes:
-            table = torch.stack([f(a), g(b)])
-            assert abs(torch.corrcoef(table)[0, 1]) < 5 / math.sqrt(a.numel())
-
-
-def test_pairs_of_directions_fill_the_square_evenly():
-    a, b = Directions(2, "uniform").draw(0, torch.empty(N))
-    cells = 64
-    x, y = (((v / math.sqrt(3) + 1) / 2 * cells).long().clamp(0, cells - 1) for v in (a, b))
-    counts = torch.bincount(x * cells + y, minlength=cells**2).double()
-    chi = ((counts - N / cells**2) ** 2 / (N / cells**2)).sum()
-    assert abs(chi - cells**2) < 5 * math.sqrt(2 * cells**2)
-
-
 @pytest.mark.parametrize("law", EVERY)
 @pytest.mark.parametrize("structure", ["dense", "rank-one"])
 class TestOnDemand:
@@ -270,5 +171,9 @@ def test_bad_input(name):
 
 def test_empty_parameters_and_wide_seeds():
     assert Directions(2).draw(0, torch.empty(0, 4)).shape == (2, 0, 4)
-    assert torch.equal(draw("gaussian", 5, seed=2**64 + 1), draw("gaussian", 5, seed=1))
-    assert not torch.equal(draw("gaussian", 5, seed=-1), draw("gaussian", 5, seed=1))
+    assert torch.equal(
+        Directions(1, seed=2**64 + 1).draw(0, torch.empty(5)), Directions(1, seed=1).draw(0, torch.empty(5))
+    )
+    assert not torch.equal(
+        Directions(1, seed=-1).draw(0, torch.empty(5)), Directions(1, seed=1).draw(0, torch.empty(5))
+    )

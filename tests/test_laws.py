@@ -90,6 +90,35 @@ def drawn(law, size, run=None):
     return collected(laws.pieces(laws.LAWS[law], signed(START), words(TWISTS), size, run), size)
 
 
+# Published outputs of SplitMix64: from 0 by S. Vigna's C code, from 1234567 by the task at Rosetta Code.
+@pytest.mark.parametrize(
+    ("start", "outputs"),
+    [
+        (0, [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]),
+        (
+            1234567,
+            [
+                6457827717110365317,
+                3203168211198807973,
+                9817491932198370423,
+                4593380528125082431,
+                16408922859458223821,
+            ],
+        ),
+    ],
+)
+def test_lanes_are_splitmix64(start, outputs):
+    untwisted = laws._mix(laws._outputs(range(len(outputs)), CPU) + start)
+    assert [int(lane) % 2**64 for lane in untwisted] == outputs
+    assert int(laws._mix(laws._signed(start + laws._GOLDEN))) % 2**64 == outputs[0]
+
+
+def test_keys_from_tensors_are_keys_from_integers():
+    words = (2**63 + 5, 12, -3)
+    assert int(laws.key(words[0], torch.tensor(12), words[2])) == laws.key(*words)
+    assert len({laws.key(a, b) for a in range(20) for b in range(20)}) == 400
+
+
 def test_keys_are_folded_words():
     for key in ((), (0,), (5, -3, 2**64 - 1), (7, 7, 7)):
         assert laws.key(*key) % WORD == (folded(*key) if key else 0)
