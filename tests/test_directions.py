@@ -1,4 +1,4 @@
-"""Directions: the generator's known answers, the laws' statistics, the same numbers however asked for."""
+"""Drawn directions: the same numbers however they are asked for, structures of tangents, and what is refused."""
 
 import math
 from typing import Any
@@ -16,11 +16,12 @@ from jetplane.directions import (
     Directions,
     StoredDirections,
     laws,
+    step_scale,
 )
+from jetplane.jets import Deferred
 
 DENSE = list(laws.LAWS)
 EVERY = list(KURTOSIS)
-CPU = torch.device("cpu")
 PARAMS = [torch.zeros(30, 7), torch.zeros(13), torch.zeros(2, 3, 5), torch.zeros(())]
 
 
@@ -144,6 +145,11 @@ UNTYPED: Any = Directions
 BAD = {
     "k": (lambda: Directions(0), jp.ArgumentError, "at least 1"),
     "k of another type": (lambda: UNTYPED(2.0), jp.ArgumentError, "integer"),
+    "k a truth value": (lambda: Directions(True), jp.ArgumentError, "integer"),
+    "seed a truth value": (lambda: Directions(1, seed=True), jp.ArgumentError, "seed"),
+    "density above one": (lambda: Directions(1, tangents="sparse", density=1.1), jp.ArgumentError, r"\(0, 1\]"),
+    "density unasked": (lambda: Directions(1, density=0.5), jp.ArgumentError, "sparse"),
+    "rank missing": (lambda: Directions(1, tangents="low-rank"), jp.ArgumentError, "rank belongs"),
     "law": (lambda: Directions(1, "cauchy"), jp.ArgumentError, "gaussian"),
     "structure": (lambda: UNTYPED(1, tangents="low"), jp.ArgumentError, "rank-one"),
     "density missing": (lambda: Directions(1, tangents="sparse"), jp.ArgumentError, "density"),
@@ -171,9 +177,64 @@ def test_bad_input(name):
 
 def test_empty_parameters_and_wide_seeds():
     assert Directions(2).draw(0, torch.empty(0, 4)).shape == (2, 0, 4)
-    assert torch.equal(
-        Directions(1, seed=2**64 + 1).draw(0, torch.empty(5)), Directions(1, seed=1).draw(0, torch.empty(5))
-    )
-    assert not torch.equal(
-        Directions(1, seed=-1).draw(0, torch.empty(5)), Directions(1, seed=1).draw(0, torch.empty(5))
-    )
+    assert Directions(2, tangents="rank-one").draw(0, torch.empty(0, 4)).shape == (2, 0, 4)
+    one, wide, below = (Directions(1, seed=seed).draw(0, torch.empty(5)) for seed in (1, 2**64 + 1, -1))
+    assert torch.equal(one, wide) and not torch.equal(one, below)
+
+
+@pytest.mark.parametrize("size", [1, 10])
+@pytest.mark.parametrize("k", [1, 4])
+def test_step_scales(size, k):
+    for law, kurtosis in {"gaussian": 3, "rademacher": 1, "uniform": 1.8, "laplace": 6, "semicircle": 2}.items():
+        assert KURTOSIS[law] == kurtosis
+        assert step_scale(law, size, k) == pytest.approx(k / (size + kurtosis + k - 2))
+    assert step_scale("sphere", size, k) == pytest.approx(k / (size + k - 1))
+    for bad in ({"size": 0}, {"k": 0}, {"law": "cauchy"}):
+        with pytest.raises(jp.ArgumentError):
+            step_scale(**({"law": "gaussian", "size": 1, "k": 1} | bad))
+
+
+def test_settings_at_their_limits():
+    w = torch.empty(4, 6)
+    dense, product = Directions(3, seed=2), Directions(3, tangents="rank-one", seed=2)
+    torch.testing.assert_close(Directions(3, tangents="sparse", density=1.0, seed=2).draw(0, w), dense.draw(0, w))
+    torch.testing.assert_close(Directions(3, tangents="low-rank", rank=1, seed=2).draw(0, w), product.draw(0, w))
+    assert repr(product) == "Directions(k=3, law='gaussian', tangents='rank-one', seed=2)"
+
+
+def test_low_rank_tangents_are_means_of_products():
+    directions, w = Directions(3, tangents="low-rank", rank=4, seed=2), torch.empty(5, 6)
+    factors = directions.structured(1, w)
+    assert isinstance(factors, jp.LowRank)
+    assert (factors.left.shape, factors.right.shape) == ((3, 4, 5), (3, 4, 6))
+    numbers = Directions(3, seed=2).draw(1, torch.empty(4 * 11)).reshape(3, 4, 11)
+    torch.testing.assert_close(factors.left, numbers[..., :5] / 2)
+    torch.testing.assert_close(factors.right, numbers[..., 5:])
+    for i in (torch.empty(5), torch.empty(0, 6)):
+        assert not directions.is_low_rank(i) and isinstance(directions.structured(0, i), Deferred)
+
+
+@pytest.mark.parametrize("settings", [{}, {"tangents": "rank-one"}, {"law": "sphere"}, {"law": "sphere", "seed": 9}])
+def test_a_complex_parameter_has_the_tangents_of_its_parts(settings):
+    z, parts = torch.zeros(4, 3, dtype=torch.complex64), torch.zeros(4, 3, 2)
+    of_complex, of_real = Directions(2, **settings), Directions(2, **settings)
+    of_complex.prepare([z])
+    of_real.prepare([parts])
+    drawn = of_complex.draw(0, z)
+    torch.testing.assert_close(torch.view_as_real(drawn), of_real.draw(0, parts))
+    torch.testing.assert_close(of_complex.structured(0, z).materialized(), drawn)
+    kappa = torch.tensor([2.0, -1.0])
+    torch.testing.assert_close(of_complex.combine(0, z, kappa), 2 * drawn[0] - drawn[1])
+    assert of_complex.squared_norms([z, z]).tolist() == [48.0, 48.0]
+
+
+def test_the_sphere_is_scaled_anew_for_another_step_or_seed():
+    directions, w = Directions(2, "sphere"), torch.empty(50)
+    first = directions.tangents([w])[0]
+    for name in ("step", "seed"):
+        setattr(directions, name, 4)
+        with pytest.raises(jp.ArgumentError, match="prepare"):
+            directions.combine(0, w, torch.ones(2))
+        again = directions.tangents([w])[0]
+        torch.testing.assert_close(again.norm(dim=1), first.norm(dim=1))
+        assert not torch.equal(again, first)
