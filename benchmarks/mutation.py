@@ -39,6 +39,7 @@ COPIED = ("src", "tests", "benchmarks", "docs", "pyproject.toml", "README.md")
 MODULES: dict[str, tuple[str, ...]] = {
     "subspace/descent.py": ("test_descent.py",),
     "subspace/search.py": ("test_search.py",),
+    "subspace/sources.py": ("test_sources.py",),
     "gradients/feedback.py": ("test_feedback.py",),
     "gradients/perturbation.py": ("test_activity.py",),
     "gradients/active_outputs.py": ("test_activity.py",),
