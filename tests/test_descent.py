@@ -104,6 +104,7 @@ def test_names(name):
     [
         lambda: CurvatureScaled(-1.0),
         lambda: SaddleFree(0.0),
+        lambda: SaddleFree(1.01),
         lambda: Damped(0.0),
         lambda: named("up"),
     ],

@@ -175,7 +175,7 @@ class Newton(Spectral):
                 f"indefinite plane: the Newton step goes uphill along {int(uphill.sum())} of "
                 f"{uphill.numel()} directions; descent='saddle-free' does not"
             )
-        return torch.where(lost, 0, 1 / torch.where(lost, 1, values))
+        return torch.where(lost, 0, 1 / values)
 
 
 @dataclass(frozen=True)
