@@ -198,7 +198,9 @@ def test_warnings_name_the_line_that_calls_the_descent():
 def test_saddle_free_without_a_floor_has_k_times_the_rounding():
     kappa = SaddleFree(floor=None)(torch.ones(5, 3), repeated([2.0, 1.0, 1e-20]))
     least = 3 * torch.finfo(torch.float32).eps * 2.0
-    assert_close(kappa, -torch.tensor([0.5, 1.0, 1 / least]).double().expand(5, 3) / 5)
+    expected = -torch.tensor([0.5, 1.0, 1 / least]).double()
+    assert_close(kappa, expected.expand(5, 3) / 5)
+    assert_close(SaddleFree(floor=None)(torch.ones(3), torch.diag(torch.tensor([2.0, 1.0, 1e-20]))), expected)
 
 
 def test_defaults():

@@ -165,7 +165,7 @@ def test_a_jet_is_made_again_of_its_tensors(space):
     assert copied.examples is None
 
 
-def test_what_is_absent_stays_absent_to_a_compiler(space):
+def test_what_is_absent_stays_absent_when_flattened(space):
     y = Jet(torch.ones(3), torch.ones(K, 3), None, space)
     names, copied = again(y)
     assert names == ["primal", "first_tensor"] and y.second_tensor is None and not copied.second
@@ -176,7 +176,7 @@ def test_what_is_absent_stays_absent_to_a_compiler(space):
     assert some.first_tensor.tolist() == [[0.0] * 3, [1.0] * 3]  # zeros where some are there
 
 
-def test_factors_are_factors_to_a_compiler(space):
+def test_factors_stay_factors_when_flattened(space):
     low = LowRank(torch.randn(K, 1, 3), torch.randn(K, 1, 4), (3, 4))
     y = Jet(torch.ones(3, 4), low, None, space)
     names, copied = again(y)
@@ -186,7 +186,7 @@ def test_factors_are_factors_to_a_compiler(space):
     assert not jet(space, 2).has_factors
 
 
-def test_parts_of_examples_go_through_a_compiler(space):
+def test_parts_of_examples_stay_when_flattened(space):
     y = jet(space)
     y.examples = torch.randn(5, K)
     names, copied = again(y)
