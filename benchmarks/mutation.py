@@ -61,7 +61,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "jets/coefficients.py": ("test_coefficients.py",),
     "jets/pairs.py": ("test_pairs.py",),
     "jets/calculus.py": ("test_pairs.py", "test_planes.py", "test_property.py"),
-    "jets/jet.py": ("test_jet.py", "test_functions.py", "test_writes.py", "test_leaving.py::TestShowing"),
+    "jets/jet.py": ("test_jet.py", "test_writes.py", "test_kinds.py::TestSubclasses", "test_transforms_graph.py"),
     "jets/structured.py": ("test_tangents.py",),
 }
 # One or two counterparts of each operator: all pairs would take days and tell little more.
