@@ -42,7 +42,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "subspace/sources.py": ("test_sources.py",),
     "gradients/feedback.py": ("test_feedback.py",),
     "gradients/perturbation.py": ("test_activity.py",),
-    "gradients/active_outputs.py": ("test_activity.py",),
+    "gradients/active_outputs.py": ("test_effects.py", "test_activity.py"),
     "directions/base.py": ("test_compositions.py",),
     "directions/laws.py": ("test_laws.py",),
     "directions/random.py": (
@@ -62,7 +62,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "jets/pairs.py": ("test_pairs.py",),
     "jets/calculus.py": ("test_pairs.py", "test_planes.py", "test_property.py"),
     "jets/jet.py": ("test_jet.py", "test_writes.py", "test_kinds.py::TestSubclasses", "test_transforms_graph.py"),
-    "jets/structured.py": ("test_tangents.py",),
+    "jets/structured.py": ("test_compositions.py", "test_tangents.py"),
 }
 # One or two counterparts of each operator: all pairs would take days and tell little more.
 OPERATORS = (

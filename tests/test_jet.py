@@ -9,6 +9,7 @@ from torch import Tensor
 import jetplane as jp
 from jetplane.evaluation.context import expansion
 from jetplane.jets import AllPairs, Coefficients, Diagonal, Jet, LowRank, Partial, Space, parts
+from jetplane.jets import jet as jet_module
 from jetplane.jets.jet import LOST, _jet_class, carried, goes_outside, innermost, is_jet, kind_of, make, precise, primal
 from jetplane.jets.space import LOSS, MODEL, PARAMETER
 
@@ -249,6 +250,36 @@ def test_another_class_is_another_view(space):
     assert isinstance(tagged, (Jet, Asked)) and tagged.base is base
     assert (tagged.version, tagged.kind) == (2, MODEL) and tagged.examples is base.examples
     assert base.as_subclass(Tensor) is base and type(tagged.as_subclass(Tensor)) is Jet
+
+
+# --- where an evaluation has ended meanwhile ----------------------------------------------------------------
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """Operators meet what another thread has left of a jet, which has no coefficients any more."""
+
+    def dispatch(func, args, kwargs):
+        raise AttributeError("primal")
+
+    monkeypatch.setattr(jet_module, "_dispatch", dispatch)
+
+
+def test_what_jets_have_become_is_computed_with(ended):
+    call, x = Jet.__torch_dispatch__, torch.arange(6.0).reshape(2, 3)
+    assert call(torch.ops.aten.sum.dim_IntList, (Jet,), (x, [1]), {"keepdim": True}).tolist() == [[3.0], [12.0]]
+    assert call(torch.ops.aten.sum.default, (Jet,), (x,)).item() == 15.0
+
+
+def test_jets_that_cannot_be_carried_and_writes_raise(space, ended):
+    with pytest.raises(AttributeError, match="primal"):
+        jet(space, 3).sin()
+    with pytest.raises(AttributeError, match="primal"):
+        torch.ops.aten.stack.default([torch.ones(3), jet(space, 3).primal, jet(space, 3)])
+    x = torch.ones(3)
+    with pytest.raises(AttributeError, match="primal"):
+        Jet.__torch_dispatch__(torch.ops.aten.add_.Tensor, (Jet,), (x, x))
+    assert torch.equal(x, torch.ones(3))
 
 
 # --- what an evaluation remembers of its jets --------------------------------------------------------------
