@@ -43,8 +43,8 @@ from .transforms.estimators import (
     estimate_hessian,
     solve_newton,
 )
-from .transforms.forward import divergence, jacobian, jet, jvp, linearize, quadratic_form
-from .transforms.hessians import hessian, hessian_diagonal, hvp, vhv
+from .transforms.forward import divergence, jacobian, jet, jvp, linearize
+from .transforms.hessians import hessian, hessian_diagonal, hvp, quadratic_form, vhv
 from .transforms.laplacians import (
     ValueAndLaplacian,
     bilaplacian,
