@@ -50,6 +50,7 @@ from .transforms.laplacians import (
     value_and_laplacian,
     weighted_laplacian,
 )
+from .transforms.models import functional
 
 __all__ = [
     "ArgumentError",
@@ -90,6 +91,7 @@ __all__ = [
     "estimate_diagonal",
     "estimate_hessian",
     "evaluate",
+    "functional",
     "gradients",
     "hessian",
     "hvp",
