@@ -230,6 +230,7 @@ def under_ddp(rank):
     meanflow_loss(model, z, v, r, t).backward()
     meanflow_loss(alone, z, v, r, t).backward()
     for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        assert q.grad is not None
         dist.all_reduce(q.grad)
         torch.testing.assert_close(p.grad, q.grad / 2)
     return True

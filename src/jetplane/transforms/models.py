@@ -22,9 +22,9 @@ def functional(model: nn.Module) -> tuple[Functional, Parameters]:
     """A module as a function of its parameters, ``f(params, *args, **kwargs)``, and the parameters that it has now.
 
     ``f`` is differentiated in its parameters, its arguments or both, along one direction or K together:
-    ``jp.jvp(f, (params, x), (tangents, dx))``, ``jp.linearize(lambda p: f(p, x), params)``. The module itself runs, with
-    its hooks and buffers; it may be wrapped by `torch.nn.parallel.DistributedDataParallel`, compiled, or sharded by
-    FSDP2 (`torch.distributed.fsdp.fully_shard`), whose parameters and tangents are `DTensor`s.
+    ``jp.jvp(f, (params, x), (tangents, dx))``, ``jp.linearize(lambda p: f(p, x), params)``. The module itself runs,
+    with its hooks and buffers; it may be wrapped by `torch.nn.parallel.DistributedDataParallel`, compiled, or sharded
+    by FSDP2 (`torch.distributed.fsdp.fully_shard`), whose parameters and tangents are `DTensor`s.
 
     Args:
         model: any module. It is not changed.
