@@ -52,6 +52,7 @@ from .transforms.laplacians import (
     value_and_laplacian,
     weighted_laplacian,
 )
+from .transforms.models import functional
 
 __all__ = [
     "ArgumentError",
@@ -95,6 +96,7 @@ __all__ = [
     "estimate_diagonal",
     "estimate_hessian",
     "evaluate",
+    "functional",
     "gradients",
     "hessian",
     "hvp",

@@ -365,8 +365,8 @@ class _BatchedInPlace(_Batched, InPlace):
 
 def _matrices(x: Tensor) -> Tensor:
     """The batch as one dimension; transposed matrices stay so."""
-    if x.dim() == 3:
-        return x
+    if x.dim() < 4:
+        return x if x.dim() == 3 else x.unsqueeze(0)
     return x.mT.flatten(0, -3).mT if x.stride(-2) == 1 else x.flatten(0, -3)
 
 
