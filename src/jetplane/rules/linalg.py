@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..jets import Space, innermost, is_jet, linear, make, outer, parts, plain, primal
+from ..errors import DerivativeError
+from ..jets import Coefficients, Space, innermost, is_jet, linear, make, outer, parts, plain, primal
 from .implicit import chord
 from .registry import register
 
@@ -215,13 +216,31 @@ def _(space: Space, a: Any, *, atol: Any = None, rtol: Any = None, hermitian: bo
     ``X = A^H Y A^H`` with ``Y = A0^+H A0^+ A0^+H`` has the rows and columns of the result and its primal; a step of
     third order, ``X (I + E + E E)`` with ``E = I - A X``, is exact then. (Ben-Israel, Math. Comp. 19, 1965.)
     """
-    atol, rtol = (primal(t, space) for t in (atol, rtol))
-    p = primal(a, space)
-    inverse = torch.linalg.pinv(p, atol=atol, rtol=rtol, hermitian=hermitian)
+    atol, rtol = (innermost(t) for t in (atol, rtol))
+    inverse = torch.linalg.pinv(primal(a, space), atol=atol, rtol=rtol, hermitian=hermitian)
+    if not innermost(inverse).any():  # nothing is above the tolerance
+        return inverse
+    _check_rank(parts(a, space)[1], innermost(primal(a, space)).detach(), innermost(inverse).detach())
     x = a.mH @ (inverse.mH @ inverse @ inverse.mH) @ a.mH
     e = torch.eye(a.shape[-2], dtype=a.dtype, device=a.device) - a @ x
     x = x + x @ (e + e @ e)
     return make(inverse, *parts(x, space)[1:], space)
+
+
+def _check_rank(a1: Coefficients, p: Tensor, inverse: Tensor) -> None:
+    left = torch.eye(p.shape[-2], dtype=p.dtype, device=p.device) - p @ inverse
+    right = identity(p) - inverse @ p
+    tolerance = torch.finfo(p.dtype).eps ** 0.5
+
+    def leaves(c: Tensor) -> bool:
+        return bool((left @ c @ right).abs().amax() > tolerance * c.abs().amax())
+
+    if p.numel() and (leaves(p) or (a1 and leaves(innermost(a1.tensor).detach()))):
+        raise DerivativeError(
+            "linalg.pinv of a matrix whose rank changes along a direction, or with singular values that are cut off: "
+            "it is not continuous there, or its derivatives are not those of the pseudoinverse. Use a ridge, "
+            "torch.linalg.solve(A.mT @ A + c * I, A.mT), or a factor of full rank"
+        )
 
 
 @register("linalg_lstsq")
