@@ -1,5 +1,7 @@
 """Inverses, determinants, linear systems, factorizations and products: exact and nested, without the local fallback."""
 
+import itertools
+
 import pytest
 import torch
 from torch.autograd.functional import hessian
@@ -77,11 +79,14 @@ CASES = {
     "solve": lambda z: weighed(linalg.solve(z, z.sin()), linalg.solve(z, z.cos(), left=False)),
     "solve, constant matrix": lambda z: weighed(linalg.solve(3 * torch.eye(4).double() + WEIGHTS, z.sin())),
     "solve, vector": lambda z: linalg.solve(z, z[..., 0].sin()).sum(),
-    "solve_triangular": lambda z: weighed(linalg.solve_triangular(z, z.sin(), upper=True))
-    + weighed(linalg.solve_triangular(z, z.sin(), upper=False, left=False, unitriangular=True)),
+    "solve_triangular": lambda z: (
+        weighed(linalg.solve_triangular(z, z.sin(), upper=True))
+        + weighed(linalg.solve_triangular(z, z.sin(), upper=False, left=False, unitriangular=True))
+    ),
     "cholesky": lambda z: weighed(linalg.cholesky(positive(z)), linalg.cholesky(positive(z), upper=True)),
-    "cholesky_solve": lambda z: weighed(torch.cholesky_solve(z.sin(), z.tril()))
-    + weighed(torch.cholesky_inverse(z.triu(), upper=True)),
+    "cholesky_solve": lambda z: (
+        weighed(torch.cholesky_solve(z.sin(), z.tril())) + weighed(torch.cholesky_inverse(z.triu(), upper=True))
+    ),
     "lu": lambda z: weighed(*linalg.lu(z)[1:]),
     "lu_solve": packed,
     "qr": lambda z: weighed(*linalg.qr(z)),
@@ -152,3 +157,74 @@ def test_laplacians_inside_a_loss(name):
     torch.testing.assert_close(plane.value, truth.detach(), rtol=1e-9, atol=0)
     torch.testing.assert_close(plane.slope, gradient.flatten(), rtol=1e-8, atol=1e-10 * scale)
     torch.testing.assert_close(recorded, gradient, rtol=1e-8, atol=1e-10 * scale)
+
+
+@pytest.mark.parametrize("rank", [3, 2, 1])
+def test_determinants_of_singular_matrices(rank):
+    """Reverse mode's second derivative of these is not finite; that of the sum over permutations is."""
+    u, s, vh = linalg.svd(matrices())
+    z = (u[:, :rank] * s[:rank]) @ vh[:rank]
+
+    def by_permutations(z):
+        total = 0
+        for p in itertools.permutations(range(4)):
+            sign = linalg.det(torch.eye(4).double()[list(p)])
+            total = total + sign * z[0, p[0]] * z[1, p[1]] * z[2, p[2]] * z[3, p[3]]
+        return total
+
+    with jp.strict():
+        found = jp.jet(linalg.det, z, torch.eye(16).double().reshape(16, 4, 4))
+    expected = by_permutations(z), torch.func.grad(by_permutations)(z).flatten(), hessian(by_permutations, z)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b.reshape(a.shape), rtol=1e-10, atol=1e-10)
+
+
+REFUSED = {
+    "full SVD": (lambda z: linalg.svd(z[..., :3])[0].sum(), "full_matrices=False"),
+    "complete QR": (lambda z: linalg.qr(z[..., :3], "complete")[0].sum(), "mode='reduced'"),
+    "equal eigenvalues": (lambda z: linalg.eigvalsh(z - z.detach() + torch.eye(4)).sum(), "equal up to rounding"),
+    "equal singular values": (lambda z: linalg.svdvals(z - z.detach() + torch.eye(4)).sum(), "equal up to rounding"),
+    "rank that changes": (lambda z: linalg.pinv(z - z.detach() + z.detach()[:, :1]).sum(), "rank changes"),
+    "values that are cut off": (lambda z: linalg.pinv(z, rtol=0.5).sum(), "cut off"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_derivative_is_refused(name):
+    f, told = REFUSED[name]
+    with pytest.raises(jp.DerivativeError, match=told):
+        jp.hessian(f, matrices())
+
+
+def test_first_derivatives_of_equal_eigenvalues_are_there():
+    def trace(z):
+        return linalg.eigvalsh(z + z.mT).sum()
+
+    torch.testing.assert_close(jp.jacobian(trace, torch.eye(3)), 2 * torch.eye(3))
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_linear_cross_entropy_is_a_layer_and_a_loss(curvature, reduction):
+    """In chunks too, of which torch has no second derivative."""
+    torch.manual_seed(0)
+    x, y = torch.randn(10, 5).double(), torch.tensor([0, 1, 2, 3, 3, 2, 1, 0, -100, 1])
+    w, v, b = torch.randn(4, 5).double(), torch.randn(5, 5).double(), torch.randn(4).double()
+    params = [p.requires_grad_() for p in (w, v, b)]
+    directions = [torch.randn(3, *p.shape).double() for p in params]
+
+    def found(options=None):
+        def loss():
+            how = {"linear_bias": b, "reduction": reduction, "options": options}
+            return torch.nn.functional.linear_cross_entropy((x @ v).tanh(), w, y, **how).sum()
+
+        with jp.strict():
+            return jp.evaluate(loss, params, directions, curvature=curvature)
+
+    def apart():
+        return torch.nn.functional.cross_entropy((x @ v).tanh() @ w.mT + b, y, reduction=reduction).sum()
+
+    expected = jp.evaluate(apart, params, directions, curvature=curvature)
+    for options in (None, torch.nn.LinearCrossEntropyOptions()):
+        got = found(options)
+        torch.testing.assert_close((got.slope, got.curvature), (expected.slope, expected.curvature))

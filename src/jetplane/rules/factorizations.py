@@ -41,7 +41,7 @@ def _projected(x: Any, y: Any) -> Any:
 
 
 def _cholesky(space: Space, a: Any, lower: Tensor) -> Any:
-    """``L L^H = A``: with ``N = L0^-1 (A - L L^H) L0^-H`` L moves by ``L0 (lower triangle of N, its diagonal halved)``."""
+    """``L L^H = A``: with ``N = L0^-1 (A - L L^H) L0^-H`` dL = L0 (N below its diagonal, half of it on it)."""
     a = a.tril() + a.tril(-1).mH
     inverse = torch.linalg.solve_triangular(lower, identity(lower).expand(lower.shape), upper=False)
 
@@ -66,7 +66,7 @@ def _(space: Space, a: Any, upper: bool = False) -> Any:
 
 
 def _lu(space: Space, a: Any, permutation: Tensor, lower: Tensor, upper: Tensor) -> tuple[Any, Any]:
-    """``L U = P^T A``: with ``N = L0^-1 (P^T A - L U) U0^-1`` L moves by ``L0 (N below its diagonal)``, U by the rest."""
+    """``L U = P^T A``: with ``N = L0^-1 (P^T A - L U) U0^-1`` dL = L0 (N below its diagonal), dU = (the rest) U0."""
     a, k = permutation.mT @ a, lower.shape[-1]
     l0, u0 = lower[..., :k, :], upper[..., :k]
     of_l = torch.linalg.solve_triangular(l0, identity(l0).expand(l0.shape), upper=False, unitriangular=True)
@@ -126,8 +126,8 @@ def _(space: Space, a: Any, mode: str = "reduced") -> Any:
     m, n = a.shape[-2:]
     if mode == "complete" and m > n:
         raise DerivativeError(
-            f"linalg.qr with mode='complete' of a matrix {m} × {n}: the {m - n} columns beyond the matrix's own are any "
-            "basis of their complement and have no derivative. Use mode='reduced'"
+            f"linalg.qr with mode='complete' of a matrix {m} × {n}: the {m - n} columns beyond the matrix's own are "
+            "any basis of their complement and have no derivative. Use mode='reduced'"
         )
     k = min(m, n)
     q, r = _qr(space, a[..., :k])
@@ -211,6 +211,11 @@ def _(space: Space, a: Any, uplo: str = "L", compute_v: bool = True) -> Any:
     return values, v if compute_v else l0.new_empty(0)
 
 
+@register("linalg_eigvalsh")
+def _(space: Space, a: Any, uplo: str = "L") -> Any:
+    return torch.ops.aten._linalg_eigh(a, uplo, False)[0]
+
+
 @register("linalg_eig")
 def _(space: Space, a: Any) -> Any:
     """As for Hermitian matrices, with ``X = V0^-1 (A V - V diag(l))``; columns keep norm one, and turn by no phase."""
@@ -229,9 +234,7 @@ def _(space: Space, a: Any) -> Any:
 
 
 @register("_linalg_svd")
-def _(
-    space: Space, a: Any, full_matrices: bool = False, compute_uv: bool = True, *, driver: str | None = None
-) -> Any:
+def _(space: Space, a: Any, full_matrices: bool = False, compute_uv: bool = True, *, driver: str | None = None) -> Any:
     """``A V = U diag(s)``, ``A^H U = V diag(s)`` with columns of norm one.
 
     With ``R = A V - U diag(s)``, ``T = A^H U - V diag(s)``, ``X = U0^H R`` and ``Y = V0^H T``, s moves by the real
@@ -269,3 +272,8 @@ def _(
     if compute_uv:
         return u, s, v.mH
     return s0.new_empty(0), s, s0.new_empty(0)
+
+
+@register("linalg_svdvals")
+def _(space: Space, a: Any, *, driver: str | None = None) -> Any:
+    return torch.ops.aten._linalg_svd(a, False, False, driver=driver)[1]
