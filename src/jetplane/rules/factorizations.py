@@ -1,7 +1,8 @@
 """Factorizations of matrices: each by its own equations, solved by `jetplane.rules.implicit`.
 
-Where they read one triangle of a Hermitian matrix, so do derivatives. Signs and phases of vectors stay as they are at
-the primal. What does not exist is refused: a basis of a complement, and vectors that belong to equal values.
+Signs and phases of vectors stay as they are at the primal. Hermitian matrices, of which torch reads one triangle, are
+differentiated as their Hermitian part, as reverse mode does. What does not exist is refused: a basis of a complement,
+and vectors that belong to equal values.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _projected(x: Any, y: Any) -> Any:
 
 def _cholesky(space: Space, a: Any, lower: Tensor) -> Any:
     """``L L^H = A``: with ``N = L0^-1 (A - L L^H) L0^-H`` dL = L0 (N below its diagonal, half of it on it)."""
-    a = a.tril() + a.tril(-1).mH
+    a = (a + a.mH) / 2
     inverse = torch.linalg.solve_triangular(lower, identity(lower).expand(lower.shape), upper=False)
 
     def step(x: Any) -> tuple[Any]:
@@ -166,27 +167,39 @@ class _Gaps:
     """The gaps ``v_j - v_i`` of values.
 
     Raises:
-        DerivativeError: derivatives are ``wanted`` that divide by a gap which is rounding.
+        DerivativeError: derivatives are ``wanted`` that divide by a gap which is rounding, or by a value that is, where
+            they are to be ``positive``.
     """
 
-    def __init__(self, values: Any, what: str, wanted: bool) -> None:
+    def __init__(self, values: Any, what: str, wanted: bool, positive: bool = False) -> None:
         self._diagonal = identity(values.unsqueeze(-2))
         self._gaps = values.unsqueeze(-2) - values.unsqueeze(-1) + self._diagonal
         known = innermost(values).detach()
         if not wanted or not plain(known) or not known.numel() or torch.compiler.is_compiling():
             return
-        distances = innermost(self._gaps).detach().abs() + self._diagonal.abs() * torch.finfo(known.dtype).max / 2
+        largest = torch.finfo(known.dtype).max / 4
+        distances = (innermost(self._gaps).detach().abs() + self._diagonal.abs() * largest).amin((-2, -1))
+        if positive:
+            distances = torch.minimum(distances, known.abs().amin(-1))
         least = known.shape[-1] * torch.finfo(known.dtype).eps * known.abs().amax(-1)
-        if known.shape[-1] > 1 and bool((distances.amin((-2, -1)) <= least).any()):
+        if bool((distances <= least).any()):
             raise DerivativeError(
-                f"{what} of a matrix with values that are equal up to rounding: vectors, and second derivatives of the "
-                "values, do not exist there. Write the loss in functions of the matrix that do not choose among equal "
-                "values (a trace, a power, matrix_exp), or separate the values"
+                f"{what} of a matrix with values that are equal up to rounding{', or zero' if positive else ''}: "
+                "vectors, and second derivatives of the values, do not exist there. Write the loss in functions of the "
+                "matrix that do not choose among values (a trace, a power, matrix_exp), or separate them"
             )
 
     def divide(self, x: Any) -> Any:
         """``x_ij / (v_j - v_i)``, and zero on the diagonal."""
         return (x * (1 - self._diagonal)) / self._gaps
+
+
+def _unread(p: Tensor, uplo: str) -> Tensor:
+    """What a matrix, as it is read, differs by from its Hermitian part: zero, unless one triangle alone is right."""
+    read = p.triu(1).mH + p.triu() if uplo.upper() == "U" else p.tril(-1).mH + p.tril()
+    if read.is_complex():  # the diagonal is read as real
+        read = read - torch.diag_embed(1j * _diagonal(read).imag)
+    return read - (p + p.mH) / 2
 
 
 @register("_linalg_eigh")
@@ -196,9 +209,7 @@ def _(space: Space, a: Any, uplo: str = "L", compute_v: bool = True) -> Any:
     With ``X = V0^H (A V - V diag(l))`` l moves by the diagonal of X, and V by ``V0 C``, ``C_ij = X_ij / (l_j - l_i)``.
     """
     l0, v0 = torch.linalg.eigh(primal(a, space), uplo)
-    a = a.triu() + a.triu(1).mH if uplo.upper() == "U" else a.tril() + a.tril(-1).mH
-    if a.is_complex():  # the diagonal is read as real
-        a = a - torch.diag_embed(1j * _diagonal(a).imag)
+    a = (a + a.mH) / 2 + _unread(innermost(a).detach(), uplo)
     gaps = _Gaps(l0, "linalg.eigh", compute_v or space.order == 2)
 
     def step(values: Any, v: Any) -> tuple[Any, Any]:
@@ -251,7 +262,7 @@ def _(space: Space, a: Any, full_matrices: bool = False, compute_uv: bool = True
         )
     u0, s0, vh0 = torch.linalg.svd(primal(a, space), full_matrices=False, driver=driver)
     v0 = vh0.mH
-    gaps = _Gaps(s0 * s0, "linalg.svd", compute_uv or space.order == 2)
+    gaps = _Gaps(s0 * s0, "linalg.svd", compute_uv or space.order == 2, m != n)
     rows, columns = s0.unsqueeze(-1), s0.unsqueeze(-2)
 
     def step(u: Any, s: Any, v: Any) -> tuple[Any, Any, Any]:

@@ -79,7 +79,7 @@ def _(space: Space, a: Any) -> Any:
     if _well_conditioned(innermost(p), innermost(inverse)):
         change = _traces(space, a, inverse)
         return torch.linalg.det(p) * (1 + change + change * change / 2), *_factors(p)
-    if not plain(p):
+    if not plain(p) or not p.isfinite().all():
         return NotImplemented
     return _singular_determinant(space, a), *_factors(p)
 
@@ -261,9 +261,9 @@ def _(space: Space, a: Any, b: Any, rcond: float | None = None, *, driver: str |
 @register("linalg_matrix_exp")
 def _(space: Space, a: Any) -> Any:
     """Scaling and squaring: ``exp(A) = exp(A / 2^s)^(2^s)``, by a polynomial of matrices of norm one at most."""
-    norm = innermost(a).detach().abs().sum(-2).amax() if a.numel() else torch.zeros(())
-    squarings = max(0, int(torch.frexp(norm.double()).exponent)) if torch.isfinite(norm) else 0
-    x = a / 2**squarings
+    norms = innermost(a).detach().abs().sum(-2).amax(-1) if a.numel() else torch.zeros(())
+    squarings = torch.frexp(norms.nan_to_num(0, 0).double()).exponent.clamp(min=0)
+    x = a * torch.ldexp(torch.ones_like(norms), -squarings)[..., None, None]
     powers = [identity(a).expand(a.shape), x]
     while len(powers) <= GROUP:
         powers.append(powers[-1] @ x)
@@ -276,8 +276,10 @@ def _(space: Space, a: Any) -> Any:
     for group in reversed(groups):
         part = sum((c * power for c, power in zip(group[1:], powers[1:], strict=False)), group[0] * powers[0])
         total = part if total is None else total @ powers[GROUP] + part
-    for _ in range(squarings):
-        total = total @ total
+    for n in range(int(squarings.max()) if squarings.numel() else 0):
+        more = squarings > n
+        squared = total @ total
+        total = squared if more.all() else torch.where(more[..., None, None], squared, total)
     return total
 
 
