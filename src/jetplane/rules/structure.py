@@ -30,6 +30,7 @@ from ..jets import (
     parts,
     plain,
     primal,
+    writable,
 )
 from .registry import Rule, aten, declare, register
 
@@ -390,7 +391,13 @@ declare("to.dtype to.device to.other to.dtype_layout _to_copy type_as", _casting
 def _(space: Space, tensors: Sequence[Any], dim: int = 0) -> Any:
     tensors = [t for t in tensors if not (t.dim() == 1 and t.shape[0] == 0)] or list(tensors)
     y = torch.cat([primal(t, space) for t in tensors], dim)
-    return jointly(space, tensors, y, lambda *cs: torch.cat(cs, up(dim)))
+
+    def on_stacks(*cs: Tensor) -> Tensor:
+        if not writable(*cs) or any(c.dtype != cs[0].dtype for c in cs):
+            return torch.cat(cs, up(dim))
+        return torch.cat(cs, up(dim), out=space.memory.empty((cs[0].shape[0], *y.shape), cs[0]))
+
+    return jointly(space, tensors, y, on_stacks)
 
 
 @register("stack")
