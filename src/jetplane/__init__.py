@@ -25,6 +25,7 @@ from .errors import (
     RescueWarning,
     ShapeError,
     SingularPlaneError,
+    TraceError,
     UnusedParametersError,
 )
 from .evaluation.api import evaluate
@@ -82,6 +83,7 @@ __all__ = [
     "RescueWarning",
     "ShapeError",
     "SingularPlaneError",
+    "TraceError",
     "UnusedParametersError",
     "audit",
     "blackbox",

@@ -1,7 +1,7 @@
 """Machine code of a graph, by LLVM, over many lanes at once; kept on disk by its hash.
 
-The code of a graph is straight: a loop over blocks of `WIDTH` lanes, in vector registers, computes every node once. It is
-compiled by llvmlite, which brings LLVM with it; no compiler of the machine is used.
+The code of a graph is straight: a loop over blocks of `WIDTH` lanes, in vector registers, computes every node once. It
+is compiled by llvmlite, which brings LLVM with it; no compiler of the machine is used.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _binding():
         import llvmlite.binding as llvm
     except ImportError as error:
         raise MissingPackageError(
-            "machine code needs llvmlite, which is not installed: pip install 'jetplane[control]' (or pip install llvmlite)"
+            "machine code needs llvmlite, which is not installed: pip install 'jetplane[control]', or llvmlite alone"
         ) from error
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
