@@ -205,13 +205,21 @@ class TensorFunction:
                 rows.append(torch.zeros_like(x) if row is None else row)
         return torch.stack(rows).transpose(1, 2)
 
-    def differentiable(self, x: Tensor) -> bool:
-        """Whether the output has a derivative at all; a look-up of a table by a whole number has none."""
-        with torch.enable_grad():
-            return self._run(x.detach().requires_grad_()).requires_grad
+    def differentiable(self) -> bool:
+        """Whether the output has a derivative at all; a look-up of a table by a whole number has none.
 
-    def mixes(self, x: Tensor) -> bool:
+        Not inside of a dispatch mode, where nothing has a graph.
+        """
+        with torch.enable_grad():
+            return self._run(self._probe().requires_grad_()).requires_grad
+
+    def _probe(self) -> Tensor:
+        arguments = sum(int(torch.Size(shape[1:]).numel()) for _, shape, _ in self.arguments)
+        return torch.rand(3, arguments, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def mixes(self) -> bool:
         """Whether the values at one node depend on other nodes."""
+        x = self._probe()
         together = self.value(x)
         return any(
             not torch.allclose(self.value(x[n : n + 1])[0], together[n], rtol=1e-9, atol=1e-12, equal_nan=True)
@@ -302,15 +310,14 @@ class Recording:
         outputs = int(torch.Size(shape[1:]).numel())
         function = TensorFunction(needed[::-1], arguments, place, self.lanes, outputs, self.line)
         nodes = torch.cat([nodes.reshape(self.lanes, -1) for _, nodes, _ in entries], 1)
-        probe = torch.rand(3, nodes.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         try:
-            mixes, differentiable = function.mixes(probe), function.differentiable(probe)
+            mixes = function.mixes()
         except RuntimeError as error:
             raise TraceError(
                 f"a tensor function cannot be computed for other numbers of nodes: {error}\n  at {self.line}"
             ) from error
         if mixes:
             raise TraceError(f"an operator combines values of different nodes\n  at {self.line}")
-        values = tracer.external(function, nodes.tolist(), differentiable)
+        values = tracer.external(function, nodes.tolist())
         self._closed[place] = torch.tensor(values, dtype=torch.int64).reshape(shape)
         return self._closed[place]

@@ -175,8 +175,11 @@ def copied(source: Graph, target: Graph, results: Sequence[int], inputs: dict[in
             external, row = places[node]
             key = (id(external.function), tuple(new[a] for a in external.arguments))
             if key not in known:
-                smooth = not external.jacobian or source.value(external.jacobian[0][0]) is None
-                known[key] = target.external(external.function, key[1], len(external.values), differentiable=smooth)
+                function = external.function
+                assert isinstance(function, TensorFunction)
+                known[key] = target.external(
+                    function, key[1], function.outputs, differentiable=function.differentiable()
+                )
             new[node] = known[key].values[row]
         else:
             new[node] = target.apply(operator, *(new[a] for a in arguments))

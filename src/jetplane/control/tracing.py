@@ -554,7 +554,7 @@ class Tracer(TorchDispatchMode):
         """The values of an external function as nodes: one External for each lane."""
         return self.tensor(value.recording.close(self, value.slot, value.shape), torch.float64)
 
-    def external(self, function: TensorFunction, arguments: list[list[int]], differentiable: bool) -> list[list[int]]:
+    def external(self, function: TensorFunction, arguments: list[list[int]]) -> list[list[int]]:
         """An external for each lane, of that lane's arguments; the nodes of its values."""
         rows = []
         for lane, nodes in enumerate(arguments):
@@ -563,7 +563,7 @@ class Tracer(TorchDispatchMode):
                 mask |= self.mask(node)
             if mask & ~(1 << lane):
                 raise TraceError(f"an operator combines values of different nodes\n  at {function.line}")
-            made = self.graph.external(function, nodes, function.outputs, differentiable=differentiable)
+            made = self.graph.external(function, nodes, function.outputs)
             self._origin.update(dict.fromkeys(made.values, mask))
             rows.append(list(made.values))
         return rows
