@@ -1,5 +1,8 @@
 """Jetplane: forward-only, second-order training of PyTorch models."""
 
+from importlib import import_module
+from typing import Any
+
 from . import directions, errors, gradients, optim, testing
 from .directions import Directions, step_scale
 from .errors import (
@@ -52,6 +55,15 @@ from .transforms.laplacians import (
     value_and_laplacian,
     weighted_laplacian,
 )
+
+
+
+def __getattr__(name: str) -> Any:
+    """Rooms that need more than torch are imported when they are used."""
+    if name == "control":
+        return import_module(".control", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "ArgumentError",

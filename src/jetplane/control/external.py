@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
+from .._torch import tree_leaves, tree_map
 from ..errors import TraceError
 
 if TYPE_CHECKING:

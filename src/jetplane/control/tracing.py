@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
+from .._torch import TorchDispatchMode, decompositions, tree_leaves, tree_map
 from ..errors import JetplaneError, ShapeError, TraceError
 from ..llvm import Graph
 from .external import Recording, TensorFunction
@@ -200,6 +199,10 @@ class Tracer(TorchDispatchMode):
         zero = graph.constant(0.0)
         assert zero == 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first operator imports the compiler, which takes seconds
+
     def input(self, lane: int | None = None) -> int:
         """A new input, of one lane or of all alike."""
         node = self.graph.input()
@@ -286,8 +289,6 @@ class Tracer(TorchDispatchMode):
             result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-            from .._torch import decompositions
-
             table = decompositions()
             return table[func](*args, **kwargs) if func in table else NotImplemented
 
