@@ -57,7 +57,7 @@ def check(problem: Problem, guess: Any = None, mesh: Any = (5, 3)) -> CheckRepor
 
     model = Model(problem)
     nlp = NLP(model, meshes_of(problem, mesh))
-    y = start(nlp, guess)[0].y
+    y = start(nlp, guess).y
     rng = np.random.default_rng(0)
     warnings: list[str] = []
     # Off the guess, where symmetries hide errors, and within bounds.

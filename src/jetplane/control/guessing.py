@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import ArgumentError, NonFiniteError, ShapeError
 from .nlp import NLP
 from .problem import INFINITY, Layout, Phase
-from .radau import Mesh
+from .radau import Mesh, radau
 from .solution import Solution
 from .status import Outcome, Status
 
@@ -71,29 +71,22 @@ def _fill(target: np.ndarray, layout: Layout, ph: Phase, tau: np.ndarray, times:
             target[:, part] = _sampled(f"guess of {name!r} in {ph.name!r}", ph.guesses[name], tau, times, part.stop - part.start)
 
 
-def start(nlp: NLP, guess: Solution | None) -> tuple[Outcome, bool]:
-    """The first iterate, and whether its multipliers are those of a solution on the same mesh.
+def start(nlp: NLP, guess: Solution | None) -> Outcome:
+    """The first iterate; with multipliers where the guess is a solution, interpolated if its mesh is another one.
 
     Raises:
         ArgumentError: the solution given is of another problem.
         NonFiniteError: a function is not finite at the guess: which, at which node, and the line of code.
     """
     y = np.zeros(nlp.n)
-    same = False
     if guess is not None:
-        if set(guess.phases) != set(nlp.model.phases):
-            raise ArgumentError(f"the guess has phases {sorted(guess.phases)}, the problem {sorted(nlp.model.phases)}")
-        same = guess.outcome.multipliers is not None and all(
-            guess[n].mesh == mesh for n, mesh in nlp.meshes.items()
-        ) and len(guess.outcome.y) == nlp.n and len(guess.outcome.multipliers) == nlp.m and guess.success
+        _require_same(nlp, guess)
     for name, model in nlp.model.phases.items():
         ph, place, mesh = model.phase, nlp.places[name], nlp.meshes[name]
         if guess is None:
             t0, tf, x, u = phase_guess(ph, mesh)
         else:
             old = guess[name]
-            if old.x.all.shape[1] != ph.states.size or old.u.all.shape[1] != ph.controls.size:
-                raise ArgumentError(f"the guess has other states or controls in phase {name!r}")
             t0, tf = old.t[0], old.t[-1]
             x, u = old.mesh.evaluate(old.x.all, mesh.times), old.mesh.evaluate(old.u.all[:-1], mesh.times[:-1])
         y[place.states], y[place.controls] = x.T.ravel(), u.T.ravel()
@@ -105,7 +98,7 @@ def start(nlp: NLP, guess: Solution | None) -> tuple[Outcome, bool]:
         lower, upper = nlp.model.parameters.lower[part], nlp.model.parameters.upper[part]
         value = nlp.model.problem.parameter_guess.get(name)
         y[nlp.parameters][part] = middle(lower, upper) if value is None else value
-    if guess is not None and guess.p.all.size == nlp.model.parameters.size:
+    if guess is not None:
         y[nlp.parameters] = guess.p.all
     y = np.clip(y, nlp.lower, nlp.upper)
     require_finite(nlp, y)
@@ -116,11 +109,60 @@ def start(nlp: NLP, guess: Solution | None) -> tuple[Outcome, bool]:
         for n, key in enumerate(model.phase.integral):
             values[n] = model.phase.guesses.get(key, values[n])
         y[place.integrals] = values
-    y = np.clip(y, nlp.lower, nlp.upper)
-    if guess is not None and same:
-        old = guess.outcome
-        return Outcome(Status.STOPPED, y, np.nan, 0, old.multipliers, old.lower_multipliers, old.upper_multipliers), True
-    return Outcome(Status.STOPPED, y), False
+    first = Outcome(Status.STOPPED, np.clip(y, nlp.lower, nlp.upper))
+    if guess is not None and guess.success and guess.outcome.lower_multipliers is not None:
+        _multipliers(nlp, guess, first)
+    return first
+
+
+def _require_same(nlp: NLP, guess: Solution) -> None:
+    if set(guess.phases) != set(nlp.model.phases):
+        raise ArgumentError(f"the guess has phases {sorted(guess.phases)}, the problem {sorted(nlp.model.phases)}")
+    for name, model in nlp.model.phases.items():
+        old, ph = guess[name], model.phase
+        if old.x.all.shape[1] != ph.states.size or old.u.all.shape[1] != ph.controls.size:
+            raise ArgumentError(f"the guess has other states or controls in phase {name!r}")
+    if guess.p.all.size != nlp.model.parameters.size:
+        raise ArgumentError(f"the guess has {guess.p.all.size} parameters, the problem {nlp.model.parameters.size}")
+
+
+def _multipliers(nlp: NLP, guess: Solution, first: Outcome) -> None:
+    """Multipliers of a solution: its own on the same meshes, else interpolated in time as densities."""
+    old = guess.outcome
+    assert old.multipliers is not None
+    if all(guess[n].mesh == mesh for n, mesh in nlp.meshes.items()):
+        if len(old.y) == nlp.n and len(old.multipliers) == nlp.m:
+            first.multipliers = old.multipliers
+            first.lower_multipliers, first.upper_multipliers = old.lower_multipliers, old.upper_multipliers
+        return
+    multipliers, lower, upper = np.zeros(nlp.m), np.full(nlp.n, 1e-6), np.full(nlp.n, 1e-6)
+    for name, mesh in nlp.meshes.items():
+        ph, place, nodes = guess[name], nlp.places[name], mesh.nodes
+        if not ph.duals or ph.duals["path"].shape[1] * nodes != place.path.stop - place.path.start:
+            return
+        tau, before = mesh.times, ph.mesh.times
+
+        def at(values: np.ndarray, times: np.ndarray, before: np.ndarray = before) -> np.ndarray:
+            return np.array([np.interp(times, before[: len(values)], column) for column in values.T]).reshape(-1, len(times))
+
+        local = np.concatenate([radau(n)[1] for n in mesh.degrees])
+        density = np.append(mesh.weights, 1.0)
+        multipliers[place.defects] = (-local * at(ph.costates.all, tau[:-1])).ravel()
+        multipliers[place.path] = (density[:-1] * at(ph.duals["path"], tau[:-1])).ravel()
+        for target, side in ((lower, "lower"), (upper, "upper")):
+            states = density * at(ph.duals[f"{side} x"][:-1], tau)
+            states[:, -1] = ph.duals[f"{side} x"][-1]
+            target[place.states] = states.ravel()
+            target[place.controls] = (density[:-1] * at(ph.duals[f"{side} u"], tau[:-1])).ravel()
+    # Rows of the ends and of integrals are the last ones of both programs, phase by phase.
+    for name, place in nlp.places.items():
+        there = guess[name].duals.get("integral")
+        if there is not None:
+            multipliers[place.integral_rows] = there
+    ends = nlp.end_rows.stop - nlp.end_rows.start
+    if ends:
+        multipliers[nlp.end_rows] = old.multipliers[len(old.multipliers) - ends :]
+    first.multipliers, first.lower_multipliers, first.upper_multipliers = multipliers, lower, upper
 
 
 def require_finite(nlp: NLP, y: np.ndarray) -> None:

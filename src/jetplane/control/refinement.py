@@ -57,7 +57,8 @@ def refined(mesh: Mesh, error: np.ndarray, accuracy: float) -> Mesh:
             fractions.append(length)
             degrees.append(n)
             continue
-        more = math.ceil(math.log(min(e, 1e6) / accuracy) / math.log(n))
+        # A margin: a mesh that just misses would cost another round.
+        more = math.ceil(math.log(min(e, 1e6) / (accuracy / 5)) / math.log(n))
         if n + more <= HIGHEST:
             fractions.append(length)
             degrees.append(n + max(more, 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class PhaseSolution:
         integral: values of integrals by name.
         error: relative error of the states in each interval of the mesh, estimated by integrating the dynamics along the
             trajectory on a finer set of points.
-        simulated: the largest relative difference to a simulation, once `simulate` has run.
+        duals: multipliers of path constraints and bounds by unit of time, for warm starts on other meshes.
     """
 
     name: str
@@ -40,6 +40,7 @@ class PhaseSolution:
     costates: Parts
     integral: Parts
     error: np.ndarray
+    duals: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def at(self, times: Any) -> tuple[Parts, Parts]:
         """States and controls at any times within the phase, by the polynomials of the transcription."""
@@ -217,6 +218,15 @@ def phase_solution(nlp: NLP, name: str, outcome: Outcome) -> PhaseSolution:
     u = outcome.y[place.controls].reshape(nu, nodes).T
     u = np.concatenate([u, mesh.evaluate(u, np.array([1.0]))])
     costates = np.full((nodes + 1, nx), np.nan)
+    duals = {}
+    if outcome.lower_multipliers is not None and outcome.upper_multipliers is not None and outcome.multipliers is not None:
+        density = np.append(mesh.weights, 1.0)
+        duals["integral"] = outcome.multipliers[place.integral_rows]
+        duals["path"] = outcome.multipliers[place.path].reshape(-1, nodes).T / density[:-1, None]
+        for side in ("lower", "upper"):
+            values = getattr(outcome, f"{side}_multipliers")
+            duals[f"{side} x"] = values[place.states].reshape(nx, nodes + 1).T / density[:, None]
+            duals[f"{side} u"] = values[place.controls].reshape(nu, nodes).T / density[:-1, None]
     if outcome.multipliers is not None:
         # Defects are differences of local derivatives: multipliers are costates times quadrature weights.
         multipliers = outcome.multipliers[place.defects].reshape(nx, nodes).T
@@ -233,4 +243,5 @@ def phase_solution(nlp: NLP, name: str, outcome: Outcome) -> PhaseSolution:
         Parts(costates, ph.states),
         Parts(outcome.y[place.integrals].copy(), arrays.model.integrals),
         np.zeros(0),
+        duals,
     )

@@ -90,7 +90,7 @@ def solve(
     while True:
         clock = time.process_time()
         nlp = NLP(model, meshes)
-        first, warm = start(nlp, current)
+        first = start(nlp, current)
         seconds["setup"] += time.process_time() - clock
         left = None if time_limit is None else max(time_limit - (time.monotonic() - began), 1e-3)
         clock = time.process_time()
@@ -106,7 +106,7 @@ def solve(
                 first,
                 options={**given, **(options or {})},
                 scaling=scaling_of(nlp, first.y, scaling),
-                warm=warm,
+                warm=first.multipliers is not None,
                 on_iteration=line.of(nlp),
                 path=path,
             )
