@@ -67,7 +67,7 @@ def goddard() -> Case:
     ph.end(m=mass)
     ph.guess(tf=0.2, h=lambda t: 1 + 0.05 * t, v=0.05)
     ocp.minimize(final=lambda e: -e.ascent.xf.h)
-    return Case(ocp, -1.01283, 5e-6, "COPS 3, 2004", {"mesh": (60, 3)})
+    return Case(ocp, -1.01283, 1e-5, "COPS 3, 2004", {"mesh": (60, 3)})
 
 
 def hyper_sensitive() -> Case:
@@ -88,8 +88,8 @@ def hyper_sensitive() -> Case:
 
     optimum = manifold(first) - first**4 / 4 + manifold(last) + last**4 / 4
     # Short intervals at both ends.
-    lengths = np.concatenate([np.geomspace(1, 1000, 14), np.geomspace(1000, 1, 14)])
-    mesh = jp.control.Mesh(tuple(lengths / lengths.sum()), (8,) * 28)
+    lengths = np.concatenate([np.geomspace(0.2, 1000, 20), np.geomspace(1000, 0.2, 20)])
+    mesh = jp.control.Mesh(tuple(lengths / lengths.sum()), (8,) * 40)
     return Case(ocp, optimum, 1e-5, "Rao, Mease 2000", {"mesh": mesh, "scaling": {"x": 1.0, "u": 1.0}})
 
 

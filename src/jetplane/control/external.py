@@ -11,6 +11,7 @@ function. Where operators are neither linear nor elementwise, reverse mode over 
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,11 +40,13 @@ class TensorFunction:
     Attributes:
         outputs: m.
         line: of the user's code, for messages.
+        spread: whether constants with as many equal rows as there were nodes in the trace have a row for each node.
     """
 
     def __init__(self, steps: list[tuple], arguments: list[tuple], output: int, lanes: int, outputs: int, line) -> None:
         self.steps, self.arguments, self.output = steps, arguments, output
         self.lanes, self.outputs, self.line = lanes, outputs, line
+        self.spread = False
         self._chain = self._is_chain()
 
     def _split(self, x: Tensor) -> dict[int, Tensor]:
@@ -68,11 +71,19 @@ class TensorFunction:
             name = func._overloadpacket.__name__
             args, kwargs = tree_map(lambda a: values[a.place] if isinstance(a, Slot) else a, (args, kwargs))
             args = self._sized(name, args, len(x))
+            if self.spread:
+                args, kwargs = tree_map(lambda a: self._for_all(a, len(x)), (args, kwargs))
             result = each(places[0], name, func, args, kwargs) if each else func(*args, **kwargs)
             parts = result if isinstance(result, (tuple, list)) else (result,)
             for place, part in zip(places, parts, strict=True):
                 values[place] = part
         return values[self.output].reshape(len(x), -1).double()
+
+    def _for_all(self, a: Any, nodes: int) -> Any:
+        """A constant that is one for each node of the trace, for other numbers of nodes."""
+        if not isinstance(a, Tensor) or a.requires_grad or not a.dim() or a.shape[0] != self.lanes or nodes == self.lanes:
+            return a
+        return a[:1].expand(nodes, *a.shape[1:]) if bool((a == a[:1]).all()) else a
 
     @torch.no_grad()
     def value(self, x: Tensor) -> Tensor:
@@ -205,6 +216,7 @@ class TensorFunction:
                 rows.append(torch.zeros_like(x) if row is None else row)
         return torch.stack(rows).transpose(1, 2)
 
+    @cached_property
     def differentiable(self) -> bool:
         """Whether the output has a derivative at all; a look-up of a table by a whole number has none.
 
@@ -312,10 +324,15 @@ class Recording:
         nodes = torch.cat([nodes.reshape(self.lanes, -1) for _, nodes, _ in entries], 1)
         try:
             mixes = function.mixes()
-        except RuntimeError as error:
-            raise TraceError(
-                f"a tensor function cannot be computed for other numbers of nodes: {error}\n  at {self.line}"
-            ) from error
+        except RuntimeError:
+            function.spread = True
+            function._chain = False
+            try:
+                mixes = function.mixes()
+            except RuntimeError as error:
+                raise TraceError(
+                    f"a tensor function cannot be computed for other numbers of nodes: {error}\n  at {self.line}"
+                ) from error
         if mixes:
             raise TraceError(f"an operator combines values of different nodes\n  at {self.line}")
         values = tracer.external(function, nodes.tolist())

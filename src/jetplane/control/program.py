@@ -111,7 +111,7 @@ class Evaluation:
             function = external.function
             assert isinstance(function, TensorFunction)
             x = torch.from_numpy(np.ascontiguousarray(self._call(f"arguments{n}").T))
-            if not slopes:
+            if not slopes or not function.differentiable:
                 self._put(external.values, function.value(x).T.numpy())
                 continue
             y, jacobian = function.derivatives(x)
@@ -138,6 +138,8 @@ class Evaluation:
                 continue
             function = external.function
             assert isinstance(function, TensorFunction)
+            if not function.differentiable:
+                continue
             x = torch.from_numpy(np.ascontiguousarray(self._call(f"arguments{n}").T))
             adjoints = torch.from_numpy(np.ascontiguousarray(self._call(f"adjoints{n}").T))
             second = function.hessian(x, adjoints).numpy()
@@ -178,7 +180,7 @@ def copied(source: Graph, target: Graph, results: Sequence[int], inputs: dict[in
                 function = external.function
                 assert isinstance(function, TensorFunction)
                 known[key] = target.external(
-                    function, key[1], function.outputs, differentiable=function.differentiable()
+                    function, key[1], function.outputs, differentiable=function.differentiable
                 )
             new[node] = known[key].values[row]
         else:
@@ -221,7 +223,7 @@ def trace(
                 if tracer.mask(node) & ~allowed:
                     raise TraceError(
                         f"{name} at one node depends on other nodes: the first dimension of every tensor is that of nodes\n"
-                        f"  at {tracer.graph.lines[node]}"
+                        f"  at {tracer.graph.lines[node] or tracer.graph.line}"
                     )
             new = copied(tracer.graph, graph, wanted, inputs, known)
             if lane == 0:

@@ -285,9 +285,10 @@ class Tracer(TorchDispatchMode):
         return not set(kwargs) - {"alpha", "value", "min", "max"} and not (name == "div" and "rounding_mode" in kwargs)
 
     def _decomposed(self, func, args, kwargs):
+        """By what it is made of; an operator that is not elementwise is better left to torch as a whole."""
         with self:
             result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
+            if result is not NotImplemented or torch.Tag.pointwise not in func.tags:
                 return result
             table = decompositions()
             return table[func](*args, **kwargs) if func in table else NotImplemented
