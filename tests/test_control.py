@@ -157,7 +157,9 @@ class TestTracing:
 
     def test_a_function_that_scalars_cannot_do_is_torchs(self):
         norm = torch.nn.LayerNorm(3).double()
-        program = compare(lambda z, p: torch.linalg.solve(torch.eye(3).double() + z[:, :, None] * z[:, None, :], norm(z)), 3)
+        program = compare(
+            lambda z, p: torch.linalg.solve(torch.eye(3).double() + z[:, :, None] * z[:, None, :], norm(z)), 3
+        )
         assert len(program.externals) >= 1
 
     def test_look_up_in_a_table(self):
@@ -571,7 +573,9 @@ class TestBadInput:
 
     def test_not_a_number_at_the_guess(self):
         ocp = self.problem(dynamics=lambda x, u, t, p: {"x": x.v, "v": (x.x - 0.5).sqrt() + u.a})
-        with pytest.raises(jp.errors.NonFiniteError, match=r"rate of v of phase 'move' is not finite at node 0 \(x = 0") as e:
+        with pytest.raises(
+            jp.errors.NonFiniteError, match=r"rate of v of phase 'move' is not finite at node 0 \(x = 0"
+        ) as e:
             ocp.solve(solver="trust-constr", mesh=(2, 2))
         assert "test_control.py" in str(e.value)
 
@@ -635,5 +639,3 @@ def test_the_core_does_not_import_control():
 
     code = "import sys, jetplane; assert 'jetplane.control' not in sys.modules and 'scipy' not in sys.modules; jetplane.control"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-

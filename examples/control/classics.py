@@ -96,7 +96,9 @@ def hyper_sensitive() -> Case:
 def moon_lander() -> Case:
     """Fuel of a soft landing: free fall, then full thrust; Meditch 1964. With these numbers it is 2 sqrt(17)."""
     ocp = jp.control.Problem()
-    ph = ocp.phase("land", states={"h": (1, 0, 20), "v": (1, -20, 20)}, controls={"a": (1, 0, 3)}, t0=0.0, tf=(1.0, 20.0))
+    ph = ocp.phase(
+        "land", states={"h": (1, 0, 20), "v": (1, -20, 20)}, controls={"a": (1, 0, 3)}, t0=0.0, tf=(1.0, 20.0)
+    )
     ph.dynamics = lambda x, u, t, p: {"h": x.v, "v": u.a - 1.5}
     ph.start(h=10.0, v=-2.0)
     ph.end(h=0.0, v=0.0)
@@ -110,7 +112,11 @@ def cart_pole() -> Case:
     m1, m2, length, g, distance, force = 1.0, 0.3, 0.5, 9.81, 1.0, 20.0
     ocp = jp.control.Problem()
     ph = ocp.phase(
-        "swing", states={"x": (1, -2, 2), "angle": 1, "v": 1, "rate": 1}, controls={"F": (1, -force, force)}, t0=0.0, tf=2.0
+        "swing",
+        states={"x": (1, -2, 2), "angle": 1, "v": 1, "rate": 1},
+        controls={"F": (1, -force, force)},
+        t0=0.0,
+        tf=2.0,
     )
 
     def dynamics(x, u, t, p):

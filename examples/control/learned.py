@@ -49,7 +49,11 @@ def pendulum(acceleration) -> jp.control.Problem:
     """Swing-up in 3 s with least effort, where the derivative of the rate is a function of (angle, rate, torque)."""
     ocp = jp.control.Problem()
     ph = ocp.phase(
-        "swing", states={"angle": (1, -4.0, 4.0), "rate": (1, -8.0, 8.0)}, controls={"torque": (1, -5.0, 5.0)}, t0=0.0, tf=3.0
+        "swing",
+        states={"angle": (1, -4.0, 4.0), "rate": (1, -8.0, 8.0)},
+        controls={"torque": (1, -5.0, 5.0)},
+        t0=0.0,
+        tf=3.0,
     )
     ph.dynamics = lambda x, u, t, p: {"angle": x.rate, "rate": acceleration(x.angle, x.rate, u.torque)}
     ph.start(angle=0.0, rate=0.0)

@@ -57,7 +57,6 @@ from .transforms.laplacians import (
 )
 
 
-
 def __getattr__(name: str) -> Any:
     """Rooms that need more than torch are imported when they are used."""
     if name == "control":

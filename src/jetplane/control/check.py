@@ -47,7 +47,9 @@ class CheckReport:
             f"Hessian {self.hessian_error:.1e}",
         ]
         for name, (values, jacobian, hessian) in self.operations.items():
-            lines.append(f"phase {name!r}: {values}, {jacobian}, {hessian} operations a node (values, Jacobian, Hessian)")
+            lines.append(
+                f"phase {name!r}: {values}, {jacobian}, {hessian} operations a node (values, Jacobian, Hessian)"
+            )
         return "\n".join(lines + [f"warning: {w}" for w in self.warnings])
 
 

@@ -81,7 +81,13 @@ class TensorFunction:
 
     def _for_all(self, a: Any, nodes: int) -> Any:
         """A constant that is one for each node of the trace, for other numbers of nodes."""
-        if not isinstance(a, Tensor) or a.requires_grad or not a.dim() or a.shape[0] != self.lanes or nodes == self.lanes:
+        if (
+            not isinstance(a, Tensor)
+            or a.requires_grad
+            or not a.dim()
+            or a.shape[0] != self.lanes
+            or nodes == self.lanes
+        ):
             return a
         return a[:1].expand(nodes, *a.shape[1:]) if bool((a == a[:1]).all()) else a
 
@@ -151,7 +157,7 @@ class TensorFunction:
 
     @staticmethod
     def _slopes(func, args: tuple, z: Tensor) -> tuple[Tensor, Tensor]:
-        """f' and f'' of an elementwise operator."""
+        """F' and f'' of an elementwise operator."""
         if func._overloadpacket.__name__ == "tanh":
             y = torch.tanh(z)
             first = 1 - y * y

@@ -34,7 +34,9 @@ def _sampled(what: str, value: Any, tau: np.ndarray, times: np.ndarray, size: in
     if array.ndim == 1 and size == 1:
         array = array[:, None]
     if array.ndim != 2 or array.shape[1] != size or len(array) < 2:
-        raise ShapeError(f"{what}: expected a number, {size} of them, or an array (points, {size}); got shape {array.shape}")
+        raise ShapeError(
+            f"{what}: expected a number, {size} of them, or an array (points, {size}); got shape {array.shape}"
+        )
     grid = np.linspace(0, 1, len(array))
     return np.stack([np.interp(tau, grid, column) for column in array.T], 1)
 
@@ -68,7 +70,9 @@ def phase_guess(ph: Phase, mesh: Mesh) -> tuple[float, float, np.ndarray, np.nda
 def _fill(target: np.ndarray, layout: Layout, ph: Phase, tau: np.ndarray, times: np.ndarray) -> None:
     for name, part in layout.parts.items():
         if name in ph.guesses:
-            target[:, part] = _sampled(f"guess of {name!r} in {ph.name!r}", ph.guesses[name], tau, times, part.stop - part.start)
+            target[:, part] = _sampled(
+                f"guess of {name!r} in {ph.name!r}", ph.guesses[name], tau, times, part.stop - part.start
+            )
 
 
 def start(nlp: NLP, guess: Solution | None) -> Outcome:
@@ -143,7 +147,9 @@ def _multipliers(nlp: NLP, guess: Solution, first: Outcome) -> None:
         tau, before = mesh.times, ph.mesh.times
 
         def at(values: np.ndarray, times: np.ndarray, before: np.ndarray = before) -> np.ndarray:
-            return np.array([np.interp(times, before[: len(values)], column) for column in values.T]).reshape(-1, len(times))
+            return np.array([np.interp(times, before[: len(values)], column) for column in values.T]).reshape(
+                -1, len(times)
+            )
 
         local = np.concatenate([radau(n)[1] for n in mesh.degrees])
         density = np.append(mesh.weights, 1.0)

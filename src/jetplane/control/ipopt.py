@@ -234,7 +234,9 @@ def solve(
 
     @_PROGRESS
     @guarded
-    def progress(mode, number, value, infeasibility, dual, mu, step, regularization, dual_step, primal_step, trials, data):
+    def progress(
+        mode, number, value, infeasibility, dual, mu, step, regularization, dual_step, primal_step, trials, data
+    ):
         iterations[0] = number
         error = max(infeasibility, dual)
         if mode == 0 and error <= best["error"] and hasattr(ipopt, "GetIpoptCurrentIterate"):

@@ -67,7 +67,9 @@ class Model:
 
     def _phase(self, ph: Phase, backend: str) -> PhaseModel:
         if ph.dynamics is None:
-            raise ArgumentError(f"phase {ph.name!r} has no dynamics: states {', '.join(ph.states.parts)} are not defined")
+            raise ArgumentError(
+                f"phase {ph.name!r} has no dynamics: states {', '.join(ph.states.parts)} are not defined"
+            )
         nx, nu = ph.states.size, ph.controls.size
         running = self.problem.running.get(ph.name)
 
@@ -96,7 +98,9 @@ class Model:
         names += [f"integral {n}" for n in ph.integral] + (["running cost"] if running else [])
         lower, upper = [], []
         for (name, constraint), nodes in zip(ph.path.items(), results[parts:], strict=True):
-            low, high = bounds(f"path constraint {name!r} of {ph.name!r}", len(nodes), constraint.lower, constraint.upper)
+            low, high = bounds(
+                f"path constraint {name!r} of {ph.name!r}", len(nodes), constraint.lower, constraint.upper
+            )
             lower.append(low)
             upper.append(high)
             names += [f"{name}[{i}]" if len(nodes) > 1 else name for i in range(len(nodes))]
@@ -157,7 +161,11 @@ class Model:
             for name, constraint in problem.boundary.items():
                 value = constraint.function(e)
                 made.append(
-                    (f"boundary constraint {name!r}", value.reshape(1, -1) if hasattr(value, "reshape") else value, None)
+                    (
+                        f"boundary constraint {name!r}",
+                        value.reshape(1, -1) if hasattr(value, "reshape") else value,
+                        None,
+                    )
                 )
             return made
 
@@ -210,7 +218,9 @@ def dynamics_parts(ph: Phase, value: Any) -> list[tuple[str, Any, int | None]]:
     if missing:
         raise ArgumentError(f"{what} do not define {', '.join(missing)}")
     if unknown:
-        raise ArgumentError(f"{what} define {', '.join(unknown)}, which are no states; they are {', '.join(ph.states.parts)}")
+        raise ArgumentError(
+            f"{what} define {', '.join(unknown)}, which are no states; they are {', '.join(ph.states.parts)}"
+        )
     return [
         (f"rate of {name!r} in phase {ph.name!r}", value[name], part.stop - part.start)
         for name, part in ph.states.parts.items()

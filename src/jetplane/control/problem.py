@@ -323,7 +323,9 @@ class Problem:
         for name in names:
             a, b = first.states.part(name), second.states.part(name)
             if a.stop - a.start != b.stop - b.start:
-                raise ShapeError(f"{name!r} has {a.stop - a.start} entries in {before!r} and {b.stop - b.start} in {after!r}")
+                raise ShapeError(
+                    f"{name!r} has {a.stop - a.start} entries in {before!r} and {b.stop - b.start} in {after!r}"
+                )
 
         def gap(e: Any) -> Any:
             import torch

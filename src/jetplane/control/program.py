@@ -34,7 +34,11 @@ class Program:
         self.graph, self.results = graph, list(results)
         self.variables = len(variables)
         weights = [graph.input() for _ in results]
-        self.weights = slice(*(graph.rows[w][1][0] + end for w, end in ((weights[0], 0), (weights[-1], 1)))) if weights else slice(0, 0)
+        self.weights = (
+            slice(*(graph.rows[w][1][0] + end for w, end in ((weights[0], 0), (weights[-1], 1))))
+            if weights
+            else slice(0, 0)
+        )
         derivatives = Derivatives(graph, results, variables)
         jacobian = derivatives.jacobian()
         hessian, adjoints = derivatives.hessian(weights)
@@ -52,7 +56,9 @@ class Program:
                 functions[f"adjoints{n}"] = adjoints[n]
         self.functions = functions
         self.kernel = (
-            Kernel(graph, functions) if backend == "llvm" or (backend == "auto" and available()) else TorchKernel(graph, functions)
+            Kernel(graph, functions)
+            if backend == "llvm" or (backend == "auto" and available())
+            else TorchKernel(graph, functions)
         )
 
     def operations(self, name: str) -> int:
@@ -179,9 +185,7 @@ def copied(source: Graph, target: Graph, results: Sequence[int], inputs: dict[in
             if key not in known:
                 function = external.function
                 assert isinstance(function, TensorFunction)
-                known[key] = target.external(
-                    function, key[1], function.outputs, differentiable=function.differentiable
-                )
+                known[key] = target.external(function, key[1], function.outputs, differentiable=function.differentiable)
             new[node] = known[key].values[row]
         else:
             new[node] = target.apply(operator, *(new[a] for a in arguments))
@@ -229,7 +233,9 @@ def trace(
             if lane == 0:
                 results.append(new)
             elif new != results[number]:
-                differing = next(a for a, b in zip(wanted, zip(new, results[number], strict=True), strict=True) if b[0] != b[1])
+                differing = next(
+                    a for a, b in zip(wanted, zip(new, results[number], strict=True), strict=True) if b[0] != b[1]
+                )
                 raise TraceError(
                     f"{name} is another function at each node: it must depend on its arguments alone (time is t), not on a "
                     f"node's number or on random numbers\n  at {tracer.graph.lines[differing]}"

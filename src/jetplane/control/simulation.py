@@ -122,6 +122,8 @@ def simulate_guess(ph: Phase, tf: float | None, steps: int, controls: Mapping[st
     f = rates(ph, Parts(np.zeros(0), Layout("parameters")))
     run = solve_ivp(lambda t, x: f(t, x, control(t)), (t0, tf), state, t_eval=times, rtol=1e-6, atol=1e-8)
     if not run.success or not np.isfinite(run.y).all() or run.y.shape[1] != steps + 1:
-        raise NonFiniteError(f"the simulation of phase {ph.name!r} ends at t = {run.t[-1] if len(run.t) else t0:g}: {run.message}")
+        raise NonFiniteError(
+            f"the simulation of phase {ph.name!r} ends at t = {run.t[-1] if len(run.t) else t0:g}: {run.message}"
+        )
     for name, part in ph.states.parts.items():
         ph.guesses[name] = run.y[part].T

@@ -91,7 +91,9 @@ class Solution:
         if name in ("t", "x", "u", "costates", "integral", "error", "mesh", "at"):
             if len(self.phases) == 1:
                 return getattr(next(iter(self.phases.values())), name)
-            raise AttributeError(f"there are {len(self.phases)} phases: sol[name].{name}, name one of {', '.join(self.phases)}")
+            raise AttributeError(
+                f"there are {len(self.phases)} phases: sol[name].{name}, name one of {', '.join(self.phases)}"
+            )
         raise AttributeError(name)
 
     def __repr__(self) -> str:
@@ -138,7 +140,10 @@ class Solution:
             for key in ("x", "u", "costates", "integral"):
                 arrays[f"{name}.{key}"] = getattr(ph, key).all
             arrays[f"{name}.t"], arrays[f"{name}.error"] = ph.t, ph.error
-            arrays[f"{name}.fractions"], arrays[f"{name}.degrees"] = np.array(ph.mesh.fractions), np.array(ph.mesh.degrees)
+            arrays[f"{name}.fractions"], arrays[f"{name}.degrees"] = (
+                np.array(ph.mesh.fractions),
+                np.array(ph.mesh.degrees),
+            )
         with open(path, "wb") as file:
             np.savez_compressed(file, description=np.array(json.dumps(description)), **arrays)  # type: ignore[arg-type]
 
@@ -219,7 +224,11 @@ def phase_solution(nlp: NLP, name: str, outcome: Outcome) -> PhaseSolution:
     u = np.concatenate([u, mesh.evaluate(u, np.array([1.0]))])
     costates = np.full((nodes + 1, nx), np.nan)
     duals = {}
-    if outcome.lower_multipliers is not None and outcome.upper_multipliers is not None and outcome.multipliers is not None:
+    if (
+        outcome.lower_multipliers is not None
+        and outcome.upper_multipliers is not None
+        and outcome.multipliers is not None
+    ):
         density = np.append(mesh.weights, 1.0)
         duals["integral"] = outcome.multipliers[place.integral_rows]
         duals["path"] = outcome.multipliers[place.path].reshape(-1, nodes).T / density[:-1, None]

@@ -110,12 +110,13 @@ def _elementwise() -> dict[str, Callable[..., int]]:
 
     def gelu(g, x):
         half = g.apply("mul", c(0.5)(g), x)
-        return g.apply(
-            "mul", half, g.apply("add", one(g), g.apply("erf", g.apply("mul", x, c(0.7071067811865476)(g))))
-        )
+        return g.apply("mul", half, g.apply("add", one(g), g.apply("erf", g.apply("mul", x, c(0.7071067811865476)(g)))))
 
     table: dict[str, Callable[..., int]] = {
-        **{name: call(name) for name in "mul div neg sqrt exp log sin cos tan asin acos atan sinh cosh tanh erf".split()},
+        **{
+            name: call(name)
+            for name in "mul div neg sqrt exp log sin cos tan asin acos atan sinh cosh tanh erf".split()
+        },
         **{name: call(name) for name in "expm1 log1p abs floor atan2 pow lt le eq".split()},
         "add": lambda g, a, b, alpha=None: g.apply("add", a, b if alpha is None else g.apply("mul", alpha, b)),
         "sub": lambda g, a, b, alpha=None: g.apply("sub", a, b if alpha is None else g.apply("mul", alpha, b)),
@@ -310,7 +311,9 @@ class Tracer(TorchDispatchMode):
         if isinstance(value, Opaque):
             return self._close(value)
         tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-        made = self._constant(tensor.double() if not tensor.is_floating_point() and tensor.dtype != torch.bool else tensor)
+        made = self._constant(
+            tensor.double() if not tensor.is_floating_point() and tensor.dtype != torch.bool else tensor
+        )
         assert isinstance(made, Scalars)
         return made
 
@@ -406,9 +409,7 @@ class Tracer(TorchDispatchMode):
         lists = [[None] * shape.numel() if v is None else v.expand(shape).reshape(-1).tolist() for v in values]
         rule, graph = ELEMENTWISE[name], self.graph
         nodes = torch.tensor([rule(graph, *entry) for entry in zip(*lists, strict=True)], dtype=torch.int64)
-        return self.tensor(
-            self._checked(nodes.reshape(shape)), torch.bool if name in COMPARISONS else torch.float64
-        )
+        return self.tensor(self._checked(nodes.reshape(shape)), torch.bool if name in COMPARISONS else torch.float64)
 
     def _fold_over(self, x, dims, keepdim: bool, function: Callable[[list[int]], int]) -> Scalars:
         """A reduction: a function of lists of nodes."""
@@ -510,7 +511,10 @@ class Tracer(TorchDispatchMode):
         result = torch.tensor(
             [
                 [
-                    [self._total([graph.apply("mul", p, q) for p, q in zip(row, column, strict=True)]) for column in zip(*m)]
+                    [
+                        self._total([graph.apply("mul", p, q) for p, q in zip(row, column, strict=True)])
+                        for column in zip(*m)
+                    ]
                     for row in n
                 ]
                 for n, m in zip(left.tolist(), right.tolist(), strict=True)

@@ -62,7 +62,13 @@ def solve(
     def progress(z, state):
         if on_iteration is not None:
             on_iteration(
-                Iteration(state.nit, float(state.fun), float(state.constr_violation), float(state.optimality), float(state.barrier_parameter) if hasattr(state, "barrier_parameter") else 0.0)
+                Iteration(
+                    state.nit,
+                    float(state.fun),
+                    float(state.constr_violation),
+                    float(state.optimality),
+                    float(state.barrier_parameter) if hasattr(state, "barrier_parameter") else 0.0,
+                )
             )
         if stop.is_set():
             ended["why"] = Status.STOPPED
