@@ -73,7 +73,8 @@ def goddard() -> Case:
 def hyper_sensitive() -> Case:
     """Two boundary layers, 10,000 units of time apart; Rao, Mease 2000.
 
-    Between them the state is zero, so the optimum is the sum of the costs on the stable manifold of 0 and on the unstable one.
+    Between them the state is zero, so the optimum is the sum of the costs on the stable manifold of 0 and on the
+    unstable one.
     """
     first, last, duration = 1.0, 1.5, 10_000.0
     ocp = jp.control.Problem()

@@ -1,4 +1,4 @@
-"""Flight problems: a shuttle, and the three of Zou and Jiang (arXiv 2506.11537) as their package's examples have them."""
+"""Flight problems: a shuttle, and three of Zou and Jiang (arXiv 2506.11537) as the examples of pockit have them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ def rotate(mrp, vector):
 def mrp_rate(mrp, rate):
     """Derivatives of modified Rodrigues parameters under a rate of rotation in the body's frame."""
     square = mrp.square().sum(-1, keepdim=True)
-    return 0.25 * ((1 - square) * rate + 2 * cross(mrp, rate) + 2 * mrp * (mrp * rate).sum(-1, keepdim=True))
+    along = (mrp * rate).sum(-1, keepdim=True)
+    return 0.25 * ((1 - square) * rate + 2 * cross(mrp, rate) + 2 * mrp * along)
 
 
 def shuttle() -> Case:
-    """Most cross range of a shuttle's re-entry, without a limit of heating; Betts 2010, section 6.1: 34.1412 degrees."""
+    """Most cross range of a shuttle's re-entry, without a limit of heating; Betts 2010, 6.1: 34.1412 degrees."""
     radius, mu, density, height = 20_902_900.0, 0.14076539e17, 0.002378, 23_800.0
     area, mass = 2690.0, 203_000.0 / 32.174
     degrees = math.pi / 180

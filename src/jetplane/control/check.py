@@ -19,7 +19,8 @@ class CheckReport:
 
     Attributes:
         variables, constraints, jacobian_nonzeros, hessian_nonzeros: sizes of the program on the mesh of the check.
-        gradient_error, jacobian_error, hessian_error: largest differences to central differences, relative to 1 + the entry.
+        gradient_error, jacobian_error, hessian_error: largest differences to central differences, relative to 1 + the
+            entry.
         operations: scalar operators for a node of values, Jacobian and Hessian, by phase.
         warnings: what may go wrong, in words.
     """
@@ -41,7 +42,8 @@ class CheckReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.variables} variables, {self.constraints} constraints, {self.jacobian_nonzeros} nonzeros of the Jacobian, "
+            f"{self.variables} variables, {self.constraints} constraints, {self.jacobian_nonzeros} nonzeros of the "
+            f"Jacobian, "
             f"{self.hessian_nonzeros} of the Hessian",
             f"derivatives against differences: gradient {self.gradient_error:.1e}, Jacobian {self.jacobian_error:.1e}, "
             f"Hessian {self.hessian_error:.1e}",
@@ -90,7 +92,8 @@ def check(problem: Problem, guess: Any = None, mesh: Any = (5, 3)) -> CheckRepor
     for name, error in zip(("gradient", "Jacobian", "Hessian"), worst, strict=True):
         if error > 1e-5:
             warnings.append(
-                f"the {name} differs from differences by {error:.1e}: a function has a kink or a jump near the guess, or is "
+                f"the {name} differs from differences by {error:.1e}: a function has a kink or a jump near the "
+                f"guess, or is "
                 "not finite beside it"
             )
     warnings += _degenerate(nlp) + _scales(nlp, y)
@@ -99,7 +102,9 @@ def check(problem: Problem, guess: Any = None, mesh: Any = (5, 3)) -> CheckRepor
         nlp.m,
         len(nlp.jacobian_structure[0]),
         len(nlp.hessian_structure[0]),
-        *map(float, worst),
+        float(worst[0]),
+        float(worst[1]),
+        float(worst[2]),
         {
             name: tuple(m.program.operations(f) for f in ("values", "jacobian", "hessian"))  # type: ignore[misc]
             for name, m in model.phases.items()
@@ -136,7 +141,8 @@ def _scales(nlp: NLP, y: np.ndarray) -> list[str]:
         bounded = (np.abs(ph.states.lower) < 1e20) & (np.abs(ph.states.upper) < 1e20)
         for i in np.flatnonzero(~bounded & (x == 0))[:5]:
             found.append(
-                f"state {ph.states.entry(int(i))} of phase {name!r} is zero in the guess and has no bounds: its scale is unknown; "
+                f"state {ph.states.entry(int(i))} of phase {name!r} is zero in the guess and has no bounds: its "
+                f"scale is unknown; "
                 "give bounds, a guess, or scaling="
             )
     return found

@@ -5,8 +5,8 @@ derivatives of ``sum of w * y`` are
 
     W = sum over elementwise operators of  Σ_units  w_unit f″(z) J_z J_zᵀ,
 
-where J_z are the jets at the operator's input and w_unit is the adjoint of its output, by one reverse sweep inside of the
-function. Where operators are neither linear nor elementwise, reverse mode over reverse mode gives all of it.
+where J_z are the jets at the operator's input and w_unit is the adjoint of its output, by one reverse sweep inside of
+the function. Where operators are neither linear nor elementwise, reverse mode over reverse mode gives all of it.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class TensorFunction:
         jets = self._split(eye)
         values = self._split(x)
         kept: list[tuple[int, Tensor, Tensor, Tensor]] = []  # place, f', f'', jets of the input
-        for places, func, args, kwargs in self.steps:
+        for places, func, args, _ in self.steps:
             name, place = func._overloadpacket.__name__, places[0]
             source = next(a for a in args if isinstance(a, Slot)).place
             z, jet = values[source], jets[source]
@@ -303,7 +303,7 @@ class Recording:
         for place, part in zip(places, parts, strict=True):
             self.meta[place] = part
         self.steps.append((places, func, args, kwargs))
-        return places, [(part.shape, part.dtype) for part in parts]
+        return places, [None if part is None else (part.shape, part.dtype) for part in parts]
 
     def single(self, places: list[int]) -> bool:
         """Whether the operator added last gave one tensor, not a tuple."""
@@ -315,7 +315,8 @@ class Recording:
             return self._closed[place]
         if not shape or shape[0] != self.lanes:
             raise TraceError(
-                f"an operator combines values of different nodes: the first dimension of a result is that of nodes, and it is "
+                f"an operator combines values of different nodes: the first dimension of a result is that of nodes, "
+                f"and it is "
                 f"{shape[0] if shape else 'gone'} where {self.lanes} are traced\n  at {self.line}"
             )
         needed, wanted = [], {place}

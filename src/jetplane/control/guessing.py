@@ -185,7 +185,8 @@ def require_finite(nlp: NLP, y: np.ndarray) -> None:
             ]
             shown = ", ".join(f"{n} = {v:.6g}" for n, v in zip([*entries, "t"], values, strict=False))
             raise NonFiniteError(
-                f"at the guess, {arrays.model.names[output]} of phase {name!r} is not finite at node {node} ({shown}); give "
+                f"at the guess, {arrays.model.names[output]} of phase {name!r} is not finite at node {node} "
+                f"({shown}); give "
                 f"another guess: ocp.phases[{name!r}].guess(...)" + (f"\n  first at {line}" if line else "")
             )
     bad = nlp._ends.first_bad()

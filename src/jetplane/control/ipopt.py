@@ -1,7 +1,7 @@
 """IPOPT by its C interface, from any shared library of it: that of CasADi's wheel, a path, the system's.
 
-Wächter, Biegler, *On the implementation of an interior-point filter line-search algorithm for large-scale nonlinear programming*,
-Mathematical Programming 106 (2006). Nothing of Python's is compiled: callbacks go through ctypes.
+Wächter, Biegler, *On the implementation of an interior-point filter line-search algorithm for large-scale nonlinear
+programming*, Mathematical Programming 106 (2006). Nothing of Python's is compiled: callbacks go through ctypes.
 """
 
 from __future__ import annotations

@@ -48,7 +48,8 @@ class Model:
         backend: "auto", "llvm" or "torch".
 
     Raises:
-        ArgumentError: no phases, no cost, states that no dynamics define, constraints that no variable enters, phases that
+        ArgumentError: no phases, no cost, states that no dynamics define, constraints that no variable enters, phases
+            that
             nothing links.
         ShapeError: a function returned a wrong shape.
         TraceError: a function reads values or combines nodes.
@@ -205,7 +206,8 @@ class Model:
         apart = [name for name in self.phases if name not in reached]
         if apart:
             raise ArgumentError(
-                f"nothing links phase {apart[0]!r} to the others: ocp.link(before, after), or a boundary constraint of both"
+                f"nothing links phase {apart[0]!r} to the others: ocp.link(before, after), or a boundary constraint "
+                f"of both"
             )
 
 

@@ -1,8 +1,8 @@
 """The nonlinear program of a problem on a mesh: Radau collocation, assembled by index arrays that are built once.
 
 Variables of a phase, one after the other: states (nx, nodes + 1), controls (nu, nodes), t0 and tf where they are free,
-integrals; after all phases the parameters. Constraints of a phase: defects ``D x - (tf - t0) h f`` (nx, nodes), path constraints
-(nc, nodes), integrals; after all phases those of the ends.
+integrals; after all phases the parameters. Constraints of a phase: defects ``D x - (tf - t0) h f`` (nx, nodes), path
+constraints (nc, nodes), integrals; after all phases those of the ends.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class NLP:
                 target.append(block.ravel())
             lower.append(np.repeat(ph.controls.lower, nodes))
             upper.append(np.repeat(ph.controls.upper, nodes))
-            times = []
+            times: list[int | None] = []
             for interval in (ph.t0, ph.tf):
                 free = interval[0] < interval[1]
                 times.append(take(1).start if free else None)
@@ -130,7 +130,7 @@ class NLP:
             defects, path, integral_rows = rows(nx * nodes), rows(len(model.lower) * nodes), rows(nq)
             low += [np.zeros(nx * nodes), np.repeat(model.lower, nodes), np.zeros(nq)]
             high += [np.zeros(nx * nodes), np.repeat(model.upper, nodes), np.zeros(nq)]
-            self.places[name] = Place(states, controls, *times, integrals, defects, path, integral_rows)
+            self.places[name] = Place(states, controls, times[0], times[1], integrals, defects, path, integral_rows)
         self.parameters = take(self.model.parameters.size)
         self.end_rows = rows(len(self.model.lower))
         lower.append(self.model.parameters.lower)

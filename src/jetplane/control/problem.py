@@ -194,7 +194,8 @@ class Phase:
             if outside.any():
                 n = part.start + int(np.argmax(outside))
                 raise ArgumentError(
-                    f"{what}: {self.states.entry(n)} is to be in [{lower[n - part.start]:g}, {upper[n - part.start]:g}], "
+                    f"{what}: {self.states.entry(n)} is to be in [{lower[n - part.start]:g}, "
+                    f"{upper[n - part.start]:g}], "
                     f"outside of its bounds [{self.states.lower[n]:g}, {self.states.upper[n]:g}]"
                 )
             target[0][part], target[1][part] = (
@@ -206,8 +207,8 @@ class Phase:
         """What the solver starts from: ``t0``, ``tf``, states, controls and integrals by name.
 
         A state or control is a number or one for each entry, an array (points, size) at equal distances over the phase,
-        or a function of times (points,) that gives such an array. Where nothing is said, states go straight from the start
-        to the end, and controls are in the middle of their bounds.
+        or a function of times (points,) that gives such an array. Where nothing is said, states go straight from the
+        start to the end, and controls are in the middle of their bounds.
         """
         known = {"t0", "tf", *self.states.parts, *self.controls.parts, *self.integral}
         unknown = sorted(set(values) - known)
@@ -216,7 +217,7 @@ class Phase:
         self.guesses.update(values)
 
     def guess_by_simulation(self, tf: float | None = None, steps: int = 200, **controls: Any) -> None:
-        """Take the states of a simulation from the start as the guess, with controls that are functions of time or numbers.
+        """Take the states of a simulation as the guess; controls are numbers or functions of time.
 
         Raises:
             NonFiniteError: the simulation leaves the numbers.
@@ -227,7 +228,7 @@ class Phase:
 
 
 class Ends:
-    """What a function of ends sees: ``e.descent.xf.m``; `x0`, `xf`, `t0`, `tf` and `integral` of each phase, ``e.p``."""
+    """What a function of ends sees: ``e.descent.xf.m``; x0, xf, t0, tf and integral of each phase, and ``e.p``."""
 
     def __init__(self, phases: Mapping[str, Any], p: Parts) -> None:
         self.__dict__.update(phases)
@@ -251,8 +252,9 @@ class Problem:
     minimize  final(ends) + sum over phases of ∫ running(x, u, t, p) dt
     such that  dx/dt = dynamics(x, u, t, p),  bounds, path, integral and boundary constraints.
 
-    Functions are ordinary torch functions. Those of a phase take tensors whose first dimension is that of nodes: ``x.v`` has
-    shape (nodes, size of v), ``u.T`` likewise, ``t`` (nodes, 1), ``p.k`` (size of k,). Those of ends take ``e``, see `Ends`.
+    Functions are ordinary torch functions. Those of a phase take tensors whose first dimension is that of nodes:
+    ``x.v`` has shape (nodes, size of v), ``u.T`` likewise, ``t`` (nodes, 1), ``p.k`` (size of k,). Those of ends take
+    ``e``, see `Ends`.
 
     Example:
         >>> import torch, jetplane as jp
@@ -281,7 +283,8 @@ class Problem:
             name: of the phase, an identifier.
             states: by name: the size, or (size, lower, upper).
             controls: likewise.
-            t0, tf: initial and final time: a number, or bounds as a tuple (lower, upper).
+            t0: initial time: a number, or bounds as a tuple (lower, upper).
+            tf: final time, likewise.
 
         Raises:
             ArgumentError: bounds that cross, names that are taken or no identifiers.
@@ -298,13 +301,14 @@ class Problem:
             self.parameter_guess[name] = vector(f"guess of {name!r}", size, guess)
 
     def minimize(self, *, final: Callable[[Any], Any] | None = None, running: Any = None) -> None:
-        """The cost: `final` is a function of the ends, `running` of (x, u, t, p), by the phase's name if there are several."""
+        """The cost: `final` of the ends, `running` of (x, u, t, p); a dict by phases if there are several."""
         if final is None and running is None:
             raise ArgumentError("minimize needs final= or running=")
         if callable(running):
             if len(self.phases) != 1:
                 raise ArgumentError(
-                    f"there are {len(self.phases)} phases ({', '.join(self.phases)}): give running= as a dict by their names"
+                    f"there are {len(self.phases)} phases ({', '.join(self.phases)}): give running= as a dict by "
+                    f"their names"
                 )
             running = {next(iter(self.phases)): running}
         for name in running or {}:
@@ -317,7 +321,7 @@ class Problem:
         return self.phases[name]
 
     def link(self, before: str, after: str, states: Any = None) -> None:
-        """Let a phase begin where another ends: in time, and in the states of the same names (or those that are named)."""
+        """Let a phase begin where another ends: in time and in the states of the same names, or those named."""
         first, second = self._phase(before), self._phase(after)
         names = list(states or [n for n in first.states.parts if n in second.states.parts])
         for name in names:

@@ -226,7 +226,8 @@ def trace(
             for node in wanted:
                 if tracer.mask(node) & ~allowed:
                     raise TraceError(
-                        f"{name} at one node depends on other nodes: the first dimension of every tensor is that of nodes\n"
+                        f"{name} at one node depends on other nodes: the first dimension of every tensor is that of "
+                        f"nodes\n"
                         f"  at {tracer.graph.lines[node] or tracer.graph.line}"
                     )
             new = copied(tracer.graph, graph, wanted, inputs, known)
@@ -237,7 +238,8 @@ def trace(
                     a for a, b in zip(wanted, zip(new, results[number], strict=True), strict=True) if b[0] != b[1]
                 )
                 raise TraceError(
-                    f"{name} is another function at each node: it must depend on its arguments alone (time is t), not on a "
+                    f"{name} is another function at each node: it must depend on its arguments alone (time is t), "
+                    f"not on a "
                     f"node's number or on random numbers\n  at {tracer.graph.lines[differing]}"
                 )
     return graph, variables, results

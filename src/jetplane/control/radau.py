@@ -1,8 +1,8 @@
 """Legendre-Gauss-Radau points with quadrature, differentiation and interpolation, and meshes of intervals.
 
-Points lie in [-1, 1): the left end is one, the right end is none. States are polynomials through the points and the right end,
-controls through the points. Garg, Patterson, Hager, Rao, Benson, Huntington, *A unified framework for the numerical solution of
-optimal control problems using pseudospectral methods*, Automatica 46 (2010).
+Points lie in [-1, 1): the left end is one, the right end is none. States are polynomials through the points and the
+right end, controls through the points. Garg, Patterson, Hager, Rao, Benson, Huntington, *A unified framework for the
+numerical solution of optimal control problems using pseudospectral methods*, Automatica 46 (2010).
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ class Mesh:
     def __post_init__(self) -> None:
         if not self.degrees or len(self.degrees) != len(self.fractions):
             raise ArgumentError(
-                f"a mesh has as many degrees as intervals, one or more; got {len(self.degrees)} and {len(self.fractions)}"
+                f"a mesh has as many degrees as intervals, one or more; got {len(self.degrees)} and "
+                f"{len(self.fractions)}"
             )
         if min(self.fractions) <= 0 or abs(sum(self.fractions) - 1) > 1e-9:
             raise ArgumentError("lengths of intervals must be positive and sum to 1")

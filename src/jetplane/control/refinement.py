@@ -1,7 +1,7 @@
 """Errors of a solution between its nodes, and meshes that have less of them.
 
-The estimate and the choice between more points and shorter intervals follow Patterson, Hager, Rao, *A ph mesh refinement method
-for optimal control*, Optimal Control Applications and Methods 36 (2015).
+The estimate and the choice between more points and shorter intervals follow Patterson, Hager, Rao, *A ph mesh
+refinement method for optimal control*, Optimal Control Applications and Methods 36 (2015).
 """
 
 from __future__ import annotations

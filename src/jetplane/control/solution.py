@@ -27,7 +27,8 @@ class PhaseSolution:
         x, u: states and controls by name, (points, size) each; the control of the last point is extrapolated.
         costates: derivatives of the optimal cost by the states, as x; their sign is that of a cost to be minimized.
         integral: values of integrals by name.
-        error: relative error of the states in each interval of the mesh, estimated by integrating the dynamics along the
+        error: relative error of the states in each interval of the mesh, estimated by integrating the dynamics along
+            the
             trajectory on a finer set of points.
         duals: multipliers of path constraints and bounds by unit of time, for warm starts on other meshes.
     """
@@ -56,7 +57,9 @@ class PhaseSolution:
 
 @dataclass
 class Solution:
-    """A solution of a problem. Of a problem with one phase, `t`, `x`, `u`, `costates`, `integral` and `error` are that phase's.
+    """A solution of a problem.
+
+    Of a problem with one phase, `t`, `x`, `u`, `costates`, `integral` and `error` are that phase's.
 
     Attributes:
         status: how the solver ended; ``status.value`` says what it means, ``status.success`` whether it is a solution.
@@ -100,7 +103,8 @@ class Solution:
         nodes = sum(p.mesh.nodes for p in self.phases.values())
         error = max((float(p.error.max()) for p in self.phases.values()), default=0.0)
         return (
-            f"Solution({self.status.name}: {self.status.value}; objective {self.objective:.9g}, {self.iterations} iterations, "
+            f"Solution({self.status.name}: {self.status.value}; objective {self.objective:.9g}, {self.iterations} "
+            f"iterations, "
             f"{nodes} nodes, error {error:.1e})"
         )
 
@@ -111,7 +115,7 @@ class Solution:
         return simulate(self, rtol)
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """Draw states, controls, costates and the error over the mesh: a matplotlib figure, saved where a path is given."""
+        """Draw states, controls, costates and errors: a matplotlib figure, saved where a path is given."""
         from .plotting import plot
 
         return plot(self, path)
@@ -184,7 +188,16 @@ def load(path: str | Path, problem: Problem) -> Solution:
     for name, parts in description["phases"].items():
         made = {key: Parts(data[f"{name}.{key}"], layout(f"{key} of {name!r}", sizes)) for key, sizes in parts.items()}
         mesh = Mesh(tuple(data[f"{name}.fractions"].tolist()), tuple(data[f"{name}.degrees"].tolist()))
-        phases[name] = PhaseSolution(name, mesh, data[f"{name}.t"], error=data[f"{name}.error"], **made)
+        phases[name] = PhaseSolution(
+            name,
+            mesh,
+            data[f"{name}.t"],
+            made["x"],
+            made["u"],
+            made["costates"],
+            made["integral"],
+            data[f"{name}.error"],
+        )
     status = Status[description["status"]]
     outcome = Outcome(
         status,

@@ -52,15 +52,17 @@ def solve(
 
     Args:
         problem: what to solve.
-        mesh: "refine", where a coarse mesh is refined until the error is below `accuracy`; or one mesh: a `Mesh`, (intervals,
-            points in each), or a dict by phases.
+        mesh: "refine", where a coarse mesh is refined until the error is below `accuracy`; or one mesh: a `Mesh`,
+            (intervals, points in each), or a dict by phases.
         tol: tolerance of the solver: the largest scaled error of optimality and feasibility.
         accuracy: relative error of the states, estimated, below which refinement ends.
         refinements: how often at most a mesh is refined.
         guess: a solution to start from, of the same states and controls; on the same mesh its multipliers are used too.
         solver: "ipopt", the path of a libipopt, or "trust-constr" (SciPy).
-        max_iterations, time_limit: of the solver, the latter in seconds, for all meshes together.
-        scaling: "auto", by bounds and guess; "none"; or a dict of typical magnitudes of states, controls and parameters.
+        max_iterations: of the solver, for each mesh.
+        time_limit: in seconds, for all meshes together.
+        scaling: "auto", by bounds and guess; "none"; or a dict of typical magnitudes of states, controls and
+            parameters.
         progress: write a line to stderr, which is overwritten, with each iteration's numbers.
         backend: "auto", "llvm" or "torch".
         options: handed on to IPOPT.
@@ -152,7 +154,7 @@ def _solution(problem, nlp: NLP, outcome: Outcome, seconds, history, total: int)
 
 
 def _magnitude(lower: np.ndarray, upper: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Typical sizes of variables (n,): of bounds where there are two, else of the guess (n, points); 1 where it is zero."""
+    """Typical sizes of variables (n,): of two bounds, else of the guess (n, points); 1 where it is zero."""
     both = (np.abs(lower) < INFINITY) & (np.abs(upper) < INFINITY) & (lower < upper)
     bound = np.maximum(np.abs(np.where(both, lower, 0.0)), np.abs(np.where(both, upper, 0.0)))
     guess = np.abs(values).max(1, initial=0.0)

@@ -57,8 +57,8 @@ class Iteration(NamedTuple):
 class Outcome:
     """What a solver returns; as a start, `y` and perhaps multipliers.
 
-    Multipliers follow ``f + multipliers @ g - lower_multipliers @ y + upper_multipliers @ y``. `callback_seconds` is the
-    processor time spent in functions and derivatives.
+    Multipliers follow ``f + multipliers @ g - lower_multipliers @ y + upper_multipliers @ y``. `callback_seconds` is
+    the processor time spent in functions and derivatives.
     """
 
     status: Status

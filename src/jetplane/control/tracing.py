@@ -1,10 +1,10 @@
 """Torch functions of nodes become a graph of scalars for each node.
 
-A function is called once, on tensors of a few lanes (nodes) whose entries are nodes of a graph. A dispatch mode sees the
-operators below torch's functions. Structural ones (views, concatenation, writes by index) run as they are on the numbers of
-the entries; elementwise ones and sums of products become scalar operators; large products, look-ups and operators without a
-rule become an `External`, a tensor function that torch itself computes. Lanes are traced separately: an operator that would
-combine two of them, and a function that treats them differently, cannot be hidden.
+A function is called once, on tensors of a few lanes (nodes) whose entries are nodes of a graph. A dispatch mode sees
+the operators below torch's functions. Structural ones (views, concatenation, writes by index) run as they are on the
+numbers of the entries; elementwise ones and sums of products become scalar operators; large products, look-ups and
+operators without a rule become an `External`, a tensor function that torch itself computes. Lanes are traced
+separately: an operator that would combine two of them, and a function that treats them differently, cannot be hidden.
 """
 
 from __future__ import annotations
@@ -40,11 +40,13 @@ class Symbolic(Tensor):
     """A tensor that has no numbers: of graph nodes, or a value inside of an external function."""
 
     @staticmethod
-    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, *_: Any):
+    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, *_: Any) -> Any:
+        """A wrapper without storage; what it wraps is set by `__init__`."""
         return Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        """Refuse: the tracer's mode handles all operators while it is on."""
         raise TraceError(
             f"a value of a traced function is used outside of it, by {func}: keep no tensors from one call to another"
         )
@@ -174,9 +176,11 @@ ELEMENTWISE = _elementwise()
 COMPARISONS = set("lt le eq gt ge ne logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not".split())
 # They run as they are on the numbers of nodes: where they fill with zeros, node 0 is the constant zero.
 STRUCTURAL = set(
-    "view _unsafe_view reshape expand permute transpose t select slice unsqueeze squeeze cat stack index_select gather index "
+    "view _unsafe_view reshape expand permute transpose t select slice unsqueeze squeeze cat stack index_select "
+    "gather index "
     "flip roll repeat clone detach alias unbind split split_with_sizes narrow diagonal diag_embed tril triu unfold "
-    "constant_pad_nd select_scatter slice_scatter diagonal_scatter index_put as_strided lift_fresh expand_copy view_copy "
+    "constant_pad_nd select_scatter slice_scatter diagonal_scatter index_put as_strided lift_fresh expand_copy "
+    "view_copy "
     "zeros_like new_zeros take".split()
 )
 MADE = set("zeros ones full empty new_ones new_full new_empty ones_like full_like empty_like".split())
@@ -247,7 +251,8 @@ class Tracer(TorchDispatchMode):
     def _apply(self, func, name: str, args: tuple, kwargs: dict):
         if name in READS:
             raise TraceError(
-                f"a value is read ({name}), so that the function depends on numbers it has not yet; use torch.where for a "
+                f"a value is read ({name}), so that the function depends on numbers it has not yet; use torch.where "
+                f"for a "
                 f"choice by value, and keep the value a tensor\n  at {self.graph.line}"
             )
         bare = name[:-1] if name.endswith("_") and not name.startswith("_") else name
@@ -355,7 +360,8 @@ class Tracer(TorchDispatchMode):
         target = args[0]
         if not isinstance(target, Scalars):
             raise TraceError(
-                "a value of the traced function is written into a tensor from outside of it; make the tensor inside the "
+                "a value of the traced function is written into a tensor from outside of it; make the tensor inside "
+                "the "
                 f"function (torch.zeros, torch.stack)\n  at {self.graph.line}"
             )
         if bare == "copy":
@@ -388,7 +394,8 @@ class Tracer(TorchDispatchMode):
             mask = self.mask(node)
             if mask & (mask - 1):
                 raise TraceError(
-                    "an operator combines values of different nodes; dynamics, path constraints and integrands are functions "
+                    "an operator combines values of different nodes; dynamics, path constraints and integrands are "
+                    "functions "
                     "of one node each: the first dimension is that of nodes, sum over the last ones (dim=-1)\n"
                     f"  at {self.graph.line}"
                 )
@@ -513,7 +520,7 @@ class Tracer(TorchDispatchMode):
                 [
                     [
                         self._total([graph.apply("mul", p, q) for p, q in zip(row, column, strict=True)])
-                        for column in zip(*m)
+                        for column in zip(*m, strict=True)
                     ]
                     for row in n
                 ]
@@ -537,7 +544,8 @@ class Tracer(TorchDispatchMode):
         sources = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Symbolic)]
         if any(a.dim() == 0 or a.shape[0] != self.lanes for a in sources if isinstance(a, Scalars)):
             raise TraceError(
-                f"{func._overloadpacket.__name__} has no rule for scalars, and its argument has not the nodes in its first "
+                f"{func._overloadpacket.__name__} has no rule for scalars, and its argument has not the nodes in its "
+                f"first "
                 f"dimension, so that torch cannot compute it for all nodes at once\n  at {self.graph.line}"
             )
         recordings = [a.recording for a in sources if isinstance(a, Opaque)]
@@ -553,7 +561,9 @@ class Tracer(TorchDispatchMode):
             return a
 
         slots, shapes = recording.append(func, *tree_map(entered, (args, kwargs)))
-        made = [Opaque(shape, dtype, recording, slot) for slot, (shape, dtype) in zip(slots, shapes, strict=True)]
+        made = [
+            None if kind is None else Opaque(*kind, recording, slot) for slot, kind in zip(slots, shapes, strict=True)
+        ]
         return made[0] if recording.single(slots) else tuple(made)
 
     def _close(self, value: Opaque) -> Scalars:

@@ -51,7 +51,7 @@ def solve(
         timed(lambda z: nlp.constraints(full(z))),
         nlp.constraint_lower,
         nlp.constraint_upper,
-        jac=timed(lambda z: sparse.csc_array(nlp.jacobian_matrix(full(z)))[:, columns]),
+        jac=timed(lambda z: sparse.csc_array(nlp.jacobian_matrix(full(z)))[:, columns]),  # type: ignore[arg-type]
         hess=timed(lambda z, v: hessian(z, v, 0.0)),
     )
     stop = threading.Event()
@@ -84,7 +84,7 @@ def solve(
             method="trust-constr",
             jac=timed(lambda z: nlp.gradient(full(z))[columns]),
             hess=timed(lambda z: hessian(z, np.zeros(nlp.m), 1.0)),
-            bounds=Bounds(nlp.lower[columns], nlp.upper[columns]),
+            bounds=Bounds(nlp.lower[columns], nlp.upper[columns]),  # type: ignore[arg-type]
             constraints=[constraint] if nlp.m else [],
             callback=progress,
             options={

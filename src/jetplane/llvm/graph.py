@@ -1,8 +1,8 @@
 """Graphs of scalars: folded, hashed and shared while they grow, so that equal expressions are one node.
 
-A node is an integer. Its row is ``(operator, arguments)``; arguments are nodes made before, so that the numbers of nodes
-are a topological order. A graph says what happens to one lane (one collocation point, one call); back ends run it over
-many.
+A node is an integer. Its row is ``(operator, arguments)``; arguments are nodes made before, so that the numbers of
+nodes are a topological order. A graph says what happens to one lane (one collocation point, one call); back ends run it
+over many.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 Row = tuple[str, tuple]
 
 # What is computed where all arguments are constants. A comparison is 1.0 or 0.0.
-EVALUATE: dict[str, Callable[..., float]] = {
+EVALUATE: dict[str, Callable[..., Any]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
     "mul": lambda a, b: a * b,
@@ -112,7 +113,8 @@ class Graph:
     ) -> External:
         """A function that is computed outside, of the values of some nodes.
 
-        Where it is not differentiable (a look-up that is constant between its steps), derivatives are the constant zero.
+        Where it is not differentiable (a look-up that is constant between its steps), derivatives are the constant
+        zero.
         """
         k = len(arguments)
 

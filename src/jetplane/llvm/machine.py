@@ -13,6 +13,7 @@ import struct
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ def available() -> bool:
 @cache
 def _binding():
     try:
-        import llvmlite.binding as llvm
+        llvm = import_module("llvmlite.binding")
     except ImportError as error:
         raise MissingPackageError(
             "machine code needs llvmlite, which is not installed: pip install 'jetplane[control]', or llvmlite alone"
