@@ -1,5 +1,8 @@
 """Jetplane: forward-only, second-order training of PyTorch models."""
 
+from importlib import import_module
+from typing import Any
+
 from . import directions, errors, gradients, optim, testing
 from .directions import Directions, step_scale
 from .errors import (
@@ -25,6 +28,7 @@ from .errors import (
     RescueWarning,
     ShapeError,
     SingularPlaneError,
+    TraceError,
     UnusedParametersError,
 )
 from .evaluation.api import evaluate
@@ -53,6 +57,14 @@ from .transforms.laplacians import (
     weighted_laplacian,
 )
 from .transforms.models import functional
+
+
+def __getattr__(name: str) -> Any:
+    """Rooms that need more than torch are imported when they are used."""
+    if name == "control":
+        return import_module(".control", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "ArgumentError",
@@ -86,6 +98,7 @@ __all__ = [
     "RescueWarning",
     "ShapeError",
     "SingularPlaneError",
+    "TraceError",
     "UnusedParametersError",
     "audit",
     "blackbox",
