@@ -23,7 +23,7 @@ def available() -> bool:
 
 @cache
 def binding() -> Any:
-    """llvmlite's binding of LLVM, ready to make code for this machine.
+    """The binding of LLVM, ready to make code for this machine.
 
     Raises:
         MissingPackageError: llvmlite is not installed.
@@ -117,7 +117,7 @@ def linked(code: bytes, symbols: Mapping[str, int]) -> Any:
 
     Args:
         code: of `compiled`.
-        symbols: addresses of what it declares. By address: whether a linker finds libm by itself differs between systems.
+        symbols: addresses of what it declares, since systems differ in whether a linker finds libm by itself.
     """
     llvm = binding()
     for name, at in symbols.items():
