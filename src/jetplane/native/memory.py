@@ -52,6 +52,8 @@ class Arena:
 
 def _mapped(size: int) -> tuple[mmap.mmap, int]:
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return memory, ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import hashlib
 import json
 import mmap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..errors import NativeCodeError
 from ..llvm import compiler
@@ -38,7 +41,6 @@ from .process import Module as Library
 from .process import described, read
 from .translate import DOUBLES, INTEGERS, MASK, PRESERVED, RETURNED, Translator, touched
 
-VERSION = "1"
 WORDS = 16  # integers at the head of what a call is handed
 ROUNDS = 200  # how often a program is lifted again for what running has found
 
@@ -339,8 +341,8 @@ class Module:
     def result_type(self, returns: Sequence[str]) -> str:
         """The type of what a function returns."""
         types = []
-        for key in returns:
-            types += ["i64"] if key in INTEGERS else ["i64", *self.layout.types]
+        for _ in returns:
+            types += ["i64", *self.layout.types]
         return "{ " + ", ".join(types) + " }" if types else "{ i64 }"
 
     def spelled(self, value: int) -> str:
@@ -412,14 +414,14 @@ class Module:
             return f"{kind} %{name}"
 
         for key in profile.arguments:
+            zeros = ["0.0" if w == 1 else "zeroinitializer" for w in self.layout.widths]
+            constant = [f"{t} {z}" for t, z in zip(self.layout.types, zeros, strict=True)]
             if key in INTEGERS:
-                given.append(at(INTEGERS.index(key), "i64", key))
+                given += [at(INTEGERS.index(key), "i64", key), *(constant if key != "rsp" else [])]
                 continue
             n, lane = int(key[1 : key.index(".")]), key[key.index(".") + 1 :]
             if lane != "0":
-                zeros = ["0.0" if w == 1 else "zeroinitializer" for w in self.layout.widths]
-                given.append("i64 0")
-                given += [f"{t} {z}" for t, z in zip(self.layout.types, zeros, strict=True)]
+                given += ["i64 0", *constant]
                 continue
             given.append(at(WORDS + n * each, "i64", f"x{n}"))
             for g, (t, o) in enumerate(zip(self.layout.types, self.layout.offsets, strict=True)):
@@ -429,13 +431,13 @@ class Module:
         n = 0
         for key in profile.returns:
             place = 0 if key == "rax" else 1 if key == "rdx" else WORDS if key == "x0.0" else None
-            types = ["i64"] if key in INTEGERS else ["i64", *self.layout.types]
-            offsets = [0] if key in INTEGERS else [0, *(1 + o for o in self.layout.offsets)]
+            types = ["i64", *self.layout.types]
+            offsets = [0, *(1 + o for o in self.layout.offsets)]
             for t, o in zip(types, offsets, strict=True):
-                if place is not None:
-                    lines.append(f"  %r{n} = extractvalue {kind} %r, {n}")
-                    lines.append(f"  %q{n} = getelementptr i64, ptr %w, i64 {place + o}")
-                    lines.append(f"  store {t} %r{n}, ptr %q{n}, align 8")
+                if place is not None and (o == 0 or key not in INTEGERS):
+                    lines.append(f"  %out{n} = extractvalue {kind} %r, {n}")
+                    lines.append(f"  %to{n} = getelementptr i64, ptr %w, i64 {place + o}")
+                    lines.append(f"  store {t} %out{n}, ptr %to{n}, align 8")
                 n += 1
         return "\n".join(["define void @run(ptr %w) nounwind {", *lines, "  ret void", "}"])
 
@@ -512,7 +514,7 @@ class Code:
         if module is None:
             return None
         return compiler.hashed(
-            VERSION, module.identity, str(self.program.entry - module.base), repr(self.layout), str(self.arena.size),
+            _version(), module.identity, str(self.program.entry - module.base), repr(self.layout), str(self.arena.size),
             repr(self.program.constants), repr(sorted(self.program.custom)),
         )  # fmt: skip
 
@@ -634,6 +636,13 @@ class Code:
         rounds = self.report.rounds
         self._build()
         self.report.rounds = rounds + 1
+
+
+@functools.cache
+def _version() -> str:
+    """A hash of what makes code: another version of it does not run what this one kept."""
+    rows = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(p.read_bytes() for p in rows)).hexdigest()
 
 
 def _thread() -> int:

@@ -93,7 +93,7 @@ class Translator:
         self.result = m.result_type(self.returned)
         body_start = a.label("start")
         for key in profile.arguments:
-            parts = ["i64"] if key in INTEGERS else ["i64", *m.layout.types]
+            parts = ["i64"] if key == "rsp" else ["i64", *m.layout.types]
             these = [f"%a.{key}.{n}" for n in range(len(parts))]
             names += these
             types += [f"{t} {n}" for t, n in zip(parts, these, strict=True)]
@@ -408,12 +408,8 @@ class Translator:
         values, types = [], []
         for key in self.returned:
             lane = self.lane(key)
-            if key in INTEGERS:
-                values.append(self.inactive(lane, "returns a value that carries derivatives as an integer"))
-                types.append("i64")
-            else:
-                values += [self.bits(lane), *(lane.jet or self.c.zero)]
-                types += ["i64", *self.module.layout.types]
+            values += [self.bits(lane), *(lane.jet or self.c.zero)]
+            types += ["i64", *self.module.layout.types]
         last = "poison"
         for n, (t, v) in enumerate(zip(types, values, strict=True)):
             last = self.a.op(f"insertvalue {self.result} {last}, {t} {v}, {n}")
@@ -507,9 +503,6 @@ class Translator:
         for key in profile.arguments:
             if key == "rsp":
                 given.append(f"i64 {stack}")
-            elif key in INTEGERS:
-                lane = self.lane(key)
-                given.append(f"i64 {self.inactive(lane, 'hands a value that carries derivatives on as an integer')}")
             else:
                 lane = self.lane(key)
                 given.append(f"i64 {self.bits(lane)}")
@@ -522,7 +515,7 @@ class Translator:
         n = 0
         for key in profile.returns:
             parts = []
-            for _ in range(1 if key in INTEGERS else 1 + len(m.layout.types)):
+            for _ in range(1 + len(m.layout.types)):
                 parts.append(self.a.op(f"extractvalue {kind} {result}, {n}"))
                 n += 1
             self.put(key, Lane(parts[0], tuple(parts[1:]) or None))
@@ -571,8 +564,9 @@ def touched(function: Function) -> tuple[set[str], set[str]]:
 
 
 def _carrying(function: Function) -> set[str]:
-    """General registers that may hold a double."""
-    found = set()
+    """General registers that may hold a double: arguments, results of calls, and where one is moved to."""
+    found = set(INTEGERS) - {"rsp"}
+    found |= {"rdx"} if any("call" in i.flow for i in function.instructions) else set()
     for i in function.instructions:
         for o in i.ops:
             out = o.output
