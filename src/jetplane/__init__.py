@@ -1,5 +1,7 @@
 """Jetplane: forward-only, second-order training of PyTorch models."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import directions, errors, gradients, optim, testing
 from .directions import Directions, step_scale
 from .errors import (
@@ -18,6 +20,7 @@ from .errors import (
     LostRankError,
     MissingPackageError,
     MissingRuleError,
+    NativeCodeError,
     NonFiniteError,
     RandomClosureError,
     RanksDifferError,
@@ -52,7 +55,24 @@ from .transforms.laplacians import (
     weighted_laplacian,
 )
 
+if TYPE_CHECKING:
+    from .native import In, Out, compiled, register_native
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("In", "Out", "compiled", "register_native"):  # imported when they are asked for
+        from . import native
+
+        return getattr(native, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
+    "In",
+    "NativeCodeError",
+    "Out",
+    "compiled",
+    "register_native",
     "ArgumentError",
     "AuditError",
     "AuditReport",

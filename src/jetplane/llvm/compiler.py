@@ -92,19 +92,25 @@ def hashed(*parts: str) -> str:
     return hashlib.sha256("\n".join([machine(), *parts]).encode()).hexdigest()[:32]
 
 
-def compiled(text: str, *, slp: bool = False) -> bytes:
-    """The object code of a module of LLVM assembly. ``slp``: join scalar operations to vectors."""
+def compiled(text: str, *, slp: bool = False, level: int = 2) -> bytes:
+    """The object code of a module of LLVM assembly.
+
+    Args:
+        text: the assembly.
+        slp: join scalar operations to vectors.
+        level: of optimization, 0 to 3.
+    """
     llvm = binding()
     module = llvm.parse_assembly(text)
     module.verify()
     target = llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(),
         features=llvm.get_host_cpu_features().flatten(),
-        opt=2,
+        opt=level,
         jit=True,
         codemodel="jitdefault",
     )
-    options = llvm.create_pipeline_tuning_options(speed_level=2)
+    options = llvm.create_pipeline_tuning_options(speed_level=level)
     options.loop_vectorization = options.loop_unrolling = False
     options.slp_vectorization = slp
     builder = llvm.create_pass_builder(target, options)

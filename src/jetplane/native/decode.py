@@ -179,8 +179,8 @@ class Decoder:
             ops = context.translate(code, base_address=address, max_instructions=1).ops
             text = context.disassemble(code, base_address=address, max_instructions=1).instructions[0]
         except Exception:  # pypcode raises several kinds, some of its own
-            what = "of AVX-512 or newer" if code[:1] == b"\x62" else "that the decoder does not know"
-            return Instruction(address, 1, "", "", [], "stop", error=f"an instruction {what} ({code[:8].hex(' ')})")
+            what = "AVX-512" if code[:1] == b"\x62" else "an instruction that the decoder does not know"
+            return Instruction(address, 1, "", "", [], "stop", error=f"uses {what} ({code[:8].hex(' ')})")
         made = Instruction(address, text.length, text.mnem, text.body, [o for o in ops if o.opcode.name != "IMARK"])
         self._flow(made)
         return made

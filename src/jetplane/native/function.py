@@ -8,7 +8,7 @@ import platform
 import struct
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,26 +16,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..errors import ArgumentError, DerivativeError, DeviceError, NativeCodeError, ShapeError
+from ..errors import ArgumentError, DerivativeError, DeviceError, NativeCodeError
 from ..jets import Coefficients, Jet, PairStructure, Space, absent, make, parts
 from ..rules.dispatch import dispatch
 from ..rules.fallback import all_plain
 from ..rules.functions import Call, seeded
 from ..rules.registry import enter
 from .callables import located
+from .calling import Function, Inputs
 from .coefficients import Layout
 from .memory import MARK, Arena
-from .process import Maps, described
-from .program import WORDS, Code, Program, Report
-from .signature import KINDS, Parameter, Signature, signature
+from .process import described
+from .program import WORDS, Code, Program, Report, Unknown
+from .signature import KINDS, Signature, signature
 from .translate import INTEGERS
 
 CHUNK, PAIRED = 16, 8  # directions that are carried at once, for first and for second derivatives
 CHECKS = ("first", "always", "never")
-_DTYPES = {"double": torch.float64, "int": torch.int32, "long": torch.int64, "size_t": torch.int64, "char": torch.int8,
-           "short": torch.int16, "bool": torch.bool, "unsigned": torch.int32}  # fmt: skip
-_C = {"double": ctypes.c_double, "int": ctypes.c_int, "unsigned": ctypes.c_uint, "long": ctypes.c_int64,
-      "size_t": ctypes.c_uint64, "char": ctypes.c_int8, "bool": ctypes.c_bool, "short": ctypes.c_int16, "void": None}  # fmt: skip
 _lock = threading.RLock()  # there is one arena
 
 
@@ -133,128 +130,28 @@ def _custom(rules: Mapping[str, tuple[Any, Any]]) -> tuple[dict[str, tuple[int, 
     return found, kept
 
 
-@dataclass
-class Inputs:
-    """The arguments of one call: flat contiguous tensors for arrays and doubles, integers for the rest."""
-
-    values: list[Any]
-    sizes: list[tuple[int, ...]]
-    dtype: torch.dtype
-    device: torch.device
-
-
 Rows = Tensor | None  # coefficients of one parameter, (count, n)
 
 
-class Compiled:
+class Compiled(Function):
     """A compiled function with derivatives; made by `compiled`."""
 
     def __init__(self, program: Program, described: Signature, check: str, kept: Any = None) -> None:
-        self._program, self._signature, self._check, self._kept = program, described, check, kept
+        super().__init__(program.entry, described, _name(program), kept)
+        self._program, self._check = program, check
         self._codes: dict[Layout, Code] = {}
         self._checked: set[Layout] = set()
         self._verdicts: dict[Layout, str] = {}
-        where, _ = _named(program)
-        self.__name__ = where
-        kinds = [ctypes.c_void_p if p.shape is not None else _C[p.kind] for p in described.parameters]
-        self._native = ctypes.CFUNCTYPE(_C[described.returns], *kinds)(program.entry)
-
-    def __repr__(self) -> str:
-        return f"<jetplane.compiled {self.__name__}>"
 
     def __call__(self, *args: Any) -> Any:
         """Call it: plain tensors and numbers, or inside of an evaluation."""
-        expected = self._signature.given
-        if len(args) != len(expected):
-            names = ", ".join(p.name or p.kind for p in expected)
-            raise ArgumentError(f"{self.__name__} takes {len(expected)} arguments ({names}), got {len(args)}")
+        self._counted(args)
         args = seeded(args)
         if any(isinstance(a, Jet) for a in args):
             return dispatch(CALL, (self, *args), {})
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return _Reverse.apply(self, *args)
         return self._given(self._plain(self._inputs(args)), args)
-
-    # --- what comes and goes ------------------------------------------------------------------------------
-
-    def _inputs(self, args: Sequence[Any]) -> Inputs:
-        tensors = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
-        dtype = tensors[0].dtype if tensors else torch.float64
-        device = tensors[0].device if tensors else torch.device("cpu")
-        queue, values = list(args), []
-        known: dict[str, int] = {}
-        for p in self._signature.parameters:
-            given = queue.pop(0) if p.reads and p.value is None else p.value
-            values.append(self._value(p, given))
-            if p.kind != "double" and p.reads and p.name:
-                one = values[-1]
-                if isinstance(one, int) or isinstance(one, Tensor) and one.numel() == 1:
-                    known[p.name] = int(one)
-        sizes = []
-        for n, p in enumerate(self._signature.parameters):
-            size = p.sizes(known) if p.shape is not None else ()
-            if p.shape is not None and any(s < 0 for s in size):
-                raise ShapeError(f"the parameter {self._label(n)} of {self.__name__} would have the shape {size}")
-            value = values[n]
-            if p.shape is not None and p.reads:
-                if value.numel() != math.prod(size):
-                    raise ShapeError(
-                        f"the parameter {self._label(n)} of {self.__name__} has the shape {list(size)} by the signature, "
-                        f"got a tensor of shape {list(value.shape)}"
-                    )
-                size = tuple(value.shape)
-            elif p.shape is not None:
-                values[n] = torch.zeros(math.prod(size), dtype=_DTYPES[p.kind])
-            sizes.append(size)
-        return Inputs([v.reshape(-1) if isinstance(v, Tensor) else v for v in values], sizes, dtype, device)
-
-    def _label(self, n: int) -> str:
-        return repr(self._signature.parameters[n].name or f"number {n + 1}")
-
-    def _value(self, p: Parameter, given: Any) -> Any:
-        if p.shape is None and p.kind != "double":
-            if isinstance(given, Tensor) and given.numel() == 1 and not given.is_floating_point():
-                return int(given)
-            if given is None or isinstance(given, bool | int):
-                return int(given or 0)
-            raise ArgumentError(f"the parameter {p.name or p.kind} of {self.__name__} is an integer, got {given!r}")
-        if given is None:
-            return None
-        if isinstance(given, Tensor) and given.is_complex():
-            raise ArgumentError(f"{self.__name__} takes real numbers; hand in torch.view_as_real of them")
-        # Detached, moved and converted: a fresh copy, which the function may write to.
-        made = torch.as_tensor(given).detach().to("cpu", _DTYPES[p.kind], copy=True).contiguous()
-        if p.shape is None and made.numel() != 1:
-            raise ShapeError(f"the parameter {p.name or p.kind} of {self.__name__} is a number, got {list(made.shape)}")
-        return made
-
-    def _outputs(self) -> list[int]:
-        """Places of what comes back: -1 is what the function returns, others are parameters."""
-        first = [-1] if self._signature.returns != "void" else []
-        return first + [n for n, p in enumerate(self._signature.parameters) if p.writes]
-
-    def _given(self, values: list[Tensor], args: Sequence[Any]) -> Any:
-        tensors = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
-        if tensors:
-            dtype, device = tensors[0].dtype, tensors[0].device
-            values = [v.to(device, dtype if v.is_floating_point() else v.dtype) for v in values]
-        return values[0] if len(values) == 1 else tuple(values)
-
-    def _plain(self, x: Inputs) -> list[Tensor]:
-        """The function itself."""
-        values = [v.clone() if isinstance(v, Tensor) else v for v in x.values]
-        handed = []
-        for p, v in zip(self._signature.parameters, values, strict=True):
-            handed.append(v.data_ptr() if p.shape is not None else float(v) if p.kind == "double" else v)
-        result = self._native(*handed)
-        out = []
-        for n in self._outputs():
-            if n < 0:
-                kind = self._signature.returns
-                out.append(torch.tensor(result, dtype=torch.float64 if kind == "double" else torch.int64))
-            else:
-                out.append(values[n].reshape(x.sizes[n]))
-        return out
 
     # --- with derivatives ---------------------------------------------------------------------------------
 
@@ -330,15 +227,25 @@ class Compiled:
         with _lock:
             check = self._check == "always" or self._check == "first" and layout not in self._checked
             native = self._plain(x) if self._check != "never" or layout not in self._codes else None
-            code = self._codes.get(layout)
-            if code is None:
-                code = self._codes[layout] = Code(self._program, layout, self.__name__)
-            found = self._called(code, x, first, second)
+            code = self._codes.get(layout) or Code.kept(self._program, layout, self.__name__)
+            while True:
+                code = self._codes[layout] = code or self._made(layout, x)
+                try:
+                    found = self._called(code, x, first, second)
+                    break
+                except Unknown:
+                    code = None
             if check and native is not None:
                 self._compared(found[0], native, x)
                 self._verdicts[layout] = self._differences(layout, x, first, second, found, native)
                 self._checked.add(layout)
             return found
+
+    def _made(self, layout: Layout, x: Inputs) -> Code:
+        """Compile for a layout. Calls and jumps that only running finds are found with code that is made quickly."""
+        nothing: list[Rows] = [None] * len(x.values)
+        self._called(Code(self._program, Layout.of(1), self.__name__, quick=True), x, nothing, nothing)
+        return Code(self._program, layout, self.__name__)
 
     def _called(
         self, code: Code, x: Inputs, first: list[Rows], second: list[Rows]
@@ -488,7 +395,7 @@ class Compiled:
             if each.startswith("differs"):
                 raise NativeCodeError(
                     f"the {what} of {self.__name__} {each}. The code may change bits of doubles in a way that is not seen, or "
-                    "keep values between calls. Hand its derivatives over with jetplane.register_native, or take "
+                    "keep values between calls, or branch where an argument equals a special value. Hand its derivatives over with jetplane.register_native, or take "
                     'jetplane.blackbox; check="never" accepts it'
                 )
         return ", ".join(f"{w} {v}" for w, v in zip(("slope", "curvature"), verdict, strict=False))
@@ -529,13 +436,13 @@ def _terms(structure: PairStructure) -> list[tuple[int, int, int, float]]:
     return [(t.n, t.i, t.j, t.weight) for t in structure.terms()]
 
 
-def _named(program: Program) -> tuple[str, str | None]:
+def _name(program: Program) -> str:
     maps = program.decoder.maps
     if not maps.executable(program.entry):
         raise ArgumentError(f"there is no code at {program.entry:#x}")
     module = maps.module(program.entry)
     symbol = module.symbol(program.entry) if module else None
-    return (symbol.name, None) if symbol else described(Maps(), program.entry)
+    return symbol.name if symbol else described(maps, program.entry)[0]
 
 
 @dataclass
@@ -646,6 +553,3 @@ class _Reverse(torch.autograd.Function):
             next(gradient).reshape(a.shape).to(a.device, a.dtype) if needed else None
             for a, needed in zip(ctx.args, ctx.needs_input_grad[1:], strict=True)
         ]
-
-
-__all__ = ["Callable", "Compiled", "CompiledReport", "compiled"]

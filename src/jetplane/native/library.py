@@ -540,7 +540,7 @@ PLAIN: dict[str, Callable[[Translator], None]] = {
     **dict.fromkeys(("GOMP_barrier", "GOMP_critical_start", "GOMP_critical_end", "GOMP_atomic_start", "GOMP_atomic_end",
                      "omp_get_thread_num", "omp_in_parallel"), _nothing),
     **dict.fromkeys(("omp_get_num_threads", "omp_get_max_threads"), _one),
-    **{n: constant(n) for n in ("strlen", "strcmp", "strncmp", "memcmp", "abs", "labs")},
+    **{n: constant(n) for n in ("strlen", "strcmp", "strncmp", "memcmp", "abs", "labs", "__tls_get_addr")},
 }  # fmt: skip
 
 
@@ -590,6 +590,8 @@ def _table(loaded: frozenset[str]) -> Mapping[int, Rule]:
         for name, emit in known.items():
             for at in addresses(name, handle):
                 made.setdefault(at, Rule(name, emit))
+        if library.startswith("libc."):
+            made.update({at: Rule(n, known[n]) for n in ("__tls_get_addr",) if (at := external(n))})
         if library.startswith("libmvec"):
             for name, at in _vectors(handle):
                 made.setdefault(at, _vector_rule(name))
@@ -618,6 +620,8 @@ def _vector_rule(symbol: str) -> Rule:
 
 def external(name: str) -> int:
     """The address of a function of the system."""
+    if name == "__tls_get_addr":
+        return _linker().dlsym(None, name.encode()) or 0
     for library in LIBRARIES:
         try:
             found = _linker().dlsym(ctypes.CDLL(library)._handle, name.encode())

@@ -254,8 +254,6 @@ class Program:
                     targets = (int.from_bytes(read(v.offset, 8), "little"),)
             elif i.flow == "indirect jump":
                 targets = tuple(t for t in self.jumps(i.address) if self.elsewhere(f.entry, t))
-            elif i.flow == "next" and False:
-                continue
             for t in targets:
                 rule = self.rule(t)
                 if rule is not None:
@@ -315,6 +313,7 @@ class Module:
         self.libraries: list[Library] = []
         self._names: dict[int, str] = {}
         self._spelled: dict[str, int] = {}
+        self.found: list[tuple[int, int]] = []
         self.movable = True
         self._polygamma = False
 
@@ -325,6 +324,14 @@ class Module:
             self._site_numbers[key] = len(self.sites)
             self.sites.append(key)
         return self._site_numbers[key]
+
+    def certain(self, site: int, target: int) -> bool:
+        """Whether a call by address, whose target is known while it is written, can be written as one to it."""
+        t = self.program.resolved(target)
+        if self.program.rule(t) is None and self.program.closed(t, site) is None and t not in self.program.functions:
+            self.found.append((site, target))
+            return False
+        return True
 
     def name(self, entry: int) -> str:
         """What a function is called in the assembly."""
@@ -442,18 +449,28 @@ class Module:
         return "\n".join(["define void @run(ptr %w) nounwind {", *lines, "  ret void", "}"])
 
 
-class Code:
-    """A program with coefficients of one layout, compiled."""
+class Unknown(Exception):
+    """Lifted code has come to a place that was not known; now it is."""
 
-    def __init__(self, program: Program, layout: Layout, name: str, memory: Arena | None = None) -> None:
-        self.program, self.layout, self.name = program, layout, name
-        self.arena = memory or arena()
+
+class Code:
+    """A program with coefficients of one layout, compiled; ``quick``: in less time, to code that takes more."""
+
+    def __init__(self, program: Program, layout: Layout, name: str, *, quick: bool = False, build: bool = True) -> None:
+        self.program, self.layout, self.name, self.quick = program, layout, name, quick
+        self.arena = arena()
         self.report = Report()
         self._words = (ctypes.c_uint64 * (WORDS + 8 * (1 + layout.stride)))()
         self._shadows: list[tuple[int, int, mmap.mmap]] = []
         self.sites: list[tuple[int, str]] = []
-        if not self._recalled():
+        if build:
             self._build()
+
+    @classmethod
+    def kept(cls, program: Program, layout: Layout, name: str) -> Code | None:
+        """From disk, if it is there."""
+        code = cls(program, layout, name, build=False)
+        return code if code._recalled() else None
 
     # --- made ---------------------------------------------------------------------------------------------
 
@@ -463,9 +480,12 @@ class Code:
         program.discover()
         module = Module(program, self.layout, self.arena.size)
         text = module.text()
-        self.assembly = text
+        while any([program.learn(*each) for each in module.found]):  # all of them
+            program.discover()
+            module = Module(program, self.layout, self.arena.size)
+            text = module.text()
         lifted = time.perf_counter()
-        code = compiler.compiled(text, slp=self.layout.stride == 1)
+        code = compiler.compiled(text, slp=self.layout.stride == 1, level=0 if self.quick else 2)
         self.sites = module.sites
         report = self.report
         report.instructions = sum(len(f.instructions) for f in program.functions.values())
@@ -478,7 +498,7 @@ class Code:
             sorted({why.split(". Give")[0] for _, why in module.sites if why.startswith(("no rule", "calls", "an instr"))})
         )
         self._link(code, module.libraries, {n: at for n, (_, at) in module.externals.items()})
-        if module.movable and None not in libraries:
+        if module.movable and None not in libraries and not self.quick:
             self._keep(code, module)
 
     def _link(self, code: bytes, libraries: Sequence[Library], externals: dict[str, int]) -> None:
@@ -589,6 +609,7 @@ class Code:
 
         Raises:
             NativeCodeError: it does something that is not carried.
+            Unknown: it came to a place that was not known. Quick code is then made again until it comes to its end.
         """
         for _ in range(ROUNDS):
             heap, stack = prepare(self.arena)
@@ -599,6 +620,11 @@ class Code:
             if not state[EXIT]:
                 break
             self._left(int(state[EXIT]), int(state[SITE]), int(state[TARGET]))
+            if not self.quick:
+                raise Unknown
+            rounds = self.report.rounds
+            self._build()
+            self.report.rounds = rounds + 1
         else:
             raise NativeCodeError(f"{self.name} goes to more than {ROUNDS} places that only running finds")
         if self.arena.state[TRAP]:
@@ -633,9 +659,6 @@ class Code:
             raise self.program.describe(text, address, self.name)
         if not self.program.learn(address, target):
             raise self.program.describe(f"goes to {target:#x}, which cannot be followed", address, self.name)
-        rounds = self.report.rounds
-        self._build()
-        self.report.rounds = rounds + 1
 
 
 @functools.cache

@@ -460,7 +460,7 @@ class Translator:
     def _by_address(self, target: str, stack: str) -> None:
         """Call one of the functions that this call is known to lead to."""
         known_now = self.module.known(target)
-        if known_now is not None:
+        if known_now is not None and self.module.certain(self.instruction.address, known_now):
             self.call(known_now, stack)
             return
         known = self.module.program.jumps(self.instruction.address)

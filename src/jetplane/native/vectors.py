@@ -29,6 +29,10 @@ def translate(t: Translator, i: Instruction) -> bool:
             for lane in range(0 if name == "VZEROALL" else 2, 4):
                 t.put(f"x{n}.{lane}", Lane("0"))
         return True
+    if re.search(r"ZMM|[XY]MM(1[6-9]|[23][0-9])|\bK[0-7]\b", i.body):
+        raise Refused(
+            f"uses AVX-512, which is not carried ({i}); build it for AVX2: -march=x86-64-v3, or NUMBA_CPU_NAME=x86-64-v3"
+        )
     if operands is None or not any(isinstance(o, Vector) for o in operands):
         return False
     short = name[1:] if name.startswith("V") else name
