@@ -273,3 +273,9 @@ def function(
             if i.error or i.flow in ("return", "stop", "jump", "branch", "indirect jump") or address in starts:
                 break
     return Function(entry, blocks)
+
+
+def stub(entry: int) -> Function:
+    """A function that calls one which is not lifted, but has a rule."""
+    jump = Instruction(entry, 1, "JMP", "", [], "jump", entry)
+    return Function(entry, {entry: Block(entry, [jump])})

@@ -19,6 +19,7 @@ from .translate import Lane, Translator
 
 LIBRARIES = ("libm.so.6", "libc.so.6", "libmvec.so.1", "libstdc++.so.6", "libgomp.so.1", "libgcc_s.so.1")
 SYSTEM = re.compile(r"(libm|libc|libmvec|ld-linux.*|libpthread|librt|libdl)[-.]")
+LEAVING = re.compile(r"(__cxa_(?:throw|rethrow|allocate_exception|begin_catch)|_Unwind_)|_*(?:sig)?(?:long|set)jmp")
 Derivatives = tuple[str, str | None]
 Unary = Callable[["Writer", str, str], Derivatives]  # of x and f(x): f' and f''
 
@@ -538,7 +539,8 @@ PLAIN: dict[str, Callable[[Translator], None]] = {
     "realloc": _realloc,
     "GOMP_parallel": _parallel,
     **dict.fromkeys(("GOMP_barrier", "GOMP_critical_start", "GOMP_critical_end", "GOMP_atomic_start", "GOMP_atomic_end",
-                     "omp_get_thread_num", "omp_in_parallel"), _nothing),
+                     "omp_get_thread_num", "omp_in_parallel", "pthread_mutex_lock", "pthread_mutex_unlock",
+                     "pthread_mutex_trylock"), _nothing),
     **dict.fromkeys(("omp_get_num_threads", "omp_get_max_threads"), _one),
     **{n: constant(n) for n in ("strlen", "strcmp", "strncmp", "memcmp", "abs", "labs", "__tls_get_addr")},
 }  # fmt: skip

@@ -2,8 +2,8 @@
 
 What code may write (arguments, heap, stack) lies in one arena. The coefficients of the double at ``arena + 8 i`` are at
 ``shadow + 8 stride i``. One rotation and one comparison of ``address - arena`` tell whether an address is in the arena and
-aligned. Libraries' own data have shadows as well, found more slowly; elsewhere nothing is active, and an active value that
-is stored there is an error.
+aligned. Libraries' own data, and memory that they have allocated before, have shadows as well, found more slowly; elsewhere
+nothing is active.
 
 A store of less than a whole double leaves a mark, a NaN of its own as the first coefficient. The bytes may be read as
 integers; read as a double they give NaN, never a silent zero.
@@ -25,7 +25,7 @@ STACK = 1 << 26
 # The words of the state that lifted code and this process share.
 HEAP, EXIT, SITE, TARGET, TRAP, END, THREAD, REGIONS, FREE, TABLE = 0, 1, 2, 3, 4, 5, 6, 7, 8, 80
 MOST_REGIONS = 64
-UNKNOWN, REFUSED, FULL = 1, 2, 3  # why lifted code was left: values of EXIT
+UNKNOWN, REFUSED, FULL, MEMORY = 1, 2, 3, 4  # why lifted code was left: values of EXIT
 
 
 class Arena:
@@ -123,11 +123,17 @@ def functions(layout: Layout, size: int) -> str:
 }}
 define internal void @jp_leave(i64 %why, i64 %site, i64 %target) noinline cold nounwind {{
   %p = getelementptr i8, ptr @jp_state, i64 {8 * EXIT}
+  %old = load i64, ptr %p
+  %first = icmp eq i64 %old, 0
+  br i1 %first, label %note, label %end
+note:
   store i64 %why, ptr %p
   %q = getelementptr i8, ptr @jp_state, i64 {8 * SITE}
   store i64 %site, ptr %q
   %r = getelementptr i8, ptr @jp_state, i64 {8 * TARGET}
   store i64 %target, ptr %r
+  ret void
+end:
   ret void
 }}"""
     )
@@ -280,7 +286,10 @@ across:
   store i64 {MARK}, ptr %z
   br i1 %act, label %bad, label %end
 outside:
-  br i1 %act, label %bad, label %end
+  br i1 %act, label %unfollowed, label %end
+unfollowed:
+  call void @jp_leave(i64 {MEMORY}, i64 %site, i64 %a)
+  ret void
 bad:
   call void @jp_trap(i64 %site)
   ret void

@@ -101,8 +101,10 @@ class Module:
         return Path(self.path).name
 
     @functools.cached_property
-    def identity(self) -> str:
-        """A hash of the file."""
+    def identity(self) -> str | None:
+        """A hash of the file; None where it is not there any more."""
+        if not Path(self.path).exists():
+            return None
         return hashlib.sha256(Path(self.path).read_bytes()).hexdigest()[:24]
 
     @functools.cached_property
@@ -122,6 +124,8 @@ class Module:
         n = bisect.bisect_right(self._starts, address) - 1
         while n >= 0:
             s = self.symbols[n]
+            same = [t for t in self.symbols[max(0, n - 8) : n + 1] if t.start == s.start]
+            s = min(same, key=lambda t: (t.size == 0, t.name.startswith("_"), "f64" in t.name or "f32x" in t.name, t.name))
             if address == s.start or s.start <= address < s.start + s.size:
                 return s
             if address - s.start > 1 << 22 or s.size:

@@ -22,6 +22,7 @@ from .memory import (
     FREE,
     FULL,
     HEAP,
+    MEMORY,
     METADATA,
     MOST_REGIONS,
     NORESERVE,
@@ -37,11 +38,12 @@ from .memory import (
     arena,
     functions,
 )
+from .process import Maps, described, read
 from .process import Module as Library
-from .process import described, read
 from .translate import DOUBLES, INTEGERS, MASK, PRESERVED, RETURNED, Translator, touched
 
 WORDS = 16  # integers at the head of what a call is handed
+SAVED = 1 << 24  # bytes of a library's own data up to which they are set back where a run is not finished
 ROUNDS = 200  # how often a program is lifted again for what running has found
 
 
@@ -101,6 +103,7 @@ class Program:
         self.known: dict[int, list[int]] = {}
         self.opened = {self.entry}
         self.used: set[str] = set()
+        self.followed: set[tuple[int, int]] = set()
         self._own: dict[int, library.Rule | None] = {}
 
     # --- what an address is -------------------------------------------------------------------------------
@@ -148,8 +151,10 @@ class Program:
         if not maps.executable(target):
             return f"calls {target:#x}, where there is no code"
         module, own = maps.module(target), maps.module(site)
+        symbol = module.symbol(target) if module else None
+        if symbol is not None and (kind := library.LEAVING.match(symbol.name)):
+            return f"calls {symbol.name}: {'C++ exceptions' if kind[1] else 'jumps out of functions'}, which are not carried"
         if module is not None and library.SYSTEM.match(module.name):
-            symbol = module.symbol(target)
             name = symbol.name if symbol else f"{target - module.base:#x}"
             return (
                 f"calls {name} of {module.name}, which has no rule. Give one, rules={{{name!r}: (f1, f2)}} with its first "
@@ -198,6 +203,17 @@ class Program:
                 row.append(t)
         return new
 
+    def follow(self, address: int) -> bool:
+        """Give the mapping that an address lies in a shadow, if it has none: memory from before that the code writes to."""
+        region = Maps().at(address)
+        if region is None or "w" not in region.rights or region.end - region.start > 1 << 32:
+            return False
+        place = region.start, region.end
+        if place in self.followed:
+            return False
+        self.followed = {(a, b) for a, b in self.followed if b <= place[0] or place[1] <= a} | {place}
+        return True
+
     def _jump_table(self, site: int, target: int) -> list[int]:
         """Further targets of a switch: the table that holds this one, whose address the function computes."""
         owner = next((f for f in self.functions.values() if any(i.address == site for i in f.instructions)), None)
@@ -233,6 +249,9 @@ class Program:
         while todo:
             entry = todo.pop()
             if entry in self.functions:
+                continue
+            if entry == self.entry and self.rule(entry) is not None:
+                self.functions[entry] = decode.stub(entry)
                 continue
             made = decode.function(
                 self.decoder, entry, lambda t, e=entry: self.elsewhere(e, t), lambda site: self.jumps(site)
@@ -518,20 +537,20 @@ class Code:
     def _follow(self) -> None:
         """Shadows of the libraries' own data."""
         self._shadows = []
+        places = set(self.program.followed)
         for module in self._modules:
-            if library.SYSTEM.match(module.name):
-                continue
-            for start, end in self.program.decoder.maps.writable(module):
-                size = (end - start) * self.layout.stride + 64
-                if len(self._shadows) < MOST_REGIONS:
-                    shadow = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
-                    self._shadows.append((start, end, shadow))
+            if not library.SYSTEM.match(module.name):
+                places.update(self.program.decoder.maps.writable(module))
+        for start, end in sorted(places)[:MOST_REGIONS]:
+            size = (end - start) * self.layout.stride + 64
+            shadow = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
+            self._shadows.append((start, end, shadow))
 
     # --- kept on disk -------------------------------------------------------------------------------------
 
     def _key(self) -> str | None:
         module = self.program.decoder.maps.module(self.program.entry)
-        if module is None:
+        if module is None or module.identity is None:
             return None
         return compiler.hashed(
             _version(), module.identity, str(self.program.entry - module.base), repr(self.layout), str(self.arena.size),
@@ -615,11 +634,16 @@ class Code:
             heap, stack = prepare(self.arena)
             self._reset(heap)
             self._words[INTEGERS.index("rsp")] = stack
+            before = [(start, read(start, end - start)) for start, end, _ in self._shadows if end - start <= SAVED]
             self._run(ctypes.addressof(self._words))
             state = self.arena.state
             if not state[EXIT]:
                 break
+            for start, data in before:  # half a run must not leave half a state
+                ctypes.memmove(start, data, len(data))
             self._left(int(state[EXIT]), int(state[SITE]), int(state[TARGET]))
+            if state[EXIT] == MEMORY:
+                continue
             if not self.quick:
                 raise Unknown
             rounds = self.report.rounds
@@ -655,6 +679,9 @@ class Code:
                 f"{self.name} asks for {target} bytes, more than is left of the {self.arena.size >> 20} MiB that are followed"
             )
         address, text = self.sites[site]
+        if why == MEMORY and self.program.follow(target):
+            self._follow()
+            return
         if why != UNKNOWN:
             raise self.program.describe(text, address, self.name)
         if not self.program.learn(address, target):

@@ -113,7 +113,7 @@ def signature(text: str | None, args: Sequence[Any] | None, returns: Any) -> Sig
     try:
         result = _kind(whole[1])
     except ArgumentError:  # a function's name behind the type: "double f(double x)"
-        result = _kind(whole[1].rpartition(" ")[0])
+        result = _kind(whole[1].rpartition(" ")[0] or whole[1])
     inner = whole[2].strip()
     parts = [] if inner in ("", "void") else inner.split(",")
     return Signature(result, tuple(_declared(p, text) for p in parts))
@@ -156,13 +156,13 @@ def _declared(text: str, whole: str) -> Parameter:
     if found:
         words, direction = found[1].strip(), found[2]
     constant = bool(re.match(r"const\b", words))
+    sizes = tuple(s.strip() for s in re.findall(r"\[([^\]]*)\]", words))
+    words = re.sub(r"\[[^\]]*\]", " ", words)
     if "*" in words or "CPointer" in words:
         raise ArgumentError(
             f"the parameter {text.strip()!r} in {whole!r} is a pointer without a size; write the size in brackets, with "
             "the name of the parameter that holds it: double[n]. For a number by reference: double[1]"
         )
-    sizes = tuple(s.strip() for s in re.findall(r"\[([^\]]*)\]", words))
-    words = re.sub(r"\[[^\]]*\]", " ", words)
     name = ""
     try:
         kind = _kind(words)
