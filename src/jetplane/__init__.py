@@ -1,7 +1,7 @@
 """Jetplane: forward-only, second-order training of PyTorch models."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import directions, errors, gradients, optim, testing
 from .directions import Directions, step_scale
@@ -21,6 +21,7 @@ from .errors import (
     LostRankError,
     MissingPackageError,
     MissingRuleError,
+    NativeCodeError,
     NonFiniteError,
     RandomClosureError,
     RanksDifferError,
@@ -58,11 +59,16 @@ from .transforms.laplacians import (
 )
 from .transforms.models import functional
 
+if TYPE_CHECKING:
+    from .native import In, Out, compiled, register_native
+
 
 def __getattr__(name: str) -> Any:
     """Rooms that need more than torch are imported when they are used."""
     if name == "control":
         return import_module(".control", __name__)
+    if name in ("In", "Out", "compiled", "register_native"):
+        return getattr(import_module(".native", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -82,6 +88,7 @@ __all__ = [
     "FallbackWarning",
     "HandshakeError",
     "HessianEstimate",
+    "In",
     "JetplaneError",
     "JetplaneWarning",
     "LossError",
@@ -89,8 +96,10 @@ __all__ = [
     "LowRank",
     "MissingPackageError",
     "MissingRuleError",
+    "NativeCodeError",
     "NewtonSolution",
     "NonFiniteError",
+    "Out",
     "PlaneModel",
     "RandomClosureError",
     "RanksDifferError",
@@ -100,11 +109,15 @@ __all__ = [
     "SingularPlaneError",
     "TraceError",
     "UnusedParametersError",
+    "ValueAndLaplacian",
     "audit",
+    "bilaplacian",
     "blackbox",
+    "compiled",
     "descent",
     "directions",
     "distributed",
+    "divergence",
     "errors",
     "estimate_diagonal",
     "estimate_hessian",
@@ -112,12 +125,17 @@ __all__ = [
     "functional",
     "gradients",
     "hessian",
+    "hessian_diagonal",
     "hvp",
+    "jacobian",
     "jet",
+    "jvp",
     "laplacian",
+    "linearize",
     "loss",
     "optim",
     "quadratic_form",
+    "register_native",
     "register_rule",
     "search",
     "solve_newton",
@@ -125,14 +143,7 @@ __all__ = [
     "step_scale",
     "strict",
     "testing",
-    "weighted_laplacian",
     "value_and_laplacian",
-    "bilaplacian",
-    "ValueAndLaplacian",
     "vhv",
-    "hessian_diagonal",
-    "linearize",
-    "jvp",
-    "jacobian",
-    "divergence",
+    "weighted_laplacian",
 ]
