@@ -227,10 +227,10 @@ class TestKernel:
 
 
 def test_without_llvmlite_the_error_says_how_to_get_it(monkeypatch):
-    from jetplane.llvm import machine
+    from jetplane.llvm import compiler
 
-    machine._binding.cache_clear()
+    compiler.binding.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "llvmlite.binding", None)
     with pytest.raises(jp.MissingPackageError, match=r"pip install 'jetplane\[control\]'"):
         Kernel(Graph(), {"f": []})
-    machine._binding.cache_clear()
+    compiler.binding.cache_clear()

@@ -4,9 +4,10 @@
 LLVM (llvmlite, an optional package) and `TorchKernel` runs it as torch operators.
 """
 
+from .compiler import available, cache_folder
 from .derivatives import Derivatives, partials
 from .graph import EVALUATE, External, Graph
-from .machine import WIDTH, Kernel, available, cache_folder
+from .machine import WIDTH, Kernel
 from .operators import TorchKernel
 
 __all__ = [

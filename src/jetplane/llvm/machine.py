@@ -1,24 +1,21 @@
 """Machine code of a graph, by LLVM, over many lanes at once; kept on disk by its hash.
 
 The code of a graph is straight: a loop over blocks of `WIDTH` lanes, in vector registers, computes every node once. It
-is compiled by llvmlite, which brings LLVM with it; no compiler of the machine is used.
+is compiled by `jetplane.llvm.compiler`; no compiler of the machine is used.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import struct
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
-from importlib import import_module
-from pathlib import Path
 
 import torch
 
-from ..errors import ArgumentError, MissingPackageError, ShapeError
+from ..errors import ArgumentError, ShapeError
+from . import compiler
 from .graph import Graph
 
 WIDTH = 8  # lanes in a block: one register of AVX-512, two of AVX2, four of NEON
@@ -27,30 +24,6 @@ _ARITHMETIC = {"add": "fadd", "sub": "fsub", "mul": "fmul", "div": "fdiv"}
 _INTRINSIC = {"sqrt": "llvm.sqrt", "abs": "llvm.fabs", "floor": "llvm.floor"}
 _COMPARE = {"lt": "olt", "le": "ole", "eq": "oeq"}
 _LIBRARY = "exp log sin cos tan asin acos atan sinh cosh tanh erf expm1 log1p pow atan2".split()
-
-
-def available() -> bool:
-    """Whether llvmlite is installed."""
-    from importlib.util import find_spec
-
-    return find_spec("llvmlite") is not None
-
-
-@cache
-def _binding():
-    try:
-        llvm = import_module("llvmlite.binding")
-    except ImportError as error:
-        raise MissingPackageError(
-            "machine code needs llvmlite, which is not installed: pip install 'jetplane[control]', or llvmlite alone"
-        ) from error
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    library = ctypes.CDLL(None) if os.name == "posix" else ctypes.CDLL("ucrtbase")
-    for name in _LIBRARY:
-        # By address: whether the linker finds libm by itself differs between systems.
-        llvm.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
-    return llvm
 
 
 def _number(value: float) -> str:
@@ -121,47 +94,21 @@ def _module(graph: Graph, functions: Mapping[str, Sequence[int]]) -> str:
     return "\n".join([*declarations, *(_function(graph, name, outputs) for name, outputs in functions.items())])
 
 
-def cache_folder() -> Path:
-    """Where machine code is kept: ``JETPLANE_CACHE``, else ``jetplane`` in the user's cache folder."""
-    named = os.environ.get("JETPLANE_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jetplane"
-
-
 def _object(text: str, keep: bool) -> bytes:
     """The object code of a module: from disk, else compiled."""
-    llvm = _binding()
-    cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
-    key = "\n".join([repr(llvm.llvm_version_info), llvm.get_default_triple(), cpu, features, text])
-    path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.o"
-    if keep:
-        try:
-            data = path.read_bytes()
-            # A file that another program cut short or changed is not run.
-            if hashlib.sha256(data[32:]).digest() == data[:32]:
-                return data[32:]
-        except OSError:
-            pass
-    module = llvm.parse_assembly(text)
-    module.verify()
-    target = llvm.Target.from_default_triple().create_target_machine(
-        cpu=cpu, features=features, opt=2, jit=True, codemodel="jitdefault"
-    )
-    options = llvm.create_pipeline_tuning_options(speed_level=2)
-    options.slp_vectorization = options.loop_vectorization = options.loop_unrolling = False
-    builder = llvm.create_pass_builder(target, options)
-    builder.getModulePassManager().run(module, builder)
-    data = target.emit_object(module)
-    if keep:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                file.write(hashlib.sha256(data).digest() + data)
-            os.replace(file.name, path)  # whole or not at all, with other processes at work
-        except OSError:
-            pass  # a folder that cannot be written costs time, nothing else
-    return data
+    key = compiler.hashed(text)
+    code = compiler.recall(key) if keep else None
+    if code is None:
+        code = compiler.compiled(text)
+        if keep:
+            compiler.keep(key, code)
+    return code
+
+
+@cache
+def _symbols() -> dict[str, int]:
+    library = ctypes.CDLL(None) if os.name == "posix" else ctypes.CDLL("ucrtbase")
+    return {name: compiler.address(library, name) for name in _LIBRARY}
 
 
 class Kernel:
@@ -187,14 +134,10 @@ class Kernel:
         for name in functions:
             if not name.isidentifier() or not name.isascii():
                 raise ArgumentError(f"a function's name is letters, digits and underscores; got {name!r}")
-        llvm = _binding()
         names = {name: f"jetplane_{name}" for name in functions}
         text = _module(graph, {names[name]: outputs for name, outputs in functions.items()})
         code = _object(text, keep)
-        target = llvm.Target.from_default_triple().create_target_machine(jit=True)
-        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)
-        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-        self._engine.finalize_object()
+        self._engine = compiler.linked(code, _symbols())
         kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
         #: C functions of (address of inputs, address of outputs, lanes); lanes are a multiple of `WIDTH`.
         self.functions = {name: kind(self._engine.get_function_address(c)) for name, c in names.items()}

@@ -277,6 +277,32 @@ def cross_entropy_whole(
     return WHOLE(input, target, weight, how, ignore_index, label_smoothing)
 
 
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+) -> Tensor:
+    """`torch.nn.functional.linear_cross_entropy` as a layer and a loss.
+
+    Torch's own is one function, in which a model and its loss cannot be told apart, and makes chunks (``options``) of
+    gradients that it cannot differentiate.
+    """
+    classes, *more = linear_weight.shape[:-1]
+    bias = None if linear_bias is None else linear_bias.flatten()
+    logits = F.linear(input, linear_weight.flatten(0, -2), bias)
+    if more:
+        logits = logits.unflatten(-1, (classes, *more))
+    ignored = -100 if ignore_index is None else ignore_index
+    return F.cross_entropy(logits, target, weight, None, ignored, None, reduction, label_smoothing)
+
+
 @dataclass(frozen=True)
 class _Goal:
     """The goal of a cross entropy ``-sum(goal * log_softmax)``.
