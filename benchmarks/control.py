@@ -261,7 +261,12 @@ def networks(nodes: int) -> list[dict[str, Any]]:
         at.hessian()
 
     rows = [
-        {"way": "ours", "nodes": nodes, "hessian": timed(all_of_it, 5), "difference": float(abs(found - reference).max())},
+        {
+            "way": "ours",
+            "nodes": nodes,
+            "hessian": timed(all_of_it, 5),
+            "difference": float(abs(found - reference).max()),
+        },
         {"way": "torch.func", "nodes": nodes, "hessian": timed(lambda: hessian(z, weights), 3), "difference": 0.0},
     ]
     if importlib.util.find_spec("casadi"):

@@ -12,7 +12,7 @@ the function. Where operators are neither linear nor elementwise, reverse mode o
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from ..errors import TraceError
 if TYPE_CHECKING:
     from .tracing import Tracer
 
-LINEAR = set("mm addmm bmm t transpose permute view _unsafe_view reshape unsqueeze squeeze select slice neg".split())
+RESHAPES = ("view", "_unsafe_view", "reshape")
+PARTS = ("slice", "select", "unsqueeze")
 SMOOTH = set("tanh sigmoid sin cos exp silu gelu softplus relu elu celu leaky_relu erf sqrt log square pow".split())
 
 
@@ -32,6 +33,14 @@ class Slot:
 
     def __init__(self, place: int) -> None:
         self.place = place
+
+
+class Nonlinear(NamedTuple):
+    """An elementwise operator on its way: its place, f'' at its input, and the input's jets (nodes or 1, k, ...)."""
+
+    place: int
+    second: Tensor
+    jets: Tensor
 
 
 class TensorFunction:
@@ -61,7 +70,7 @@ class TensorFunction:
 
     def _sized(self, name: str, args: tuple, nodes: int) -> tuple:
         """Shapes among the arguments of an operator have as many nodes as there are now."""
-        if name in ("view", "_unsafe_view", "reshape", "expand") and args[1] and args[1][0] == self.lanes:
+        if name in (*RESHAPES, "expand") and args[1] and args[1][0] == self.lanes:
             return (args[0], [nodes, *args[1][1:]], *args[2:])
         return args
 
@@ -109,51 +118,61 @@ class TensorFunction:
             if name in ("addmm", "mm"):
                 if slots != [1 if name == "addmm" else 0]:
                     return False
-            elif name in SMOOTH and slots == [0]:
-                continue
-            elif name not in LINEAR or slots != [0] or name == "t":
+            elif slots != [0]:
+                return False
+            elif name in RESHAPES:
+                if not args[1] or args[1][0] != self.lanes:
+                    return False
+            elif name in PARTS:  # of the dimensions behind that of nodes
+                if len(args) < 2 or not isinstance(args[1], int) or args[1] < 1:
+                    return False
+            elif name not in SMOOTH and name != "neg":
                 return False
         return len(self.arguments) == 1
 
-    def derivatives(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Values (nodes, m) and Jacobian (m, k, nodes)."""
+    def derivatives(self, x: Tensor) -> tuple[Tensor, Tensor, list[Nonlinear]]:
+        """Values (nodes, m), Jacobian (m, k, nodes), and what `hessian` takes."""
         if not self._chain:
-            return self._by_reverse(x)
-        y, tangents, _ = self._sweep(x.detach())
-        return y, tangents.reshape(x.shape[1], len(x), -1).permute(2, 0, 1)
+            return *self._by_reverse(x), []
+        y, jets, kept = self._sweep(x.detach())
+        return y, jets.permute(2, 1, 0), kept
 
     @torch.no_grad()
-    def _sweep(self, x: Tensor, keep: bool = False):
-        """Values with first-order jets; with `keep`, the operators that second derivatives come from."""
+    def _sweep(self, x: Tensor) -> tuple[Tensor, Tensor, list[Nonlinear]]:
+        """Values with first-order jets (nodes, k, ...), and the operators that second derivatives come from."""
         nodes, k = x.shape
-        eye = torch.eye(k, dtype=x.dtype, device=x.device)[:, None, :].expand(k, nodes, k).reshape(k * nodes, k)
-        jets = self._split(eye)
+        [(entry, shape, _)] = self.arguments
         values = self._split(x)
-        kept: list[tuple[int, Tensor, Tensor, Tensor]] = []  # place, f', f'', jets of the input
+        eye = torch.eye(k, dtype=x.dtype, device=x.device).reshape(1, k, *shape[1:])
+        jets = {entry: eye}  # of one node as long as they are the same for all
+        kept: list[Nonlinear] = []
         for places, func, args, _ in self.steps:
             name, place = func._overloadpacket.__name__, places[0]
             source = next(a for a in args if isinstance(a, Slot)).place
             z, jet = values[source], jets[source]
             plain = tuple(z if isinstance(a, Slot) else a for a in args)
-            values[place] = func(*self._sized(name, plain, nodes))
+            values[place] = value = func(*self._sized(name, plain, nodes))
             if name in SMOOTH:
                 first, second = self._slopes(func, plain, z)
-                if keep:
-                    kept.append((place, first, second, jet))
-                jets[place] = (jet.reshape(k, *z.shape) * first).reshape(k * nodes, *z.shape[1:])
+                kept.append(Nonlinear(place, second, jet))
+                jets[place] = jet * first.unsqueeze(1)
             elif name == "addmm":
                 jets[place] = jet @ args[2]
-            elif name in ("add", "sub"):
-                expanded = jet.reshape(k, *z.shape).expand(k, *values[place].shape)
-                jets[place] = expanded.reshape(k * nodes, *values[place].shape[1:])
-            elif name == "mul":
+            elif name == "mm":
+                jets[place] = jet @ args[1]
+            elif name in ("add", "sub", "mul"):
                 other = args[1]
-                scaled = jet.reshape(k, *z.shape) * other
-                jets[place] = scaled.reshape(k * nodes, *values[place].shape[1:])
-            else:
-                tangent = tuple(jet if isinstance(a, Slot) else a for a in args)
-                jets[place] = func(*self._sized(name, tangent, k * nodes))
-        return values[self.output].reshape(nodes, -1), jets[self.output], kept
+                if name == "mul":
+                    if isinstance(other, Tensor) and other.dim() == value.dim():
+                        other = other.unsqueeze(1)
+                    jet = jet * other
+                jets[place] = jet.expand(len(jet), k, *value.shape[1:])
+            else:  # shapes, and signs: all directions are nodes of their own
+                tangent = tuple(jet.flatten(0, 1) if isinstance(a, Slot) else a for a in args)
+                moved = func(*self._sized(name, tangent, len(jet) * k))
+                jets[place] = moved.reshape(len(jet), k, *moved.shape[1:])
+        jet = jets[self.output].reshape(-1, k, self.outputs).expand(nodes, k, self.outputs)
+        return values[self.output].reshape(nodes, -1), jet, kept
 
     @staticmethod
     def _slopes(func, args: tuple, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,17 +190,22 @@ class TensorFunction:
             (second,) = torch.autograd.grad(first.sum(), z, allow_unused=True)
         return first.detach(), torch.zeros_like(z) if second is None else second
 
-    def hessian(self, x: Tensor, weights: Tensor) -> Tensor:
+    def hessian(self, x: Tensor, weights: Tensor, kept: list[Nonlinear]) -> Tensor:
         """Second derivatives (k, k, nodes) of the sum of values (nodes, m) times weights (nodes, m)."""
         nodes, k = x.shape
         if not self._chain:
             return self._second_by_reverse(x, weights)
-        _, _, kept = self._sweep(x.detach(), keep=True)
         total = torch.zeros(nodes, k, k, dtype=x.dtype, device=x.device)
-        adjoints = self._adjoints(x, weights, [place for place, *_ in kept])
-        for (_, _, second, jet), adjoint in zip(kept, adjoints, strict=True):
-            jet = jet.reshape(k, nodes, -1).transpose(0, 1)
-            total.baddbmm_(jet * (adjoint * second).reshape(nodes, 1, -1), jet.transpose(1, 2))
+        adjoints = self._adjoints(x, weights, [n.place for n in kept])
+        for nonlinear, adjoint in zip(kept, adjoints, strict=True):
+            jet = nonlinear.jets.flatten(2)
+            curved = (adjoint * nonlinear.second).reshape(nodes, -1)
+            if len(jet) == 1:  # one matrix for all nodes: products of its columns, once
+                columns = jet[0].T
+                pairs = (columns[:, :, None] * columns[:, None, :]).flatten(1)
+                total += (curved @ pairs).reshape(nodes, k, k)
+            else:
+                total.baddbmm_(jet * curved.unsqueeze(1), jet.mT)
         return total.permute(1, 2, 0)
 
     def _adjoints(self, x: Tensor, weights: Tensor, places: list[int]) -> list[Tensor]:

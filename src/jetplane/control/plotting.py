@@ -16,6 +16,11 @@ def _part_names(parts: Any) -> list[tuple[str, np.ndarray]]:
     return [(layout.entry(i), parts.all[:, i]) for i in range(layout.size)]
 
 
+def _style(n: int) -> str:
+    """Colours repeat after ten lines; their style does not."""
+    return ("-", "--", ":")[n // 10 % 3]
+
+
 def plot(solution: Solution, path: str | Path | None = None) -> Any:
     """States, controls and costates over time, and the error of each interval of the mesh, of every phase."""
     try:
@@ -45,12 +50,12 @@ def _phase(axes: Any, ph: PhaseSolution, several: bool) -> None:
     dense = np.unique(np.concatenate([np.linspace(ph.t[0], ph.t[-1], 400), edges])).clip(ph.t[0], ph.t[-1])
     x, u = ph.at(dense)
     for axis, parts, nodes in ((axes[0, 0], x, ph.x), (axes[0, 1], u, ph.u)):
-        for (name, values), (_, marks) in zip(_part_names(parts), _part_names(nodes), strict=True):
-            [line] = axis.plot(dense, values, linewidth=1.4, label=prefix + name)
+        for n, ((name, values), (_, marks)) in enumerate(zip(_part_names(parts), _part_names(nodes), strict=True)):
+            [line] = axis.plot(dense, values, _style(n), linewidth=1.4, label=prefix + name)
             if len(ph.t) <= 120:
                 axis.plot(ph.t[:-1], marks[:-1], ".", color=line.get_color(), markersize=3)
-    for name, values in _part_names(ph.costates):
-        axes[1, 0].plot(ph.t, values, linewidth=1.4, label=prefix + name)
+    for n, (name, values) in enumerate(_part_names(ph.costates)):
+        axes[1, 0].plot(ph.t, values, _style(n), linewidth=1.4, label=prefix + name)
     axes[1, 1].stairs(np.maximum(ph.error, 1e-17), edges, fill=True, alpha=0.35)
     axes[1, 1].stairs(np.maximum(ph.error, 1e-17), edges, linewidth=1.0)
     axes[1, 1].set_yscale("log")

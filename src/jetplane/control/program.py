@@ -10,7 +10,7 @@ import torch
 
 from ..errors import ArgumentError, TraceError
 from ..llvm import WIDTH, Derivatives, Graph, Kernel, TorchKernel, available
-from .external import TensorFunction
+from .external import Nonlinear, TensorFunction
 from .tracing import Tracer, outputs
 
 
@@ -88,6 +88,7 @@ class Evaluation:
         self.weights = self._inputs[program.weights, :lanes]
         self._pad = slice(lanes, self._padded)
         self._known = {"values": False, "slopes": False}
+        self._swept: dict[int, list[Nonlinear]] = {}
 
     def changed(self) -> None:
         """The variables have new values."""
@@ -120,7 +121,7 @@ class Evaluation:
             if not slopes or not function.differentiable:
                 self._put(external.values, function.value(x).T.numpy())
                 continue
-            y, jacobian = function.derivatives(x)
+            y, jacobian, self._swept[n] = function.derivatives(x)
             self._put(external.values, y.T.numpy())
             for nodes, rows in zip(external.jacobian, jacobian.numpy(), strict=True):
                 self._put(nodes, rows)
@@ -148,7 +149,7 @@ class Evaluation:
                 continue
             x = torch.from_numpy(np.ascontiguousarray(self._call(f"arguments{n}").T))
             adjoints = torch.from_numpy(np.ascontiguousarray(self._call(f"adjoints{n}").T))
-            second = function.hessian(x, adjoints).numpy()
+            second = function.hessian(x, adjoints, self._swept[n]).numpy()
             for row, nodes in enumerate(external.hessian):
                 self._put(nodes, second[row, : row + 1])
         return self._call("hessian")
