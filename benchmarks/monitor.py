@@ -41,7 +41,7 @@ MODELS = ["mlp", "cnn", "gpt"]
 TURNS = 7
 SEARCH, EIGENTHINGS, REVERSE = "critical rate by search", "hessian-eigenthings, differences", "reverse over reverse"
 OURS, BOTH, PLANE = "ours", "ours, with Gauss-Newton", "ours, three directions"
-EDGE_RATE, EDGE_STEPS, EDGE_EVERY = 0.3, 800, 10
+EDGE_RATE, EDGE_STEPS, EDGE_EVERY = 0.05, 800, 10
 
 
 # --- critical rates by forward passes -------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def at_a_step(name: str, batch: int | None = None) -> tuple[Problem, list[Tensor
 
 def reading(way: str, problem: Problem, direction: list[Tensor]) -> Callable[[], float | None]:
     """What a way measures along a direction: the curvature, or something else (None)."""
-    params = list(problem.model.parameters())
+    params: list[Tensor] = list(problem.model.parameters())
     if way == "forward":
 
         def forward() -> None:
@@ -129,7 +129,7 @@ def reading(way: str, problem: Problem, direction: list[Tensor]) -> Callable[[],
 
         return forward
     if way == SEARCH:
-        line = Line(problem.loss, params, direction)
+        line = Line(problem.loss, list(params), direction)
         start = critical_rate(line, 1.0)[0] * 1.1  # that of the step before
 
         def search() -> None:
@@ -171,7 +171,7 @@ def reading(way: str, problem: Problem, direction: list[Tensor]) -> Callable[[],
 def ways() -> list[str]:
     found = [OURS, BOTH, PLANE, REVERSE]
     try:
-        import hessian_eigenthings  # noqa: F401
+        import hessian_eigenthings  # type: ignore[import-not-found]  # noqa: F401
     except ImportError:
         pass
     else:
@@ -240,7 +240,7 @@ def edge(folder: Path | None) -> dict[str, Any]:
     model = nn.Sequential(
         nn.Linear(x.shape[1], 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)
     )  # fmt: skip
-    params = list(model.parameters())
+    params: list[Tensor] = list(model.parameters())
     optimizer = torch.optim.SGD(params, lr=EDGE_RATE)
 
     def loss() -> Tensor:
@@ -327,8 +327,8 @@ def tables(found: dict[str, Any]) -> str:
     count = sum(r["passes_of_search"] for r in run["rows"]) / len(run["rows"])
     lines += [
         "",
-        f"{run['data']}, gradient descent at {run['rate']}, second half of the run: median error of the critical rate, "
-        f"against a search of many passes, by one pass of jets {100 * median('pass'):.1f} %, by a search of {count:.1f} "
+        f"{run['data']}, gradient descent at {run['rate']}, second half of the run: median error of the critical "
+        f"rate, against a search of many passes, by one pass of jets {100 * median('pass'):.1f} %, by a search of {count:.1f} "
         f"forward passes {100 * median('search'):.1f} %; time in forward passes {run['forwards']['pass']:.1f} "
         f"(with the step itself) and {run['forwards']['search']:.1f}",
     ]
