@@ -295,6 +295,16 @@ def test_passes_come_nearer_by_a_tenth_where_no_loss_is_lower(loss_at):
     assert along(ExactLine(3), STEEP, loss_at).rate == 0.0
 
 
+def test_passes_go_twice_as_far_while_the_loss_falls():
+    assert asked(ExactLine(4), STEEP, lambda r: 7 - r) == [1.0, 2.0, 4.0, 8.0]
+    assert along(ExactLine(4), STEEP, lambda r: 7 - r).rate == 8.0
+    assert asked(ExactLine(), STEEP, lambda r: 7 - r)[-1] == 32.0  # six of them
+
+
+def test_who_makes_use_of_examples():
+    assert NoiseAware().examples and not any(s.examples for s in (FullStep(), Backtracking(), ExactLine()))
+
+
 def test_steps_along_which_the_loss_does_not_fall_at_first():
     assert asked(ExactLine(3), proposal([0.0], [[1.0]]), lambda r: 1.0) == pytest.approx([1.0, 0.1, 0.01])
     with pytest.warns(jp.RescueWarning, match="indefinite"):
