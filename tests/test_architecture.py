@@ -16,14 +16,14 @@ LAYERS = [
     {"evaluation"},
     {"transforms", "subspace", "testing"},
     {"gradients", "parallel"},
-    {"optim"},
+    {"optim", "monitor"},
     {""},  # the package itself
-    {"experiments"},
+    {"experiments", "callbacks"},
     {"cli"},
     {"__main__"},
 ]
 LEVEL = {name: n for n, names in enumerate(LAYERS) for name in names}
-OUTSIDE_CORE = {"experiments", "cli", "__main__"}
+OUTSIDE_CORE = {"callbacks", "experiments", "cli", "__main__"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 STANDARD = set(__import__("sys").stdlib_module_names)
 

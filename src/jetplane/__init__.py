@@ -16,6 +16,7 @@ from .errors import (
     JetplaneWarning,
     LossError,
     LostRankError,
+    MissingPackageError,
     MissingRuleError,
     NonFiniteError,
     RandomClosureError,
@@ -30,6 +31,7 @@ from .evaluation.api import evaluate
 from .evaluation.audit import AuditReport, audit
 from .evaluation.plane import PlaneModel
 from .jets import LowRank
+from .monitor import CurvatureMonitor, CurvatureReading
 from .parallel import ranks as distributed
 from .rules import blackbox, loss, register_rule, strict
 from .subspace import descent, search, sources
@@ -56,6 +58,8 @@ __all__ = [
     "AuditError",
     "AuditReport",
     "AuditWarning",
+    "CurvatureMonitor",
+    "CurvatureReading",
     "DTypeError",
     "DerivativeError",
     "DeviceError",
@@ -70,6 +74,7 @@ __all__ = [
     "LossError",
     "LostRankError",
     "LowRank",
+    "MissingPackageError",
     "MissingRuleError",
     "NewtonSolution",
     "NonFiniteError",

@@ -104,6 +104,10 @@ class TorchVersionError(JetplaneError, ImportError):
     """This torch lacks something that Jetplane needs, or has an operator under another name."""
 
 
+class MissingPackageError(JetplaneError, ImportError):
+    """An optional package or library is not installed; the message says how to get it."""
+
+
 class DistributedError(JetplaneError, RuntimeError):
     """Base of what goes wrong between processes that train together.
 
