@@ -162,6 +162,11 @@ def test_ten_times_the_damping_is_tried_where_it_did_not_hold(before, after):
     assert kappas == pytest.approx([-1 / (4 + 4 * before), -1 / (4 + 4 * after)], rel=1e-9)
 
 
+def test_exactly_three_quarters_are_enough():
+    falls = lambda trial: Outcome(-0.75 / 8)  # noqa: E731 (an eighth is promised)
+    assert decided(NoiseAware(), certain(), NoiseState(), falls).state.damping == 0.0
+
+
 def certain():
     """A plane of one direction, whose slope is the same for all examples."""
     none = torch.zeros(1, 1).double()
