@@ -5,12 +5,25 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import jetplane as jp
 from jetplane.evaluation.context import expansion
 from jetplane.jets import AllPairs, Coefficients, Diagonal, Jet, LowRank, Partial, Space, outer, parts
 from jetplane.jets import jet as jet_module
-from jetplane.jets.jet import LOST, _jet_class, carried, goes_outside, innermost, is_jet, kind_of, make, precise, primal
+from jetplane.jets.jet import (
+    LOST,
+    _jet_class,
+    carried,
+    goes_outside,
+    innermost,
+    is_jet,
+    kind_of,
+    make,
+    precise,
+    primal,
+    whole,
+)
 from jetplane.jets.space import LOSS, MODEL, PARAMETER
 
 K, PAIRS = 2, 3
@@ -275,6 +288,26 @@ def test_another_class_is_another_view(space):
     assert isinstance(tagged, (Jet, Asked)) and tagged.base is base
     assert (tagged.version, tagged.kind) == (2, MODEL) and tagged.examples is base.examples
     assert base.as_subclass(Tensor) is base and type(tagged.as_subclass(Tensor)) is Jet
+
+
+# --- where rules record a graph -----------------------------------------------------------------------------
+
+
+def test_plain_tensors_are_recorded_between_operators():
+    w, x = torch.tensor(2.0, requires_grad=True), torch.tensor(3.0)
+    with whole(between=True):
+        recorded, plain = torch.add(w, w, alpha=3), torch.add(x, x, alpha=3)
+    assert recorded.item() == 8.0 and torch.autograd.grad(recorded, w)[0].item() == 4.0
+    assert plain.item() == 12.0 and not plain.requires_grad
+    with whole(between=False):
+        assert not torch.add(w, w, alpha=3).requires_grad
+
+
+def test_functions_that_torch_defines_in_python_record_what_they_compute_of_plain_tensors():
+    variance, x, target = torch.tensor(2.0, requires_grad=True), torch.tensor([1.0]), torch.tensor([0.0])
+    value, _, laplacian = jp.value_and_laplacian(lambda x: F.gaussian_nll_loss(x, target, variance.view(1)), x)
+    torch.testing.assert_close(torch.autograd.grad(value, variance, retain_graph=True)[0], torch.tensor(0.25 - 0.125))
+    torch.testing.assert_close(torch.autograd.grad(laplacian, variance)[0], torch.tensor(-0.25))
 
 
 # --- where an evaluation has ended meanwhile ----------------------------------------------------------------
