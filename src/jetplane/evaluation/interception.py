@@ -49,6 +49,7 @@ from ..rules import grad_mode, higher_order, sparse
 from ..rules.dispatch import inside_loss
 from ..rules.dispatch import loss as mark_loss
 from ..rules.functions import intercept_functions, refuse_captured
+from ..rules.losses import linear_cross_entropy
 from . import gradient_hooks, leaving, sharded, threads
 from .context import at_depth
 
@@ -79,6 +80,8 @@ LOSSES = {
     if name.endswith("_loss") or name in ("cross_entropy", "kl_div", "nll_loss")
     or name.startswith("binary_cross_entropy")
 }  # fmt: skip
+
+LINEAR_CROSS_ENTROPY = getattr(F, "linear_cross_entropy", linear_cross_entropy)  # from torch 2.13 on
 
 
 def _warn_if_flat(func: Any, result: Any, space: Space) -> Any:
@@ -237,6 +240,9 @@ class Interception(TorchFunctionMode):
         if higher_order.is_higher_order(func):
             with self:  # the functions that it takes may capture parameters
                 return higher_order.run(func, args, kwargs)
+        if func is LINEAR_CROSS_ENTROPY:
+            with self:
+                return linear_cross_entropy(*args, **kwargs)
         if sparse.constant(func, args):
             with grad_mode.autograd(), torch.no_grad():
                 return func(*args, **kwargs)

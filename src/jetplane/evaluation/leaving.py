@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .._sharding import is_sharded
 from .._torch import swap_tensors, tree_leaves
 from ..errors import DerivativeError
 from ..jets import Jet, Space, absent, forget_promoted, promoted
@@ -72,6 +73,8 @@ def release(space: Space) -> None:
     for jet, carried in zip(alive, carrying, strict=True):
         if isinstance(jet.primal, Jet):
             _into_outer(jet, jet.primal)
+            continue
+        if is_sharded(jet.primal):  # stood for an argument: see `jetplane.transforms.models`
             continue
         _into_ordinary(jet)
         if carried and space.remembered:

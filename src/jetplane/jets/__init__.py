@@ -1,7 +1,19 @@
 """Internal: tensors with derivatives, and their calculus."""
 
 from .calculus import Derivatives, add_jets, as_jet, chain, chain_many, elementwise, jointly, linear, multiply
-from .coefficients import Coefficients, absent, aligned, expand, lift, outer, overwritten, plain, symmetric, writable
+from .coefficients import (
+    Coefficients,
+    absent,
+    aligned,
+    expand,
+    joined,
+    lift,
+    outer,
+    overwritten,
+    plain,
+    symmetric,
+    writable,
+)
 from .jet import (
     LOST,
     WRITTEN,
@@ -75,6 +87,7 @@ __all__ = [
     "goes_outside",
     "innermost",
     "is_jet",
+    "joined",
     "jointly",
     "kind_of",
     "lift",

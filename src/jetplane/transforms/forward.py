@@ -70,20 +70,16 @@ def along(
     """
     graph = records()
     with expansion(structure, order, recorded=graph) as space:
-        leaves = [
-            _seed(x, v, None if seconds is None else seconds[n], space)
-            for n, (x, v) in enumerate(zip(call.leaves, tangents, strict=True))
-        ]
+        leaves = _seeds(call, tangents, seconds, space)
         space.points = call.points is not None
         with Interception(space).running():
             returned = call.at(leaves)
         ys, spec, aux = call.outputs(returned)
         found: list[list[Tensor]] = [[], [], []]
         for y in ys:
-            jet = promoted(y)
-            p, first, second = parts(y if jet is None else jet, space)
+            p, first, second = _coefficients(y, space)
             found[0].append(p)
-            found[1].append(first.full(p.shape, p.dtype, p.device))
+            found[1].append(first)
             if order == 2:
                 found[2].append(second.full(p.shape, p.dtype, p.device))
         aux = _primals(aux, space)
@@ -91,6 +87,44 @@ def along(
         found = [[_released(t) for t in ts] for ts in found]
         aux = _map(_released, aux)
     return Expansion(found[0], found[1], found[2], spec, aux)
+
+
+def blockwise(
+    call: Call,
+    tangents: Sequence[Tensor | Tangents | None],
+    k: int,
+    take: Callable[[list[Tensor], list[Tensor]], None],
+) -> None:
+    """Value and first coefficients of what f yields, block by block: nothing of a block is kept when the next is made.
+
+    Args:
+        call: of an f that yields tensors, or trees of them.
+        tangents: k for each tensor that moves.
+        k: number of directions.
+        take: called with the tensors of each block, and their first coefficients (k, *S).
+    """
+    with expansion(Diagonal(k), 1) as space:
+        leaves = _seeds(call, tangents, None, space)
+        with Interception(space).running():
+            for block in call.at(leaves):
+                pairs = [_coefficients(y, space)[:2] for y in call.outputs(block)[0]]
+                take(*([_released(t) for t in ts] for ts in zip(*pairs, strict=True)))
+
+
+def _coefficients(y: Tensor, space: Space) -> tuple[Tensor, Tensor, Any]:
+    """The value, the first coefficients as a tensor, and the second ones."""
+    jet = promoted(y)
+    p, first, second = parts(y if jet is None else jet, space)
+    return p, first.full(p.shape, p.dtype, p.device), second
+
+
+def _seeds(
+    call: Call, tangents: Sequence[Tensor | Tangents | None], seconds: Sequence[Tensor | None] | None, space: Space
+) -> list[Jet]:
+    return [
+        _seed(x, v, None if seconds is None else seconds[n], space)
+        for n, (x, v) in enumerate(zip(call.leaves, tangents, strict=True))
+    ]
 
 
 def expanded(
