@@ -31,6 +31,7 @@ from .._torch import (
     Keys,
     TorchDispatchMode,
     below_autograd,
+    below_view_tracking,
     disabled_torch_dispatch,
     disabled_torch_function,
     is_stand_in,
@@ -292,8 +293,13 @@ def whole(between: bool) -> Iterator[None]:
     Args:
         between: whether it may compute with plain tensors between operators, as functions that torch defines in Python.
     """
-    keys = user_keys(tracked=True)
-    with DisableTorchFunctionSubclass(), below_autograd(), _Between(keys) if between else contextlib.nullcontext():
+    keys, nothing = user_keys(tracked=True), contextlib.nullcontext()
+    with (
+        DisableTorchFunctionSubclass(),
+        below_autograd(),
+        below_view_tracking() if between else nothing,
+        _Between(keys) if between else nothing,
+    ):
         yield
 
 

@@ -387,8 +387,8 @@ class _BatchedInPlace(_Batched, InPlace):
 
 def _matrices(x: Tensor, axes: int = 0) -> Tensor:
     """The batch as one dimension, behind a number of axes that stay; transposed matrices stay so."""
-    if x.dim() == 3 + axes:
-        return x
+    if x.dim() <= 3 + axes:
+        return x if x.dim() == 3 + axes else x.unsqueeze(axes)
     return x.mT.flatten(axes, -3).mT if x.stride(-2) == 1 else x.flatten(axes, -3)
 
 
