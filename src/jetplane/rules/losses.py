@@ -240,8 +240,8 @@ def _summed_rows(
     loss, slope, curvature, d1 = p.new_zeros((), dtype=carried(p.dtype)), absent(space, 1), absent(space, 2), p
     for start in range(0, n, rows):
         part = slice(start, min(start + rows, n))
-        some = (c.map(lambda c, part=part: c[:, part]) for c in (x1, x2))
-        found, f1, f2, d1 = _some_rows(space, p[part], *some, goal.rows(part))
+        some1, some2 = (c.map(lambda c, part=part: c[:, part]) for c in (x1, x2))
+        found, f1, f2, d1 = _some_rows(space, p[part], some1, some2, goal.rows(part))
         loss, slope, curvature = loss + found, slope + f1, curvature + f2
     return loss, slope, curvature, d1
 
@@ -306,6 +306,32 @@ def cross_entropy_whole(
         return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     how = {"none": NONE, "mean": MEAN, "sum": SUM}[reduction]
     return WHOLE(input, target, weight, how, ignore_index, label_smoothing)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+) -> Tensor:
+    """`torch.nn.functional.linear_cross_entropy` as a layer and a loss.
+
+    Torch's own is one function, in which a model and its loss cannot be told apart, and makes chunks (``options``) of
+    gradients that it cannot differentiate.
+    """
+    classes, *more = linear_weight.shape[:-1]
+    bias = None if linear_bias is None else linear_bias.flatten()
+    logits = F.linear(input, linear_weight.flatten(0, -2), bias)
+    if more:
+        logits = logits.unflatten(-1, (classes, *more))
+    ignored = -100 if ignore_index is None else ignore_index
+    return F.cross_entropy(logits, target, weight, None, ignored, None, reduction, label_smoothing)
 
 
 @dataclass(frozen=True)
