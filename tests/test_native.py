@@ -1,4 +1,4 @@
-"""Compiled functions: values the same bits, first derivatives to 1e-12, second to 1e-10 of the same formulas in torch."""
+"""Compiled functions: the same bits, first derivatives to 1e-12, second to 1e-10 of the same formulas in torch."""
 
 import ctypes
 import functools
@@ -49,7 +49,7 @@ def library(tmp_path_factory):
             pytest.skip("needs gcc and g++")
         if "avx2" in flags and "avx2" not in Path("/proc/cpuinfo").read_text():
             pytest.skip("this processor has no AVX2")
-        file = folder / f"{source}{flags.replace(' ', '')}.so"
+        file = folder / f"{len(list(folder.iterdir()))}.so"
         subprocess.run(
             [compiler, *flags.split(), "-shared", "-fPIC", "-o", file, SOURCES / source, "-lm"], check=True, timeout=120
         )
@@ -120,7 +120,12 @@ def control(x):
     for _ in range(3):
         y = y * 0.5 + 1
         total = total * y
-    s = s + total.sum() + (torch.where(x >= 0.25, x, 0.25) * torch.where(x <= 0.75, x, 0.75)).sum() - (x.sign() * x * x).sum()
+    s = (
+        s
+        + total.sum()
+        + (torch.where(x >= 0.25, x, 0.25) * torch.where(x <= 0.75, x, 0.75)).sum()
+        - (x.sign() * x * x).sum()
+    )
     chosen = [x[0] ** 2, 3 * x[1], x[2] ** 3, 1 / (2 + x[3]), x[4] - 7, x[5] ** 2 - x[5], *(-x[6:])][:n]
     s = s + sum(c * (k + 1) for k, c in enumerate(chosen))
     whole = (x.detach() * 100).trunc()
@@ -161,7 +166,9 @@ class TestCorpus:
             return (u * u).sum()
 
         for kind in (0, 4):
-            same_derivatives(lambda x: f(x, 8, kind, 5), lambda x: law(x, kind, 5), random(8).abs())
+            same_derivatives(
+                lambda x, kind=kind: f(x, 8, kind, 5), lambda x, kind=kind: law(x, kind, 5), random(8).abs()
+            )
         assert "_Znwm" in str(f.report())
         g = jp.compiled(library("-O2", "corpus.cpp").caught, "double(const double[1] in)")
         same_derivatives(g, lambda x: x[0] * 1.0, -random(1).abs())
@@ -209,8 +216,9 @@ class TestCorpus:
     def test_many_parameters(self, library):
         f = jp.compiled(
             library().many,
-            "int(const double[n] a in, double b, int n, double[n] out, long k, double c, bool flag, double[m] both inout, "
-            "int m, double d, double e, double f, double g, double h, double i, double j, long last)",
+            "int(const double[n] a in, double b, int n, double[n] out, long k, double c, bool flag, "
+            "double[m] both inout, int m, double d, double e, double f, double g, double h, double i, double j, "
+            "long last)",
         )
         a, both = random(4), random(3, 1)
         rest = torch.linspace(0.5, 1.5, 9, dtype=D)
@@ -254,9 +262,9 @@ class TestCorpus:
 
 
 INSTRUCTIONS = """
-addpd mulpd subpd divpd maxpd minpd unpcklpd unpckhpd haddpd hsubpd addsubpd movsd movhlps movlhps addsd subsd mulsd divsd
-maxsd minsd sqrtsd sqrtpd movapd movddup punpcklqdq punpckhqdq shufpd,0 shufpd,1 shufpd,2 shufpd,3 blendpd,1 blendpd,2
-palignr,8 pshufd,0x4e pshufd,0xee roundpd,1 roundsd,2 cmpltpd cmpnlepd cmplesd shufps,0x4e shufps,0xee movupd
+addpd mulpd subpd divpd maxpd minpd unpcklpd unpckhpd haddpd hsubpd addsubpd movsd movhlps movlhps addsd subsd mulsd
+divsd maxsd minsd sqrtsd sqrtpd movapd movddup punpcklqdq punpckhqdq shufpd,0 shufpd,1 shufpd,2 shufpd,3 blendpd,1
+blendpd,2 palignr,8 pshufd,0x4e pshufd,0xee roundpd,1 roundsd,2 cmpltpd cmpnlepd cmplesd shufps,0x4e shufps,0xee movupd
 """.split()  # fmt: skip
 AVX = """
 vaddpd vmulpd vsubpd vdivpd vmaxpd vminpd vunpcklpd vunpckhpd vhaddpd vhsubpd vaddsubpd vshufpd,5 vshufpd,10 vblendpd,5
@@ -291,7 +299,9 @@ class TestInstructions:
         for text in INSTRUCTIONS:
             name, _, immediate = text.partition(",")
             last = f", {immediate}" if immediate else ""
-            body += f"  movupd xmm0, [rdi]\n  movupd xmm1, [rdi+16]\n  {name} xmm0, xmm1{last}\n  movupd [rsi+{at}], xmm0\n"
+            body += (
+                f"  movupd xmm0, [rdi]\n  movupd xmm1, [rdi+16]\n  {name} xmm0, xmm1{last}\n  movupd [rsi+{at}], xmm0\n"
+            )
             at += 16
         wrong, cross = self.run(tmp_path, body, at // 8)
         for n, text in enumerate(INSTRUCTIONS):
@@ -307,7 +317,8 @@ class TestInstructions:
             r = "xmm" if form == "x" else "ymm"
             sources = f"{r}1" if form == "1" else f"{r}1, {r}2"
             body += (
-                f"  vmovupd ymm0, [rdi+64]\n  vmovupd ymm1, [rdi]\n  vmovupd ymm2, [rdi+32]\n  {name} {r}0, {sources}{last}\n"
+                "  vmovupd ymm0, [rdi+64]\n  vmovupd ymm1, [rdi]\n  vmovupd ymm2, [rdi+32]\n"
+                f"  {name} {r}0, {sources}{last}\n"
                 f"  vmovupd [rsi+{at}], ymm0\n"
             )
             at += 32
@@ -360,7 +371,9 @@ class TestRefusals:
 
     def test_a_rule_of_the_users(self, library):
         x = torch.tensor([1.3], dtype=D)
-        f = jp.compiled(library().with_rule, "double(const double[1] in)", rules={"mine": (lambda x: 2.0, lambda x: 0.0)})
+        f = jp.compiled(
+            library().with_rule, "double(const double[1] in)", rules={"mine": (lambda x: 2.0, lambda x: 0.0)}
+        )
         same_derivatives(f, lambda x: 2 * x[0] ** 2, x)
         f = jp.compiled(library().with_rule, "double(const double[1] in)", constant=["mine"], check="never")
         assert float(jp.jvp(f, x, torch.ones(1, dtype=D))[1]) == pytest.approx(2.6)
@@ -396,16 +409,21 @@ class TestInTorch:
         net, z = torch.nn.Linear(3, 4, dtype=D), torch.randn(3, dtype=D)
         params = list(net.parameters())
         directions = jp.Directions(k=3, seed=1)
-        for curvature in ("exact", "ggn"):
+        for curvature in ("hessian", "ggn"):
             planes = [
                 jp.evaluate(lambda g=g: torch.nn.functional.mse_loss(g(net(z)), z.sum()), params, directions, curvature)
                 for g in (lambda y: f(y, 4), rosenbrock)
             ]
             close(planes[0].slope, planes[1].slope, 1e-12)
             close(planes[0].curvature, planes[1].curvature, 1e-10)
-        optimizer = jp.optim.FoMoHKD(params, lr=1.0, k=4, descent="saddle-free")
-        losses = [float(optimizer.step(lambda: f(net(z), 4))) for _ in range(5)]
-        assert losses[-1] < 0.5 * losses[0]
+        start, losses = [p.detach().clone() for p in params], []
+        for g in (lambda y: f(y, 4), rosenbrock):
+            torch.manual_seed(1)
+            for p, q in zip(params, start, strict=True):
+                p.data.copy_(q)
+            optimizer = jp.optim.FoMoHKD(params, lr=0.1, k=4, descent="saddle-free")
+            losses.append(torch.stack([optimizer.step(lambda g=g: g(net(z))) for _ in range(4)]))
+        close(losses[0], losses[1], 1e-9)
 
     def test_reverse_mode(self, f):
         x = random(20).requires_grad_()
@@ -459,7 +477,8 @@ class TestSources:
 
         capsule = cython_special.__pyx_capi__["gammaln"]
         x = torch.tensor(1.7, dtype=D)
-        same_derivatives(jp.compiled(capsule), torch.lgamma, x)
+        # Derivatives of its own approximation, which is not torch's.
+        same_derivatives(jp.compiled(capsule), torch.lgamma, x, second=1e-9)
         f = jp.compiled(LowLevelCallable.from_cython(cython_special, "i0e"))
         same_derivatives(f, torch.special.i0e, x, first=1e-11, second=1e-9)
 

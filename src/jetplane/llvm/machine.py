@@ -1,7 +1,7 @@
 """Machine code of a graph, by LLVM, over many lanes at once; kept on disk by its hash.
 
-The code of a graph is straight: a loop over blocks of `WIDTH` lanes, in vector registers, computes every node once. It is
-compiled by `jetplane.llvm.compiler`; no compiler of the machine is used.
+The code of a graph is straight: a loop over blocks of `WIDTH` lanes, in vector registers, computes every node once. It
+is compiled by `jetplane.llvm.compiler`; no compiler of the machine is used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""This process: what is mapped where, the symbols of its libraries, and lines of source where debug information has them."""
+"""This process: what is mapped where, the symbols of its libraries, and lines of their source."""
 
 from __future__ import annotations
 
@@ -125,7 +125,9 @@ class Module:
         while n >= 0:
             s = self.symbols[n]
             same = [t for t in self.symbols[max(0, n - 8) : n + 1] if t.start == s.start]
-            s = min(same, key=lambda t: (t.size == 0, t.name.startswith("_"), "f64" in t.name or "f32x" in t.name, t.name))
+            s = min(
+                same, key=lambda t: (t.size == 0, t.name.startswith("_"), "f64" in t.name or "f32x" in t.name, t.name)
+            )
             if address == s.start or s.start <= address < s.start + s.size:
                 return s
             if address - s.start > 1 << 22 or s.size:
@@ -140,7 +142,11 @@ class Module:
             return None
         try:
             found = subprocess.run(
-                [tool, "-e", self.path, hex(address - self.base)], capture_output=True, text=True, timeout=20, check=False
+                [tool, "-e", self.path, hex(address - self.base)],
+                capture_output=True,
+                text=True,
+                timeout=20,
+                check=False,
             ).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             return None

@@ -1,8 +1,8 @@
-"""One function of machine code as one LLVM function: registers become values, and doubles carry coefficients beside them.
+"""One function of machine code as one LLVM function: registers become values, doubles carry coefficients.
 
-A register of 64 bits, or 64 bits of a vector register, is a *lane*: its bits, and the coefficients of the double in it, or
-none where it holds a constant by structure. Instructions on vector registers are given in `jetplane.native.vectors`;
-others by the decoder's P-code. Calls follow the System V convention.
+A register of 64 bits, or 64 bits of a vector register, is a *lane*: its bits, and the coefficients of the double in
+it, or none where it holds a constant by structure. Instructions on vector registers are given in
+`jetplane.native.vectors`; others by the decoder's P-code. Calls follow the System V convention.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MASK = (1 << 64) - 1
 
 
 class Refused(Exception):
-    """An instruction that is not carried. Raised while a function is translated; the program is left where it is reached."""
+    """An instruction that is not carried: while it runs, the program is left where it is reached."""
 
 
 class Lane:
@@ -54,6 +54,7 @@ class Number:
 
     @property
     def type(self) -> str:
+        """The LLVM type."""
         return f"i{8 * self.size}"
 
 
@@ -274,7 +275,11 @@ class Translator:
         """64 bits to memory."""
         p = self.a.op(f"inttoptr i64 {address} to ptr")
         self.a.do(f"store i64 {self.bits(lane)}, ptr {p}, align 1, !tbaa !2")
-        site = self.site("stores a value that carries derivatives outside of the memory that is followed") if lane.jet else 0
+        site = (
+            self.site("stores a value that carries derivatives outside of the memory that is followed")
+            if lane.jet
+            else 0
+        )
         self.a.do(f"call void @jp_store(i64 {address}, i64 {site}, {self.c.arguments(lane.jet)})")
 
     def load_bytes(self, address: str, size: int) -> str:

@@ -1,8 +1,8 @@
 """Instructions on vector registers: SSE2 to AVX2 and FMA on doubles, and what compilers put between.
 
-The decoder's P-code is not used for them: it rounds FMA twice and forgets upper halves. One line gives each instruction, on
-lanes of 64 bits. Instructions on single precision and on integers in vector registers are carried where nothing active
-reaches them, and are errors elsewhere.
+The decoder's P-code is not used for them: it rounds FMA twice and forgets upper halves. One line gives each
+instruction, on lanes of 64 bits. Instructions on single precision and on integers in vector registers are carried
+where nothing active reaches them, and are errors elsewhere.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def translate(t: Translator, i: Instruction) -> bool:
         return True
     if re.search(r"ZMM|[XY]MM(1[6-9]|[23][0-9])|\bK[0-7]\b", i.body):
         raise Refused(
-            f"uses AVX-512, which is not carried ({i}); build it for AVX2: -march=x86-64-v3, or NUMBA_CPU_NAME=x86-64-v3"
+            f"uses AVX-512, which is not carried ({i}); build it for AVX2: -march=x86-64-v3, NUMBA_CPU_NAME=x86-64-v3"
         )
     if operands is None or not any(isinstance(o, Vector) for o in operands):
         return False
@@ -641,7 +641,10 @@ def _to_integers(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
         if name == "CVTPD2DQ":
             x = t.a.op(f"call double @llvm.rint.f64(double {x})")
         halves.append(t.a.op(f"zext i32 {_truncated(t, x, 4)} to i64"))
-    out = [Lane(t.a.op(f"or i64 {a}, {t.a.op(f'shl i64 {b}, 32')}")) for a, b in zip(halves[::2], halves[1::2], strict=True)]
+    out = [
+        Lane(t.a.op(f"or i64 {a}, {t.a.op(f'shl i64 {b}, 32')}"))
+        for a, b in zip(halves[::2], halves[1::2], strict=True)
+    ]
     t.set_lanes(ops[0], [*out, *[Lane("0")] * (2 - len(out))])
 
 
@@ -756,9 +759,10 @@ def _integers(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
         c = t.a.op(f"icmp {'eq' if name[4:6] == 'EQ' else 'sgt'} {kind} {u}, {v}")
         r = t.a.op(f"sext <{kind[1:].split()[0]} x i1> {c} to {kind}")
     elif name.startswith(("PMAX", "PMIN")):
-        r = t.a.op(f"call {kind} @llvm.{name[4].lower()}{name[1:4].lower()}.v{kind[1:].replace(' x ', '')[:-1]}({kind} {u}, {kind} {v})")
+        op = f"@llvm.{name[4].lower()}{name[1:4].lower()}.v{kind[1:].replace(' x ', '')[:-1]}"
+        r = t.a.op(f"call {kind} {op}({kind} {u}, {kind} {v})")
     else:
-        r = t.a.op(f"{ {'PADD': 'add', 'PSUB': 'sub', 'PMUL': 'mul'}[name[:4]]} {kind} {u}, {v}")
+        r = t.a.op(f"{ {'PADD': 'add', 'PSUB': 'sub', 'PMUL': 'mul'}[name[:4]] } {kind} {u}, {v}")
     t.set_lanes(to, _apart(t, r, kind, n))
 
 
