@@ -75,8 +75,8 @@ class Function:
             if p.shape is not None and p.reads:
                 if value.numel() != math.prod(size):
                     raise ShapeError(
-                        f"the parameter {self._label(n)} of {self.__name__} has the shape {list(size)} by the signature, "
-                        f"got  a tensor of shape {list(value.shape)}"
+                        f"the parameter {self._label(n)} of {self.__name__} has the shape {list(size)} by signature, "
+                        f"got a tensor of shape {list(value.shape)}"
                     )
                 size = tuple(value.shape)
             elif p.shape is not None:

@@ -290,7 +290,7 @@ class Calculus:
         return (first, *scaled[1:])
 
     def sqrt(self, z: str, s: Jet) -> Jet:
-        """Of ``z = sqrt(x)``, ``z_i = x_i / 2z``, ``z_ij = (x_ij / 2 - z_i z_j) / z``; zero where x does not move."""
+        """Of a square root z, ``z_i = x_i / 2z`` and ``z_ij = (x_ij / 2 - z_i z_j) / z``; zero where x is still."""
         if s is None:
             return None
         r = self.a.op(f"fdiv double 1.0, {z}")

@@ -55,8 +55,8 @@ def compiled(
     Args:
         f: a function of ctypes or cffi, a ``numba.cfunc``, a ``scipy.LowLevelCallable``, a Cython capsule or
             an address.
-        c_signature: such as ``"double(const double[n] in, int n)"``: C's types, sizes of arrays in brackets, behind them
-            a name, and ``in``, ``out`` or ``inout`` (by default what ``const`` says). May be left out
+        c_signature: such as ``"double(const double[n] in, int n)"``: C's types, sizes of arrays in brackets, behind
+            them a name, and ``in``, ``out`` or ``inout`` (by default what ``const`` says). May be left out
             where f knows it and it has numbers alone.
         args: the parameters as a list instead, of ``jp.In(shape)``, ``jp.Out(shape)``, ``int``, ``float``.
         returns: with ``args``, what it returns: ``float``, ``int`` or None.
@@ -293,7 +293,7 @@ class Compiled(Function):
                 if p.shape is None and p.kind == "double":
                     if doubles < 8:
                         at = WORDS + doubles * each
-                        words[at : at + each] = torch.cat([value, rows(n, 1)[0]])
+                        words[at : at + each] = torch.cat([torch.as_tensor(value), rows(n, 1)[0]])
                         doubles += 1
                     else:
                         stacked.append((struct.pack("<d", float(value)), rows(n, 1)))
@@ -335,8 +335,8 @@ class Compiled(Function):
         table = torch.cat(tables) if tables else torch.zeros(0, stride, dtype=torch.float64)
         if bool(((table.view(torch.int64) & ((1 << 63) - 1)) == MARK).any()):
             raise NativeCodeError(
-                f"{self.__name__} computes with a double of which it had written a part of the bytes; its derivative is "
-                "not known. Hand its derivatives over with jetplane.register_native, or take jetplane.blackbox"
+                f"{self.__name__} computes with a double of which it had written a part of the bytes; its derivative "
+                "is not known. Hand its derivatives over with jetplane.register_native, or take jetplane.blackbox"
             )
         return values, table[:, places[0]].mT.contiguous(), table[:, places[1]].mT.contiguous()
 
@@ -358,7 +358,7 @@ class Compiled(Function):
                 )
             worst = (ours.double() - own.double()).abs().max()
             raise NativeCodeError(
-                f"values of {self.__name__} are not those of the function itself: {label} is off by {float(worst):.1e}. "
+                f"values of {self.__name__} are not those of the function itself: {label} is off by {float(worst):.0e}. "
                 "Threads that share out a sum are one cause (OMP_NUM_THREADS=1); else this is an error of Jetplane's, "
                 "please report it with the library. jetplane.register_native or jetplane.blackbox do without lifting"
             )
@@ -512,7 +512,7 @@ def _on_jets(space: Space, f: Compiled, *args: Any) -> Any:
                 raise DerivativeError(
                     f"the parameter {p.name or p.kind} of {f.__name__} is an integer and carries derivatives"
                 )
-            rows[order].append(_rows(c, primal) if some else None)
+            rows[order].append(_rows(c, primal) if some and c is not None and primal is not None else None)
     values, first, second = f.coefficients(x, rows[0], rows[1], space.structure if space.order == 2 else None)
     made, at = [], 0
     for v in values:
@@ -526,7 +526,7 @@ def _on_jets(space: Space, f: Compiled, *args: Any) -> Any:
             else Coefficients(space, order, c[:, at : at + n].to(x.device, x.dtype).reshape(-1, *v.shape))
             for order, c in ((1, first), (2, second))
         ]  # fmt: skip
-        made.append(make(value, *both, space))
+        made.append(make(value, both[0], both[1], space))
         at += n
     return made[0] if len(made) == 1 else tuple(made)
 
@@ -563,8 +563,8 @@ class _Reverse(torch.autograd.Function):
         start = 0
         for n in places:
             count = x.values[n].numel()
-            rows[n] = torch.zeros(total, count, dtype=torch.float64)
-            rows[n][start : start + count] = torch.eye(count, dtype=torch.float64)
+            own = rows[n] = torch.zeros(total, count, dtype=torch.float64)
+            own[start : start + count] = torch.eye(count, dtype=torch.float64)
             start += count
         _, jacobian = f._first(x, rows, total)
         weights = torch.cat(

@@ -682,7 +682,7 @@ class Code:
     def _left(self, why: int, site: int, target: int) -> None:
         if why == FULL:
             raise NativeCodeError(
-                f"{self.name} asks for {target} bytes, more than is left of the {self.arena.size >> 20} MiB of the arena"
+                f"{self.name} asks for {target} bytes, more than is left of {self.arena.size >> 20} MiB of the arena"
             )
         address, text = self.sites[site]
         if why == MEMORY and self.program.follow(target):

@@ -202,11 +202,11 @@ def _fma(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
 
 # A rule's name has lost its V: FMADD231SD. The three digits say which operand is x, y and z of x y + z.
 _FMA = re.compile(r"F(N?M(?:ADD|SUB|ADDSUB|SUBADD))(132|213|231)(PD|SD)")
-for _kind in ("MADD", "MSUB", "NMADD", "NMSUB", "MADDSUB", "MSUBADD"):
+for _sum in ("MADD", "MSUB", "NMADD", "NMSUB", "MADDSUB", "MSUBADD"):
     for _order in ("132", "213", "231"):
         for _width in ("PD", "SD"):
-            if _width == "PD" or _kind not in ("MADDSUB", "MSUBADD"):
-                declare(f"F{_kind}{_order}{_width}")(_fma)
+            if _width == "PD" or _sum not in ("MADDSUB", "MSUBADD"):
+                declare(f"F{_sum}{_order}{_width}")(_fma)
 
 
 # --- comparisons -------------------------------------------------------------------------------------------------
