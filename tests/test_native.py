@@ -524,7 +524,7 @@ assert (jp.hessian(lambda x: g(x, 6), x) - jp.hessian(r, x)).abs().max() < 1e-11
 @here
 @pytest.mark.long
 def test_lapack():
-    """dgesv of SciPy's OpenBLAS: 7000 instructions, memory that it holds, functions found by running."""
+    """A solver of SciPy's OpenBLAS: 7000 instructions, memory that it holds, functions found by running."""
     import os
 
     pytest.importorskip("scipy")

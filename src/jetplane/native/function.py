@@ -358,7 +358,7 @@ class Compiled(Function):
                 )
             worst = (ours.double() - own.double()).abs().max()
             raise NativeCodeError(
-                f"values of {self.__name__} are not those of the function itself: {label} is off by {float(worst):.0e}. "
+                f"values of {self.__name__} are not those of the function: {label} is off by {float(worst):.0e}. "
                 "Threads that share out a sum are one cause (OMP_NUM_THREADS=1); else this is an error of Jetplane's, "
                 "please report it with the library. jetplane.register_native or jetplane.blackbox do without lifting"
             )
