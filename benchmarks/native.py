@@ -87,7 +87,7 @@ def measured(native, code: Code, u: torch.Tensor, v: torch.Tensor, tangents: tor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--turns", type=int, default=40)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -118,8 +118,8 @@ def main() -> None:
                 row |= {"made_s": made, "instructions": report.instructions}
                 rows.append(row)
                 print(
-                    f"| {flag} | {k} | {'first' if order == 1 else 'all pairs'} | {row['ratio']:.1f} | {row['goal'] or ''} | "
-                    f"{row['ms']:.2f} | {row['slope_error']:.0e} | {row['same_bits']} | "
+                    f"| {flag} | {k} | {'first' if order == 1 else 'all pairs'} | {row['ratio']:.1f} | "
+                    f"{row['goal'] or ''} | {row['ms']:.2f} | {row['slope_error']:.0e} | {row['same_bits']} | "
                     f"{made:.2f} | {row['kept_s'] or math.nan:.3f} |",
                     flush=True,
                 )

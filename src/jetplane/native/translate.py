@@ -570,7 +570,7 @@ def touched(function: Function) -> tuple[set[str], set[str]]:
 
 def _carrying(function: Function) -> set[str]:
     """General registers that may hold a double: arguments, results of calls, and where one is moved to."""
-    found: set[str] = set(INTEGERS) - {"rsp"}
+    found: set[str] = {str(r) for r in INTEGERS if r != "rsp"}
     found |= {"rdx"} if any("call" in i.flow for i in function.instructions) else set()
     for i in function.instructions:
         for o in i.ops:
