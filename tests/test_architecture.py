@@ -16,16 +16,16 @@ LAYERS = [
     {"evaluation"},
     {"transforms", "subspace", "testing", "native"},
     {"gradients", "parallel"},
-    {"optim"},
+    {"optim", "monitor"},
     {"control"},
     {""},  # the package itself
-    {"experiments"},
+    {"experiments", "callbacks"},
     {"cli"},
     {"__main__"},
 ]
 LEVEL = {name: n for n, names in enumerate(LAYERS) for name in names}
 # llvm takes llvmlite, native pypcode and cffi, control NumPy and SciPy, when they are called.
-OUTSIDE_CORE = {"llvm", "native", "control", "experiments", "cli", "__main__"}
+OUTSIDE_CORE = {"llvm", "native", "control", "callbacks", "experiments", "cli", "__main__"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 STANDARD = set(__import__("sys").stdlib_module_names)
 

@@ -100,6 +100,10 @@ def located(error: DerivativeError) -> None:
         error.args = (f"{error.args[0]}\n  {', '.join(where)}", *error.args[1:])
 
 
+class TraceError(JetplaneError, RuntimeError):
+    """A function of nodes cannot become a graph of scalars: it reads values, or combines nodes."""
+
+
 class SingularPlaneError(JetplaneError, ArithmeticError):
     """The curvature of a plane is singular beyond the bounded rescue."""
 

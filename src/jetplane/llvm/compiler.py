@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def binding() -> Any:
         MissingPackageError: llvmlite is not installed.
     """
     try:
-        import llvmlite.binding as llvm
+        llvm = import_module("llvmlite.binding")
     except ImportError as error:
         raise MissingPackageError(
             "machine code needs llvmlite, which is not installed: pip install 'jetplane[control]' or "

@@ -1,7 +1,7 @@
 """Exact sparse first and second derivatives of a graph, as nodes of the same graph.
 
-First derivatives are forward jets with as many coefficients as variables a node depends on. The Hessian of a weighted sum
-of outputs takes one sweep of adjoints back and
+First derivatives are forward jets with as many coefficients as variables a node depends on. The Hessian of a weighted
+sum of outputs takes one sweep of adjoints back and
 
     H = sum over nodes v of  adjoint(v) * sum over pairs of arguments (a, b) of  (d²v / da db) * J_a J_bᵀ,
 

@@ -1,7 +1,8 @@
 """Graphs of scalars: folded, hashed and shared while they grow, so that equal expressions are one node.
 
-A node is an integer. Its row is ``(operator, arguments)``; arguments are nodes made before, so that the numbers of nodes are
-a topological order. A graph says what happens to one lane (one collocation point, one call); back ends run it over many.
+A node is an integer. Its row is ``(operator, arguments)``; arguments are nodes made before, so that the numbers of
+nodes are a topological order. A graph says what happens to one lane (one collocation point, one call); back ends run it
+over many.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 Row = tuple[str, tuple]
 
 # What is computed where all arguments are constants. A comparison is 1.0 or 0.0.
-EVALUATE: dict[str, Callable[..., float]] = {
+EVALUATE: dict[str, Callable[..., Any]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
     "mul": lambda a, b: a * b,
@@ -106,15 +108,25 @@ class Graph:
             arguments = arguments[::-1]
         return self._node((operator, arguments))
 
-    def external(self, function: object, arguments: Sequence[int], values: int) -> External:
-        """A function that is computed outside, of the values of some nodes."""
+    def external(
+        self, function: object, arguments: Sequence[int], values: int, *, differentiable: bool = True
+    ) -> External:
+        """A function that is computed outside, of the values of some nodes.
+
+        Where it is not differentiable (a look-up that is constant between its steps), derivatives are the constant
+        zero.
+        """
         k = len(arguments)
+
+        def derivative() -> int:
+            return self.input() if differentiable else self.constant(0.0)
+
         made = External(
             function,
             tuple(arguments),
             tuple(self.input() for _ in range(values)),
-            tuple(tuple(self.input() for _ in range(k)) for _ in range(values)),
-            tuple(tuple(self.input() for _ in range(row + 1)) for row in range(k)),
+            tuple(tuple(derivative() for _ in range(k)) for _ in range(values)),
+            tuple(tuple(derivative() for _ in range(row + 1)) for row in range(k)),
         )
         self.externals.append(made)
         return made
@@ -145,8 +157,10 @@ class Graph:
         return node
 
     def _fold(self, operator: str, arguments: tuple[int, ...]) -> int | None:
-        """A simpler node that is equal, or None. Nothing is folded that would turn NaN or infinity into a number,
-        except a product with a constant zero: a structural zero stays one.
+        """A simpler node that is equal, or None.
+
+        Nothing is folded that would turn NaN or infinity into a number, except a product with a constant zero: a
+        structural zero stays one.
         """
         values = [self.value(a) for a in arguments]
         if None not in values:
