@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import jetplane
 
@@ -23,8 +24,12 @@ MODULES = [
 def test_page(page: Path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     scope: dict = {}
-    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
-        exec(compile(block, page.name, "exec"), scope)  # noqa: S102
+    dtype = torch.get_default_dtype()
+    try:
+        for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
+            exec(compile(block, page.name, "exec"), scope)  # noqa: S102
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def anchors(page: Path) -> set[str]:
