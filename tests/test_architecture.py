@@ -16,7 +16,7 @@ LAYERS = [
     {"evaluation"},
     {"transforms", "subspace", "testing"},
     {"gradients", "parallel"},
-    {"optim", "monitor"},
+    {"optim", "monitor", "exporting"},
     {""},  # the package itself
     {"experiments", "callbacks"},
     {"cli"},

@@ -30,6 +30,7 @@ from .errors import (
 from .evaluation.api import evaluate
 from .evaluation.audit import AuditReport, audit
 from .evaluation.plane import PlaneModel
+from .exporting import export
 from .jets import LowRank
 from .monitor import CurvatureMonitor, CurvatureReading
 from .parallel import ranks as distributed
@@ -95,6 +96,7 @@ __all__ = [
     "estimate_diagonal",
     "estimate_hessian",
     "evaluate",
+    "export",
     "gradients",
     "hessian",
     "hvp",
