@@ -101,6 +101,18 @@ def test_a_program_with_other_numbers_is_refused() -> None:
         jp.export(changing, (torch.ones(3), torch.ones(1, 3)))
 
 
+def test_tracing_without_jets_is_refused() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x = torch.ones(2)
+    for f in (
+        lambda x: jp.jet(lambda x: x.sin().sum(), x, torch.eye(2))[1],
+        lambda x: jp.evaluate(lambda: x.sin().sum(), [x], [torch.eye(2)]).slope,
+    ):
+        with pytest.raises(jp.DerivativeError, match=r"jetplane\.export"):
+            make_fx(f)(x)
+
+
 def test_training_without_torch(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the runtime")
     pytest.importorskip("onnxscript", reason="torch's ONNX exporter needs it")
