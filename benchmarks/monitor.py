@@ -351,7 +351,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     left.axhline(run["rate"], color="C1", label="rate")
     left.set(yscale="log", xlabel="step", ylabel="rate")
     left.set_title(f"Gradient descent on {run['data']} comes to the edge of stability", loc="left", fontsize=11)
-    left.legend(frameon=False, fontsize=9, loc="upper right")
+    left.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(0.1, 0.4))
     names = [way for way in dict.fromkeys(row["way"] for row in found["readings"]) if way != "forward"]
     models = list(dict.fromkeys(row["model"] for row in found["readings"]))
     for i, way in enumerate(names):

@@ -23,12 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacfwd, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jetplane as jp
 
 from .measuring import ROOT, Process, environment, machine
 from .memory import SMALL, peak_growth
 from .protocol import serve
+from .wavefunctions import FermiNet, PsiFormer, problem
 
 Way = Callable[[], Any]
 TOLERANCE = 1e-3  # relative, float32
@@ -175,6 +177,72 @@ def product(d: int) -> dict[str, Callable[[], Way]]:
     }
 
 
+def by_double_backward(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Laplacians by a second backward pass for each coordinate, of which no graph is kept."""
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        z = x.clone().requires_grad_()
+        g = torch.autograd.grad(f(z).sum(), z, create_graph=True)[0]
+        rows = [torch.autograd.grad(g[:, d].sum(), z, retain_graph=True)[0][:, d] for d in range(x.shape[1])]
+    return torch.stack(rows).sum(0)
+
+
+def wave_function(kind: type[nn.Module]) -> dict[str, Callable[[], Way]]:
+    """Laplacians of log |psi| at 64 configurations of 8 electrons."""
+
+    def way(f: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]) -> Callable[[], Way]:
+        def build() -> Way:
+            net, x = problem(kind)
+
+            def run() -> Tensor:
+                with torch.no_grad():
+                    return f(net, x).clamp(-1000, 1000)  # as local energies are, near nodes
+
+            return run
+
+        return build
+
+    def trace(net: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return vmap(lambda z: torch.trace(jacfwd(grad(lambda y: net(y[None])[0]))(z)))(x)
+
+    return {
+        "jetplane": way(lambda f, x: jp.laplacian(f, x, batch_dim=0)),
+        "autograd": way(by_double_backward),
+        "torch.func": way(trace),
+    }
+
+
+def determinants() -> dict[str, Callable[[], Way]]:
+    """Laplacians of ``log |det|`` of 4 matrices 8 × 8, sines of linear functions of 24 coordinates, at 256 points."""
+
+    def build(way: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], Way]:
+        def made() -> Way:
+            torch.manual_seed(0)
+            w, shift = 0.3 * torch.randn(24, 256), (3 * torch.eye(8)).expand(4, 8, 8).flatten()
+            x = points(256, 24)
+            return lambda: way(x, w, shift)
+
+        return made
+
+    def f(x: Tensor, w: Tensor, shift: Tensor) -> Tensor:
+        return torch.linalg.slogdet(((x @ w).sin() + shift).unflatten(-1, (4, 8, 8)))[1].sum(-1)
+
+    def by_hand(x: Tensor, w: Tensor, shift: Tensor) -> Tensor:
+        inner = x @ w
+        matrices = (inner.sin() + shift).unflatten(-1, (4, 8, 8))
+        first = (inner.cos() * w[:, None]).unflatten(-1, (4, 8, 8))  # (24, 256, 4, 8, 8)
+        second = (-inner.sin() * w.square().sum(0)).unflatten(-1, (4, 8, 8))
+        inverse = torch.linalg.inv(matrices)
+        products = inverse @ first
+        return (inverse.mT * second).sum((1, 2, 3)) - (products * products.mT).sum((0, 2, 3, 4))
+
+    return {
+        "jetplane": build(lambda x, w, shift: jp.laplacian(lambda z: f(z, w, shift), x, batch_dim=0)),
+        "autograd": build(lambda x, w, shift: by_double_backward(lambda z: f(z, w, shift), x)),
+        "by hand": build(by_hand),
+    }
+
+
 TASKS: dict[str, tuple[str, Callable[[], dict[str, Callable[[], Way]]]]] = {
     "lap10": ("Laplacian, D 10, B 256", lambda: laplacians(10, 256)),
     "lap100": ("Laplacian, D 100, B 256", lambda: laplacians(100, 256)),
@@ -184,6 +252,9 @@ TASKS: dict[str, tuple[str, Callable[[], dict[str, Callable[[], Way]]]]] = {
     "pinn10": ("PINN step, D 10, B 256", lambda: pinn(10, 256)),
     "hessian": ("Hessian, D 1,000", lambda: hessian(1000)),
     "hvp": ("Hessian-vector product, D 10,000", lambda: product(10_000)),
+    "slogdet": ("Laplacian of slogdet (256, 4, 8, 8), K 24", determinants),
+    "ferminet": ("Laplacian of a FermiNet, 8 electrons, B 64", lambda: wave_function(FermiNet)),
+    "psiformer": ("Laplacian of a PsiFormer, 8 electrons, B 64", lambda: wave_function(PsiFormer)),
 }
 
 

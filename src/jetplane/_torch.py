@@ -97,6 +97,11 @@ def under(keys: Keys | None) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if keys is None else _force_keys(*keys)
 
 
+def below_view_tracking() -> contextlib.AbstractContextManager[Any]:
+    """Run without view tracking, where what an operator returns may have been tracked already."""
+    return _force_keys(_included(), _excluded().add(_view_tracking))
+
+
 @contextlib.contextmanager
 def tracking_views() -> Iterator[None]:
     """Run with view tracking and counted versions, below which rules run."""

@@ -32,8 +32,7 @@ class Term:
         """The tensor that this stands for."""
         if self.square is None:
             return self.weight * self.tensor
-        there = self.square > 0
-        return torch.where(there, self.weight * self.tensor * torch.where(there, self.square, 1).rsqrt(), 0)
+        return torch.where(self.square > 0, self.weight * self.tensor * self.square.rsqrt(), 0)
 
 
 @final

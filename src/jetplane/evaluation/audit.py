@@ -334,7 +334,7 @@ class _Audit:
                 if h == 0:
                     raise
                 return None
-            self.written = [t for t, _ in log.saved.values()]
+            self.written = [t for t, *_ in log.saved.values()]
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise LossError(f"the closure must return a scalar loss, got {type(loss).__name__}")
         stops.eps = max(stops.eps, torch.finfo(loss.dtype).eps)

@@ -14,27 +14,29 @@ from torch import Tensor
 
 from .._torch import TorchDispatchMode, memory_of, tree_leaves
 from ..errors import ArgumentError
-from ..jets import Jet
+from ..jets import Jet, owner_of
 
 
 class UndoLog(TorchDispatchMode):
     """Copies of the tensors that were there before, each made when the tensor is first written to in place.
 
     Attributes:
-        saved: by identity, each tensor that was written to and its values before.
+        saved: by identity, each tensor that was written to, its values before, and whether it was in a graph.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._fresh: set[int] = set()  # storages allocated meanwhile: nothing outside looks into them
         self._raw: dict[int, Tensor] = {}  # bytes of whole storages, as they are copied by `deepcopy`
-        self.saved: dict[int, tuple[Tensor, Tensor]] = {}
+        self.saved: dict[int, tuple[Tensor, Tensor, bool]] = {}
 
     def restore(self) -> None:
-        """Write the values of before back."""
+        """Write the values of before back, and take what was in no graph out of it."""
         with torch.no_grad():
-            for tensor, before in self.saved.values():
+            for tensor, before, graph in self.saved.values():
                 tensor.detach().copy_(before)
+                if owner_of(tensor).requires_grad and not graph:
+                    owner_of(tensor).detach_()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -61,7 +63,7 @@ class UndoLog(TorchDispatchMode):
             self._fresh.add(memory_of(value))
             return
         if isinstance(value, Tensor) and not isinstance(value, Jet) and not known and id(value) not in self.saved:
-            self.saved[id(value)] = value, value.detach().clone()
+            self.saved[id(value)] = value, value.detach().clone(), owner_of(value).requires_grad
 
     def _is_fresh(self, value: Any) -> bool:
         return _has_memory(value) and memory_of(value) in self._fresh
@@ -82,6 +84,7 @@ def _devices() -> list[int]:
 
 class _Here(threading.local):
     generators: tuple[Any, ...] = ()  # of the user's, to be set back as torch's are
+    undone: bool = False
 
 
 _here = _Here()
@@ -165,12 +168,19 @@ def without_side_effects(begin: RandomState | None = None) -> Iterator[UndoLog]:
     Args:
         begin: where random numbers start from inside, to repeat those drawn there; by default where they are.
     """
-    log, now = UndoLog(), RandomState()
+    log, now, before = UndoLog(), RandomState(), _here.undone
     if begin is not None:
         begin.restore()
+    _here.undone = True
     try:
         with log:
             yield log
     finally:
+        _here.undone = before
         log.restore()
         now.restore()
+
+
+def undone() -> bool:
+    """Whether what is written now is going to be set back."""
+    return _here.undone

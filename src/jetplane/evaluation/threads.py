@@ -102,10 +102,8 @@ def _install() -> None:
 
 # --- parameters that refuse ---------------------------------------------------------------------------------------
 
-# What gives no derivative, in this thread or in another.
-_WITHOUT_DERIVATIVE = {
-    torch.Tensor.detach,
-    torch.Tensor.data.__get__,  # type: ignore[attr-defined]
+# Questions about a tensor itself, which have no derivative and which its jet would answer no differently.
+QUERIES = {
     torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
     torch.Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
     torch.Tensor.grad.__get__,  # type: ignore[attr-defined]
@@ -113,8 +111,6 @@ _WITHOUT_DERIVATIVE = {
     torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
     torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
     torch.Tensor.device.__get__,  # type: ignore[attr-defined]
-    torch.Tensor._backward_hooks.__get__,  # type: ignore[attr-defined]
-    torch.Tensor._post_accumulate_grad_hooks.__get__,  # type: ignore[attr-defined]
     torch.Tensor.layout.__get__,  # type: ignore[attr-defined]
     torch.Tensor.size,
     torch.Tensor.stride,
@@ -123,12 +119,19 @@ _WITHOUT_DERIVATIVE = {
     torch.Tensor.element_size,
     torch.Tensor.is_floating_point,
     torch.Tensor.is_complex,
+}
+# Numbers for people to read.
+SHOWING = {torch.Tensor.__repr__, torch.Tensor.__format__}
+# What gives no derivative, in this thread or in another.
+_WITHOUT_DERIVATIVE = {
+    *QUERIES,
+    torch.Tensor.detach,
+    torch.Tensor.data.__get__,  # type: ignore[attr-defined]
+    torch.Tensor._backward_hooks.__get__,  # type: ignore[attr-defined]
+    torch.Tensor._post_accumulate_grad_hooks.__get__,  # type: ignore[attr-defined]
     torch.Tensor.__hash__,
     torch.Tensor.__repr__,
 }
-
-
-_SHOWING = {torch.Tensor.__repr__, torch.Tensor.__format__}
 
 
 class _Refusing:
@@ -138,7 +141,7 @@ class _Refusing:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not _here.interceptions and torch.is_grad_enabled() and func not in _WITHOUT_DERIVATIVE:
             _refuse(func, tree_leaves((args, kwargs)))
-        if func in _SHOWING:  # as what it is to the user
+        if func in SHOWING:  # as what it is to the user
             with DisableTorchFunctionSubclass():
                 args = args[0].detach().requires_grad_(args[0].requires_grad), *args[1:]
         with DisableTorchFunctionSubclass():

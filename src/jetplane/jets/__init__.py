@@ -1,7 +1,19 @@
 """Internal: tensors with derivatives, and their calculus."""
 
 from .calculus import Derivatives, add_jets, as_jet, chain, chain_many, elementwise, jointly, linear, multiply
-from .coefficients import Coefficients, absent, aligned, expand, lift, outer, overwritten, plain, symmetric, writable
+from .coefficients import (
+    Coefficients,
+    absent,
+    aligned,
+    expand,
+    joined,
+    lift,
+    outer,
+    overwritten,
+    plain,
+    symmetric,
+    writable,
+)
 from .jet import (
     LOST,
     WRITTEN,
@@ -26,6 +38,7 @@ from .storage import (
     forget_promoted,
     forget_promotions,
     mark_view,
+    owner_of,
     promote,
     promoted,
     promotion_state,
@@ -74,6 +87,7 @@ __all__ = [
     "goes_outside",
     "innermost",
     "is_jet",
+    "joined",
     "jointly",
     "kind_of",
     "lift",
@@ -83,6 +97,7 @@ __all__ = [
     "multiply",
     "outer",
     "overwritten",
+    "owner_of",
     "parts",
     "plain",
     "precise",

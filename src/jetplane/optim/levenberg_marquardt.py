@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,8 +14,8 @@ from .._torch import tree_flatten, tree_unflatten
 from ..errors import ArgumentError, DeviceError, DTypeError, NonFiniteError, ShapeError, UnusedParametersError
 from ..subspace.linear_model import LinearModel, Region, RowFactor
 from ..subspace.robust import Rho, RobustLoss
-from ..transforms.arguments import Point, point
-from ..transforms.costs import in_runs
+from ..transforms.arguments import Call, call_of
+from ..transforms.costs import in_turn, runs_of
 from ..transforms.forward import blockwise
 
 Status = Literal["gtol", "ftol", "xtol", "stalled", "limit"]
@@ -155,7 +155,7 @@ def least_squares(
     scale = None if isinstance(x_scale, str) and x_scale == "jac" else problem.numbers(x_scale, "x_scale").reciprocal()
     if scale is not None and not bool(((scale > 0) & scale.isfinite()).all()):
         raise ArgumentError(f"x_scale must be 'jac' or positive numbers, got {x_scale!r}")
-    double = all(leaf.dtype == torch.float64 for leaf in problem.where.leaves)
+    double = all(leaf.dtype == torch.float64 for leaf in problem.call.leaves)
     tolerances = [_tolerance(name, t, double) for name, t in (("ftol", ftol), ("xtol", xtol), ("gtol", gtol))]
     limit = _count("max_nfev", 100 * problem.n if max_nfev is None else max_nfev)
     with torch.no_grad():
@@ -207,42 +207,38 @@ class _Problem:
     """Residuals as a function of n numbers.
 
     Attributes:
-        residuals: the user's function.
-        where: the parameters that it was started with.
+        call: the user's function, at the parameters that it was started with.
         robust: the loss; None for squares.
         chunk: coordinates of one pass.
     """
 
-    residuals: Callable[[Any], Any]
-    where: Point
+    call: Call
     robust: RobustLoss | None
     chunk: int
 
     @staticmethod
     def of(residuals: Callable[[Any], Any], params: Any, robust: RobustLoss | None, chunk: int | None) -> _Problem:
         """With parameters as they were given."""
-        where = point((params,), 0)
-        devices = {leaf.device for leaf in where.leaves}
+        call = call_of("least_squares", residuals, (params,), 0)
+        devices = {leaf.device for leaf in call.leaves}
         if len(devices) > 1:
             raise DeviceError(f"parameters must lie on one device, got {sorted(map(str, devices))}")
-        return _Problem(
-            residuals, where, robust, where.size if chunk is None else min(_count("chunk", chunk), where.size)
-        )
+        return _Problem(call, robust, call.size if chunk is None else min(_count("chunk", chunk), call.size))
 
     @property
     def n(self) -> int:
         """How many numbers the parameters are."""
-        return self.where.size
+        return self.call.size
 
     @property
     def start(self) -> Tensor:
         """The parameters as one vector, (n,) in float64, as all vectors here are."""
-        return torch.cat([leaf.detach().flatten().double().cpu() for leaf in self.where.leaves])
+        return torch.cat([leaf.detach().flatten().double().cpu() for leaf in self.call.leaves])
 
     def leaves(self, x: Tensor, lower: Tensor, upper: Tensor) -> tuple[list[Tensor], Tensor]:
         """The parameters at x in their own dtype, and the vector that these are: rounded, and within the bounds."""
         found = []
-        for leaf, part, low, high in zip(*([self.where.leaves, *map(self.split, (x, lower, upper))]), strict=True):
+        for leaf, part, low, high in zip(*([self.call.leaves, *map(self.split, (x, lower, upper))]), strict=True):
             rounded = part.to(leaf.dtype)
             rounded = torch.where(rounded.double() > high, rounded.nextafter(rounded.new_full((), -torch.inf)), rounded)
             rounded = torch.where(rounded.double() < low, rounded.nextafter(rounded.new_full((), torch.inf)), rounded)
@@ -251,18 +247,18 @@ class _Problem:
 
     def split(self, x: Tensor) -> list[Tensor]:
         """A vector in the shapes of the parameters."""
-        return self.where.split(x, 0)
+        return self.call.split(x, 0)
 
     def tree(self, x: Tensor, like_parameters: bool = True) -> Any:
         """A vector in the structure of the parameters, and in their dtypes."""
-        pairs = zip(self.split(x), self.where.leaves, strict=True)
-        return self.where.tree([part.to(leaf.device, leaf.dtype if like_parameters else None) for part, leaf in pairs])
+        pairs = zip(self.split(x), self.call.leaves, strict=True)
+        return self.call.tree([part.to(leaf.device, leaf.dtype if like_parameters else None) for part, leaf in pairs])
 
     def numbers(self, given: Any, what: str) -> Tensor:
         """A vector of numbers: one for all, or one for each in the structure of the parameters."""
-        leaves = [given] * len(self.where.leaves) if isinstance(given, (int, float)) else self.where.flat(given, what)
+        leaves = [given] * len(self.call.leaves) if isinstance(given, (int, float)) else self.call.flat(given, what)
         found = []
-        for i, (number, shape) in enumerate(zip(leaves, self.where.shapes, strict=True)):
+        for i, (number, shape) in enumerate(zip(leaves, self.call.shapes, strict=True)):
             tensor = torch.as_tensor(number, dtype=torch.float64).detach().cpu()
             if tensor.shape != shape and tensor.dim():
                 raise ShapeError(f"{what} of parameter {i}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
@@ -292,7 +288,7 @@ class _Problem:
         returned: dict[str, Any] = {}
 
         def blocks(p: Any) -> Iterator[Any]:
-            result = self.residuals(p)
+            result = self.call.f(p)
             if isinstance(result, Iterator):
                 yield from result
             else:
@@ -311,13 +307,13 @@ class _Problem:
                     columns[-1].append((y, first))
 
         columns: list[list[tuple[Tensor, Tensor]]] = []
-        here = Point(self.where.arguments, (0,), True, tuple(leaves), self.where.spec)
+        here = replace(self.call, f=blocks, leaves=tuple(leaves))
 
         def once(run: slice) -> None:
             columns.append([])
-            blockwise(blocks, here, here.axes(run), run.stop - run.start, take)
+            blockwise(here, here.axes(run), run.stop - run.start, take)
 
-        for _ in in_runs(self.n, self.chunk, once):
+        for _ in in_turn(runs_of(self.n, self.chunk), once):
             pass
         if self.chunk < self.n:
             if len({tuple(y.shape for y, _ in column) for column in columns}) > 1:
@@ -492,12 +488,12 @@ def _result(
     iterations: int, status: Status,
 ) -> LeastSquaresResult:  # fmt: skip
     assert here.model is not None
-    coarsest = max(torch.finfo(leaf.dtype).eps for leaf in problem.where.leaves)
+    coarsest = max(torch.finfo(leaf.dtype).eps for leaf in problem.call.leaves)
     covariance = _covariance(here, held == 0, coarsest, absolute_sigma)
     return LeastSquaresResult(
         params=problem.tree(here.x), cost=here.cost, fun=here.fun, gradient=problem.tree(here.model.gradient),
         covariance=covariance, standard_errors=problem.tree(covariance.diagonal().sqrt()),
-        active_mask=problem.where.tree([part.int() for part in problem.split(held)]),
+        active_mask=problem.call.tree([part.int() for part in problem.split(held)]),
         residuals=here.count, nfev=len(history), iterations=iterations, history=history, status=status,
     )  # fmt: skip
 
