@@ -258,11 +258,7 @@ def test_a_part_is_drawn_without_the_whole_where_the_whole_is_not_kept():
 
 
 @pytest.mark.parametrize(
-<<<<<<< HEAD
     "of", [Directions(5, seed=3), Directions(5, tangents="rank-one"), Counted()], ids=["dense", "rank-one", "counted"]
-=======
-    "of", [Directions(5, seed=3), Directions(5, tangents="rank-one"), Counted()], ids=lambda of: type(of).__name__
->>>>>>> leastsquares
 )
 def test_selected_directions_are_those_of_the_source_in_another_order(of):
     runs = [slice(3, 5), slice(0, 2)] if of.k == 5 else [slice(1, 2), slice(0, 1)]
