@@ -4,9 +4,9 @@
     python -m benchmarks.control --cases goddard shuttle --json control.json
     python -m benchmarks.control --pockit-path FOLDER     # a folder with pockit-optimal-control and what it needs
 
-CasADi gets the scalar graph of the same functions as its own expressions (SX, mapped over nodes), the same transcription
-on the same mesh from the same guess, and its own IPOPT with monotone barrier and IPOPT's own scaling; the comparison is of what a
-user gets from each. Times are processor time of one thread; a solve is the second of two.
+CasADi gets the scalar graph of the same functions as its own expressions (SX, mapped over nodes), the same
+transcription on the same mesh from the same guess, and its own IPOPT with monotone barrier and IPOPT's own scaling; the
+comparison is of what a user gets from each. Times are processor time of one thread; a solve is the second of two.
 """
 
 from __future__ import annotations
@@ -317,7 +317,8 @@ first = time.process_time() - t
 t = time.process_time()
 solution, info = ipopt.solve(system, guess, optimizer_options=options)
 again = time.process_time() - t
-print(json.dumps({"setup": first - again, "solve": again, "objective": float(info["obj_val"]), "status": int(info["status"])}))
+found = {"setup": first - again, "solve": again, "objective": float(info["obj_val"]), "status": int(info["status"])}
+print(json.dumps(found))
 """
 
 
@@ -362,7 +363,8 @@ def main() -> None:
             cached = f"{row['setup, cached']:.3f}" if "setup, cached" in row else ""
             share = f"{100 * row['derivatives'] / row['solve']:.0f} %" if "derivatives" in row else ""
             print(
-                f"| {name if way == 'jetplane' else ''} | {way} | {row.get('variables', '')} | {row['setup']:.2f} | {cached} "
+                f"| {name if way == 'jetplane' else ''} | {way} | {row.get('variables', '')} | {row['setup']:.2f} | "
+                f"{cached} "
                 f"| {row['solve']:.3f} | {share} | {row.get('iterations', '')} | {row['objective']:.9g} |",
                 flush=True,
             )
@@ -371,7 +373,8 @@ def main() -> None:
     print("|---|--:|--:|--:|--:|")
     for row in report["derivatives"]:
         print(
-            f"| {row['way']} | {row['values']:.3f} | {row['jacobian']:.3f} | {row['hessian']:.3f} | {row['difference']:.0e} |"
+            f"| {row['way']} | {row['values']:.3f} | {row['jacobian']:.3f} | {row['hessian']:.3f} | "
+            f"{row['difference']:.0e} |"
         )
     report["network"] = networks(given.nodes)
     print(f"\nnetwork 16-64-64-13, {given.nodes} nodes, milliseconds\n\n| way | Hessian | difference |\n|---|--:|--:|")
