@@ -7,8 +7,8 @@
 A reading is ``v^T Hess(L) v`` along the step v that Adam takes, of length one. Beside ours: reverse over reverse (one
 product with the Hessian), hessian-eigenthings by differences of gradients, its choice for large models, if it is there
 (``pip install hessian-eigenthings``), and the search for the critical rate by forward passes of arXiv 2601.16979. Time
-is processor time of one thread as a ratio to a plain forward pass, medians of turns that alternate; memory the peak above
-model and batch in a fresh process; error is against reverse over reverse in double precision.
+is processor time of one thread as a ratio to a plain forward pass, medians of turns that alternate; memory the peak
+above model and batch in a fresh process; error is against reverse over reverse in double precision.
 
 The run is gradient descent on all of a thousand images, by an MLP with tanh: curvature along the steps rises to 2 over
 the rate and stays there. Every reading is repeated by the search, and by one of many passes that is taken for exact.
@@ -38,10 +38,10 @@ from .memory import SMALL, peak_growth
 from .problems import BATCH, Problem, make
 
 MODELS = ["mlp", "cnn", "gpt"]
-TURNS = 9
+TURNS = 7
 SEARCH, EIGENTHINGS, REVERSE = "critical rate by search", "hessian-eigenthings, differences", "reverse over reverse"
 OURS, BOTH, PLANE = "ours", "ours, with Gauss-Newton", "ours, three directions"
-EDGE_RATE, EDGE_STEPS, EDGE_EVERY = 0.3, 1200, 10
+EDGE_RATE, EDGE_STEPS, EDGE_EVERY = 0.06, 800, 10
 
 
 # --- critical rates by forward passes -------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def at_a_step(name: str, batch: int | None = None) -> tuple[Problem, list[Tensor
 
 def reading(way: str, problem: Problem, direction: list[Tensor]) -> Callable[[], float | None]:
     """What a way measures along a direction: the curvature, or something else (None)."""
-    params = list(problem.model.parameters())
+    params: list[Tensor] = list(problem.model.parameters())
     if way == "forward":
 
         def forward() -> None:
@@ -129,7 +129,7 @@ def reading(way: str, problem: Problem, direction: list[Tensor]) -> Callable[[],
 
         return forward
     if way == SEARCH:
-        line = Line(problem.loss, params, direction)
+        line = Line(problem.loss, list(params), direction)
         start = critical_rate(line, 1.0)[0] * 1.1  # that of the step before
 
         def search() -> None:
@@ -171,7 +171,7 @@ def reading(way: str, problem: Problem, direction: list[Tensor]) -> Callable[[],
 def ways() -> list[str]:
     found = [OURS, BOTH, PLANE, REVERSE]
     try:
-        import hessian_eigenthings  # noqa: F401
+        import hessian_eigenthings  # type: ignore[import-not-found]  # noqa: F401
     except ImportError:
         pass
     else:
@@ -240,7 +240,7 @@ def edge(folder: Path | None) -> dict[str, Any]:
     model = nn.Sequential(
         nn.Linear(x.shape[1], 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)
     )  # fmt: skip
-    params = list(model.parameters())
+    params: list[Tensor] = list(model.parameters())
     optimizer = torch.optim.SGD(params, lr=EDGE_RATE)
 
     def loss() -> Tensor:
@@ -259,7 +259,7 @@ def edge(folder: Path | None) -> dict[str, Any]:
             start = time.process_time()
             searched, count = critical_rate(line, searched)
             seconds["search"] += time.process_time() - start
-            exact, _ = critical_rate(line, searched, 12)
+            exact, _ = critical_rate(line, searched, 8)
             sharpness, largest = power_iteration(loss, params, largest)
         start = time.process_time()
         optimizer.step()
@@ -289,7 +289,9 @@ def timed(run: Callable[[], Any]) -> float:
     return sorted(times)[7]
 
 
-def power_iteration(loss: Callable[[], Tensor], params: list[Tensor], v: Tensor, count: int = 8) -> tuple[float, Tensor]:
+def power_iteration(
+    loss: Callable[[], Tensor], params: list[Tensor], v: Tensor, count: int = 5
+) -> tuple[float, Tensor]:
     """The Hessian's largest eigenvalue by products in reverse mode, from where the last reading left off."""
     value = 0.0
     for _ in range(count):
@@ -305,13 +307,18 @@ def power_iteration(loss: Callable[[], Tensor], params: list[Tensor], v: Tensor,
 
 
 def tables(found: dict[str, Any]) -> str:
-    lines = [found["machine"], "", "| model | way | forward passes | peak, MiB | relative error |", "|---|---|--:|--:|--:|"]
-    for row in found["readings"]:
+    lines = [
+        found["machine"],
+        "",
+        "| model | way | forward passes | peak, MiB | relative error |",
+        "|---|---|--:|--:|--:|",
+    ]
+    for row in found.get("readings", []):
         error = "" if row["error"] is None else f"{row['error']:.0e}"
-        lines.append(
-            f"| {row['model']} | {row['way']} | {row['forwards']:.1f} | {row['peak'] / 2**20:.0f} | {error} |"
-        )
-    run = found["edge"]
+        lines.append(f"| {row['model']} | {row['way']} | {row['forwards']:.1f} | {row['peak'] / 2**20:.0f} | {error} |")
+    run = found.get("edge")
+    if run is None:
+        return "\n".join(lines)
     late = run["rows"][len(run["rows"]) // 2 :]
 
     def median(name: str) -> float:
@@ -320,10 +327,10 @@ def tables(found: dict[str, Any]) -> str:
     count = sum(r["passes_of_search"] for r in run["rows"]) / len(run["rows"])
     lines += [
         "",
-        f"{run['data']}, gradient descent at {run['rate']}, second half of the run, critical rate against a search of many "
-        f"passes (median): by one pass of jets {100 * median('pass'):.1f} %, by a search of {count:.1f} forward passes "
-        f"{100 * median('search'):.1f} %; cost in forward passes {run['forwards']['pass']:.1f} (with the step itself) and "
-        f"{run['forwards']['search']:.1f}",
+        f"{run['data']}, gradient descent at {run['rate']}, second half of the run: the median error of the critical",
+        f"rate, against a search of many passes, is {100 * median('pass'):.1f} % by one pass of jets, and "
+        f"{100 * median('search'):.1f} % by a search of {count:.1f} forward passes; in time "
+        f"{run['forwards']['pass']:.1f} (with the step itself) and {run['forwards']['search']:.1f} forward passes",
     ]
     return "\n".join(lines)
 
@@ -344,7 +351,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     left.axhline(run["rate"], color="C1", label="rate")
     left.set(yscale="log", xlabel="step", ylabel="rate")
     left.set_title(f"Gradient descent on {run['data']} comes to the edge of stability", loc="left", fontsize=11)
-    left.legend(frameon=False, fontsize=9)
+    left.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(0.1, 0.4))
     names = [way for way in dict.fromkeys(row["way"] for row in found["readings"]) if way != "forward"]
     models = list(dict.fromkeys(row["model"] for row in found["readings"]))
     for i, way in enumerate(names):
@@ -364,29 +371,33 @@ def main() -> None:
     """Measure, print the tables and write the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
+    add("--sections", nargs="+", choices=["edge", "readings"], default=["edge", "readings"])
     add("--models", nargs="+", choices=MODELS, default=MODELS)
     add("--data-dir", type=Path, help="folder of MNIST's files")
     add("--json", type=Path, help="all figures")
     add("--figure", type=Path)
-    add("--from", type=Path, dest="earlier", help="figures of an earlier run")
+    add("--from", nargs="+", type=Path, default=[], dest="earlier", help="figures of earlier runs, to put together")
     add("--case", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
         print(peak(*args.case))
         return
     torch.set_num_threads(1)
-    if args.earlier:
-        found = json.loads(args.earlier.read_text())
-    else:
+    found: dict[str, Any] = {}
+    for path in args.earlier:
+        found |= json.loads(path.read_text())
+    if not args.earlier:
         found = {
             "command": "python -m benchmarks.monitor" + (" --data-dir FOLDER" if args.data_dir else ""),
             "machine": machine(1),
-            "edge": edge(args.data_dir),
-            "readings": [row for name in args.models for row in of_model(name)],
         }
+        if "edge" in args.sections:
+            found["edge"] = edge(args.data_dir)
+        if "readings" in args.sections:
+            found["readings"] = [row for name in args.models for row in of_model(name)]
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
-    if args.figure:
+    if args.figure and {"edge", "readings"} <= set(found):
         draw(found, args.figure)
     print(tables(found))
 

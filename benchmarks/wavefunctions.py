@@ -93,8 +93,7 @@ class PsiFormer(nn.Module):
         r = x.unflatten(-1, (self.electrons, 3))
         to_nuclei = r.unsqueeze(-2) - NUCLEI.to(r)
         distances = lengths(to_nuclei)
-        spin = torch.ones(*r.shape[:-1], 1, dtype=r.dtype)
-        spin[..., UP:, :] = -1
+        spin = torch.where(torch.arange(self.electrons) < UP, 1.0, -1.0).to(r)[:, None].expand(*r.shape[:-1], 1)
         h = self.enter(torch.cat([torch.cat([to_nuclei, distances], -1).flatten(-2), spin], -1))
         for projection, output, perceptron in zip(self.projections, self.outputs, self.perceptrons, strict=True):
             q, k, v = projection(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -105,7 +104,13 @@ class PsiFormer(nn.Module):
 
 
 def problem(kind: type[nn.Module], batch: int = 64, electrons: int = 8) -> tuple[nn.Module, Tensor]:
-    """A network and configurations, the same in every process."""
+    """A network and configurations, the same in every process.
+
+    Weights are twice those that layers start with: orbitals differ more then, and determinants are further from zero.
+    """
     torch.manual_seed(0)
-    net = kind(electrons)
+    net = kind(electrons).requires_grad_(False)
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            module.weight *= 2
     return net, torch.randn(batch, 3 * electrons, generator=torch.Generator().manual_seed(1))

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import jetplane as jp
-from jetplane.rules import attention
+from jetplane.rules import attention, higher_order
 
 
 @pytest.fixture
@@ -217,3 +218,66 @@ def test_half_precision_has_coefficients_in_single(small_blocks):
     _, want, _ = jp.jet(F.scaled_dot_product_attention, [x.double() for x in xs], [t.double() for t in vs])
     assert first.dtype == torch.float32
     torch.testing.assert_close(first.double(), want, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_for_some_queries_at_a_time(monkeypatch):
+    xs, bias = heads(), torch.randn(4).double()
+    mask = create_block_mask(lambda b, h, m, n: m >= n, None, None, 13, 13, device="cpu")
+
+    def attend(q, k, v, bias):
+        return flex_attention(q, k, v, lambda s, b, h, m, n: s + bias[h] * (m - n), mask)
+
+    vs = [torch.randn(2, *x.shape).double() for x in (*xs, bias)]
+    whole = jp.jet(attend, (*xs, bias), vs)
+    monkeypatch.setattr(higher_order, "SCORES", 2 * 4 * 13 * 5)
+    for got, want in zip(jp.jet(attend, (*xs, bias), vs), whole, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    distance = torch.arange(13)[:, None] - torch.arange(13)
+    moved = (bias[:, None, None] * distance).masked_fill(distance < 0, -math.inf)
+    torch.testing.assert_close(whole[0], dense(*xs, moved))
+
+
+@pytest.mark.parametrize("layer", ["MultiheadAttention", "TransformerEncoderLayer"])
+def test_layers_of_torch_against_reverse_over_reverse(layer, small_blocks):
+    torch.manual_seed(0)
+    x = torch.randn(2, 11, 8).double()
+    padded = torch.zeros(2, 11, dtype=torch.bool)
+    padded[0, 8:] = True
+    if layer == "MultiheadAttention":
+        model = torch.nn.MultiheadAttention(8, 2, batch_first=True).double()
+
+        def call():
+            return model(x, x, x, key_padding_mask=padded, need_weights=False)[0]
+    else:
+        model = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double()
+
+        def call():
+            return model(x, src_key_padding_mask=padded)
+
+    params = list(model.parameters())
+    tangents = [torch.randn(2, *p.shape).double() for p in params]
+    jp.testing.check_plane(lambda: call().square().sum(), params, tangents, 1e-9)
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "GPT2"])
+def test_models_of_transformers_with_sdpa(architecture, small_blocks):
+    tf = pytest.importorskip("transformers", reason="the models are those of an optional library")
+    torch.manual_seed(0)
+    if architecture == "GPT2":
+        config = tf.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=16, resid_pdrop=0,
+                               embd_pdrop=0, attn_pdrop=0)  # fmt: skip
+    else:  # grouped queries
+        config = tf.LlamaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=4,
+                                num_key_value_heads=2, intermediate_size=16, max_position_embeddings=16)  # fmt: skip
+    make = tf.GPT2LMHeadModel if architecture == "GPT2" else tf.LlamaForCausalLM
+    config.use_cache = False
+    tokens = torch.randint(20, (2, 12))
+    planes = []
+    for chosen in ("sdpa", "eager"):
+        torch.manual_seed(0)
+        model = make._from_config(config, attn_implementation=chosen).double()
+        params = list(model.parameters())
+        planes.append(jp.evaluate(lambda m=model: m(tokens).logits.square().mean(), params, jp.Directions(2)))
+    torch.testing.assert_close(planes[0].slope, planes[1].slope, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(planes[0].curvature, planes[1].curvature, rtol=1e-5, atol=1e-7)

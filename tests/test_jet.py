@@ -5,12 +5,25 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import jetplane as jp
 from jetplane.evaluation.context import expansion
-from jetplane.jets import AllPairs, Coefficients, Diagonal, Jet, LowRank, Partial, Space, parts
+from jetplane.jets import AllPairs, Coefficients, Diagonal, Jet, LowRank, Partial, Space, outer, parts
 from jetplane.jets import jet as jet_module
-from jetplane.jets.jet import LOST, _jet_class, carried, goes_outside, innermost, is_jet, kind_of, make, precise, primal
+from jetplane.jets.jet import (
+    LOST,
+    _jet_class,
+    carried,
+    goes_outside,
+    innermost,
+    is_jet,
+    kind_of,
+    make,
+    precise,
+    primal,
+    whole,
+)
 from jetplane.jets.space import LOSS, MODEL, PARAMETER
 
 K, PAIRS = 2, 3
@@ -62,7 +75,7 @@ def test_rules_see_the_coefficients_of_their_own_space_alone(space):
     with expansion(Diagonal(3), 1) as inner:
         for constant in (y, 2.0, torch.ones(2)):
             value, first, second = parts(constant, inner)
-            assert value is constant and not first and not second
+            assert value is constant and not first and not second and (first.order, second.order) == (1, 2)
             assert primal(constant, inner) is constant and not is_jet(constant, inner)
         outer = Jet(y, torch.ones(3, 3), None, inner)
         assert primal(outer, inner) is y and is_jet(outer, inner) and not is_jet(outer, space)
@@ -84,7 +97,7 @@ def test_gauss_newton_models_are_linear_in_functions_of_the_parameters(space, of
     y = jet(space, 3, kind=of)
     space.kind = making
     _, first, second = parts(y, space)
-    assert bool(first) and bool(second) is kept
+    assert bool(first) and bool(second) is kept and (first.order, second.order) == (1, 2)
 
 
 def test_looking_at_tangents_does_not_keep_them(space):
@@ -93,7 +106,7 @@ def test_looking_at_tangents_does_not_keep_them(space):
     y = Jet(torch.ones(3, 4), Partial(K, (0, 1), low), None, space)
     first = parts(y, space)[1]
     torch.testing.assert_close(first.tensor, low.materialized())
-    assert isinstance(y.first.held, LowRank) and isinstance(first.held, Tensor)
+    assert isinstance(y.first.held, LowRank) and isinstance(first.held, Tensor) and first.order == 1
     one = Jet(torch.ones(3, 4), Partial(K, (1,), low[0:1]), None, space)
     assert parts(one, space)[1].rows == (1,)
 
@@ -109,6 +122,24 @@ def test_copies_look_into_the_same_memory(space):
     assert apart.primal.data_ptr() != base.primal.data_ptr()
 
 
+def test_views_of_what_was_written_to_are_read_again(space, monkeypatch):
+    """The primal only where the base has another one now."""
+    read = []
+    monkeypatch.setattr(jet_module, "_refresh", read.append)
+    base = jet(space, 3)
+    view = base.alias(base.primal)
+    for moved, written in ((None, False), (None, True), (base.primal, False), (base.primal, True)):
+        base.origin, view.version = moved, base.version - written
+        primal(view, space)
+        assert read == [view] * (written and moved is not None)
+        read.clear()
+        parts(view, space)
+        assert read == [view] * written
+        read.clear()
+    parts(base, space)
+    assert not read
+
+
 # --- how rules answer -------------------------------------------------------------------------------------
 
 
@@ -122,6 +153,13 @@ def test_what_has_no_coefficients_is_no_jet(space):
         whole = value.to(dtype)
         assert make(whole, first, second, space) is whole
     assert is_jet(make(value.to(torch.complex64), first.to(torch.complex64), none[1], space), space)
+
+
+def test_products_stay_products_in_a_jet(space):
+    first = Coefficients(space, 1, torch.randn(K, 3))
+    y = make(torch.ones(3), first, outer(first, first), space)
+    assert isinstance(y, Jet) and y.second.is_product
+    assert not make(torch.ones(2, 3), first, outer(first, first), space).second.is_product  # of another shape
 
 
 @pytest.mark.parametrize(
@@ -250,6 +288,26 @@ def test_another_class_is_another_view(space):
     assert isinstance(tagged, (Jet, Asked)) and tagged.base is base
     assert (tagged.version, tagged.kind) == (2, MODEL) and tagged.examples is base.examples
     assert base.as_subclass(Tensor) is base and type(tagged.as_subclass(Tensor)) is Jet
+
+
+# --- where rules record a graph -----------------------------------------------------------------------------
+
+
+def test_plain_tensors_are_recorded_between_operators():
+    w, x = torch.tensor(2.0, requires_grad=True), torch.tensor(3.0)
+    with whole(between=True):
+        recorded, plain = torch.add(w, w, alpha=3), torch.add(x, x, alpha=3)
+    assert recorded.item() == 8.0 and torch.autograd.grad(recorded, w)[0].item() == 4.0
+    assert plain.item() == 12.0 and not plain.requires_grad
+    with whole(between=False):
+        assert not torch.add(w, w, alpha=3).requires_grad
+
+
+def test_functions_that_torch_defines_in_python_record_what_they_compute_of_plain_tensors():
+    variance, x, target = torch.tensor(2.0, requires_grad=True), torch.tensor([1.0]), torch.tensor([0.0])
+    value, _, laplacian = jp.value_and_laplacian(lambda x: F.gaussian_nll_loss(x, target, variance.view(1)), x)
+    torch.testing.assert_close(torch.autograd.grad(value, variance, retain_graph=True)[0], torch.tensor(0.25 - 0.125))
+    torch.testing.assert_close(torch.autograd.grad(laplacian, variance)[0], torch.tensor(-0.25))
 
 
 # --- where an evaluation has ended meanwhile ----------------------------------------------------------------

@@ -162,6 +162,11 @@ def test_ten_times_the_damping_is_tried_where_it_did_not_hold(before, after):
     assert kappas == pytest.approx([-1 / (4 + 4 * before), -1 / (4 + 4 * after)], rel=1e-9)
 
 
+def test_exactly_three_quarters_are_enough():
+    falls = lambda trial: Outcome(-0.75 / 8)  # noqa: E731 (an eighth is promised)
+    assert decided(NoiseAware(), certain(), NoiseState(), falls).state.damping == 0.0
+
+
 def certain():
     """A plane of one direction, whose slope is the same for all examples."""
     none = torch.zeros(1, 1).double()
@@ -293,6 +298,16 @@ def test_the_second_pass_is_at_the_least_of_the_parabola_of_value_slope_and_firs
 def test_passes_come_nearer_by_a_tenth_where_no_loss_is_lower(loss_at):
     assert asked(ExactLine(3), STEEP, loss_at) == pytest.approx([1.0, 0.1, 0.01])
     assert along(ExactLine(3), STEEP, loss_at).rate == 0.0
+
+
+def test_passes_go_twice_as_far_while_the_loss_falls():
+    assert asked(ExactLine(4), STEEP, lambda r: 7 - r) == [1.0, 2.0, 4.0, 8.0]
+    assert along(ExactLine(4), STEEP, lambda r: 7 - r).rate == 8.0
+    assert asked(ExactLine(), STEEP, lambda r: 7 - r)[-1] == 32.0  # six of them
+
+
+def test_who_makes_use_of_examples():
+    assert NoiseAware().examples and not any(s.examples for s in (FullStep(), Backtracking(), ExactLine()))
 
 
 def test_steps_along_which_the_loss_does_not_fall_at_first():

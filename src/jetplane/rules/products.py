@@ -34,8 +34,9 @@ from ..jets import (
     plain,
     precise,
     primal,
+    writable,
 )
-from .forms import BATCHED, ROWS, Convolution, Form
+from .forms import BATCHED, ROWS, Convolution, Form, InPlace
 from .registry import register
 
 Rows = tuple[int, ...] | None  # which directions are there; None for all
@@ -58,9 +59,18 @@ def bilinear(space: Space, form: Form, a: Any, b: Any, y: Tensor | None = None) 
         y1, y2 = _crossed(space, form, pa, a1, pb, b1, y, half)
     else:
         y1, y2 = _left(space, form, a1, pb) + _right(space, form, pa, b1), absent(space, 2)
-    y2 += _left(space, form, a2, pb)
+    y2 = _onto_second(space, form, y2, a2, pb)
     y2 += _right(space, form, pa, b2)
     return make(y, y1, y2, space)
+
+
+def _onto_second(space: Space, form: Form, y: Coefficients, a: Coefficients, b: Tensor) -> Coefficients:
+    """``y_ij + f(a_ij, b)``, added up where y is, which is this operator's own."""
+    if isinstance(form, InPlace) and y and a and y.owned and y.rows == a.rows and writable(y.tensor, a.tensor, b):
+        for out, one in zip(y.tensor, a.tensor, strict=True):
+            form.into(out, one, b, True)
+        return y
+    return y.add(_left(space, form, a, b))
 
 
 def _left(space: Space, form: Form, a: Coefficients, b: Tensor) -> Coefficients:
