@@ -62,13 +62,13 @@ def _(
     kind, dtype = query.dtype, carried(query.dtype)
     kept = _kept((*batch, rows, columns), primal(query, space), dropout_p)
     query, key, value = (_spread(x, dtype, (*lead, *x.shape[-own:])) for x in (query, key, value))
-    query = torch.mul(query, 1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     if attn_mask is not None:
         attn_mask = _spread(attn_mask, dtype, (*batch, rows, columns))
     boxes, over_keys = _blocks_of(batch, rows, columns, QUERIES if is_causal else KEYS)
     outputs = []
     for *box, q in itertools.product(*boxes):
-        part, blocks = _rows(space, query, box, q), []
+        part, blocks = torch.mul(_rows(space, query, box, q), scale), []
         for k in over_keys:
             if is_causal and k.start >= q.stop:  # none of these queries sees one of these keys
                 break
