@@ -208,7 +208,8 @@ def sampled_axes(d: int, b: int, samples: int) -> dict[str, Callable[[], Way]]:
         net, x = network(d).requires_grad_(False), points(b, d)
         # Of D axes, those that this seed draws lie in front.
         drawn = torch.randperm(d, generator=torch.Generator().manual_seed(0))
-        net[0].weight.copy_(net[0].weight[:, drawn.argsort()])
+        weight = dict(net.named_parameters())["0.weight"]
+        weight.copy_(weight[:, drawn.argsort()])
         generator, x = torch.Generator(), x[:, drawn.argsort()].contiguous()
 
         def run() -> Tensor:
@@ -466,7 +467,7 @@ def measured_here(task: str, rounds: int) -> list[dict[str, Any]]:
     """Time alone, of ways that take turns in this process: for machines that others use."""
     torch.set_num_threads(1)
     runs: dict[str, Way] = {}
-    rows = {w: {"task": TASKS[task][0], "way": w} for w in ways(task)}
+    rows: dict[str, dict[str, Any]] = {w: {"task": TASKS[task][0], "way": w} for w in ways(task)}
     seconds: dict[str, list[float]] = {w: [] for w in rows}
     first = None
     for w, build in TASKS[task][1]().items():

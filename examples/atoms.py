@@ -50,6 +50,10 @@ ATOMS = {
 WIDTH = 32
 
 
+def smooth(r: Tensor) -> tuple[Tensor, Tensor]:
+    return r.square() / (1 + r.square()), torch.exp(-r.square())
+
+
 class WaveFunction(nn.Module):
     """``log |psi|`` of electrons at (walkers, 3 N) positions, up spins first."""
 
@@ -64,8 +68,8 @@ class WaveFunction(nn.Module):
         self.pair = nn.Sequential(nn.Linear(3, WIDTH), nn.Tanh())  # of two electrons: how far, how slow, which spins
         self.single = nn.Sequential(nn.Linear(3 + WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh())
         self.orbitals = nn.Linear(WIDTH, max(atom.up, atom.down))
-        # an envelope for each orbital: the first two see the nucleus, the next one is screened
-        self.decay = nn.Parameter(torch.tensor([atom.charge * 0.9, 0.7])[: max(atom.up, atom.down)])
+        # Envelopes exp(-Z r + tail r² / (1 + r)): near the nucleus slope -Z, which cancels its pole; slower outside.
+        self.tail = nn.Parameter(torch.tensor([0.4, atom.charge - 0.7])[: max(atom.up, atom.down)])
         nn.init.ones_(self.orbitals.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,11 +79,12 @@ class WaveFunction(nn.Module):
         first, second = zip(*self.pairs, strict=True)
         apart = (at[:, first] - at[:, second]).square().sum(-1, keepdim=True).sqrt()
         near = apart / (1 + apart)
-        features = torch.cat([near, torch.exp(-apart), self.same.expand_as(apart)], -1)
+        # Features without a slope at r = 0, so that the network leaves the poles cancelled.
+        features = torch.cat([*smooth(apart), self.same.expand_as(apart)], -1)
         others = self.pair(features).unflatten(1, (atom.electrons, -1)).mean(2)
-        alone = torch.cat([r / (1 + r), torch.exp(-r), self.spin.expand_as(r)], -1)
+        alone = torch.cat([*smooth(r), self.spin.expand_as(r)], -1)
         h = self.orbitals(self.single(torch.cat([alone, others], -1)))
-        phi = h * torch.exp(-self.decay * r)  # (walkers, N, orbitals)
+        phi = h * torch.exp(-atom.charge * r + self.tail * r.square() / (1 + r))  # (walkers, N, orbitals)
         log = (near[..., 0] * self.cusp).sum(-1)
         for part in (phi[:, : atom.up, : atom.up], phi[:, atom.up :, : atom.down]):
             log = log + (torch.linalg.slogdet(part)[1] if part.shape[1] > 1 else part[:, 0, 0].abs().log())
@@ -116,7 +121,7 @@ class Metropolis:
         return self.x
 
 
-def natural_gradient(psi: WaveFunction, x: Tensor, energy: Tensor, damping: float = 1e-3) -> Tensor:
+def natural_gradient(psi: WaveFunction, x: Tensor, energy: Tensor, damping: float = 1e-4) -> Tensor:
     """``S^-1 g`` for the energy's gradient g and the covariance S of grad log psi, over all parameters flat.
 
     With a centred row for each walker, S = Oᵀ O and g = 2 Oᵀ e: the system that is solved has the walkers' size.
@@ -141,7 +146,7 @@ def train(psi: WaveFunction, walkers: Metropolis, steps: int) -> list[float]:
         middle, spread = energy.median(), (energy - energy.median()).abs().mean()
         kept = energy.clamp(middle - 5 * spread, middle + 5 * spread)  # a few walkers near a node, or the nucleus
         change = natural_gradient(psi, x, kept)
-        rate = 0.2 / (1 + 9 * n / steps) * min(1.0, 2.0 / change.norm().item())
+        rate = 0.1 / (1 + 4 * n / steps) * min(1.0, 2.0 / change.norm().item())
         with torch.no_grad():
             flat = torch.nn.utils.parameters_to_vector(psi.parameters()) - rate * change
             torch.nn.utils.vector_to_parameters(flat, psi.parameters())

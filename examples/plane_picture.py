@@ -75,7 +75,9 @@ def main(arguments: list[str] | None = None) -> float:
     figure.colorbar(filled, label="loss")
     figure.savefig(args.out, dpi=150)
     promised, there = plane.value + step @ plane.slope / 2, sampled(loss, params, directions, step)
-    print(f"loss {float(plane.value):.4f}; after the step {float(promised):.4f} by the model, {float(there):.4f} in fact")
+    print(
+        f"loss {float(plane.value):.4f}; after the step {float(promised):.4f} by the model, {float(there):.4f} in fact"
+    )
     print(f"picture  {args.out}")
     return float((plane.value - there) / (plane.value - promised))
 

@@ -112,7 +112,8 @@ def _called(space: Space, box: _Box, *args: Any) -> Any:
         made = tuple(
             make(
                 y if y.requires_grad else _graphless(y, held),
-                *(_split(space, order, rows, outputs, n, held) for order, rows in ((1, first), (2, second))),
+                _split(space, 1, first, outputs, n, held),
+                _split(space, 2, second, outputs, n, held),
                 space,
             )
             for n, y in enumerate(outputs)
