@@ -10,7 +10,7 @@ the metric of ``grad log psi`` (Sorella, Phys. Rev. Lett. 80 (1998)), in which t
 differentiated.
 
     python examples/atoms.py                        # helium, about half a minute
-    python examples/atoms.py --steps 6000 --walkers 2048 --samples 1000 --json helium.json
+    python examples/atoms.py --steps 2000 --walkers 2048 --samples 1000 --json helium.json
     python examples/atoms.py --atom lithium
 
 The function: for each spin a determinant of orbitals, in which each electron's features depend on where the others are
@@ -121,7 +121,7 @@ class Metropolis:
         return self.x
 
 
-def natural_gradient(psi: WaveFunction, x: Tensor, energy: Tensor, damping: float = 1e-4) -> Tensor:
+def natural_gradient(psi: WaveFunction, x: Tensor, energy: Tensor, damping: float = 1e-3) -> Tensor:
     """``S^-1 g`` for the energy's gradient g and the covariance S of grad log psi, over all parameters flat.
 
     With a centred row for each walker, S = Oᵀ O and g = 2 Oᵀ e: the system that is solved has the walkers' size.
@@ -185,7 +185,7 @@ def draw(energies: list[float], atom: Atom, name: str, path: str) -> None:
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--atom", choices=ATOMS, default="helium")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--walkers", type=int, default=512)
     parser.add_argument("--samples", type=int, default=100, help="for the energy at the end, of each walker")
     parser.add_argument("--picture", help="where to draw the energy over steps")
