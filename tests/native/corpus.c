@@ -124,7 +124,7 @@ double impure(const double *x) { return x[0] * ++calls; }
 double special(const double *x) { return x[0] == 2 ? 4 : x[0] * x[0]; }
 __attribute__((noinline)) double mine(double x) { long b; memcpy(&b, &x, 8); b += 1L << 52; memcpy(&x, &b, 8); return x; }
 double with_rule(const double *x) { return mine(x[0]) * x[0]; }
-double large(const double *x, long n) { double *p = malloc(n); p[0] = x[0]; return p[0]; }
+double large(const double *x, long n) { volatile double *p = malloc(n); p[0] = x[0]; return p[0]; }
 double mantissa(const double *x) { int e; double m = frexp(x[0], &e); double w; return m * m + e + modf(x[0] * 3, &w) * x[0]; }
 double low_bits(const double *x) {
     long b; memcpy(&b, x, 8); b &= 0xfffffffff8000000; double h; memcpy(&h, &b, 8); return h * h + 2 * h * (x[0] - h);

@@ -17,11 +17,11 @@ def located(f: Any) -> tuple[int, str | None, Any]:
     Raises:
         ArgumentError: it is none of these.
     """
-    if isinstance(f, int) and not isinstance(f, bool):
+    if type(f) is int:
         if f <= 0:
             raise ArgumentError(f"expected the address of a function, got {f}")
         return f, None, None
-    if isinstance(f, ctypes._CFuncPtr if hasattr(ctypes, "_CFuncPtr") else ()):
+    if hasattr(f, "argtypes") and hasattr(f, "restype"):  # of ctypes
         return ctypes.cast(f, ctypes.c_void_p).value or 0, _of_ctypes(f), f
     kind, module = type(f).__name__, type(f).__module__
     if kind == "PyCapsule":

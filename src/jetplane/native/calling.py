@@ -17,7 +17,8 @@ from .signature import Parameter, Signature
 _DTYPES = {"double": torch.float64, "int": torch.int32, "long": torch.int64, "size_t": torch.int64, "char": torch.int8,
            "short": torch.int16, "bool": torch.bool, "unsigned": torch.int32}  # fmt: skip
 _C = {"double": ctypes.c_double, "int": ctypes.c_int, "unsigned": ctypes.c_uint, "long": ctypes.c_int64,
-      "size_t": ctypes.c_uint64, "char": ctypes.c_int8, "bool": ctypes.c_bool, "short": ctypes.c_int16, "void": None}  # fmt: skip
+      "size_t": ctypes.c_uint64, "char": ctypes.c_int8, "bool": ctypes.c_bool, "short": ctypes.c_int16,
+      "void": None}  # fmt: skip
 
 
 @dataclass
@@ -74,7 +75,7 @@ class Function:
             if p.shape is not None and p.reads:
                 if value.numel() != math.prod(size):
                     raise ShapeError(
-                        f"the parameter {self._label(n)} of {self.__name__} has the shape {list(size)} by the signature, "
+                        f"the parameter {self._label(n)} of {self.__name__} has the shape {list(size)} by signature, "
                         f"got a tensor of shape {list(value.shape)}"
                     )
                 size = tuple(value.shape)

@@ -1,8 +1,8 @@
 """Coefficients in LLVM: where those of a double lie, and their calculus as instructions.
 
-First coefficients of K directions are one vector, padded to a power of two or a multiple of 8. Second ones are in *groups*,
-each a vector whose place p belongs to a pair of directions (l_p, r_p), so that a product of first coefficients is one
-multiplication of two permuted vectors. All pairs of K directions are grouped as cyclic diagonals,
+First coefficients of K directions are one vector, padded to a power of two or a multiple of 8. Second ones are in
+*groups*, each a vector whose place p belongs to a pair of directions (l_p, r_p), so that a product of first
+coefficients is one multiplication of two permuted vectors. All pairs of K directions are grouped as cyclic diagonals,
 
     group d:  (i, i + d mod K),  i = 0 … K - 1,   d = 0 … K // 2,
 
@@ -250,7 +250,7 @@ class Calculus:
     # --- rules ------------------------------------------------------------------------------------------
 
     def chain(self, s: Jet, d1: str, d2: str | None) -> Jet:
-        """F(x): ``f' x_i`` and ``f' x_ij + f'' x_i x_j``; d2 None where f'' is zero."""
+        """Of f(x), ``f' x_i`` and ``f' x_ij + f'' x_i x_j``; d2 None where f'' is zero."""
         out = self.scale(d1, s)
         if out is None or d2 is None or not self.layout.groups:
             return out
@@ -258,7 +258,7 @@ class Calculus:
         return self._plus(out, s[0], s[0], False, d2)
 
     def chain2(self, s: Jet, t: Jet, g: tuple[str, str], h: tuple[str, str, str]) -> Jet:
-        """F(x, y) with gradient g and second derivatives h: xx, xy, yy."""
+        """Of f(x, y) with gradient g and second derivatives h: xx, xy, yy."""
         out = self.add(self.chain(s, g[0], h[0]), self.chain(t, g[1], h[2]))
         if out is None or s is None or t is None or not self.layout.groups:
             return out
@@ -290,7 +290,7 @@ class Calculus:
         return (first, *scaled[1:])
 
     def sqrt(self, z: str, s: Jet) -> Jet:
-        """``z = sqrt(x)``: ``z_i = x_i / 2z``, ``z_ij = (x_ij / 2 - z_i z_j) / z``; zero where x does not move."""
+        """Of a square root z, ``z_i = x_i / 2z`` and ``z_ij = (x_ij / 2 - z_i z_j) / z``; zero where x is still."""
         if s is None:
             return None
         r = self.a.op(f"fdiv double 1.0, {z}")

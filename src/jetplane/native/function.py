@@ -48,28 +48,29 @@ def compiled(
 ) -> Compiled:
     """A function of compiled code, in C, C++, Fortran, Cython or numba, as a torch function with exact derivatives.
 
-    Its machine code, and that of the functions it calls, is decoded and compiled again with first and second coefficients
-    of all directions beside every double. Values have the same bits as those of the function itself; derivatives are exact
-    to rounding, as those of the same formulas in torch.
+    Its machine code, and that of the functions it calls, is decoded and compiled again with first and second
+    coefficients of all directions beside every double. Values have the same bits as those of the function itself;
+    derivatives are exact to rounding, as those of the same formulas in torch.
 
     Args:
-        f: a function of ctypes or cffi, a ``numba.cfunc``, a ``scipy.LowLevelCallable``, a Cython capsule or an address.
-        c_signature: such as ``"double(const double[n] in, int n)"``: C's types, sizes of arrays in brackets, behind them a
-            name, and ``in``, ``out`` or ``inout`` (by default what ``const`` says). May be left out where f knows it and it
-            has numbers alone.
+        f: a function of ctypes or cffi, a ``numba.cfunc``, a ``scipy.LowLevelCallable``, a Cython capsule or
+            an address.
+        c_signature: such as ``"double(const double[n] in, int n)"``: C's types, sizes of arrays in brackets, behind
+            them a name, and ``in``, ``out`` or ``inout`` (by default what ``const`` says). May be left out
+            where f knows it and it has numbers alone.
         args: the parameters as a list instead, of ``jp.In(shape)``, ``jp.Out(shape)``, ``int``, ``float``.
         returns: with ``args``, what it returns: ``float``, ``int`` or None.
-        check: "first": the first call for each number of directions compares values with the function itself, bit for bit,
-            and a slope and a curvature with differences; "always": every call does; "never".
+        check: "first": the first call for each number of directions compares values with the function itself, bit for
+            bit, and a slope and a curvature with differences; "always": every call does; "never".
         constant: names of functions that are called as they are and whose results have no derivatives, such as
             ``printf``.
         rules: f' and f'' of functions of one double, by name: functions of compiled code, or of Python.
 
     Returns:
-        A function of the parameters that are read, in their order: arrays are tensors (float64, or converted) of so many
-        elements, numbers are numbers or tensors. It gives what f returns and then all arrays that f writes, as a tuple if
-        there are several, in the dtype of the first tensor given. Directions go through in chunks of 16, for second
-        derivatives of 8. Reverse mode takes a forward pass for 16 elements of the inputs.
+        A function of the parameters that are read, in their order: arrays are tensors (float64, or converted) of so
+        many elements, numbers are numbers or tensors. It gives what f returns and then all arrays that f writes, as a
+        tuple if there are several, in the dtype of the first tensor given. Directions go through in chunks of 16, for
+        second derivatives of 8. Reverse mode takes a forward pass for 16 elements of the inputs.
 
     Raises:
         ArgumentError: the signature cannot be read, or f is no compiled function.
@@ -92,7 +93,7 @@ def compiled(
     if c_signature is None and args is None:
         if own is None:
             raise ArgumentError(
-                'this function does not say what it takes; give its signature, such as "double(const double[n] in, int n)"'
+                'this function does not say what it takes; give its signature, as "double(const double[n] in, int n)"'
             )
         c_signature = own
     described_as = signature(c_signature, args, returns)
@@ -162,7 +163,8 @@ class Compiled(Function):
 
         Args:
             x: the arguments.
-            first, second: coefficients of each parameter, (K, n) and (count, n), or None.
+            first: coefficients of each parameter, (K, n) or None.
+            second: the same, (count, n) or None.
             structure: which second coefficients are made; None for none.
         """
         k = next((len(c) for c in first if c is not None), 0)
@@ -275,7 +277,7 @@ class Compiled(Function):
                     size = value.numel() * value.element_size()
                     if heap + size > arena.base + arena.size // 2:
                         raise NativeCodeError(
-                            f"{self.__name__} is given more memory than the {arena.size >> 20} MiB that are followed hold"
+                            f"{self.__name__} is given more than half of the {arena.size >> 20} MiB that are followed"
                         )
                     ctypes.memmove(heap, value.data_ptr(), size)
                     granules = (size + 7) // 8
@@ -291,7 +293,7 @@ class Compiled(Function):
                 if p.shape is None and p.kind == "double":
                     if doubles < 8:
                         at = WORDS + doubles * each
-                        words[at : at + each] = torch.cat([value, rows(n, 1)[0]])
+                        words[at : at + each] = torch.cat([torch.as_tensor(value), rows(n, 1)[0]])
                         doubles += 1
                     else:
                         stacked.append((struct.pack("<d", float(value)), rows(n, 1)))
@@ -333,8 +335,8 @@ class Compiled(Function):
         table = torch.cat(tables) if tables else torch.zeros(0, stride, dtype=torch.float64)
         if bool(((table.view(torch.int64) & ((1 << 63) - 1)) == MARK).any()):
             raise NativeCodeError(
-                f"{self.__name__} computes with a double of which it had written a part of the bytes; a derivative of it is not "
-                "known. Hand its derivatives over with jetplane.register_native, or take jetplane.blackbox"
+                f"{self.__name__} computes with a double of which it had written a part of the bytes; its derivative "
+                "is not known. Hand its derivatives over with jetplane.register_native, or take jetplane.blackbox"
             )
         return values, table[:, places[0]].mT.contiguous(), table[:, places[1]].mT.contiguous()
 
@@ -356,8 +358,8 @@ class Compiled(Function):
                 )
             worst = (ours.double() - own.double()).abs().max()
             raise NativeCodeError(
-                f"the value of {self.__name__} is not that of the function itself: {label} differs by {float(worst):.2e}. "
-                "Threads that share out a sum are one cause (set OMP_NUM_THREADS=1); else this is an error of Jetplane's, "
+                f"values of {self.__name__} are not those of the function: {label} is off by {float(worst):.0e}. "
+                "Threads that share out a sum are one cause (OMP_NUM_THREADS=1); else this is an error of Jetplane's, "
                 "please report it with the library. jetplane.register_native or jetplane.blackbox do without lifting"
             )
 
@@ -388,18 +390,20 @@ class Compiled(Function):
         steps = [unit * 10.0**-e for e in (2, 3, 4, 5, 6)]
         ends = [(at(h), at(-h)) for h in steps]
         slopes = [(p - m) / (2 * h) for h, (p, m) in zip(steps, ends, strict=True)]
-        verdict = [_verdict(found[1][i], slopes, 1e-3)]
+        rounding = 4 * torch.finfo(torch.float64).eps * float(center.norm())
+        verdict = [_verdict(found[1][i], slopes, [rounding / h for h in steps], 1e-3)]
         own = [g for g, group in enumerate(layout.groups) if group.weights is None]
         place = next((n for n, (g, p) in enumerate(layout.places) if g in own and
                       (layout.groups[g].left[p], layout.groups[g].right[p]) == (i, i)), None)  # fmt: skip
         if place is not None and all(c is None for c in second):
             bends = [(p - 2 * center + m) / h**2 for h, (p, m) in zip(steps, ends, strict=True)]
-            verdict.append(_verdict(found[2][place], bends[:4], 0.05))
+            verdict.append(_verdict(found[2][place], bends, [rounding / h**2 for h in steps], 0.05))
         for what, each in zip(("slope", "curvature"), verdict, strict=False):
             if each.startswith("differs"):
                 raise NativeCodeError(
-                    f"the {what} of {self.__name__} {each}. The code may change bits of doubles in a way that is not seen, or "
-                    "keep values between calls, or branch where an argument equals a special value. Hand its derivatives over with jetplane.register_native, or take "
+                    f"the {what} of {self.__name__} {each}. The code may branch where an argument "
+                    "equals a special value, keep values between calls, or change bits of doubles in a way that is not "
+                    "seen. Hand its derivatives over with jetplane.register_native, or take "
                     'jetplane.blackbox; check="never" accepts it'
                 )
         return ", ".join(f"{w} {v}" for w, v in zip(("slope", "curvature"), verdict, strict=False))
@@ -411,20 +415,28 @@ class Compiled(Function):
         )
 
 
-def _verdict(ours: Tensor, rows: list[Tensor], tolerance: float) -> str:
-    """What differences at shrinking steps say: three that agree, ten times better than with ours, convict it."""
-    if not all(bool(r.isfinite().all()) for r in [ours, *rows]):
+def _verdict(ours: Tensor, rows: list[Tensor], noise: list[float], tolerance: float) -> str:
+    """What differences at shrinking steps say.
+
+    Three in a row that agree, ten times better than with ours, convict it, if they are the shortest ones that rounding
+    does not blur: over longer steps a function with many kinks has another curvature.
+    """
+    clear = [
+        r for r, e in zip(rows, noise, strict=True) if e <= 0.1 * tolerance * max(float(r.norm()), float(ours.norm()))
+    ]
+    if len(clear) < 3 or not all(bool(r.isfinite().all()) for r in [ours, *clear]):
         return "unclear"
-    best = "unclear"
-    for a, b, c in zip(rows, rows[1:], rows[2:], strict=False):
+    agrees, away, spread, size = False, 0.0, 0.0, 1.0
+    for a, b, c in zip(clear, clear[1:], clear[2:], strict=False):
+        size = max(float(b.norm()), float(ours.norm()), 1e-300)
         spread = max(float((a - b).norm()), float((b - c).norm()))
         away = min(float((r - ours).norm()) for r in (a, b, c))
-        size = max(float(b.norm()), float(ours.norm()), 1e-300)
-        if away <= max(10 * spread, 1e-9 * size) and spread <= tolerance * size:
-            return "agrees with differences"
-        if away > 10 * spread and away > tolerance * size:
-            best = f"differs from differences by {away / size:.1e} of its size, which agree with each other to {spread / size:.1e}"
-    return best
+        agrees |= away <= max(10 * spread, 1e-9 * size) and spread <= tolerance * size
+    if agrees:
+        return "agrees with differences"
+    if spread <= tolerance * size and away > 10 * spread and away > tolerance * size:
+        return f"differs from differences by {away / size:.1e} of its size; they agree to {spread / size:.1e}"
+    return "unclear"
 
 
 def _flat(values: list[Tensor]) -> Tensor:
@@ -485,7 +497,7 @@ CALL = Call("compiled", "a jetplane.compiled function")
 def _on_jets(space: Space, f: Compiled, *args: Any) -> Any:
     if not all_plain(space, args, {}):
         raise DerivativeError(
-            f"{f.__name__} is inside derivatives of derivatives (jetplane.jet in a closure), which lifted code does not carry; "
+            f"{f.__name__} is inside derivatives of derivatives (jetplane.jet in a closure), which are not carried; "
             "take it out of them"
         )
     of = [parts(a, space) for a in args]
@@ -500,7 +512,7 @@ def _on_jets(space: Space, f: Compiled, *args: Any) -> Any:
                 raise DerivativeError(
                     f"the parameter {p.name or p.kind} of {f.__name__} is an integer and carries derivatives"
                 )
-            rows[order].append(_rows(c, primal) if some else None)
+            rows[order].append(_rows(c, primal) if some and c is not None and primal is not None else None)
     values, first, second = f.coefficients(x, rows[0], rows[1], space.structure if space.order == 2 else None)
     made, at = [], 0
     for v in values:
@@ -514,7 +526,7 @@ def _on_jets(space: Space, f: Compiled, *args: Any) -> Any:
             else Coefficients(space, order, c[:, at : at + n].to(x.device, x.dtype).reshape(-1, *v.shape))
             for order, c in ((1, first), (2, second))
         ]  # fmt: skip
-        made.append(make(value, *both, space))
+        made.append(make(value, both[0], both[1], space))
         at += n
     return made[0] if len(made) == 1 else tuple(made)
 
@@ -551,8 +563,8 @@ class _Reverse(torch.autograd.Function):
         start = 0
         for n in places:
             count = x.values[n].numel()
-            rows[n] = torch.zeros(total, count, dtype=torch.float64)
-            rows[n][start : start + count] = torch.eye(count, dtype=torch.float64)
+            own = rows[n] = torch.zeros(total, count, dtype=torch.float64)
+            own[start : start + count] = torch.eye(count, dtype=torch.float64)
             start += count
         _, jacobian = f._first(x, rows, total)
         weights = torch.cat(

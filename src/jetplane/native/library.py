@@ -33,12 +33,13 @@ class Rule:
 
 
 class Writer:
-    """Arithmetic on doubles for formulas: ``w("mul", x, y)``."""
+    """Arithmetic on doubles for formulas."""
 
     def __init__(self, t: Translator) -> None:
         self.t = t
 
     def __call__(self, op: str, *args: str) -> str:
+        """One operation: ``w("mul", x, y)``."""
         if op == "neg":
             return self.t.a.op(f"fneg double {args[0]}")
         if op in ("sqrt", "fabs"):

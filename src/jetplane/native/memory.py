@@ -1,9 +1,9 @@
-"""Memory of lifted code: an arena with a linear shadow, and the functions of a module that read and write coefficients.
+"""Memory of lifted code: an arena with a linear shadow, and the functions that read and write coefficients.
 
-What code may write (arguments, heap, stack) lies in one arena. The coefficients of the double at ``arena + 8 i`` are at
-``shadow + 8 stride i``. One rotation and one comparison of ``address - arena`` tell whether an address is in the arena and
-aligned. Libraries' own data, and memory that they have allocated before, have shadows as well, found more slowly; elsewhere
-nothing is active.
+What code may write (arguments, heap, stack) lies in one arena. The coefficients of the double at ``arena + 8 i`` are
+at ``shadow + 8 stride i``. One rotation and one comparison of ``address - arena`` tell whether an address is in the
+arena and aligned. Libraries' own data, and memory that they have allocated before, have shadows as well, found more
+slowly; elsewhere nothing is active.
 
 A store of less than a whole double leaves a mark, a NaN of its own as the first coefficient. The bytes may be read as
 integers; read as a double they give NaN, never a silent zero.
@@ -137,7 +137,7 @@ end:
     )
     # --- where the coefficients of an address are
     out.append(
-        f"""define internal ptr @jp_in_region(i64 %a, i64 %size) noinline cold memory(read) nounwind willreturn mustprogress {{
+        f"""define internal ptr @jp_in_region(i64 %a, i64 %size) noinline cold memory(read) nounwind willreturn {{
 entry:
   %np = getelementptr i8, ptr @jp_state, i64 {8 * REGIONS}
   %n = load i64, ptr %np

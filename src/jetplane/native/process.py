@@ -1,4 +1,4 @@
-"""This process: what is mapped where, the symbols of its libraries, and lines of source where debug information has them."""
+"""This process: what is mapped where, the symbols of its libraries, and lines of their source."""
 
 from __future__ import annotations
 

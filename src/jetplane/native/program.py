@@ -153,12 +153,13 @@ class Program:
         module, own = maps.module(target), maps.module(site)
         symbol = module.symbol(target) if module else None
         if symbol is not None and (kind := library.LEAVING.match(symbol.name)):
-            return f"calls {symbol.name}: {'C++ exceptions' if kind[1] else 'jumps out of functions'}, which are not carried"
+            what = "C++ exceptions" if kind[1] else "jumps out of functions"
+            return f"calls {symbol.name}: {what}, which are not carried"
         if module is not None and library.SYSTEM.match(module.name):
             name = symbol.name if symbol else f"{target - module.base:#x}"
             return (
-                f"calls {name} of {module.name}, which has no rule. Give one, rules={{{name!r}: (f1, f2)}} with its first "
-                f"and second derivative, or say that its result is constant: constant=[{name!r}]"
+                f"calls {name} of {module.name}, which has no rule. Give one, rules={{{name!r}: (f1, f2)}} with its "
+                f"first and second derivative, or say that its result is constant: constant=[{name!r}]"
             )
         return None if module is own or target in self.opened else ""
 
@@ -204,7 +205,7 @@ class Program:
         return new
 
     def follow(self, address: int) -> bool:
-        """Give the mapping that an address lies in a shadow, if it has none: memory from before that the code writes to."""
+        """Give the mapping that an address lies in a shadow, if it has none. It is memory from before the call."""
         region = Maps().at(address)
         if region is None or "w" not in region.rights or region.end - region.start > 1 << 32:
             return False
@@ -314,8 +315,8 @@ class Program:
         instruction = str(self.decoder.at(address))
         text = f"{name} {why}\n  at {where}: {instruction}" + (f"\n  {line}" if line else "")
         text += (
-            "\n  Hand its derivatives over in another way: jetplane.register_native(f, signature, jvp=…), jets in its source "
-            "(jetplane.native.include()), or, by differences, jetplane.blackbox"
+            "\n  Hand its derivatives over in another way: jetplane.register_native(f, signature, jvp=…), jets in its "
+            "source (jetplane.native.include()), or, by differences, jetplane.blackbox"
         )
         return NativeCodeError(text, where, instruction, line)
 
@@ -482,6 +483,7 @@ class Code:
         self._words = (ctypes.c_uint64 * (WORDS + 8 * (1 + layout.stride)))()
         self._shadows: list[tuple[int, int, mmap.mmap]] = []
         self.sites: list[tuple[int, str]] = []
+        self._entered: set[Library] = set()
         if build:
             self._build()
 
@@ -505,14 +507,15 @@ class Code:
             text = module.text()
         lifted = time.perf_counter()
         code = compiler.compiled(text, slp=self.layout.stride == 1, level=0 if self.quick else 2)
-        self.sites = module.sites
+        self.sites, self.assembly = module.sites, text
         report = self.report
         report.instructions = sum(len(f.instructions) for f in program.functions.values())
         report.functions = len(program.functions)
         report.rules = tuple(sorted(program.used))
         report.lift_s, report.compile_s, report.cached = lifted - start, time.perf_counter() - lifted, False
         libraries = {program.decoder.maps.module(e) for e in program.functions}
-        report.libraries = tuple(sorted(m.name for m in libraries if m))
+        self._entered = {m for m in libraries if m is not None}
+        report.libraries = tuple(sorted(m.name for m in self._entered))
         report.refused = tuple(
             sorted(
                 {why.split(". Give")[0] for _, why in module.sites if why.startswith(("no rule", "calls", "an instr"))}
@@ -532,15 +535,13 @@ class Code:
         }
         self._engine = compiler.linked(code, symbols)
         self._run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._engine.get_function_address("run"))
-        self._modules = {m for m in (self.program.decoder.maps.module(f) for f in self.program.functions) if m}
-        self._modules |= set(libraries)
         self._follow()
 
     def _follow(self) -> None:
-        """Shadows of the libraries' own data."""
+        """Shadows of the data of the libraries whose code was lifted, and of what running has found."""
         self._shadows = []
         places = set(self.program.followed)
-        for module in self._modules:
+        for module in self._entered:
             if not library.SYSTEM.match(module.name):
                 places.update(self.program.decoder.maps.writable(module))
         for start, end in sorted(places)[:MOST_REGIONS]:
@@ -609,13 +610,11 @@ class Code:
             self.program.known[place(path, offset)] = [place(*t) for t in row]
         self.program.opened |= {place(*t) for t in head["opened"]}
         self.sites = [(place(path, offset), why) for path, offset, why in head["sites"]]
-        self._modules = set(by_path.values())
+        self._entered = {by_path[path] for path, _ in head["entered"]}
         libraries = [by_path[path] for path, _ in head["libraries"]]
         for name, value in head["report"].items():
             setattr(self.report, name, tuple(value) if isinstance(value, list) else value)
         self._link(code, libraries, externals)
-        self._modules = set(by_path.values())
-        self._follow()
         self.report.cached, self.report.lift_s = True, 0.0
         self.report.compile_s = time.perf_counter() - start
         return True
@@ -636,12 +635,17 @@ class Code:
             heap, stack = prepare(self.arena)
             self._reset(heap)
             self._words[INTEGERS.index("rsp")] = stack
-            before = [(start, read(start, end - start)) for start, end, _ in self._shadows if end - start <= SAVED]
+            before = [
+                (start, read(start, end - start))
+                for start, end, _ in self._shadows
+                if end - start <= SAVED and (start, end) not in self.program.followed
+            ]
             self._run(ctypes.addressof(self._words))
             state = self.arena.state
             if not state[EXIT]:
                 break
-            for start, data in before:  # half a run must not leave half a state
+            # Half a run must not leave half a state. Only of libraries that were lifted: others are used meanwhile.
+            for start, data in before:
                 ctypes.memmove(start, data, len(data))
             self._left(int(state[EXIT]), int(state[SITE]), int(state[TARGET]))
             if state[EXIT] == MEMORY:
@@ -678,7 +682,7 @@ class Code:
     def _left(self, why: int, site: int, target: int) -> None:
         if why == FULL:
             raise NativeCodeError(
-                f"{self.name} asks for {target} bytes, more than is left of the {self.arena.size >> 20} MiB that are followed"
+                f"{self.name} asks for {target} bytes, more than is left of {self.arena.size >> 20} MiB of the arena"
             )
         address, text = self.sites[site]
         if why == MEMORY and self.program.follow(target):

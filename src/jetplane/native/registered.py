@@ -28,11 +28,13 @@ def register_native(
 
     Args:
         f: a compiled function, as `jetplane.compiled` takes it.
-        c_signature, args, returns: what it takes and returns, as there.
-        jvp: ``d f(x + t v) / dt``. It takes f's parameters, with a tangent of the same type behind every one that is of
-            doubles and read, and returns and writes derivatives where f returns and writes values.
-        second: ``d² f(x + s v + t w) / ds dt``, with two tangents behind every such parameter. By default differences of
-            ``jvp``.
+        c_signature: what it takes and returns, as there.
+        args: the parameters as a list instead, as there.
+        returns: with ``args``, as there.
+        jvp: ``d f(x + t v) / dt``. It takes f's parameters, with a tangent of the same type behind every one that is
+            of doubles and read, and returns and writes derivatives where f returns and writes values.
+        second: ``d² f(x + s v + t w) / ds dt``, with two tangents behind every such parameter. By default differences
+            of ``jvp``.
 
     Returns:
         A function of f's parameters that are read, as `jetplane.compiled` gives it.

@@ -21,7 +21,8 @@ ALIASES = {
     "long": "long", "long int": "long", "long long": "long", "int64": "long", "int64_t": "long", "ssize_t": "long",
     "ptrdiff_t": "long", "intp": "long", "Py_ssize_t": "long", "size_t": "size_t", "uint64": "size_t",
     "uint64_t": "size_t", "unsigned long": "size_t", "unsigned long long": "size_t", "char": "char", "int8": "char",
-    "bool": "bool", "_Bool": "bool", "short": "short", "int16": "short", "int16_t": "short", "void": "void", "none": "void",
+    "bool": "bool", "_Bool": "bool", "short": "short", "int16": "short", "int16_t": "short", "void": "void",
+    "none": "void",
 }  # fmt: skip
 
 Size = int | str  # a number, or an expression of integer parameters' names
@@ -160,8 +161,8 @@ def _declared(text: str, whole: str) -> Parameter:
     words = re.sub(r"\[[^\]]*\]", " ", words)
     if "*" in words or "CPointer" in words:
         raise ArgumentError(
-            f"the parameter {text.strip()!r} in {whole!r} is a pointer without a size; write the size in brackets, with "
-            "the name of the parameter that holds it: double[n]. For a number by reference: double[1]"
+            f"the parameter {text.strip()!r} in {whole!r} is a pointer without a size; write the size in brackets, "
+            "with the name of the parameter that holds it: double[n]. For a number by reference: double[1]"
         )
     name = ""
     try:

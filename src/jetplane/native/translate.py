@@ -1,8 +1,8 @@
-"""One function of machine code as one LLVM function: registers become values, and doubles carry coefficients beside them.
+"""One function of machine code as one LLVM function: registers become values, doubles carry coefficients.
 
-A register of 64 bits, or 64 bits of a vector register, is a *lane*: its bits, and the coefficients of the double in it, or
-none where it holds a constant by structure. Instructions on vector registers are given in `jetplane.native.vectors`;
-others by the decoder's P-code. Calls follow the System V convention.
+A register of 64 bits, or 64 bits of a vector register, is a *lane*: its bits, and the coefficients of the double in
+it, or none where it holds a constant by structure. Instructions on vector registers are given in
+`jetplane.native.vectors`; others by the decoder's P-code. Calls follow the System V convention.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MASK = (1 << 64) - 1
 
 
 class Refused(Exception):
-    """An instruction that is not carried. Raised while a function is translated; the program is left where it is reached."""
+    """An instruction that is not carried: while it runs, the program is left where it is reached."""
 
 
 class Lane:
@@ -54,6 +54,7 @@ class Number:
 
     @property
     def type(self) -> str:
+        """The LLVM type."""
         return f"i{8 * self.size}"
 
 
@@ -258,7 +259,7 @@ class Translator:
         """64 bits of memory."""
         known = self.module.known(address)
         if known is not None and self.module.constant(known, 8):
-            return Lane(str(int.from_bytes(read(known, 8), "little")))
+            return Lane(self.constant(int.from_bytes(read(known, 8), "little")))
         p = self.a.op(f"inttoptr i64 {address} to ptr")
         bits = self.a.op(f"load i64, ptr {p}, align 1, !tbaa !2")
         if known is not None and self.module.decoder.maps.constant(known, 8):
@@ -569,7 +570,7 @@ def touched(function: Function) -> tuple[set[str], set[str]]:
 
 def _carrying(function: Function) -> set[str]:
     """General registers that may hold a double: arguments, results of calls, and where one is moved to."""
-    found = set(INTEGERS) - {"rsp"}
+    found: set[str] = {str(r) for r in INTEGERS if r != "rsp"}
     found |= {"rdx"} if any("call" in i.flow for i in function.instructions) else set()
     for i in function.instructions:
         for o in i.ops:

@@ -1,8 +1,8 @@
 """Instructions on vector registers: SSE2 to AVX2 and FMA on doubles, and what compilers put between.
 
-The decoder's P-code is not used for them: it rounds FMA twice and forgets upper halves. One line gives each instruction, on
-lanes of 64 bits. Instructions on single precision and on integers in vector registers are carried where nothing active
-reaches them, and are errors elsewhere.
+The decoder's P-code is not used for them: it rounds FMA twice and forgets upper halves. One line gives each
+instruction, on lanes of 64 bits. Instructions on single precision and on integers in vector registers are carried
+where nothing active reaches them, and are errors elsewhere.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def translate(t: Translator, i: Instruction) -> bool:
         return True
     if re.search(r"ZMM|[XY]MM(1[6-9]|[23][0-9])|\bK[0-7]\b", i.body):
         raise Refused(
-            f"uses AVX-512, which is not carried ({i}); build it for AVX2: -march=x86-64-v3, or NUMBA_CPU_NAME=x86-64-v3"
+            f"uses AVX-512, which is not carried ({i}); build it for AVX2: -march=x86-64-v3, NUMBA_CPU_NAME=x86-64-v3"
         )
     if operands is None or not any(isinstance(o, Vector) for o in operands):
         return False
@@ -202,11 +202,11 @@ def _fma(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
 
 # A rule's name has lost its V: FMADD231SD. The three digits say which operand is x, y and z of x y + z.
 _FMA = re.compile(r"F(N?M(?:ADD|SUB|ADDSUB|SUBADD))(132|213|231)(PD|SD)")
-for _kind in ("MADD", "MSUB", "NMADD", "NMSUB", "MADDSUB", "MSUBADD"):
+for _sum in ("MADD", "MSUB", "NMADD", "NMSUB", "MADDSUB", "MSUBADD"):
     for _order in ("132", "213", "231"):
         for _width in ("PD", "SD"):
-            if _width == "PD" or _kind not in ("MADDSUB", "MSUBADD"):
-                declare(f"F{_kind}{_order}{_width}")(_fma)
+            if _width == "PD" or _sum not in ("MADDSUB", "MSUBADD"):
+                declare(f"F{_sum}{_order}{_width}")(_fma)
 
 
 # --- comparisons -------------------------------------------------------------------------------------------------
@@ -759,9 +759,8 @@ def _integers(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
         c = t.a.op(f"icmp {'eq' if name[4:6] == 'EQ' else 'sgt'} {kind} {u}, {v}")
         r = t.a.op(f"sext <{kind[1:].split()[0]} x i1> {c} to {kind}")
     elif name.startswith(("PMAX", "PMIN")):
-        r = t.a.op(
-            f"call {kind} @llvm.{name[4].lower()}{name[1:4].lower()}.v{kind[1:].replace(' x ', '')[:-1]}({kind} {u}, {kind} {v})"
-        )
+        op = f"@llvm.{name[4].lower()}{name[1:4].lower()}.v{kind[1:].replace(' x ', '')[:-1]}"
+        r = t.a.op(f"call {kind} {op}({kind} {u}, {kind} {v})")
     else:
         r = t.a.op(f"{ {'PADD': 'add', 'PSUB': 'sub', 'PMUL': 'mul'}[name[:4]] } {kind} {u}, {v}")
     t.set_lanes(to, _apart(t, r, kind, n))
