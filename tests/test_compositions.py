@@ -109,6 +109,14 @@ def test_terms_over_a_root_mean_square():
     assert torch.equal(Term(small.tensor).materialized(), small.tensor)
 
 
+def test_combined_terms_have_their_weights_and_squares():
+    square = torch.tensor([4.0, 0.25, 0.0])
+    terms = [Term(torch.tensor([3.0, -1.0, 5.0]), 0.5, square), Term(torch.tensor([1.0, 2.0, 3.0]), -3.0)]
+    directions = UnitDirections([{0: term} for term in terms])
+    combined = directions.combine(0, torch.empty(3), torch.tensor([2.0, 10.0]))
+    torch.testing.assert_close(combined, torch.tensor([1.5 - 30.0, -2.0 - 60.0, -90.0]))
+
+
 def test_vectors_of_zeros_are_left_out():
     assert UnitDirections.of([{0: Term(torch.zeros(2))}, {}]) is None
     found = UnitDirections.of([{}, {0: Term(torch.tensor([3e-9, 0.0])), 1: Term(torch.tensor([4e-9]))}, {}])
@@ -258,11 +266,7 @@ def test_a_part_is_drawn_without_the_whole_where_the_whole_is_not_kept():
 
 
 @pytest.mark.parametrize(
-<<<<<<< HEAD
     "of", [Directions(5, seed=3), Directions(5, tangents="rank-one"), Counted()], ids=["dense", "rank-one", "counted"]
-=======
-    "of", [Directions(5, seed=3), Directions(5, tangents="rank-one"), Counted()], ids=lambda of: type(of).__name__
->>>>>>> leastsquares
 )
 def test_selected_directions_are_those_of_the_source_in_another_order(of):
     runs = [slice(3, 5), slice(0, 2)] if of.k == 5 else [slice(1, 2), slice(0, 1)]

@@ -223,6 +223,19 @@ class TestTracing:
         )
         assert len(program.externals) >= 1
 
+    def test_an_operator_that_torch_cannot_see_into(self):
+        @torch.library.custom_op("jetplane_tests::wave", mutates_args=())
+        def wave(x: torch.Tensor, shift: float) -> torch.Tensor:
+            return torch.from_numpy(np.sin(x.detach().numpy() + shift))
+
+        wave.register_fake(lambda x, shift: torch.empty_like(x))
+        wave.register_autograd(
+            lambda ctx, g: (g * wave(ctx.x, ctx.shift + np.pi / 2), None),
+            setup_context=lambda ctx, inputs, output: ctx.__dict__.update(x=inputs[0], shift=inputs[1]),
+        )
+        program = compare(lambda z, p: wave(z * z, 0.3) * z, 3)
+        assert len(program.externals) == 1
+
     def test_look_up_in_a_table(self):
         knots, values = torch.linspace(0, 2, 5).double(), torch.randn(6, dtype=torch.float64)
 

@@ -173,6 +173,18 @@ set_eval_frame: Any = _taken("torch", "_C._dynamo.eval_frame.set_eval_frame")
 _taken("torch._subclasses", "FakeTensor")
 
 
+def compiler_pieces() -> tuple[Any, Any]:
+    """AOTAutograd as a backend, and what lets the compiler forget a function; the compiler is imported here alone.
+
+    Raises:
+        TorchVersionError: this torch lacks one of them.
+    """
+    return (
+        _taken("torch._dynamo.backends.common", "aot_autograd"),
+        _taken("torch._dynamo.eval_frame", "remove_from_cache"),
+    )
+
+
 def compiler_imported() -> bool:
     """Whether torch's compiler is imported, which takes seconds and happens at its first use."""
     return "torch._dynamo" in sys.modules

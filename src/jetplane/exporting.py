@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._torch import tree_flatten, tree_unflatten
+from ._torch import compiler_pieces, tree_flatten, tree_unflatten
 from .errors import ArgumentError, DerivativeError
 
 _CLOSE = 1e-4  # how far the program's numbers may be from the function's, relative to the largest of each result
@@ -77,8 +77,7 @@ def export(f: Callable[..., Any], args: Sequence[Any]) -> torch.export.ExportedP
 
 
 def _captured(f: Callable[..., Any], args: Sequence[Any], leaves: Sequence[Tensor]) -> _Program:
-    from torch._dynamo.backends.common import aot_autograd  # the compiler is imported where it is needed
-
+    aot_autograd, forget = compiler_pieces()
     found: list[_Program] = []
     places = {leaf.data_ptr(): n for n, leaf in enumerate(leaves)}
 
@@ -89,8 +88,12 @@ def _captured(f: Callable[..., Any], args: Sequence[Any], leaves: Sequence[Tenso
 
         return run
 
+    forget(f)
     compiled = torch.compile(f, backend=aot_autograd(fw_compiler=capture), fullgraph=True, dynamic=False)
-    compiled(*args)
+    try:
+        compiled(*args)
+    finally:
+        forget(f)  # an f may be exported any number of times
     return found[0]
 
 
