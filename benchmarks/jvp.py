@@ -143,7 +143,7 @@ def setting(name: str, dtype: torch.dtype) -> tuple[Callable[..., Tensor], dict[
 
 
 def twice_reverse(f: Callable[..., Tensor], params: dict[str, Tensor], v: dict[str, Tensor]) -> Tensor:
-    """``J v`` as the derivative of ``u -> (Jᵀ u) . v``, which is linear: reverse mode twice, with attention's formula."""
+    """``J v`` as the derivative of ``u -> (Jᵀ u) . v``, which is linear: reverse mode twice, by attention's formula."""
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         moving = {n: p.detach().requires_grad_() for n, p in params.items()}
         y = f(moving)

@@ -15,7 +15,7 @@ import jetplane as jp
 
 HEADS, SIZE = 8, 64  # of the attention
 ROWS = 512  # queries between checkpoints
-DENSE = 4096  # length up to which scores are formed for all keys at once
+DENSE = 4096  # length up to which scores are formed for all keys at once, and exact curvature is carried
 WIDTH, LAYERS, VOCABULARY, POSITIONS = 128, 2, 50257, 1024  # of the GPT
 
 ATTENTION = ("inference", "ours, K = 1", "ours, K = 3", "ours, exact, K = 2", "dense, K = 1", "backprop",

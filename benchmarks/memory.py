@@ -280,7 +280,7 @@ def attention(args: argparse.Namespace) -> str:
     for n in args.lengths:
         cells, base = [], 0
         for way in long.ATTENTION:
-            if n > long.DENSE and "dense" in way and not way.endswith("checkpointed"):
+            if n > long.DENSE and ("exact" in way or ("dense" in way and not way.endswith("checkpointed"))):
                 cells.append("")
                 continue
             found = in_fresh_process({"model": "attention", "length": n, "way": way, "threads": args.threads})

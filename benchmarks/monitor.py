@@ -41,7 +41,7 @@ MODELS = ["mlp", "cnn", "gpt"]
 TURNS = 7
 SEARCH, EIGENTHINGS, REVERSE = "critical rate by search", "hessian-eigenthings, differences", "reverse over reverse"
 OURS, BOTH, PLANE = "ours", "ours, with Gauss-Newton", "ours, three directions"
-EDGE_RATE, EDGE_STEPS, EDGE_EVERY = 0.05, 800, 10
+EDGE_RATE, EDGE_STEPS, EDGE_EVERY = 0.06, 800, 10
 
 
 # --- critical rates by forward passes -------------------------------------------------------------------------------
@@ -327,10 +327,10 @@ def tables(found: dict[str, Any]) -> str:
     count = sum(r["passes_of_search"] for r in run["rows"]) / len(run["rows"])
     lines += [
         "",
-        f"{run['data']}, gradient descent at {run['rate']}, second half of the run: median error of the critical "
-        f"rate, against a search of many passes, by one pass of jets {100 * median('pass'):.1f} %, by a search of {count:.1f} "
-        f"forward passes {100 * median('search'):.1f} %; time in forward passes {run['forwards']['pass']:.1f} "
-        f"(with the step itself) and {run['forwards']['search']:.1f}",
+        f"{run['data']}, gradient descent at {run['rate']}, second half of the run: the median error of the critical",
+        f"rate, against a search of many passes, is {100 * median('pass'):.1f} % by one pass of jets, and "
+        f"{100 * median('search'):.1f} % by a search of {count:.1f} forward passes; in time "
+        f"{run['forwards']['pass']:.1f} (with the step itself) and {run['forwards']['search']:.1f} forward passes",
     ]
     return "\n".join(lines)
 
@@ -351,7 +351,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     left.axhline(run["rate"], color="C1", label="rate")
     left.set(yscale="log", xlabel="step", ylabel="rate")
     left.set_title(f"Gradient descent on {run['data']} comes to the edge of stability", loc="left", fontsize=11)
-    left.legend(frameon=False, fontsize=9)
+    left.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(0.1, 0.4))
     names = [way for way in dict.fromkeys(row["way"] for row in found["readings"]) if way != "forward"]
     models = list(dict.fromkeys(row["model"] for row in found["readings"]))
     for i, way in enumerate(names):

@@ -5,8 +5,9 @@ The energy of a trial function psi is the mean, over positions drawn from psi²,
     E(x) = -1/2 (lap log psi + |grad log psi|²) - sum_i Z / r_i + sum_{i<j} 1 / r_ij     (Hartree, Bohr)
 
 and never below the ground state's. Its Laplacian and gradient come from one forward pass,
-`jetplane.value_and_laplacian`; the parameters move along ``2 E[(E(x) - E) grad log psi]``, in which the Laplacian
-itself is not differentiated.
+`jetplane.value_and_laplacian`; the parameters move against the natural gradient, ``2 E[(E(x) - E) grad log psi]`` in
+the metric of ``grad log psi`` (Sorella, Phys. Rev. Lett. 80 (1998)), in which the Laplacian is not
+differentiated.
 
     python examples/atoms.py                        # helium, about half a minute
     python examples/atoms.py --steps 6000 --walkers 2048 --samples 1000 --json helium.json
@@ -115,21 +116,35 @@ class Metropolis:
         return self.x
 
 
+def natural_gradient(psi: WaveFunction, x: Tensor, energy: Tensor, damping: float = 1e-3) -> Tensor:
+    """``S^-1 g`` for the energy's gradient g and the covariance S of grad log psi, over all parameters flat.
+
+    With a centred row for each walker, S = Oᵀ O and g = 2 Oᵀ e: the system that is solved has the walkers' size.
+    """
+    params = dict(psi.named_parameters())
+    gradient = torch.func.grad(lambda params, z: torch.func.functional_call(psi, params, z[None])[0])
+    each = torch.func.vmap(gradient, (None, 0))({name: p.detach() for name, p in params.items()}, x)
+    rows = torch.cat([each[name].flatten(1) for name in params], 1).double()
+    rows = (rows - rows.mean(0)) / len(x) ** 0.5
+    e = 2 * (energy - energy.mean()).double() / len(x) ** 0.5
+    kernel = rows @ rows.T + damping * torch.eye(len(x), dtype=torch.float64)
+    return (rows.T @ torch.linalg.solve(kernel, e)).float()
+
+
 def train(psi: WaveFunction, walkers: Metropolis, steps: int) -> list[float]:
     """Energies while the function improves."""
-    optimizer = torch.optim.Adam(psi.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (1 + 9 * n / steps))
     energies = []
     for n in range(steps):
         x = walkers.move(8)
         with torch.no_grad():
             energy = local_energy(psi, x)
         middle, spread = energy.median(), (energy - energy.median()).abs().mean()
-        weight = energy.clamp(middle - 5 * spread, middle + 5 * spread)  # a few walkers near a node, or the nucleus
-        optimizer.zero_grad()
-        (2 * (weight - weight.mean()) * psi(x)).mean().backward()
-        optimizer.step()
-        schedule.step()
+        kept = energy.clamp(middle - 5 * spread, middle + 5 * spread)  # a few walkers near a node, or the nucleus
+        change = natural_gradient(psi, x, kept)
+        rate = 0.2 / (1 + 9 * n / steps) * min(1.0, 2.0 / change.norm().item())
+        with torch.no_grad():
+            flat = torch.nn.utils.parameters_to_vector(psi.parameters()) - rate * change
+            torch.nn.utils.vector_to_parameters(flat, psi.parameters())
         energies.append(energy.mean().item())
         if n % max(1, steps // 10) == 0:
             print(f"step {n:5d}: energy {energies[-1]:.4f} ± {energy.std().item() / len(x) ** 0.5:.4f} Hartree")

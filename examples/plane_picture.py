@@ -29,12 +29,12 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(data.data[:512] / 16, dtype=torch.float32), torch.tensor(data.target[:512])
 
 
-def main() -> None:
-    """Draw the picture."""
+def main(arguments: list[str] | None = None) -> float:
+    """Draw the picture; returns by how much the loss falls, as promised by the model and in fact, as a ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("plane.png"))
     parser.add_argument("--grid", type=int, default=61, help="points along each side")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     torch.manual_seed(0)
     x, y = digits()
@@ -74,8 +74,10 @@ def main() -> None:
     axes.set_title("Colour: the loss, sampled. Lines: its model, from one pass. Arrow: the step", fontsize=10)
     figure.colorbar(filled, label="loss")
     figure.savefig(args.out, dpi=150)
-    print(f"loss {float(plane.value):.4f}, promised after the step {float(plane.value + step @ plane.slope / 2):.4f}")
+    promised, there = plane.value + step @ plane.slope / 2, sampled(loss, params, directions, step)
+    print(f"loss {float(plane.value):.4f}; after the step {float(promised):.4f} by the model, {float(there):.4f} in fact")
     print(f"picture  {args.out}")
+    return float((plane.value - there) / (plane.value - promised))
 
 
 def unit(vectors: list[torch.Tensor]) -> list[torch.Tensor]:

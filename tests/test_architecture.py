@@ -16,7 +16,7 @@ LAYERS = [
     {"evaluation"},
     {"transforms", "subspace", "testing", "native"},
     {"gradients", "parallel"},
-    {"optim", "monitor"},
+    {"optim", "monitor", "exporting"},
     {"control"},
     {""},  # the package itself
     {"experiments", "callbacks"},

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import jetplane as jp
+from jetplane._sharding import Part
 from jetplane.directions import (
     AbstractDirections,
     CachedDirections,
@@ -15,6 +16,7 @@ from jetplane.directions import (
     StoredDirections,
     Term,
     UnitDirections,
+    compositions,
 )
 from jetplane.directions.compositions import concatenated
 from jetplane.jets import Deferred, Partial, Stacked
@@ -105,6 +107,14 @@ def test_terms_over_a_root_mean_square():
     small = Term(torch.tensor([3.0, -1.0, 0.0]), square=torch.tensor([1e-4, 0.25, 1e-20]))
     torch.testing.assert_close(small.materialized(), torch.tensor([300.0, -2.0, 0.0]))
     assert torch.equal(Term(small.tensor).materialized(), small.tensor)
+
+
+def test_combined_terms_have_their_weights_and_squares():
+    square = torch.tensor([4.0, 0.25, 0.0])
+    terms = [Term(torch.tensor([3.0, -1.0, 5.0]), 0.5, square), Term(torch.tensor([1.0, 2.0, 3.0]), -3.0)]
+    directions = UnitDirections([{0: term} for term in terms])
+    combined = directions.combine(0, torch.empty(3), torch.tensor([2.0, 10.0]))
+    torch.testing.assert_close(combined, torch.tensor([1.5 - 30.0, -2.0 - 60.0, -90.0]))
 
 
 def test_vectors_of_zeros_are_left_out():
@@ -214,6 +224,22 @@ def test_what_fits_is_kept_to_the_byte(dtype):
     assert source.draws == 6  # as the first one does not
 
 
+def test_of_a_part_of_a_parameter_the_part_of_what_is_kept(monkeypatch):
+    """A sharded parameter: stand-ins say which part of it this rank has."""
+    source, whole, mine = Counted(), torch.zeros(6, 4), torch.zeros(2, 4)
+    held = CachedDirections(source, [whole])
+    kept = held.draw(0, whole)
+    kept += torch.arange(24.0).reshape(6, 4)  # so that rows differ
+    for of, draws in ((Part(torch.Size((6, 4)), (slice(2, 4), slice(0, 4))), 1), (None, 2)):
+        monkeypatch.setattr(compositions, "part_of", lambda param, of=of: of)
+        found = held.draw(0, mine)
+        assert torch.equal(found, kept[:, 2:4] if of else Counted().draw(0, mine)) and source.draws == draws
+    other = Part(torch.Size((5, 4)), (slice(2, 4), slice(0, 4)))  # of another whole
+    monkeypatch.setattr(compositions, "part_of", lambda param: other)
+    held.draw(0, mine)
+    assert source.draws == 3
+
+
 def test_what_is_not_worth_keeping_is_not_kept():
     source = Counted()
     source.cacheable = False
@@ -239,7 +265,9 @@ def test_a_part_is_drawn_without_the_whole_where_the_whole_is_not_kept():
     assert sizes == [run] * 4
 
 
-@pytest.mark.parametrize("of", [Directions(5, seed=3), Directions(5, tangents="rank-one"), Counted()], ids=lambda of: type(of).__name__)
+@pytest.mark.parametrize(
+    "of", [Directions(5, seed=3), Directions(5, tangents="rank-one"), Counted()], ids=["dense", "rank-one", "counted"]
+)
 def test_selected_directions_are_those_of_the_source_in_another_order(of):
     runs = [slice(3, 5), slice(0, 2)] if of.k == 5 else [slice(1, 2), slice(0, 1)]
     chosen = [row for run in runs for row in range(of.k)[run]]

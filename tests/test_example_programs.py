@@ -51,3 +51,13 @@ def test_a_spectrum(tmp_path):
     for of in found.values():
         assert of["Gauss-Newton"].min() > -1e-5 and len(of["Hessian"]) == len(of["Gauss-Newton"])
     assert torch.linalg.norm(found["before training"]["Hessian"]) > 0 and (tmp_path / "s.png").exists()
+
+
+def test_a_plane(tmp_path):
+    ratio = run("plane_picture", "--grid", "5", "--out", str(tmp_path / "p.png"))
+    assert 0.5 < ratio < 1.5 and (tmp_path / "p.png").exists()
+
+
+def test_all_programs_are_in_the_gallery():
+    page = (FOLDER.parent / "docs/gallery.md").read_text()
+    assert [p.name for p in sorted(FOLDER.glob("[a-z]*.py")) if p.name not in page] == []

@@ -126,6 +126,22 @@ def test_keys_are_folded_words():
     assert laws.twists(signed(START), range(1, 3), CPU).tolist() == words(TWISTS[1:]).tolist()
 
 
+def test_fourth_moments():
+    known = {"gaussian": 3.0, "rademacher": 1.0, "uniform": 9 / 5, "laplace": 6.0, "semicircle": 2.0}
+    assert {name: law.kurtosis for name, law in laws.LAWS.items()} == known
+
+
+@pytest.mark.parametrize("chunk", [4, 7, 40])
+@pytest.mark.parametrize("law", laws.LAWS)
+def test_a_chunk_is_all_that_is_held_at_a_time(law, chunk, monkeypatch):
+    monkeypatch.setattr(laws, "_CHUNK_CPU", chunk)
+    period = 6 if law == "rademacher" else 4
+    size = 384 if law == "rademacher" else 24
+    runs = laws.windows(laws.LAWS[law], 0, words(TWISTS), size, period, slice(1, 3))
+    pieces = [*laws.pieces(laws.LAWS[law], 0, words(TWISTS), size), *runs]
+    assert max(values.numel() for _, _, values in pieces) <= chunk
+
+
 @pytest.mark.parametrize("chunk", [4, 7, 40, 1 << 17])
 @pytest.mark.parametrize("law", laws.LAWS)
 def test_streams(law, chunk, monkeypatch):

@@ -35,6 +35,7 @@ from .errors import (
 from .evaluation.api import evaluate
 from .evaluation.audit import AuditReport, audit
 from .evaluation.plane import PlaneModel
+from .exporting import export
 from .jets import LowRank
 from .monitor import CurvatureMonitor, CurvatureReading
 from .parallel import ranks as distributed
@@ -122,6 +123,7 @@ __all__ = [
     "estimate_diagonal",
     "estimate_hessian",
     "evaluate",
+    "export",
     "functional",
     "gradients",
     "hessian",

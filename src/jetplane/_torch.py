@@ -86,6 +86,12 @@ def records() -> bool:
     return torch.is_grad_enabled() and not _is_excluded(_autograd)
 
 
+def symbolically_traced() -> bool:
+    """Whether operators are written into a graph, by make_fx or an exporter, instead of running."""
+    tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return tracer is not None and tracer.get_proxy_mode() is not None
+
+
 def under(keys: Keys | None) -> contextlib.AbstractContextManager[Any]:
     """Run under these dispatch keys; None leaves them as they are."""
     return contextlib.nullcontext() if keys is None else _force_keys(*keys)
@@ -165,6 +171,18 @@ _taken("torch.nested._internal.nested_tensor", "NestedTensor.values")
 
 set_eval_frame: Any = _taken("torch", "_C._dynamo.eval_frame.set_eval_frame")
 _taken("torch._subclasses", "FakeTensor")
+
+
+def compiler_pieces() -> tuple[Any, Any]:
+    """AOTAutograd as a backend, and what lets the compiler forget a function; the compiler is imported here alone.
+
+    Raises:
+        TorchVersionError: this torch lacks one of them.
+    """
+    return (
+        _taken("torch._dynamo.backends.common", "aot_autograd"),
+        _taken("torch._dynamo.eval_frame", "remove_from_cache"),
+    )
 
 
 def compiler_imported() -> bool:

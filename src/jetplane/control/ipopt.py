@@ -148,12 +148,21 @@ def solve(
     ipopt = library(path)
     failure: list[BaseException] = []
     stop = threading.Event()
-    best = {"error": np.inf, "y": start.y.copy(), "objective": np.nan}
+    best: dict[str, Any] = {"error": np.inf, "y": start.y.copy()}
+    latest = [start.y.copy()]
     clock = {"callbacks": 0.0}
     iterations = [0]
 
-    def array(pointer, n):
-        return np.ctypeslib.as_array(pointer, shape=(n,)) if n else np.zeros(0)
+    kinds = {n: NUMBER * n for n in (nlp.n, nlp.m, len(nlp.jacobian_structure[0]), len(nlp.hessian_structure[0]))}
+
+    def array(pointer, n):  # numpy's as_array makes a type for each call, which takes ten times as long
+        if not n:
+            return np.zeros(0)
+        return np.frombuffer(kinds[n].from_address(ctypes.addressof(pointer.contents)))
+
+    def write_structure(rows, columns, count, structure):
+        for pointer, values in zip((rows, columns), structure, strict=True):
+            np.ctypeslib.as_array(pointer, shape=(count,))[:] = values
 
     def guarded(function):
         def call(*arguments):
@@ -179,7 +188,8 @@ def solve(
     @_OBJECTIVE
     @guarded
     def gradient(n, x, new, out, data):
-        array(out, n)[:] = nlp.gradient(array(x, n))
+        latest[0] = array(x, n).copy()
+        array(out, n)[:] = nlp.gradient(latest[0])
         return True
 
     @_CONSTRAINTS
@@ -192,7 +202,7 @@ def solve(
     @guarded
     def jacobian(n, x, new, m, count, rows, columns, out, data):
         if rows:
-            array(rows, count)[:], array(columns, count)[:] = nlp.jacobian_structure
+            write_structure(rows, columns, count, nlp.jacobian_structure)
         else:
             array(out, count)[:] = nlp.jacobian(array(x, n))
         return True
@@ -201,7 +211,7 @@ def solve(
     @guarded
     def hessian(n, x, new, factor, m, multipliers, new_multipliers, count, rows, columns, out, data):
         if rows:
-            array(rows, count)[:], array(columns, count)[:] = nlp.hessian_structure
+            write_structure(rows, columns, count, nlp.hessian_structure)
         else:
             array(out, count)[:] = nlp.hessian(array(x, n), array(multipliers, m), factor)
         return True
@@ -239,12 +249,9 @@ def solve(
     ):
         iterations[0] = number
         error = max(infeasibility, dual)
-        if mode == 0 and error <= best["error"] and hasattr(ipopt, "GetIpoptCurrentIterate"):
-            current = np.empty(nlp.n)
-            if ipopt.GetIpoptCurrentIterate(
-                problem, BOOL(False), INDEX(nlp.n), pointer(current), None, None, INDEX(0), None, None
-            ):
-                best.update(error=error, y=current, objective=value)
+        if mode == 0 and error <= best["error"]:
+            # Optimality has just been computed, so the last gradient is that of this iterate.
+            best.update(error=error, y=latest[0])
         if on_iteration is not None:
             on_iteration(Iteration(number, value, infeasibility, dual, mu))
         return not stop.is_set()

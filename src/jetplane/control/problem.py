@@ -39,6 +39,8 @@ class Layout:
         """A part: its size, or (size, lower, upper)."""
         if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
             raise ArgumentError(f"a name in {self.what} must be an identifier of Python, got {name!r}")
+        if name == "all":
+            raise ArgumentError(f"{self.what}: 'all' is the name of the whole vector")
         if name in self.parts:
             raise ArgumentError(f"{self.what} have two parts called {name!r}")
         size, low, high = spec if isinstance(spec, tuple) and len(spec) == 3 else (spec, None, None)

@@ -155,10 +155,15 @@ def reverse_over_reverse(f: Callable[..., Any], space: Space, args: Sequence[Any
     carried = [parts(a, space) for a in leaves]
     try:
         ys, tree = _differentiated(f, space, carried, spec)
-    except NotLinearError:
+    except NotLinearError as error:
         if not any(isinstance(p, Tensor) and p.dtype in DOUBLE for p, _, _ in carried):
             raise
-        ys, tree = _in_double(f, space, carried, spec)
+        try:
+            ys, tree = _in_double(f, space, carried, spec)
+        except NotLinearError:
+            raise
+        except (RuntimeError, NotImplementedError):  # it takes no double precision
+            raise error from None
     # jets are made here, without autograd again, where all others are made
     return tree_unflatten([make(*y, space) if len(y) == 3 else y[0] for y in ys], tree)
 
@@ -282,8 +287,8 @@ def _coefficients(y: Tensor, a: Tensor, c: Tensor, space: Space, keep: bool) -> 
     real = torch.view_as_real(y) if y.is_complex() else y
     try:
         first, second = _by_cotangent(real, a, c, space, keep)
-    except (RuntimeError, NotImplementedError):
-        if real.numel() > ELEMENTWISE_LIMIT:
+    except (RuntimeError, NotImplementedError) as error:
+        if real.numel() > ELEMENTWISE_LIMIT or (isinstance(error, NotLinearError) and real.dtype in DOUBLE):
             raise
         first, second = _by_element(real, a, c, space, keep)
     if y.is_complex():

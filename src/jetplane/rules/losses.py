@@ -240,8 +240,8 @@ def _summed_rows(
     loss, slope, curvature, d1 = p.new_zeros((), dtype=carried(p.dtype)), absent(space, 1), absent(space, 2), p
     for start in range(0, n, rows):
         part = slice(start, min(start + rows, n))
-        some = (c.map(lambda c, part=part: c[:, part]) for c in (x1, x2))
-        found, f1, f2, d1 = _some_rows(space, p[part], *some, goal.rows(part))
+        some1, some2 = (c.map(lambda c, part=part: c[:, part]) for c in (x1, x2))
+        found, f1, f2, d1 = _some_rows(space, p[part], some1, some2, goal.rows(part))
         loss, slope, curvature = loss + found, slope + f1, curvature + f2
     return loss, slope, curvature, d1
 

@@ -66,7 +66,7 @@ def bilinear(space: Space, form: Form, a: Any, b: Any, y: Tensor | None = None) 
 
 def _onto_second(space: Space, form: Form, y: Coefficients, a: Coefficients, b: Tensor) -> Coefficients:
     """``y_ij + f(a_ij, b)``, added up where y is, which is this operator's own."""
-    if isinstance(form, InPlace) and y.owned and a and y.rows == a.rows and writable(y.tensor, a.tensor, b):
+    if isinstance(form, InPlace) and y and a and y.owned and y.rows == a.rows and writable(y.tensor, a.tensor, b):
         for out, one in zip(y.tensor, a.tensor, strict=True):
             form.into(out, one, b, True)
         return y

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ..errors import ArgumentError
 from ..evaluation.chunks import activations, free_memory
@@ -93,8 +94,8 @@ def directions_at_a_time(call: Call, chunk: Chunk, k: int, remedy: str = "chunk=
     """How many of k directions are carried together.
 
     With "auto" all of them are where coefficients are sure to fit into half of what is free: those of the primals are
-    counted, those of activations taken to be at most 64 times as large. Else one plain run of f tells how large its
-    activations are. A graph keeps the memory of all chunks.
+    counted, those of activations taken to be at most 64 times as large. Else one plain run of f, the first time that it
+    is given with these shapes, tells how large its activations are. A graph keeps the memory of all chunks.
 
     Args:
         call: what is differentiated.
@@ -116,8 +117,7 @@ def directions_at_a_time(call: Call, chunk: Chunk, k: int, remedy: str = "chunk=
     room = free_memory(device) // 2
     if call.nested or SPREAD * k * call.bytes * width <= room:
         return k
-    plain = activations(lambda: call.at([x.detach() for x in call.leaves]), ())
-    each = 2 * max(plain, call.bytes) * width
+    each = 2 * max(_activations(call), call.bytes) * width
     size = max(1, min(k, room // each - 2))
     runs = -(-k // size)
     if runs > MOST_RUNS:
@@ -126,6 +126,21 @@ def directions_at_a_time(call: Call, chunk: Chunk, k: int, remedy: str = "chunk=
             f"f with {size:,} at a time; use {remedy}, or give chunk={size} if these runs are meant"
         )
     return size
+
+
+_known: weakref.WeakKeyDictionary[Any, dict[Any, int]] = weakref.WeakKeyDictionary()
+
+
+def _activations(call: Call) -> int:
+    """Bytes that a plain run of f keeps alive at once, measured once for each function, its shapes and dtypes."""
+    try:
+        known = _known.setdefault(call.f, {})
+    except TypeError:  # no weak references to f, or no hash
+        known = {}
+    key = tuple((x.shape, x.dtype) for x in call.leaves)
+    if key not in known:
+        known[key] = activations(lambda: call.at([x.detach() for x in call.leaves]), ())
+    return known[key]
 
 
 def products_at_a_time(call: Call, chunk: Chunk, k: int, remedy: str) -> int:
