@@ -186,7 +186,7 @@ def _call(leaves: list[Any], spec: Any) -> tuple[list[Any], dict[str, Any]]:
 def tangents(of: Setting) -> list[dict[str, Any]]:
     """Whether tangents are the same bits on both devices."""
     rows = []
-    kinds: dict[str, dict[str, Any]] = {
+    kinds: dict[Any, dict[str, Any]] = {
         "dense": {},
         "rank-one": {},
         "low-rank": {"rank": 2},

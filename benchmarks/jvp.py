@@ -85,7 +85,7 @@ ARCHITECTURES = {
 
 def create(name: str) -> nn.Module:
     """A model away from its initial zeros, without dropout."""
-    import transformers
+    import transformers  # pyright: ignore[reportMissingImports]
 
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
@@ -218,7 +218,7 @@ def main() -> None:
         print(table(json.loads(args.table.read_text())))
         return
     try:
-        import transformers
+        import transformers  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise SystemExit("the models are those of transformers: pip install 'jetplane[frameworks]'") from error
     torch.set_num_threads(1)

@@ -37,13 +37,14 @@ def attention(case: dict[str, Any]) -> Callable[[], Any]:
     """One attention without a mask, in a way."""
     way, shape = case["way"], (1, HEADS, case["length"], SIZE)
     k = int(way[-1]) if way[-1].isdigit() else 0
-    xs = tuple(torch.randn(shape, requires_grad=way.startswith("backprop")) for _ in range(3))
+    query, key, value = (torch.randn(shape, requires_grad=way.startswith("backprop")) for _ in range(3))
+    xs = query, key, value
     vs = tuple(torch.randn(k, *shape) for _ in range(3))
-    f = dense if "dense" in way else F.scaled_dot_product_attention
+    f: Callable[..., Tensor] = dense if "dense" in way else F.scaled_dot_product_attention
     if way == "inference":
-        return lambda: F.scaled_dot_product_attention(*xs)
+        return lambda: f(*xs)
     if way.startswith("backprop"):
-        g = in_parts if way.endswith("checkpointed") else f
+        g: Callable[..., Tensor] = in_parts if way.endswith("checkpointed") else f
         return lambda: torch.autograd.grad(g(*xs).sum(), xs)
 
     def run() -> Any:
