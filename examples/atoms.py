@@ -141,7 +141,7 @@ def train(psi: WaveFunction, walkers: Metropolis, steps: int) -> list[float]:
         middle, spread = energy.median(), (energy - energy.median()).abs().mean()
         kept = energy.clamp(middle - 5 * spread, middle + 5 * spread)  # a few walkers near a node, or the nucleus
         change = natural_gradient(psi, x, kept)
-        rate = 0.05 / (1 + 4 * n / steps) * min(1.0, 2.0 / change.norm().item())
+        rate = 0.2 / (1 + 9 * n / steps) * min(1.0, 2.0 / change.norm().item())
         with torch.no_grad():
             flat = torch.nn.utils.parameters_to_vector(psi.parameters()) - rate * change
             torch.nn.utils.vector_to_parameters(flat, psi.parameters())

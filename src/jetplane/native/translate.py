@@ -259,7 +259,7 @@ class Translator:
         """64 bits of memory."""
         known = self.module.known(address)
         if known is not None and self.module.constant(known, 8):
-            return Lane(str(int.from_bytes(read(known, 8), "little")))
+            return Lane(self.constant(int.from_bytes(read(known, 8), "little")))
         p = self.a.op(f"inttoptr i64 {address} to ptr")
         bits = self.a.op(f"load i64, ptr {p}, align 1, !tbaa !2")
         if known is not None and self.module.decoder.maps.constant(known, 8):

@@ -57,7 +57,7 @@ def _(
     own = 3 if enable_gqa else 2  # axes that are not broadcast
     lead = torch.broadcast_shapes(*(x.shape[:-own] for x in (query, key, value)))
     batch = (*lead, *query.shape[-own:-2])
-    if not columns:
+    if not rows or not columns:
         return query.new_zeros(*batch, rows, value.shape[-1])
     kind, dtype = query.dtype, carried(query.dtype)
     kept = _kept((*batch, rows, columns), primal(query, space), dropout_p)
@@ -82,6 +82,7 @@ def _(
             factors = None if kept is None else kept[*box, q, k]
             blocks.append(scores.attended(_rows(space, value, box, k, groups), factors))
         outputs.append(_joined(blocks).to(kind))
+        del part, scores, blocks  # of which none is held while the next one, or all outputs, are made
     return _assembled(outputs, [len(along) for along in boxes])
 
 
@@ -130,10 +131,10 @@ def _joined(blocks: Sequence[Block]) -> Any:
 
 
 def _assembled(outputs: list[Any], counts: Sequence[int]) -> Any:
-    """The outputs of all boxes as one, by their numbers along each axis up to that of queries."""
+    """The outputs of all boxes as one, by their numbers along each axis up to that of queries; the list is used up."""
     for dim, n in enumerate(reversed(counts), 2):
         if n > 1:
-            outputs = [torch.cat(outputs[i : i + n], -dim) for i in range(0, len(outputs), n)]
+            outputs = [torch.cat([outputs.pop(0) for _ in range(n)], -dim) for _ in range(len(outputs) // n)]
     return outputs[0]
 
 
