@@ -697,17 +697,17 @@ class TestBadInput:
             ocp.link("move", "c")
         with pytest.raises(jp.errors.ArgumentError, match="function, lower, upper"):
             ocp.phases["move"].path["p"] = 3
-        with pytest.raises(jp.errors.ArgumentError, match="scaling names"):
-            double_integrator().solve(mesh=(2, 2), scaling={"q": 1.0})
         with pytest.raises(jp.errors.ArgumentError, match="'refine'"):
-            double_integrator().solve(mesh=3)
+            double_integrator().nlp(mesh=3)
         with pytest.raises(jp.errors.ArgumentError, match="have no 'q'"):
             self.problem(dynamics=lambda x, u, t, p: {"x": x.q, "v": u.a}).nlp()
 
     @needs_ipopt
-    def test_option_that_ipopt_does_not_know(self):
+    def test_unknown_options_and_scales(self):
         with pytest.raises(jp.errors.ArgumentError, match="nonsense"):
             double_integrator().solve(mesh=(2, 2), options={"nonsense": 1})
+        with pytest.raises(jp.errors.ArgumentError, match="scaling names"):
+            double_integrator().solve(mesh=(2, 2), scaling={"q": 1.0})
 
     def test_guess_of_another_problem(self):
         a = double_integrator()
