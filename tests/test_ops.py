@@ -81,7 +81,7 @@ CARRIED = {name for name, said in said_of(2).items() if said in ("rule", "decomp
 
 
 def test_the_coverage_page_is_read():
-    assert len(CARRIED) > 350 and "linalg.inv" in CARRIED and "linalg.qr" not in CARRIED
+    assert len(CARRIED) > 350 and "linalg.inv" in CARRIED and "scatter_reduce.prod" not in CARRIED
 
 
 @pytest.mark.parametrize("op", OPS, ids=name_of)

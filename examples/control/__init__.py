@@ -23,4 +23,4 @@ CASES = {
     )
 }
 
-__all__ = ["CASES", "Case", *CASES]
+__all__ = ["CASES", "Case"]

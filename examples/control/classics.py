@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ def brachistochrone() -> Case:
     ph.guess(tf=1.0, v=lambda t: 6.0 * t)
     ocp.minimize(final=lambda e: e.slide.tf)
     # The cycloid x = r (a - sin a), y = r (1 - cos a) through (2, 2), run through in a sqrt(r / g).
-    a = brentq(lambda a: a - math.sin(a) - (1 - math.cos(a)), 0.5, 6.0)
+    a: Any = brentq(lambda a: a - math.sin(a) - (1 - math.cos(a)), 0.5, 6.0)
     optimum = a * math.sqrt(2 / (1 - math.cos(a)) / g)
     return Case(ocp, optimum, 1e-8, "Bernoulli 1696", {"accuracy": 1e-7})
 

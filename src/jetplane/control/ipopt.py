@@ -158,7 +158,8 @@ def solve(
     def array(pointer, n):  # numpy's as_array makes a type for each call, which takes ten times as long
         if not n:
             return np.zeros(0)
-        return np.frombuffer(kinds[n].from_address(ctypes.addressof(pointer.contents)))
+        memory: Any = kinds[n].from_address(ctypes.addressof(pointer.contents))
+        return np.frombuffer(memory)
 
     def write_structure(rows, columns, count, structure):
         for pointer, values in zip((rows, columns), structure, strict=True):
