@@ -487,6 +487,21 @@ class TestSources:
         same_derivatives(f, torch.special.i0e, x, first=1e-11, second=1e-9)
 
     @pytest.mark.long
+    @pytest.mark.parametrize(
+        "name",
+        "psi rgamma erfcx dawsn i0 i0e i1 i1e k0 k0e k1 k1e j0 j1 y0 y1 ellipk ellipkm1 ellipe expm1 log1p erf erfc "
+        "ndtr cbrt exp2 exp10 sindg cosdg tandg entr spence zetac gamma beta betaln gdtr pdtr chdtr gammaln".split(),
+    )
+    def test_forty_functions_of_scipy(self, library, name):
+        special = pytest.importorskip("scipy.special.cython_special")
+        api = special.__pyx_capi__
+        key = next(k for k in api if k in (name, f"__pyx_fuse_1{name}"))
+        count = {"beta": 2, "betaln": 2, "gdtr": 3, "pdtr": 2, "chdtr": 2}.get(name, 1)
+        f, x = jp.compiled(api[key]), torch.tensor([0.37, 1.83, 0.59][:count], dtype=D)
+        jp.jet(lambda x: f(*x.unbind()), x, torch.ones(1, count, dtype=D))
+        assert set(f.report().checks.values()) == {"slope agrees with differences, curvature agrees with differences"}
+
+    @pytest.mark.long
     def test_numba(self, library):
         code = """
 import torch, math, numba, jetplane as jp

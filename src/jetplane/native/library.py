@@ -445,7 +445,8 @@ def _vector(name: str, scalar: str, n: int, arguments: int) -> Callable[[Transla
 
 
 BINARY: dict[str, Callable[[Translator], None]] = {
-    "pow": _pow, "atan2": _atan2, "hypot": _hypot, "copysign": _copysign, "fma": _fma, "frexp": _frexp, "modf": _modf,
+    "pow": _pow, "atan2": _atan2, "hypot": _hypot, "cabs": _hypot,
+    "copysign": _copysign, "fma": _fma, "frexp": _frexp, "modf": _modf,
     "sincos": _sincos, "sqrt": _sqrt, "fabs": _fabs,
     **{n: _extreme(n) for n in ("fmax", "fmin", "fdim")},
     **{n: _remainder(n) for n in ("fmod", "remainder")},
