@@ -5,6 +5,7 @@ import copy
 import math
 import random
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -207,7 +208,7 @@ def unmended(monkeypatch):
     """Interception of torch's functions, in the thread of the closure, and nothing else."""
     with monkeypatch.context() as patch:
         patch.setattr(interception, "_Operators", lambda interception: contextlib.nullcontext())
-        patch.setattr(interception, "_OTHER_DERIVATIVES", {})
+        patch.setattr(interception, "inner", SimpleNamespace(recording=lambda *_: contextlib.nullcontext()))
         patch.setattr(threads, "taking_part", lambda run: run)
         patch.setattr(threads, "refusing", lambda params, interception: contextlib.nullcontext())
         yield

@@ -176,16 +176,14 @@ def dual():
 
 
 REFUSED = {
-    "torch.autograd.functional.jacobian": (
-        lambda: torch.autograd.functional.jacobian(lambda z: (W * z) ** 2, X, create_graph=True).sum() + W.sum(),
-        "torch.autograd.functional inside",
-    ),
-    "torch.autograd.functional.vjp": (
-        lambda: torch.autograd.functional.vjp(lambda z: ((W * z) ** 2).sum(), X)[1].sum() + W.sum(),
-        "torch.autograd.functional inside",
-    ),
     "torch.autograd.forward_ad": (lambda: dual() + W.sum(), "torch.autograd.forward_ad inside"),
-    "torch.autograd.grad": (lambda: torch.autograd.grad(W.sum(), W)[0].sum(), "torch.autograd.grad inside"),
+    "torch.autograd.grad in a parameter": (
+        lambda: torch.autograd.grad(W.sum(), W)[0].sum(), "torch.autograd.grad with respect to parameters"
+    ),
+    "torch.autograd.grad in a tensor that starts no graph": (
+        lambda: torch.autograd.grad((y := W * X).sum(), y)[0].sum(), r"call requires_grad_\(\) on the tensor"
+    ),
+    "backward": (lambda: (W * X.clone().requires_grad_()).sum().backward(), r"backward\(\) inside"),
     "torch.func.jvp": (
         lambda: torch.func.jvp(lambda z: (W * z) ** 3, (X,), (X,))[1].sum() + W.sum(), "inside a transform of torch"
     ),

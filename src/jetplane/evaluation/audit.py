@@ -31,13 +31,15 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .. import _sharding
+from .._torch import TorchDispatchMode, disable_current_modes, memory_of
 from ..directions import StoredDirections
-from ..errors import ArgumentError, AuditError, AuditWarning, LossError, RandomClosureError, UnusedParametersError
+from ..errors import ArgumentError, AuditError, AuditWarning, RandomClosureError, UnusedParametersError
+from ..jets import is_saving
 from ..rules.functions import intercept_functions
-from ..rules.grad_mode import forward_only
-from .checks import check_parameters
+from .checks import check_loss, check_parameters
+from .constructors import CONVERTING, COPYING
 from .eager import evaluate_at_once
-from .leaving import watched
+from .leaving import plain_run
 from .repeats import ADVICE, tolerance
 from .side_effects import RandomState, setting_back, without_side_effects
 from .specification import PlaneSpec
@@ -204,6 +206,7 @@ class _Audit:
         whole = math.sqrt(sum(s**2 * p.numel() for s, p in zip(sizes, params, strict=True)) / _count(params))
         self.scales = [max(s, 0.1 * whole) if whole > 0 else 1.0 for s in sizes]
         self.eps = max(torch.finfo(p.dtype).eps for p in params)
+        self.memories = set(map(_memory, params))
 
     def report(self) -> AuditReport:
         found = self.compare(self.direction(range(len(self.params))))
@@ -262,17 +265,18 @@ class _Audit:
         if base is None or not math.isfinite(base):
             return _Measured("unclear", slope, math.nan, (value, value), "a plain run gives no finite loss")
         found = self._along(direction, slope, base, stops)
+        if found.verdict != "agrees" and stops.custom and stops.under_no_grad:  # what custom functions compute is, too
+            moving = _Stops(no_grad=False)
+            self.loss(moving)
+            again = self._along(direction, slope, base, moving)
+            found = again if again.verdict == "agrees" else found
         if found.verdict == "differs" and stops.in_doubt:
             return _Measured("unclear", slope, found.difference, (value, base), stops.in_doubt)
-        if found.verdict == "differs":  # as it would be if derivatives stopped under torch.no_grad()
-            stopped = _Stops(no_grad=True)
-            if self.loss(stopped) is not None and stopped.recorded_under_no_grad:
-                held = self._along(direction, slope, base, stopped)
-                found = held if held.verdict != "differs" else found
         return _Measured(found.verdict, slope, found.difference, (value, base), found.reason)
 
     def _along(self, direction: dict[int, Tensor], slope: float, base: float, stops: _Stops) -> _Measured:
-        rounding = ROUNDINGS * max(self.eps, stops.eps) * abs(base)
+        self.eps = max(self.eps, stops.eps)
+        rounding = ROUNDINGS * self.eps * abs(base)
         found: dict[float, _Difference] = {}
         for h in self.steps(rounding, slope):
             ahead, behind = self.loss(stops.held(), direction, h), self.loss(stops.held(), direction, -h)
@@ -328,16 +332,17 @@ class _Audit:
         self.runs += 1
         with self.displaced(direction or {}, h), without_side_effects(self.begin) as log:
             try:
-                with watched(self.params, again=self.runs > 1), stops.running():
+                with plain_run(self.params, again=self.runs > 1), stops.running():
                     loss = self.closure()
             except (RuntimeError, ValueError, ArithmeticError):
                 if h == 0:
                     raise
                 return None
             self.written = [t for t, _ in log.saved.values()]
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise LossError(f"the closure must return a scalar loss, got {type(loss).__name__}")
-        stops.eps = max(stops.eps, torch.finfo(loss.dtype).eps)
+            if not self.memories.isdisjoint(map(_memory, self.written)):
+                stops.in_doubt = "the closure writes to its parameters"
+        check_loss(loss)
+        stops.rounds(loss.dtype)
         return loss.item()
 
     @contextlib.contextmanager
@@ -384,16 +389,9 @@ def _content(cell: Any) -> Any:
 
 # --- what a closure stops derivatives at ---------------------------------------------------------------------------
 
-_STOPPING = {
-    torch.Tensor.detach,
-    torch.Tensor.data.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.item,
-    torch.Tensor.tolist,
-    torch.Tensor.__float__,
-    torch.Tensor.__int__,
-    torch.Tensor.__bool__,
-    torch.Tensor.__index__,
-}
+_aten = torch.ops.aten
+_STOPPING = {torch.Tensor.data.__get__, torch.Tensor.tolist, *COPYING}  # type: ignore[attr-defined]
+_STOPPING_OPERATORS = {op.default for op in (_aten.detach, _aten._local_scalar_dense, _aten.item, _aten.is_nonzero)}
 # Functions whose derivative is by convention, or on average, another one than that of their value.
 _CONVENTIONS = {
     getattr(torch, name)
@@ -410,14 +408,19 @@ class _Stops:
 
     Attributes:
         no_grad: whether what runs under `torch.no_grad()` is among it.
+        values: in order.
+        holding: whether values are repeated, not noted.
+        under_no_grad: whether something was computed under `torch.no_grad()`.
+        custom: whether a custom autograd function was called, whose forward torch runs under `torch.no_grad()`.
         in_doubt: why the derivative of the closure need not be that of its loss, or nothing.
         eps: the coarsest rounding that was seen.
     """
 
-    no_grad: bool = False
+    no_grad: bool = True
     values: list[Any] = field(default_factory=list)
     holding: bool = False
-    recorded_under_no_grad: bool = False
+    under_no_grad: bool = False
+    custom: bool = False
     in_doubt: str = ""
     eps: float = 0.0
 
@@ -425,32 +428,69 @@ class _Stops:
         """For a run that repeats the values of this one."""
         return _Stops(self.no_grad, self.values, True, eps=self.eps)
 
+    def rounds(self, dtype: torch.dtype) -> None:
+        """Something was computed in this dtype."""
+        if dtype.is_floating_point:
+            self.eps = max(self.eps, torch.finfo(dtype).eps)
+
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Record, or repeat, what stops derivatives inside."""
-        with contextlib.ExitStack() as stack:
-            if self.no_grad:  # grad mode tells where the closure's own code has switched it off; no graph is made
-                stack.enter_context(forward_only())
-            stack.enter_context(intercept_functions(self._custom))
-            stack.enter_context(_Holding(self))
+        with intercept_functions(self._custom), _Holding(self), _HoldingOperators(self):
             yield
 
     def _custom(self, x: Any) -> Any:
+        self.custom = True
         self.in_doubt = "a custom autograd function defines a derivative of its own"
         return x
 
     def take(self, made: Any) -> Any:
         """A value that stops derivatives: noted, or replaced by the one noted before."""
         if not self.holding:
-            self.values.append(made.detach().clone() if isinstance(made, Tensor) else made)
+            self.values.append(_kept(made))
             return made
         known = self.values[self._next] if self._next < len(self.values) else made
         self._next += 1
-        if isinstance(made, Tensor):
-            return known if isinstance(known, Tensor) and known.shape == made.shape else made
-        return known if type(known) is type(made) else made
+        if not isinstance(made, Tensor):
+            return known if type(known) is type(made) else made
+        with disable_current_modes():  # what is the same stays itself: the closure may write into its memory
+            if not isinstance(known, Tensor) or known.shape != made.shape or torch.equal(known, made):
+                return made
+        return _kept(known)
 
     _next: int = 0
+
+
+class _HoldingOperators(TorchDispatchMode):
+    """Holds what stops derivatives, and sees in which precision the closure computes, whoever calls the operators."""
+
+    def __init__(self, stops: _Stops) -> None:
+        super().__init__()
+        self._stops = stops
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made, stops = func(*args, **(kwargs or {})), self._stops
+        if func in _STOPPING_OPERATORS:
+            return made if func is _aten.detach.default and is_saving() else stops.take(made)
+        if type(made) is Tensor:
+            return self._made(func, made, args)
+        if type(made) in (list, tuple):
+            return type(made)(self._made(func, x, args) if type(x) is Tensor else x for x in made)
+        return made
+
+    def _made(self, func: Any, made: Tensor, args: Any) -> Tensor:
+        stops = self._stops
+        if not made.is_floating_point():
+            return made
+        stops.rounds(made.dtype)
+        if not stops.no_grad or torch.is_grad_enabled():
+            return made
+        stops.under_no_grad = True
+        written = any(made is x for x in args)
+        if not written and any(r.alias_info is not None for r in func._schema.returns):
+            return made  # a view, which may be written to; what it looks into is held, if it was made here
+        known = stops.take(made)
+        return made.copy_(known) if written and known is not made else known
 
 
 class _Holding(TorchFunctionMode):
@@ -465,14 +505,9 @@ class _Holding(TorchFunctionMode):
             stops.in_doubt = f"{func.__name__} has a derivative by convention"
         if func in _STOPPING:
             return stops.take(made)
-        if func is F.embedding:
-            return self._padded(made, args, kwargs)
-        if stops.no_grad and isinstance(made, Tensor) and made.is_floating_point() and not torch.is_grad_enabled():
-            stops.recorded_under_no_grad = True
-            known = stops.take(made)
-            written = any(made is x for x in (*args, *kwargs.values()))
-            return made.copy_(known) if written and known is not made else known
-        return made
+        if func in CONVERTING and not (args and isinstance(args[0], Tensor)):
+            return stops.take(made)
+        return self._padded(made, args, kwargs) if func is F.embedding else made
 
     def _padded(self, made: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """Rows of padding, which by convention are not moved."""
@@ -507,6 +542,18 @@ def _normal(p: Tensor, generator: torch.Generator) -> Tensor:
 def _size(p: Tensor) -> float:
     """The root mean square of a parameter's entries."""
     return p.detach().abs().double().square().mean().sqrt().item() if p.numel() else 0.0
+
+
+def _kept(x: Any) -> Any:
+    """A value that nobody else writes to."""
+    if not isinstance(x, Tensor):
+        return x
+    with disable_current_modes():
+        return x.detach().clone()
+
+
+def _memory(p: Tensor) -> int:
+    return memory_of(p) if p.layout is torch.strided else id(p)
 
 
 def _count(params: Sequence[Tensor]) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .._torch import DisableTorchFunctionSubclass, tree_leaves
 from ..errors import DerivativeError
+from .leaving import HARMLESS
 
 if TYPE_CHECKING:
     from .interception import Interception
@@ -102,30 +103,12 @@ def _install() -> None:
 
 # --- parameters that refuse ---------------------------------------------------------------------------------------
 
-# What gives no derivative, in this thread or in another.
-_WITHOUT_DERIVATIVE = {
-    torch.Tensor.detach,
-    torch.Tensor.data.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.grad.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.grad_fn.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.device.__get__,  # type: ignore[attr-defined]
-    torch.Tensor._backward_hooks.__get__,  # type: ignore[attr-defined]
-    torch.Tensor._post_accumulate_grad_hooks.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.layout.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.size,
-    torch.Tensor.stride,
-    torch.Tensor.dim,
-    torch.Tensor.numel,
-    torch.Tensor.element_size,
-    torch.Tensor.is_floating_point,
-    torch.Tensor.is_complex,
-    torch.Tensor.__hash__,
-    torch.Tensor.__repr__,
-}
+# What gives no derivative, in this thread or in another. What looks into the memory is not among it.
+_LOOKING = {
+    torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist, torch.Tensor.data_ptr, torch.Tensor.__dlpack__,
+    torch.Tensor.untyped_storage, torch.Tensor.storage,
+}  # fmt: skip
+_WITHOUT_DERIVATIVE = HARMLESS - _LOOKING
 
 
 _SHOWING = {torch.Tensor.__repr__, torch.Tensor.__format__}

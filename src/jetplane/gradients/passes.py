@@ -21,6 +21,27 @@ After = Callable[[nn.Module, int, Any, Any], Any]
 Before = Callable[[nn.Module, Any], Any]
 
 
+class _Hook:
+    """A hook that copies of its module, which the closure may make, do not have."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self.run = run
+
+    def __call__(self, *args: Any) -> Any:
+        return self.run(*args)
+
+    def __reduce__(self) -> Any:
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable[..., None]:
+    return _nothing
+
+
+def _nothing(*args: Any) -> None:
+    pass
+
+
 @contextlib.contextmanager
 def hooked(
     after: After,
@@ -58,8 +79,8 @@ def hooked(
         with DisableTorchFunction(), no_dispatch():
             return before(module, args[0]), *args[1:]
 
-    handles = [m.register_forward_hook(left) for m in modules]
-    handles += [m.register_forward_pre_hook(reached) for m in entered]
+    handles = [m.register_forward_hook(_Hook(left)) for m in modules]
+    handles += [m.register_forward_pre_hook(_Hook(reached)) for m in entered]
     try:
         yield
     finally:

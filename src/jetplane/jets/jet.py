@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any
@@ -52,6 +53,30 @@ WRITTEN = (
 LOST = torch.empty(0)  # the examples of a jet that stands for a sum over them, but no longer tells which
 
 Held = Coefficients | Tensor | Tangents | None  # what coefficients can be given as
+
+
+class _Saving(threading.local):
+    """Whether ``aten.detach`` is autograd's own, by which it takes a result into its graph: see `saving`."""
+
+    on = False
+
+
+_saving = _Saving()
+
+
+@contextlib.contextmanager
+def saving(on: bool = True) -> Iterator[None]:
+    """Let ``aten.detach`` keep derivatives, unless the user's own code calls ``detach()`` on a jet."""
+    before, _saving.on = _saving.on, on
+    try:
+        yield
+    finally:
+        _saving.on = before
+
+
+def is_saving() -> bool:
+    """Whether `saving` is under way in this thread."""
+    return _saving.on
 
 
 class Jet(torch.Tensor):
@@ -221,6 +246,13 @@ class Jet(torch.Tensor):
         jet = wanted(self.primal, self.first, self.second, self.space, self.root(), kind=self.kind)
         jet.version, jet.examples = self.version, self.examples
         return jet
+
+    def detach(self) -> Tensor:
+        """The value without derivatives, whoever asks."""
+        if not _saving.on:
+            return super().detach()
+        with saving(False):
+            return super().detach()
 
     def __copy__(self) -> Jet:
         return self.alias(self.primal)

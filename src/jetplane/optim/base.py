@@ -143,6 +143,11 @@ class PlaneOptimizer(torch.optim.Optimizer):
                     "a parameter of a lazy module has no shape yet: run one batch through the model before you make "
                     "the optimizer"
                 )
+            if p.is_meta:
+                raise ArgumentError(
+                    f"a parameter of shape {tuple(p.shape)} is on the meta device and has no values: materialize the "
+                    "model (to_empty, then load_state_dict or an initialization) before it is trained"
+                )
             if p.is_inference():
                 raise ArgumentError(
                     f"a parameter of shape {tuple(p.shape)} was made under torch.inference_mode() and cannot be "
@@ -190,6 +195,11 @@ class PlaneOptimizer(torch.optim.Optimizer):
         """The closure and the parameters of a step, checked; the closure's losses will be held against each other."""
         if closure is None:
             raise ArgumentError("step() needs a closure that returns the loss: there are no gradients to use")
+        if not callable(closure):
+            raise ArgumentError(
+                f"step() needs a closure, a function that computes the loss, got {type(closure).__name__}: write "
+                "opt.step(lambda: loss_function(model(x), y))"
+            )
         moving = self._moving()
         if not moving:
             raise ArgumentError("no parameter requires gradients, so none may move; unfreeze some of them")

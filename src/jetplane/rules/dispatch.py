@@ -108,15 +108,23 @@ def carry(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) 
         result = rule(space, *args, **kwargs)
         if result is not NotImplemented:
             return result
+    draws = fallback.Draws(args) if torch.Tag.nondeterministic_seeded in func.tags else None
     result = _decomposed(func, space, args, kwargs)
     if result is not NotImplemented:
         return result
     if rule is None:
-        value = func(*_primals(space, args), **_primals(space, kwargs))
+        value = _again(draws, func, *_primals(space, args), **_primals(space, kwargs))
         if not any(_differentiable(v) for v in (value if isinstance(value, (list, tuple)) else (value,))):
             return value
-    result = fallback.pointwise(func, space, args, kwargs)
-    return result if result is not NotImplemented else fallback.reverse(func, space, args, kwargs)
+    result = _again(draws, fallback.pointwise, func, space, args, kwargs)
+    return result if result is not NotImplemented else _again(draws, fallback.reverse, func, space, args, kwargs)
+
+
+def _again(draws: fallback.Draws | None, run: Any, *args: Any, **kwargs: Any) -> Any:
+    """A try of an operator, which draws the same random numbers as the others."""
+    if draws is not None:
+        draws.again()
+    return run(*args, **kwargs)
 
 
 def _decomposed(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -46,7 +46,7 @@ from ..jets import (
     promoted,
 )
 from .dispatch import _store, dispatch
-from .fallback import all_plain, announce, forbidden, reverse_over_reverse
+from .fallback import Draws, all_plain, announce, forbidden, reverse_over_reverse
 from .grad_mode import autograd, forward_only
 from .registry import enter
 
@@ -171,22 +171,6 @@ CAPTURED = "it uses a parameter that is not among its arguments, which autograd 
 def _seen(function: Any, outputs: Sequence[Any]) -> None:
     if any(isinstance(y, Jet) for y in outputs):
         raise _refused(function, CAPTURED)
-
-
-class Draws:
-    """Where torch's random numbers stand, so that a function that runs again draws the same."""
-
-    def __init__(self, args: Sequence[Any]) -> None:
-        found = {a.device for a in args if isinstance(a, Tensor) and a.device.type == "cuda"}
-        self.devices = sorted(d.index for d in found)
-        self._cpu = torch.random.get_rng_state()
-        self._cuda = [torch.cuda.get_rng_state(d) for d in self.devices]
-
-    def again(self) -> None:
-        """Set them back there."""
-        torch.random.set_rng_state(self._cpu)
-        for device, state in zip(self.devices, self._cuda, strict=True):
-            torch.cuda.set_rng_state(state, device)
 
 
 # --- by jvp -----------------------------------------------------------------------------------------------------
