@@ -34,14 +34,15 @@ from .. import _sharding
 from .._torch import TorchDispatchMode, disable_current_modes, memory_of
 from ..directions import StoredDirections
 from ..errors import ArgumentError, AuditError, AuditWarning, RandomClosureError, UnusedParametersError
-from ..jets import is_saving
+from ..jets import detaching, who_detaches
+from ..rules import scripts
 from ..rules.functions import intercept_functions
 from .checks import check_loss, check_parameters
 from .constructors import CONVERTING, COPYING
 from .eager import evaluate_at_once
 from .leaving import plain_run
 from .repeats import ADVICE, tolerance
-from .side_effects import RandomState, setting_back, without_side_effects
+from .side_effects import RandomState, UndoLog, setting_back, without_side_effects
 from .specification import PlaneSpec
 
 Closure = Callable[[], Any]
@@ -49,6 +50,8 @@ Verdict = Literal["agrees", "differs", "unclear"]
 Auditing = Literal["first", "always", "never"]
 
 CLOSE = 1e-2  # relative difference of slope and D(h) up to which they agree
+FIRST = 0.1  # part of the slope up to which rounding may explain what the first difference lacks
+START = 4e-2  # part of the slope that rounding may make up in the first step of a longer search
 FAR = 1e-2  # relative difference from which on they may be held to differ
 STEADY = 0.1  # of their difference from the slope: how much D(h) may vary over the steps to be believed
 ROUGH = 0.3  # part of a difference that rounding may make up if it is to say anything
@@ -67,7 +70,7 @@ class AuditReport:
             different losses; "unclear" where rounding, kinks or discontinuities do not let it tell.
         slope: of the evaluation, along the direction of the audit.
         difference: the symmetric difference of the loss along it, at the step of the closest agreement.
-        losses: of two runs at the same place.
+        losses: of two runs at the same place; of the evaluation alone where the first difference agrees with it.
         parameters: the names of those whose part of the slope is not that of the loss.
         suspicious: whether an unclear audit came near to a conviction.
         reason: why it is unclear.
@@ -191,6 +194,11 @@ class _Difference(NamedTuple):
     jump: float
     noise: float
 
+    def within(self, slope: float, most: float) -> bool:
+        """Whether it is the slope, within 1 %, or within rounding where that makes up no more than a part of it."""
+        size = max(abs(self.value), abs(slope))
+        return abs(self.value - slope) <= max(CLOSE * size, min(self.noise, most * size))
+
 
 @final
 class _Audit:
@@ -206,13 +214,13 @@ class _Audit:
         whole = math.sqrt(sum(s**2 * p.numel() for s, p in zip(sizes, params, strict=True)) / _count(params))
         self.scales = [max(s, 0.1 * whole) if whole > 0 else 1.0 for s in sizes]
         self.eps = max(torch.finfo(p.dtype).eps for p in params)
-        self.memories = set(map(_memory, params))
+        self.memories = frozenset(map(_memory, params))
 
     def report(self) -> AuditReport:
         found = self.compare(self.direction(range(len(self.params))))
         agreed = tolerance(found.losses, [p.dtype for p in self.params])
         if abs(found.losses[0] - found.losses[1]) > agreed:
-            again = self.loss(_Stops())
+            again = self.loss(_Stops(self.memories))
             if again is None or abs(again - found.losses[1]) > agreed:
                 losses = found.losses if again is None else (found.losses[1], again)
                 return self._report("random", found, losses=losses)
@@ -259,14 +267,21 @@ class _Audit:
 
     def compare(self, direction: dict[int, Tensor]) -> _Measured:
         """The slope along a direction, against differences."""
-        stops = _Stops()
-        base = self.loss(stops)
+        stops, h = _Stops(self.memories), self.best_step() / 4
+        ahead = self.loss(stops, direction, h)
         slope, value = self.slope(direction)
+        if ahead is not None and not stops.values:  # nothing has to be held at its value of an undisplaced run
+            behind = self.loss(stops, direction, -h)
+            first = None if behind is None else self.difference(ahead, behind, value, h)
+            if first is not None and first.within(slope, FIRST):
+                return _Measured("agrees", slope, first.value, (value, value))
+        stops = _Stops(self.memories)
+        base = self.loss(stops)
         if base is None or not math.isfinite(base):
             return _Measured("unclear", slope, math.nan, (value, value), "a plain run gives no finite loss")
         found = self._along(direction, slope, base, stops)
         if found.verdict != "agrees" and stops.custom and stops.under_no_grad:  # what custom functions compute is, too
-            moving = _Stops(no_grad=False)
+            moving = _Stops(self.memories, no_grad=False)
             self.loss(moving)
             again = self._along(direction, slope, base, moving)
             found = again if again.verdict == "agrees" else found
@@ -276,15 +291,14 @@ class _Audit:
 
     def _along(self, direction: dict[int, Tensor], slope: float, base: float, stops: _Stops) -> _Measured:
         self.eps = max(self.eps, stops.eps)
-        rounding = ROUNDINGS * self.eps * abs(base)
+        rounding = self.rounding(base)
         found: dict[float, _Difference] = {}
         for h in self.steps(rounding, slope):
             ahead, behind = self.loss(stops.held(), direction, h), self.loss(stops.held(), direction, -h)
             if ahead is None or behind is None or not math.isfinite(ahead - behind):
                 continue
-            found[h] = now = _Difference((ahead - behind) / (2 * h), (ahead - 2 * base + behind) / h, rounding / h)
-            gap, size = abs(now.value - slope), max(abs(now.value), abs(slope))
-            if gap <= max(CLOSE * size, min(now.noise, ROUGH * size)):
+            found[h] = now = self.difference(ahead, behind, base, h)
+            if now.within(slope, ROUGH):
                 return _Measured("agrees", slope, now.value, (base, base))
             steady = _steady([found[h] for h in sorted(found)], slope)
             if steady is not None:
@@ -294,10 +308,18 @@ class _Audit:
         nearest = min((d.value for d in found.values()), key=lambda d: abs(d - slope))
         return _Measured("unclear", slope, nearest, (base, base), "the loss is rough or rounded near this place")
 
+    def difference(self, ahead: float, behind: float, base: float, h: float) -> _Difference:
+        """The difference of two runs, whose loss between them is ``base``."""
+        return _Difference((ahead - behind) / (2 * h), (ahead - 2 * base + behind) / h, self.rounding(base) / h)
+
+    def rounding(self, base: float) -> float:
+        """By how much a run's loss may be off."""
+        return ROUNDINGS * self.eps * abs(base)
+
     def steps(self, rounding: float, slope: float) -> list[float]:
         """Steps to try: the shortest that rounding lets tell, then its neighbours, and theirs."""
         ladder = sorted({min(part * self.best_step(), LONGEST) for part in LADDER})
-        start = next((n for n, h in enumerate(ladder) if rounding / h <= CLOSE * abs(slope)), len(ladder) - 1)
+        start = next((n for n, h in enumerate(ladder) if rounding / h <= START * abs(slope)), len(ladder) - 1)
         return sorted(ladder, key=lambda h: abs(ladder.index(h) - start))
 
     def slope(self, direction: dict[int, Tensor]) -> tuple[float, float]:
@@ -318,14 +340,15 @@ class _Audit:
     @contextlib.contextmanager
     def _set_back(self) -> Iterator[None]:
         """`without_side_effects` by what a plain run has written to: its mode would show operators to interception."""
-        before, now = [t.clone() for t in self.written], RandomState()
+        log, now = UndoLog(), RandomState()
+        for t in self.written:
+            log.save(t, moves=True)
         self.begin.restore()
         try:
             yield
         finally:
             now.restore()
-            for t, values in zip(self.written, before, strict=True):
-                t.detach().copy_(values)
+            log.restore()
 
     def loss(self, stops: _Stops, direction: dict[int, Tensor] | None = None, h: float = 0.0) -> float | None:
         """The loss of a plain run, displaced along a direction; None where it cannot be run."""
@@ -334,6 +357,9 @@ class _Audit:
             try:
                 with plain_run(self.params, again=self.runs > 1), stops.running():
                     loss = self.closure()
+                check_loss(loss)
+                stops.rounds(loss.dtype)
+                value = loss.item()
             except (RuntimeError, ValueError, ArithmeticError):
                 if h == 0:
                     raise
@@ -341,9 +367,7 @@ class _Audit:
             self.written = [t for t, _ in log.saved.values()]
             if not self.memories.isdisjoint(map(_memory, self.written)):
                 stops.in_doubt = "the closure writes to its parameters"
-        check_loss(loss)
-        stops.rounds(loss.dtype)
-        return loss.item()
+        return value
 
     @contextlib.contextmanager
     def displaced(self, direction: dict[int, Tensor], h: float) -> Iterator[None]:
@@ -391,6 +415,7 @@ def _content(cell: Any) -> Any:
 
 _aten = torch.ops.aten
 _STOPPING = {torch.Tensor.data.__get__, torch.Tensor.tolist, *COPYING}  # type: ignore[attr-defined]
+_DETACHING = {torch.detach, torch.Tensor.detach}
 _STOPPING_OPERATORS = {op.default for op in (_aten.detach, _aten._local_scalar_dense, _aten.item, _aten.is_nonzero)}
 # Functions whose derivative is by convention, or on average, another one than that of their value.
 _CONVENTIONS = {
@@ -407,6 +432,7 @@ class _Stops:
     """What stopped derivatives in one run, in order; held at the same values in others.
 
     Attributes:
+        parameters: their memory.
         no_grad: whether what runs under `torch.no_grad()` is among it.
         values: in order.
         holding: whether values are repeated, not noted.
@@ -416,6 +442,7 @@ class _Stops:
         eps: the coarsest rounding that was seen.
     """
 
+    parameters: frozenset[int] = frozenset()
     no_grad: bool = True
     values: list[Any] = field(default_factory=list)
     holding: bool = False
@@ -426,7 +453,7 @@ class _Stops:
 
     def held(self) -> _Stops:
         """For a run that repeats the values of this one."""
-        return _Stops(self.no_grad, self.values, True, eps=self.eps)
+        return _Stops(self.parameters, self.no_grad, self.values, True, eps=self.eps)
 
     def rounds(self, dtype: torch.dtype) -> None:
         """Something was computed in this dtype."""
@@ -469,16 +496,36 @@ class _HoldingOperators(TorchDispatchMode):
         self._stops = stops
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made, stops = func(*args, **(kwargs or {})), self._stops
+        stops = self._stops
+        changed = args[0] if args and stops.no_grad and _writes(func) and not torch.is_grad_enabled() else None
+        before = _kept(changed)
+        made = func(*args, **(kwargs or {}))
+        if made is changed and type(made) is Tensor and made.is_floating_point():
+            return self._written(func, made, before)
         if func in _STOPPING_OPERATORS:
-            return made if func is _aten.detach.default and is_saving() else stops.take(made)
+            goes_on = func is _aten.detach.default and (
+                who_detaches() == "autograd" or (who_detaches() == "nobody" and scripts.detaches_by_itself())
+            )
+            return made if goes_on else stops.take(made)
         if type(made) is Tensor:
-            return self._made(func, made, args)
+            return self._made(func, made)
         if type(made) in (list, tuple):
-            return type(made)(self._made(func, x, args) if type(x) is Tensor else x for x in made)
+            return type(made)(self._made(func, x) if type(x) is Tensor else x for x in made)
         return made
 
-    def _made(self, func: Any, made: Tensor, args: Any) -> Tensor:
+    def _written(self, func: Any, made: Tensor, before: Tensor) -> Tensor:
+        """What was written to where derivatives stop: it keeps those that it had before."""
+        stops = self._stops
+        stops.under_no_grad = True
+        at_first = stops.take(before)
+        moves = at_first is not before and func._schema.name not in _OVERWRITING
+        known = stops.take(made)
+        if known is not made:
+            with disable_current_modes():
+                made.copy_(before + (known - at_first) if moves else known)
+        return made
+
+    def _made(self, func: Any, made: Tensor) -> Tensor:
         stops = self._stops
         if not made.is_floating_point():
             return made
@@ -486,11 +533,11 @@ class _HoldingOperators(TorchDispatchMode):
         if not stops.no_grad or torch.is_grad_enabled():
             return made
         stops.under_no_grad = True
-        written = any(made is x for x in args)
-        if not written and any(r.alias_info is not None for r in func._schema.returns):
-            return made  # a view, which may be written to; what it looks into is held, if it was made here
-        known = stops.take(made)
-        return made.copy_(known) if written and known is not made else known
+        if any(r.alias_info is not None for r in func._schema.returns):
+            if _memory(made) in stops.parameters:
+                stops.in_doubt = "a view of a parameter is made under torch.no_grad()"
+            return made  # memory that may be written to; what it looks into is held, if it was made here
+        return stops.take(made)
 
 
 class _Holding(TorchFunctionMode):
@@ -500,6 +547,9 @@ class _Holding(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, stops = kwargs or {}, self._stops
+        if func in _DETACHING:
+            with detaching():
+                return func(*args, **kwargs)
         made = func(*args, **kwargs)
         if func in _CONVENTIONS:
             stops.in_doubt = f"{func.__name__} has a derivative by convention"
@@ -542,6 +592,16 @@ def _normal(p: Tensor, generator: torch.Generator) -> Tensor:
 def _size(p: Tensor) -> float:
     """The root mean square of a parameter's entries."""
     return p.detach().abs().double().square().mean().sqrt().item() if p.numel() else 0.0
+
+
+@functools.cache
+def _writes(func: Any) -> bool:
+    """Whether an operator writes to its first argument."""
+    arguments = func._schema.arguments
+    return bool(arguments) and arguments[0].alias_info is not None and arguments[0].alias_info.is_write
+
+
+_OVERWRITING = {f"aten::{name}" for name in "copy_ zero_ fill_ normal_ uniform_ bernoulli_ random_ set_".split()}
 
 
 def _kept(x: Any) -> Any:

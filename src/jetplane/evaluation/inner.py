@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._torch import TRANSFORMS, make_dual, tree_leaves
 from ..errors import DerivativeError
+from ..rules.grad_mode import in_graph
 from ..rules.grad_mode import recording as _recording
 
 # Derivatives that running below autograd, or the end of the evaluation, would turn into zeros or errors.
@@ -26,7 +29,9 @@ _REFUSED = {torch.Tensor.backward: "backward()", torch.autograd.backward: "backw
 _REFUSED[make_dual] = "torch.autograd.forward_ad"
 
 
-def recording(func: Any, args: Iterable[Any], kwargs: dict[str, Any], params: Collection[int] = ()) -> Any:
+def recording(
+    func: Any, args: Iterable[Any], kwargs: dict[str, Any], params: Collection[int] = (), lost: str = ""
+) -> Any:
     """What a function that a closure calls runs in: with autograd where an argument starts or continues a graph.
 
     Args:
@@ -34,6 +39,7 @@ def recording(func: Any, args: Iterable[Any], kwargs: dict[str, Any], params: Co
         args: its arguments, parameters replaced by their jets.
         kwargs: likewise.
         params: identities of parameters that are there as they are.
+        lost: what has cut the graph in this evaluation.
 
     Raises:
         DerivativeError: it takes derivatives that cannot be carried.
@@ -41,34 +47,51 @@ def recording(func: Any, args: Iterable[Any], kwargs: dict[str, Any], params: Co
     if func in _REFUSED:
         _refuse(_REFUSED[func])
     if func is torch.autograd.grad:
-        return _differentiating(args, kwargs)
+        return _differentiating(args, kwargs, lost)
     if _starts(args, params) or (kwargs and _starts(kwargs.values(), params)):
-        return _nothing if func in _DETACHING else _recording(torch.is_grad_enabled())
+        return _recorded(func)
     return _nothing
 
 
 _nothing = contextlib.nullcontext()
-_DETACHING = {torch.detach, torch.Tensor.detach}
 
 
 def _starts(values: Iterable[Any], params: Collection[int]) -> bool:
     for x in values:
         if isinstance(x, Tensor):
-            if x.requires_grad and not isinstance(x, nn.Parameter) and id(x) not in params:
+            if in_graph(x, params):
                 return True
         elif isinstance(x, (list, tuple)) and _starts(x, params):
             return True
     return False
 
 
-def _differentiating(args: Any, kwargs: dict[str, Any]) -> Any:
+@contextlib.contextmanager
+def _recorded(func: Any) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if func in _ATTENTION:  # fused kernels have a first derivative alone
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_recording(torch.is_grad_enabled()))
+        yield
+
+
+_ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
+
+
+def _differentiating(args: Any, kwargs: dict[str, Any], lost: str) -> Any:
     if _caller() == TRANSFORMS:  # which has a graph of its own
         return _nothing
     inputs = tree_leaves(args[1] if len(args) > 1 else kwargs.get("inputs"))
-    if not all(isinstance(x, Tensor) and x.requires_grad and not isinstance(x, nn.Parameter) for x in inputs):
+    if not all(isinstance(x, Tensor) and in_graph(x) for x in inputs):
         _refuse(
             "torch.autograd.grad with respect to parameters, or to a tensor that does not require gradients",
             ", or call requires_grad_() on the tensor before it is used",
+        )
+    if lost:
+        raise DerivativeError(
+            f"torch.autograd.grad inside a forward-only evaluation, whose graph is cut by {lost}: its derivative would "
+            "lack a part. Use torch functions there (torch.cat or torch.stack in place of a buffer), or differentiate "
+            "by torch.func.grad or jetplane.jvp"
         )
     return _recording(True)
 

@@ -36,6 +36,7 @@ from ..jets import (
     adopt_promotions,
     any_promoted,
     carried,
+    detaching,
     innermost,
     parts,
     promoted,
@@ -50,6 +51,8 @@ from .context import at_depth
 
 # What torch and Python say where no class of several takes an operator, and where code looks for a jet's own memory.
 NOBODY = ("handlers returned NotImplemented", "no implementation found for", "'Jet'", "jetplane.jets.jet.Jet")
+IN_SCRIPT = "failed in the TorchScript interpreter"
+RECOMPUTED = "torch.utils.checkpoint: Recomputed values"
 NO_MEMORY = ("its data is not allocated yet", "instance of type Jet", "invalid python storage")
 
 # Ways out of torch on which a jet's coefficients would be lost.
@@ -78,6 +81,7 @@ _QUERIES = {
 # Numbers for people to read.
 _SHOWING = {torch.Tensor.__repr__, torch.Tensor.__format__, torch.Tensor.__reduce_ex__}
 _ASIDE = _QUERIES | _SHOWING | gradient_hooks.REGISTERING
+DETACHING = {torch.detach, torch.Tensor.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 LOSSES = {
@@ -115,6 +119,7 @@ class Interception(TorchFunctionMode):
         unmoved: the same of parameters that were used where derivatives stop.
         refused: what threads that do not take part in the evaluation wanted to do with its parameters.
         ended: whether the evaluation is over, or suspended: whoever runs under this interception is then left alone.
+        failed: what the last operator that was refused has raised.
         lock: held by the thread whose operator is being carried: rules keep notes in the space.
     """
 
@@ -125,6 +130,7 @@ class Interception(TorchFunctionMode):
         self.unmoved: dict[int, Tensor] = {}
         self.refused: list[str] = []
         self.ended = False
+        self.failed: DerivativeError | None = None
         self.lock = threading.RLock()
         self._params: list[Tensor] = []
         self._unused: dict[int, Callable[[], Tensor]] = {}  # what makes the jet of a parameter at its first use
@@ -170,7 +176,8 @@ class Interception(TorchFunctionMode):
             located(error)
             raise
         except (TypeError, RuntimeError) as error:
-            refused = _translated(error)
+            interpreted = IN_SCRIPT in str(error)
+            refused = self.failed if interpreted and self.failed is not None else _translated(error)
             if refused is None:
                 raise
             located(refused)
@@ -228,24 +235,24 @@ class Interception(TorchFunctionMode):
                 "parameters: its derivatives would be lost. Stay in torch, or detach() the tensor first "
                 "if they are not wanted"
             )
+        if func in DETACHING:
+            with detaching():
+                return func(*args, **kwargs)
         if higher_order.is_higher_order(func):
             with self:  # the functions that it takes may capture parameters
                 return higher_order.run(func, args, kwargs)
         if sparse.constant(func, args):
             with grad_mode.autograd(), torch.no_grad():
                 return func(*args, **kwargs)
-        if self.space.gauss_newton and func in LOSSES:
-            with mark_loss():
-                return _warn_if_flat(func, func(*args, **kwargs), self.space)
         if func in constructors.ALL:
             args, kwargs = constructors.of_numbers(func, args, kwargs)
         if func == _SET_DATA:
             args = self._given_data(*args)
         try:
             if transform_level() is not None or self.space.recorded:
-                return func(*args, **kwargs)
-            with inner.recording(func, args, kwargs):
-                return func(*args, **kwargs)
+                return self._called(func, args, kwargs)
+            with inner.recording(func, args, kwargs, lost=self.space.graph_lost):
+                return self._called(func, args, kwargs)
         except MissingRuleError as error:
             if transform_level() is not None:
                 raise DerivativeError(
@@ -254,6 +261,12 @@ class Interception(TorchFunctionMode):
                     "jetplane.hessian or jetplane.laplacian"
                 ) from error
             raise
+
+    def _called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self.space.gauss_newton and func in LOSSES:
+            with mark_loss():
+                return _warn_if_flat(func, func(*args, **kwargs), self.space)
+        return func(*args, **kwargs)
 
     def _aside(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """A call that asks about a tensor, shows its numbers, or registers a hook."""
@@ -342,6 +355,11 @@ def _translated(error: BaseException) -> DerivativeError | None:
             "took a tensor that depends on the parameters: its derivatives would be lost. Use torch.stack instead of "
             "a constructor, stay in torch, or detach() the tensor first if they are not wanted"
         )
+    elif RECOMPUTED in text:
+        refused = DerivativeError(
+            "torch.autograd.grad inside a forward-only evaluation goes through torch.utils.checkpoint, which computes "
+            "anew without it: call the function itself. An evaluation stores nothing for a backward pass anyway"
+        )
     else:
         return None
     return refused.with_traceback(error.__traceback__)
@@ -363,10 +381,18 @@ class _Operators(TorchDispatchMode):
         interception = self._interception
         if interception.ended:
             return func(*args, **kwargs)
-        with interception.lock:
-            if not interception.meets((*args, *kwargs.values())):
-                return func(*args, **kwargs)
-            args, kwargs = interception.replaced(args), interception.replaced(kwargs)
-            if func is nested_values and isinstance(args[0]._values, Jet):
-                return args[0]._values  # torch detaches them where autograd does not see it
+        try:
+            with interception.lock:
+                return self._called(func, args, kwargs)
+        except DerivativeError as error:
+            interception.failed = error  # TorchScript's interpreter forgets it
+            raise
+
+    def _called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        interception = self._interception
+        if not interception.meets((*args, *kwargs.values())):
             return func(*args, **kwargs)
+        args, kwargs = interception.replaced(args), interception.replaced(kwargs)
+        if func is nested_values and isinstance(args[0]._values, Jet):
+            return args[0]._values  # torch detaches them where autograd does not see it
+        return func(*args, **kwargs)

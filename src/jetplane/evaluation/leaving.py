@@ -24,6 +24,7 @@ from .._torch import swap_tensors, transform_level, tree_leaves
 from ..errors import DerivativeError
 from ..jets import Jet, Space, absent, forget_promoted, promoted
 from ..rules import higher_order
+from ..rules.functions import intercept_functions
 from ..rules.grad_mode import forward_only
 from . import compilers, inner
 
@@ -260,7 +261,7 @@ def plain_run(params: Sequence[Tensor], again: bool = False) -> Iterator[None]:
     """
     run = _PlainRun(params, watching=not again or bool(earlier.known))
     try:
-        with compilers.eager(), forward_only(), run:
+        with compilers.eager(), forward_only(), intercept_functions(lambda x: x), run:
             yield
     finally:
         for x in (known() for known in run.moved):

@@ -58,13 +58,14 @@ def hooked(
         modules: see ``after``.
         before: ``before(module, x)`` runs before each call of ``entered``; its result replaces the first argument.
         entered: see ``before``.
-        space: of the evaluation. Calls on jets of others, inside a loss that differentiates the model itself, are
-            passed over.
+        space: of the evaluation. Calls inside a loss that differentiates the model itself, on jets of others or in a
+            graph of the closure's own, are passed over.
     """
     calls: dict[nn.Module, int] = {}
 
     def foreign(*tensors: Any) -> bool:
-        return any(isinstance(t, Jet) and t.space is not space for t in tensors)
+        found = (t for t in tensors if isinstance(t, Tensor))
+        return any(t.requires_grad or (isinstance(t, Jet) and t.space is not space) for t in found)
 
     def left(module: nn.Module, args: Any, output: Any) -> Any:
         if not args or not isinstance(output, Tensor) or foreign(args[0], output):

@@ -55,28 +55,39 @@ LOST = torch.empty(0)  # the examples of a jet that stands for a sum over them, 
 Held = Coefficients | Tensor | Tangents | None  # what coefficients can be given as
 
 
-class _Saving(threading.local):
-    """Whether ``aten.detach`` is autograd's own, by which it takes a result into its graph: see `saving`."""
+class _Detaching(threading.local):
+    """Whether a call of ``detach()`` is under way in this thread, and a function in whose graph results are kept."""
 
-    on = False
+    by_user = False
+    by_autograd = False
 
 
-_saving = _Saving()
+_detaching = _Detaching()
 
 
 @contextlib.contextmanager
-def saving(on: bool = True) -> Iterator[None]:
-    """Let ``aten.detach`` keep derivatives, unless the user's own code calls ``detach()`` on a jet."""
-    before, _saving.on = _saving.on, on
+def saving() -> Iterator[None]:
+    """Let ``aten.detach`` keep derivatives: autograd takes results into its graph by it."""
+    before, _detaching.by_autograd = _detaching.by_autograd, True
     try:
         yield
     finally:
-        _saving.on = before
+        _detaching.by_autograd = before
 
 
-def is_saving() -> bool:
-    """Whether `saving` is under way in this thread."""
-    return _saving.on
+@contextlib.contextmanager
+def detaching() -> Iterator[None]:
+    """Let ``aten.detach`` stop derivatives: the user's own code calls ``detach()``."""
+    before, _detaching.by_user = _detaching.by_user, True
+    try:
+        yield
+    finally:
+        _detaching.by_user = before
+
+
+def who_detaches() -> str:
+    """Of whom a call of ``aten.detach`` is: the "user", "autograd", or "nobody" that is known."""
+    return "user" if _detaching.by_user else "autograd" if _detaching.by_autograd else "nobody"
 
 
 class Jet(torch.Tensor):
@@ -249,9 +260,9 @@ class Jet(torch.Tensor):
 
     def detach(self) -> Tensor:
         """The value without derivatives, whoever asks."""
-        if not _saving.on:
+        if torch.compiler.is_compiling():
             return super().detach()
-        with saving(False):
+        with detaching():
             return super().detach()
 
     def __copy__(self) -> Jet:

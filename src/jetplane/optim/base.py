@@ -143,11 +143,6 @@ class PlaneOptimizer(torch.optim.Optimizer):
                     "a parameter of a lazy module has no shape yet: run one batch through the model before you make "
                     "the optimizer"
                 )
-            if p.is_meta:
-                raise ArgumentError(
-                    f"a parameter of shape {tuple(p.shape)} is on the meta device and has no values: materialize the "
-                    "model (to_empty, then load_state_dict or an initialization) before it is trained"
-                )
             if p.is_inference():
                 raise ArgumentError(
                     f"a parameter of shape {tuple(p.shape)} was made under torch.inference_mode() and cannot be "
@@ -156,6 +151,11 @@ class PlaneOptimizer(torch.optim.Optimizer):
         devices = {p.device for p in params}
         if len(devices) > 1:
             raise DeviceError(f"parameters must lie on one device, got {sorted(map(str, devices))}")
+        if torch.device("meta") in devices:
+            raise ArgumentError(
+                "parameters are on the meta device and have no values: materialize the model (to_empty, then "
+                "load_state_dict or an initialization) before it is trained"
+            )
 
     def step(self, closure: Closure | None = None, *, weight: float = 1.0) -> Tensor:  # type: ignore[override]
         """Evaluate the closure once on a fresh plane and move the parameters.

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .._torch import tree_map
-from ..jets import Jet, Space, is_jet, is_saving, primal
+from .._torch import transform_level, tree_map
+from ..jets import Jet, Space, is_jet, primal, who_detaches
+from . import scripts
 from .registry import ALIASING, BUFFERS, ONE_ELEMENT, RANDOM, Rule, declare
 
 # Values that depend on the input's shape and dtype alone, or that stop derivatives by definition.
@@ -39,9 +40,21 @@ def _fresh(op: Any) -> Rule:
 
 def _detach(op: Any) -> Rule:
     def rule(space: Space, x: Any) -> Any:
-        return x.alias(op(x.primal)) if is_saving() and is_jet(x, space) else op(primal(x, space))
+        return x.alias(op(x.primal)) if is_jet(x, space) and _keeps(space) else op(primal(x, space))
 
     return rule
+
+
+def _keeps(space: Space) -> bool:
+    """Whether ``aten.detach`` is torch's own work, and derivatives do not stop at it.
+
+    Raises:
+        DerivativeError: TorchScript code calls it, which may be its author's doing or TorchScript's own.
+    """
+    who = who_detaches()
+    if who != "nobody" or space.keys is None or transform_level() is not None:
+        return who == "autograd"
+    return scripts.detaches_by_itself()
 
 
 declare(CONSTANT, _constant)

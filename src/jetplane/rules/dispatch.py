@@ -299,6 +299,9 @@ def _more_names(a: Signature, b: Signature) -> bool:
 
 def _mutate(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any], original: Sequence[Any]) -> Any:
     packet = func._schema.name.partition("::")[2]
+    target = kwargs.get("out", original[0] if original else None)
+    if isinstance(target, Tensor) and not isinstance(target, Jet) and any(map(continues_graph, args)):
+        space.graph_lost = "a write to a tensor that did not depend on the parameters before"
     if packet == "detach_":
         return _detach_in_place(args[0])
     if torch.Tag.inplace_view in func.tags:
@@ -335,6 +338,11 @@ def _detach_in_place(x: Jet) -> Jet:
         )
     x.first, x.second = absent(x.space, 1), absent(x.space, 2)
     return x
+
+
+def continues_graph(x: Any) -> bool:
+    """Whether a jet is in a graph that the closure's own reverse mode goes through."""
+    return isinstance(x, Jet) and x.requires_grad
 
 
 def _reordered(func: Any, op: Any, args: Sequence[Any]) -> Sequence[Any]:

@@ -47,7 +47,7 @@ from ..jets import (
 )
 from .dispatch import _store, dispatch
 from .fallback import Draws, all_plain, announce, forbidden, reverse_over_reverse
-from .grad_mode import autograd, forward_only
+from .grad_mode import autograd, forward_only, in_graph, recording
 from .registry import enter
 
 REGISTERED: dict[type, Callable[..., Any]] = {}  # what the user said of a function
@@ -105,10 +105,19 @@ def _on_jets(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     rule = REGISTERED.get(function) or OF_TORCH.get(f"{function.__module__}.{function.__qualname__}")
     if rule is not None:
         return rule(*args, **kwargs)
+    _lose_graph(f"the custom autograd function {function.__qualname__}", args)
     if kwargs or any(map(_wraps_a_jet, args)):
         raise _refused(function, "it is called in a way in which they are not seen")
     # Autograd does not look into lists and dictionaries either: what is in there is constant.
     return dispatch(APPLY, (function, *(a if isinstance(a, Jet) else tree_map(innermost, a) for a in args)), {})
+
+
+def _lose_graph(what: str, args: Sequence[Any]) -> None:
+    """Note that what the closure's own reverse mode may go through ends here."""
+    if any(isinstance(a, Tensor) and in_graph(a) for a in args):
+        for a in args:
+            if isinstance(a, Jet):
+                a.space.graph_lost = what
 
 
 def _refused(function: type, why: str) -> DerivativeError:
@@ -609,6 +618,9 @@ def _intercepted(function: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map(innermost, (args, kwargs))
     if any(map(_carries, (*args, *kwargs.values()))):
         return _on_jets(function, args, kwargs)
+    if any(isinstance(a, Tensor) and in_graph(a) for a in args):
+        with recording(torch.is_grad_enabled()):  # no jets: torch's own graph goes through it
+            return _apply(function, *args, **kwargs)
     return _apply(function, *args, **kwargs)
 
 
