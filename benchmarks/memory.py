@@ -18,6 +18,7 @@ import gc
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 import jetplane as jp
 
+from . import long
 from .measuring import ROOT, environment, machine
 from .problems import BATCH, BUILD, CLASSES, GPT, INPUTS, Block, make, mlp
 from .tasks import Recurrent, along, delayed
@@ -154,11 +156,29 @@ def recurrent(way: str, k: int, batch: tuple[Tensor, Tensor]) -> Callable[[], An
 def measured(case: dict[str, Any]) -> dict[str, int]:
     """In the measured process: bytes of the parameters and of the peak above all that is held."""
     torch.set_num_threads(case["threads"])
+    if case["model"] in LONG:
+        return measured_long(case)
     evaluation(case, 2)()
     run = evaluation(case, case["batch"])
     peak = peak_growth(run)
     model = Recurrent(1) if case["model"] == "lstm" else build(case)
     return {"parameters": sum(4 * p.numel() for p in model.parameters()), "peak": peak}
+
+
+LONG: dict[str, tuple[Callable[[dict[str, Any]], Callable[[], Any]], dict[str, int]]] = {
+    "attention": (long.attention, {"length": 8}),
+    "reader": (long.reading, {"positions": 4}),
+}  # what builds a case, and the small one that runs first
+
+
+def measured_long(case: dict[str, Any]) -> dict[str, int]:
+    """Of a long sequence: bytes of the peak above all that is held, and microseconds of the processor."""
+    build, little = LONG[case["model"]]
+    build(case | little)()
+    run = build(case)
+    start = time.process_time()
+    peak = peak_growth(run)
+    return {"peak": peak, "microseconds": round(1e6 * (time.process_time() - start))}
 
 
 # --- sections -----------------------------------------------------------------------------------
@@ -248,7 +268,46 @@ def length(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-SECTIONS = {"depth": depth, "against": against, "length": length}
+def attention(args: argparse.Namespace) -> str:
+    """Attention alone, by length."""
+    lines = [
+        f"Attention, {long.HEADS} heads of {long.SIZE}: peak above queries, keys, values and tangents, results and "
+        "gradients with it, MiB; in brackets processor time over inference's",
+        "",
+        "| length | " + " | ".join(long.ATTENTION) + " |",
+        "|--:|" + "--:|" * len(long.ATTENTION),
+    ]
+    for n in args.lengths:
+        cells, base = [], 0
+        for way in long.ATTENTION:
+            if n > long.DENSE and ("exact" in way or ("dense" in way and not way.endswith("checkpointed"))):
+                cells.append("")
+                continue
+            found = in_fresh_process({"model": "attention", "length": n, "way": way, "threads": args.threads})
+            base = base or found["microseconds"]
+            cells.append(f"{mib(found['peak'])} ({found['microseconds'] / base:.1f})")
+        lines.append(f"| {n} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def vocabulary(args: argparse.Namespace) -> str:
+    """A GPT with a large vocabulary and a tied read-out."""
+    largest = 4 * long.POSITIONS * long.VOCABULARY
+    lines = [
+        f"GPT of {long.LAYERS} layers of {long.WIDTH}, {long.VOCABULARY} tokens of vocabulary, {long.POSITIONS} "
+        f"positions, K = {args.k}: peak above parameters and tangents, MiB; the logits are {mib(largest)}",
+        "",
+        "| " + " | ".join(long.READING) + " |",
+        "|" + "--:|" * len(long.READING),
+    ]
+    base = {"model": "reader", "positions": long.POSITIONS, "k": args.k, "threads": args.threads}
+    lines.append("| " + " | ".join(mib(in_fresh_process(base | {"way": w})["peak"]) for w in long.READING) + " |")
+    return "\n".join(lines)
+
+
+SECTIONS = {
+    "depth": depth, "against": against, "length": length, "attention": attention, "vocabulary": vocabulary,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -259,6 +318,7 @@ def main() -> None:
     add("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     add("--k", type=int, default=2)
     add("--layers", nargs="+", type=int, default=[4, 16], help="of the GPT-style stacks")
+    add("--lengths", nargs="+", type=int, default=[512, 1024, 2048, 4096, 8192], help="of the attention section")
     add("--threads", type=int, default=2)
     add("--out", type=Path, help="write the tables here too")
     add("--case", help=argparse.SUPPRESS)

@@ -62,9 +62,12 @@ install_torch() {
         pip install ${index[@]+"${index[@]}"} "torch==$torch_version+cpu" 2>"$venv/torch-install.log" ||
             { pip install uv && "$venv/bin/uv" pip install --quiet --python "$python" \
                 --torch-backend cpu "torch==$torch_version"; } 2>>"$venv/torch-install.log" ||
-            die "no CPU build of torch $torch_version for this Python could be had (log: $venv/torch-install.log)." \
-                "Behind a mirror, name an index that has it: JETPLANE_TORCH_INDEX=<address> $0" \
-                "To take pip's default instead, a download of several GB: JETPLANE_TORCH=torch==$torch_version $0"
+            {
+                say "no CPU build of torch $torch_version could be had (log: $venv/torch-install.log);" \
+                    "taking pip's default, which may be a CUDA build: a download of 3 to 5 GB." \
+                    "Behind a mirror, stop this and name an index: JETPLANE_TORCH_INDEX=<address> $0"
+                pip install "torch==$torch_version"
+            } || die "torch $torch_version could not be installed; pip's message is above."
     fi
     has_torch || die "torch was installed in $venv but cannot be imported:" \
         "$("$python" -c 'import torch' 2>&1 | tail -n 1)"
@@ -93,7 +96,7 @@ set_up() {
     say "installing Jetplane and what its command line and tests need"
     # torch requires setuptools, so the build needs no environment of its own.
     (cd "$root" && pip install "setuptools>=77.0.3" &&
-        pip install --no-build-isolation --editable '.[experiments,dev]') ||
+        pip install --no-build-isolation --editable '.[experiments,dev,native]') ||
         die "the installation failed; pip's message is above."
     echo "$stamp" >"$venv/jetplane-stamp"
 }

@@ -12,4 +12,5 @@ def _reproducible():
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     config.addinivalue_line("markers", "long: larger draws, left out unless asked for by -m long")
+    config.addinivalue_line("markers", "peers: other projects' cases, which are to be at hand; asked for by -m peers")
     config.addinivalue_line("markers", "models: models of optional libraries, some minutes for all of them")

@@ -10,20 +10,22 @@ PACKAGE = Path(__file__).parent.parent / "src" / "jetplane"
 # From the bottom to the top; rooms of one line may not import each other.
 LAYERS = [
     {"errors"},
-    {"_torch"},
+    {"_torch", "llvm"},
     {"_sharding", "jets"},
     {"directions", "rules"},
     {"evaluation"},
-    {"transforms", "subspace", "testing"},
+    {"transforms", "subspace", "testing", "native"},
     {"gradients", "parallel"},
-    {"optim"},
+    {"optim", "monitor", "exporting"},
+    {"control"},
     {""},  # the package itself
-    {"experiments"},
+    {"experiments", "callbacks"},
     {"cli"},
     {"__main__"},
 ]
 LEVEL = {name: n for n, names in enumerate(LAYERS) for name in names}
-OUTSIDE_CORE = {"experiments", "cli", "__main__"}
+# llvm takes llvmlite, native pypcode and cffi, control NumPy and SciPy, when they are called.
+OUTSIDE_CORE = {"llvm", "native", "control", "callbacks", "experiments", "cli", "__main__"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 STANDARD = set(__import__("sys").stdlib_module_names)
 

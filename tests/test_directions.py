@@ -1,4 +1,4 @@
-"""Directions: the generator's known answers, the laws' statistics, the same numbers however asked for."""
+"""Drawn directions: the same numbers however they are asked for, structures of tangents, and what is refused."""
 
 import math
 from typing import Any
@@ -14,117 +14,15 @@ from jetplane.directions import (
     CachedDirections,
     ConcatenatedDirections,
     Directions,
-    SelectedDirections,
     StoredDirections,
-    Term,
-    UnitDirections,
     laws,
+    step_scale,
 )
-from jetplane.jets import Deferred, Partial
+from jetplane.jets import Deferred
 
 DENSE = list(laws.LAWS)
 EVERY = list(KURTOSIS)
-CPU = torch.device("cpu")
 PARAMS = [torch.zeros(30, 7), torch.zeros(13), torch.zeros(2, 3, 5), torch.zeros(())]
-
-
-def draw(law: str, n: int, index: int = 0, seed: int = 0, step: int = 0) -> torch.Tensor:
-    directions = Directions(1, law, seed=seed)
-    directions.step = step
-    return directions.draw(index, torch.empty(n))[0]
-
-
-# Published outputs of SplitMix64: from 0 by S. Vigna's C code, from 1234567 by the task at Rosetta Code.
-@pytest.mark.parametrize(
-    ("start", "outputs"),
-    [
-        (0, [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]),
-        (
-            1234567,
-            [
-                6457827717110365317,
-                3203168211198807973,
-                9817491932198370423,
-                4593380528125082431,
-                16408922859458223821,
-            ],
-        ),
-    ],
-)
-def test_lanes_are_splitmix64(start, outputs):
-    untwisted = laws._mix(laws._outputs(range(len(outputs)), CPU) + start)
-    assert [int(lane) % 2**64 for lane in untwisted] == outputs
-    assert int(laws._mix(laws._signed(start + laws._GOLDEN))) % 2**64 == outputs[0]
-
-
-def test_keys_from_tensors_are_keys_from_integers():
-    words = (2**63 + 5, 12, -3)
-    assert int(laws.key(words[0], torch.tensor(12), words[2])) == laws.key(*words)
-    assert len({laws.key(a, b) for a in range(20) for b in range(20)}) == 400
-
-
-N = 1 << 19
-CDF = {
-    "gaussian": torch.special.ndtr,
-    "uniform": lambda x: (x / math.sqrt(3) + 1) / 2,
-    "laplace": lambda x: (1 + x.sign() * (1 - torch.exp(-math.sqrt(2) * x.abs()))) / 2,
-    "semicircle": lambda x: 0.5 + x * (4 - x**2).sqrt() / (4 * math.pi) + torch.asin(x / 2) / math.pi,
-}
-
-
-@pytest.mark.parametrize("law", DENSE)
-def test_moments(law):
-    x = draw(law, N).double()
-    assert abs(x.mean()) < 5 / math.sqrt(N)
-    # Five standard errors, which the sample's own higher moments give.
-    assert abs((x**2).mean() - 1) <= 5 * (x**2).std() / math.sqrt(N) + 1e-12
-    assert abs((x**3).mean()) < 5 * (x**3).std() / math.sqrt(N)
-    assert abs((x**4).mean() - KURTOSIS[law]) <= 5 * (x**4).std() / math.sqrt(N) + 1e-12
-
-
-@pytest.mark.parametrize("law", CDF)
-def test_law_by_kolmogorov_and_smirnov(law):
-    x = draw(law, N, seed=3).double().sort().values
-    steps = torch.arange(N + 1, dtype=torch.float64) / N
-    gap = torch.maximum(steps[1:] - CDF[law](x), CDF[law](x) - steps[:-1]).max()
-    assert gap < 1.95 / math.sqrt(N)  # one in a thousand
-
-
-def test_signs_are_fair_in_every_bit():
-    assert set(draw("rademacher", 1000).tolist()) == {-1.0, 1.0}
-    means = draw("rademacher", 64 * 4096).reshape(64, 4096).mean(1)
-    assert means.abs().max() < 5 / math.sqrt(4096)
-
-
-NEIGHBOURS = {
-    "seeds": lambda law: (draw(law, N, seed=1), draw(law, N, seed=2)),
-    "steps": lambda law: (draw(law, N, step=1), draw(law, N, step=2)),
-    "seed and step": lambda law: (draw(law, N, seed=1, step=2), draw(law, N, seed=2, step=1)),
-    "parameters": lambda law: (draw(law, N, index=0), draw(law, N, index=1)),
-    "directions": lambda law: Directions(2, law).draw(0, torch.empty(N)),
-    "elements": lambda law: (draw(law, N)[:-1], draw(law, N)[1:]),
-    "halves": lambda law: draw(law, N).chunk(2),
-}
-
-
-@pytest.mark.parametrize("law", DENSE)
-@pytest.mark.parametrize("pair", NEIGHBOURS)
-def test_neighbours_are_independent(law, pair):
-    a, b = (x.double() for x in NEIGHBOURS[pair](law))
-    shapes = [lambda x: x] if law == "rademacher" else [lambda x: x, lambda x: x**2, torch.sign]
-    for f in shapes:
-        for g in shapes:
-            table = torch.stack([f(a), g(b)])
-            assert abs(torch.corrcoef(table)[0, 1]) < 5 / math.sqrt(a.numel())
-
-
-def test_pairs_of_directions_fill_the_square_evenly():
-    a, b = Directions(2, "uniform").draw(0, torch.empty(N))
-    cells = 64
-    x, y = (((v / math.sqrt(3) + 1) / 2 * cells).long().clamp(0, cells - 1) for v in (a, b))
-    counts = torch.bincount(x * cells + y, minlength=cells**2).double()
-    chi = ((counts - N / cells**2) ** 2 / (N / cells**2)).sum()
-    assert abs(chi - cells**2) < 5 * math.sqrt(2 * cells**2)
 
 
 @pytest.mark.parametrize("law", EVERY)
@@ -243,34 +141,15 @@ def test_combining_needs_the_memory_of_one_direction(law, structure):
     assert largest.numel <= w.numel()
 
 
-def test_held_directions_draw_once_and_only_what_is_asked_for():
-    held = CachedDirections(Directions(2), PARAMS, places=[4, 5, 6, 7])
-    assert held.used == set()
-    tangents = held.structured(1, PARAMS[1])
-    assert isinstance(tangents, Deferred) and held.used == {1}
-    assert tangents.materialized().data_ptr() == held.draw(1, PARAMS[1]).data_ptr()
-    torch.testing.assert_close(tangents.materialized(), Directions(2).draw(5, PARAMS[1]))
-
-
-def test_concatenated_directions_are_their_sources_one_behind_the_other():
-    stored = [torch.randn(2, *p.shape) for p in PARAMS]
-    sphere = Directions(3, "sphere")
-    both = ConcatenatedDirections([StoredDirections(dict(enumerate(stored))), sphere])
-    tangents = both.tangents(PARAMS)
-    expected = sphere.tangents(PARAMS)
-    kappa = torch.randn(5)
-    for i, p in enumerate(PARAMS):
-        torch.testing.assert_close(tangents[i], torch.cat([stored[i], expected[i]]))
-        torch.testing.assert_close(both.draw(i, p, slice(1, 4)), tangents[i][1:4])
-        torch.testing.assert_close(both.combine(i, p, kappa), torch.tensordot(kappa, tangents[i], 1))
-    with pytest.raises(jp.ShapeError, match="kappa"):
-        both.combine(0, PARAMS[0], torch.ones(4))
-
-
 UNTYPED: Any = Directions
 BAD = {
     "k": (lambda: Directions(0), jp.ArgumentError, "at least 1"),
     "k of another type": (lambda: UNTYPED(2.0), jp.ArgumentError, "integer"),
+    "k a truth value": (lambda: Directions(True), jp.ArgumentError, "integer"),
+    "seed a truth value": (lambda: Directions(1, seed=True), jp.ArgumentError, "seed"),
+    "density above one": (lambda: Directions(1, tangents="sparse", density=1.1), jp.ArgumentError, r"\(0, 1\]"),
+    "density unasked": (lambda: Directions(1, density=0.5), jp.ArgumentError, "sparse"),
+    "rank missing": (lambda: Directions(1, tangents="low-rank"), jp.ArgumentError, "rank belongs"),
     "law": (lambda: Directions(1, "cauchy"), jp.ArgumentError, "gaussian"),
     "structure": (lambda: UNTYPED(1, tangents="low"), jp.ArgumentError, "rank-one"),
     "density missing": (lambda: Directions(1, tangents="sparse"), jp.ArgumentError, "density"),
@@ -298,101 +177,64 @@ def test_bad_input(name):
 
 def test_empty_parameters_and_wide_seeds():
     assert Directions(2).draw(0, torch.empty(0, 4)).shape == (2, 0, 4)
-    assert torch.equal(draw("gaussian", 5, seed=2**64 + 1), draw("gaussian", 5, seed=1))
-    assert not torch.equal(draw("gaussian", 5, seed=-1), draw("gaussian", 5, seed=1))
+    assert Directions(2, tangents="rank-one").draw(0, torch.empty(0, 4)).shape == (2, 0, 4)
+    one, wide, below = (Directions(1, seed=seed).draw(0, torch.empty(5)) for seed in (1, 2**64 + 1, -1))
+    assert torch.equal(one, wide) and not torch.equal(one, below)
 
 
-def flat(tangents: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([t.reshape(len(t), -1) for t in tangents], 1).double()
+@pytest.mark.parametrize("size", [1, 10])
+@pytest.mark.parametrize("k", [1, 4])
+def test_step_scales(size, k):
+    for law, kurtosis in {"gaussian": 3, "rademacher": 1, "uniform": 1.8, "laplace": 6, "semicircle": 2}.items():
+        assert KURTOSIS[law] == kurtosis
+        assert step_scale(law, size, k) == pytest.approx(k / (size + kurtosis + k - 2))
+    assert step_scale("sphere", size, k) == pytest.approx(k / (size + k - 1))
+    for bad in ({"size": 0}, {"k": 0}, {"law": "cauchy"}):
+        with pytest.raises(jp.ArgumentError):
+            step_scale(**({"law": "gaussian", "size": 1, "k": 1} | bad))
 
 
-def test_squared_norms():
-    given = StoredDirections([torch.randn(2, *p.shape) for p in PARAMS])
-    expected = flat(given.tangents(PARAMS)).square().sum(1)
-    torch.testing.assert_close(given.squared_norms(PARAMS), expected)
-    size = sum(p.numel() for p in PARAMS)
-    both = ConcatenatedDirections([given, Directions(3)])
-    torch.testing.assert_close(both.squared_norms(PARAMS)[2:], torch.full((3,), float(size)).double())
-    torch.testing.assert_close(SelectedDirections(both, [slice(1, 2)]).squared_norms(PARAMS), expected[1:])
-    torch.testing.assert_close(CachedDirections(both, PARAMS).squared_norms(PARAMS)[:2], expected)
-    norms = flat(Directions(400, tangents="rank-one").tangents(PARAMS)).square().sum(1)
-    assert norms.mean() == pytest.approx(size, rel=0.1)  # what is expected of drawn ones
+def test_settings_at_their_limits():
+    w = torch.empty(4, 6)
+    dense, product = Directions(3, seed=2), Directions(3, tangents="rank-one", seed=2)
+    torch.testing.assert_close(Directions(3, tangents="sparse", density=1.0, seed=2).draw(0, w), dense.draw(0, w))
+    torch.testing.assert_close(Directions(3, tangents="low-rank", rank=1, seed=2).draw(0, w), product.draw(0, w))
+    assert repr(product) == "Directions(k=3, law='gaussian', tangents='rank-one', seed=2)"
 
 
-# --- directions that do not move every parameter -----------------------------------------------------------
+def test_low_rank_tangents_are_means_of_products():
+    directions, w = Directions(3, tangents="low-rank", rank=4, seed=2), torch.empty(5, 6)
+    factors = directions.structured(1, w)
+    assert isinstance(factors, jp.LowRank)
+    assert (factors.left.shape, factors.right.shape) == ((3, 4, 5), (3, 4, 6))
+    numbers = Directions(3, seed=2).draw(1, torch.empty(4 * 11)).reshape(3, 4, 11)
+    torch.testing.assert_close(factors.left, numbers[..., :5] / 2)
+    torch.testing.assert_close(factors.right, numbers[..., 5:])
+    for i in (torch.empty(5), torch.empty(0, 6)):
+        assert not directions.is_low_rank(i) and isinstance(directions.structured(0, i), Deferred)
 
 
-def some_move() -> UnitDirections:
-    """Three directions of which the first parameter has all, the second two, the third one, the last none."""
-    torch.manual_seed(0)
-    tensors = [torch.randn(3, *p.shape) for p in PARAMS]
-    moved = {0: (0, 1, 2), 1: (0, 2), 2: (1,)}
-    vectors = [{i: Term(tensors[i][row], 2.0) for i, rows in moved.items() if row in rows} for row in range(3)]
-    found = UnitDirections.of(vectors)
-    assert found is not None
-    return found
+@pytest.mark.parametrize("settings", [{}, {"tangents": "rank-one"}, {"law": "sphere"}, {"law": "sphere", "seed": 9}])
+def test_a_complex_parameter_has_the_tangents_of_its_parts(settings):
+    z, parts = torch.zeros(4, 3, dtype=torch.complex64), torch.zeros(4, 3, 2)
+    of_complex, of_real = Directions(2, **settings), Directions(2, **settings)
+    of_complex.prepare([z])
+    of_real.prepare([parts])
+    drawn = of_complex.draw(0, z)
+    torch.testing.assert_close(torch.view_as_real(drawn), of_real.draw(0, parts))
+    torch.testing.assert_close(of_complex.structured(0, z).materialized(), drawn)
+    kappa = torch.tensor([2.0, -1.0])
+    torch.testing.assert_close(of_complex.combine(0, z, kappa), 2 * drawn[0] - drawn[1])
+    assert of_complex.squared_norms([z, z]).tolist() == [48.0, 48.0]
 
 
-def test_unit_directions_have_norm_one_and_say_what_they_move():
-    directions = some_move()
-    v = flat(directions.tangents(PARAMS))
-    torch.testing.assert_close(v @ v.mT * torch.eye(3), torch.eye(3).double())
-    kinds = [directions.structured(i, p) for i, p in enumerate(PARAMS)]
-    assert isinstance(kinds[0], Deferred) and kinds[3] is None
-    assert isinstance(kinds[1], Partial) and isinstance(kinds[2], Partial)
-    assert (kinds[1].rows, kinds[2].rows) == ((0, 2), (1,))
-    for i, (p, kind) in enumerate(zip(PARAMS, kinds, strict=True)):
-        drawn = directions.draw(i, p)
-        if kind is not None:
-            torch.testing.assert_close(kind.materialized(), drawn)
-            torch.testing.assert_close(kind[1:3].materialized(), drawn[1:3])
-            torch.testing.assert_close(kind[1:2].to(torch.float64).materialized(), drawn[1:2].double())
-        kappa = torch.randn(3)
-        torch.testing.assert_close(directions.combine(i, p, kappa), torch.tensordot(kappa, drawn, 1))
-
-
-def test_terms_over_a_root_mean_square():
-    term = Term(torch.tensor([3.0, 1.0, 5.0]), 2.0, torch.tensor([9.0, 4.0, 0.0]))
-    torch.testing.assert_close(term.materialized(), torch.tensor([2.0, 1.0, 0.0]))
-
-
-def test_vectors_of_zeros_are_left_out():
-    assert UnitDirections.of([{0: Term(torch.zeros(2))}, {}]) is None
-
-
-@pytest.mark.parametrize("drawn", ["dense", "rank-one"])
-def test_compositions_keep_absence(drawn):
-    """Behind each other, selected and cached: the same numbers, and nothing is stored for what does not move."""
-    sources = [some_move(), Directions(2, tangents=drawn), StoredDirections({1: torch.ones(1, *PARAMS[1].shape)})]
-    both = ConcatenatedDirections(sources)
-    for directions in (both, SelectedDirections(both, [slice(0, 2), slice(3, 6)]), CachedDirections(both, PARAMS)):
-        kappa = torch.randn(directions.k)
-        for i, p in enumerate(PARAMS):
-            tangents, whole = directions.structured(i, p), directions.draw(i, p)
-            torch.testing.assert_close(tangents.materialized(), whole)
-            torch.testing.assert_close(directions.combine(i, p, kappa), torch.tensordot(kappa, whole, 1))
-    assert both.structured(3, PARAMS[3]).rows == (3, 4)
-    assert both.structured(1, PARAMS[1]).rows == (0, 2, 3, 4, 5)
-
-
-@pytest.mark.parametrize("rows", [(0,), (1, 0), (0, 3)])
-def test_partial_tangents_of_other_rows(rows):
-    with pytest.raises(jp.ShapeError, match="ascending rows below k = 3"):
-        Partial(3, rows, torch.ones(2, 4))
-
-
-def test_planes_of_absent_directions_are_those_of_zeros():
-    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
-    params, x = list(net.parameters()), torch.randn(5, 3).double()
-    vectors = [
-        {0: Term(torch.randn(4, 3).double())},
-        {2: Term(torch.randn(2, 4).double()), 3: Term(torch.ones(2).double())},
-    ]
-    directions = UnitDirections.of(vectors)
-    assert directions is not None
-    for settings in ({}, {"curvature": "ggn", "chunk": 1}, {"curvature": "ggn", "examples": True}, {"chunk": 2}):
-        loss = lambda: torch.nn.functional.mse_loss(net(x), torch.ones(5, 2).double())  # noqa: E731
-        found = jp.evaluate(loss, params, directions, **settings)
-        expected = jp.evaluate(loss, params, directions.tangents(params), **settings)
-        torch.testing.assert_close(found.slope, expected.slope)
-        torch.testing.assert_close(found.curvature, expected.curvature)
+def test_the_sphere_is_scaled_anew_for_another_step_or_seed():
+    directions, w = Directions(2, "sphere"), torch.empty(50)
+    first = directions.tangents([w])[0]
+    for name in ("step", "seed"):
+        setattr(directions, name, 4)
+        with pytest.raises(jp.ArgumentError, match="prepare"):
+            directions.combine(0, w, torch.ones(2))
+        again = directions.tangents([w])[0]
+        torch.testing.assert_close(again.norm(dim=1), first.norm(dim=1))
+        assert not torch.equal(again, first)

@@ -4,9 +4,11 @@ import doctest
 import importlib
 import pkgutil
 import re
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import jetplane
 
@@ -17,13 +19,24 @@ MODULES = [
 ]
 
 
+def require_extras(name: str) -> None:
+    """Skip what needs optional packages that are not there."""
+    if "control" in name:
+        pytest.importorskip("casadi", reason="optimal control's examples need IPOPT, which comes with casadi")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 @pytest.mark.filterwarnings("ignore::jetplane.RescueWarning")
 def test_page(page: Path, monkeypatch, tmp_path):
+    require_extras(page.name)
     monkeypatch.chdir(tmp_path)
     scope: dict = {}
-    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
-        exec(compile(block, page.name, "exec"), scope)  # noqa: S102
+    dtype = torch.get_default_dtype()
+    try:
+        for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
+            exec(compile(block, page.name, "exec"), scope)  # noqa: S102
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def anchors(page: Path) -> set[str]:
@@ -47,5 +60,25 @@ def test_links_lead_somewhere(page: Path):
 @pytest.mark.filterwarnings("ignore::jetplane.RescueWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TensorBoard's dependencies
 def test_docstrings(name: str):
+    require_extras(name)
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert result.failed == 0
+
+
+def test_every_public_name_has_a_place_in_the_reference():
+    pages = "".join(page.read_text() for page in sorted((ROOT / "docs/reference").glob("*.md")))
+    shown = {name: pkgutil.resolve_name(name) for name in re.findall(r"^::: (jetplane\S*)", pages, re.M)}
+    modules = {name for name, it in shown.items() if isinstance(it, types.ModuleType)}  # shown with all they define
+
+    def missing(module: types.ModuleType, prefix: str) -> list[str]:
+        return [
+            f"{prefix}.{name}" for name in module.__all__
+            if not any(getattr(module, name) is it for it in shown.values())
+            and f"jetplane.{getattr(getattr(module, name), '__module__', '').split('.')[-1]}" not in modules
+        ]  # fmt: skip
+
+    packages = {name: getattr(jetplane, name) for name in ("optim", "directions", "gradients")}  # shown name by name
+    at_top = [name for name in missing(jetplane, "jetplane") if name.split(".")[-1] not in packages]
+    assert not at_top, f"add to a page of docs/reference: {at_top}"
+    for name, package in packages.items():
+        assert not missing(package, f"jetplane.{name}"), "add to a page of docs/reference"

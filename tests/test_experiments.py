@@ -1,5 +1,6 @@
 """Runs: their folders, what survives a kill, damaged files, the command line."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -340,10 +341,20 @@ class TestCommandLine:
 def test_a_run_in_a_process_of_its_own(tmp_path):
     from jetplane.experiments.demo import plan, run_apart
 
-    steps = []
-    run_apart(Config(epochs=2), tmp_path / "run", lambda done, total, loss: steps.append((done, total)))
-    assert steps[-1] == (24, 24)
-    assert report.Finished.read(tmp_path / "run").result["peak_memory"] > 0
+    steps, folders = [], [tmp_path / "first", tmp_path / "second"]
+    configs = [Config(epochs=2), Config(epochs=2, seed=1)]
+    run_apart(configs, folders, lambda done, total, loss: steps.append((done, total)))
+    assert steps[-1] == (48, 48)
+    runs = [report.Finished.read(folder) for folder in folders]
+    assert all(run.result["peak_memory"] > 0 for run in runs)
     with pytest.raises(jp.JetplaneError, match="exists"):
-        run_apart(Config(epochs=2), tmp_path / "run", lambda *a: None)
-    assert {c.method for c in plan()} == {"sgd", "fgd", "fomoh", "fomoh-kd", "plane-search"}
+        run_apart(configs, folders, lambda *a: None)
+    assert {c.method for configs in plan() for c in configs} == {"sgd", "fgd", "fomoh", "fomoh-kd", "plane-search"}
+    assert all([c.seed for c in configs] == [5, 6] for configs in plan(5, 2))
+
+    [row] = report.table(runs)  # seeds share a row
+    low, high = sorted(run.rows[-1]["test_loss"] for run in runs)
+    assert row["loss"] == f"{(low + high) / 2:.3f} ± {(high - low) / 2**0.5:.3f}"
+    assert len(report.table([runs[0], dataclasses.replace(runs[1], config=Config(epochs=2, lr=0.1))])) == 2
+    report.draw(runs, tmp_path / "curves.png", "two seeds")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000

@@ -144,6 +144,30 @@ def test_the_more_noise_the_less_a_late_step_teaches():
     assert learned[200.0] == pytest.approx(0.001 * ridge, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("steps", "noise", "gain"),
+    [
+        *((1, 1.0, 1.0), (2, 0.5, 0.8), (3, 2.0, 0.4), (8, 8.0, 0.125), (18, 1.5, 0.2 / 1.95)),
+        *((19, 2.0, 0.1), (4, 36.0, 0.05), (200, 4.0, 0.05), (200, 1.0, 0.1)),
+    ],
+)
+def test_the_gain_is_two_in_parts_of_steps_and_noise(steps, noise, gain):
+    """At most 1, and at least 0.1, or less where the noise is above 2: see the test above."""
+    specs, errors = problem(noise)
+    errors = torch.linalg.qr(errors).Q  # S = I
+    state = FeedbackState(steps - 1, torch.eye(3).double())
+    maps = step(specs, state, errors, torch.ones(4, 3).double()).maps["layer"]
+    torch.testing.assert_close(maps[0], torch.full((4, 3), gain / (1 + 1e-3 + gain * noise)).double())
+
+
+def test_errors_without_correlations_and_correlations_without_errors_teach_nothing():
+    specs, errors = problem(noise=0.1)
+    feedback = Feedback(specs, EMPTY, errors)
+    assert not any(bool(value.any()) for value in feedback.sufficient_statistics({}, errors))
+    *_, moments = feedback.sufficient_statistics({"layer": torch.ones(2, 4, 3)}, None)
+    assert moments.shape == (3, 3) and not bool(moments.any())
+
+
 def test_a_step_of_much_larger_errors_does_not_overshoot():
     specs, errors = problem(noise=1e-6)
     small = errors.mT @ errors

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import jetplane as jp
 from benchmarks import kinds
+from benchmarks.kinds import Clipped, Intermediate
 from jetplane._torch import FunctionBase
 from jetplane.evaluation.context import expansion
 from jetplane.jets import AllPairs, Coefficients, Diagonal, Jet, Planes, Star, Sums, parts
@@ -138,21 +139,6 @@ class Gelu(torch.autograd.Function):
         return g * (0.5 * x * bent + 0.5 * (1 + inner))
 
 
-class Intermediate(torch.autograd.Function):
-    """Saves a result of its own, which torch's double backward takes for a constant."""
-
-    @staticmethod
-    def forward(ctx, x):
-        s = torch.sigmoid(x)
-        ctx.save_for_backward(x, s)
-        return x * s
-
-    @staticmethod
-    def backward(ctx, g):
-        x, s = ctx.saved_tensors
-        return g * (s + x * s * (1 - s))
-
-
 class Once(Gelu):
     @staticmethod
     @once_differentiable
@@ -180,16 +166,6 @@ class Hidden(Gelu):
     def backward(ctx, g):
         with torch.no_grad():
             return Gelu.backward(ctx, g)
-
-
-class Clipped(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g.clamp(-0.1, 0.1)
 
 
 class Scaled(torch.autograd.Function):

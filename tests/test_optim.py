@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import jetplane as jp
 from jetplane.evaluation.side_effects import without_side_effects
-from jetplane.subspace.descent import CurvatureScaled, Damped, ForwardGradient, Newton, SaddleFree
+from jetplane.subspace.descent import SaddleFree
 
 ALL = {
     "fgd": lambda p, **k: jp.optim.FGD(p, lr=0.01, k=2, **k),
@@ -328,41 +328,6 @@ def test_bad_settings(name):
     build, error, message = BAD[name]
     with pytest.raises(error, match=message):
         build()
-
-
-class TestDescents:
-    slope = torch.tensor([1.0, -2.0, 3.0])
-
-    def test_newton_leaves_null_directions_out_and_says_so(self):
-        h = torch.diag(torch.tensor([2.0, 0.0, 1.0]))
-        with pytest.warns(jp.RescueWarning, match="1 of 3"):
-            kappa = Newton()(self.slope, h)
-        torch.testing.assert_close(kappa, torch.tensor([-0.5, 0.0, -3.0]).double())
-
-    def test_newton_announces_an_indefinite_plane(self):
-        with pytest.warns(jp.RescueWarning, match="indefinite"):
-            kappa = Newton()(self.slope, torch.diag(torch.tensor([2.0, -1.0, 1.0])))
-        torch.testing.assert_close(kappa, torch.tensor([-0.5, -2.0, -3.0]).double())
-
-    @pytest.mark.parametrize("descent", [Newton(), SaddleFree(), Damped()])
-    def test_no_curvature_at_all(self, descent):
-        with pytest.raises(jp.SingularPlaneError):
-            descent(self.slope, torch.zeros(3, 3))
-
-    @pytest.mark.parametrize("descent", [SaddleFree(), Damped()])
-    def test_never_uphill(self, descent):
-        h = torch.randn(3, 3)
-        kappa = descent(self.slope, h + h.T)
-        assert kappa @ self.slope.double() < 0
-
-    def test_means(self):
-        torch.testing.assert_close(ForwardGradient()(self.slope, None), -self.slope.double() / 3)
-        kappa = CurvatureScaled(0.0)(self.slope, torch.tensor([1.0, -2.0, 4.0]))
-        torch.testing.assert_close(kappa, torch.tensor([-1.0, 1.0, -0.75]).double() / 3)
-        with pytest.raises(jp.SingularPlaneError):
-            CurvatureScaled(0.0)(self.slope, torch.zeros(3))
-        with pytest.raises(jp.ShapeError, match=r"\(3, 3\)"):
-            Newton()(self.slope, torch.zeros(2, 2))
 
 
 @pytest.mark.filterwarnings("ignore::jetplane.RescueWarning")

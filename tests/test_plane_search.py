@@ -18,14 +18,11 @@ from jetplane.subspace.descent import CurvatureScaled, Damped, SaddleFree
 from jetplane.subspace.search import Backtracking, ExactLine, FullStep, NoiseAware
 from jetplane.subspace.sources import (
     Averages,
-    Context,
     Drawn,
     PreviousStep,
-    Result,
     Source,
     Subspace,
     layer_groups,
-    signal_fraction,
 )
 
 X = torch.randn(128, 6, generator=torch.Generator().manual_seed(0))
@@ -210,19 +207,6 @@ def test_scaled_averages_are_in_the_plane_as_well():
     assert opt.plane.slope.shape == (4,)
 
 
-def test_averages_weigh_values_by_their_age():
-    """The first value by no more than its age leaves it; mean squares are kept at 0.99."""
-    values, averages, state = torch.randn(5, 3), Averages((0.9,), groups=1), [{}]
-    for n, value in enumerate(values):
-        state = averages.remember(Context([value], [0], state, n, 0), Result([value], [None]))
-    for decay, name, of in ((0.9, "average 0.9", values), (0.99, "square", values.square())):
-        weights = decay ** torch.arange(4, -1, -1)
-        torch.testing.assert_close(state[0][name], (weights / weights.sum()) @ of)
-    weights = 0.9 ** torch.arange(4, -1, -1)
-    energy = ((weights / weights.sum()) ** 2 * values.square().sum(1)).sum()
-    torch.testing.assert_close(state[0]["energy 0.9"], energy)
-
-
 @pytest.mark.parametrize(
     ("groups", "expected"),
     [
@@ -244,46 +228,6 @@ def test_the_first_layer_and_the_last_are_groups_of_their_own(groups, expected):
     moved = torch.stack([v.any(1) for v in vectors], 1).tolist()
     assert [sorted({layer for layer, yes in zip(places, row, strict=True) if yes}) for row in moved] == expected
     assert layer_groups(params, None, groups) == [0] * 12
-
-
-def test_averages_of_noise_count_for_little():
-    torch.manual_seed(0)
-    signal, source = torch.full((200,), 0.1), Averages()
-    fractions = {}
-    for name, part in {"noise": 0.0, "signal": 1.0}.items():
-        state, found = [{}], []
-        for n in range(50):
-            value = part * signal + 0.1 * torch.randn(200)
-            state = source.remember(Context([value], [0], state, n, 0), Result([value], [None]))
-            held = state[0]
-            found.append([signal_fraction(held[f"average {b}"], held[f"energy {b}"], b, n + 1) for b in source.decays])
-        fractions[name] = torch.tensor(found)
-    assert fractions["noise"][0].tolist() == [1.0, 1.0]  # of one estimate nothing is known
-    # Unbiased: the mean of noise has no signal, and half of the square of each value above is signal: of an average
-    # with weights of squares s in all, 1 / (1 + s).
-    assert fractions["noise"][20:].mean().abs() < 0.15
-    squares = torch.tensor([(1 - b) / (1 + b) * (1 + b**50) / (1 - b**50) for b in source.decays])
-    torch.testing.assert_close(fractions["signal"][-10:].mean(0), 1 / (1 + squares), rtol=0.05, atol=0.0)
-
-
-def test_two_equal_estimates_are_all_signal_and_two_orthogonal_ones_all_noise():
-    for second, expected in ((torch.tensor([2.0, 0.0]), 1.0), (torch.tensor([0.0, 2.0]), 0.0)):
-        state = [{}]
-        for n, value in enumerate((torch.tensor([2.0, 0.0]), second)):
-            state = Averages((0.9,)).remember(Context([value], [0], state, n, 0), Result([value], [None]))
-        fraction = signal_fraction(state[0]["average 0.9"], state[0]["energy 0.9"], 0.9, 2)
-        assert fraction == pytest.approx(expected, abs=1e-6)
-
-
-def test_an_average_counts_by_its_signal_in_parts_of_a_quarter():
-    source, unit = Averages((0.9,), scaled=False), torch.tensor([1.0, 0.0])
-    params, weight = [torch.zeros(2), torch.zeros(2)], (1 - 0.9) / (1 + 0.9)  # of squares, after many steps
-    for signal, expected in ((1.0, 1.0), (0.125, 0.5), (-1.0, 0.01)):
-        energy = torch.tensor(1 - signal * (1 - weight))
-        state = [{"average 0.9": unit, "energy 0.9": torch.tensor(weight)}, {"average 0.9": unit, "energy 0.9": energy}]
-        found = source.directions(Context(params, [0, 1], state, 1000, 0))
-        sizes = [found.draw(i, p)[0, 0].item() for i, p in enumerate(params)]
-        assert sizes[1] / sizes[0] == pytest.approx(expected, rel=1e-4)
 
 
 # --- how much is held --------------------------------------------------------------------------------------

@@ -137,11 +137,40 @@ def test_a_plane_whose_model_does_not_hold_is_damped():
     assert small.state.damping == 0.0  # a ten-thousandth of the steepest is none
 
 
-@pytest.mark.parametrize(("part", "damped"), [(0.5, True), (0.7, True), (0.8, False)])
+@pytest.mark.parametrize(("part", "damped"), [(0.5, True), (0.74, True), (0.76, False)])
 def test_three_quarters_of_the_promise_are_asked_for(part, damped):
     step = curved()
     falls = lambda trial: Outcome(-part * step.decrease(trial.kappa, trial.rate))  # noqa: E731
     assert (decided(NoiseAware(), step, NoiseState(), falls).state.damping > 0) == damped
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.99e-4, 0.0), (1.01e-4, 1.01e-4 / 3), (0.3, 0.1)])
+def test_a_third_of_the_damping_is_left_where_it_held(before, after):
+    """And none below a ten-thousandth of the largest curvature, here 4."""
+    decision = as_promised(NoiseAware(), certain(), NoiseState(damping=4 * before))
+    assert decision.state.damping == pytest.approx(4 * after)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.0, 1e-3), (0.9e-4, 1e-3), (1.1e-4, 1.1e-3)])
+def test_ten_times_the_damping_is_tried_where_it_did_not_hold(before, after):
+    """And at least a thousandth of the largest curvature, here 4."""
+    step, asked = certain(), []
+    falls = lambda trial: Outcome(9.0 if not asked.append(trial) and len(asked) < 2 else -9.0)  # noqa: E731
+    decision = decided(NoiseAware(), step, NoiseState(damping=4 * before), falls)
+    assert decision.state.damping == pytest.approx(4 * after)
+    kappas = [trial.kappa.item() for trial in asked]
+    assert kappas == pytest.approx([-1 / (4 + 4 * before), -1 / (4 + 4 * after)], rel=1e-9)
+
+
+def test_exactly_three_quarters_are_enough():
+    falls = lambda trial: Outcome(-0.75 / 8)  # noqa: E731 (an eighth is promised)
+    assert decided(NoiseAware(), certain(), NoiseState(), falls).state.damping == 0.0
+
+
+def certain():
+    """A plane of one direction, whose slope is the same for all examples."""
+    none = torch.zeros(1, 1).double()
+    return Proposal.of(0.0, torch.ones(1).double(), torch.full((1, 1), 4.0).double(), Newton(), covariance=none)
 
 
 def test_a_shortened_step_promises_less():
@@ -240,9 +269,120 @@ def test_the_first_parabola_has_the_slope_of_the_shortened_step():
     assert along(ExactLine(2), proposal([1.0], [[1.0]]), parabola, scale=0.1).rate == pytest.approx(0.3)
 
 
+def asked(search, step, loss_at, scale=1.0):
+    """The rates of a search's trials."""
+    rates = []
+    along(search, step, lambda r: rates.append(r) or loss_at(r), scale=scale)
+    return rates
+
+
+def least_of_parabola(*points):
+    """Where the parabola through three points is least."""
+    x, y = torch.tensor(points).double().unbind(1)
+    _, b, c = torch.linalg.solve(torch.stack([x**0, x, x**2], 1), y).tolist()
+    return -b / (2 * c)
+
+
+STEEP = proposal([3.0], [[0.5]], value=7.0)  # a slope of -4.5 along the step
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("bend", [5.0, 8.0, 20.0])
+def test_the_second_pass_is_at_the_least_of_the_parabola_of_value_slope_and_first_loss(bend, scale):
+    loss_at = lambda r: 7 - 4.5 * scale * r + bend * r**2  # noqa: E731
+    least = 4.5 * scale / (2 * bend)
+    assert asked(ExactLine(2), STEEP, loss_at, scale) == pytest.approx([1.0, max(least, 0.1)])
+
+
+@pytest.mark.parametrize("loss_at", [lambda r: 7 + 1e4 * r, lambda r: math.inf, lambda r: math.nan])
+def test_passes_come_nearer_by_a_tenth_where_no_loss_is_lower(loss_at):
+    assert asked(ExactLine(3), STEEP, loss_at) == pytest.approx([1.0, 0.1, 0.01])
+    assert along(ExactLine(3), STEEP, loss_at).rate == 0.0
+
+
+def test_passes_go_twice_as_far_while_the_loss_falls():
+    assert asked(ExactLine(4), STEEP, lambda r: 7 - r) == [1.0, 2.0, 4.0, 8.0]
+    assert along(ExactLine(4), STEEP, lambda r: 7 - r).rate == 8.0
+    assert asked(ExactLine(), STEEP, lambda r: 7 - r)[-1] == 32.0  # six of them
+
+
+def test_who_makes_use_of_examples():
+    assert NoiseAware().examples and not any(s.examples for s in (FullStep(), Backtracking(), ExactLine()))
+
+
+def test_steps_along_which_the_loss_does_not_fall_at_first():
+    assert asked(ExactLine(3), proposal([0.0], [[1.0]]), lambda r: 1.0) == pytest.approx([1.0, 0.1, 0.01])
+    with pytest.warns(jp.RescueWarning, match="indefinite"):
+        uphill = proposal([3.0], [[-0.5]], value=7.0)  # to the top of a parabola, with a slope of 4.5
+    for slope in (9.0, 2.0):
+        assert asked(ExactLine(2), uphill, lambda r, slope=slope: 7 + slope * r) == pytest.approx([1.0, 0.1])
+
+
+@pytest.mark.parametrize(
+    "loss_at", [lambda r: (r - 0.4) ** 4 + r / 9, lambda r: 3 * math.exp(-5 * r) + r**2, lambda r: -r / (r**4 + 12)]
+)
+def test_later_passes_are_at_the_least_of_the_parabola_through_the_best_point_and_its_neighbours(loss_at):
+    rates = asked(ExactLine(5), proposal([1.0], [[1.0]], value=loss_at(0.0)), loss_at)
+    known = sorted([0.0, *rates[:-1]])
+    best = known.index(min(known, key=loss_at))
+    assert rates[-1] == pytest.approx(least_of_parabola(*((r, loss_at(r)) for r in known[best - 1 : best + 2])))
+
+
+GOLDEN = (3 - math.sqrt(5)) / 2
+
+
+@pytest.mark.parametrize("least", [0.389, 0.391, 0.409, 0.411])
+def test_a_parabola_that_moves_by_less_than_a_hundredth_gives_way_to_a_golden_section(least):
+    step = proposal([1.0], [[1.0]])
+    first = 1 + (1 / 0.8 - 1)  # so that the second pass is at 0.4
+    bend = (first - 1) / (1 - 2 * least)  # of the parabola through the losses at 0 and 1 that is least there
+    second = 1 - 2 * bend * least * 0.4 + bend * 0.4**2
+    rates = asked(ExactLine(3), step, lambda r: first if r == 1 else second)
+    section = 0.4 + GOLDEN * 0.6  # of the longer side
+    assert rates == pytest.approx([1.0, 0.4, least if abs(least - 0.4) > 0.01 else section])
+
+
+def test_golden_sections_of_the_longer_side():
+    """A parabola is least where the second pass was; without a finite neighbour there is none."""
+    rates = asked(ExactLine(4), proposal([1.0], [[1.0]]), lambda r: 1 - r + r**2 / 0.6)
+    assert rates == pytest.approx([1.0, 0.3, 0.3 + GOLDEN * 0.7, 0.3 - GOLDEN * 0.3])
+    rates = asked(ExactLine(4), proposal([1.0], [[1.0]]), lambda r: 1 - r if r < 0.2 else math.inf)
+    assert rates == pytest.approx([1.0, 0.1, 0.1 + GOLDEN * 0.9, 0.1 + GOLDEN**2 * 0.9])
+
+
+@pytest.mark.parametrize("halvings", [0, 2, 40])
+def test_backtracking_halves_so_often(halvings):
+    search, step = Backtracking() if halvings == 40 else Backtracking(halvings=halvings), proposal([1.0], [[1.0]])
+    for least, rate in ((2.0**-halvings, 2.0**-halvings), (2.0 ** -(halvings + 1), 0.0)):
+        assert along(search, step, lambda r, least=least: 1 - r / 2 if r <= least else 2.0).rate == rate
+    assert asked(search, step, lambda r: 2.0) == [2.0**-n for n in range(halvings + 1)]
+
+
+@pytest.mark.parametrize(("part", "taken"), [(0.9e-4, False), (1.1e-4, True)])
+def test_backtracking_asks_for_a_ten_thousandth_of_what_the_slope_promises(part, taken):
+    step = proposal([2.0], [[1.0]], value=8.0)  # a slope of -4 along the step
+    assert (along(Backtracking(halvings=0), step, lambda r: 8 - part * 4 * r).rate == 1.0) is taken
+
+
+def test_the_largest_curvature_is_that_of_directions_of_norm_one():
+    step = replace(curved(), curvature=torch.diag(torch.tensor([2.0, 1.0])), squared_norms=torch.tensor([4.0, 0.5]))
+    assert step.largest_curvature == 2.0
+
+
+@pytest.mark.parametrize("limits", [(0.0, 0.0), (0.999, 1.0)])
+def test_limits_are_allowed(limits):
+    memory, floor = limits
+    search = NoiseAware(memory=memory, floor=floor)
+    noisy = proposal([1.0], [[1.0]], torch.tensor([[3.0], [-2.0]]))  # noise of 12.5 beside a signal of 1
+    assert as_promised(search, noisy).rate == floor
+
+
 @pytest.mark.parametrize(
     "build",
     [
+        lambda: Backtracking(part=1.0),
+        lambda: NoiseAware(floor=1.1),
+        lambda: NoiseAware(memory=-0.1),
         lambda: Backtracking(part=0.0),
         lambda: Backtracking(halvings=-1),
         lambda: NoiseAware(memory=1.0),

@@ -29,6 +29,19 @@ MISUSES = {
     "no numbers": (lambda: jp.hessian(cubes, torch.ones(0)), jp.ArgumentError, "at least one number"),
     "argnums": (lambda: jp.hessian(cubes, x, argnums=1), jp.ArgumentError, "argnums"),
     "argnums twice": (lambda: jp.hessian(torch.dot, (x, x), argnums=(0, 0)), jp.ArgumentError, "each once"),
+    "a float as argnums": (lambda: jp.hessian(cubes, x, argnums=1.0), jp.ArgumentError, "argnums"),
+    "no argnums": (lambda: jp.hessian(cubes, x, argnums=()), jp.ArgumentError, "at least one argument"),
+    "no function": (lambda: jp.hessian(x, x), jp.ArgumentError, "hessian: expected a function.*Tensor"),
+    "an empty result": (lambda: jp.jacobian(lambda x: (), x), jp.DTypeError, "none in"),
+    "a sparse primal": (lambda: jp.hessian(cubes, torch.eye(3).to_sparse()), jp.ArgumentError, "sparse_coo.*values"),
+    "a nested primal": (
+        lambda: jp.laplacian(cubes, torch.nested.nested_tensor([x, x], layout=torch.jagged)),
+        jp.ArgumentError, "nested",
+    ),
+    "a primal without numbers": (lambda: jp.hessian(cubes, torch.ones(3, device="meta")), jp.DeviceError, "meta"),
+    "three results with aux": (
+        lambda: jp.laplacian(lambda x: (cubes(x), 1, 2), x, has_aux=True), jp.ArgumentError, "aux",
+    ),
     "hvp of a vector": (lambda: jp.hvp(torch.sin, x, x), jp.ShapeError, "one number"),
     "hvp of a vector by reverse mode": (
         lambda: jp.hvp(torch.sin, x, x, mode="forward-over-reverse"), jp.ShapeError, "one number",
@@ -43,6 +56,15 @@ MISUSES = {
     "order 3": (lambda: jp.jet(cubes, x, x[None], order=3), jp.ArgumentError, "nest"),
     "no such mode": (lambda: jp.hessian(cubes, x, mode="reverse"), jp.ArgumentError, "forward-over-reverse"),
     "no chunk": (lambda: jp.hessian(cubes, x, chunk=0), jp.ArgumentError, "chunk"),
+    "an unknown word as chunk": (lambda: jp.bilaplacian(cubes, x, chunk="all"), jp.ArgumentError, "'auto'"),
+    "a chunk for the map of linearize": (lambda: jp.linearize(cubes, x, chunk=-1), jp.ArgumentError, "chunk"),
+    "a longer vector for the map of linearize": (
+        lambda: jp.linearize(cubes, x)[1](torch.ones(4)), jp.ShapeError, r"expected shape \(4, 3\)",
+    ),
+    "no axis of points at -1": (lambda: jp.laplacian(cubes, x, batch_dim=-1), jp.ArgumentError, "batch_dim"),
+    "no generator": (
+        lambda: jp.laplacian(cubes, x, estimate="axes", samples=2, generator=3), jp.ArgumentError, "generator",
+    ),
     "no such estimate": (lambda: jp.laplacian(cubes, x, estimate="xtrace"), jp.ArgumentError, "hutchinson"),
     "an estimate of no samples": (lambda: jp.laplacian(cubes, x, estimate="axes"), jp.ArgumentError, "samples"),
     "samples of no estimate": (lambda: jp.laplacian(cubes, x, samples=2), jp.ArgumentError, "estimate"),

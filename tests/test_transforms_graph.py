@@ -1,5 +1,6 @@
 """Reverse mode through derivatives of functions, in parameters and points, against reverse mode alone."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -272,13 +273,97 @@ def test_a_view_of_a_nested_jet_that_was_written_to_is_refused():
         jp.jvp(lambda w: jp.laplacian(lambda x: whole(x, w), x), w, w)
 
 
-def test_a_buffer_of_the_user_holds_what_was_written():
-    w, x, kept = torch.tensor(0.5, requires_grad=True), torch.tensor([3.0]), torch.zeros(2)
+def two_numbers(kept, x, w):
+    kept[0] = w * x[0] ** 2
+    kept[1] = w * x[0]
+    return kept.sum()
+
+
+def a_constant_first(kept, x, w):
+    kept[0] = w**3
+    kept[1] = w * x[0]
+    return kept[0] * x[1] ** 2 + kept[1] ** 2
+
+
+def a_whole(kept, x, w):
+    kept.copy_(w * x)
+    return (kept**3).sum()
+
+
+def through_a_view(kept, x, w):
+    view = kept.view(2, 1)[1:]
+    view[0] = w * x[1:] ** 2
+    kept.mul_(w)
+    return (kept * x).sum()
+
+
+def added_up(kept, x, w):
+    kept.add_(w)
+    return (kept * x**3).sum()
+
+
+@pytest.mark.parametrize("f", [two_numbers, a_constant_first, a_whole, through_a_view, added_up])
+@pytest.mark.parametrize("chunk", ["auto", 1])
+def test_a_buffer_of_the_user_is_in_the_graph_as_in_reverse_mode(f, chunk):
+    w, x = torch.tensor(0.5).double().requires_grad_(), torch.tensor([3.0, 2.0]).double()
+    kept, theirs = torch.zeros(2).double(), torch.zeros(2).double()
+    got = jp.laplacian(lambda x: f(kept, x, w), x, chunk=chunk)
+    f(theirs, x, w)
+    fresh = lambda x: f(torch.zeros(2).double(), x, w)  # noqa: E731
+    expected = torch.autograd.functional.hessian(fresh, x, create_graph=True).trace()
+    weights = torch.tensor([1.0, 2.0]).double()
+    for a, b in ((got, expected), (kept, theirs)):
+        close(a, b)
+        pair = [torch.autograd.grad((t * (weights if t.dim() else 1)).sum(), w, retain_graph=True) for t in (a, b)]
+        close(*pair)
+
+
+def test_a_buffer_that_is_overwritten_in_each_step():
+    net, kept, x = nn.Linear(2, 2), torch.zeros(3, 2), torch.randn(3, 2)
+
+    def f(z):
+        kept[:] = net(z)
+        return (kept**3).sum(1)
+
+    first = torch.autograd.grad(jp.laplacian(f, x, batch_dim=0).sum(), net.weight)
+    close(torch.autograd.grad(jp.laplacian(f, x, batch_dim=0).sum(), net.weight), first)
+
+
+def test_a_write_to_a_leaf_that_requires_grad_is_refused():
+    kept = nn.Parameter(torch.zeros(2))
 
     def f(x):
-        kept[0] = w * x[0] ** 2
-        kept[1] = w * x[0]
-        return kept.sum()
+        kept[1] = x[0]
+        return (kept * x).sum()
 
-    close(jp.laplacian(f, x), torch.tensor(1.0))
-    close(kept, torch.tensor([4.5, 1.5]))
+    with pytest.raises(jp.DerivativeError, match="leaf that requires grad"):
+        jp.laplacian(f, torch.ones(2))
+    with torch.no_grad():
+        close(jp.laplacian(f, torch.ones(2)), torch.zeros(()))
+
+
+@pytest.mark.parametrize("numpy", [False, True])
+def test_a_black_box_has_no_graph_and_says_so(numpy):
+    w, x = torch.tensor([1.0, 2.0]).double().requires_grad_(), torch.tensor([0.3, 0.7]).double()
+    box = jp.blackbox((lambda a: np.sin(a)) if numpy else torch.sin, numpy=numpy, scale=1.0)
+    found = jp.jet(lambda x: box(w * x).sum(), x, torch.eye(2).double(), pairs="diagonal")
+    for t in found if numpy else found[1:]:
+        with pytest.raises(jp.DerivativeError, match="blackbox.*no graph"):
+            torch.autograd.grad(t.sum(), w, retain_graph=True)
+    if numpy:
+        with pytest.raises(jp.DerivativeError, match="blackbox.*no graph"):
+            box(w).sum().backward()
+    assert not jp.laplacian(lambda x: box(w.detach() * x).sum(), x).requires_grad
+
+
+def test_torch_functions_in_python_may_take_parameters_apart():
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(4, 2, batch_first=True).double()
+    w, y, v = (torch.randn(1, 3, 4).double() for _ in range(3))
+
+    def f(w):
+        crossed = lambda y: attention(w * y, (w * y) ** 2, y.sin())[0].sum()  # noqa: E731
+        return jp.jet(crossed, y, v[None])[2].sum()
+
+    along, quotient = gradient_and_difference(f, w)
+    close(along, quotient, rtol=1e-6, atol=1e-7)

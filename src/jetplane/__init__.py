@@ -1,5 +1,8 @@
 """Jetplane: forward-only, second-order training of PyTorch models."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import directions, errors, gradients, optim, testing
 from .directions import Directions, step_scale
 from .errors import (
@@ -16,7 +19,9 @@ from .errors import (
     JetplaneWarning,
     LossError,
     LostRankError,
+    MissingPackageError,
     MissingRuleError,
+    NativeCodeError,
     NonFiniteError,
     RandomClosureError,
     RanksDifferError,
@@ -24,12 +29,15 @@ from .errors import (
     RescueWarning,
     ShapeError,
     SingularPlaneError,
+    TraceError,
     UnusedParametersError,
 )
 from .evaluation.api import evaluate
 from .evaluation.audit import AuditReport, audit
 from .evaluation.plane import PlaneModel
+from .exporting import export
 from .jets import LowRank
+from .monitor import CurvatureMonitor, CurvatureReading
 from .parallel import ranks as distributed
 from .rules import blackbox, loss, register_rule, strict
 from .subspace import descent, search, sources
@@ -41,8 +49,8 @@ from .transforms.estimators import (
     estimate_hessian,
     solve_newton,
 )
-from .transforms.forward import divergence, jacobian, jet, jvp, linearize, quadratic_form
-from .transforms.hessians import hessian, hessian_diagonal, hvp, vhv
+from .transforms.forward import divergence, jacobian, jet, jvp, linearize
+from .transforms.hessians import hessian, hessian_diagonal, hvp, quadratic_form, vhv
 from .transforms.laplacians import (
     ValueAndLaplacian,
     bilaplacian,
@@ -50,12 +58,28 @@ from .transforms.laplacians import (
     value_and_laplacian,
     weighted_laplacian,
 )
+from .transforms.models import functional
+
+if TYPE_CHECKING:
+    from .native import In, Out, compiled, register_native
+
+
+def __getattr__(name: str) -> Any:
+    """Rooms that need more than torch are imported when they are used."""
+    if name == "control":
+        return import_module(".control", __name__)
+    if name in ("In", "Out", "compiled", "register_native"):
+        return getattr(import_module(".native", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "ArgumentError",
     "AuditError",
     "AuditReport",
     "AuditWarning",
+    "CurvatureMonitor",
+    "CurvatureReading",
     "DTypeError",
     "DerivativeError",
     "DeviceError",
@@ -65,14 +89,18 @@ __all__ = [
     "FallbackWarning",
     "HandshakeError",
     "HessianEstimate",
+    "In",
     "JetplaneError",
     "JetplaneWarning",
     "LossError",
     "LostRankError",
     "LowRank",
+    "MissingPackageError",
     "MissingRuleError",
+    "NativeCodeError",
     "NewtonSolution",
     "NonFiniteError",
+    "Out",
     "PlaneModel",
     "RandomClosureError",
     "RanksDifferError",
@@ -80,24 +108,36 @@ __all__ = [
     "RescueWarning",
     "ShapeError",
     "SingularPlaneError",
+    "TraceError",
     "UnusedParametersError",
+    "ValueAndLaplacian",
     "audit",
+    "bilaplacian",
     "blackbox",
+    "compiled",
     "descent",
     "directions",
     "distributed",
+    "divergence",
     "errors",
     "estimate_diagonal",
     "estimate_hessian",
     "evaluate",
+    "export",
+    "functional",
     "gradients",
     "hessian",
+    "hessian_diagonal",
     "hvp",
+    "jacobian",
     "jet",
+    "jvp",
     "laplacian",
+    "linearize",
     "loss",
     "optim",
     "quadratic_form",
+    "register_native",
     "register_rule",
     "search",
     "solve_newton",
@@ -105,14 +145,7 @@ __all__ = [
     "step_scale",
     "strict",
     "testing",
-    "weighted_laplacian",
     "value_and_laplacian",
-    "bilaplacian",
-    "ValueAndLaplacian",
     "vhv",
-    "hessian_diagonal",
-    "linearize",
-    "jvp",
-    "jacobian",
-    "divergence",
+    "weighted_laplacian",
 ]

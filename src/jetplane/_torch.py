@@ -86,9 +86,20 @@ def records() -> bool:
     return torch.is_grad_enabled() and not _is_excluded(_autograd)
 
 
+def symbolically_traced() -> bool:
+    """Whether operators are written into a graph, by make_fx or an exporter, instead of running."""
+    tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return tracer is not None and tracer.get_proxy_mode() is not None
+
+
 def under(keys: Keys | None) -> contextlib.AbstractContextManager[Any]:
     """Run under these dispatch keys; None leaves them as they are."""
     return contextlib.nullcontext() if keys is None else _force_keys(*keys)
+
+
+def below_view_tracking() -> contextlib.AbstractContextManager[Any]:
+    """Run without view tracking, where what an operator returns may have been tracked already."""
+    return _force_keys(_included(), _excluded().add(_view_tracking))
 
 
 @contextlib.contextmanager

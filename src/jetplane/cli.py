@@ -151,7 +151,7 @@ def compare(
     folders: Annotated[list[Path], typer.Argument(help="Run folders.")],
     out: Annotated[Path, typer.Option(help="Image to write.")] = Path("compare.png"),
 ) -> None:
-    """Plot several runs in one figure, over epochs and over seconds."""
+    """Plot several runs in one figure, over epochs and over seconds; runs that differ in the seed alone as one."""
     runs = [report.Finished.read(folder) for folder in folders]
     report.draw(runs, out, "Test loss")
     _show(runs)
@@ -161,27 +161,34 @@ def compare(
 @app.command()
 def demo(
     out: Annotated[Path | None, typer.Option(help="Folder of the runs [default: runs/demo-TIME].")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights, batches and directions.")] = Config.seed,
+    seed: Annotated[int, typer.Option(help="First seed of weights, batches and directions.")] = Config.seed,
+    seeds: Annotated[int, typer.Option(help="Number of seeds.", min=1)] = demonstration.SEEDS,
 ) -> None:
     """Train logistic regression and a CNN on handwritten digits with several methods, and compare them."""
     folder = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     if folder.exists() and any(folder.iterdir()):
         raise RunFolderError(f"{folder} exists; name another folder with --out")
-    folders = []
+    console.print(
+        f"{len(demonstration.SHOWN)} methods on {len(demonstration.MODELS)} models, {seeds} seeds, "
+        f"{demonstration.EPOCHS} epochs: about {demonstration.MINUTES * seeds / demonstration.SEEDS:.1g} minutes"
+    )
+    folders: list[Path] = []
     with _progress() as progress:
-        for config in demonstration.plan(seed):
-            task = progress.add_task(f"{config.model}, {config.label}", total=None, loss="")
-            folders.append(folder / f"{config.model}-{config.method}")
+        for configs in demonstration.plan(seed, seeds):
+            task = progress.add_task(f"{configs[0].model}, {configs[0].label}", total=None, loss="")
+            here = [folder / f"{config.model}-{config.method}-{config.seed}" for config in configs]
             demonstration.run_apart(
-                config,
-                folders[-1],
+                configs,
+                here,
                 lambda done, total, loss, task=task: progress.update(
                     task, completed=done, total=total, loss=f"{loss:.4f}"
                 ),
             )
+            folders += here
     runs = [report.Finished.read(f) for f in folders]
     picture = folder / "curves.png"
-    report.draw(runs, picture, "Forward passes only, and backprop beside them: handwritten digits, 8 × 8")
+    title = f"Forward passes only, and backprop beside them: handwritten digits, 8 × 8; {seeds} seeds"
+    report.draw(runs, picture, title)
     _show(runs)
     console.print(f"curves  {picture.resolve()}", soft_wrap=True)
 
@@ -302,9 +309,9 @@ def _show(runs: list[report.Finished]) -> None:
 
 def _print(rows: list[dict[str, str]], left: Sequence[str], ends: Sequence[int] = ()) -> None:
     """Print a table; columns not in ``left`` are aligned right, and a line follows each row in ``ends``."""
-    shown = Table(box=None, header_style="bold", pad_edge=False)
+    shown = Table(box=None, header_style="bold", pad_edge=False, collapse_padding=True)
     for name in rows[0]:
-        shown.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+        shown.add_column(name, justify="left" if name in left else "right", no_wrap=name not in left)
     for n, row in enumerate(rows):
         shown.add_row(*row.values(), end_section=n in ends)
     console.print(shown)

@@ -65,6 +65,22 @@ class MissingRuleError(DerivativeError, NotImplementedError):
     """No rule says how jets pass through an operator."""
 
 
+class NativeCodeError(DerivativeError):
+    """Compiled code does something that `jetplane.compiled` does not carry.
+
+    Attributes:
+        where: the function and the library.
+        instruction: the machine instruction, if it is one.
+        line: ``file:line`` of the source, where debug information has it.
+    """
+
+    def __init__(
+        self, message: str, where: str | None = None, instruction: str | None = None, line: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.where, self.instruction, self.line = where, instruction, line
+
+
 def located(error: DerivativeError) -> None:
     """Add to an error which line of the user's code it arose in, and in which module."""
     if getattr(error, "_located", False):
@@ -82,6 +98,10 @@ def located(error: DerivativeError) -> None:
     where += [f"inside module {module}"] if module else []
     if where and error.args:
         error.args = (f"{error.args[0]}\n  {', '.join(where)}", *error.args[1:])
+
+
+class TraceError(JetplaneError, RuntimeError):
+    """A function of nodes cannot become a graph of scalars: it reads values, or combines nodes."""
 
 
 class SingularPlaneError(JetplaneError, ArithmeticError):
@@ -102,6 +122,10 @@ class RunFolderError(JetplaneError, OSError):
 
 class TorchVersionError(JetplaneError, ImportError):
     """This torch lacks something that Jetplane needs, or has an operator under another name."""
+
+
+class MissingPackageError(JetplaneError, ImportError):
+    """An optional package or library is not installed; the message says how to get it."""
 
 
 class DistributedError(JetplaneError, RuntimeError):

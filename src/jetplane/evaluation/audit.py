@@ -133,10 +133,10 @@ def audit(
 ) -> AuditReport:
     """Hold the slope of a closure, along a direction that moves all parameters, against differences of its loss.
 
-    The optimizers do so before their first step; see their ``audit``. As a rule it costs one evaluation of a slope along
-    a dense direction and two plain runs: 5 to 9 forward passes on an MLP, a CNN and a GPT; where rounding, kinks or stopped
-    derivatives leave doubt, some more. Closures that are convicted cost some dozens of runs, to find the parameters
-    concerned. It holds two copies of the parameters.
+    The optimizers do so before their first step; see their ``audit``. As a rule it costs one evaluation of a slope
+    along a dense direction and two plain runs: 5 to 9 forward passes on an MLP, a CNN and a GPT. Where rounding,
+    kinks or stopped derivatives leave doubt, it costs some more. Closures that are convicted cost some dozens of
+    runs, to find the parameters concerned. It holds two copies of the parameters.
 
     Args:
         closure: as in `jetplane.evaluate`.
@@ -365,7 +365,7 @@ class _Audit:
                 if h == 0:
                     raise
                 return None
-            self.written = [t for t, _ in log.saved.values()]
+            self.written = [t for t, *_ in log.saved.values()]
             if not self.memories.isdisjoint(map(_memory, self.written)):
                 stops.in_doubt = "the closure writes to its parameters"
         return value

@@ -149,8 +149,10 @@ def checked_finite(model: PlaneModel) -> PlaneModel:
 
     value, slope = plain(model.value), plain(model.slope)
     curvature = None if model.curvature is None else plain(model.curvature)
-    for name, t in (("loss", value), ("slope", slope), ("curvature", curvature)):
-        if t is not None and not bool(torch.isfinite(t).all()):
-            raise NonFiniteError(f"the {name} is not finite: {t.tolist() if t.numel() <= 9 else 'NaN or inf inside'}")
+    found = {"loss": value, "slope": slope} | ({} if curvature is None else {"curvature": curvature})
+    finite = torch.stack([torch.isfinite(t).all().to(value.device) for t in found.values()])
+    if not bool(finite.all()):  # the one place where an evaluation waits for its device
+        name, t = next(pair for pair, good in zip(found.items(), finite.tolist(), strict=True) if not good)
+        raise NonFiniteError(f"the {name} is not finite: {t.tolist() if t.numel() <= 9 else 'NaN or inf inside'}")
     examples = None if model.examples is None else plain(model.examples)
     return replace(model, value=value, slope=slope, curvature=curvature, examples=examples)

@@ -15,9 +15,9 @@ from ..directions import AbstractDirections
 from ..errors import ArgumentError, LossError
 from ..jets import LOSS, MODEL, Deferred, Jet, LowRank, Partial, Space, Stacked, carried
 from ..rules.dispatch import inside_loss
-from ..rules.losses import cross_entropy_whole
+from ..rules.losses import cross_entropy_whole, linear_cross_entropy
 from .checks import NO_LOSS
-from .interception import LOSSES
+from .interception import LINEAR_CROSS_ENTROPY, LOSSES
 from .plane import PlaneModel
 from .specification import PlaneSpec
 
@@ -41,6 +41,9 @@ class _CompiledInterception(TorchFunctionMode):
         if self.space.gauss_newton and (func in LOSSES or inside_loss()):
             # Operators meet the jets after the user's code has run: what enters a loss must say so itself.
             args, kwargs = tree_map(self._entering, (args, kwargs))
+        if func is LINEAR_CROSS_ENTROPY:
+            with self:
+                return linear_cross_entropy(*args, **kwargs)
         if func is F.cross_entropy:
             func = cross_entropy_whole
         return func(*args, **kwargs)

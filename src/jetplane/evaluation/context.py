@@ -6,6 +6,8 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
+from .._torch import symbolically_traced
+from ..errors import DerivativeError
 from ..jets import PairStructure, Space
 from ..rules import grad_mode
 from . import compilers, leaving
@@ -29,7 +31,15 @@ def expansion(
         gauss_newton: whether loss functions alone make second coefficients.
         examples: whether each example's part of the slope is kept.
         recorded: whether rules record a graph for reverse mode.
+
+    Raises:
+        DerivativeError: operators are traced into a graph, which would hold results as constants.
     """
+    if symbolically_traced():
+        raise DerivativeError(
+            "make_fx and exporters do not see the operators of jets: their graph would hold this result as a constant, "
+            "whatever its inputs are. Use jetplane.export"
+        )
     with compilers.eager():
         depth = getattr(_evaluations, "depth", 0) + 1
         space = Space(structure, order, depth, gauss_newton, examples, recorded=recorded)

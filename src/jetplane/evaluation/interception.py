@@ -46,6 +46,7 @@ from ..rules import grad_mode, higher_order, sparse
 from ..rules.dispatch import inside_loss
 from ..rules.dispatch import loss as mark_loss
 from ..rules.functions import intercept_functions, refuse_captured
+from ..rules.losses import linear_cross_entropy
 from . import compilers, constructors, gradient_hooks, inner, leaving, sharded, threads
 from .context import at_depth
 
@@ -65,22 +66,7 @@ _EXITS = {
     torch.Tensor.untyped_storage: "untyped_storage()",
     torch.Tensor.storage: "storage()",
 }
-# Questions about a parameter itself, which its jet would answer differently or no faster.
-_QUERIES = {
-    torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.grad.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.grad_fn.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.device.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.size,
-    torch.Tensor.dim,
-    torch.Tensor.numel,
-}
-# Numbers for people to read.
-_SHOWING = {torch.Tensor.__repr__, torch.Tensor.__format__, torch.Tensor.__reduce_ex__}
-_ASIDE = _QUERIES | _SHOWING | gradient_hooks.REGISTERING
+_ASIDE = threads.QUERIES | threads.SHOWING | gradient_hooks.REGISTERING
 DETACHING = {torch.detach, torch.Tensor.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
@@ -90,6 +76,8 @@ LOSSES = {
     if name.endswith("_loss") or name in ("cross_entropy", "kl_div", "nll_loss")
     or name.startswith("binary_cross_entropy")
 }  # fmt: skip
+
+LINEAR_CROSS_ENTROPY = getattr(F, "linear_cross_entropy", linear_cross_entropy)  # from torch 2.13 on
 
 
 def _warn_if_flat(func: Any, result: Any, space: Space) -> Any:
@@ -241,6 +229,9 @@ class Interception(TorchFunctionMode):
         if higher_order.is_higher_order(func):
             with self:  # the functions that it takes may capture parameters
                 return higher_order.run(func, args, kwargs)
+        if func is LINEAR_CROSS_ENTROPY:
+            with self:
+                return linear_cross_entropy(*args, **kwargs)
         if sparse.constant(func, args):
             with grad_mode.autograd(), torch.no_grad():
                 return func(*args, **kwargs)
@@ -272,7 +263,7 @@ class Interception(TorchFunctionMode):
         """A call that asks about a tensor, shows its numbers, or registers a hook."""
         if func in gradient_hooks.REGISTERING:
             return gradient_hooks.registered(func, args, kwargs)
-        if func in _SHOWING:
+        if func in threads.SHOWING:
             return func(innermost(args[0]), *args[1:], **kwargs)
         if func in gradient_hooks.ASKED_FOR_HOOKS:
             gradient_hooks.announce_module()

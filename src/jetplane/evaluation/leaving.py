@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .._sharding import is_sharded
 from .._torch import swap_tensors, transform_level, tree_leaves
 from ..errors import DerivativeError
 from ..jets import Jet, Space, absent, forget_promoted, promoted
@@ -27,6 +28,7 @@ from ..rules import higher_order
 from ..rules.functions import intercept_functions
 from ..rules.grad_mode import forward_only
 from . import compilers, inner
+from .side_effects import undone
 
 
 class WeakTensors:
@@ -58,12 +60,15 @@ earlier = WeakTensors()  # what carried derivatives in an evaluation that has en
 
 def release(space: Space) -> None:
     """Make ordinary tensors of all jets of an evaluation that ends, and of buffers that jets were written into."""
-    if space.remembered:
-        for buffer in space.written:
-            owner = buffer()
-            jet = None if owner is None else promoted(owner)
-            if jet is not None and _carries(jet):
-                earlier.add(owner)  # type: ignore[arg-type]
+    buffers = {id(owner): owner for buffer in space.written if (owner := buffer()) is not None}
+    for owner in buffers.values():
+        jet = promoted(owner)
+        if jet is None:
+            continue
+        if space.remembered and _carries(jet):
+            earlier.add(owner)
+        if space.recorded and jet.primal.requires_grad and not undone():
+            owner.copy_(jet.primal)  # the values are there; as reverse mode, this puts them into the graph
     forget_promoted(space)
     made, space.made = space.made or (), None
     alive = [jet for known in made if (jet := known()) is not None]
@@ -71,6 +76,8 @@ def release(space: Space) -> None:
     for jet, carried in zip(alive, carrying, strict=True):
         if isinstance(jet.primal, Jet):
             _into_outer(jet, jet.primal)
+            continue
+        if is_sharded(jet.primal):  # stood for an argument: see `jetplane.transforms.models`
             continue
         _into_ordinary(jet)
         if carried and space.remembered:

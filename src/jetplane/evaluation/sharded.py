@@ -144,6 +144,13 @@ def _gathering(params: Sequence[Tensor], gathered: Callable[[Tensor, Tensor], No
             _give_back(modules)
 
 
+def give_back_copies(model: nn.Module) -> None:
+    """Free the whole copies that FSDP2 has left in a model after a forward pass, so that its parameters are its own."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        _give_back([module for module in model.modules() if isinstance(module, fsdp.FSDPModule)])
+
+
 def _give_back(modules: Sequence[Any]) -> None:
     """Free whole copies."""
     for module in modules:

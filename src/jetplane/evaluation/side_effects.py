@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._torch import TorchDispatchMode, memory_of, tree_leaves
 from ..errors import ArgumentError
-from ..jets import Jet
+from ..jets import Jet, owner_of
 
 MOVING = {"aten::set_", "aten::resize_", "aten::resize_as_"}  # operators that give a tensor other memory
 
@@ -24,7 +24,7 @@ class UndoLog(TorchDispatchMode):
     """Copies of the tensors that were there before, each made when the tensor is first written to in place.
 
     Attributes:
-        saved: by identity, each tensor that was written to and its values before.
+        saved: by identity, each tensor that was written to, its values before, and whether it was in a graph.
     """
 
     def __init__(self) -> None:
@@ -32,15 +32,17 @@ class UndoLog(TorchDispatchMode):
         self._fresh: set[int] = set()  # storages allocated meanwhile: nothing outside looks into them
         self._raw: dict[int, Tensor] = {}  # bytes of whole storages, as they are copied by `deepcopy`
         self._places: dict[int, Tensor] = {}  # what looks into the memory that a tensor had before it got another
-        self.saved: dict[int, tuple[Tensor, Tensor]] = {}
+        self.saved: dict[int, tuple[Tensor, Tensor, bool]] = {}
 
     def restore(self) -> None:
-        """Write the values of before back."""
+        """Write the values of before back, and take what was in no graph out of it."""
         with torch.no_grad():
-            for key, (tensor, before) in self.saved.items():
+            for key, (tensor, before, graph) in self.saved.items():
                 if key in self._places:
                     tensor.data = self._places[key]
                 tensor.detach().copy_(before)
+                if owner_of(tensor).requires_grad and not graph:
+                    owner_of(tensor).detach_()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -68,7 +70,7 @@ class UndoLog(TorchDispatchMode):
             self._fresh.add(memory_of(value))
             return
         if isinstance(value, Tensor) and not isinstance(value, Jet) and not known and id(value) not in self.saved:
-            self.saved[id(value)] = value, value.detach().clone()
+            self.saved[id(value)] = value, value.detach().clone(), owner_of(value).requires_grad
             if moves:
                 self._places[id(value)] = value.detach()
 
@@ -107,6 +109,7 @@ def _devices() -> list[int]:
 
 class _Here(threading.local):
     generators: tuple[Any, ...] = ()  # of the user's, to be set back as torch's are
+    undone: bool = False
 
 
 _here = _Here()
@@ -190,12 +193,19 @@ def without_side_effects(begin: RandomState | None = None) -> Iterator[UndoLog]:
     Args:
         begin: where random numbers start from inside, to repeat those drawn there; by default where they are.
     """
-    log, now = UndoLog(), RandomState()
+    log, now, before = UndoLog(), RandomState(), _here.undone
     if begin is not None:
         begin.restore()
+    _here.undone = True
     try:
         with log, _Assignments(log):
             yield log
     finally:
+        _here.undone = before
         log.restore()
         now.restore()
+
+
+def undone() -> bool:
+    """Whether what is written now is going to be set back."""
+    return _here.undone

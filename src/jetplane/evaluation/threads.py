@@ -103,15 +103,32 @@ def _install() -> None:
 
 # --- parameters that refuse ---------------------------------------------------------------------------------------
 
+# Questions about a tensor itself, which have no derivative and which its jet would answer no differently.
+QUERIES = {
+    torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.grad.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.grad_fn.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.device.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.layout.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.size,
+    torch.Tensor.stride,
+    torch.Tensor.dim,
+    torch.Tensor.numel,
+    torch.Tensor.element_size,
+    torch.Tensor.is_floating_point,
+    torch.Tensor.is_complex,
+}
+# Numbers for people to read.
+SHOWING = {torch.Tensor.__repr__, torch.Tensor.__format__, torch.Tensor.__reduce_ex__}
 # What gives no derivative, in this thread or in another. What looks into the memory is not among it.
 _LOOKING = {
     torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist, torch.Tensor.data_ptr, torch.Tensor.__dlpack__,
     torch.Tensor.untyped_storage, torch.Tensor.storage,
 }  # fmt: skip
 _WITHOUT_DERIVATIVE = HARMLESS - _LOOKING
-
-
-_SHOWING = {torch.Tensor.__repr__, torch.Tensor.__format__}
 
 
 class _Refusing:
@@ -121,7 +138,7 @@ class _Refusing:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not _here.interceptions and torch.is_grad_enabled() and func not in _WITHOUT_DERIVATIVE:
             _refuse(func, tree_leaves((args, kwargs)))
-        if func in _SHOWING:  # as what it is to the user
+        if func in SHOWING:  # as what it is to the user
             with DisableTorchFunctionSubclass():
                 args = args[0].detach().requires_grad_(args[0].requires_grad), *args[1:]
         with DisableTorchFunctionSubclass():

@@ -157,20 +157,20 @@ METHODS: dict[str, Method] = {
                "rosenbrock": 1e-4},  # the paper's notebook; at 1e-3, in the paper's script, some starts diverge
         large_rates={"logreg": 5e-4, "mlp": 5e-4, "cnn": 1e-4},  # the rate shrinks with the number of parameters
         search=(1e-5, 1e-1),
-        demo={"logreg": {"lr": 0.2, "k": 10}, "cnn": {"lr": 0.03, "k": 10}},
+        demo={"logreg": {"lr": 0.2, "k": 10}, "cnn": {"lr": 0.2, "k": 10, "clip": 1.0}},
     ),
     "fomoh": Method(
         "FoMoH", _fomoh, k=1, passes=lambda k: 1 + 3 * k,
         rates={"logreg": 0.1362, "mlp": 0.3, "cnn": 0.544, "cnn-bn": 0.544}, published=("logreg", "cnn"),
         search=(1e-3, 1.0),
         clip=1.0,  # curvature along a random direction is often near zero, and a step divided by it far too long
-        demo={"logreg": {"lr": 1.0, "k": 10, "clip": 0}, "cnn": {"lr": 0.544, "k": 10, "clip": 0}},
+        demo={"logreg": {"lr": 4.0, "k": 10, "clip": 1.0}, "cnn": {"lr": 4.0, "k": 10, "clip": 1.0}},
     ),
     "fomoh-kd": Method(
         "FoMoH-KD", _fomoh_kd, k=3, passes=lambda k: (1 + k) ** 2,
         rates={"logreg": 0.3, "mlp": 0.3, "cnn": 0.3, "cnn-bn": 0.3},
         search=(1e-3, 1.0), clip=1.0, numbered="FoMoH-{k}D",
-        demo={"logreg": {"lr": 0.6, "k": 10, "clip": 1.0}, "cnn": {"lr": 0.5, "k": 10, "clip": 1.0}},
+        demo={"logreg": {"lr": 0.6, "k": 10, "clip": 1.0}, "cnn": {"lr": 1.0, "k": 10, "clip": 1.0}},
     ),
     "fomoh-bp": Method(
         "FoMoH-BP", _fomoh_bp, k=1, passes=lambda k: _BACKPROP + 4,  # then the curvature along one dense direction

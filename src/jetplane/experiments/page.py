@@ -6,7 +6,7 @@ import html
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from plotly.subplots import make_subplots
 
 from ..errors import CheckpointError, RunFolderError
 from . import environment, report, store
-from .config import Config
 from .report import COLOURS, STYLES, Finished
 
 WIDTH = 2  # of lines, in pixels
@@ -159,10 +158,8 @@ def _short(folders: Sequence[Path]) -> dict[Path, str]:
 
 def _curves(runs: Sequence[Finished]) -> list[tuple[str, list[Finished]]]:
     """Runs grouped by their label in the legend, which does not contain the seed."""
-    grouped: dict[Config, list[Finished]] = {}
-    for run in runs:
-        grouped.setdefault(replace(run.config, seed=0), []).append(run)
-    return list(zip(report.names(list(grouped)), grouped.values(), strict=True))
+    grouped = report.by_seed(runs)
+    return list(zip(report.names([alike[0].config for alike in grouped]), grouped, strict=True))
 
 
 def _styled(grouped: dict[Any, list[tuple[str, list[Finished]]]]) -> dict[Any, list[Curve]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,27 +70,48 @@ def _is_row(row: Any) -> bool:
     return isinstance(row, dict) and all(isinstance(row.get(name), (int, float)) for name in COLUMNS)
 
 
-def table(runs: Sequence[Finished]) -> list[dict[str, str]]:
-    """A row for each run: test loss and accuracy of its last epoch, seconds of training and peak memory."""
-    rows = []
+def by_seed(runs: Sequence[Finished]) -> list[list[Finished]]:
+    """Runs grouped by their configuration without the seed, in the order in which each appears first."""
+    groups: dict[Config, list[Finished]] = {}
     for run in runs:
-        last = run.rows[-1] if run.rows else None  # None: the run diverged in its first epoch
-        rows.append(
-            {
-                "model": run.config.model,
-                "method": run.config.label + (" — diverged" if run.status == "diverged" else ""),
-                "epochs": str(last["epoch"]) if last else "0",
-                "loss": f"{last['test_loss']:.3f}" if last else "-",
-                "accuracy": f"{100 * last['test_accuracy']:.1f} %" if last else "-",
-                "seconds": f"{last['seconds']:.1f}" if last else "-",
-                "memory": f"{run.result['peak_memory'] / 2**20:.0f} MiB" if "peak_memory" in run.result else "-",
-            }
-        )
-    return rows
+        groups.setdefault(replace(run.config, seed=0), []).append(run)
+    return list(groups.values())
+
+
+def table(runs: Sequence[Finished]) -> list[dict[str, str]]:
+    """A row for each configuration: test loss and accuracy of the last epoch, seconds of training and peak memory.
+
+    Runs that differ in the seed alone share a row: mean and standard deviation of their losses and accuracies, their
+    mean seconds, and their largest peak of memory.
+    """
+    return [_row(alike) for alike in by_seed(runs)]
+
+
+def _row(runs: Sequence[Finished]) -> dict[str, str]:
+    last = [run.rows[-1] for run in runs if run.rows]  # a run that diverged in its first epoch has none
+    diverged = sum(run.status == "diverged" for run in runs)
+    of = f" {diverged} of {len(runs)}" if len(runs) > 1 else ""
+    memory = [run.result["peak_memory"] for run in runs if "peak_memory" in run.result]
+    return {
+        "model": runs[0].config.model,
+        "method": runs[0].config.label + (f" — diverged{of}" if diverged else ""),
+        "epochs": str(max((row["epoch"] for row in last), default=0)),
+        "loss": _mean([row["test_loss"] for row in last], "{:.3f}") if last else "-",
+        "accuracy": _mean([100 * row["test_accuracy"] for row in last], "{:.1f}") + " %" if last else "-",
+        "seconds": f"{statistics.mean(row['seconds'] for row in last):.1f}" if last else "-",
+        "memory": f"{max(memory) / 2**20:.0f} MiB" if memory else "-",
+    }
+
+
+def _mean(values: Sequence[float], form: str) -> str:
+    mean = form.format(statistics.mean(values))
+    return mean if len(values) == 1 else f"{mean} ± {form.format(statistics.stdev(values))}"
 
 
 def draw(runs: Sequence[Finished], path: Path, title: str) -> None:
     """Plot test losses over epochs and over seconds, a row of panels for each model.
+
+    Of runs that differ in the seed alone the mean is a line, and the lowest to the highest a band.
 
     Raises:
         RunFolderError: no run has finished an epoch.
@@ -102,7 +124,7 @@ def draw(runs: Sequence[Finished], path: Path, title: str) -> None:
     )
     figure.suptitle(title, fontsize=13)
     for (data, model), (left, right) in zip(names, panels, strict=True):
-        chosen = [run for run in runs if run.rows and (run.config.data, run.config.model) == (data, model)]
+        chosen = by_seed([run for run in runs if run.rows and (run.config.data, run.config.model) == (data, model)])
         _curves(left, chosen, "epoch")
         _curves(right, chosen, "seconds")
         left.set_xlabel("epochs")
@@ -131,20 +153,26 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _curves(axes: Axes, runs: Sequence[Finished], over: str) -> None:
-    labels = names([run.config for run in runs])
-    for n, run in enumerate(runs):
-        axes.plot(
-            [row[over] for row in run.rows],
-            [row["test_loss"] for row in run.rows],
-            linestyle=STYLES[n % len(STYLES)],
-            color=COLOURS[n % len(COLOURS)],
-            linewidth=1.8,
-            label=f"{labels[n]}: {100 * run.rows[-1]['test_accuracy']:.1f} %",
-        )
+def _curves(axes: Axes, groups: Sequence[Sequence[Finished]], over: str) -> None:
+    labels = names([runs[0].config for runs in groups])
+    ends = []
+    for n, runs in enumerate(groups):
+        shortest = min(len(run.rows) for run in runs)  # the epochs that all of them have finished
+        rows = list(zip(*(run.rows[:shortest] for run in runs), strict=True))
+        x = [statistics.mean(row[over] for row in epoch) for epoch in rows]
+        losses = [[row["test_loss"] for row in epoch] for epoch in rows]
+        style, colour = STYLES[n % len(STYLES)], COLOURS[n % len(COLOURS)]
+        accuracy = 100 * statistics.mean(run.rows[-1]["test_accuracy"] for run in runs)
+        means, label = [statistics.mean(epoch) for epoch in losses], f"{labels[n]}: {accuracy:.1f} %"
+        axes.plot(x, means, linestyle=style, color=colour, linewidth=1.8, label=label)
+        if len(runs) > 1:
+            lowest, highest = [min(epoch) for epoch in losses], [max(epoch) for epoch in losses]
+            axes.fill_between(x, lowest, highest, color=colour, alpha=0.15, linewidth=0)
+        ends.append(x[-1])
     axes.set_yscale("log")
     rounded_ticks(axes.yaxis)
-    ends = [run.rows[-1][over] for run in runs]
+    if over == "epoch":
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     if max(ends) > 10 * min(ends) > 0:  # on a linear axis the short runs would not be visible
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))

@@ -1,7 +1,19 @@
 """Internal: tensors with derivatives, and their calculus."""
 
 from .calculus import Derivatives, add_jets, as_jet, chain, chain_many, elementwise, jointly, linear, multiply
-from .coefficients import Coefficients, absent, aligned, expand, lift, outer, overwritten, plain, symmetric, writable
+from .coefficients import (
+    Coefficients,
+    absent,
+    aligned,
+    expand,
+    joined,
+    lift,
+    outer,
+    overwritten,
+    plain,
+    symmetric,
+    writable,
+)
 from .jet import (
     LOST,
     WRITTEN,
@@ -29,6 +41,7 @@ from .storage import (
     forget_promoted,
     forget_promotions,
     mark_view,
+    owner_of,
     promote,
     promoted,
     promotion_state,
@@ -80,6 +93,7 @@ __all__ = [
     "detaching",
     "who_detaches",
     "is_jet",
+    "joined",
     "jointly",
     "kind_of",
     "lift",
@@ -89,6 +103,7 @@ __all__ = [
     "multiply",
     "outer",
     "overwritten",
+    "owner_of",
     "parts",
     "plain",
     "precise",

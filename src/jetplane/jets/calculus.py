@@ -63,7 +63,8 @@ def chain(space: Space, x: Any, y: Tensor, d1: Tensor | None, d2: Tensor | None,
         return make(y, infinite.selected(d1, x1), infinite.selected(d1, x2), space)
     if singular and not infinite.finite(d1, d2):
         return chain_many(space, (x,), y, (d1,), {} if d2 is None else {(0, 0): d2})
-    if d1 is not None and d2 is not None and x1 and space.order == 2 and space.structure.is_trace:
+    traced = space.order == 2 and space.structure.is_trace and not y.is_complex()
+    if traced and d1 is not None and d2 is not None and x1:
         held = x1.tensor, x2.tensor if x2 else None, d1, d2
         if x1.rows is None and plain(*held) and not writable(*held) and d1.shape == d2.shape == p.shape:
             y1, y2 = TraceChain.apply(condensed(held[0]), *held[1:])  # type: ignore[misc]

@@ -111,6 +111,45 @@ class _Outer:
         return self.structure.gram(a, b)
 
 
+@dataclass(frozen=True)
+class _Joined:
+    """Coefficients of values side by side along their last axis, before they are copied into one stack.
+
+    What multiplies them by a matrix never forms them: a piece that is the same at many places is multiplied once, and
+    one that is absent not at all.
+
+    Attributes:
+        pieces: stacks (m, *S), up to expansion, or None where absent; and their sizes along the last axis.
+        shape: of the value.
+    """
+
+    pieces: tuple[tuple[Tensor | None, int], ...]
+    shape: tuple[int, ...]
+
+    def materialized(self, space: Space) -> Tensor:
+        there = [c for c, _ in self.pieces if c is not None]
+        count, zero = there[0].shape[0], there[0].new_zeros(())
+        stacks = [(zero if c is None else c).expand(count, *self.shape[:-1], size) for c, size in self.pieces]
+        if not writable(*there):
+            return torch.cat(stacks, -1)
+        return torch.cat(stacks, -1, out=space.memory.empty((count, *self.shape), zero))
+
+    def mapped(self, f: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """``sum f(piece, place)``, largest pieces first."""
+        places, start = [], 0
+        for c, size in self.pieces:
+            if c is not None:
+                places.append((condensed(c), slice(start, start + size)))
+            start += size
+        places.sort(key=lambda piece: piece[0].numel(), reverse=True)
+        total = f(*places[0])
+        for piece, place in places[1:]:
+            term = f(piece, place)
+            fits = broadcast(total.shape, term.shape) == total.shape
+            total = overwritten(total, "add", term) if fits else total + term
+        return total
+
+
 class Coefficients:
     """The first (order 1) or second (order 2) coefficients of a value, of which some or all may be absent.
 
@@ -128,7 +167,7 @@ class Coefficients:
         self,
         space: Space,
         order: int,
-        held: Tensor | Tangents | _Outer | None = None,
+        held: Tensor | Tangents | _Outer | _Joined | None = None,
         rows: Rows | None = None,
         owned: bool = False,
     ) -> None:
@@ -157,7 +196,7 @@ class Coefficients:
         if isinstance(held, Tensor):
             return held
         assert held is not None, "absent coefficients have no tensor"
-        if isinstance(held, _Outer):
+        if isinstance(held, (_Outer, _Joined)):
             self.held = held.materialized(self.space)
             return self.held
         if not isinstance(held, Deferred):
@@ -175,6 +214,21 @@ class Coefficients:
     def is_product(self) -> bool:
         """Whether they are products that nobody has formed yet: what sums them up never forms them."""
         return isinstance(self.held, _Outer)
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether they lie side by side and nobody has formed one stack of them yet."""
+        return isinstance(self.held, _Joined)
+
+    def map_pieces(self, f: Callable[[Tensor, slice], Tensor]) -> Coefficients:
+        """A linear function of the last axis, ``sum f(piece, place)`` over the pieces that it is made of.
+
+        Args:
+            f: takes a stack of a piece, of size one along axes along which nothing changes, and its place on the axis.
+        """
+        if isinstance(self.held, _Joined):
+            return self._new(self.held.mapped(f))
+        return self.map(lambda c: f(condensed(c), slice(None)), True)
 
     def formed(self) -> Coefficients:
         """The same, with products formed."""
@@ -283,7 +337,7 @@ class Coefficients:
         held = self.held
         if held is None:
             return self
-        if (held.shape if isinstance(held, _Outer) else held.shape[1:]) == shape:
+        if (held.shape if isinstance(held, (_Outer, _Joined)) else held.shape[1:]) == shape:
             return self
         return self._new(expand(self.tensor, shape), False)
 
@@ -524,6 +578,30 @@ def jointly(
     zero = torch.zeros((), dtype=dtype, device=device)
     stacks = [next(found) if c else zero.expand(count, *shape) for c, shape in zip(several, shapes, strict=True)]
     return Coefficients(space, several[0].order, f(*stacks), rows)
+
+
+def joined(
+    space: Space, several: Sequence[Coefficients], sizes: Sequence[int], shape: Sequence[int], dtype: torch.dtype
+) -> Coefficients | None:
+    """Coefficients of values side by side along their last axis, which has these sizes; None where they do not fit.
+
+    Args:
+        space: of the evaluation.
+        several: of each value.
+        sizes: of their last axes.
+        shape: of the result.
+        dtype: of its coefficients.
+    """
+    there = [c for c in several if c]
+    if not there:
+        return several[0]
+    tensors = [c.tensor if c else None for c in several]
+    same = all(c.rows == there[0].rows and c.dtype == dtype for c in there)
+    if not same or not plain(*tensors) or torch.compiler.is_compiling():
+        return None
+    return Coefficients(
+        space, there[0].order, _Joined(tuple(zip(tensors, sizes, strict=True)), tuple(shape)), there[0].rows
+    )
 
 
 # --- pairs ----------------------------------------------------------------------------------------------------

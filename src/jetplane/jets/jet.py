@@ -32,6 +32,7 @@ from .._torch import (
     Keys,
     TorchDispatchMode,
     below_autograd,
+    below_view_tracking,
     disabled_torch_dispatch,
     disabled_torch_function,
     is_stand_in,
@@ -292,8 +293,18 @@ class Recorded(Jet):
     def __torch_function__(  # pyright: ignore[reportIncompatibleVariableOverride]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        with DisableTorchFunctionSubclass():
+            args = tuple(_resolved(x) for x in args)
+            kwargs = {name: _resolved(x) for name, x in (kwargs or {}).items()}
         with whole(between=isinstance(func, FunctionType)):
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
+
+
+def _resolved(x: Any) -> Any:
+    """A plain tensor without lazy conjugation or sign, which torch would resolve below autograd, unrecorded."""
+    if type(x) is Tensor:
+        return x.resolve_conj().resolve_neg() if x.requires_grad and (x.is_conj() or x.is_neg()) else x
+    return type(x)(_resolved(y) for y in x) if type(x) in (list, tuple) else x
 
 
 class _Between(TorchDispatchMode):
@@ -325,8 +336,13 @@ def whole(between: bool) -> Iterator[None]:
     Args:
         between: whether it may compute with plain tensors between operators, as functions that torch defines in Python.
     """
-    keys = user_keys(tracked=True)
-    with DisableTorchFunctionSubclass(), below_autograd(), _Between(keys) if between else contextlib.nullcontext():
+    keys, nothing = user_keys(tracked=True), contextlib.nullcontext()
+    with (
+        DisableTorchFunctionSubclass(),
+        below_autograd(),
+        below_view_tracking() if between else nothing,
+        _Between(keys) if between else nothing,
+    ):
         yield
 
 

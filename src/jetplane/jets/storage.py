@@ -95,7 +95,8 @@ def _rebind(base: Jet, target: Jet, p: Tensor) -> None:
         extent += sum((size - 1) * stride for size, stride in zip(whole.shape, whole.stride(), strict=True))
         memory = torch.empty(extent, dtype=whole.dtype, device=whole.device)
         fresh = memory.as_strided(whole.shape, whole.stride(), whole.storage_offset())
-        fresh.copy_(whole)
+        if view.numel() < whole.numel():  # what is overwritten is left out of the graph
+            fresh.copy_(whole)
         memory.as_strided(view.shape, view.stride(), view.storage_offset()).copy_(p)
         base.primal = memory.as_strided(whole.shape, whole.stride(), whole.storage_offset())
 
@@ -178,6 +179,11 @@ class _Promotions(threading.local):
 _here = _Promotions()
 
 
+def owner_of(x: Tensor) -> Tensor:
+    """The tensor that a view looks into, or x itself."""
+    return x._base if x._is_view() and x._base is not None else x
+
+
 def promote(buffer: Tensor, space: Space) -> Jet:
     """The jet that stands for a plain tensor from now on, since a jet is about to be written into it."""
     key = memory_of(buffer)
@@ -186,7 +192,10 @@ def promote(buffer: Tensor, space: Space) -> Jet:
         flat = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
         flat = flat.set_(memory)  # type: ignore[call-overload]
         flat = flat.as_strided((memory.nbytes() // buffer.element_size(),), (1,), 0)
-        _here.jets[key] = Jet(flat, None, None, space)
+        _here.jets[key] = whole = Jet(flat, None, None, space)
+        owner = owner_of(buffer)
+        if space.recorded and owner.requires_grad:  # values of before are in the graph
+            whole.origin, whole.primal = flat, owner.as_strided(flat.shape, (1,), 0).clone()
     jet = promoted(buffer)
     assert jet is not None
     return jet

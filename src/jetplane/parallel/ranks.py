@@ -392,7 +392,7 @@ class Ranks:
         if len(items) > 1:  # all but the last are to be without side effects
             with plain_run(params), without_side_effects() as log:
                 closure()
-            written = [tensor for tensor, _ in log.saved.values()]
+            written = [tensor for tensor, *_ in log.saved.values()]
         values, counts = [], []
         total, products = torch.zeros_like(slope), torch.zeros(spec.k, spec.k, dtype=torch.float64)
         for n, item in enumerate(items):

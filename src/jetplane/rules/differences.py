@@ -107,11 +107,16 @@ def _called(space: Space, box: _Box, *args: Any) -> Any:
         )
     with DisableTorchFunction(), autograd():
         values, first, second = box.coefficients(space, args)
-    outputs = values if isinstance(values, tuple) else (values,)
-    made = tuple(
-        make(y, _split(space, 1, first, outputs, n), _split(space, 2, second, outputs, n), space)
-        for n, y in enumerate(outputs)
-    )
+        outputs = values if isinstance(values, tuple) else (values,)
+        held = [t for a in args for t in _held(a, space)] if space.recorded else []
+        made = tuple(
+            make(
+                y if y.requires_grad else _graphless(y, held),
+                *(_split(space, order, rows, outputs, n, held) for order, rows in ((1, first), (2, second))),
+                space,
+            )
+            for n, y in enumerate(outputs)
+        )
     return made if isinstance(values, tuple) else made[0]
 
 
@@ -138,8 +143,12 @@ class _Box:
         """F of plain inputs; where it is in NumPy, tensors again, of the inputs' floating dtype and device."""
         if not self.numpy:
             return self.f(*args)
+        held = [a for a in args if isinstance(a, Tensor) and a.requires_grad] if torch.is_grad_enabled() else []
         result = self.f(*map(self._handed, args))
-        return tuple(_as_tensor(y, args) for y in result) if isinstance(result, tuple) else _as_tensor(result, args)
+        made = tuple(
+            _graphless(_as_tensor(y, args), held) for y in (result if isinstance(result, tuple) else (result,))
+        )
+        return made if isinstance(result, tuple) else made[0]
 
     def _handed(self, x: Any) -> Any:
         return x.detach().cpu().numpy() if self.numpy and isinstance(x, Tensor) else x
@@ -179,13 +188,42 @@ def _normal(x: Any) -> Any:
     return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
 
 
-def _split(space: Space, order: int, rows: Rows, outputs: Sequence[Tensor], n: int) -> Coefficients:
+def _held(x: Any, space: Space) -> list[Tensor]:
+    """The tensors of an argument that are in a graph."""
+    if not isinstance(x, Tensor):
+        return []
+    p, *coefficients = parts(x, space)
+    return [t for t in (p, *(c.tensor for c in coefficients if c)) if t.requires_grad]
+
+
+class _Graphless(torch.autograd.Function):
+    """The identity, in a graph in which nothing goes back."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *held: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise DerivativeError(
+            "backward() through a jetplane.blackbox: its derivatives are differences, which have no graph. Train "
+            "forward only (jetplane.optim), or detach() its result if it is meant as a constant"
+        )
+
+
+def _graphless(y: Tensor, held: Sequence[Tensor]) -> Tensor:
+    return _Graphless.apply(y.detach(), *held) if held else y  # type: ignore[return-value]
+
+
+def _split(
+    space: Space, order: int, rows: Rows, outputs: Sequence[Tensor], n: int, held: Sequence[Tensor]
+) -> Coefficients:
     """What is one output's of the coefficients of all outputs."""
     if rows is None:
         return absent(space, order)
     start, y = sum(y.numel() for y in outputs[:n]), outputs[n]
     own = torch.stack([row[start : start + y.numel()] for row in rows])
-    return Coefficients(space, order, own.to(y.device).reshape(-1, *y.shape))
+    return Coefficients(space, order, _graphless(own.to(y.device).reshape(-1, *y.shape), held))
 
 
 class _Differences:
@@ -205,7 +243,7 @@ class _Differences:
         self.terms = space.structure.terms()
 
     def _wide(self, x: Any) -> Any:
-        return x.to(self.box.dtype, copy=True) if isinstance(x, Tensor) and x.is_floating_point() else x
+        return x.detach().to(self.box.dtype, copy=True) if isinstance(x, Tensor) and x.is_floating_point() else x
 
     def both(self) -> tuple[Rows, Rows]:
         """First and second coefficients of all outputs, each flat."""

@@ -39,6 +39,7 @@ from ..jets import (
     is_jet,
     kind_of,
     mark_view,
+    owner_of,
     primal,
     promote,
     promoted,
@@ -376,7 +377,12 @@ def _store(targets: Sequence[Any], values: Sequence[Any], space: Space, returned
         return returned
     if is_jet(value, space) and (target.dtype.is_floating_point or target.dtype.is_complex):
         grad_mode.check_view(target)
-        space.written.append(weakref.ref(target._base if target._is_view() else target))
+        owner = owner_of(target)
+        if space.recorded and owner.requires_grad and owner.is_leaf:
+            raise DerivativeError(
+                "in-place write to a leaf that requires grad, which reverse mode refuses too; write to a clone() of it"
+            )
+        space.written.append(weakref.ref(owner))
         write(promote(target, space), value, space)
         return returned
     target.copy_(primal(value, space))

@@ -403,9 +403,6 @@ SINGULAR = {
     "lgamma", "digamma", "i0", "special_i0e", "special_i1",
 }  # fmt: skip
 
-# Functions whose value on complex numbers is not holomorphic: the chain rule above does not hold.
-NOT_HOLOMORPHIC = {"abs"}
-
 
 def _unary(name: str) -> Rule:
     derivatives, slope, packet = DERIVATIVES[name], SLOPES.get(name), name.partition(".")[0]
@@ -415,8 +412,8 @@ def _unary(name: str) -> Rule:
     def rule(space: Space, x: Any, *args: Any, **kwargs: Any) -> Any:
         p = primal(x, space)
         args = tuple(primal(a, space) for a in args)
-        if packet in NOT_HOLOMORPHIC and p.is_complex():
-            return NotImplemented
+        if packet == "abs" and p.is_complex():  # which is not holomorphic: the chain rule does not hold
+            return torch.linalg.vector_norm(torch.view_as_real(x.resolve_conj()), dim=-1)
         return elementwise(
             space,
             x,
@@ -436,6 +433,13 @@ def _slope(slope: Callable[..., Tensor], args: Any, kwargs: Any, c: Tensor, p: T
 
 for _name in DERIVATIVES:
     declare(_name, lambda op, name=_name: _unary(name))
+
+
+@register("angle")
+def _(space: Space, z: Any) -> Tensor:
+    """Of a real number zero or pi, which does not move."""
+    p = primal(z, space)
+    return torch.atan2(z.imag, z.real) if p.is_complex() else torch.angle(p)
 
 
 @register("relu")

@@ -8,6 +8,9 @@ a cotangent u, the derivatives
 are linear in u, so their derivatives by u are those of the result: ``y_i = d/du dg/da_i``, and for a second coefficient
 that sums pairs ``y_n = d/du (dg/dc_n + sum w d²g / da_i da_j)``: reverse over reverse over a linear map. It is exact
 where torch's own backward formulas are, local (nothing is kept after the operator), and slow, a pass for each.
+
+What is linear in u gives itself back when its derivative is contracted with u, which is checked. Where single precision
+fails the check, that may be rounding: the operator is differentiated once more in double precision, which decides.
 """
 
 from __future__ import annotations
@@ -31,7 +34,13 @@ _announced: set[Any] = set()
 
 TRUSTED = {"aten", "prims"}  # namespaces whose backward passes can be differentiated, or say that they cannot
 
-NOT_LINEAR = "its backward pass is not linear in the cotangent, or torch does not see that it is"
+ROUNDING = 1e3  # roundings of the terms of a sum that two ways to compute it may differ by
+PRECISION = {torch.float64: 1e-9, torch.float32: 1e-4}  # the same, as a part of the sum of their sizes
+
+
+class NotLinearError(RuntimeError):
+    """A backward pass that is not linear in the cotangent."""
+
 
 ELEMENTWISE_LIMIT = 4096  # output elements that are differentiated one by one where nothing else works
 
@@ -160,6 +169,52 @@ def reverse_over_reverse(f: Callable[..., Any], space: Space, args: Sequence[Any
     """
     leaves, spec = tree_flatten((tuple(args), kwargs))
     carried = [parts(a, space) for a in leaves]
+    try:
+        ys, tree = _differentiated(f, space, carried, spec)
+    except NotLinearError as error:
+        if not any(isinstance(p, Tensor) and p.dtype in DOUBLE for p, _, _ in carried):
+            raise
+        try:
+            ys, tree = _in_double(f, space, carried, spec)
+        except NotLinearError:
+            raise
+        except (RuntimeError, NotImplementedError):  # it takes no double precision
+            raise error from None
+    # jets are made here, without autograd again, where all others are made
+    return tree_unflatten([make(*y, space) if len(y) == 3 else y[0] for y in ys], tree)
+
+
+DOUBLE = {
+    torch.float32: torch.float64,
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.complex64: torch.complex128,
+}
+
+Carried = Sequence[tuple[Any, Coefficients, Coefficients]]  # primals and coefficients of all arguments
+
+
+def _in_double(f: Callable[..., Any], space: Space, carried: Carried, spec: Any) -> tuple[list[tuple[Any, ...]], Any]:
+    """`_differentiated` in double precision, its results in the dtypes that they would have had."""
+
+    def widened(x: Any) -> Any:
+        dtype = DOUBLE.get(getattr(x, "dtype", None))  # type: ignore[arg-type]
+        return x if dtype is None else x.to(dtype)
+
+    with autograd():
+        plain_args, plain_kwargs = tree_unflatten([_normal(p) for p, _, _ in carried], spec)
+        values, _ = tree_flatten(f(*plain_args, **plain_kwargs))
+    ys, tree = _differentiated(f, space, [tuple(map(widened, of)) for of in carried], spec)  # type: ignore[misc]
+    found = []
+    for value, (_, *coefficients) in zip(values, ys, strict=True):
+        found.append((value, *(c.to(value.dtype) for c in coefficients)))
+    return found, tree
+
+
+def _differentiated(
+    f: Callable[..., Any], space: Space, carried: Carried, spec: Any
+) -> tuple[list[tuple[Any, ...]], Any]:
+    """Primals of all results, with their coefficients where they are tensors that move, and the tree of results."""
     with autograd():
         outputs, along = _along(f, space, carried, spec)
         moving = _Moving(space, carried)
@@ -168,8 +223,7 @@ def reverse_over_reverse(f: Callable[..., Any], space: Space, args: Sequence[Any
             moving.checked(*_coefficients(y, *along, space, keep)) if isinstance(y, Tensor) else (y,)
             for y in outputs[0]
         ]
-    # jets are made here, without autograd again, where all others are made
-    return tree_unflatten([make(y[0], y[1], y[2], space) if len(y) == 3 else y[0] for y in found], outputs[1])
+    return found, outputs[1]
 
 
 def _along(func: Any, space: Space, carried: Sequence[Any], spec: Any) -> tuple[Any, tuple[Tensor, Tensor]]:
@@ -249,8 +303,8 @@ def _coefficients(y: Tensor, a: Tensor, c: Tensor, space: Space, keep: bool) -> 
     real = torch.view_as_real(y) if y.is_complex() else y
     try:
         first, second = _by_cotangent(real, a, c, space, keep)
-    except (RuntimeError, NotImplementedError):
-        if real.numel() > ELEMENTWISE_LIMIT:
+    except (RuntimeError, NotImplementedError) as error:
+        if real.numel() > ELEMENTWISE_LIMIT or (isinstance(error, NotLinearError) and real.dtype in DOUBLE):
             raise
         first, second = _by_element(real, a, c, space, keep)
     if y.is_complex():
@@ -289,25 +343,36 @@ def _by_cotangent(y: Tensor, a: Tensor, c: Tensor, space: Space, keep: bool) -> 
     u = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=_generator(y), requires_grad=True)
     g = _grad(y, a, u, create=True)
     first = torch.stack([_grad(g[i], u, create=keep) for i in range(space.k)])
-    # Both are linear in u, so contracting with u gives back what they are derivatives of. Where a formula forgets its
-    # cotangent it does not, and the result must not be trusted.
-    if not _contracts(first, u, g):
-        raise RuntimeError(NOT_LINEAR)
+    # Where a formula forgets its cotangent, the result must not be trusted.
+    _check_linear("first", first, u, g, y)
     gc = _grad(y, c, u, create=True)
     if space.order == 1 and not gc.requires_grad:
         return first if keep else first.detach(), None
     sums = _sums(g, gc, a, space) if space.order == 2 else list(gc.unbind())
     second = torch.stack([_grad(e, u, create=keep) for e in sums])
-    if not _contracts(second, u, torch.stack([e.detach() for e in sums])):
-        raise RuntimeError(NOT_LINEAR)
+    _check_linear("second", second, u, torch.stack([e.detach() for e in sums]), y)
     return (first, second) if keep else (first.detach(), second.detach())
 
 
-def _contracts(c: Tensor, u: Tensor, expected: Tensor) -> bool:
-    dtype = torch.promote_types(c.dtype, torch.float32)
-    found = c.detach().reshape(c.shape[0], u.numel()).to(dtype) @ u.detach().reshape(-1).to(dtype)
-    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(u.dtype, 5e-2)
-    return torch.allclose(found, expected.detach().to(dtype), rtol=tolerance, atol=tolerance, equal_nan=True)
+def _check_linear(which: str, c: Tensor, u: Tensor, expected: Tensor, y: Tensor) -> None:
+    """Hold the sums ``sum c_n u`` against what they are derivatives of, up to the rounding of their terms.
+
+    Raises:
+        NotLinearError: they differ.
+    """
+    rows, u, y = (t.detach().double() for t in (c.reshape(len(c), u.numel()), u.flatten(), y.flatten()))
+    found, wanted = rows @ u, expected.detach().double()
+    own = torch.finfo(c.dtype).eps * ROUNDING * (y @ u.abs()).abs()
+    tolerance = PRECISION.get(c.dtype, 1e-2) * (rows.abs() @ u.abs()) + torch.where(y.isfinite().all(), own, 0)
+    wrong = ((found - wanted).abs() > tolerance) & found.isfinite() & wanted.isfinite()
+    wrong |= found.isnan() != wanted.isnan()
+    if wrong.any():
+        n = int(wrong.nonzero()[0])
+        raise NotLinearError(
+            "its backward pass is not linear in the cotangent, or torch does not see that it is: along a random one it "
+            f"gives {float(wanted[n]):.6g}, and its derivative by the cotangent, which is the {which} coefficient {n}, "
+            f"contracts to {float(found[n]):.6g}"
+        )
 
 
 def _generator(y: Tensor) -> torch.Generator:
@@ -324,6 +389,5 @@ def _by_element(y: Tensor, a: Tensor, c: Tensor, space: Space, keep: bool) -> tu
         seconds.append(torch.stack(sums) if keep else torch.stack(sums).detach())
     first, second = (torch.stack(each, -1).reshape(len(each[0]), *y.shape) for each in (firsts, seconds))
     u = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=_generator(y))
-    if not _contracts(first, u, _grad(y, a, u)):
-        raise RuntimeError(NOT_LINEAR)
+    _check_linear("first", first, u, _grad(y, a, u), y)
     return first, second

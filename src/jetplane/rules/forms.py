@@ -241,6 +241,12 @@ def _norms(c: Tensor) -> Tensor:
 # --- matrix products -------------------------------------------------------------------------
 
 
+def _by_columns(w: Tensor) -> bool:
+    """Whether ``(w x^T)^T`` takes less time than ``x w^T``, as it does for odd numbers of columns."""
+    columns, depth = w.shape
+    return 1 < columns < NARROW and columns % 16 != 0 and (columns < 16 or depth >= 64)
+
+
 class _Rows(Form):
     """``x @ w.T`` for a matrix x of n rows and a weight w as `torch.nn.Linear` keeps it."""
 
@@ -251,7 +257,7 @@ class _Rows(Form):
         return _ROWS_IN_PLACE
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        return self._columns(a, b).t().contiguous() if 1 < b.shape[0] < NARROW else a @ b.t()
+        return self._columns(a, b).t().contiguous() if _by_columns(b) else a @ b.t()
 
     def left(self, space: Space, a: Tensor, b: Tensor) -> Tensor:
         return self(a.flatten(0, 1), b).view(*a.shape[:-1], b.shape[0])
@@ -262,7 +268,7 @@ class _Rows(Form):
         return torch.matmul(a, b.transpose(1, 2))
 
     def _columns(self, a: Tensor, b: Tensor) -> Tensor:
-        """The product transposed: rows of 10 or 30 numbers cost twice as much to make as columns."""
+        """The product transposed."""
         return b @ a.t()
 
     def pays(self, a: Tensor, b: Tensor) -> bool:
@@ -274,7 +280,7 @@ class _Rows(Form):
 
 class _RowsInPlace(_Rows, InPlace):
     def left(self, space: Space, a: Tensor, b: Tensor) -> Tensor:
-        if 1 < b.shape[0] < NARROW:
+        if _by_columns(b):
             return super().left(space, a, b)
         out = space.memory.empty((*a.shape[:-1], b.shape[0]), a)
         torch.mm(a.flatten(0, 1), b.t(), out=out.flatten(0, 1))
@@ -337,23 +343,39 @@ class _BatchedInPlace(_Batched, InPlace):
     def left(self, space: Space, a: Tensor, b: Tensor) -> Tensor:
         out = space.memory.empty((*a.shape[:-1], b.shape[-1]), a)
         b = _matrices(b)
-        for y, factor in zip(out, a, strict=True):
-            torch.bmm(_matrices(factor), b, out=_matrices(y))
+        for y, factor in zip(_matrices(out, 1), _matrices(a, 1), strict=True):
+            torch.bmm(factor, b, out=y)
         return out
 
     def right(self, space: Space, a: Tensor, b: Tensor) -> Tensor:
         out = space.memory.empty((*b.shape[:-2], a.shape[-2], b.shape[-1]), b)
         a = _matrices(a)
-        for y, factor in zip(out, b, strict=True):
-            torch.bmm(a, _matrices(factor), out=_matrices(y))
+        for y, factor in zip(_matrices(out, 1), _matrices(b, 1), strict=True):
+            torch.bmm(a, factor, out=y)
         return out
 
     def both(self, space: Space, a: Tensor, da: Tensor, b: Tensor, db: Tensor) -> Tensor:
         out = space.memory.empty((*da.shape[:-1], b.shape[-1]), da)
         a, b = _matrices(a), _matrices(b)
-        for y, left, right in zip(out, da, db, strict=True):
-            torch.bmm(_matrices(left), b, out=_matrices(y)).baddbmm_(a, _matrices(right))
+        for y, left, right in zip(_matrices(out, 1), _matrices(da, 1), _matrices(db, 1), strict=True):
+            torch.bmm(left, b, out=y).baddbmm_(a, right)
         return out
+
+    def crossed(
+        self,
+        space: Space,
+        structure: PairStructure,
+        a: Tensor,
+        da: Tensor,
+        b: Tensor,
+        db: Tensor,
+        y: Tensor,
+        interpolate: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """See `Form.crossed`; what is no batch of matrices in memory is copied once."""
+        a, b, da, db = _matrices(a), _matrices(b), _matrices(da, 1), _matrices(db, 1)
+        first, second = super().crossed(space, structure, a, da, b, db, _matrices(y), interpolate)
+        return first.view(first.shape[0], *y.shape), second.view(second.shape[0], *y.shape)
 
     def into(self, out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
         out, a, b = _matrices(out), _matrices(a), _matrices(b)
@@ -363,11 +385,11 @@ class _BatchedInPlace(_Batched, InPlace):
             torch.bmm(a, b, out=out)
 
 
-def _matrices(x: Tensor) -> Tensor:
-    """The batch as one dimension; transposed matrices stay so."""
-    if x.dim() == 3:
-        return x
-    return x.mT.flatten(0, -3).mT if x.stride(-2) == 1 else x.flatten(0, -3)
+def _matrices(x: Tensor, axes: int = 0) -> Tensor:
+    """The batch as one dimension, behind a number of axes that stay; transposed matrices stay so."""
+    if x.dim() <= 3 + axes:
+        return x if x.dim() == 3 + axes else x.unsqueeze(axes)
+    return x.mT.flatten(axes, -3).mT if x.stride(-2) == 1 else x.flatten(axes, -3)
 
 
 ROWS, BATCHED = _Rows(), _Batched()

@@ -1,47 +1,309 @@
-"""Inverses and determinants of jets, by products alone.
+"""Inverses, determinants, solutions of linear systems, and functions of matrices.
 
 With A0 the primal and B0 its inverse, ``E = A B0 - I`` is a jet whose primal is zero. Power series in E therefore end
 with the term of second order:
 
     A^-1          = B0 (I - E + E E)
-    log |det A|   = log |det A0| + tr E - tr(E E) / 2
+    log det A     = log det A0 + tr E - tr(E E) / 2
+    det A         = det A0 (1 + tr E + ((tr E)² - tr(E E)) / 2)
 
-The primal may be a jet of an outer evaluation, whose own rule then takes its turn.
+Linear systems are solved by `jetplane.rules.implicit`. The primal may be a jet of an outer evaluation, whose own rule
+then takes its turn.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..jets import Space, primal
+from ..errors import DerivativeError
+from ..jets import Coefficients, Space, innermost, is_jet, linear, make, outer, parts, plain, primal
+from .implicit import chord
 from .registry import register
 
-
-def _relative(a: Any, inverse: Tensor) -> Tensor:
-    """``A B0 - I``."""
-    return a @ inverse - torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+DEGREE = 18  # of the Taylor polynomial of exp, in matrices of norm one: its second derivative errs by 1/17!
+GROUP = 4  # powers of a matrix that are formed: Paterson and Stockmeyer, SIAM J. Comput. 2 (1973)
 
 
-def _trace(x: Tensor) -> Tensor:
+def identity(a: Any) -> Tensor:
+    """The identity of the size of square matrices."""
+    return torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+
+
+def trace(x: Any) -> Any:
+    """The sum along the diagonal of the last two axes."""
     return x.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 @register("linalg_inv_ex")
 def _(space: Space, a: Any, *, check_errors: bool = False) -> Any:
     inverse, info = torch.linalg.inv_ex(primal(a, space), check_errors=check_errors)
-    e = _relative(a, inverse)
+    e = a @ inverse - identity(a)
     return inverse - inverse @ (e - e @ e), info
+
+
+# --- determinants ---------------------------------------------------------------------------------------------
+
+
+def _traces(space: Space, a: Any, inverse: Tensor) -> Any:
+    """``tr E - tr(E E) / 2``, a jet whose primal is zero: ``tr(B0 A_i)`` and ``tr(B0 A_ij) - tr(B0 A_i B0 A_j)``."""
+    _, a1, a2 = parts(a, space)
+    m = a1.map(lambda c: inverse @ c, True)
+    second = a2.map(lambda c: (c * inverse.mT).sum((-2, -1)), True)
+    products = outer(m, m.map(lambda c: c.mT)).map(lambda c: c.sum((-2, -1)), True)
+    return make(inverse.new_zeros(inverse.shape[:-2]), m.map(trace, True), second - products, space)
+
+
+def _factors(p: Tensor) -> tuple[Tensor, Tensor]:
+    """What torch keeps of a determinant for its backward pass."""
+    return torch.linalg.lu_factor_ex(innermost(p).detach())[:2]
 
 
 @register("_linalg_slogdet")
 def _(space: Space, a: Any) -> Any:
     p = primal(a, space)
-    if p.is_complex():  # the sign moves as well
-        return NotImplemented
-    factors, pivots, _ = torch.linalg.lu_factor_ex(p.detach())
     sign, logabsdet = torch.linalg.slogdet(p)
-    e = _relative(a, torch.linalg.inv_ex(p)[0])
-    return sign, logabsdet + _trace(e) - _trace(e @ e) / 2, factors, pivots
+    change = _traces(space, a, torch.linalg.inv_ex(p)[0])
+    if p.is_complex():
+        sign, change = sign * torch.exp(1j * change.imag), change.real
+    return sign, logabsdet + change, *_factors(p)
+
+
+@register("_linalg_det")
+def _(space: Space, a: Any) -> Any:
+    p = primal(a, space)
+    inverse, _ = torch.linalg.inv_ex(p)
+    if _well_conditioned(innermost(p), innermost(inverse)):
+        change = _traces(space, a, inverse)
+        return torch.linalg.det(p) * (1 + change + change * change / 2), *_factors(p)
+    if not plain(p) or not p.isfinite().all():
+        return NotImplemented
+    return _singular_determinant(space, a), *_factors(p)
+
+
+def _well_conditioned(p: Tensor, inverse: Tensor) -> bool:
+    norms = p.detach().abs().sum(-1).amax(-1) * inverse.detach().abs().sum(-1).amax(-1) if p.numel() else p
+    return bool((norms.real < torch.finfo(p.dtype).eps ** -0.5).all())
+
+
+def _singular_determinant(space: Space, a: Any) -> Any:
+    """The determinant in the bases U and V of singular vectors, which are constants, so that ``U^H A V`` is S + D.
+
+        det(S + D) = P + sum_i P_i D_ii + sum_ij P_ij (D_ii D_jj - D_ij D_ji) / 2
+
+    P is the product of all entries of S, P_i of all but the i-th, P_ij of all but two.
+    """
+    u, s, vh = torch.linalg.svd(primal(a, space).detach())
+    d = u.mH @ a @ vh.mH - torch.diag_embed(s).to(a.dtype)
+    eye = identity(s.unsqueeze(-2)).bool()
+    but_one = torch.where(eye, 1, s.unsqueeze(-2)).prod(-1)
+    but_two = torch.where(eye | eye.unsqueeze(-2), 1, s[..., None, None, :]).prod(-1) * ~eye
+    diagonal = d.diagonal(dim1=-2, dim2=-1)
+    minors = diagonal.unsqueeze(-1) * diagonal.unsqueeze(-2) - d * d.mT
+    value = s.prod(-1) + (but_one * diagonal).sum(-1) + (but_two * minors).sum((-2, -1)) / 2
+    return torch.linalg.det(u) * torch.linalg.det(vh) * value
+
+
+# --- linear systems -------------------------------------------------------------------------------------------
+
+
+def _system(space: Space, a: Any, b: Any, solve: Callable[[Any, Any], Any], matrix: Callable[[Any], Any]) -> Any:
+    """X of ``A X = B``: with one factorization of the primal, by ``X + A0^-1 (B - A X)``.
+
+    Args:
+        space: of the evaluation.
+        a: square matrices.
+        b: right sides, matrices of the same batch.
+        solve: solves one system, of plain tensors or jets of outer evaluations.
+        matrix: the part of a that is read.
+    """
+    if not is_jet(a, space):
+
+        def on_stack(c: Tensor) -> Tensor:  # all right sides as columns of one system
+            columns = c.movedim(0, -2)
+            return solve(a, columns.flatten(-2)).unflatten(-1, columns.shape[-2:]).movedim(-2, 0)
+
+        return linear(space, b, lambda p: solve(a, p), on_stack)
+    p = primal(a, space)
+    moving = matrix(a)
+    (x,) = chord(space, (solve(p, primal(b, space)),), lambda x: (x + solve(p, b - moving @ x),))
+    return x
+
+
+def _of_one_batch(a: Any, b: Any) -> tuple[Any, Any]:
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return a.expand(*batch, *a.shape[-2:]), b.expand(*batch, *b.shape[-2:])
+
+
+@register("_linalg_solve_ex")
+def _(space: Space, a: Any, b: Any, *, left: bool = True, check_errors: bool = False) -> Any:
+    if b.dim() == 1 or (b.dim() == a.dim() - 1 and b.shape == a.shape[:-1]):
+        found = torch.ops.aten._linalg_solve_ex(a, b.unsqueeze(-1), left=left, check_errors=check_errors)
+        return found[0].squeeze(-1), *found[1:]
+    p = primal(a, space)
+    factors, pivots, info = torch.linalg.lu_factor_ex(innermost(p).detach(), check_errors=check_errors)
+    a, b = _of_one_batch(a if left else a.mT, b if left else b.mT)
+    if plain(p):
+        of_p = torch.linalg.lu_factor_ex(primal(a, space))[:2]
+
+    def solve(m: Any, r: Any) -> Any:
+        return torch.linalg.lu_solve(*of_p, r) if plain(m) and not m.requires_grad else torch.linalg.solve_ex(m, r)[0]
+
+    x = _system(space, a, b, solve, lambda a: a)
+    return x if left else x.mT, factors, pivots, info
+
+
+@register("linalg_solve_triangular")
+def _(space: Space, a: Any, b: Any, *, upper: bool, left: bool = True, unitriangular: bool = False) -> Any:
+    if not left:
+        x = torch.linalg.solve_triangular(a.mT, b.mT, upper=not upper, unitriangular=unitriangular)
+        return x.mT
+
+    def matrix(a: Any) -> Any:
+        inside = 1 if unitriangular else 0
+        part = a.triu(inside) if upper else a.tril(-inside)
+        return part + identity(a) if unitriangular else part
+
+    a, b = _of_one_batch(a, b)
+    return _system(
+        space,
+        a,
+        b,
+        lambda m, r: torch.linalg.solve_triangular(m, r, upper=upper, unitriangular=unitriangular),
+        matrix,
+    )
+
+
+@register("triangular_solve")
+def _(space: Space, b: Any, a: Any, upper: bool = True, transpose: bool = False, unitriangular: bool = False) -> Any:
+    if transpose:
+        x = torch.linalg.solve_triangular(a.mT, b, upper=not upper, unitriangular=unitriangular)
+    else:
+        x = torch.linalg.solve_triangular(a, b, upper=upper, unitriangular=unitriangular)
+    return x, a.clone()
+
+
+@register("linalg_lu_solve")
+def _(space: Space, lu: Any, pivots: Tensor, b: Any, *, left: bool = True, adjoint: bool = False) -> Any:
+    if not left:
+        return torch.linalg.lu_solve(lu, pivots, b.mH, adjoint=not adjoint).mH
+    permutation, lower, upper = torch.lu_unpack(lu, pivots)
+    solve = torch.linalg.solve_triangular
+    if adjoint:
+        return permutation @ solve(lower.mH, solve(upper.mH, b, upper=False), upper=True, unitriangular=True)
+    return solve(upper, solve(lower, permutation.mT @ b, upper=False, unitriangular=True), upper=True)
+
+
+@register("cholesky_solve")
+def _(space: Space, b: Any, factor: Any, upper: bool = False) -> Any:
+    lower = factor.mH if upper else factor
+    solve = torch.linalg.solve_triangular
+    return solve(lower.mH, solve(lower, b, upper=False), upper=True)
+
+
+@register("cholesky_inverse")
+def _(space: Space, factor: Any, upper: bool = False) -> Any:
+    return torch.cholesky_solve(identity(factor).expand(factor.shape), factor, upper)
+
+
+@register("linalg_pinv.atol_rtol_tensor")
+def _(space: Space, a: Any, *, atol: Any = None, rtol: Any = None, hermitian: bool = False) -> Any:
+    """``A^+``, for matrices that keep their rank.
+
+    ``X = A^H Y A^H`` with ``Y = A0^+H A0^+ A0^+H`` has the rows and columns of the result and its primal; a step of
+    third order, ``X (I + E + E E)`` with ``E = I - A X``, is exact then. (Ben-Israel, Math. Comp. 19, 1965.)
+    """
+    atol, rtol = (innermost(t) for t in (atol, rtol))
+    inverse = torch.linalg.pinv(primal(a, space), atol=atol, rtol=rtol, hermitian=hermitian)
+    if not innermost(inverse).any():  # nothing is above the tolerance
+        return inverse
+    _check_rank(parts(a, space)[1], innermost(primal(a, space)).detach(), innermost(inverse).detach())
+    x = a.mH @ (inverse.mH @ inverse @ inverse.mH) @ a.mH
+    e = torch.eye(a.shape[-2], dtype=a.dtype, device=a.device) - a @ x
+    x = x + x @ (e + e @ e)
+    return make(inverse, *parts(x, space)[1:], space)
+
+
+def _check_rank(a1: Coefficients, p: Tensor, inverse: Tensor) -> None:
+    left = torch.eye(p.shape[-2], dtype=p.dtype, device=p.device) - p @ inverse
+    right = identity(p) - inverse @ p
+    tolerance = torch.finfo(p.dtype).eps ** 0.5
+
+    def leaves(c: Tensor) -> bool:
+        return bool((left @ c @ right).abs().amax() > tolerance * c.abs().amax())
+
+    if p.numel() and (leaves(p) or (a1 and leaves(innermost(a1.tensor).detach()))):
+        raise DerivativeError(
+            "linalg.pinv of a matrix whose rank changes along a direction, or with singular values that are cut off: "
+            "it is not continuous there, or its derivatives are not those of the pseudoinverse. Use a ridge, "
+            "torch.linalg.solve(A.mT @ A + c * I, A.mT), or a factor of full rank"
+        )
+
+
+@register("linalg_lstsq")
+def _(space: Space, a: Any, b: Any, rcond: float | None = None, *, driver: str | None = None) -> Any:
+    found = torch.linalg.lstsq(innermost(a).detach(), innermost(b).detach(), rcond, driver=driver)
+    vector = b.dim() == a.dim() - 1 and b.shape == a.shape[:-1]
+    right = b.unsqueeze(-1) if vector else b
+    x = torch.linalg.pinv(a, rtol=rcond) @ right
+    residuals = found.residuals
+    if residuals.numel():
+        residuals = (a @ x - right).abs().square().sum(-2)
+    return x.squeeze(-1) if vector else x, residuals, found.rank, found.singular_values
+
+
+# --- functions ------------------------------------------------------------------------------------------------
+
+
+@register("linalg_matrix_exp")
+def _(space: Space, a: Any) -> Any:
+    """Scaling and squaring: ``exp(A) = exp(A / 2^s)^(2^s)``, by a polynomial of matrices of norm one at most."""
+    norms = innermost(a).detach().abs().sum(-2).amax(-1) if a.numel() else torch.zeros(())
+    squarings = torch.frexp(norms.nan_to_num(0, 0).double()).exponent.clamp(min=0)
+    x = a * torch.ldexp(torch.ones_like(norms), -squarings)[..., None, None]
+    powers = [identity(a).expand(a.shape), x]
+    while len(powers) <= GROUP:
+        powers.append(powers[-1] @ x)
+    factorial, coefficients = 1.0, [1.0]
+    for n in range(1, DEGREE + 1):
+        factorial *= n
+        coefficients.append(1 / factorial)
+    groups = [coefficients[n : n + GROUP] for n in range(0, DEGREE + 1, GROUP)]
+    total: Any = None
+    for group in reversed(groups):
+        part = sum((c * power for c, power in zip(group[1:], powers[1:], strict=False)), group[0] * powers[0])
+        total = part if total is None else total @ powers[GROUP] + part
+    for n in range(int(squarings.max()) if squarings.numel() else 0):
+        more = squarings > n
+        squared = total @ total
+        total = squared if more.all() else torch.where(more[..., None, None], squared, total)
+    return total
+
+
+def _reflections(a: Any, tau: Any) -> tuple[Any, Any]:
+    """V and T with ``H_1 ... H_k = I - V T V^H``: the compact form of Schreiber and Van Loan (1989).
+
+    ``T^-1 = diag(1 / tau) + strict upper part of V^H V``.
+    """
+    k = tau.shape[-1]
+    v = a[..., :k].tril(-1) + torch.eye(a.shape[-2], k, dtype=a.dtype, device=a.device)
+    inner = tau.unsqueeze(-1) * (v.mH @ v).triu(1) + identity(v)
+    t = torch.linalg.solve_triangular(inner, torch.diag_embed(tau), upper=True, unitriangular=True)
+    return v, t
+
+
+@register("linalg_householder_product")
+def _(space: Space, a: Any, tau: Any) -> Any:
+    v, t = _reflections(a, tau)
+    n = a.shape[-1]
+    return torch.eye(a.shape[-2], n, dtype=a.dtype, device=a.device) - v @ (t @ v[..., :n, :].mH)
+
+
+@register("ormqr")
+def _(space: Space, a: Any, tau: Any, other: Any, left: bool = True, transpose: bool = False) -> Any:
+    v, t = _reflections(a, tau)
+    t = t.mH if transpose else t
+    return other - (v @ (t @ (v.mH @ other)) if left else ((other @ v) @ t) @ v.mH)

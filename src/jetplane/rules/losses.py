@@ -18,6 +18,7 @@ from ..jets import (
     Jet,
     Space,
     absent,
+    carried,
     chain,
     chain_many,
     is_jet,
@@ -27,6 +28,7 @@ from ..jets import (
     parts,
     precise,
     primal,
+    writable,
 )
 from . import examples
 from .registry import aten, enter, register
@@ -216,18 +218,47 @@ def _cross_entropy(
         return _composed_cross_entropy(space, x, target, weight, reduction, ignore_index, label_smoothing)
     dim = 0 if x.dim() == 1 else 1
     p, x1, x2 = parts(x, space)
-    dtype, p = p.dtype, precise(p)
-    goal = _goal(p, target, weight, reduction, ignore_index, label_smoothing, dim)
-    mass = goal.mass
-    z = torch.log_softmax(p, dim)
+    like = p.new_empty((), dtype=carried(p.dtype)).expand(p.shape) if writable(p) else precise(p)
+    goal = _goal(like, target, weight, reduction, ignore_index, label_smoothing, dim)
+    loss, slope, curvature, d1 = _summed_rows(space, p, x1, x2, goal)
+    made = make(loss.to(p.dtype), slope, curvature, space)
+    return examples.keep(space, made, x1, d1) if p.dim() > 1 else made
+
+
+def _summed_rows(
+    space: Space, p: Tensor, x1: Coefficients, x2: Coefficients, goal: _Goal
+) -> tuple[Tensor, Coefficients, Coefficients, Tensor]:
+    """Loss, slope and curvature, as sums over some rows of logits at a time, and the last rows' derivatives.
+
+    Nothing of the logits' size is formed: with a large vocabulary they are the largest activation of the model.
+    """
+    n = p.shape[0]
+    rows = max(1, BLOCK // max(p[:1].numel(), 1))
+    held = [c.tensor for c in (x1, x2) if c and not c.is_product]
+    if goal.dim == 0 or space.examples or rows >= n or x2.is_product or not writable(p, *held):
+        return _some_rows(space, p, x1, x2, goal)
+    loss, slope, curvature, d1 = p.new_zeros((), dtype=carried(p.dtype)), absent(space, 1), absent(space, 2), p
+    for start in range(0, n, rows):
+        part = slice(start, min(start + rows, n))
+        some1, some2 = (c.map(lambda c, part=part: c[:, part]) for c in (x1, x2))
+        found, f1, f2, d1 = _some_rows(space, p[part], some1, some2, goal.rows(part))
+        loss, slope, curvature = loss + found, slope + f1, curvature + f2
+    return loss, slope, curvature, d1
+
+
+def _some_rows(
+    space: Space, p: Tensor, x1: Coefficients, x2: Coefficients, goal: _Goal
+) -> tuple[Tensor, Coefficients, Coefficients, Tensor]:
+    """Loss, slope and curvature of logits, and the first derivatives."""
+    dim, mass = goal.dim, goal.mass
+    z = torch.log_softmax(precise(p), dim)
     loss = goal.loss(z)
     heavy = overwritten(overwritten(z, "exp"), "mul", mass)
     curvature, mean = _weighed_gram(space, x1, heavy, dim)
     # Sure predictions cancel here, entry by entry; the sums of both terms would leave their rounding.
     curvature -= outer(mean * torch.where(mass == 0, 0, 1 / mass), mean).total()
     d1 = goal.taken_from(heavy)
-    made = make(loss.to(dtype), x1.total(d1), curvature + x2.total(d1), space)
-    return examples.keep(space, made, x1, d1) if p.dim() > 1 else made
+    return loss, x1.total(d1), curvature + x2.total(d1), d1
 
 
 def _weighed_gram(space: Space, x1: Coefficients, weight: Tensor, dim: int) -> tuple[Coefficients, Coefficients]:
@@ -277,6 +308,32 @@ def cross_entropy_whole(
     return WHOLE(input, target, weight, how, ignore_index, label_smoothing)
 
 
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+) -> Tensor:
+    """`torch.nn.functional.linear_cross_entropy` as a layer and a loss.
+
+    Torch's own is one function, in which a model and its loss cannot be told apart, and makes chunks (``options``) of
+    gradients that it cannot differentiate.
+    """
+    classes, *more = linear_weight.shape[:-1]
+    bias = None if linear_bias is None else linear_bias.flatten()
+    logits = F.linear(input, linear_weight.flatten(0, -2), bias)
+    if more:
+        logits = logits.unflatten(-1, (classes, *more))
+    ignored = -100 if ignore_index is None else ignore_index
+    return F.cross_entropy(logits, target, weight, None, ignored, None, reduction, label_smoothing)
+
+
 @dataclass(frozen=True)
 class _Goal:
     """The goal of a cross entropy ``-sum(goal * log_softmax)``.
@@ -292,6 +349,11 @@ class _Goal:
     mass: Tensor
     given: Tensor | None = None
     labels: Tensor | None = None
+
+    def rows(self, part: slice) -> _Goal:
+        """The goal of some rows, along the first axis."""
+        given, labels = (None if t is None else t[part] for t in (self.given, self.labels))
+        return _Goal(self.dim, self.mass[part], given, labels)
 
     def taken_from(self, masses: Tensor) -> Tensor:
         """``masses - goal``; the masses may be overwritten."""

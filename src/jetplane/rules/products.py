@@ -28,13 +28,15 @@ from ..jets import (
     absent,
     aligned,
     carried,
+    is_jet,
     make,
     parts,
     plain,
     precise,
     primal,
+    writable,
 )
-from .forms import BATCHED, ROWS, Convolution, Form
+from .forms import BATCHED, ROWS, Convolution, Form, InPlace
 from .registry import register
 
 Rows = tuple[int, ...] | None  # which directions are there; None for all
@@ -57,9 +59,18 @@ def bilinear(space: Space, form: Form, a: Any, b: Any, y: Tensor | None = None) 
         y1, y2 = _crossed(space, form, pa, a1, pb, b1, y, half)
     else:
         y1, y2 = _left(space, form, a1, pb) + _right(space, form, pa, b1), absent(space, 2)
-    y2 += _left(space, form, a2, pb)
+    y2 = _onto_second(space, form, y2, a2, pb)
     y2 += _right(space, form, pa, b2)
     return make(y, y1, y2, space)
+
+
+def _onto_second(space: Space, form: Form, y: Coefficients, a: Coefficients, b: Tensor) -> Coefficients:
+    """``y_ij + f(a_ij, b)``, added up where y is, which is this operator's own."""
+    if isinstance(form, InPlace) and y and a and y.owned and y.rows == a.rows and writable(y.tensor, a.tensor, b):
+        for out, one in zip(y.tensor, a.tensor, strict=True):
+            form.into(out, one, b, True)
+        return y
+    return y.add(_left(space, form, a, b))
 
 
 def _left(space: Space, form: Form, a: Coefficients, b: Tensor) -> Coefficients:
@@ -189,11 +200,26 @@ def _(space: Space, x: Any, weight: Any, bias: Any = None) -> Tensor:
     if weight.dim() == 1:
         y = torch.mv(x, weight) if x.dim() == 2 else torch.matmul(x, weight)
         return y if bias is None else torch.add(y, bias)
+    _, x1, x2 = parts(x, space)
+    if (x1.is_joined or x2.is_joined) and not (is_jet(weight, space) or is_jet(bias, space)):
+        return _of_pieces(space, x, weight, F.linear(primal(x, space), weight, bias))
     lead = x.shape[:-1]
     rows = x if x.dim() == 2 else _shaped(space, x, (lead.numel(), x.shape[-1]))
     y = F.linear(primal(rows, space), primal(weight, space), primal(bias, space))
     product = bilinear(space, ROWS, rows, weight, y) if bias is None else _biased(space, rows, weight, bias, y)
     return product if x.dim() == 2 else _shaped(space, product, (*lead, weight.shape[0]))
+
+
+def _of_pieces(space: Space, x: Any, weight: Tensor, y: Tensor) -> Tensor:
+    """The product with a constant weight, each piece of x with its own columns."""
+
+    def product(c: Tensor, place: slice) -> Tensor:
+        w = precise(weight)[:, place]
+        found = ROWS.chosen(c, w).left(space, c.reshape(c.shape[0], -1, c.shape[-1]), w)
+        return found.view(*c.shape[:-1], w.shape[0])
+
+    _, x1, x2 = parts(x, space)
+    return make(y, x1.map_pieces(product), x2.map_pieces(product), space)
 
 
 def _shaped(space: Space, x: Any, shape: Sequence[int]) -> Tensor:

@@ -22,6 +22,7 @@ from ..jets import (
     absent,
     carried,
     expand,
+    joined,
     jointly,
     lift,
     linear,
@@ -390,6 +391,12 @@ declare("to.dtype to.device to.other to.dtype_layout _to_copy type_as", _casting
 def _(space: Space, tensors: Sequence[Any], dim: int = 0) -> Any:
     tensors = [t for t in tensors if not (t.dim() == 1 and t.shape[0] == 0)] or list(tensors)
     y = torch.cat([primal(t, space) for t in tensors], dim)
+    if y.dim() and dim % y.dim() == y.dim() - 1:  # features side by side: mostly, a layer multiplies them next
+        every, sizes = [parts(t, space) for t in tensors], [t.shape[-1] for t in tensors]
+        dtype = carried(y.dtype)
+        first, second = (joined(space, [of[order] for of in every], sizes, y.shape, dtype) for order in (1, 2))
+        if first is not None and second is not None:
+            return make(y, first, second, space)
     return jointly(space, tensors, y, lambda *cs: torch.cat(cs, up(dim)))
 
 

@@ -165,20 +165,17 @@ class Newton(Spectral):
         tolerance = 10 * k * torch.finfo(dtype).eps if self.tolerance is None else self.tolerance
         lost = values.abs() <= tolerance * largest
         if bool(lost.any()):
-            warnings.warn(
+            _announce(
                 f"singular plane: {int(lost.sum())} of {lost.numel()} eigenvalues are below {tolerance:.1e} "
-                "times the largest; the step leaves their directions out",
-                RescueWarning,
-                stacklevel=5,
+                "times the largest; the step leaves their directions out"
             )
-        if bool(((values < 0) & ~lost).any()):
-            warnings.warn(
-                f"indefinite plane: the Newton step goes uphill along {int(((values < 0) & ~lost).sum())} of "
-                f"{lost.numel()} directions; descent='saddle-free' does not",
-                RescueWarning,
-                stacklevel=5,
+        uphill = (values < 0) & ~lost
+        if bool(uphill.any()):
+            _announce(
+                f"indefinite plane: the Newton step goes uphill along {int(uphill.sum())} of "
+                f"{uphill.numel()} directions; descent='saddle-free' does not"
             )
-        return torch.where(lost, 0, 1 / torch.where(lost, 1, values))
+        return torch.where(lost, 0, 1 / values)
 
 
 @dataclass(frozen=True)
@@ -234,6 +231,10 @@ class Damped(Spectral):
 
     def _scale(self, h: Tensor, dtype: torch.dtype) -> Tensor | None:
         return _to_unit_curvature(h, dtype) if self.scaled else None
+
+
+def _announce(message: str) -> None:
+    warnings.warn(message, RescueWarning, stacklevel=5)  # at the line that calls the descent
 
 
 def _to_unit_curvature(h: Tensor, dtype: torch.dtype) -> Tensor:

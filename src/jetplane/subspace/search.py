@@ -232,8 +232,8 @@ class ExactLine(Search):
 
     The first pass is at the whole step. While the loss falls the next is twice as far; then it is the least point of
     the parabola through the best point and its neighbours (the first one has the known slope in place of a third
-    value), and where that lies outside of them or moves by less than a hundredth, a golden section. The loss never
-    rises: without a lower point the step is not taken. For losses without noise.
+    value), and where there is none or it moves by less than a hundredth, a golden section. The loss never rises:
+    without a lower point the step is not taken. For losses without noise.
 
     Attributes:
         passes: how many points of the line are looked at.
@@ -278,19 +278,20 @@ class ExactLine(Search):
 
 
 def _least_by_slope(point: tuple[float, float], value: float, slope: float) -> float:
+    """Of the parabola with this value and slope at 0 through a point that is not lower; a tenth of the way at least."""
     rate, found = point
     bend = found - value - slope * rate
-    inside = -slope * rate**2 / (2 * bend) if math.isfinite(bend) and bend > 0 else 0.0
-    return min(max(inside, 0.1 * rate), 0.5 * rate)
+    return max(-slope * rate**2 / (2 * bend), 0.1 * rate) if bend > 0 else 0.1 * rate
 
 
 def _least_between(below: tuple[float, float], best: tuple[float, float], above: tuple[float, float]) -> float:
+    """Of the parabola through three points of which the middle one is the lowest, or a golden section."""
     (a, fa), (b, fb), (c, fc) = below, best, above
-    left, right = (b - a) * (fb - fc), (b - c) * (fb - fa)
-    if math.isfinite(left - right) and left != right:
-        least = b - 0.5 * ((b - a) * left - (b - c) * right) / (left - right)
-        if a < least < c and abs(least - b) > 0.01 * (c - a):
-            return least
+    left, right = (b - a) * (fc - fb), (c - b) * (fa - fb)  # neither is negative
+    if 0 < left + right < math.inf:
+        move = 0.5 * ((c - b) * right - (b - a) * left) / (left + right)  # at most half of the way to a neighbour
+        if abs(move) > 0.01 * (c - a):
+            return b + move
     golden = (3 - math.sqrt(5)) / 2
     return b + golden * (c - b) if c - b > b - a else b - golden * (b - a)
 

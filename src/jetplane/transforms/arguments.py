@@ -1,4 +1,4 @@
-"""Where a function is differentiated: its arguments, the tensors among them that move, and directions for those.
+"""What is differentiated and where: a function, its arguments, the tensors among them that move, directions for those.
 
 A function is given as ``f`` and ``primals``, a tensor or, as in `torch.func.jvp`, a tuple of arguments, each of which
 may be a tree of tensors (dicts, lists, tuples). ``argnums`` says which arguments move: an int, or a tuple of ints whose
@@ -8,7 +8,6 @@ results are then a tuple as well.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +24,14 @@ Directions = list[Tensor | Tangents | None]  # K tangents for each tensor that m
 
 
 @dataclass(frozen=True)
-class Point:
-    """Where a function is differentiated.
+class Call:
+    """A function and where it is differentiated.
 
     Attributes:
-        arguments: all arguments of the function.
+        name: of Jetplane's function, for errors.
+        f: the user's function.
+        has_aux: whether f returns ``(result, aux)``.
+        arguments: all arguments of f.
         argnums: which of them move.
         single: whether results are those of one argument, and not a tuple over several.
         leaves: the tensors in the arguments that move.
@@ -37,6 +39,9 @@ class Point:
         batch_dim: the axis of points in each of the leaves; None where there is one point.
     """
 
+    name: str
+    f: Callable[..., Any]
+    has_aux: bool
     arguments: tuple[Any, ...]
     argnums: tuple[int, ...]
     single: bool
@@ -80,12 +85,64 @@ class Point:
             return shape
         return torch.Size((*shape[: self.batch_dim], *shape[self.batch_dim + 1 :]))
 
-    def call(self, f: Callable[..., Any], leaves: Sequence[Any]) -> Any:
-        """``f`` with other tensors in place of those that move."""
+    def at(self, leaves: Sequence[Any]) -> Any:
+        """What f returns with other tensors in place of those that move."""
         arguments = list(self.arguments)
         for n, moved in zip(self.argnums, tree_unflatten(list(leaves), self.spec), strict=True):
             arguments[n] = moved
-        return f(*arguments)
+        return self.f(*arguments)
+
+    def outputs(self, returned: Any) -> tuple[list[Tensor], Any, Any]:
+        """The tensors that f returned, the tree that they are the leaves of, and what it returned beside them.
+
+        Raises:
+            ArgumentError: ``has_aux`` of a function that does not return a pair.
+            DTypeError: a result that is no floating-point tensor.
+            ShapeError: no axis of points.
+        """
+        result, aux = returned, None
+        if self.has_aux:
+            if not (isinstance(returned, tuple) and len(returned) == 2):
+                raise ArgumentError(f"has_aux=True: expected f to return (result, aux), got {_shown(returned)}")
+            result, aux = returned
+        leaves, spec = tree_flatten(result)
+        if not leaves:
+            raise DTypeError(f"f: expected floating-point tensors as results, got none in {_shown(result)}")
+        for y in leaves:
+            if not isinstance(y, Tensor) or not (y.dtype.is_floating_point or y.dtype.is_complex):
+                kind = str(y.dtype) if isinstance(y, Tensor) else type(y).__name__
+                raise DTypeError(
+                    f"f: expected floating-point tensors as results, got {kind} in {_shown(result)}. Return what is "
+                    "not to be differentiated beside the result, (result, aux), with has_aux=True"
+                )
+            if self.points is not None and self.points not in y.shape:
+                raise ShapeError(
+                    f"f: with batch_dim={self.batch_dim} expected a result with an axis of {self.points} points, one "
+                    f"result for each, got shape {tuple(y.shape)}"
+                )
+        return leaves, spec, aux
+
+    def check_scalar(self, results: Sequence[Tensor]) -> None:
+        """Check that f gives one number (at each point).
+
+        Raises:
+            ShapeError: it does not.
+            DTypeError: it is complex.
+        """
+        numbers = 1 if self.points is None else self.points
+        if len(results) != 1 or results[0].numel() != numbers:
+            at = "" if self.points is None else " at each point"
+            shapes = ", ".join(str(tuple(y.shape)) for y in results)
+            raise ShapeError(
+                f"{self.name}: expected f to return one number{at}, got {len(results)} result(s) of shape {shapes}; "
+                "sum them up, or use jetplane.hessian, which takes any shape"
+            )
+        if results[0].is_complex():
+            raise DTypeError(f"{self.name}: expected f to return a real number, got {results[0].dtype}")
+
+    def result(self, found: Any, aux: Any) -> Any:
+        """What is found, and what f returned beside, where that is asked for."""
+        return (found, aux) if self.has_aux else found
 
     def tree(self, leaves: Sequence[Any]) -> Any:
         """One result for each leaf, in the structure of the arguments that move."""
@@ -203,34 +260,41 @@ class Point:
         return found, found[0].shape[0]
 
 
-def point(primals: Any, argnums: Argnums = None, batch_dim: int | None = None, real: bool = True) -> Point:
-    """The point at which a function is differentiated.
+def call_of(
+    name: str, f: Callable[..., Any], primals: Any, argnums: Argnums = None, has_aux: bool = False,
+    batch_dim: int | None = None, real: bool = True,
+) -> Call:  # fmt: skip
+    """A call of one of Jetplane's functions, checked.
 
     Args:
+        name: of Jetplane's function.
+        f: the user's.
         primals: a tensor, or a tuple or list of arguments; one argument that is a list is ``([a, b],)``.
         argnums: which arguments move; all by default.
+        has_aux: whether f returns ``(result, aux)``.
         batch_dim: the axis of points.
         real: whether complex numbers are refused.
 
     Raises:
-        ArgumentError: argnums that are not there, nothing that moves, a transform of torch.func
-            around.
+        ArgumentError: f that cannot be called, argnums that are not there, nothing that moves, a transform of
+            torch.func around.
         DTypeError: what moves is not a floating-point tensor.
         ShapeError: no axis of points, or different numbers of points.
     """
     _check_around()
+    if not callable(f):
+        raise ArgumentError(f"{name}: expected a function as first argument, got {type(f).__name__}")
     several = type(primals) in (tuple, list)
     arguments = tuple(primals) if several else (primals,)
     numbers, single = _numbers(argnums, len(arguments), several)
     leaves, spec = tree_flatten(tuple(arguments[n] for n in numbers))
-    if not leaves or not sum(x.numel() for x in leaves if isinstance(x, Tensor)):
-        if all(isinstance(x, Tensor) for x in leaves):
-            raise ArgumentError("primals: expected tensors with at least one number, got none")
     for i, x in enumerate(leaves):
         _check_leaf(i, x, real)
+    if not sum(x.numel() for x in leaves):
+        raise ArgumentError("primals: expected tensors with at least one number, got none")
     if batch_dim is not None:
         _check_batch(leaves, batch_dim)
-    return Point(tuple(arguments), numbers, single, tuple(leaves), spec, batch_dim)
+    return Call(name, f, bool(has_aux), arguments, numbers, single, tuple(leaves), spec, batch_dim)
 
 
 def _numbers(argnums: Argnums, count: int, several: bool) -> tuple[tuple[int, ...], bool]:
@@ -238,8 +302,8 @@ def _numbers(argnums: Argnums, count: int, several: bool) -> tuple[tuple[int, ..
         if not count:
             raise ArgumentError("primals: expected at least one argument, got an empty tuple")
         return tuple(range(count)), not several
-    single = isinstance(argnums, int)
-    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    single = not isinstance(argnums, (tuple, list))
+    numbers: tuple[Any, ...] = tuple(argnums) if isinstance(argnums, (tuple, list)) else (argnums,)
     for n in numbers:
         if isinstance(n, bool) or not isinstance(n, int) or not -count <= n < count:
             raise ArgumentError(f"argnums: expected integers from {-count} to {count - 1}, got {n!r}")
@@ -255,6 +319,11 @@ def _check_leaf(i: int, x: Any, real: bool) -> None:
             f"primal {i}: expected a floating-point tensor, got {type(x).__name__}. "
             "Name the arguments to differentiate by argnums=; the others may be anything"
         )
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else str(x.layout)
+        raise ArgumentError(f"primal {i}: expected a dense tensor, got {kind}; differentiate in its values")
+    if x.device.type == "meta":
+        raise DeviceError(f"primal {i}: expected a tensor with numbers, got one on the meta device, which has none")
     if not (x.dtype.is_floating_point or x.dtype.is_complex):
         raise DTypeError(
             f"primal {i}: expected a floating dtype, got {x.dtype}. Name the arguments to differentiate by argnums="
@@ -308,57 +377,3 @@ class _Word(str):
 
     def __repr__(self) -> str:
         return str(self)
-
-
-def outputs(result: Any, has_aux: bool) -> tuple[list[Tensor], Any, Any]:
-    """The tensors that f returned, the tree that they are the leaves of, and what it returned beside them.
-
-    Raises:
-        ArgumentError: ``has_aux`` of a function that does not return a pair.
-        DTypeError: a result that is no floating-point tensor.
-    """
-    aux = None
-    if has_aux:
-        if not (isinstance(result, tuple) and len(result) == 2):
-            raise ArgumentError(f"has_aux=True: expected f to return (result, aux), got {_shown(result)}")
-        result, aux = result
-    leaves, spec = tree_flatten(result)
-    for y in leaves:
-        if not isinstance(y, Tensor) or not (y.dtype.is_floating_point or y.dtype.is_complex):
-            kind = str(y.dtype) if isinstance(y, Tensor) else type(y).__name__
-            raise DTypeError(
-                f"f: expected floating-point tensors as results, got {kind} in {_shown(result)}. Return what is not "
-                "to be differentiated beside the result, (result, aux), with has_aux=True"
-            )
-    return leaves, spec, aux
-
-
-def check_points(where: Point, y: Tensor) -> None:
-    """Check that a result has an axis of points.
-
-    Raises:
-        ShapeError: it has none.
-    """
-    if where.points is not None and where.points not in y.shape:
-        raise ShapeError(
-            f"f: with batch_dim={where.batch_dim} expected a result with an axis of {where.points} points, one "
-            f"result for each, got shape {tuple(y.shape)}"
-        )
-
-
-def check_scalar(where: Point, results: Sequence[Tensor], what: str) -> None:
-    """Check that a function gives one number (at each point).
-
-    Raises:
-        ShapeError: it does not.
-    """
-    numbers = 1 if where.points is None else where.points
-    if len(results) != 1 or results[0].numel() != numbers or math.prod(results[0].shape) != numbers:
-        at = "" if where.points is None else " at each point"
-        shapes = ", ".join(str(tuple(y.shape)) for y in results)
-        raise ShapeError(
-            f"{what}: expected f to return one number{at}, got {len(results)} result(s) of shape {shapes}; "
-            "sum them up, or use jetplane.hessian, which takes any shape"
-        )
-    if results[0].is_complex():
-        raise DTypeError(f"{what}: expected f to return a real number, got {results[0].dtype}")

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from ..errors import ArgumentError
-from .arguments import Directions, Point
+from .arguments import Call, Directions
 
 Estimate = Literal["hutchinson", "axes"] | None
 
@@ -27,14 +27,14 @@ class Sample:
     """Random directions of an estimate.
 
     Attributes:
-        where: the point.
+        call: what is differentiated.
         count: S, how many directions.
         scale: of the sum over them.
         numbers: the coordinates that were drawn; None for random signs.
         generator: of random signs.
     """
 
-    where: Point
+    call: Call
     count: int
     scale: float
     numbers: torch.Tensor | None
@@ -43,15 +43,15 @@ class Sample:
     def directions(self, run: slice) -> Directions:
         """A run of them."""
         if self.numbers is not None:
-            return self.where.axes(which=self.numbers[run])
+            return self.call.axes(which=self.numbers[run])
         k = run.stop - run.start
         return [
             torch.randint(2, (k, *x.shape), generator=self.generator, device=x.device).mul_(2).sub_(1).to(x.dtype)
-            for x in self.where.leaves
+            for x in self.call.leaves
         ]
 
 
-def sampled(where: Point, estimate: Estimate, samples: int | None, generator: torch.Generator | None) -> Sample | None:
+def sampled(call: Call, estimate: Estimate, samples: int | None, generator: torch.Generator | None) -> Sample | None:
     """The directions of an estimate; None where none is wanted.
 
     Raises:
@@ -65,9 +65,11 @@ def sampled(where: Point, estimate: Estimate, samples: int | None, generator: to
         raise ArgumentError(f"estimate must be None, 'hutchinson' or 'axes', got {estimate!r}")
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ArgumentError(f"samples must be an integer of at least 1 with estimate={estimate!r}, got {samples!r}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ArgumentError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if estimate == "hutchinson":
-        return Sample(where, samples, 1 / samples, None, generator)
-    if samples > where.size:
-        raise ArgumentError(f"samples: expected at most the {where.size} coordinates that there are, got {samples}")
-    drawn = torch.randperm(where.size, generator=generator)[:samples]
-    return Sample(where, samples, where.size / samples, drawn, None)
+        return Sample(call, samples, 1 / samples, None, generator)
+    if samples > call.size:
+        raise ArgumentError(f"samples: expected at most the {call.size} coordinates that there are, got {samples}")
+    drawn = torch.randperm(call.size, generator=generator)[:samples]
+    return Sample(call, samples, call.size / samples, drawn, None)

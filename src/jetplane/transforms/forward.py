@@ -7,7 +7,7 @@ evaluated on a plane. Where grad mode is on, results have a graph to whatever re
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,10 +19,10 @@ from ..evaluation.context import expansion
 from ..evaluation.interception import Interception
 from ..evaluation.leaving import plain_result
 from ..evaluation.specification import Pairs, PlaneSpec
-from ..jets import Diagonal, Jet, PairStructure, Space, Tangents, carried, parts, promoted
-from .arguments import Argnums, Point, check_points, outputs, point
+from ..jets import Diagonal, Jet, PairStructure, Space, Sums, Tangents, carried, parts, promoted
+from .arguments import Argnums, Call, Directions, call_of
 from .compiling import uncompiled
-from .costs import Chunk, directions_at_a_time, in_runs
+from .costs import Chunk, check_chunk, directions_at_a_time, in_turn, runs_of
 from .estimates import Estimate, sampled
 
 
@@ -49,51 +49,37 @@ class Expansion:
         return tree_unflatten(list(leaves), self.spec)
 
 
-def with_aux(result: Any, aux: Any, has_aux: bool) -> Any:
-    """A result, and what the function returned beside, where that is asked for."""
-    return (result, aux) if has_aux else result
-
-
 def along(
-    f: Callable[..., Any],
-    where: Point,
+    call: Call,
     tangents: Sequence[Tensor | Tangents | None],
     structure: PairStructure,
     order: int = 2,
     seconds: Sequence[Tensor | None] | None = None,
-    has_aux: bool = False,
 ) -> Expansion:
-    """Value, first and second coefficients of f along K directions.
+    """Value, first and second coefficients along K directions.
 
     Where autograd records what is computed, rules run with it and write to no memory that it must see: the results
     have a graph to whatever requires grad, primals, tangents and what f uses beside them.
 
     Args:
-        f: the function.
-        where: the point.
+        call: what is differentiated.
         tangents: K for each tensor that moves.
         structure: which second coefficients there are.
         order: 1 leaves them out.
         seconds: second coefficients (count, *shape) of the tensors themselves; none by default.
-        has_aux: whether f returns a pair.
     """
     graph = records()
     with expansion(structure, order, recorded=graph) as space:
-        leaves = [
-            _seed(x, v, None if seconds is None else seconds[n], space)
-            for n, (x, v) in enumerate(zip(where.leaves, tangents, strict=True))
-        ]
-        space.points = where.points is not None
+        leaves = _seeds(call, tangents, seconds, space)
+        space.points = call.points is not None
         with Interception(space).running():
-            result = where.call(f, leaves)
-        ys, spec, aux = outputs(result, has_aux)
+            returned = call.at(leaves)
+        ys, spec, aux = call.outputs(returned)
         found: list[list[Tensor]] = [[], [], []]
         for y in ys:
-            check_points(where, y)
-            jet = promoted(y)
-            p, first, second = parts(y if jet is None else jet, space)
+            p, first, second = _coefficients(y, space)
             found[0].append(p)
-            found[1].append(first.full(p.shape, p.dtype, p.device))
+            found[1].append(first)
             if order == 2:
                 found[2].append(second.full(p.shape, p.dtype, p.device))
         aux = _primals(aux, space)
@@ -101,6 +87,92 @@ def along(
         found = [[_released(t) for t in ts] for ts in found]
         aux = _map(_released, aux)
     return Expansion(found[0], found[1], found[2], spec, aux)
+
+
+def blockwise(
+    call: Call,
+    tangents: Sequence[Tensor | Tangents | None],
+    k: int,
+    take: Callable[[list[Tensor], list[Tensor]], None],
+) -> None:
+    """Value and first coefficients of what f yields, block by block: nothing of a block is kept when the next is made.
+
+    Args:
+        call: of an f that yields tensors, or trees of them.
+        tangents: k for each tensor that moves.
+        k: number of directions.
+        take: called with the tensors of each block, and their first coefficients (k, *S).
+    """
+    with expansion(Diagonal(k), 1) as space:
+        leaves = _seeds(call, tangents, None, space)
+        with Interception(space).running():
+            for block in call.at(leaves):
+                pairs = [_coefficients(y, space)[:2] for y in call.outputs(block)[0]]
+                take(*([_released(t) for t in ts] for ts in zip(*pairs, strict=True)))
+
+
+def _coefficients(y: Tensor, space: Space) -> tuple[Tensor, Tensor, Any]:
+    """The value, the first coefficients as a tensor, and the second ones."""
+    jet = promoted(y)
+    p, first, second = parts(y if jet is None else jet, space)
+    return p, first.full(p.shape, p.dtype, p.device), second
+
+
+def _seeds(
+    call: Call, tangents: Sequence[Tensor | Tangents | None], seconds: Sequence[Tensor | None] | None, space: Space
+) -> list[Jet]:
+    return [
+        _seed(x, v, None if seconds is None else seconds[n], space)
+        for n, (x, v) in enumerate(zip(call.leaves, tangents, strict=True))
+    ]
+
+
+def expanded(
+    call: Call,
+    directions: Callable[[slice], Directions],
+    k: int,
+    chunk: Chunk,
+    structure: Callable[[int], PairStructure],
+    *,
+    order: int = 2,
+    gradient: bool = False,
+    drift: Sequence[Tensor | None] | None = None,
+    remedy: str = "chunk=",
+    width: int = 1,
+) -> Expansion:
+    """Coefficients of the highest order along k directions, some of them at a time.
+
+    Args:
+        call: what is differentiated.
+        directions: a run of them.
+        k: how many there are.
+        chunk: at a time.
+        structure: the second coefficients of so many directions. Sums add up over the runs; others lie one behind the
+            other.
+        order: 1 or 2.
+        gradient: whether first coefficients are kept beside second ones.
+        drift: the second coefficients of the inputs, once.
+        remedy: see `directions_at_a_time`.
+        width: likewise.
+    """
+
+    def once(run: slice) -> Expansion:
+        k = run.stop - run.start
+        return along(call, directions(run), structure(k), order, drift if run.start == 0 else None)
+
+    runs = runs_of(k, directions_at_a_time(call, chunk, k, remedy, width))
+    firsts, seconds, last = [], [], None
+    for last in in_turn(runs, once):
+        if order == 1 or gradient:
+            firsts.append(last.first)
+        seconds.append(last.second)
+    assert last is not None
+    if len(runs) == 1:
+        return last
+    summed = isinstance(structure(1), Sums)
+    first = [torch.cat(ys) for ys in zip(*firsts, strict=True)]
+    second = [torch.stack(ys).sum(0) if summed else torch.cat(ys) for ys in zip(*seconds, strict=True)]
+    return replace(last, first=first, second=second)
 
 
 def _seed(x: Tensor, v: Tensor | Tangents | None, second: Tensor | None, space: Space) -> Jet:
@@ -133,16 +205,9 @@ def _released(t: Tensor) -> Tensor:
 
 @uncompiled
 def jet(
-    f: Callable[..., Any],
-    primals: Any,
-    tangents: Any,
-    pairs: Pairs = "all",
-    order: int = 2,
-    *,
-    argnums: Argnums = None,
-    has_aux: bool = False,
-    batch_dim: int | None = None,
-) -> Any:
+    f: Callable[..., Any], primals: Any, tangents: Any, pairs: Pairs = "all", order: int = 2, *,
+    argnums: Argnums = None, has_aux: bool = False, batch_dim: int | None = None,
+) -> Any:  # fmt: skip
     """Value, first and second directional derivatives of ``f`` along K directions.
 
         first[i]     = d/da_i       f(x + sum a v)
@@ -179,40 +244,30 @@ def jet(
     """
     if order not in (1, 2) or isinstance(order, bool):
         raise ArgumentError(f"order must be 1 or 2, got {order!r}; derivatives nest: give f that calls jetplane.jet")
-    where = point(primals, argnums, batch_dim, real=False)
-    vs, k = where.directions(tangents)
+    call = call_of("jet", f, primals, argnums, has_aux, batch_dim, real=False)
+    vs, k = call.directions(tangents)
     structure = PlaneSpec(k, pairs=pairs).structure
-    got = along(f, where, vs, structure, order, has_aux=has_aux)
+    got = along(call, vs, structure, order)
     second = got.tree([structure.matrix(y) for y in got.second]) if order == 2 else None
-    return with_aux((got.tree(got.value), got.tree(got.first), second), got.aux, has_aux)
-
-
-@uncompiled
-def quadratic_form(f: Callable[..., Any], primals: Any, tangents: Any, pairs: Pairs = "all", **options: Any) -> Any:
-    """``v_i^T Hess(f) v_j`` for all pairs, (K, K, *S), or for the diagonal, (K, *S).
-
-    See `jet` for arguments and errors.
-
-    >>> import torch, jetplane as jp
-    >>> jp.quadratic_form(lambda x: (x**2).sum(), torch.zeros(3), torch.eye(3), pairs="diagonal")
-    tensor([2., 2., 2.])
-    """
-    got = jet(f, primals, tangents, pairs, **options)
-    return (got[0][2], got[1]) if options.get("has_aux") else got[2]
+    return call.result((got.tree(got.value), got.tree(got.first), second), got.aux)
 
 
 @uncompiled
 def jvp(
-    f: Callable[..., Any], primals: Any, tangents: Any, *, argnums: Argnums = None, has_aux: bool = False
-) -> tuple[Any, ...]:
+    f: Callable[..., Any], primals: Any, tangents: Any, *,
+    argnums: Argnums = None, has_aux: bool = False, batch_dim: int | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
     """Value and derivative along one direction, ``(f(x), J v)``, as `torch.func.jvp`.
+
+    Other arguments are those of `jacobian`.
 
     Args:
         f: a function of tensors that returns a tensor, or a tree of tensors.
-        primals: where; a tensor, or a tuple of arguments.
+        primals: where; a tensor, or a tuple of arguments. They may be complex.
         tangents: the direction v, of the structure and shapes of the primals (of those of ``argnums``).
-        argnums: which arguments move: an int, or several; all by default.
+        argnums: which arguments move.
         has_aux: whether f returns ``(result, aux)``.
+        batch_dim: the axis of points; v may then be shared, of a point's shape.
 
     Returns:
         ``(value, derivative)``, and aux as a third with ``has_aux``.
@@ -224,27 +279,26 @@ def jvp(
     >>> jp.jvp(torch.sin, torch.tensor(0.0), torch.tensor(2.0))
     (tensor(0.), tensor(2.))
     """
-    where = point(primals, argnums, real=False)
-    vs, _ = where.directions(tangents, k=1)
-    got = along(f, where, vs, Diagonal(1), 1, has_aux=has_aux)
+    call = call_of("jvp", f, primals, argnums, has_aux, batch_dim, real=False)
+    vs, _ = call.directions(tangents, k=1)
+    got = along(call, vs, Diagonal(1), 1)
     result = got.tree(got.value), got.tree([y[0] for y in got.first])
     return (*result, got.aux) if has_aux else result
 
 
 @uncompiled
-def linearize(f: Callable[..., Any], primals: Any, *, argnums: Argnums = None) -> tuple[Any, Callable[[Any], Any]]:
+def linearize(
+    f: Callable[..., Any], primals: Any, *,
+    argnums: Argnums = None, has_aux: bool = False, batch_dim: int | None = None, chunk: Chunk = "auto",
+) -> tuple[Any, ...]:  # fmt: skip
     """The value and the linear map ``v -> J v`` at a point, as `torch.func.linearize`.
 
     The map takes one direction in the structure of the primals, or K of them, (K, *primal.shape), at once. Nothing is
-    stored: each call runs f again with its directions, which costs 1 + K evaluations.
-
-    Args:
-        f: a function of tensors that returns a tensor, or a tree of tensors.
-        primals: where; a tensor, or a tuple of arguments.
-        argnums: which arguments move; all by default.
+    stored: each call runs f again with its directions, which costs 1 + K evaluations. Arguments are those of
+    `jacobian`; ``chunk`` is of the map's directions.
 
     Returns:
-        ``(value, map)``.
+        ``(value, map)``, and aux as a third with ``has_aux``.
 
     Raises:
         As `jet`; ShapeError also by the map.
@@ -255,32 +309,29 @@ def linearize(f: Callable[..., Any], primals: Any, *, argnums: Argnums = None) -
     (tensor([1., 1.]), tensor([1., 3.]), tensor([[1., 0.],
             [0., 1.]]))
     """
-    where = point(primals, argnums, real=False)
-    value = where.call(f, where.leaves)
-    outputs(value, False)
+    call = call_of("linearize", f, primals, argnums, has_aux, batch_dim, real=False)
+    check_chunk(chunk)
+    ys, spec, aux = call.outputs(call.at(call.leaves))
 
     def push(tangents: Any) -> Any:
+        given = call.flat(tangents, "tangents")
         one = all(
-            isinstance(v, Tensor) and v.shape == x.shape
-            for x, v in zip(where.leaves, where.flat(tangents, "tangents"), strict=True)
+            isinstance(v, Tensor) and v.dim() <= x.dim() and v.shape in (x.shape, shape)
+            for x, shape, v in zip(call.leaves, call.shapes, given, strict=True)
         )
-        vs, k = where.directions(tangents, k=1 if one else None)
-        got = along(f, where, vs, Diagonal(k), 1)
+        vs, k = call.directions(tangents, k=1 if one else None)
+        got = expanded(call, lambda run: [v[run] for v in vs], k, chunk, Diagonal, order=1)
         return got.tree([y[0] if one else y for y in got.first])
 
-    return value, push
+    value = tree_unflatten(ys, spec)
+    return (value, push, aux) if has_aux else (value, push)
 
 
 @uncompiled
 def jacobian(
-    f: Callable[..., Any],
-    primals: Any,
-    *,
-    argnums: Argnums = None,
-    has_aux: bool = False,
-    batch_dim: int | None = None,
-    chunk: Chunk = "auto",
-) -> Any:
+    f: Callable[..., Any], primals: Any, *,
+    argnums: Argnums = None, has_aux: bool = False, batch_dim: int | None = None, chunk: Chunk = "auto",
+) -> Any:  # fmt: skip
     """The Jacobian of ``f``, exactly: D directions, the total size of the primals (at one point), and 1 + D channels.
 
     Args:
@@ -289,7 +340,8 @@ def jacobian(
         argnums: which arguments move: an int, or several; all by default.
         has_aux: whether f returns ``(result, aux)``.
         batch_dim: the axis of points in the primals. f is called once with all points, and its result at each must
-            depend on that point alone: D directions are carried then, and not one for each number of each point.
+            depend on that point alone (no batch normalization in training): D directions are carried then, and not one
+            for each number of each point.
         chunk: directions at a time; "auto" carries all where they are sure to fit into half of the free memory, None
             always.
 
@@ -298,55 +350,41 @@ def jacobian(
         structure of the result, and within it of the primals. With ``has_aux`` ``(jacobian, aux)``.
 
     Raises:
-        As `jet`; ArgumentError: what does not fit into memory.
+        As `jet`; ArgumentError: what does not fit into memory, or takes too many runs.
 
     >>> import torch, jetplane as jp
     >>> jp.jacobian(lambda x: x**2, torch.tensor([1.0, 2.0]))
     tensor([[2., 0.],
             [0., 4.]])
     """
-    where = point(primals, argnums, batch_dim)
-    size = directions_at_a_time(chunk, "jacobian", where, where.size, f)
-    got = list(
-        in_runs(
-            where.size,
-            size,
-            lambda run: along(f, where, where.axes(run), Diagonal(run.stop - run.start), 1, has_aux=has_aux),
-        )
-    )
-    last = got[-1]
-    found = last.tree([blocks(where, torch.cat(ys)) for ys in zip(*(g.first for g in got), strict=True)])
-    return with_aux(found, last.aux, has_aux)
+    call = call_of("jacobian", f, primals, argnums, has_aux, batch_dim)
+    got = expanded(call, call.axes, call.size, chunk, Diagonal, order=1)
+    return call.result(got.tree([blocks(call, y) for y in got.first]), got.aux)
 
 
-def blocks(where: Point, stack: Tensor) -> Any:
+def blocks(call: Call, stack: Tensor) -> Any:
     """Derivatives (D, *S) as (*S, *X) for each leaf of the primals, in their structure."""
-    return where.tree(where.split(stack.movedim(0, -1), -1))
+    return call.tree(call.split(stack.movedim(0, -1), -1))
 
 
 @uncompiled
 def divergence(
-    f: Callable[..., Any],
-    primals: Any,
-    *,
-    argnums: Argnums = None,
-    has_aux: bool = False,
-    batch_dim: int | None = None,
-    chunk: Chunk = "auto",
-    estimate: Estimate = None,
-    samples: int | None = None,
-    generator: torch.Generator | None = None,
-) -> Any:
+    f: Callable[..., Any], primals: Any, *,
+    argnums: Argnums = None, has_aux: bool = False, batch_dim: int | None = None, chunk: Chunk = "auto",
+    estimate: Estimate = None, samples: int | None = None, generator: torch.Generator | None = None,
+) -> Any:  # fmt: skip
     """The divergence ``sum_d dF_d/dx_d`` of a vector field, a function whose result has the shape of its primals.
+
+    Other arguments are those of `jacobian`, and of `laplacian` for estimates.
 
     Args:
         f: the field; its result has the structure and shapes of the primals that move.
         primals: where; a tensor, or a tuple of arguments.
-        argnums: which arguments move: an int, or several; all by default.
+        argnums: which arguments move.
         has_aux: whether f returns ``(result, aux)``.
-        batch_dim: the axis of points, see `jacobian`.
-        chunk: directions at a time, see `jacobian`.
-        estimate: "hutchinson" or "axes" for an unbiased estimate, see `laplacian`.
+        batch_dim: the axis of points.
+        chunk: directions at a time.
+        estimate: "hutchinson" or "axes" for an unbiased estimate.
         samples: directions of the estimate.
         generator: of its random numbers.
 
@@ -362,22 +400,21 @@ def divergence(
 
     Source: of the estimate, Hutchinson, Commun. Stat. Simul. 18 (1989); in flows, Grathwohl et al., arXiv 1810.01367.
     """
-    where = point(primals, argnums, batch_dim)
-    drawn = sampled(where, estimate, samples, generator)
-    k = where.size if drawn is None else drawn.count
-    size = directions_at_a_time(chunk, "divergence", where, k, f)
+    call = call_of("divergence", f, primals, argnums, has_aux, batch_dim)
+    drawn = sampled(call, estimate, samples, generator)
+    k = call.size if drawn is None else drawn.count
 
     def once(run: slice) -> tuple[Tensor, Any]:
-        vs = where.axes(run) if drawn is None else drawn.directions(run)
-        got = along(f, where, vs, Diagonal(run.stop - run.start), 1, has_aux=has_aux)
-        if [y.shape for y in got.value] != [x.shape for x in where.leaves]:
+        vs = call.axes(run) if drawn is None else drawn.directions(run)
+        got = along(call, vs, Diagonal(run.stop - run.start), 1)
+        if [y.shape for y in got.value] != [x.shape for x in call.leaves]:
             raise ShapeError(
-                f"divergence: expected a result of the primals' shapes {[tuple(x.shape) for x in where.leaves]}, "
+                f"divergence: expected a result of the primals' shapes {[tuple(x.shape) for x in call.leaves]}, "
                 f"got {[tuple(y.shape) for y in got.value]}"
             )
-        terms = [where.contracted(y, v) for y, v in zip(got.first, vs, strict=True) if v is not None]
+        terms = [call.contracted(y, v) for y, v in zip(got.first, vs, strict=True) if v is not None]
         return torch.stack(terms).sum(0), got.aux
 
-    parts = list(in_runs(k, size, once))
-    found = torch.stack([part for part, _ in parts]).sum(0)
-    return with_aux(found if drawn is None else found * drawn.scale, parts[-1][1], has_aux)
+    terms, auxes = zip(*in_turn(runs_of(k, directions_at_a_time(call, chunk, k)), once), strict=True)
+    found = torch.stack(terms).sum(0)
+    return call.result(found if drawn is None else found * drawn.scale, auxes[-1])

@@ -20,20 +20,15 @@ from torch import Tensor
 
 from .._torch import records, tree_flatten, tree_unflatten
 from ..errors import DerivativeError, JetplaneError
-from .arguments import Point, check_scalar, outputs
+from .arguments import Call
 
 
-def products(
-    f: Callable[..., Any], where: Point, vectors: Sequence[Tensor], has_aux: bool = False, what: str = "hvp"
-) -> tuple[list[Tensor], Tensor, Any]:
+def products(call: Call, vectors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, Any]:
     """``H v`` for each of K vectors.
 
     Args:
-        f: a function that gives one number (at each point).
-        where: the point.
+        call: of a function that gives one number (at each point).
         vectors: (K, *shape) for each tensor that moves.
-        has_aux: whether f returns a pair.
-        what: the caller's name in errors.
 
     Returns:
         The products, (K, *shape) for each tensor that moves, f's value, and aux.
@@ -45,22 +40,22 @@ def products(
     beside: dict[str, Any] = {}  # torch.func passes tensors alone through
 
     def total(*xs: Tensor) -> tuple[Tensor, list[Tensor]]:
-        ys, _, aux = outputs(where.call(f, xs), has_aux)
-        check_scalar(where, ys, what)
+        ys, _, aux = call.outputs(call.at(xs))
+        call.check_scalar(ys)
         flat, beside["spec"] = tree_flatten((ys[0], aux))
         beside["leaves"] = [None if isinstance(t, Tensor) else (t,) for t in flat]
         return ys[0].sum(), [t for t in flat if isinstance(t, Tensor)]
 
     try:
         if vectors[0].shape[0] == 1:
-            found, tensors = _one(total, where.leaves, vectors)
+            found, tensors = _one(total, call.leaves, vectors)
         else:
-            found, tensors = _several(total, where.leaves, vectors)
+            found, tensors = _several(total, call.leaves, vectors)
     except JetplaneError:
         raise
     except (RuntimeError, NotImplementedError) as error:
         raise DerivativeError(
-            f"{what}: torch cannot differentiate f twice with reverse mode; use mode='forward'. "
+            f"{call.name}: torch cannot differentiate f twice with reverse mode; use mode='forward'. "
             f"It says: {str(error).splitlines()[0]}"
         ) from error
     passed = iter(tensors)

@@ -1,0 +1,210 @@
+"""Ground states of helium and lithium by variational Monte Carlo.
+
+The energy of a trial function psi is the mean, over positions drawn from psi², of the local energy
+
+    E(x) = -1/2 (lap log psi + |grad log psi|²) - sum_i Z / r_i + sum_{i<j} 1 / r_ij     (Hartree, Bohr)
+
+and never below the ground state's. Its Laplacian and gradient come from one forward pass,
+`jetplane.value_and_laplacian`; the parameters move against the natural gradient, ``2 E[(E(x) - E) grad log psi]`` in
+the metric of ``grad log psi`` (Sorella, Phys. Rev. Lett. 80 (1998)), in which the Laplacian is not
+differentiated.
+
+    python examples/atoms.py                        # helium, about half a minute
+    python examples/atoms.py --steps 6000 --walkers 2048 --samples 1000 --json helium.json
+    python examples/atoms.py --atom lithium
+
+The function: for each spin a determinant of orbitals, in which each electron's features depend on where the others are
+(as in FermiNet, Pfau et al., arXiv 1909.02487, in small), times ``exp(sum c r_ij / (1 + r_ij))``, whose slope at ``r_ij
+= 0`` cancels the repulsion's pole: c is 1/2 for electrons of opposite spins, 1/4 for equal ones. Positions are drawn by
+Metropolis' method.
+"""
+
+import argparse
+import json
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import jetplane as jp
+
+
+@dataclass(frozen=True)
+class Atom:
+    charge: int
+    up: int
+    down: int
+    energy: float  # of the literature, nonrelativistic, nucleus at rest
+
+    @property
+    def electrons(self) -> int:
+        return self.up + self.down
+
+
+ATOMS = {
+    "helium": Atom(2, 1, 1, -2.903724),  # Pekeris, Phys. Rev. 115 (1959)
+    "lithium": Atom(3, 2, 1, -7.478060),  # Yan and Drake, Phys. Rev. A 52 (1995)
+}
+WIDTH = 32
+
+
+class WaveFunction(nn.Module):
+    """``log |psi|`` of electrons at (walkers, 3 N) positions, up spins first."""
+
+    def __init__(self, atom: Atom):
+        super().__init__()
+        self.atom, n = atom, atom.electrons
+        spin = torch.tensor([1.0] * atom.up + [-1.0] * atom.down)
+        self.pairs = [(i, j) for i in range(n) for j in range(n) if i != j]
+        self.same = torch.tensor([[float(spin[i] == spin[j])] for i, j in self.pairs])
+        self.cusp = torch.tensor([0.25 if spin[i] == spin[j] else 0.5 for i, j in self.pairs]) / 2  # each pair twice
+        self.spin = spin[:, None]
+        self.pair = nn.Sequential(nn.Linear(3, WIDTH), nn.Tanh())  # of two electrons: how far, how slow, which spins
+        self.single = nn.Sequential(nn.Linear(3 + WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh())
+        self.orbitals = nn.Linear(WIDTH, max(atom.up, atom.down))
+        # an envelope for each orbital: the first two see the nucleus, the next one is screened
+        self.decay = nn.Parameter(torch.tensor([atom.charge * 0.9, 0.7])[: max(atom.up, atom.down)])
+        nn.init.ones_(self.orbitals.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        atom = self.atom
+        at = x.unflatten(-1, (atom.electrons, 3))
+        r = at.square().sum(-1, keepdim=True).sqrt()  # (walkers, N, 1)
+        first, second = zip(*self.pairs, strict=True)
+        apart = (at[:, first] - at[:, second]).square().sum(-1, keepdim=True).sqrt()
+        near = apart / (1 + apart)
+        features = torch.cat([near, torch.exp(-apart), self.same.expand_as(apart)], -1)
+        others = self.pair(features).unflatten(1, (atom.electrons, -1)).mean(2)
+        alone = torch.cat([r / (1 + r), torch.exp(-r), self.spin.expand_as(r)], -1)
+        h = self.orbitals(self.single(torch.cat([alone, others], -1)))
+        phi = h * torch.exp(-self.decay * r)  # (walkers, N, orbitals)
+        log = (near[..., 0] * self.cusp).sum(-1)
+        for part in (phi[:, : atom.up, : atom.up], phi[:, atom.up :, : atom.down]):
+            log = log + (torch.linalg.slogdet(part)[1] if part.shape[1] > 1 else part[:, 0, 0].abs().log())
+        return log
+
+
+def local_energy(psi: WaveFunction, x: Tensor) -> Tensor:
+    """``(H psi) / psi`` at each walker."""
+    found = jp.value_and_laplacian(psi, x, batch_dim=0)
+    kinetic = -0.5 * (found.laplacian + found.gradient.square().sum(-1))
+    at = x.unflatten(-1, (psi.atom.electrons, 3))
+    first, second = zip(*[(i, j) for i, j in psi.pairs if i < j], strict=True)
+    repulsion = (1 / (at[:, first] - at[:, second]).norm(dim=-1)).sum(-1)
+    return kinetic - (psi.atom.charge / at.norm(dim=-1)).sum(-1) + repulsion
+
+
+class Metropolis:
+    """Walkers that are distributed as psi²; half of the moves are accepted."""
+
+    def __init__(self, psi: WaveFunction, walkers: int):
+        self.psi, self.step = psi, 0.5
+        self.x = torch.randn(walkers, 3 * psi.atom.electrons) * 0.7
+        self.move(100)
+
+    @torch.no_grad()
+    def move(self, times: int) -> Tensor:
+        log = self.psi(self.x)
+        for _ in range(times):
+            new = self.x + self.step * torch.randn_like(self.x)
+            there = self.psi(new)
+            taken = torch.rand_like(log).log() < 2 * (there - log)
+            self.x, log = torch.where(taken[:, None], new, self.x), torch.where(taken, there, log)
+            self.step *= 1.02 if taken.float().mean() > 0.5 else 0.98
+        return self.x
+
+
+def natural_gradient(psi: WaveFunction, x: Tensor, energy: Tensor, damping: float = 1e-3) -> Tensor:
+    """``S^-1 g`` for the energy's gradient g and the covariance S of grad log psi, over all parameters flat.
+
+    With a centred row for each walker, S = Oᵀ O and g = 2 Oᵀ e: the system that is solved has the walkers' size.
+    """
+    params = dict(psi.named_parameters())
+    gradient = torch.func.grad(lambda params, z: torch.func.functional_call(psi, params, z[None])[0])
+    each = torch.func.vmap(gradient, (None, 0))({name: p.detach() for name, p in params.items()}, x)
+    rows = torch.cat([each[name].flatten(1) for name in params], 1).double()
+    rows = (rows - rows.mean(0)) / len(x) ** 0.5
+    e = 2 * (energy - energy.mean()).double() / len(x) ** 0.5
+    kernel = rows @ rows.T + damping * torch.eye(len(x), dtype=torch.float64)
+    return (rows.T @ torch.linalg.solve(kernel, e)).float()
+
+
+def train(psi: WaveFunction, walkers: Metropolis, steps: int) -> list[float]:
+    """Energies while the function improves."""
+    energies = []
+    for n in range(steps):
+        x = walkers.move(8)
+        with torch.no_grad():
+            energy = local_energy(psi, x)
+        middle, spread = energy.median(), (energy - energy.median()).abs().mean()
+        kept = energy.clamp(middle - 5 * spread, middle + 5 * spread)  # a few walkers near a node, or the nucleus
+        change = natural_gradient(psi, x, kept)
+        rate = 0.05 / (1 + 4 * n / steps) * min(1.0, 2.0 / change.norm().item())
+        with torch.no_grad():
+            flat = torch.nn.utils.parameters_to_vector(psi.parameters()) - rate * change
+            torch.nn.utils.vector_to_parameters(flat, psi.parameters())
+        energies.append(energy.mean().item())
+        if n % max(1, steps // 10) == 0:
+            print(f"step {n:5d}: energy {energies[-1]:.4f} ± {energy.std().item() / len(x) ** 0.5:.4f} Hartree")
+    return energies
+
+
+def measured(psi: WaveFunction, walkers: Metropolis, samples: int) -> tuple[float, float]:
+    """The energy, and its standard error from the walkers' means, which are independent."""
+    total = torch.zeros(len(walkers.x), dtype=torch.float64)
+    for _ in range(samples):
+        with torch.no_grad():
+            total += local_energy(psi, walkers.move(10)).double()
+    means = total / samples
+    return means.mean().item(), means.std().item() / math.sqrt(len(means))
+
+
+def draw(energies: list[float], atom: Atom, name: str, path: str) -> None:
+    import matplotlib.pyplot as plt
+
+    every = max(1, len(energies) // 200)
+    mean = [sum(energies[i : i + every]) / every for i in range(0, len(energies) - every + 1, every)]
+    plt.figure(figsize=(6, 3.5))
+    plt.semilogy([i * every for i in range(len(mean))], [abs(e - atom.energy) * 1000 for e in mean], lw=1)
+    plt.axhline(1, color="gray", ls=":", label="1 mHa")
+    plt.xlabel("step")
+    plt.ylabel("|energy - literature|, mHa")
+    plt.title(f"{name.capitalize()} by variational Monte Carlo")
+    plt.legend()
+    plt.tight_layout()
+    plt.savefig(path, dpi=120)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--atom", choices=ATOMS, default="helium")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--walkers", type=int, default=512)
+    parser.add_argument("--samples", type=int, default=100, help="for the energy at the end, of each walker")
+    parser.add_argument("--picture", help="where to draw the energy over steps")
+    parser.add_argument("--json", help="where to write the result")
+    options = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    atom, begin = ATOMS[options.atom], time.process_time()
+    psi = WaveFunction(atom)
+    walkers = Metropolis(psi, options.walkers)
+    energies = train(psi, walkers, options.steps)
+    energy, error = measured(psi, walkers, options.samples)
+    print(f"{options.atom}: {energy:.5f} ± {error:.5f} Hartree; literature {atom.energy:.5f}")
+    result = {
+        "atom": options.atom, "energy": energy, "error": error, "literature": atom.energy, "steps": options.steps,
+        "walkers": options.walkers, "samples": options.samples, "seconds": time.process_time() - begin,
+    }  # fmt: skip
+    if options.picture:
+        draw(energies, atom, options.atom, options.picture)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(result, file, indent=1)
+            file.write("\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Optimal control: any torch function as dynamics, exact sparse second derivatives, an interior-point solver.
+
+Needs NumPy and SciPy; IPOPT comes with CasADi's wheel, machine code with llvmlite: ``pip install 'jetplane[control]'``.
+"""
+
+from ..errors import MissingPackageError
+
+try:
+    import numpy as _numpy  # noqa: F401
+    import scipy as _scipy  # noqa: F401
+except ImportError as error:
+    raise MissingPackageError(f"jetplane.control needs {error.name}: pip install 'jetplane[control]'") from error
+
+from .check import CheckReport
+from .nlp import NLP
+from .problem import Parts, Phase, Problem
+from .radau import Mesh
+from .simulation import Simulation
+from .solution import PhaseSolution, Solution, load
+from .solving import solve
+from .status import Status
+
+__all__ = [
+    "NLP",
+    "CheckReport",
+    "Mesh",
+    "Parts",
+    "Phase",
+    "PhaseSolution",
+    "Problem",
+    "Simulation",
+    "Solution",
+    "Status",
+    "load",
+    "solve",
+]

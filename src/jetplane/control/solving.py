@@ -1,0 +1,248 @@
+"""From a problem to a solution: trace, transcribe, solve, estimate the error, refine."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from ..errors import ArgumentError
+from . import ipopt, trust
+from .guessing import start
+from .model import Model
+from .nlp import NLP
+from .problem import INFINITY, Parts, Problem
+from .radau import Mesh, as_mesh
+from .refinement import errors, refined
+from .solution import PhaseSolution, Solution, phase_solution
+from .status import Iteration, Outcome
+
+FIRST_MESH = (8, 4)
+
+
+def meshes_of(problem: Problem, mesh: Any) -> dict[str, Mesh]:
+    """A mesh for each phase, from one for all or a dict by name."""
+    if isinstance(mesh, dict):
+        unknown = set(mesh) ^ set(problem.phases)
+        if unknown:
+            raise ArgumentError(f"meshes are needed for {sorted(problem.phases)}, got {sorted(mesh)}")
+        return {name: as_mesh(mesh[name]) for name in problem.phases}
+    return {name: as_mesh(mesh) for name in problem.phases}
+
+
+def solve(
+    problem: Problem,
+    *,
+    mesh: Any = "refine",
+    tol: float = 1e-8,
+    accuracy: float = 1e-6,
+    refinements: int = 10,
+    guess: Solution | None = None,
+    solver: str = "ipopt",
+    max_iterations: int = 3000,
+    time_limit: float | None = None,
+    scaling: Any = "auto",
+    progress: bool = False,
+    backend: str = "auto",
+    options: dict[str, Any] | None = None,
+) -> Solution:
+    """Solve an optimal control problem.
+
+    Args:
+        problem: what to solve.
+        mesh: "refine", where a coarse mesh is refined until the error is below `accuracy`; or one mesh: a `Mesh`,
+            (intervals, points in each), or a dict by phases.
+        tol: tolerance of the solver: the largest scaled error of optimality and feasibility.
+        accuracy: relative error of the states, estimated, below which refinement ends.
+        refinements: how often at most a mesh is refined.
+        guess: a solution to start from, of the same states and controls; on the same mesh its multipliers are used too.
+        solver: "ipopt", the path of a libipopt, or "trust-constr" (SciPy).
+        max_iterations: of the solver, for each mesh.
+        time_limit: in seconds, for all meshes together.
+        scaling: "auto", by bounds and guess; "none"; or a dict of typical magnitudes of states, controls and
+            parameters.
+        progress: write a line to stderr, which is overwritten, with each iteration's numbers.
+        backend: "auto", "llvm" or "torch".
+        options: handed on to IPOPT.
+
+    Returns:
+        a `Solution`, also where the solver has failed: see its status.
+
+    Raises:
+        ArgumentError, ShapeError, TraceError: the problem as it stands cannot be solved; the message names the place.
+        NonFiniteError: a function is not finite at the guess.
+        MissingPackageError: there is no IPOPT.
+    """
+    if not tol > 0 or not accuracy > 0:
+        raise ArgumentError(f"tol and accuracy must be positive, got {tol} and {accuracy}")
+    trusted = solver == "trust-constr"
+    path = None if solver in ("ipopt", "trust-constr") else solver
+    if not trusted:
+        ipopt.library(path)  # that there is none is said before anything is computed
+    began, clock = time.monotonic(), time.process_time()
+    model = Model(problem, backend)
+    refine = isinstance(mesh, str) and mesh == "refine"
+    meshes = _first_meshes(problem, guess) if refine else meshes_of(problem, mesh)
+    seconds = {"setup": time.process_time() - clock, "derivatives": 0.0, "solver": 0.0}
+    history: list[tuple[int, float, int]] = []
+    current, total = guess, 0
+    line = _Line(progress)
+    while True:
+        clock = time.process_time()
+        nlp = NLP(model, meshes)
+        first = start(nlp, current)
+        seconds["setup"] += time.process_time() - clock
+        left = None if time_limit is None else max(time_limit - (time.monotonic() - began), 1e-3)
+        clock = time.process_time()
+        if trusted:
+            limits = {"max_iterations": max_iterations, "tol": tol, "time_limit": left}
+            outcome = trust.solve(nlp, first, options=limits, on_iteration=line.of(nlp))
+        else:
+            given: dict[str, Any] = {"tol": tol, "max_iter": max_iterations}
+            if left is not None:
+                given["max_wall_time"] = left
+            outcome = ipopt.solve(
+                nlp,
+                first,
+                options={**given, **(options or {})},
+                scaling=scaling_of(nlp, first.y, scaling),
+                warm=first.multipliers is not None,
+                on_iteration=line.of(nlp),
+                path=path,
+            )
+        seconds["derivatives"] += outcome.callback_seconds
+        seconds["solver"] += time.process_time() - clock - outcome.callback_seconds
+        total += outcome.iterations
+        current = _solution(problem, nlp, outcome, seconds, history, total)
+        if not outcome.status.success or not refine or len(history) > refinements:
+            break
+        worst = {name: ph.error for name, ph in current.phases.items()}
+        if all(float(e.max()) <= accuracy for e in worst.values()):
+            break
+        meshes = {name: refined(meshes[name], error, accuracy) for name, error in worst.items()}
+    line.close()
+    return current
+
+
+def _first_meshes(problem: Problem, guess: Solution | None) -> dict[str, Mesh]:
+    if guess is not None:
+        return {name: ph.mesh for name, ph in guess.phases.items()}
+    return {name: Mesh.uniform(*FIRST_MESH) for name in problem.phases}
+
+
+def _solution(problem, nlp: NLP, outcome: Outcome, seconds, history, total: int) -> Solution:
+    p = outcome.y[nlp.parameters].copy()
+    phases: dict[str, PhaseSolution] = {}
+    for name, model in nlp.model.phases.items():
+        phases[name] = phase_solution(nlp, name, outcome)
+        phases[name].error = errors(model, phases[name], p)
+    worst = max(float(ph.error.max()) for ph in phases.values())
+    history.append((sum(m.nodes for m in nlp.meshes.values()), worst, outcome.iterations))
+    return Solution(
+        problem,
+        outcome.status,
+        outcome.objective,
+        phases,
+        Parts(p, problem.parameters),
+        total,
+        seconds,
+        history,
+        outcome,
+    )
+
+
+def _magnitude(lower: np.ndarray, upper: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Typical sizes of variables (n,): of two bounds, else of the guess (n, points); 1 where it is zero."""
+    both = (np.abs(lower) < INFINITY) & (np.abs(upper) < INFINITY) & (lower < upper)
+    bound = np.maximum(np.abs(np.where(both, lower, 0.0)), np.abs(np.where(both, upper, 0.0)))
+    guess = np.abs(values).max(1, initial=0.0)
+    size = np.where(both, bound, guess)
+    return np.where((size > 1e-8) & np.isfinite(size), size, 1.0)
+
+
+def scaling_of(nlp: NLP, y: np.ndarray, scaling: Any) -> ipopt.Scaling | None:
+    """Factors for the solver: each variable by its typical size, defects as their states, other rows by their slopes.
+
+    Raises:
+        ArgumentError: an unknown way, or a magnitude that is not positive.
+    """
+    if isinstance(scaling, str) and scaling == "none":
+        return None
+    if not isinstance(scaling, dict) and scaling != "auto":
+        raise ArgumentError(f"scaling is 'auto', 'none' or a dict of magnitudes, got {scaling!r}")
+    given = scaling if isinstance(scaling, dict) else {}
+    sizes = np.ones(nlp.n)
+    rows = np.ones(nlp.m)
+    used: set[str] = set()
+
+    def with_given(layout, values: np.ndarray) -> np.ndarray:
+        for name, part in layout.parts.items():
+            if name in given:
+                used.add(name)
+                values[part] = given[name]
+        if not (values > 0).all():
+            raise ArgumentError(f"{layout.what}: magnitudes for scaling must be positive")
+        return values
+
+    for name, model in nlp.model.phases.items():
+        place, nodes, ph = nlp.places[name], nlp.meshes[name].nodes, model.phase
+        x = y[place.states].reshape(-1, nodes + 1)
+        u = y[place.controls].reshape(-1, nodes)
+        states = with_given(ph.states, _magnitude(ph.states.lower, ph.states.upper, x))
+        controls = with_given(ph.controls, _magnitude(ph.controls.lower, ph.controls.upper, u))
+        sizes[place.states], sizes[place.controls] = np.repeat(states, nodes + 1), np.repeat(controls, nodes)
+        rows[place.defects] = 1 / np.repeat(states, nodes)
+        length = max(abs(nlp.phases[name].length), 1e-8)
+        for column in (place.t0, place.tf):
+            if column is not None:
+                sizes[column] = length
+        integrals = np.abs(y[place.integrals])
+        sizes[place.integrals] = np.where(integrals > 1e-8, integrals, 1.0)
+        rows[place.integral_rows] = 1 / sizes[place.integrals]
+    parameters = with_given(
+        nlp.model.parameters,
+        _magnitude(nlp.model.parameters.lower, nlp.model.parameters.upper, y[nlp.parameters][:, None]),
+    )
+    sizes[nlp.parameters] = parameters
+    unknown = sorted(set(given) - used)
+    if unknown:
+        raise ArgumentError(f"scaling names {unknown}, which are no states, controls or parameters")
+    # Path and boundary rows: slopes of the scaled variables of at most 1.
+    slopes = np.zeros(nlp.m)
+    row, column = nlp.jacobian_structure
+    np.maximum.at(slopes, row, np.abs(nlp.jacobian(y)) * sizes[column])
+    others = np.ones(nlp.m, bool)
+    for place in nlp.places.values():
+        others[place.defects] = others[place.integral_rows] = False
+    rows[others] = 1 / np.clip(slopes[others], 1.0, 1e8)
+    slope = float(np.max(np.abs(nlp.gradient(y)) * sizes, initial=0.0))
+    return ipopt.Scaling(1 / sizes, rows, 1 / max(slope, 1.0) if np.isfinite(slope) else 1.0)
+
+
+class _Line:
+    """A line of progress, overwritten by the next one."""
+
+    def __init__(self, shown: bool) -> None:
+        self._shown, self._last, self._began = shown, 0.0, time.monotonic()
+
+    def of(self, nlp: NLP):
+        if not self._shown:
+            return None
+
+        def write(it: Iteration) -> None:
+            now = time.monotonic()
+            if now - self._last > 0.1 or it.number == 0:
+                self._last = now
+                sys.stderr.write(
+                    f"\r\033[K{nlp.n} variables, iteration {it.number}: cost {it.objective:.8g}, infeasibility "
+                    f"{it.infeasibility:.1e}, optimality {it.dual_infeasibility:.1e}, {now - self._began:.1f} s"
+                )
+                sys.stderr.flush()
+
+        return write
+
+    def close(self) -> None:
+        if self._shown:
+            sys.stderr.write("\n")

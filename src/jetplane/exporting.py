@@ -1,0 +1,116 @@
+"""Planes as programs of plain operators, which runtimes take that know nothing of jets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._torch import tree_flatten, tree_unflatten
+from .errors import ArgumentError, DerivativeError
+
+_CLOSE = 1e-4  # how far the program's numbers may be from the function's, relative to the largest of each result
+
+
+class _Program(torch.nn.Module):
+    """A captured graph, with its inputs in the order of the function's arguments."""
+
+    def __init__(self, graph: torch.fx.GraphModule, inputs: Sequence[int | Tensor]) -> None:
+        super().__init__()
+        self.graph, self.places = graph, []
+        for n, one in enumerate(inputs):
+            if isinstance(one, Tensor):
+                self.register_buffer(f"constant_{n}", one.detach())
+            self.places.append(one if isinstance(one, int) else f"constant_{n}")
+
+    def forward(self, *leaves: Tensor) -> Any:
+        inputs = [leaves[place] if isinstance(place, int) else getattr(self, place) for place in self.places]
+        return tuple(self.graph(*inputs))
+
+
+def export(f: Callable[..., Any], args: Sequence[Any]) -> torch.export.ExportedProgram:
+    """A function that calls `jetplane.evaluate`, as a `torch.export.ExportedProgram` of plain operators.
+
+    The program can be saved, and turned into other formats, such as ONNX by ``torch.onnx.export``. It computes loss,
+    slope and curvature from the arguments: weights, tangents and data, of the shapes that they have here. What f uses
+    beside its arguments becomes a constant of the program. It does not check that its numbers are finite.
+
+    Args:
+        f: a function of tensors, or of lists and dicts of them, that returns a tensor or a tuple of tensors, and that
+            ``torch.compile(fullgraph=True)`` takes. The tensors that move are among its arguments.
+        args: of f. The program takes the tensors in them, one after the other. Their numbers serve to check the
+            program alone.
+
+    Returns:
+        The program. Its numbers were held against those of f, at the arguments and at others.
+
+    Raises:
+        ArgumentError: no tensors in the arguments, or two that share memory.
+        DerivativeError: the program gives other numbers than f.
+        Others: as ``torch.compile`` and ``torch.export.export``.
+
+    >>> import torch, jetplane as jp
+    >>> def plane(w, v, x):
+    ...     found = jp.evaluate(lambda: (x @ w).square().mean(), [w], [v])
+    ...     return found.value, found.slope, found.curvature
+    >>> args = torch.ones(3), torch.eye(3)[:2], torch.tensor([[1.0, 2.0, 3.0]])
+    >>> program = jp.export(plane, args)
+    >>> program.module()(*args)
+    (tensor(36.), tensor([12., 24.]), tensor([[2., 4.],
+            [4., 8.]]))
+    """
+    leaves, spec = tree_flatten(tuple(args))
+    if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        raise ArgumentError("args: expected tensors, or lists and dicts of them; bind everything else into f")
+    if len({(leaf.data_ptr(), leaf.numel() > 0) for leaf in leaves}) < len(leaves):
+        raise ArgumentError("args: two tensors share memory, so the program could not tell them apart; clone() one")
+    with torch.no_grad():
+        program = _captured(f, args, leaves)
+        exported = torch.export.export(program, tuple(leaves))
+        module = exported.module()
+        for values in (leaves, [_other(leaf, n) for n, leaf in enumerate(leaves)]):
+            expected = tree_flatten(f(*tree_unflatten(values, spec)))[0]
+            _check_same(expected, module(*values))
+    return exported
+
+
+def _captured(f: Callable[..., Any], args: Sequence[Any], leaves: Sequence[Tensor]) -> _Program:
+    from torch._dynamo.backends.common import aot_autograd  # the compiler is imported where it is needed
+
+    found: list[_Program] = []
+    places = {leaf.data_ptr(): n for n, leaf in enumerate(leaves)}
+
+    def capture(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        def run(*inputs: Tensor) -> Any:
+            found.append(_Program(graph, [places.get(one.data_ptr(), one) for one in inputs]))
+            return graph(*inputs)
+
+        return run
+
+    compiled = torch.compile(f, backend=aot_autograd(fw_compiler=capture), fullgraph=True, dynamic=False)
+    compiled(*args)
+    return found[0]
+
+
+def _other(leaf: Tensor, seed: int) -> Tensor:
+    """Nearby numbers; integers and truth values stay."""
+    if not leaf.dtype.is_floating_point:
+        return leaf
+    generator = torch.Generator(leaf.device).manual_seed(seed)
+    return leaf + 0.1 * torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype, device=leaf.device)
+
+
+def _check_same(expected: Sequence[Any], found: Sequence[Tensor]) -> None:
+    for n, (a, b) in enumerate(zip(expected, found, strict=True)):
+        size = max(a.abs().max().item(), 1e-30) if a.numel() else 1.0
+        if a.shape != b.shape or not bool(((a - b).abs() <= _CLOSE * size).all()):
+            raise DerivativeError(
+                f"result {n} of the program is not that of the function: expected {_shown(a)}, got {_shown(b)}. Does "
+                "the function depend on the numbers of its arguments by Python's if, or on anything that changes?"
+            )
+
+
+def _shown(t: Tensor) -> str:
+    return f"{t.tolist()}" if t.numel() <= 9 else f"a tensor of shape {tuple(t.shape)}"

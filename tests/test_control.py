@@ -1,0 +1,711 @@
+"""Optimal control: tracing, exact derivatives, known optima, and what is said about bad input."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+import jetplane as jp
+
+np = pytest.importorskip("numpy")
+pytest.importorskip("scipy", reason="jetplane.control needs SciPy")
+
+from examples.control import CASES  # noqa: E402
+from jetplane.control import ipopt  # noqa: E402
+from jetplane.control.program import Program, trace  # noqa: E402
+from jetplane.control.radau import Mesh, interpolation, radau  # noqa: E402
+from jetplane.llvm import available  # noqa: E402
+
+needs_ipopt = pytest.mark.skipif(ipopt.library_path() is None, reason="no libipopt: pip install casadi")
+needs_llvm = pytest.mark.skipif(not available(), reason="llvmlite is not installed")
+BACKENDS = ["torch", pytest.param("llvm", marks=needs_llvm)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("JETPLANE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+# Derivatives
+
+
+def dense(program, z, p, weights):
+    """Values, Jacobians and Hessians at nodes, as dense tensors with the nodes first."""
+    nodes, each = z.shape
+    at = program.at(nodes)
+    at.variables[:each] = z.T.numpy()
+    at.variables[each:] = p.numpy()[:, None]
+    at.changed()
+    values = torch.from_numpy(at.values().copy()).T
+    n = each + len(p)
+    jacobian, hessian = torch.zeros(nodes, values.shape[1], n).double(), torch.zeros(nodes, n, n).double()
+    for (r, i), row in zip(program.jacobian_keys, at.jacobian(), strict=True):
+        jacobian[:, r, i] = torch.from_numpy(row)
+    at.weights[:] = weights.T.numpy()
+    for (i, j), row in zip(program.hessian_keys, at.hessian(), strict=True):
+        hessian[:, i, j] = hessian[:, j, i] = torch.from_numpy(row)
+    return values, jacobian, hessian
+
+
+def compare(function, each, shared=0, backend="torch", nodes=5, scale=1.0, tol=1e-12):
+    """A function of (nodes, each) and (shared,) against torch.func, node by node."""
+    graph, variables, [results] = trace(lambda z, p: [("f", function(z, p), None)], each, shared, 2)
+    program = Program(graph, variables, results, backend)
+    generator = torch.Generator().manual_seed(1)
+    z = scale * (torch.rand(nodes, each, generator=generator, dtype=torch.float64) + 0.1)
+    p = torch.rand(shared, generator=generator, dtype=torch.float64) + 0.1
+    weights = torch.randn(nodes, len(results), generator=generator, dtype=torch.float64)
+    values, jacobian, hessian = dense(program, z, p, weights)
+
+    def one(v):
+        return function(v[None, :each], v[each:]).reshape(-1)
+
+    for n in range(nodes):
+        v = torch.cat([z[n], p])
+        first = torch.autograd.functional.jacobian(one, v)
+        second = torch.autograd.functional.hessian(lambda v, n=n: (one(v) * weights[n]).sum(), v)
+        for ours, theirs in ((values[n], one(v)), (jacobian[n], first), (hessian[n], second)):
+            assert torch.allclose(ours, theirs.detach(), rtol=tol, atol=tol * (1 + theirs.abs().max().item()))
+    return program
+
+
+FUNCTIONS = {
+    "arithmetic": lambda z, p: (z[:, 0] * z[:, 1] - z[:, 2] / z[:, 1]) * 2 - 3 / z[:, 0],
+    "alpha": lambda z, p: torch.add(z[:, 0], z[:, 1].square(), alpha=3) - torch.rsub(z[:, 2] ** 2, z[:, 1], alpha=2),
+    "powers": lambda z, p: z[:, 0] ** 2.5 + z[:, 1] ** -1 + z[:, 2] ** z[:, 0] + 2 ** z[:, 1],
+    "functions": lambda z, p: torch.stack(
+        [
+            f(z[:, :2]).sum(-1)
+            for f in (
+                torch.sqrt,
+                torch.rsqrt,
+                torch.exp,
+                torch.log,
+                torch.log2,
+                torch.log10,
+                torch.log1p,
+                torch.expm1,
+                torch.exp2,
+                torch.sin,
+                torch.cos,
+                torch.tan,
+                torch.asin,
+                torch.acos,
+                torch.atan,
+                torch.sinh,
+                torch.cosh,
+                torch.tanh,
+                torch.erf,
+                torch.sigmoid,
+                torch.square,
+                torch.reciprocal,
+                torch.abs,
+                torch.relu,
+                torch.nn.functional.silu,
+                torch.nn.functional.softplus,
+                torch.nn.functional.gelu,
+                torch.nn.functional.elu,
+                torch.neg,
+                torch.nn.functional.leaky_relu,
+                torch.sign,
+            )
+        ],
+        1,
+    ),
+    "two arguments": lambda z, p: (
+        torch.stack(
+            [
+                f(z[:, 0] * z[:, 2], z[:, 1])
+                for f in (
+                    torch.atan2,
+                    torch.hypot,
+                    torch.maximum,
+                    torch.minimum,
+                    torch.fmax,
+                    torch.fmin,
+                )
+            ],
+            1,
+        )
+        * z[:, 1:2]
+    ),
+    "scaled softplus": lambda z, p: torch.nn.functional.softplus(z[:, 0] * z[:, 1], beta=3.0),
+    "clamp": lambda z, p: z.clamp(0.3, 0.7) * z + z.clamp(min=0.5) + z.clamp(max=0.4).square(),
+    "where": lambda z, p: torch.where((z[:, 0] > 0.5) & ~(z[:, 1] >= 0.6), z[:, 0] * z[:, 1], z[:, 2].sin()),
+    "masked": lambda z, p: (z * z).masked_fill(z != z.abs(), 0.0),
+    "reductions": lambda z, p: torch.stack(
+        [
+            z.sum(-1),
+            z.mean(1),
+            z.prod(-1),
+            z.norm(dim=-1),
+            z.norm(p=1, dim=-1),
+            z.norm(p=3, dim=1),
+            z.amax(-1),
+            z.amin(-1),
+            torch.linalg.vector_norm(z, float("inf"), dim=-1),
+            z.cumsum(1)[:, 1],
+            (z**2).sum((1,)),
+        ],
+        1,
+    ),
+    "matrices": lambda z, p: z @ torch.arange(9.0, dtype=torch.float64).reshape(3, 3) * z,
+    "batched products": lambda z, p: torch.einsum("bi,bj->bij", z, z[:, :2]).flatten(1) @ torch.ones(6, 2).double(),
+    "outer and bmm": lambda z, p: torch.bmm(z[:, :, None], z[:, None, :]).diagonal(dim1=1, dim2=2),
+    "linear layer": lambda z, p: torch.nn.functional.linear(z, torch.eye(3).double() + 1, torch.ones(3).double()).sin(),
+    "cross": lambda z, p: torch.linalg.cross(z, z.flip(-1) ** 2, dim=-1),
+    "structure": lambda z, p: (
+        torch.cat([z.roll(1, -1), z[:, [2, 0]], z.repeat(1, 2)[:, :2], z[..., None].mT.squeeze(1)], 1) ** 2
+    ),
+    "split": lambda z, p: torch.stack(
+        [a.squeeze(-1) * b.squeeze(-1) for a, b in zip(z.split(1, 1), z.chunk(3, 1), strict=True)], 1
+    ),
+    "parameters": lambda z, p: z * p[:3].square() + p[3] * z[:, :1],
+    "lerp": lambda z, p: (
+        torch.lerp(z[:, 0], z[:, 1] ** 2, z[:, 2]) + torch.addcmul(z[:, 0], z[:, 1], z[:, 2], value=2.0)
+    ),
+    "addcdiv": lambda z, p: torch.addcdiv(z[:, 0], z[:, 1], z[:, 2], value=-0.5),
+    "constants": lambda z, p: torch.zeros_like(z) + torch.full((3,), 2.0).double() * z * torch.tensor([1.0, 0.0, 3.0]),
+}
+
+
+class TestTracing:
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("name", FUNCTIONS)
+    def test_equals_torch(self, name, backend):
+        compare(FUNCTIONS[name], 3, 4 if name == "parameters" else 0, backend)
+
+    def test_writes(self):
+        def f(z, p):
+            y = torch.zeros(z.shape[0], 3, dtype=z.dtype)
+            y[:, 0] = z[:, 0] * z[:, 1]
+            view = y[:, 1:]
+            view.add_(z[:, 1:].sin())
+            y[:, 2] *= z[:, 0]
+            return y
+
+        compare(f, 3)
+
+    def test_structure_of_a_rotation_is_exact(self):
+        program = compare(lambda z, p: z[:, :1] * z[:, 1:2] + z[:, 2:] - z[:, 2:], 3)
+        assert program.jacobian_keys == [(0, 0), (0, 1)]
+        assert program.hessian_keys == [(1, 0)]
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_network(self, backend):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(
+            torch.nn.Linear(3, 24), torch.nn.Tanh(), torch.nn.Linear(24, 20), torch.nn.SiLU(), torch.nn.Linear(20, 2)
+        ).double()  # fmt: skip
+        program = compare(lambda z, p: net(z * z) * z[:, :2], 3, backend=backend, tol=1e-11)
+        assert len(program.externals) == 1
+
+    def test_two_networks_one_after_the_other(self):
+        torch.manual_seed(0)
+        one = torch.nn.Sequential(torch.nn.Linear(3, 32), torch.nn.Sigmoid(), torch.nn.Linear(32, 2)).double()
+        two = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1)).double()
+
+        def f(z, p):
+            a = one(z) * z[:, :2]
+            return two(torch.cat([a, z[:, 1:].exp()], 1)) * a[:, :1]
+
+        program = compare(f, 3, tol=1e-11)
+        assert len(program.externals) == 2
+
+    def test_a_function_that_scalars_cannot_do_is_torchs(self):
+        norm = torch.nn.LayerNorm(3).double()
+        program = compare(
+            lambda z, p: torch.linalg.solve(torch.eye(3).double() + z[:, :, None] * z[:, None, :], norm(z)), 3
+        )
+        assert len(program.externals) >= 1
+
+    def test_look_up_in_a_table(self):
+        knots, values = torch.linspace(0, 2, 5).double(), torch.randn(6, dtype=torch.float64)
+
+        def f(z, p):
+            place = torch.searchsorted(knots, z[:, 0].contiguous())
+            left = knots[(place - 1).clamp(min=0)]
+            return values[place] * (z[:, 0] - left) + z[:, 1] ** 2
+
+        compare(f, 3)
+
+    @pytest.mark.parametrize(
+        ("function", "message"),
+        [
+            (lambda z, p: z if z[0, 0] > 0 else -z, "value is read"),
+            (lambda z, p: z * z[0, 1].item(), "value is read"),
+            (lambda z, p: z - z.mean(0), "different nodes"),
+            (lambda z, p: z[:, 0] * z[:, 1:2], "different nodes"),
+            (lambda z, p: z.flip(0), "depends on other nodes"),
+            (lambda z, p: z * torch.rand(z.shape[0], 1), "another function at each node"),
+            (lambda z, p: torch.nn.functional.batch_norm(z, None, None, training=True), "different nodes"),
+            (lambda z, p: torch.softmax(z, 0), "different nodes"),
+        ],
+    )
+    def test_refused_with_the_users_line(self, function, message):
+        with pytest.raises(jp.TraceError, match=message) as caught:
+            trace(lambda z, p: [("f", function(z, p), None)], 3, 0, 2)
+        assert "test_control.py:" in str(caught.value)
+
+    def test_values_do_not_outlive_their_trace(self):
+        kept = []
+        trace(lambda z, p: [("f", kept.append(z) or z, None)], 2, 0, 2)
+        with pytest.raises(jp.TraceError, match="outside of it"):
+            kept[0] + 1
+
+    def test_writes_outside_are_refused(self):
+        outside = torch.zeros(2, 3).double()
+
+        def f(z, p):
+            outside.copy_(z)
+            return outside
+
+        with pytest.raises(jp.TraceError, match="from outside"):
+            trace(lambda z, p: [("f", f(z, p), None)], 3, 0, 2)
+
+
+class TestRadau:
+    @pytest.mark.parametrize("n", [2, 3, 7, 12, 20])
+    def test_exact_for_polynomials(self, n):
+        points, weights, matrix = radau(n)
+        nodes = np.append(points, 1.0)
+        for k in range(2 * n - 1):
+            assert weights @ points**k == pytest.approx((1 + (-1) ** k) / (k + 1), abs=1e-12)
+        for k in range(n + 1):
+            slope = k * points ** max(k - 1, 0)
+            np.testing.assert_allclose(matrix @ nodes**k, slope, atol=1e-9)
+            at = np.array([-0.3, 0.2, points[-1]])
+            np.testing.assert_allclose(interpolation(nodes, at) @ nodes**k, at**k, atol=1e-10)
+
+    def test_mesh(self):
+        mesh = Mesh((0.25, 0.75), (2, 4))
+        assert mesh.weights.sum() == pytest.approx(1)
+        x = np.stack([mesh.times**2, mesh.times], 1)
+        at = np.array([0.0, 0.1, 0.25, 0.9, 1.0])
+        np.testing.assert_allclose(mesh.evaluate(x, at), np.stack([at**2, at], 1), atol=1e-14)
+
+    @pytest.mark.parametrize("arguments", [((0.5,), (2, 2)), ((), ()), ((0.5, 0.6), (2, 2)), ((1.0,), (1,))])
+    def test_bad_meshes(self, arguments):
+        with pytest.raises(jp.errors.ArgumentError):
+            Mesh(*arguments)
+
+
+def two_phases():
+    """Everything at once: free times, path, boundary and integral constraints, parameters, linked phases."""
+    ocp = jp.control.Problem()
+    ocp.parameter("k", 2, 0.0, 5.0)
+    a = ocp.phase("a", states={"x": 2, "v": (1, -9, 9)}, controls={"u": (2, -1, 1)}, t0=(0.0, 1.0), tf=(2.0, 9.0))
+    a.dynamics = lambda x, u, t, p: {
+        "x": torch.sin(x.x * t) * x.v + u.u * p.k,
+        "v": (u.u * x.x).sum(-1) * t[:, 0] - x.v[:, 0] ** 3,
+    }
+    a.path["g"] = (lambda x, u, t, p: (x.x**2).sum(-1) * t[:, 0], None, 3.0)
+    a.integral["E"] = (lambda x, u, t, p: (u.u**2).sum(-1) * p.k[0] * t[:, 0], 0, 9)
+    b = ocp.phase("b", states={"x": 2}, controls={"w": 1}, t0=(0.0, 9.0), tf=5.0)
+    b.dynamics = lambda x, u, t, p: torch.stack([x.x[:, 1] * u.w[:, 0], -x.x[:, 0] * t[:, 0]], 1)
+    ocp.link("a", "b")
+    ocp.boundary["turn"] = (lambda e: e.a.x0.x * e.b.xf.x - e.p.k, -1.0, None)
+    ocp.minimize(
+        final=lambda e: (e.b.xf.x**2).sum() * e.a.tf + e.a.integral.E * e.p.k[1] * e.a.t0,
+        running={"a": lambda x, u, t, p: x.v**2 * p.k[1] * t, "b": lambda x, u, t, p: u.w**2 * x.x[:, :1]},
+    )
+    return ocp
+
+
+def differences(f, y, h=1e-6):
+    return np.stack([(f(y + h * e) - f(y - h * e)) / (2 * h) for e in np.eye(len(y))], -1)
+
+
+class TestNLP:
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_derivatives_of_everything_at_once(self, backend):
+        nlp = two_phases().nlp(mesh={"a": Mesh((0.3, 0.7), (3, 2)), "b": (2, 2)}, backend=backend)
+        rng = np.random.default_rng(0)
+        y, multipliers = rng.random(nlp.n), rng.normal(size=nlp.m)
+        np.testing.assert_allclose(nlp.gradient(y), differences(nlp.objective, y), atol=1e-8)
+        jacobian = nlp.jacobian_matrix(y).toarray()
+        np.testing.assert_allclose(jacobian, differences(nlp.constraints, y), atol=1e-8)
+
+        def slope(y):
+            return 0.7 * nlp.gradient(y) + nlp.jacobian_matrix(y).T @ multipliers
+
+        hessian = nlp.hessian_matrix(y, multipliers, 0.7).toarray()
+        np.testing.assert_allclose(hessian, differences(slope, y), atol=1e-7)
+        # The structure has no entry that is zero everywhere.
+        assert (np.abs(nlp.hessian(y, multipliers, 0.7)) > 0).mean() > 0.99
+
+    def test_every_row_and_column_has_a_name(self):
+        nlp = two_phases().nlp(mesh=(2, 2))
+        assert len({nlp.constraint_name(i) for i in range(nlp.m)}) == nlp.m
+        assert len({nlp.variable_name(i) for i in range(nlp.n)}) == nlp.n
+        assert nlp.variable_name(nlp.n - 1) == "parameter k[1]"
+        assert nlp.constraint_name(nlp.m - 1) == "boundary constraint turn[1]"
+
+    @pytest.mark.parametrize("name", ["powered_descent", "low_thrust", "quadrotor", "shuttle", "learned"])
+    def test_nodes_of_real_problems_equal_torch(self, name):
+        problem = CASES[name]().problem
+        nlp = problem.nlp(mesh=(1, 3))
+        [(key, model)] = nlp.model.phases.items()
+        ph, program = model.phase, model.program
+        nx, nu = ph.states.size, ph.controls.size
+        rng = torch.Generator().manual_seed(0)
+        z = torch.rand(3, nx + nu + 1, generator=rng, dtype=torch.float64) * 0.5 + 0.4
+        weights = torch.randn(3, len(model.names), generator=rng, dtype=torch.float64)
+        values, jacobian, hessian = dense(program, z, torch.zeros(0).double(), weights)
+        running = problem.running.get(key)
+
+        def f(v):
+            from jetplane.control.model import dynamics_parts
+            from jetplane.control.problem import Parts
+
+            a = (Parts(v[None, :nx], ph.states), Parts(v[None, nx:-1], ph.controls), v[None, -1:], None)
+            parts = [value for _, value, _ in dynamics_parts(ph, ph.dynamics(*a))]
+            parts += [running(*a)] if running else []
+            parts += [c.function(*a) for c in ph.path.values()]
+            return torch.cat([part.reshape(-1) for part in parts])
+
+        for n in range(3):
+            first = torch.autograd.functional.jacobian(f, z[n])
+            second = torch.autograd.functional.hessian(lambda v, n=n: (f(v) * weights[n]).sum(), z[n])
+            for ours, theirs in ((values[n], f(z[n])), (jacobian[n], first), (hessian[n], second)):
+                size = 1 + theirs.abs().max().item()
+                assert (ours - theirs).abs().max().item() < 1e-12 * size
+
+
+@needs_ipopt
+class TestKnownOptima:
+    @pytest.mark.parametrize(
+        "name", ["brachistochrone", "bryson_denham", "goddard", "hyper_sensitive", "moon_lander", "shuttle"]
+    )
+    def test_optimum(self, name):
+        case = CASES[name]()
+        solution = case.problem.solve(**case.options)
+        assert solution.status is jp.control.Status.SOLVED
+        assert abs(solution.objective - case.optimum) < case.tolerance * max(1, abs(case.optimum))
+
+    def test_cart_pole_is_that_of_a_fine_mesh(self):
+        case = CASES["cart_pole"]()
+        refined = case.problem.solve(**case.options)
+        fine = case.problem.solve(mesh=(60, 4))
+        assert refined.objective == pytest.approx(fine.objective, rel=1e-6)
+        assert max(refined.simulate().difference.values()) < 1e-5
+
+    def test_learned_dynamics_are_near_the_true_ones(self):
+        learned, known = (CASES[name]() for name in ("learned", "known"))
+        first, second = learned.problem.solve(**learned.options), known.problem.solve(**known.options)
+        assert first.success and second.success
+        assert first.objective == pytest.approx(second.objective, rel=0.02)
+
+    @pytest.mark.parametrize("name", ["powered_descent", "low_thrust", "quadrotor"])
+    @pytest.mark.long
+    def test_flight(self, name):
+        case = CASES[name]()
+        assert case.problem.solve(**case.options).status is jp.control.Status.SOLVED
+
+
+def double_integrator(**times):
+    """Rest to rest over one unit of length, least square of the acceleration: cost 12, x = 3 t² - 2 t³."""
+    ocp = jp.control.Problem()
+    ph = ocp.phase("move", states={"x": 1, "v": 1}, controls={"a": 1}, **{"t0": 0.0, "tf": 1.0, **times})
+    ph.dynamics = lambda x, u, t, p: {"x": x.v, "v": u.a}
+    ph.start(x=0.0, v=0.0)
+    ph.end(x=1.0, v=0.0)
+    ocp.minimize(running=lambda x, u, t, p: u.a.square())
+    return ocp
+
+
+class TestSolving:
+    @needs_ipopt
+    def test_costates_are_those_of_the_maximum_principle(self):
+        sol = double_integrator().solve(mesh=(3, 4))
+        # The cost 12 d² has the derivative -24 by the start of x; a = 6 - 12 t = -p_v / 2.
+        np.testing.assert_allclose(sol.costates.x, -24.0, atol=1e-6)
+        np.testing.assert_allclose(sol.costates.v[:, 0], -2 * (6 - 12 * sol.t), atol=1e-6)
+        np.testing.assert_allclose(sol.x.x[:, 0], 3 * sol.t**2 - 2 * sol.t**3, atol=1e-8)
+
+    @needs_ipopt
+    def test_costates_are_slopes_of_the_cost_and_do_not_depend_on_scaling(self):
+        costs, costates = [], []
+        for start, scaling in ((0.0, "auto"), (1e-4, "none"), (-1e-4, {"v": 50.0, "a": 0.1})):
+            ocp = double_integrator()
+            ocp.phases["move"].start(v=start)
+            sol = ocp.solve(mesh=(3, 4), scaling=scaling)
+            costs.append(sol.objective)
+            costates.append(sol.costates.v[0, 0])
+        assert costates == pytest.approx([(costs[1] - costs[2]) / 2e-4] * 3, rel=1e-3)
+
+    def test_trust_constr_where_there_is_no_ipopt(self):
+        sol = double_integrator().solve(mesh=(3, 3), solver="trust-constr")
+        assert sol.success and sol.objective == pytest.approx(12.0, abs=1e-6)
+
+    @needs_ipopt
+    def test_integral_and_parameter(self):
+        ocp = jp.control.Problem()
+        ocp.parameter("k", 1, 0.0, 3.0, guess=1.0)
+        ph = ocp.phase("a", states={"x": 1}, controls={"u": 1}, t0=0.0, tf=1.0)
+        ph.dynamics = lambda x, u, t, p: {"x": p.k * u.u}
+        ph.integral["effort"] = (lambda x, u, t, p: u.u.square(), None, 1.0)
+        ph.start(x=0.0)
+        ocp.minimize(final=lambda e: -e.a.xf.x + e.p.k.square() / 2)
+        sol = ocp.solve(mesh=(2, 3))
+        # u = 1 uses the whole effort, k = 1 balances gain and price.
+        assert sol.integral.effort == pytest.approx(1.0, abs=1e-6)
+        assert sol.p.k == pytest.approx(1.0, abs=1e-5)
+        assert sol.objective == pytest.approx(-0.5, abs=1e-6)
+
+    @needs_ipopt
+    def test_linked_phases_are_as_good_as_one(self):
+        ocp = jp.control.Problem()
+        for name, t0, tf in (("one", 0.0, (0.1, 0.9)), ("two", (0.1, 0.9), 1.0)):
+            ph = ocp.phase(name, states={"x": 1, "v": 1}, controls={"a": 1}, t0=t0, tf=tf)
+            ph.dynamics = lambda x, u, t, p: {"x": x.v, "v": u.a}
+        ocp.phases["one"].start(x=0.0, v=0.0)
+        ocp.phases["two"].end(x=1.0, v=0.0)
+        ocp.link("one", "two")
+        ocp.boundary["half"] = (lambda e: e.one.tf, 0.5, 0.5)
+        cost = lambda x, u, t, p: u.a.square()  # noqa: E731
+        ocp.minimize(running={"one": cost, "two": cost})
+        sol = ocp.solve(mesh=(2, 3))
+        assert sol.objective == pytest.approx(12.0, abs=1e-6)
+        assert sol["one"].x.x[-1, 0] == pytest.approx(0.5, abs=1e-6)
+        with pytest.raises(AttributeError, match="one, two"):
+            sol.x  # noqa: B018
+
+    @needs_ipopt
+    def test_warm_start_takes_few_iterations(self):
+        case = CASES["brachistochrone"]()
+        cold = case.problem.solve(mesh=(10, 4))
+        warm = case.problem.solve(mesh=(10, 4), guess=cold)
+        finer = case.problem.solve(mesh=(15, 4), guess=cold)
+        assert warm.iterations < cold.iterations / 2
+        assert finer.iterations < cold.iterations
+
+    @needs_ipopt
+    def test_refinement_reaches_its_accuracy_and_simulation_agrees(self):
+        sol = CASES["cart_pole"]().problem.solve(accuracy=1e-5)
+        assert sol.error.max() <= 1e-5 and len(sol.history) > 1
+        assert sol.history[0][1] > sol.history[-1][1]
+        assert sol.simulate().difference["swing"] < 1e-4
+
+    @needs_ipopt
+    def test_backends_agree(self):
+        objectives = [
+            CASES["brachistochrone"]().problem.solve(mesh=(5, 4), backend=b).objective
+            for b in ("torch", *(["llvm"] if available() else []))
+        ]
+        assert objectives == pytest.approx([objectives[0]] * len(objectives), rel=1e-9)
+
+    @needs_ipopt
+    def test_ctrl_c_returns_the_best_iterate(self, monkeypatch):
+        from jetplane.control import solving
+
+        def interrupting(self, nlp):
+            return lambda it: os.kill(os.getpid(), signal.SIGINT) if it.number == 5 else None
+
+        monkeypatch.setattr(solving._Line, "of", interrupting)
+        case = CASES["cart_pole"]()
+        before = signal.getsignal(signal.SIGINT)
+        sol = case.problem.solve(mesh=(10, 3))
+        assert signal.getsignal(signal.SIGINT) is before
+        assert sol.status is jp.control.Status.STOPPED and sol.iterations == 5
+        assert np.isfinite(sol.x.all).all() and not sol.success
+        assert case.problem.solve(mesh=(10, 3), solver="trust-constr").status is jp.control.Status.STOPPED
+
+    @needs_ipopt
+    def test_an_error_in_a_function_comes_out_as_it_is(self, monkeypatch):
+        from jetplane.control import solving
+
+        def failing(self, nlp):
+            def fail(it):
+                raise KeyError("mine")
+
+            return fail
+
+        monkeypatch.setattr(solving._Line, "of", failing)
+        with pytest.raises(KeyError, match="mine"):
+            CASES["cart_pole"]().problem.solve(mesh=(10, 3))
+
+    @needs_ipopt
+    def test_limits(self):
+        case = CASES["cart_pole"]()
+        sol = case.problem.solve(mesh=(10, 3), max_iterations=2)
+        assert sol.status is jp.control.Status.ITERATION_LIMIT and not sol.success
+        sol = case.problem.solve(mesh=(40, 4), time_limit=1e-3)
+        assert sol.status is jp.control.Status.TIME_LIMIT
+
+    @needs_ipopt
+    def test_infeasible(self):
+        ocp = double_integrator()
+        ocp.phases["move"].path["slow"] = (lambda x, u, t, p: x.v, -0.5, 0.5)
+        sol = ocp.solve(mesh=(4, 3))
+        assert sol.status in (jp.control.Status.INFEASIBLE, jp.control.Status.RESTORATION_FAILED)
+        assert "relax bounds" in sol.status.value
+
+    @needs_ipopt
+    def test_progress(self, capsys):
+        double_integrator().solve(mesh=(2, 3), progress=True)
+        assert "iteration 0: cost" in capsys.readouterr().err
+
+    @needs_ipopt
+    def test_saved_and_loaded(self, tmp_path):
+        ocp = double_integrator()
+        sol = ocp.solve(mesh=(3, 3))
+        sol.save(tmp_path / "a.npz")
+        again = jp.control.load(tmp_path / "a.npz", ocp)
+        np.testing.assert_array_equal(again.x.v, sol.x.v)
+        assert again.status is sol.status and again.objective == sol.objective and again.history == sol.history
+        assert ocp.solve(mesh=(3, 3), guess=again).iterations <= sol.iterations
+        with pytest.raises(jp.errors.CheckpointError, match="of another problem"):
+            jp.control.load(tmp_path / "a.npz", CASES["goddard"]().problem)
+        (tmp_path / "b.npz").write_bytes(b"no")
+        with pytest.raises(jp.errors.CheckpointError, match="cannot be read"):
+            jp.control.load(tmp_path / "b.npz", ocp)
+
+    @needs_ipopt
+    def test_picture(self, tmp_path):
+        pytest.importorskip("matplotlib")
+        sol = double_integrator().solve(mesh=(3, 3))
+        sol.plot(tmp_path / "a.png")
+        assert (tmp_path / "a.png").stat().st_size > 10_000
+        assert len(sol.plot().axes) == 4
+
+    @needs_ipopt
+    def test_between_nodes(self):
+        sol = double_integrator().solve(mesh=(3, 4))
+        x, u = sol.at([0.0, 0.37, 1.0])
+        np.testing.assert_allclose(u.a[:, 0], [6.0, 6 - 12 * 0.37, -6.0], atol=1e-6)
+        with pytest.raises(jp.errors.ArgumentError, match="within"):
+            sol.at(1.5)
+
+    def test_guess_by_simulation(self):
+        ocp = double_integrator(tf=(0.5, 3.0))
+        ph = ocp.phases["move"]
+        ph.guess_by_simulation(tf=2.0, steps=20, a=lambda t: t)
+        np.testing.assert_allclose(ph.guesses["v"][:, 0], np.linspace(0, 2, 21) ** 2 / 2, atol=1e-5)
+        with pytest.raises(jp.errors.ArgumentError, match="has no"):
+            ph.guess(z=0.0)
+
+    @needs_ipopt
+    def test_check(self):
+        report = double_integrator().check()
+        assert report.gradient_error < 1e-6 and report.jacobian_error < 1e-6 and report.hessian_error < 1e-6
+        kink = double_integrator()
+        kink.phases["move"].dynamics = lambda x, u, t, p: {"x": x.v.abs().sqrt(), "v": u.a}
+        assert any("differs from differences" in w for w in kink.check().warnings)
+
+
+class TestBadInput:
+    """Each is typed, names the place and says what came."""
+
+    def problem(self, **change):
+        ocp = double_integrator()
+        for name, value in change.items():
+            setattr(ocp.phases["move"], name, value)
+        return ocp
+
+    def test_bounds_that_cross(self):
+        ocp = jp.control.Problem()
+        with pytest.raises(jp.errors.ArgumentError, match=r"'v': bounds cross in entry 1: lower 3 is above upper 2"):
+            ocp.phase("a", states={"v": (2, [0.0, 3.0], 2.0)}, t0=0.0, tf=1.0)
+        ocp = self.problem()
+        ocp.phases["move"].path["p"] = (lambda x, u, t, p: x.v, 1.0, 0.0)
+        with pytest.raises(jp.errors.ArgumentError, match="'p' of 'move': bounds cross"):
+            ocp.nlp()
+        with pytest.raises(jp.errors.ArgumentError, match="ends before it starts"):
+            jp.control.Problem().phase("a", states={"x": 1}, t0=2.0, tf=1.0)
+
+    def test_states_that_no_dynamics_define(self):
+        with pytest.raises(jp.errors.ArgumentError, match="do not define v"):
+            self.problem(dynamics=lambda x, u, t, p: {"x": x.v}).nlp()
+        with pytest.raises(jp.errors.ArgumentError, match="no dynamics: states x, v"):
+            self.problem(dynamics=None).nlp()
+        with pytest.raises(jp.errors.ArgumentError, match="define w, which are no states"):
+            self.problem(dynamics=lambda x, u, t, p: {"x": x.v, "v": u.a, "w": u.a}).nlp()
+
+    @pytest.mark.parametrize(
+        "function",
+        [
+            lambda x, u, t, p: {"x": x.all, "v": u.a},
+            lambda x, u, t, p: {"x": x.v.sum(), "v": u.a},
+            lambda x, u, t, p: x.v,
+            lambda x, u, t, p: {"x": x.v[..., None, None], "v": u.a},
+        ],
+    )
+    def test_dynamics_of_a_wrong_shape(self, function):
+        with pytest.raises((jp.errors.ShapeError, jp.TraceError), match="phase 'move'|different nodes"):
+            self.problem(dynamics=function).nlp()
+
+    def test_not_a_number_at_the_guess(self):
+        ocp = self.problem(dynamics=lambda x, u, t, p: {"x": x.v, "v": (x.x - 0.5).sqrt() + u.a})
+        with pytest.raises(
+            jp.errors.NonFiniteError, match=r"rate of v of phase 'move' is not finite at node 0 \(x = 0"
+        ) as e:
+            ocp.solve(solver="trust-constr", mesh=(2, 2))
+        assert "test_control.py" in str(e.value)
+
+    def test_constraint_that_no_variable_enters(self):
+        ocp = self.problem()
+        ocp.phases["move"].path["p"] = (lambda x, u, t, p: x.v * 0 + 1, 0.0, 2.0)
+        with pytest.raises(jp.errors.ArgumentError, match="no variable enters constraint 'p'"):
+            ocp.nlp()
+
+    def test_phase_that_is_not_linked(self):
+        ocp = two_phases()
+        ocp.boundary.clear()
+        ocp.phases["a"].dynamics = lambda x, u, t, p: {"x": u.u, "v": x.v}
+        ocp.phases["a"].integral.clear()
+        ocp.minimize(final=lambda e: e.b.xf.x[0] + e.a.xf.v)
+        with pytest.raises(jp.errors.ArgumentError, match="nothing links phase 'b'"):
+            ocp.nlp()
+
+    def test_solver_that_is_not_there(self, monkeypatch, tmp_path):
+        with pytest.raises(jp.MissingPackageError, match="no library with IPOPT's C interface"):
+            double_integrator().solve(solver=str(tmp_path / "libipopt.so"))
+        monkeypatch.setattr(ipopt, "library_path", lambda path=None: None)
+        with pytest.raises(jp.MissingPackageError, match=r"pip install 'jetplane\[control\]'"):
+            double_integrator().solve()
+
+    def test_no_cost_no_phases_unknown_names(self):
+        ocp = jp.control.Problem()
+        with pytest.raises(jp.errors.ArgumentError, match="no phases"):
+            ocp.nlp()
+        ocp = double_integrator()
+        with pytest.raises(jp.errors.ArgumentError, match=r"have no 'w'; they are x, v"):
+            ocp.phases["move"].start(w=0.0)
+        with pytest.raises(jp.errors.ArgumentError, match="outside of its bounds"):
+            ocp.phase("b", states={"x": (1, 0, 1)}, t0=0, tf=1).start(x=2.0)
+        with pytest.raises(jp.errors.ArgumentError, match="name of the whole vector"):
+            jp.control.Problem().phase("b", states={"all": 1}, t0=0, tf=1)
+        with pytest.raises(jp.errors.ArgumentError, match="no phase 'c'"):
+            ocp.link("move", "c")
+        with pytest.raises(jp.errors.ArgumentError, match="function, lower, upper"):
+            ocp.phases["move"].path["p"] = 3
+        with pytest.raises(jp.errors.ArgumentError, match="scaling names"):
+            double_integrator().solve(mesh=(2, 2), scaling={"q": 1.0})
+        with pytest.raises(jp.errors.ArgumentError, match="'refine'"):
+            double_integrator().solve(mesh=3)
+        with pytest.raises(jp.errors.ArgumentError, match="have no 'q'"):
+            self.problem(dynamics=lambda x, u, t, p: {"x": x.q, "v": u.a}).nlp()
+
+    @needs_ipopt
+    def test_option_that_ipopt_does_not_know(self):
+        with pytest.raises(jp.errors.ArgumentError, match="nonsense"):
+            double_integrator().solve(mesh=(2, 2), options={"nonsense": 1})
+
+    def test_guess_of_another_problem(self):
+        a = double_integrator()
+        sol = a.solve(mesh=(2, 2), solver="trust-constr")
+        with pytest.raises(jp.errors.ArgumentError, match="the guess has phases"):
+            two_phases().solve(guess=sol, solver="trust-constr", mesh=(2, 2))
+
+
+def test_the_core_does_not_import_control():
+    import subprocess
+    import sys
+
+    code = "import sys, jetplane; assert not {'jetplane.control', 'scipy'} & set(sys.modules); jetplane.control"
+    subprocess.run([sys.executable, "-c", code], check=True)
