@@ -810,8 +810,143 @@ class TestResultsAreOrdinary:
         assert type(jets[0]) is Tensor
 
 
+def constants(w, x):
+    """Constructors take the numbers of tensors, one by one or together."""
+    several = torch.tensor([w.detach().sum()]) + torch.as_tensor([w.detach()[0], 1.0]).double()
+    return (torch.tensor([[w.detach().norm()]]) * w.sum() + w.new_tensor(w) @ w + several.sum() * w[1]).square().sum()
+
+
+def copied(w, x):
+    torch.manual_seed(0)
+    net = nn.Linear(4, 1).double()
+    net.weight = nn.Parameter(w.detach()[None])
+    copies = [copy.deepcopy(net), pickle.loads(pickle.dumps(net))]
+    torch.save({"w": w * 2, "net": net.state_dict()}, io.BytesIO())
+    return sum((each(x) * (x @ w)).square().mean() for each in copies)
+
+
+def assigned(w, x):
+    """To the data of another tensor: the value alone."""
+    net = nn.Linear(4, 1).double()
+    nn.utils.vector_to_parameters(torch.cat([w * 2, w[:1]]), net.parameters())
+    return (net(x).detach() * (x @ w)).square().mean()
+
+
+class TestConstants:
+    """What makes a constant of a tensor stops its derivatives, as it does for autograd."""
+
+    @pytest.mark.filterwarnings("ignore:.*copy construct from a tensor:UserWarning")
+    @pytest.mark.parametrize("loss", [constants, copied, assigned], ids=lambda f: f.__name__)
+    def test_values_alone(self, loss):
+        torch.manual_seed(0)
+        w, x = torch.randn(4).double().requires_grad_(), torch.randn(6, 4).double()
+        closure = lambda: loss(w, x)  # noqa: E731
+        expected = torch.autograd.grad(closure(), w)[0]
+        eye = torch.eye(4).double()
+        torch.testing.assert_close(jp.evaluate(closure, [w], [eye], "none").slope, expected)
+        for seed in range(3):
+            assert jp.audit(closure, [w], seed=seed).verdict == "agrees"
+
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda w: torch.DoubleTensor([(w * 2).sum()]).sum(),
+            lambda w: nn.Parameter(w * 2).sum(),
+            lambda w: torch.tensor((w * 2).storage().tolist()).sum(),
+            lambda w: torch.masked.masked_tensor(w * 2, w > 0).sum().get_data(),
+            lambda w: setattr(w, "data", w.data * 0.5) or w.sum(),
+            lambda w: setattr(w, "data", torch.zeros(4).double()) or w.sum(),
+        ],
+    )
+    @pytest.mark.filterwarnings(
+        "ignore:.*TypedStorage:UserWarning",
+        "ignore:.*Converting a tensor:UserWarning",
+        "ignore:.*MaskedTensors:UserWarning",
+    )
+    def test_what_cannot_be_followed_is_told(self, use):
+        w = torch.ones(4).double()
+        opt = jp.optim.FGD([nn.Parameter(w)], lr=0.1)
+        moved = opt.param_groups[0]["params"][0]
+        with pytest.raises(DerivativeError, match="detach|computes? another|Replace"):
+            jp.evaluate(lambda: use(w) + w.sum(), [w], jp.Directions(1))
+        with pytest.raises(DerivativeError):
+            opt.step(lambda: use(moved) + moved.sum())
+        assert bool((moved == 1).all())
+
+    def test_a_parameter_is_a_loss(self):
+        w = nn.Parameter(torch.ones(1))
+        assert jp.evaluate(lambda: w, [w], [torch.ones(1, 1)], "none").slope.item() == 1
+        assert jp.audit(lambda: w, [w]).verdict == "agrees"
+
+
 class TestPlainRuns:
     """Runs without jets beside the evaluations: they must not launder what an evaluation would refuse."""
+
+    def test_what_the_users_no_grad_computes_may_be_kept(self):
+        """As spectral normalization does in training mode, and the averaged weights of a teacher."""
+        torch.manual_seed(0)
+        for norm in (nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm):
+            net = nn.Sequential(norm(nn.Linear(3, 4)), nn.Tanh(), norm(nn.Linear(4, 1))).double()
+            teacher, x = copy.deepcopy(net[2]), torch.randn(6, 3).double()
+
+            def closure(net=net, teacher=teacher, x=x):
+                with torch.no_grad():
+                    for a, b in zip(teacher.parameters(), net[2].parameters(), strict=True):
+                        a.mul_(0.9).add_(b, alpha=0.1)
+                    target = teacher(torch.ones(1, 4).double())
+                return F.mse_loss(net(x), target.expand(6, 1))
+
+            params = list(net.parameters())
+            before = copy.deepcopy([net.state_dict(), teacher.state_dict()])
+            assert jp.audit(closure, params).verdict == "agrees"
+            for state, now in zip(before, (net.state_dict(), teacher.state_dict()), strict=True):
+                assert all(torch.equal(state[name], t) for name, t in now.items())
+            for opt in (
+                jp.optim.FoMoHKD(params, k=2, lr=1e-3, descent="saddle-free"),
+                jp.optim.PlaneSearch(params, net),
+            ):
+                for _ in range(2):
+                    opt.step(closure)
+
+    def test_assignments_to_data_are_set_back(self):
+        w, teacher = torch.ones(3), torch.zeros(3)
+
+        def closure():
+            teacher.data = 0.9 * teacher.data + 0.1 * w.data
+            return (w * (1 + teacher)).sum()
+
+        memory = teacher.data_ptr()
+        assert jp.audit(closure, [w]).verdict == "agrees"
+        assert bool((teacher == 0).all()) and teacher.data_ptr() == memory
+
+    def test_a_tensor_that_gets_other_memory_is_set_back(self):
+        w, table = torch.ones(3), torch.arange(2.0)
+
+        def closure():
+            table.resize_(4).fill_(2.0)
+            torch.tensor([]).set_(torch.ones(2))
+            return (w * table[0]).sum()
+
+        assert jp.audit(closure, [w]).verdict == "agrees"
+        assert table.tolist() == [0.0, 1.0]
+
+    @pytest.mark.parametrize("pred", [True, False])
+    def test_higher_order_operators(self, pred):
+        net = nn.Linear(3, 1)
+        x, y = torch.randn(5, 3), torch.randn(5, 1)
+        flag = torch.tensor(pred)
+        closure = lambda: F.mse_loss(torch.cond(flag, lambda a: net(a).sin(), lambda a: net(a).cos(), (x,)), y)  # noqa: E731
+        assert jp.audit(closure, list(net.parameters())).verdict == "agrees"
+        jp.optim.PlaneSearch(net.parameters(), net).step(closure)
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+    def test_copies_of_a_model_that_is_perturbed(self, copied):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+        x = torch.randn(6, 3)
+        opt = jp.optim.PlaneSearch(net.parameters(), net)
+        for _ in range(2):
+            opt.step(lambda: F.mse_loss(net(x), copied(net)(x).detach() + 1))
 
     def test_a_cache_that_the_measurement_of_memory_fills(self):
         w, cache = torch.ones(3), {}

@@ -54,6 +54,27 @@ def scripted():
     return lambda: net(x).square().mean(), list(net.parameters())
 
 
+def scripted_after_training():
+    """TorchScript has optimized what it ran with gradients: it differentiates that itself, apart from autograd."""
+    net = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(3, 4), nn.Tanh())), nn.Linear(4, 2)).double()
+    x = torch.randn(5, 3).double()
+    for _ in range(3):
+        net(x).square().mean().backward()
+    return lambda: net(x).square().mean(), list(net.parameters())
+
+
+def scripted_in_threads():
+    net = torch.jit.script(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))).double()
+    x = torch.randn(4, 3).double()
+
+    def closure():
+        with ThreadPoolExecutor(2) as pool:
+            return torch.stack(list(pool.map(lambda rows: net(rows).square().mean(), x.split(2)))).sum()
+
+    closure()
+    return closure, list(net.parameters())
+
+
 def traced():
     x = torch.randn(5, 3).double()
     net = torch.jit.trace(nn.Sequential(nn.Linear(3, 4), nn.Tanh()).double(), x)
@@ -140,8 +161,8 @@ def written_by_threads():
 
 
 CARRIED = [
-    ensemble, scripted, traced, scripted_function, gradients_inside, jacobian_inside, pullback_inside,
-    gradient_in_the_parameter, jagged, new_threads, pool, written_by_threads,
+    ensemble, scripted, scripted_after_training, scripted_in_threads, traced, scripted_function, gradients_inside,
+    jacobian_inside, pullback_inside, gradient_in_the_parameter, jagged, new_threads, pool, written_by_threads,
 ]  # fmt: skip
 
 
@@ -149,7 +170,38 @@ CARRIED = [
 def test_carried(make):
     torch.manual_seed(0)
     closure, params = make()
-    torch.testing.assert_close(slope(closure, params), gradient(closure, params), rtol=1e-9, atol=1e-11)
+    for _ in range(3):  # what an evaluation, or reverse mode, leaves behind must not change the next
+        torch.testing.assert_close(slope(closure, params), gradient(closure, params), rtol=1e-9, atol=1e-11)
+
+
+def test_detach_inside_of_a_script_is_refused_or_stops():
+    """TorchScript detaches inputs of what it has optimized for gradients, which looks the same."""
+
+    @torch.jit.script
+    def loss(x, w):
+        return (x @ w.detach()).sin().sum() + (w * w).sum()
+
+    x, w = torch.randn(4, 3).double(), torch.ones(3).double().requires_grad_()
+    with pytest.raises(jp.DerivativeError, match="take detach\\(\\) out of the script"):
+        slope(lambda: loss(x, w), [w])
+
+
+def test_errors_in_a_script_are_ours():
+    net = torch.jit.script(nn.Sequential(nn.Linear(3, 4), Rounds()))
+    with pytest.raises(jp.MissingRuleError, match="bessel_j0"):
+        slope(lambda: net(torch.ones(2, 3)).sum(), list(net.parameters()))
+
+
+class Rounds(nn.Module):
+    def forward(self, x):
+        return torch.special.bessel_j0(x)
+
+
+def test_scripts_are_optimized_again_afterwards():
+    closure, params = scripted()
+    before = torch._C._get_graph_executor_optimize()
+    slope(closure, params)
+    assert torch._C._get_graph_executor_optimize() == before
 
 
 def test_curvature_through_vmap():
@@ -176,16 +228,14 @@ def dual():
 
 
 REFUSED = {
-    "torch.autograd.functional.jacobian": (
-        lambda: torch.autograd.functional.jacobian(lambda z: (W * z) ** 2, X, create_graph=True).sum() + W.sum(),
-        "torch.autograd.functional inside",
-    ),
-    "torch.autograd.functional.vjp": (
-        lambda: torch.autograd.functional.vjp(lambda z: ((W * z) ** 2).sum(), X)[1].sum() + W.sum(),
-        "torch.autograd.functional inside",
-    ),
     "torch.autograd.forward_ad": (lambda: dual() + W.sum(), "torch.autograd.forward_ad inside"),
-    "torch.autograd.grad": (lambda: torch.autograd.grad(W.sum(), W)[0].sum(), "torch.autograd.grad inside"),
+    "torch.autograd.grad in a parameter": (
+        lambda: torch.autograd.grad(W.sum(), W)[0].sum(), "torch.autograd.grad with respect to parameters"
+    ),
+    "torch.autograd.grad in a tensor that starts no graph": (
+        lambda: torch.autograd.grad((y := W * X).sum(), y)[0].sum(), r"call requires_grad_\(\) on the tensor"
+    ),
+    "backward": (lambda: (W * X.clone().requires_grad_()).sum().backward(), r"backward\(\) inside"),
     "torch.func.jvp": (
         lambda: torch.func.jvp(lambda z: (W * z) ** 3, (X,), (X,))[1].sum() + W.sum(), "inside a transform of torch"
     ),
@@ -255,6 +305,21 @@ def test_a_thread_that_takes_no_part_is_refused(kind):
     assert seen == [3.0, w.shape] and type(w) is kind
     worker.tasks.put(None)
     worker.thread.join()
+
+
+@pytest.mark.parametrize("ask", [lambda p: p.is_meta, lambda p: p.ndim, lambda p: torch.zeros_like(p), lambda p: p > 0])
+def test_other_threads_may_ask_about_parameters(ask):
+    w, jobs, done = torch.ones(3), queue.Queue(), queue.Queue()
+    worker = threading.Thread(target=lambda: done.put(ask(jobs.get())))
+    worker.start()
+
+    def closure():
+        jobs.put(w)
+        done.get(timeout=10)
+        return (w**2).sum()
+
+    assert jp.evaluate(closure, [w], [torch.ones(1, 3)], "none").slope.item() == 6
+    worker.join()
 
 
 def test_a_task_that_outlives_its_evaluation_is_left_alone():

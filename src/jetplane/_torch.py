@@ -160,8 +160,7 @@ custom_function_call: Any = _taken("torch.autograd.function", "custom_function_c
 
 transform_level: Any = _taken("torch", "_C._functorch.maybe_current_level")  # of torch.func, None outside
 make_dual: Any = _taken("torch", "_VF._make_dual")  # forward mode of torch's own
-FUNCTIONAL, TRANSFORMS = "torch.autograd.functional", "torch._functorch.eager_transforms"  # modules of callers
-_taken(FUNCTIONAL, "jvp")
+TRANSFORMS = "torch._functorch.eager_transforms"  # a module that calls torch.autograd.grad
 _taken(TRANSFORMS, "grad_impl")
 nested_values: Any = _taken("torch", "ops.aten._nested_get_values.default")
 _taken("torch.nested._internal.nested_tensor", "NestedTensor.values")
@@ -171,6 +170,10 @@ _taken("torch.nested._internal.nested_tensor", "NestedTensor.values")
 
 set_eval_frame: Any = _taken("torch", "_C._dynamo.eval_frame.set_eval_frame")
 _taken("torch._subclasses", "FakeTensor")
+
+
+script_optimizes: Any = _taken("torch", "_C._get_graph_executor_optimize")  # of TorchScript, in this thread
+set_script_optimizes: Any = _taken("torch", "_C._set_graph_executor_optimize")
 
 
 def compiler_pieces() -> tuple[Any, Any]:

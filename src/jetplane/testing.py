@@ -70,6 +70,7 @@ def central_differences(
         with torch.no_grad():
             for p, b, t in zip(params, before, tangents, strict=True):
                 p.copy_(b + sum(a * t[i] for i, a in moves))
+        with torch.enable_grad():  # the closure may take derivatives itself
             return closure().detach()
 
     def slope(i: int, h: float) -> Tensor:

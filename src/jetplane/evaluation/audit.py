@@ -31,15 +31,18 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .. import _sharding
+from .._torch import TorchDispatchMode, disable_current_modes, memory_of
 from ..directions import StoredDirections
-from ..errors import ArgumentError, AuditError, AuditWarning, LossError, RandomClosureError, UnusedParametersError
+from ..errors import ArgumentError, AuditError, AuditWarning, RandomClosureError, UnusedParametersError
+from ..jets import detaching, who_detaches
+from ..rules import scripts
 from ..rules.functions import intercept_functions
-from ..rules.grad_mode import forward_only
-from .checks import check_parameters
+from .checks import check_loss, check_parameters
+from .constructors import CONVERTING, COPYING
 from .eager import evaluate_at_once
-from .leaving import watched
+from .leaving import plain_run
 from .repeats import ADVICE, tolerance
-from .side_effects import RandomState, setting_back, without_side_effects
+from .side_effects import RandomState, UndoLog, setting_back, without_side_effects
 from .specification import PlaneSpec
 
 Closure = Callable[[], Any]
@@ -47,6 +50,8 @@ Verdict = Literal["agrees", "differs", "unclear"]
 Auditing = Literal["first", "always", "never"]
 
 CLOSE = 1e-2  # relative difference of slope and D(h) up to which they agree
+FIRST = 0.1  # part of the slope up to which rounding may explain what the first difference lacks
+START = 4e-2  # part of the slope that rounding may make up in the first step of a longer search
 FAR = 1e-2  # relative difference from which on they may be held to differ
 STEADY = 0.1  # of their difference from the slope: how much D(h) may vary over the steps to be believed
 ROUGH = 0.3  # part of a difference that rounding may make up if it is to say anything
@@ -65,7 +70,7 @@ class AuditReport:
             different losses; "unclear" where rounding, kinks or discontinuities do not let it tell.
         slope: of the evaluation, along the direction of the audit.
         difference: the symmetric difference of the loss along it, at the step of the closest agreement.
-        losses: of two runs at the same place.
+        losses: of two runs at the same place; of the evaluation alone where the first difference agrees with it.
         parameters: the names of those whose part of the slope is not that of the loss.
         suspicious: whether an unclear audit came near to a conviction.
         reason: why it is unclear.
@@ -128,9 +133,10 @@ def audit(
 ) -> AuditReport:
     """Hold the slope of a closure, along a direction that moves all parameters, against differences of its loss.
 
-    The optimizers do so before their first step; see their ``audit``. It costs one evaluation of a slope along a dense
-    direction and three plain runs or a few more: 9 to 14 forward passes on an MLP, a CNN and a GPT. Closures that are
-    convicted cost some dozens of runs, to find the parameters concerned. It holds two copies of the parameters.
+    The optimizers do so before their first step; see their ``audit``. As a rule it costs one evaluation of a slope
+    along a dense direction and two plain runs: 5 to 9 forward passes on an MLP, a CNN and a GPT. Where rounding,
+    kinks or stopped derivatives leave doubt, it costs some more. Closures that are convicted cost some dozens of
+    runs, to find the parameters concerned. It holds two copies of the parameters.
 
     Args:
         closure: as in `jetplane.evaluate`.
@@ -189,6 +195,11 @@ class _Difference(NamedTuple):
     jump: float
     noise: float
 
+    def within(self, slope: float, most: float) -> bool:
+        """Whether it is the slope, within 1 %, or within rounding where that makes up no more than a part of it."""
+        size = max(abs(self.value), abs(slope))
+        return abs(self.value - slope) <= max(CLOSE * size, min(self.noise, most * size))
+
 
 @final
 class _Audit:
@@ -204,12 +215,13 @@ class _Audit:
         whole = math.sqrt(sum(s**2 * p.numel() for s, p in zip(sizes, params, strict=True)) / _count(params))
         self.scales = [max(s, 0.1 * whole) if whole > 0 else 1.0 for s in sizes]
         self.eps = max(torch.finfo(p.dtype).eps for p in params)
+        self.memories = frozenset(map(_memory, params))
 
     def report(self) -> AuditReport:
         found = self.compare(self.direction(range(len(self.params))))
         agreed = tolerance(found.losses, [p.dtype for p in self.params])
         if abs(found.losses[0] - found.losses[1]) > agreed:
-            again = self.loss(_Stops())
+            again = self.loss(_Stops(self.memories))
             if again is None or abs(again - found.losses[1]) > agreed:
                 losses = found.losses if again is None else (found.losses[1], again)
                 return self._report("random", found, losses=losses)
@@ -256,31 +268,38 @@ class _Audit:
 
     def compare(self, direction: dict[int, Tensor]) -> _Measured:
         """The slope along a direction, against differences."""
-        stops = _Stops()
-        base = self.loss(stops)
+        stops, h = _Stops(self.memories), self.best_step() / 4
+        ahead = self.loss(stops, direction, h)
         slope, value = self.slope(direction)
+        if ahead is not None and not stops.values:  # nothing has to be held at its value of an undisplaced run
+            behind = self.loss(stops, direction, -h)
+            first = None if behind is None else self.difference(ahead, behind, value, h)
+            if first is not None and first.within(slope, FIRST):
+                return _Measured("agrees", slope, first.value, (value, value))
+        stops = _Stops(self.memories)
+        base = self.loss(stops)
         if base is None or not math.isfinite(base):
             return _Measured("unclear", slope, math.nan, (value, value), "a plain run gives no finite loss")
         found = self._along(direction, slope, base, stops)
+        if found.verdict != "agrees" and stops.custom and stops.under_no_grad:  # what custom functions compute is, too
+            moving = _Stops(self.memories, no_grad=False)
+            self.loss(moving)
+            again = self._along(direction, slope, base, moving)
+            found = again if again.verdict == "agrees" else found
         if found.verdict == "differs" and stops.in_doubt:
             return _Measured("unclear", slope, found.difference, (value, base), stops.in_doubt)
-        if found.verdict == "differs":  # as it would be if derivatives stopped under torch.no_grad()
-            stopped = _Stops(no_grad=True)
-            if self.loss(stopped) is not None and stopped.recorded_under_no_grad:
-                held = self._along(direction, slope, base, stopped)
-                found = held if held.verdict != "differs" else found
         return _Measured(found.verdict, slope, found.difference, (value, base), found.reason)
 
     def _along(self, direction: dict[int, Tensor], slope: float, base: float, stops: _Stops) -> _Measured:
-        rounding = ROUNDINGS * max(self.eps, stops.eps) * abs(base)
+        self.eps = max(self.eps, stops.eps)
+        rounding = self.rounding(base)
         found: dict[float, _Difference] = {}
         for h in self.steps(rounding, slope):
             ahead, behind = self.loss(stops.held(), direction, h), self.loss(stops.held(), direction, -h)
             if ahead is None or behind is None or not math.isfinite(ahead - behind):
                 continue
-            found[h] = now = _Difference((ahead - behind) / (2 * h), (ahead - 2 * base + behind) / h, rounding / h)
-            gap, size = abs(now.value - slope), max(abs(now.value), abs(slope))
-            if gap <= max(CLOSE * size, min(now.noise, ROUGH * size)):
+            found[h] = now = self.difference(ahead, behind, base, h)
+            if now.within(slope, ROUGH):
                 return _Measured("agrees", slope, now.value, (base, base))
             steady = _steady([found[h] for h in sorted(found)], slope)
             if steady is not None:
@@ -290,10 +309,18 @@ class _Audit:
         nearest = min((d.value for d in found.values()), key=lambda d: abs(d - slope))
         return _Measured("unclear", slope, nearest, (base, base), "the loss is rough or rounded near this place")
 
+    def difference(self, ahead: float, behind: float, base: float, h: float) -> _Difference:
+        """The difference of two runs, whose loss between them is ``base``."""
+        return _Difference((ahead - behind) / (2 * h), (ahead - 2 * base + behind) / h, self.rounding(base) / h)
+
+    def rounding(self, base: float) -> float:
+        """By how much a run's loss may be off."""
+        return ROUNDINGS * self.eps * abs(base)
+
     def steps(self, rounding: float, slope: float) -> list[float]:
         """Steps to try: the shortest that rounding lets tell, then its neighbours, and theirs."""
         ladder = sorted({min(part * self.best_step(), LONGEST) for part in LADDER})
-        start = next((n for n, h in enumerate(ladder) if rounding / h <= CLOSE * abs(slope)), len(ladder) - 1)
+        start = next((n for n, h in enumerate(ladder) if rounding / h <= START * abs(slope)), len(ladder) - 1)
         return sorted(ladder, key=lambda h: abs(ladder.index(h) - start))
 
     def slope(self, direction: dict[int, Tensor]) -> tuple[float, float]:
@@ -314,31 +341,34 @@ class _Audit:
     @contextlib.contextmanager
     def _set_back(self) -> Iterator[None]:
         """`without_side_effects` by what a plain run has written to: its mode would show operators to interception."""
-        before, now = [t.clone() for t in self.written], RandomState()
+        log, now = UndoLog(), RandomState()
+        for t in self.written:
+            log.save(t, moves=True)
         self.begin.restore()
         try:
             yield
         finally:
             now.restore()
-            for t, values in zip(self.written, before, strict=True):
-                t.detach().copy_(values)
+            log.restore()
 
     def loss(self, stops: _Stops, direction: dict[int, Tensor] | None = None, h: float = 0.0) -> float | None:
         """The loss of a plain run, displaced along a direction; None where it cannot be run."""
         self.runs += 1
         with self.displaced(direction or {}, h), without_side_effects(self.begin) as log:
             try:
-                with watched(self.params, again=self.runs > 1), stops.running():
+                with plain_run(self.params, again=self.runs > 1), stops.running():
                     loss = self.closure()
+                check_loss(loss)
+                stops.rounds(loss.dtype)
+                value = loss.item()
             except (RuntimeError, ValueError, ArithmeticError):
                 if h == 0:
                     raise
                 return None
             self.written = [t for t, *_ in log.saved.values()]
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise LossError(f"the closure must return a scalar loss, got {type(loss).__name__}")
-        stops.eps = max(stops.eps, torch.finfo(loss.dtype).eps)
-        return loss.item()
+            if not self.memories.isdisjoint(map(_memory, self.written)):
+                stops.in_doubt = "the closure writes to its parameters"
+        return value
 
     @contextlib.contextmanager
     def displaced(self, direction: dict[int, Tensor], h: float) -> Iterator[None]:
@@ -384,16 +414,10 @@ def _content(cell: Any) -> Any:
 
 # --- what a closure stops derivatives at ---------------------------------------------------------------------------
 
-_STOPPING = {
-    torch.Tensor.detach,
-    torch.Tensor.data.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.item,
-    torch.Tensor.tolist,
-    torch.Tensor.__float__,
-    torch.Tensor.__int__,
-    torch.Tensor.__bool__,
-    torch.Tensor.__index__,
-}
+_aten = torch.ops.aten
+_STOPPING = {torch.Tensor.data.__get__, torch.Tensor.tolist, *COPYING}  # type: ignore[attr-defined]
+_DETACHING = {torch.detach, torch.Tensor.detach}
+_STOPPING_OPERATORS = {op.default for op in (_aten.detach, _aten._local_scalar_dense, _aten.item, _aten.is_nonzero)}
 # Functions whose derivative is by convention, or on average, another one than that of their value.
 _CONVENTIONS = {
     getattr(torch, name)
@@ -409,48 +433,112 @@ class _Stops:
     """What stopped derivatives in one run, in order; held at the same values in others.
 
     Attributes:
+        parameters: their memory.
         no_grad: whether what runs under `torch.no_grad()` is among it.
+        values: in order.
+        holding: whether values are repeated, not noted.
+        under_no_grad: whether something was computed under `torch.no_grad()`.
+        custom: whether a custom autograd function was called, whose forward torch runs under `torch.no_grad()`.
         in_doubt: why the derivative of the closure need not be that of its loss, or nothing.
         eps: the coarsest rounding that was seen.
     """
 
-    no_grad: bool = False
+    parameters: frozenset[int] = frozenset()
+    no_grad: bool = True
     values: list[Any] = field(default_factory=list)
     holding: bool = False
-    recorded_under_no_grad: bool = False
+    under_no_grad: bool = False
+    custom: bool = False
     in_doubt: str = ""
     eps: float = 0.0
 
     def held(self) -> _Stops:
         """For a run that repeats the values of this one."""
-        return _Stops(self.no_grad, self.values, True, eps=self.eps)
+        return _Stops(self.parameters, self.no_grad, self.values, True, eps=self.eps)
+
+    def rounds(self, dtype: torch.dtype) -> None:
+        """Something was computed in this dtype."""
+        if dtype.is_floating_point:
+            self.eps = max(self.eps, torch.finfo(dtype).eps)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Record, or repeat, what stops derivatives inside."""
-        with contextlib.ExitStack() as stack:
-            if self.no_grad:  # grad mode tells where the closure's own code has switched it off; no graph is made
-                stack.enter_context(forward_only())
-            stack.enter_context(intercept_functions(self._custom))
-            stack.enter_context(_Holding(self))
+        with intercept_functions(self._custom), _Holding(self), _HoldingOperators(self):
             yield
 
     def _custom(self, x: Any) -> Any:
+        self.custom = True
         self.in_doubt = "a custom autograd function defines a derivative of its own"
         return x
 
     def take(self, made: Any) -> Any:
         """A value that stops derivatives: noted, or replaced by the one noted before."""
         if not self.holding:
-            self.values.append(made.detach().clone() if isinstance(made, Tensor) else made)
+            self.values.append(_kept(made))
             return made
         known = self.values[self._next] if self._next < len(self.values) else made
         self._next += 1
-        if isinstance(made, Tensor):
-            return known if isinstance(known, Tensor) and known.shape == made.shape else made
-        return known if type(known) is type(made) else made
+        if not isinstance(made, Tensor):
+            return known if type(known) is type(made) else made
+        with disable_current_modes():  # what is the same stays itself: the closure may write into its memory
+            if not isinstance(known, Tensor) or known.shape != made.shape or torch.equal(known, made):
+                return made
+        return _kept(known)
 
     _next: int = 0
+
+
+class _HoldingOperators(TorchDispatchMode):
+    """Holds what stops derivatives, and sees in which precision the closure computes, whoever calls the operators."""
+
+    def __init__(self, stops: _Stops) -> None:
+        super().__init__()
+        self._stops = stops
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        stops = self._stops
+        changed = args[0] if args and stops.no_grad and _writes(func) and not torch.is_grad_enabled() else None
+        before = _kept(changed)
+        made = func(*args, **(kwargs or {}))
+        if made is changed and type(made) is Tensor and made.is_floating_point():
+            return self._written(func, made, before)
+        if func in _STOPPING_OPERATORS:
+            goes_on = func is _aten.detach.default and (
+                who_detaches() == "autograd" or (who_detaches() == "nobody" and scripts.detaches_by_itself())
+            )
+            return made if goes_on else stops.take(made)
+        if type(made) is Tensor:
+            return self._made(func, made)
+        if type(made) in (list, tuple):
+            return type(made)(self._made(func, x) if type(x) is Tensor else x for x in made)
+        return made
+
+    def _written(self, func: Any, made: Tensor, before: Tensor) -> Tensor:
+        """What was written to where derivatives stop: it keeps those that it had before."""
+        stops = self._stops
+        stops.under_no_grad = True
+        at_first = stops.take(before)
+        moves = at_first is not before and func._schema.name not in _OVERWRITING
+        known = stops.take(made)
+        if known is not made:
+            with disable_current_modes():
+                made.copy_(before + (known - at_first) if moves else known)
+        return made
+
+    def _made(self, func: Any, made: Tensor) -> Tensor:
+        stops = self._stops
+        if not made.is_floating_point():
+            return made
+        stops.rounds(made.dtype)
+        if not stops.no_grad or torch.is_grad_enabled():
+            return made
+        stops.under_no_grad = True
+        if any(r.alias_info is not None for r in func._schema.returns):
+            if _memory(made) in stops.parameters:
+                stops.in_doubt = "a view of a parameter is made under torch.no_grad()"
+            return made  # memory that may be written to; what it looks into is held, if it was made here
+        return stops.take(made)
 
 
 class _Holding(TorchFunctionMode):
@@ -460,19 +548,17 @@ class _Holding(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, stops = kwargs or {}, self._stops
+        if func in _DETACHING:
+            with detaching():
+                return func(*args, **kwargs)
         made = func(*args, **kwargs)
         if func in _CONVENTIONS:
             stops.in_doubt = f"{func.__name__} has a derivative by convention"
         if func in _STOPPING:
             return stops.take(made)
-        if func is F.embedding:
-            return self._padded(made, args, kwargs)
-        if stops.no_grad and isinstance(made, Tensor) and made.is_floating_point() and not torch.is_grad_enabled():
-            stops.recorded_under_no_grad = True
-            known = stops.take(made)
-            written = any(made is x for x in (*args, *kwargs.values()))
-            return made.copy_(known) if written and known is not made else known
-        return made
+        if func in CONVERTING and not (args and isinstance(args[0], Tensor)):
+            return stops.take(made)
+        return self._padded(made, args, kwargs) if func is F.embedding else made
 
     def _padded(self, made: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """Rows of padding, which by convention are not moved."""
@@ -507,6 +593,28 @@ def _normal(p: Tensor, generator: torch.Generator) -> Tensor:
 def _size(p: Tensor) -> float:
     """The root mean square of a parameter's entries."""
     return p.detach().abs().double().square().mean().sqrt().item() if p.numel() else 0.0
+
+
+@functools.cache
+def _writes(func: Any) -> bool:
+    """Whether an operator writes to its first argument."""
+    arguments = func._schema.arguments
+    return bool(arguments) and arguments[0].alias_info is not None and arguments[0].alias_info.is_write
+
+
+_OVERWRITING = {f"aten::{name}" for name in "copy_ zero_ fill_ normal_ uniform_ bernoulli_ random_ set_".split()}
+
+
+def _kept(x: Any) -> Any:
+    """A value that nobody else writes to."""
+    if not isinstance(x, Tensor):
+        return x
+    with disable_current_modes():
+        return x.detach().clone()
+
+
+def _memory(p: Tensor) -> int:
+    return memory_of(p) if p.layout is torch.strided else id(p)
 
 
 def _count(params: Sequence[Tensor]) -> int:

@@ -44,6 +44,8 @@ def check_parameters(params: Sequence[Any]) -> None:
             raise ArgumentError(f"parameter {i} must be a tensor, got {type(p).__name__}")
         if not (p.dtype.is_floating_point or p.dtype.is_complex):
             raise DTypeError(f"parameter {i} must be of a floating dtype, got {p.dtype}")
+        if p.device.type == "meta":
+            raise ArgumentError(f"parameter {i} is on the meta device and has no values; expected one with memory")
         if is_sparse(p):
             raise ArgumentError(
                 f"parameter {i} is of layout {p.layout}; expected a dense tensor. Let its values be the parameter, and "
@@ -80,6 +82,25 @@ def as_directions(
     return StoredDirections([t.detach() if isinstance(t, Tensor) else t for t in directions])
 
 
+def check_loss(loss: Any) -> None:
+    """Check that a closure returned a scalar of a floating dtype.
+
+    Raises:
+        LossError: it did not.
+    """
+    if not isinstance(loss, Tensor):
+        raise LossError(f"the closure must return a scalar tensor, got {type(loss).__name__}")
+    if goes_outside(type(loss)):
+        raise LossError(
+            f"the closure must return a plain tensor, got a {type(loss).__name__}, which wraps others; return the one "
+            "inside of it that is to be differentiated"
+        )
+    if loss.numel() != 1:
+        raise LossError(f"the closure must return a scalar loss, got shape {tuple(loss.shape)}")
+    if not loss.dtype.is_floating_point:
+        raise LossError(f"the closure must return a floating-point loss, got {loss.dtype}")
+
+
 def coefficients_of(loss: Any, space: Space, used: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss, shape (), its first coefficients (K,) and its second ones (pairs,); None where they are zero.
 
@@ -92,19 +113,9 @@ def coefficients_of(loss: Any, space: Space, used: bool) -> tuple[Tensor, Tensor
         LossError: not a scalar of a floating dtype, or not one that a loss function made for Gauss-Newton curvature.
         UnusedParametersError: it does not depend on the parameters.
     """
-    if not isinstance(loss, Tensor):
-        raise LossError(f"the closure must return a scalar tensor, got {type(loss).__name__}")
-    if goes_outside(type(loss)):
-        raise LossError(
-            f"the closure must return a plain tensor, got a {type(loss).__name__}, which wraps others; return the one "
-            "inside of it that is to be differentiated"
-        )
+    check_loss(loss)
     jet = promoted(loss)
     loss = loss if jet is None else jet
-    if loss.numel() != 1:
-        raise LossError(f"the closure must return a scalar loss, got shape {tuple(loss.shape)}")
-    if not loss.dtype.is_floating_point:
-        raise LossError(f"the closure must return a floating-point loss, got {loss.dtype}")
     if not (isinstance(loss, Jet) and loss.space is space):
         raise UnusedParametersError(
             "the loss does not depend on the parameters: "

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .._torch import compiler_imported, set_eval_frame
+from .._torch import compiler_imported, script_optimizes, set_eval_frame, set_script_optimizes
 
 
 class _Stance:
@@ -66,6 +66,17 @@ _stance = _Stance()
 
 
 @contextlib.contextmanager
+def scripts_as_written() -> Iterator[None]:
+    """Let TorchScript, in this thread, not be optimized: what it differentiates by itself runs on detached tensors."""
+    before = script_optimizes()
+    set_script_optimizes(False)
+    try:
+        yield
+    finally:
+        set_script_optimizes(before)
+
+
+@contextlib.contextmanager
 def eager() -> Iterator[None]:
     """What ``torch.compile`` was applied to runs its eager code inside."""
     if torch.compiler.is_compiling():  # as a part of a graph, in which nothing is to be compiled apart
@@ -75,7 +86,8 @@ def eager() -> Iterator[None]:
     around = set_eval_frame(None) if compiler_imported() else None
     _stance.acquire()
     try:
-        yield
+        with scripts_as_written():
+            yield
     finally:
         _stance.release()
         if around is not None:

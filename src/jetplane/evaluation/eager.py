@@ -46,7 +46,7 @@ def evaluate_at_once(
         for i, p in enumerate(params):
             interception.register(p, i, directions, p)
         with interception.running(), _copies_registered(interception, params, directions):
-            loss = sharded.gathered(closure())
+            loss = sharded.gathered(interception.replaced(closure()))
         value, first, second = coefficients_of(loss, space, bool(interception.used or interception.unmoved))
         if second is None and spec.curvature != "none":
             second = value.new_zeros(structure.count)

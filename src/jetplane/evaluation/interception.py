@@ -9,7 +9,6 @@ extensions. What reads a parameter's memory by its address is seen by neither: t
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -23,11 +22,8 @@ from torch.overrides import TorchFunctionMode
 from .. import _sharding
 from .. import rules as rules  # installs the dispatcher of jets
 from .._torch import (
-    FUNCTIONAL,
-    TRANSFORMS,
     DisableTorchFunctionSubclass,
     TorchDispatchMode,
-    make_dual,
     nested_values,
     transform_level,
 )
@@ -40,6 +36,7 @@ from ..jets import (
     adopt_promotions,
     any_promoted,
     carried,
+    detaching,
     innermost,
     parts,
     promoted,
@@ -50,11 +47,14 @@ from ..rules.dispatch import inside_loss
 from ..rules.dispatch import loss as mark_loss
 from ..rules.functions import intercept_functions, refuse_captured
 from ..rules.losses import linear_cross_entropy
-from . import gradient_hooks, leaving, sharded, threads
+from . import compilers, constructors, gradient_hooks, inner, leaving, sharded, threads
 from .context import at_depth
 
-# What torch and Python say where no class of several takes an operator.
-NOBODY = ("handlers returned NotImplemented", "no implementation found for", "'Jet'")
+# What torch and Python say where no class of several takes an operator, and where code looks for a jet's own memory.
+NOBODY = ("handlers returned NotImplemented", "no implementation found for", "'Jet'", "jetplane.jets.jet.Jet")
+IN_SCRIPT = "failed in the TorchScript interpreter"
+RECOMPUTED = "torch.utils.checkpoint: Recomputed values"
+NO_MEMORY = ("its data is not allocated yet", "instance of type Jet", "invalid python storage")
 
 # Ways out of torch on which a jet's coefficients would be lost.
 _EXITS = {
@@ -64,15 +64,11 @@ _EXITS = {
     torch.Tensor.data_ptr: "data_ptr()",
     torch.Tensor.__dlpack__: "DLPack",
     torch.Tensor.untyped_storage: "untyped_storage()",
+    torch.Tensor.storage: "storage()",
 }
 _ASIDE = threads.QUERIES | threads.SHOWING | gradient_hooks.REGISTERING
-# Derivatives inside a loss that running below autograd, or the end of the evaluation, would turn into zeros or errors.
-_OTHER_DERIVATIVES = {
-    torch.autograd.grad: "torch.autograd.grad",
-    torch.Tensor.backward: "backward()",
-    make_dual: "torch.autograd.forward_ad",
-    torch.Tensor.requires_grad_: FUNCTIONAL,
-}
+DETACHING = {torch.detach, torch.Tensor.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 LOSSES = {
     getattr(F, name)
@@ -100,14 +96,6 @@ def _warn_if_flat(func: Any, result: Any, space: Space) -> Any:
     return result
 
 
-def _caller() -> str:
-    """The module that called the function which is being intercepted."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_globals["__name__"] in (__name__, "torch.overrides", "torch.autograd"):
-        frame = frame.f_back
-    return frame.f_globals["__name__"]
-
-
 class Interception(TorchFunctionMode):
     """Replaces registered parameters by their jets in the arguments of every torch function of this thread.
 
@@ -119,6 +107,7 @@ class Interception(TorchFunctionMode):
         unmoved: the same of parameters that were used where derivatives stop.
         refused: what threads that do not take part in the evaluation wanted to do with its parameters.
         ended: whether the evaluation is over, or suspended: whoever runs under this interception is then left alone.
+        failed: what the last operator that was refused has raised.
         lock: held by the thread whose operator is being carried: rules keep notes in the space.
     """
 
@@ -129,6 +118,7 @@ class Interception(TorchFunctionMode):
         self.unmoved: dict[int, Tensor] = {}
         self.refused: list[str] = []
         self.ended = False
+        self.failed: DerivativeError | None = None
         self.lock = threading.RLock()
         self._params: list[Tensor] = []
         self._unused: dict[int, Callable[[], Tensor]] = {}  # what makes the jet of a parameter at its first use
@@ -173,14 +163,11 @@ class Interception(TorchFunctionMode):
         except DerivativeError as error:
             located(error)
             raise
-        except TypeError as error:
-            if not any(words in str(error) for words in NOBODY):
+        except (TypeError, RuntimeError) as error:
+            interpreted = IN_SCRIPT in str(error)
+            refused = self.failed if interpreted and self.failed is not None else _translated(error)
+            if refused is None:
                 raise
-            refused = DerivativeError(
-                "a tensor of a class of its own met one that depends on the parameters, and its class does not "
-                f"take it: {str(error).splitlines()[0]}. Take the plain tensor out of it, or detach() the other"
-            )
-            refused.__traceback__ = error.__traceback__
             located(refused)
             raise refused from error
         finally:
@@ -205,6 +192,7 @@ class Interception(TorchFunctionMode):
                 with contextlib.ExitStack() as stack:
                     stack.enter_context(at_depth(self.space.level))
                     stack.enter_context(grad_mode.forward_only())
+                    stack.enter_context(compilers.scripts_as_written())
                     stack.enter_context(threads.under_way(self))
                     stack.enter_context(_Operators(self))
                     stack.enter_context(self._intercepting())
@@ -227,8 +215,6 @@ class Interception(TorchFunctionMode):
         if transform_level() is None:  # else operators are intercepted where they meet the parameters themselves
             args = tuple(self.replaced(a) for a in args)
             kwargs = {name: self.replaced(a) for name, a in kwargs.items()} if kwargs else kwargs
-            if func in _OTHER_DERIVATIVES:
-                self._refuse_derivative(func)
         if func in _EXITS and args and isinstance(args[0], Jet):
             if grad_mode.stopped(args[0].space):
                 return func(innermost(args[0]), *args[1:], **kwargs)
@@ -237,6 +223,9 @@ class Interception(TorchFunctionMode):
                 "parameters: its derivatives would be lost. Stay in torch, or detach() the tensor first "
                 "if they are not wanted"
             )
+        if func in DETACHING:
+            with detaching():
+                return func(*args, **kwargs)
         if higher_order.is_higher_order(func):
             with self:  # the functions that it takes may capture parameters
                 return higher_order.run(func, args, kwargs)
@@ -246,11 +235,15 @@ class Interception(TorchFunctionMode):
         if sparse.constant(func, args):
             with grad_mode.autograd(), torch.no_grad():
                 return func(*args, **kwargs)
-        if self.space.gauss_newton and func in LOSSES:
-            with mark_loss():
-                return _warn_if_flat(func, func(*args, **kwargs), self.space)
+        if func in constructors.ALL:
+            args, kwargs = constructors.of_numbers(func, args, kwargs)
+        if func == _SET_DATA:
+            args = self._given_data(*args)
         try:
-            return func(*args, **kwargs)
+            if transform_level() is not None or self.space.recorded:
+                return self._called(func, args, kwargs)
+            with inner.recording(func, args, kwargs, lost=self.space.graph_lost):
+                return self._called(func, args, kwargs)
         except MissingRuleError as error:
             if transform_level() is not None:
                 raise DerivativeError(
@@ -259,6 +252,12 @@ class Interception(TorchFunctionMode):
                     "jetplane.hessian or jetplane.laplacian"
                 ) from error
             raise
+
+    def _called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self.space.gauss_newton and func in LOSSES:
+            with mark_loss():
+                return _warn_if_flat(func, func(*args, **kwargs), self.space)
+        return func(*args, **kwargs)
 
     def _aside(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """A call that asks about a tensor, shows its numbers, or registers a hook."""
@@ -270,17 +269,14 @@ class Interception(TorchFunctionMode):
             gradient_hooks.announce_module()
         return func(*args, **kwargs)
 
-    def _refuse_derivative(self, func: Any) -> None:
-        name, caller = _OTHER_DERIVATIVES[func], _caller()
-        if func is torch.Tensor.requires_grad_ and caller != name:  # somebody else's, which does no harm
-            return
-        if func is torch.autograd.grad and caller == TRANSFORMS:  # which carries jets
-            return
-        raise DerivativeError(
-            f"{name} inside a forward-only evaluation. A closure returns its loss and calls no backward(); for "
-            "derivatives inside of it use torch.func.grad and its like, or jetplane.jet, jetplane.hvp or "
-            "jetplane.laplacian"
-        )
+    def _given_data(self, target: Any, value: Any) -> tuple[Any, Any]:
+        """The arguments of ``target.data = value``, which stops derivatives."""
+        if isinstance(target, Jet):
+            raise DerivativeError(
+                "the data of a parameter, or of a tensor that depends on one, are replaced inside the closure: "
+                "expected a closure that leaves them as they are. Replace them before, or compute another tensor"
+            )
+        return target, innermost(value)
 
     def replaced(self, x: Any) -> Any:
         """An argument with every parameter in it, and every plain tensor over memory of jets, replaced by its jet."""
@@ -336,6 +332,30 @@ class Interception(TorchFunctionMode):
             return self.used.get(id(param), param)
 
 
+def _translated(error: BaseException) -> DerivativeError | None:
+    """What an error of torch's means where it comes of a jet that was taken for something else."""
+    text = str(error)
+    if isinstance(error, TypeError) and any(words in text for words in NOBODY):
+        refused = DerivativeError(
+            "a tensor of a class of its own met one that depends on the parameters, and its class does not "
+            f"take it: {text.splitlines()[0]}. Take the plain tensor out of it, or detach() the other"
+        )
+    elif any(words in text for words in NO_MEMORY):
+        refused = DerivativeError(
+            "code that is not made of torch functions, or makes a tensor or a parameter out of the numbers of others, "
+            "took a tensor that depends on the parameters: its derivatives would be lost. Use torch.stack instead of "
+            "a constructor, stay in torch, or detach() the tensor first if they are not wanted"
+        )
+    elif RECOMPUTED in text:
+        refused = DerivativeError(
+            "torch.autograd.grad inside a forward-only evaluation goes through torch.utils.checkpoint, which computes "
+            "anew without it: call the function itself. An evaluation stores nothing for a backward pass anyway"
+        )
+    else:
+        return None
+    return refused.with_traceback(error.__traceback__)
+
+
 class _Operators(TorchDispatchMode):
     """Replaces parameters where operators meet them without a function of torch's having been called on them."""
 
@@ -352,10 +372,18 @@ class _Operators(TorchDispatchMode):
         interception = self._interception
         if interception.ended:
             return func(*args, **kwargs)
-        with interception.lock:
-            if not interception.meets((*args, *kwargs.values())):
-                return func(*args, **kwargs)
-            args, kwargs = interception.replaced(args), interception.replaced(kwargs)
-            if func is nested_values and isinstance(args[0]._values, Jet):
-                return args[0]._values  # torch detaches them where autograd does not see it
+        try:
+            with interception.lock:
+                return self._called(func, args, kwargs)
+        except DerivativeError as error:
+            interception.failed = error  # TorchScript's interpreter forgets it
+            raise
+
+    def _called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        interception = self._interception
+        if not interception.meets((*args, *kwargs.values())):
             return func(*args, **kwargs)
+        args, kwargs = interception.replaced(args), interception.replaced(kwargs)
+        if func is nested_values and isinstance(args[0]._values, Jet):
+            return args[0]._values  # torch detaches them where autograd does not see it
+        return func(*args, **kwargs)

@@ -21,10 +21,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .._sharding import is_sharded
-from .._torch import swap_tensors, tree_leaves
+from .._torch import swap_tensors, transform_level, tree_leaves
 from ..errors import DerivativeError
 from ..jets import Jet, Space, absent, forget_promoted, promoted
+from ..rules import higher_order
+from ..rules.functions import intercept_functions
 from ..rules.grad_mode import forward_only
+from . import compilers, inner
 from .side_effects import undone
 
 
@@ -148,7 +151,7 @@ def _found(names: Iterable[str]) -> set[Callable[..., Any]]:
     return {f for name in names for f in (getattr(torch, name, None), getattr(Tensor, name, None)) if f is not None}
 
 
-_HARMLESS = _found(_HARMLESS_NAMES) | {
+HARMLESS = _found(_HARMLESS_NAMES) | {
     attribute.__get__
     for name in dir(torch._C.TensorBase)
     if type(attribute := getattr(torch._C.TensorBase, name)).__name__ == "getset_descriptor"
@@ -158,19 +161,18 @@ _HARMLESS = _found(_HARMLESS_NAMES) | {
 _OVERWRITING = _found(["detach_", "zero_", "fill_", "copy_", "normal_", "uniform_", "bernoulli_", "random_"])
 
 
-def check_entering(func: Any, args: Any, kwargs: dict[str, Any], graded: bool = True) -> None:
+def check_entering(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """A call inside of an evaluation: none of its arguments may have carried derivatives in an earlier one.
 
     Args:
         func: the function.
         args: of the call.
         kwargs: likewise.
-        graded: whether derivatives stop where grad mode is off.
 
     Raises:
         DerivativeError: one of them has.
     """
-    if (graded and not torch.is_grad_enabled()) or func in _HARMLESS:
+    if not torch.is_grad_enabled() or func in HARMLESS:
         return
     out = kwargs.get("out")
     for x in out if isinstance(out, (list, tuple)) else (out, args[0] if args and _overwrites(func, args) else None):
@@ -208,23 +210,34 @@ def _check(x: Any) -> None:
 
 
 class _PlainRun(TorchFunctionMode):
-    """Sees what of a plain run depends on parameters, and refuses what an evaluation would refuse."""
+    """Runs functions as an evaluation does, refuses what it refuses, and sees what depends on parameters.
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
+    Args:
+        params: of the evaluations around this run.
+        watching: whether it sees to what depends on parameters.
+    """
+
+    def __init__(self, params: Sequence[Tensor], watching: bool) -> None:
         super().__init__()
         self.params = {id(p) for p in params}
+        self.watching = watching
         self.moved: list[weakref.ref[Tensor]] = []
-        self.graded = torch.is_grad_enabled()  # where grad mode is off from the start, its being off says nothing
         self.known = WeakTensors()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _HARMLESS or (self.graded and not torch.is_grad_enabled()):
-            return func(*args, **kwargs)
-        if earlier.known:
-            check_entering(func, args, kwargs, self.graded)
-        moved = any(map(self._depends, (*args, *kwargs.values())))
-        result = func(*args, **kwargs)
+        if higher_order.is_higher_order(func):
+            with self:
+                return higher_order.run(func, args, kwargs)
+        watching = self.watching and func not in HARMLESS and torch.is_grad_enabled()
+        if watching and earlier.known:
+            check_entering(func, args, kwargs)
+        moved = watching and any(map(self._depends, (*args, *kwargs.values())))
+        if transform_level() is None:
+            with inner.recording(func, args, kwargs, self.params):
+                result = func(*args, **kwargs)
+        else:
+            result = func(*args, **kwargs)
         if moved:
             for x in (*tree_leaves(result), args[0] if func is Tensor.__setitem__ else None):
                 if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) and id(x) not in self.params:
@@ -241,31 +254,23 @@ class _PlainRun(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def watched(params: Sequence[Tensor], again: bool = False) -> Iterator[None]:
-    """Run a closure without jets: what depends on parameters may not enter a later evaluation, or a run like this one.
+def plain_run(params: Sequence[Tensor], again: bool = False) -> Iterator[None]:
+    """Run a closure without jets, in all else as evaluations do: below autograd, and with compiled code run eagerly.
+
+    What depends on parameters may not enter a later evaluation, or a run like this one.
 
     Args:
         params: of the evaluations around this run.
         again: an evaluation has run the closure before. Where that has left nothing behind, nothing is watched.
 
     Raises:
-        DerivativeError: something of an earlier evaluation is computed with.
+        DerivativeError: something of an earlier evaluation is computed with, or what an evaluation refuses.
     """
-    if again and not earlier.known:
-        yield
-        return
-    watch = _PlainRun(params)
+    run = _PlainRun(params, watching=not again or bool(earlier.known))
     try:
-        with watch:
+        with compilers.eager(), forward_only(), intercept_functions(lambda x: x), run:
             yield
     finally:
-        for x in (known() for known in watch.moved):
+        for x in (known() for known in run.moved):
             if x is not None:
                 earlier.add(x)
-
-
-@contextlib.contextmanager
-def plain_run(params: Sequence[Tensor], again: bool = False) -> Iterator[None]:
-    """A run that is `watched`, below autograd as evaluations are."""
-    with forward_only(), watched(params, again):
-        yield

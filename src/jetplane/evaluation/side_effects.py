@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .._torch import TorchDispatchMode, memory_of, tree_leaves
 from ..errors import ArgumentError
 from ..jets import Jet, owner_of
+
+MOVING = {"aten::set_", "aten::resize_", "aten::resize_as_"}  # operators that give a tensor other memory
 
 
 class UndoLog(TorchDispatchMode):
@@ -28,12 +31,15 @@ class UndoLog(TorchDispatchMode):
         super().__init__()
         self._fresh: set[int] = set()  # storages allocated meanwhile: nothing outside looks into them
         self._raw: dict[int, Tensor] = {}  # bytes of whole storages, as they are copied by `deepcopy`
+        self._places: dict[int, Tensor] = {}  # what looks into the memory that a tensor had before it got another
         self.saved: dict[int, tuple[Tensor, Tensor, bool]] = {}
 
     def restore(self) -> None:
         """Write the values of before back, and take what was in no graph out of it."""
         with torch.no_grad():
-            for tensor, before, graph in self.saved.values():
+            for key, (tensor, before, graph) in self.saved.items():
+                if key in self._places:
+                    tensor.data = self._places[key]
                 tensor.detach().copy_(before)
                 if owner_of(tensor).requires_grad and not graph:
                     owner_of(tensor).detach_()
@@ -44,29 +50,48 @@ class UndoLog(TorchDispatchMode):
         if schema.is_mutable:
             for argument, value in [*zip(schema.arguments, args, strict=False), *_named(schema, kwargs)]:
                 if argument.alias_info is not None and argument.alias_info.is_write:
-                    self._save(value)
+                    self.save(value, schema.name in MOVING)
         elif "batch_norm" in schema.name:  # writes running statistics without saying so
             for argument, value in zip(schema.arguments, args, strict=False):
                 if argument.name in ("running_mean", "running_var"):
-                    self._save(value)
+                    self.save(value)
         sets = schema.name == "aten::set_" and args[0].dtype == torch.uint8 and self._is_fresh(args[0])
         result = func(*args, **kwargs)
         if sets:
             self._raw[id(args[0])] = args[0]
-        if not any(r.alias_info for r in schema.returns):
+        if not any(r.alias_info for r in schema.returns) or schema.name == "aten::lift_fresh":
             self._fresh.update(memory_of(t) for t in tree_leaves(result) if _has_memory(t))
         return result
 
-    def _save(self, value: Any) -> None:
+    def save(self, value: Any, moves: bool = False) -> None:
+        """Remember what is about to be written to, unless it was made meanwhile, or to get other memory (``moves``)."""
         known = self._is_fresh(value)
         if not known and id(value) in self._raw:  # a storage that is filled by another one was just allocated
             self._fresh.add(memory_of(value))
             return
         if isinstance(value, Tensor) and not isinstance(value, Jet) and not known and id(value) not in self.saved:
             self.saved[id(value)] = value, value.detach().clone(), owner_of(value).requires_grad
+            if moves:
+                self._places[id(value)] = value.detach()
 
     def _is_fresh(self, value: Any) -> bool:
         return _has_memory(value) and memory_of(value) in self._fresh
+
+
+class _Assignments(TorchFunctionMode):
+    """Tells a log of ``x.data = y``, which is no operator."""
+
+    def __init__(self, log: UndoLog) -> None:
+        super().__init__()
+        self._log = log
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == _SET_DATA:
+            self._log.save(args[0], moves=True)
+        return func(*args, **(kwargs or {}))
+
+
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 def _has_memory(x: Any) -> bool:
@@ -173,7 +198,7 @@ def without_side_effects(begin: RandomState | None = None) -> Iterator[UndoLog]:
         begin.restore()
     _here.undone = True
     try:
-        with log:
+        with log, _Assignments(log):
             yield log
     finally:
         _here.undone = before

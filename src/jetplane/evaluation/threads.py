@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .._torch import DisableTorchFunctionSubclass, tree_leaves
 from ..errors import DerivativeError
+from .leaving import HARMLESS
 
 if TYPE_CHECKING:
     from .interception import Interception
@@ -121,17 +122,13 @@ QUERIES = {
     torch.Tensor.is_complex,
 }
 # Numbers for people to read.
-SHOWING = {torch.Tensor.__repr__, torch.Tensor.__format__}
-# What gives no derivative, in this thread or in another.
-_WITHOUT_DERIVATIVE = {
-    *QUERIES,
-    torch.Tensor.detach,
-    torch.Tensor.data.__get__,  # type: ignore[attr-defined]
-    torch.Tensor._backward_hooks.__get__,  # type: ignore[attr-defined]
-    torch.Tensor._post_accumulate_grad_hooks.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.__hash__,
-    torch.Tensor.__repr__,
-}
+SHOWING = {torch.Tensor.__repr__, torch.Tensor.__format__, torch.Tensor.__reduce_ex__}
+# What gives no derivative, in this thread or in another. What looks into the memory is not among it.
+_LOOKING = {
+    torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist, torch.Tensor.data_ptr, torch.Tensor.__dlpack__,
+    torch.Tensor.untyped_storage, torch.Tensor.storage,
+}  # fmt: skip
+_WITHOUT_DERIVATIVE = HARMLESS - _LOOKING
 
 
 class _Refusing:

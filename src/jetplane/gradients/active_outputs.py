@@ -127,8 +127,7 @@ def visit(
             return at
 
         stack.enter_context(hooked(after, modules, before, successors.values(), space))
-        if successors:
-            stack.enter_context(Interception(space).running())
+        stack.enter_context(Interception(space).running())
         loss = closure()
         jet = promoted(loss)
         only = not parts(loss if jet is None else jet, space)[1]

@@ -21,6 +21,27 @@ After = Callable[[nn.Module, int, Any, Any], Any]
 Before = Callable[[nn.Module, Any], Any]
 
 
+class _Hook:
+    """A hook that copies of its module, which the closure may make, do not have."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self.run = run
+
+    def __call__(self, *args: Any) -> Any:
+        return self.run(*args)
+
+    def __reduce__(self) -> Any:
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable[..., None]:
+    return _nothing
+
+
+def _nothing(*args: Any) -> None:
+    pass
+
+
 @contextlib.contextmanager
 def hooked(
     after: After,
@@ -37,13 +58,14 @@ def hooked(
         modules: see ``after``.
         before: ``before(module, x)`` runs before each call of ``entered``; its result replaces the first argument.
         entered: see ``before``.
-        space: of the evaluation. Calls on jets of others, inside a loss that differentiates the model itself, are
-            passed over.
+        space: of the evaluation. Calls inside a loss that differentiates the model itself, on jets of others or in a
+            graph of the closure's own, are passed over.
     """
     calls: dict[nn.Module, int] = {}
 
     def foreign(*tensors: Any) -> bool:
-        return any(isinstance(t, Jet) and t.space is not space for t in tensors)
+        found = (t for t in tensors if isinstance(t, Tensor))
+        return any(t.requires_grad or (isinstance(t, Jet) and t.space is not space) for t in found)
 
     def left(module: nn.Module, args: Any, output: Any) -> Any:
         if not args or not isinstance(output, Tensor) or foreign(args[0], output):
@@ -58,8 +80,8 @@ def hooked(
         with DisableTorchFunction(), no_dispatch():
             return before(module, args[0]), *args[1:]
 
-    handles = [m.register_forward_hook(left) for m in modules]
-    handles += [m.register_forward_pre_hook(reached) for m in entered]
+    handles = [m.register_forward_hook(_Hook(left)) for m in modules]
+    handles += [m.register_forward_pre_hook(_Hook(reached)) for m in entered]
     try:
         yield
     finally:

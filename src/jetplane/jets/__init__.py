@@ -19,6 +19,7 @@ from .jet import (
     WRITTEN,
     Jet,
     carried,
+    detaching,
     goes_outside,
     innermost,
     is_jet,
@@ -27,7 +28,9 @@ from .jet import (
     parts,
     precise,
     primal,
+    saving,
     set_dispatcher,
+    who_detaches,
     whole,
 )
 from .pairs import AllPairs, Diagonal, PairStructure, Planes, Star, Sums, Term
@@ -86,6 +89,9 @@ __all__ = [
     "forget_promotions",
     "goes_outside",
     "innermost",
+    "saving",
+    "detaching",
+    "who_detaches",
     "is_jet",
     "joined",
     "jointly",

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any
@@ -53,6 +54,41 @@ WRITTEN = (
 LOST = torch.empty(0)  # the examples of a jet that stands for a sum over them, but no longer tells which
 
 Held = Coefficients | Tensor | Tangents | None  # what coefficients can be given as
+
+
+class _Detaching(threading.local):
+    """Whether a call of ``detach()`` is under way in this thread, and a function in whose graph results are kept."""
+
+    by_user = False
+    by_autograd = False
+
+
+_detaching = _Detaching()
+
+
+@contextlib.contextmanager
+def saving() -> Iterator[None]:
+    """Let ``aten.detach`` keep derivatives: autograd takes results into its graph by it."""
+    before, _detaching.by_autograd = _detaching.by_autograd, True
+    try:
+        yield
+    finally:
+        _detaching.by_autograd = before
+
+
+@contextlib.contextmanager
+def detaching() -> Iterator[None]:
+    """Let ``aten.detach`` stop derivatives: the user's own code calls ``detach()``."""
+    before, _detaching.by_user = _detaching.by_user, True
+    try:
+        yield
+    finally:
+        _detaching.by_user = before
+
+
+def who_detaches() -> str:
+    """Of whom a call of ``aten.detach`` is: the "user", "autograd", or "nobody" that is known."""
+    return "user" if _detaching.by_user else "autograd" if _detaching.by_autograd else "nobody"
 
 
 class Jet(torch.Tensor):
@@ -222,6 +258,13 @@ class Jet(torch.Tensor):
         jet = wanted(self.primal, self.first, self.second, self.space, self.root(), kind=self.kind)
         jet.version, jet.examples = self.version, self.examples
         return jet
+
+    def detach(self) -> Tensor:
+        """The value without derivatives, whoever asks."""
+        if torch.compiler.is_compiling():
+            return super().detach()
+        with detaching():
+            return super().detach()
 
     def __copy__(self) -> Jet:
         return self.alias(self.primal)

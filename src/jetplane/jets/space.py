@@ -44,6 +44,7 @@ class Space:
         most: how many ``made`` may hold before those that are gone are taken out.
         written: plain tensors that jets were written into.
         remembered: whether tensors that carried derivatives may not enter a later evaluation.
+        graph_lost: what has cut a graph that the closure's own reverse mode goes through, or nothing.
         absent: the coefficients of each order of which none is there.
         entrance: where the model carries a part of the directions only: see `jetplane.evaluation.entrance`.
     """
@@ -64,6 +65,7 @@ class Space:
     made: deque[ref[Any]] | None = None
     written: list[ref[Any]] = field(default_factory=list)
     remembered: bool = False
+    graph_lost: str = ""
     most: int = 1 << 12
     absent: dict[int, Any] = field(default_factory=dict, repr=False)
 

@@ -151,6 +151,11 @@ class PlaneOptimizer(torch.optim.Optimizer):
         devices = {p.device for p in params}
         if len(devices) > 1:
             raise DeviceError(f"parameters must lie on one device, got {sorted(map(str, devices))}")
+        if torch.device("meta") in devices:
+            raise ArgumentError(
+                "parameters are on the meta device and have no values: materialize the model (to_empty, then "
+                "load_state_dict or an initialization) before it is trained"
+            )
 
     def step(self, closure: Closure | None = None, *, weight: float = 1.0) -> Tensor:  # type: ignore[override]
         """Evaluate the closure once on a fresh plane and move the parameters.
@@ -190,6 +195,11 @@ class PlaneOptimizer(torch.optim.Optimizer):
         """The closure and the parameters of a step, checked; the closure's losses will be held against each other."""
         if closure is None:
             raise ArgumentError("step() needs a closure that returns the loss: there are no gradients to use")
+        if not callable(closure):
+            raise ArgumentError(
+                f"step() needs a closure, a function that computes the loss, got {type(closure).__name__}: write "
+                "opt.step(lambda: loss_function(model(x), y))"
+            )
         moving = self._moving()
         if not moving:
             raise ArgumentError("no parameter requires gradients, so none may move; unfreeze some of them")

@@ -109,15 +109,23 @@ def carry(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) 
         result = rule(space, *args, **kwargs)
         if result is not NotImplemented:
             return result
+    draws = fallback.Draws(args) if torch.Tag.nondeterministic_seeded in func.tags else None
     result = _decomposed(func, space, args, kwargs)
     if result is not NotImplemented:
         return result
     if rule is None:
-        value = func(*_primals(space, args), **_primals(space, kwargs))
+        value = _again(draws, func, *_primals(space, args), **_primals(space, kwargs))
         if not any(_differentiable(v) for v in (value if isinstance(value, (list, tuple)) else (value,))):
             return value
-    result = fallback.pointwise(func, space, args, kwargs)
-    return result if result is not NotImplemented else fallback.reverse(func, space, args, kwargs)
+    result = _again(draws, fallback.pointwise, func, space, args, kwargs)
+    return result if result is not NotImplemented else _again(draws, fallback.reverse, func, space, args, kwargs)
+
+
+def _again(draws: fallback.Draws | None, run: Any, *args: Any, **kwargs: Any) -> Any:
+    """A try of an operator, which draws the same random numbers as the others."""
+    if draws is not None:
+        draws.again()
+    return run(*args, **kwargs)
 
 
 def _decomposed(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -292,6 +300,9 @@ def _more_names(a: Signature, b: Signature) -> bool:
 
 def _mutate(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any], original: Sequence[Any]) -> Any:
     packet = func._schema.name.partition("::")[2]
+    target = kwargs.get("out", original[0] if original else None)
+    if isinstance(target, Tensor) and not isinstance(target, Jet) and any(map(continues_graph, args)):
+        space.graph_lost = "a write to a tensor that did not depend on the parameters before"
     if packet == "detach_":
         return _detach_in_place(args[0])
     if torch.Tag.inplace_view in func.tags:
@@ -328,6 +339,11 @@ def _detach_in_place(x: Jet) -> Jet:
         )
     x.first, x.second = absent(x.space, 1), absent(x.space, 2)
     return x
+
+
+def continues_graph(x: Any) -> bool:
+    """Whether a jet is in a graph that the closure's own reverse mode goes through."""
+    return isinstance(x, Jet) and x.requires_grad
 
 
 def _reordered(func: Any, op: Any, args: Sequence[Any]) -> Sequence[Any]:

@@ -45,6 +45,22 @@ class NotLinearError(RuntimeError):
 ELEMENTWISE_LIMIT = 4096  # output elements that are differentiated one by one where nothing else works
 
 
+class Draws:
+    """Where torch's random numbers stand, so that a function that runs again draws the same."""
+
+    def __init__(self, args: Sequence[Any]) -> None:
+        found = {a.device for a in args if isinstance(a, Tensor) and a.device.type == "cuda"}
+        self.devices = sorted(d.index for d in found)
+        self._cpu = torch.random.get_rng_state()
+        self._cuda = [torch.cuda.get_rng_state(d) for d in self.devices]
+
+    def again(self) -> None:
+        """Set them back there."""
+        torch.random.set_rng_state(self._cpu)
+        for device, state in zip(self.devices, self._cuda, strict=True):
+            torch.cuda.set_rng_state(state, device)
+
+
 @contextlib.contextmanager
 def strict(enabled: bool = True) -> Iterator[None]:
     """Forbid the local reverse fallback: an operator without a rule raises `MissingRuleError`.

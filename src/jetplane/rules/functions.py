@@ -46,8 +46,8 @@ from ..jets import (
     promoted,
 )
 from .dispatch import _store, dispatch
-from .fallback import all_plain, announce, forbidden, reverse_over_reverse
-from .grad_mode import autograd, forward_only
+from .fallback import Draws, all_plain, announce, forbidden, reverse_over_reverse
+from .grad_mode import autograd, forward_only, in_graph, recording
 from .registry import enter
 
 REGISTERED: dict[type, Callable[..., Any]] = {}  # what the user said of a function
@@ -105,10 +105,19 @@ def _on_jets(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     rule = REGISTERED.get(function) or OF_TORCH.get(f"{function.__module__}.{function.__qualname__}")
     if rule is not None:
         return rule(*args, **kwargs)
+    _lose_graph(f"the custom autograd function {function.__qualname__}", args)
     if kwargs or any(map(_wraps_a_jet, args)):
         raise _refused(function, "it is called in a way in which they are not seen")
     # Autograd does not look into lists and dictionaries either: what is in there is constant.
     return dispatch(APPLY, (function, *(a if isinstance(a, Jet) else tree_map(innermost, a) for a in args)), {})
+
+
+def _lose_graph(what: str, args: Sequence[Any]) -> None:
+    """Note that what the closure's own reverse mode may go through ends here."""
+    if any(isinstance(a, Tensor) and in_graph(a) for a in args):
+        for a in args:
+            if isinstance(a, Jet):
+                a.space.graph_lost = what
 
 
 def _refused(function: type, why: str) -> DerivativeError:
@@ -171,22 +180,6 @@ CAPTURED = "it uses a parameter that is not among its arguments, which autograd 
 def _seen(function: Any, outputs: Sequence[Any]) -> None:
     if any(isinstance(y, Jet) for y in outputs):
         raise _refused(function, CAPTURED)
-
-
-class Draws:
-    """Where torch's random numbers stand, so that a function that runs again draws the same."""
-
-    def __init__(self, args: Sequence[Any]) -> None:
-        found = {a.device for a in args if isinstance(a, Tensor) and a.device.type == "cuda"}
-        self.devices = sorted(d.index for d in found)
-        self._cpu = torch.random.get_rng_state()
-        self._cuda = [torch.cuda.get_rng_state(d) for d in self.devices]
-
-    def again(self) -> None:
-        """Set them back there."""
-        torch.random.set_rng_state(self._cpu)
-        for device, state in zip(self.devices, self._cuda, strict=True):
-            torch.cuda.set_rng_state(state, device)
 
 
 # --- by jvp -----------------------------------------------------------------------------------------------------
@@ -625,6 +618,9 @@ def _intercepted(function: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map(innermost, (args, kwargs))
     if any(map(_carries, (*args, *kwargs.values()))):
         return _on_jets(function, args, kwargs)
+    if any(isinstance(a, Tensor) and in_graph(a) for a in args):
+        with recording(torch.is_grad_enabled()):  # no jets: torch's own graph goes through it
+            return _apply(function, *args, **kwargs)
     return _apply(function, *args, **kwargs)
 
 

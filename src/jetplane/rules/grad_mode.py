@@ -15,15 +15,15 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._torch import below_autograd, made_without_grad, tracking_views, tree_map, user_keys
 from ..errors import DerivativeError
-from ..jets import WRITTEN, Jet, Space, innermost
+from ..jets import WRITTEN, Jet, Space, innermost, saving
 
 _running = threading.local()  # spaces: those of the evaluations that are under way in this thread
 
@@ -36,10 +36,38 @@ def forward_only() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def autograd() -> Iterator[None]:
-    """Run code with autograd inside of `forward_only`: for rules that ask it for the derivatives of one operator."""
+def autograd(enabled: bool = True) -> Iterator[None]:
+    """Run code with autograd inside of `forward_only`: for rules that ask it for the derivatives of one operator.
+
+    Args:
+        enabled: the grad mode.
+    """
     # Leaving inference mode gives back autograd's dispatch keys.
-    with torch.inference_mode(False), torch.enable_grad(), tracking_views():
+    with torch.inference_mode(False), torch.set_grad_enabled(enabled), tracking_views():
+        yield
+
+
+def in_graph(x: Tensor, params: Collection[int] = ()) -> bool:
+    """Whether a tensor starts or continues a graph of a closure's own, which parameters and their views do not.
+
+    Args:
+        x: the tensor.
+        params: identities of tensors that are parameters beside those of modules.
+    """
+    if not x.requires_grad:
+        return False
+    owner = x._base if x._is_view() else x
+    return not isinstance(owner, nn.Parameter) and id(owner) not in params
+
+
+@contextlib.contextmanager
+def recording(enabled: bool) -> Iterator[None]:
+    """Run a function of the user's with `autograd`, which keeps its results for the way back.
+
+    Args:
+        enabled: the grad mode.
+    """
+    with saving(), autograd(enabled):
         yield
 
 
