@@ -54,7 +54,7 @@ def in_graph(x: Tensor, params: Collection[int] = ()) -> bool:
         x: the tensor.
         params: identities of tensors that are parameters beside those of modules.
     """
-    if not x.requires_grad:
+    if not x.requires_grad or isinstance(x, nn.Parameter):
         return False
     owner = x._base if x._is_view() else x
     return not isinstance(owner, nn.Parameter) and id(owner) not in params
