@@ -35,7 +35,7 @@ def export(path):
 
 def train(path):
     """Losses of a training by the program, and NumPy."""
-    import onnxruntime
+    import onnxruntime  # pyright: ignore[reportMissingImports]
 
     session = onnxruntime.InferenceSession(path)
     names = [one.name for one in session.get_inputs()]

@@ -17,9 +17,9 @@ RATE = 0.3
 
 def run(steps):
     """The monitor after a training."""
-    digits = load_digits()
-    x = torch.tensor(digits.data[:300] / 16 - 0.3).float()
-    y = torch.nn.functional.one_hot(torch.tensor(digits.target[:300]), 10).float()
+    images, labels = load_digits(return_X_y=True)
+    x = torch.tensor(images[:300] / 16 - 0.3).float()
+    y = torch.nn.functional.one_hot(torch.tensor(labels[:300]), 10).float()
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Tanh(), torch.nn.Linear(32, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)

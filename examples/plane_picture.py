@@ -25,13 +25,13 @@ import jetplane as jp
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
     """512 of scikit-learn's images of handwritten digits as rows of 64 numbers from 0 to 1, and their labels."""
-    data = load_digits()
-    return torch.tensor(data.data[:512] / 16, dtype=torch.float32), torch.tensor(data.target[:512])
+    images, labels = load_digits(return_X_y=True)
+    return torch.tensor(images[:512] / 16, dtype=torch.float32), torch.tensor(labels[:512])
 
 
 def main(arguments: list[str] | None = None) -> float:
     """Draw the picture; returns by how much the loss falls, as promised by the model and in fact, as a ratio."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, default=Path("plane.png"))
     parser.add_argument("--grid", type=int, default=61, help="points along each side")
     args = parser.parse_args(arguments)
