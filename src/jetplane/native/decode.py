@@ -15,7 +15,7 @@ from .process import Maps, read
 @functools.cache
 def _context() -> Any:
     try:
-        import pypcode
+        import pypcode  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MissingPackageError(
             "jp.compiled needs pypcode and llvmlite, which are not installed: pip install 'jetplane[native]'"
