@@ -6,6 +6,7 @@ import bisect
 import ctypes
 import functools
 import hashlib
+import mmap
 import re
 import shutil
 import struct
@@ -74,8 +75,10 @@ class Maps:
         found, last = [], None
         for r in self.regions:
             behind = last is not None and not r.path and r.start == last.end and last.path == module.path
-            if (r.path == module.path or behind) and "w" in r.rights:
-                found.append((r.start, r.end))
+            # Memory of others may lie next to it, and may be given back at any time.
+            end = min(r.end, module.end)
+            if (r.path == module.path or behind) and "w" in r.rights and r.start < end:
+                found.append((r.start, end))
             last = r
         return found
 
@@ -106,6 +109,14 @@ class Module:
         if not Path(self.path).exists():
             return None
         return hashlib.sha256(Path(self.path).read_bytes()).hexdigest()[:24]
+
+    @functools.cached_property
+    def end(self) -> int:
+        """Where its memory ends, with its zeroed data: by the file, since other mappings may follow without a gap."""
+        try:
+            return self.base + _extent(Path(self.path).read_bytes())
+        except (OSError, struct.error):
+            return self.base
 
     @functools.cached_property
     def symbols(self) -> list[Symbol]:
@@ -157,6 +168,14 @@ class Module:
 @functools.cache
 def _module(path: str, base: int) -> Module:
     return Module(path, base)
+
+
+def _extent(data: bytes) -> int:
+    """How far the segments of an ELF file reach in memory, in whole pages."""
+    (offset,), (size, count) = struct.unpack_from("<Q", data, 32), struct.unpack_from("<HH", data, 54)
+    headers = [struct.unpack_from("<IIQQQQQQ", data, offset + n * size) for n in range(count)]
+    last = max((h[3] + h[6] for h in headers if h[0] == 1), default=0)  # PT_LOAD: virtual address and size in memory
+    return -(-last // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def _functions(data: bytes, base: int) -> list[Symbol]:
