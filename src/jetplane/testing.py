@@ -65,11 +65,14 @@ def central_differences(
     """
     k = tangents[0].shape[0]
     before = [p.detach().clone() for p in params]
+    leaves = [p for p in params if p.is_leaf and p.requires_grad]
 
     def at(*moves: tuple[int, float]) -> Tensor:
         with torch.no_grad():
             for p, b, t in zip(params, before, tangents, strict=True):
                 p.copy_(b + sum(a * t[i] for i, a in moves))
+        for p in leaves:  # no graph from them, which refuses some writes to views
+            p.requires_grad_(False)
         with torch.enable_grad():  # the closure may take derivatives itself
             return closure().detach()
 
@@ -91,6 +94,8 @@ def central_differences(
         with torch.no_grad():
             for p, b in zip(params, before, strict=True):
                 p.copy_(b)
+        for p in leaves:
+            p.requires_grad_()
     return PlaneModel(loss, slopes, torch.stack(rows))
 
 

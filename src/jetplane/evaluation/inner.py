@@ -56,6 +56,18 @@ def recording(
 _nothing = contextlib.nullcontext()
 
 
+def refuse(func: Any) -> None:
+    """Refuse derivatives by a graph where jets are recorded in one themselves, and the two would be one.
+
+    Raises:
+        DerivativeError: the function takes such derivatives.
+    """
+    if func in _REFUSED:
+        _refuse(_REFUSED[func])
+    if func is torch.autograd.grad and _caller() != TRANSFORMS:
+        _refuse("torch.autograd.grad")
+
+
 def _starts(values: Iterable[Any], params: Collection[int]) -> bool:
     for x in values:
         if isinstance(x, Tensor):

@@ -240,6 +240,8 @@ class Interception(TorchFunctionMode):
         if func == _SET_DATA:
             args = self._given_data(*args)
         try:
+            if self.space.recorded:
+                inner.refuse(func)
             if transform_level() is not None or self.space.recorded:
                 return self._called(func, args, kwargs)
             with inner.recording(func, args, kwargs, lost=self.space.graph_lost):
