@@ -53,7 +53,11 @@ def _functions(frame: FrameType) -> Iterator[Any]:
     yield from frame.f_locals.values()  # variables of enclosing functions, too
 
 
-_BETWEEN = ("jetplane.", "torch._ops", "torch.overrides", "torch.utils._python_dispatch")
+# torch's own tests wrap the calling of scripts.
+_BETWEEN = (
+    "jetplane.", "torch._ops", "torch.overrides", "torch.utils._python_dispatch", "torch.jit.",
+    "torch.testing._internal",
+)  # fmt: skip
 
 
 def _detaches(script: Any) -> bool:
