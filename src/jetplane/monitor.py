@@ -153,8 +153,8 @@ class CurvatureMonitor:
         report: called with each `CurvatureReading`.
         prefix: of the names that the writer gets.
         chunk: directions carried at a time; see `jetplane.evaluate`.
-        audit: "first" holds the slope of the closure against differences of its loss before the first reading, some ten
-            forward passes; "never" does not. See `jetplane.audit`.
+        audit: "first" holds the slope of the closure against differences of its loss before the first reading, five to
+            nine forward passes; "never" does not. See `jetplane.audit`.
         generators: of random numbers that the closure draws from besides torch's own; see `jetplane.evaluate`.
 
     Attributes:

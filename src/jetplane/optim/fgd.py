@@ -40,7 +40,7 @@ class FGD(PlaneOptimizer):
         chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`.
         compile: run every step but the first as one compiled graph (`torch.compile`, ``fullgraph=True``).
         audit: "first" holds the slope of a closure against differences of its loss before its first step, and again
-            where its code, the parameters that move or the mode of its modules change: about ten forward passes, see
+            where its code, the parameters that move or the mode of its modules change: five to nine forward passes, see
             `jetplane.audit`; "always" does so before every step, "never" not at all.
         generators: of random numbers that the closure draws from besides torch's own; see `jetplane.evaluate`.
         process_group: of `torch.distributed`, whose ranks have a shard of each batch each, or a `DeviceMesh` with

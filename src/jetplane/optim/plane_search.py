@@ -113,7 +113,7 @@ class PlaneSearch(PlaneOptimizer):
         descent: a `jetplane.descent.Spectral` or its name: "damped", "saddle-free", "newton".
         search: a `jetplane.search.Search`.
         audit: "first" holds the slope of a closure against differences of its loss before its first step, and again
-            where its code, the parameters that move or the mode of its modules change: about ten forward passes, see
+            where its code, the parameters that move or the mode of its modules change: five to nine forward passes, see
             `jetplane.audit`; "always" does so before every step, "never" not at all.
         generators: of random numbers that the closure draws from besides torch's own; see `jetplane.evaluate`.
         process_group: processes that step together, each with its shard of the batch, or a `DeviceMesh`; see
