@@ -379,3 +379,21 @@ def test_several_evaluations_at_once():
         torch.testing.assert_close(found[n].curvature, alone.curvature, rtol=1e-12, atol=1e-14)
     assert [type(p) for p in params] == before
     assert all(type(t) is torch.Tensor for t in tree_leaves([found[0].slope, found[0].curvature]))
+
+
+ROWS = [torch.ones(2, 3).double(), torch.ones(4, 3).double()]
+NESTED = {
+    "strided": lambda w: torch.nested.nested_tensor(ROWS).matmul(w).to_padded_tensor(0.0).square().sum(),
+    "strided, of jets": lambda w: torch.nested.as_nested_tensor([x @ w for x in ROWS]).to_padded_tensor(0.0).sum(),
+    "jagged, of jets": lambda w: (
+        torch.nested.as_nested_tensor([x @ w for x in ROWS], layout=torch.jagged).values().sum()
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("name", NESTED)
+def test_other_nested_tensors_are_refused(name):
+    w = torch.eye(3).double().requires_grad_()
+    with pytest.raises(jp.DerivativeError, match="nested|Nested"):
+        jp.evaluate(lambda: NESTED[name](w), [w], [torch.ones(1, 3, 3).double()], "none")

@@ -54,6 +54,7 @@ from .context import at_depth
 NOBODY = ("handlers returned NotImplemented", "no implementation found for", "'Jet'", "jetplane.jets.jet.Jet")
 IN_SCRIPT = "failed in the TorchScript interpreter"
 RECOMPUTED = "torch.utils.checkpoint: Recomputed values"
+INTERNAL = ("NestedTensorImpl", "INTERNAL ASSERT FAILED")  # of torch, which takes a jet for one of its own
 NO_MEMORY = ("its data is not allocated yet", "instance of type Jet", "invalid python storage")
 
 # Ways out of torch on which a jet's coefficients would be lost.
@@ -352,6 +353,12 @@ def _translated(error: BaseException) -> DerivativeError | None:
         refused = DerivativeError(
             "torch.autograd.grad inside a forward-only evaluation goes through torch.utils.checkpoint, which computes "
             "anew without it: call the function itself. An evaluation stores nothing for a backward pass anyway"
+        )
+    elif any(words in text for words in INTERNAL):
+        refused = DerivativeError(
+            f"torch failed inside of an operator that a tensor with derivatives entered: {text.splitlines()[0]} Nested "
+            "tensors are carried with layout=torch.jagged; make them of a tensor that depends on the parameters by "
+            "torch.nested.nested_tensor_from_jagged(values, offsets)"
         )
     else:
         return None
