@@ -382,11 +382,12 @@ def test_several_evaluations_at_once():
 
 
 ROWS = [torch.ones(2, 3).double(), torch.ones(4, 3).double()]
+as_nested = torch.nested.as_nested_tensor
 NESTED = {
     "strided": lambda w: torch.nested.nested_tensor(ROWS).matmul(w).to_padded_tensor(0.0).square().sum(),
-    "strided, of jets": lambda w: torch.nested.as_nested_tensor([x @ w for x in ROWS]).to_padded_tensor(0.0).sum(),
+    "strided, of jets": lambda w: as_nested([x @ w for x in ROWS]).to_padded_tensor(0.0).sum(),
     "jagged, of jets": lambda w: (
-        torch.nested.as_nested_tensor([x @ w for x in ROWS], layout=torch.jagged).values().sum()
+        as_nested([x @ w for x in ROWS], layout=torch.jagged).values().sum()
     ),
 }
 
