@@ -386,9 +386,7 @@ as_nested = torch.nested.as_nested_tensor
 NESTED = {
     "strided": lambda w: torch.nested.nested_tensor(ROWS).matmul(w).to_padded_tensor(0.0).square().sum(),
     "strided, of jets": lambda w: as_nested([x @ w for x in ROWS]).to_padded_tensor(0.0).sum(),
-    "jagged, of jets": lambda w: (
-        as_nested([x @ w for x in ROWS], layout=torch.jagged).values().sum()
-    ),
+    "jagged, of jets": lambda w: as_nested([x @ w for x in ROWS], layout=torch.jagged).values().sum(),
 }
 
 
