@@ -226,3 +226,24 @@ def test_what_is_kept_is_an_ordinary_tensor():
     jp.evaluate(closure, list(net.parameters()), jp.Directions(1))
     assert type(kept[0]) is torch.Tensor and not kept[0].requires_grad
     net(kept[0]).sum().backward()
+
+
+THROUGH = {
+    "laplacian": lambda net, x: jp.laplacian(net, x, batch_dim=0).sum(),
+    "jvp": lambda net, x: jp.jvp(net, (x,), (torch.ones_like(x),))[1].sum(),
+    "torch.func.grad": lambda net, x: torch.func.grad(lambda z: net(z).square().sum())(x).sum(),
+}
+
+
+@pytest.mark.parametrize("name", THROUGH)
+def test_a_graph_through_other_derivatives_is_refused(name):
+    """They keep no graph of their own inside of an evaluation: a part of the gradient would be left out."""
+    net = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)).double()
+
+    def loss():
+        x = torch.ones(3, 2).double().requires_grad_()
+        u = net(x).sin().sum() + THROUGH[name](net, x)
+        return torch.autograd.grad(u, x, create_graph=True)[0].square().sum()
+
+    with pytest.raises(jp.DerivativeError, match="may be cut by"):
+        jp.evaluate(loss, list(net.parameters()), jp.Directions(2))

@@ -101,9 +101,9 @@ def _differentiating(args: Any, kwargs: dict[str, Any], lost: str) -> Any:
         )
     if lost:
         raise DerivativeError(
-            f"torch.autograd.grad inside a forward-only evaluation, whose graph is cut by {lost}: its derivative would "
-            "lack a part. Use torch functions there (torch.cat or torch.stack in place of a buffer), or differentiate "
-            "by torch.func.grad or jetplane.jvp"
+            f"torch.autograd.grad inside a forward-only evaluation, whose graph may be cut by {lost}: its derivative "
+            "would lack a part. Use torch functions there (torch.cat or torch.stack in place of a buffer), or "
+            "differentiate by torch.func.grad or jetplane.jvp"
         )
     return _recording(True)
 

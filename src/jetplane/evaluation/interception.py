@@ -216,6 +216,8 @@ class Interception(TorchFunctionMode):
         if transform_level() is None:  # else operators are intercepted where they meet the parameters themselves
             args = tuple(self.replaced(a) for a in args)
             kwargs = {name: self.replaced(a) for name, a in kwargs.items()} if kwargs else kwargs
+        else:
+            self.space.graph_lost = self.space.graph_lost or "a transform of torch.func"
         if func in _EXITS and args and isinstance(args[0], Jet):
             if grad_mode.stopped(args[0].space):
                 return func(innermost(args[0]), *args[1:], **kwargs)

@@ -78,6 +78,8 @@ def evaluation(space: Space) -> Iterator[None]:
     stopping = [] if torch.is_grad_enabled() else [s for s in outer if not s.stopped]
     for s in stopping:
         s.stopped = True
+    for s in outer:
+        s.graph_lost = s.graph_lost or "a function of jetplane's"
     _running.spaces = [*outer, space]
     space.made = deque()
     try:
