@@ -8,7 +8,7 @@ import torch
 
 import jetplane as jp
 
-np = pytest.importorskip("numpy")
+np = pytest.importorskip("numpy", reason="jetplane.control needs NumPy")
 pytest.importorskip("scipy", reason="jetplane.control needs SciPy")
 
 from examples.control import CASES  # noqa: E402
@@ -580,7 +580,7 @@ class TestSolving:
 
     @needs_ipopt
     def test_picture(self, tmp_path):
-        pytest.importorskip("matplotlib")
+        pytest.importorskip("matplotlib", reason="pictures need it")
         sol = double_integrator().solve(mesh=(3, 3))
         sol.plot(tmp_path / "a.png")
         assert (tmp_path / "a.png").stat().st_size > 10_000

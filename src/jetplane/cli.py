@@ -168,8 +168,9 @@ def demo(
     folder = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     if folder.exists() and any(folder.iterdir()):
         raise RunFolderError(f"{folder} exists; name another folder with --out")
+    each = f"{seeds} seed{'s' if seeds > 1 else ''}"
     console.print(
-        f"{len(demonstration.SHOWN)} methods on {len(demonstration.MODELS)} models, {seeds} seeds, "
+        f"{len(demonstration.SHOWN)} methods on {len(demonstration.MODELS)} models, {each}, "
         f"{demonstration.EPOCHS} epochs: about {demonstration.MINUTES * seeds / demonstration.SEEDS:.1g} minutes"
     )
     folders: list[Path] = []
@@ -187,7 +188,7 @@ def demo(
             folders += here
     runs = [report.Finished.read(f) for f in folders]
     picture = folder / "curves.png"
-    title = f"Forward passes only, and backprop beside them: handwritten digits, 8 × 8; {seeds} seeds"
+    title = f"Forward passes only, and backprop beside them: handwritten digits, 8 × 8; {each}"
     report.draw(runs, picture, title)
     _show(runs)
     console.print(f"curves  {picture.resolve()}", soft_wrap=True)
