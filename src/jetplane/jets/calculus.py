@@ -19,6 +19,7 @@ from . import infinite
 from .coefficients import Coefficients, absent, condensed, outer, plain, symmetric, writable
 from .coefficients import jointly as jointly_coefficients
 from .jet import Jet, carried, is_jet, make, parts, precise
+from .pairs import Sums
 from .recorded import TraceChain
 from .space import Space
 
@@ -141,10 +142,14 @@ def _in_blocks(
     singular: bool,
 ) -> Any:
     """`chain`, some elements at a time: the derivatives stay in the cache and take no memory of the result's size."""
-    structure = space.structure
-    if not x1 or x1.sparse is not None or (x2 and (x1.rows is not None or x2.rows is not None)):
+    structure, sparse = space.structure, x1.sparse
+    if sparse is not None and space.order == 2:
+        if not structure.is_trace:
+            return NotImplemented
+        structure = Sums.trace(len(sparse.rows))
+    if not x1 or (x2 and (x1.rows is not None or x2.rows is not None)):
         return NotImplemented
-    first, second = condensed(x1.tensor), x2.tensor if x2 else None
+    first, second = condensed(x1.tensor if sparse is None else sparse.rows), x2.tensor if x2 else None
     shared = first.dim() > 1 and first.shape[1] < p.shape[0] and first.shape[2:] == p.shape[1:]  # by all points
     held = [t for t in (p, y, first, second) if t is not None]
     if not writable(*held) or not all(t.is_contiguous() for t in held) or not (shared or first.shape[1:] == p.shape):
@@ -184,6 +189,8 @@ def _in_blocks(
                 structure.add_outer(products, c, c)
             new.addcmul_(products, d2)
     y1 = y1.view(first.shape[0], *y.shape)
+    if sparse is not None:
+        y1 = sparse.with_rows(y1)
     y2 = None if y2 is None else y2.view(structure.count, *y.shape)
     return make(y, Coefficients(space, 1, y1, x1.rows), Coefficients(space, 2, y2), space)
 

@@ -313,6 +313,14 @@ class Coefficients:
         """
         return self._new(self.held.moved(f), False) if isinstance(self.held, Sparse) else self.map(f)
 
+    def cut(self, f: Callable[[Tensor], Sequence[Tensor]], count: int) -> list[Coefficients]:
+        """Those of the ``count`` parts that f cuts a value into; f acts on a stack (m, *S), of integers too."""
+        if self.held is None:
+            return [self] * count
+        if isinstance(self.held, Sparse):
+            return [self.moved(lambda c, n=n: f(c)[n]) for n in range(count)]
+        return [Coefficients(self.space, self.order, part, self.rows) for part in f(self.tensor)]
+
     def summed(self, f: Callable[[Tensor], Tensor], dims: Sequence[int], keepdim: bool, share: float) -> Coefficients:
         """Sums over axes of the value, times a number.
 
@@ -650,8 +658,12 @@ def joined(
     there = [c for c in several if c]
     if not there:
         return several[0]
-    tensors = [c.tensor if c else None for c in several]
     same = all(c.rows == there[0].rows and c.dtype == dtype for c in there)
+    if same and all(c.sparse is not None for c in there):
+        found = Sparse.joined([c.sparse or size for c, size in zip(several, sizes, strict=True)], shape)
+        if found is not None:
+            return there[0]._new(found)
+    tensors = [c.tensor if c else None for c in several]
     if not same or not plain(*tensors) or torch.compiler.is_compiling():
         return None
     return Coefficients(

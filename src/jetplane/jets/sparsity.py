@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .structured import Tangents
 
-WORTH = 2  # rows are kept where they are at most K over this: the bookkeeping and merging are paid by then
+WORTH = 3  # rows are kept where they are at most K over this: the bookkeeping and merging are paid by then
 
 
 def _aligned(c: Tensor, ndim: int) -> Tensor:
@@ -42,11 +42,10 @@ def _constant(c: Tensor) -> Tensor:
 class Sparse(Tangents):
     """K first coefficients of shape S, of which element e has ``rows[r, e]`` along direction ``directions[r, e]``.
 
-    Where an element has two rows for one direction, one of them is zero.
-
     Args:
         rows: (R, *S).
-        directions: integers from 0 to K - 1 on the CPU, of a shape that broadcasts to that of the rows.
+        directions: integers on the CPU, of a shape that broadcasts to that of the rows: those of an element differ,
+            from 0 to K - 1, or are K where the row is zero.
         k: K.
 
     >>> import torch
@@ -71,7 +70,7 @@ class Sparse(Tangents):
         """
         there = (numbers >= 0) & (numbers < k)
         one = like.new_ones(()) if bool(there.all()) else there.to(like.device, like.dtype)
-        return Sparse(one.expand(like.shape)[None], numbers.clamp(0, k - 1)[None], k)
+        return Sparse(one.expand(like.shape)[None], numbers.where((numbers >= 0) & (numbers < k), k)[None], k)
 
     @property
     def k(self) -> int:
@@ -88,8 +87,8 @@ class Sparse(Tangents):
         directions = _aligned(self.directions, rows.dim() - 1).to(rows.device)
         shape = torch.broadcast_shapes(rows.shape, directions.shape)
         rows, directions = rows.expand(shape), directions.expand(shape)
-        whole = rows.new_zeros(self.k, *shape[1:]).scatter_add(0, directions, rows)
-        return whole.expand(self.shape)
+        whole = rows.new_zeros(self.k + 1, *shape[1:]).scatter(0, directions, rows)
+        return whole[: self.k].expand(self.shape)
 
     def to(self, dtype: torch.dtype) -> Sparse:
         """The same in another dtype."""
@@ -104,7 +103,11 @@ class Sparse(Tangents):
     def moved(self, on_stack: Callable[[Tensor], Tensor]) -> Sparse:
         """A function that moves, repeats and picks elements of a stack (n, *S)."""
         rows = on_stack(self.rows)
-        directions = on_stack(_aligned(self.directions, self.rows.dim() - 1).expand(self.rows.shape))
+        directions = _constant(on_stack(_aligned(self.directions, self.rows.dim() - 1).expand(self.rows.shape)))
+        for d in range(1, directions.dim()):  # a copy is not seen to be constant, along the axis of points say
+            one = directions.narrow(d, 0, 1)
+            if directions.shape[d] > 1 and bool((directions == one).all()):
+                directions = one
         return Sparse(rows, directions, self.k)
 
     def same(self, other: Sparse) -> bool:
@@ -125,17 +128,17 @@ class Sparse(Tangents):
         if (len(a) + len(b)) * WORTH > self.k:
             return None
         ours, theirs = list(a.unbind()), list((b * alpha if alpha != 1 else b).unbind())
+        of_b = of_b.expand(len(of_b), *torch.broadcast_shapes(of_a.shape[1:], of_b.shape[1:])).clone()
         for m in range(len(theirs)):
             for n in range(len(ours)):
-                equal = of_a[n] == of_b[m]
+                equal = (of_a[n] == of_b[m]) & (of_b[m] < self.k)
                 if bool(equal.any()):
                     shared = equal.to(b.device)
                     ours[n], theirs[m] = ours[n] + theirs[m] * shared, theirs[m] * ~shared
+                    of_b[m][equal] = self.k
         shape = torch.broadcast_shapes(a.shape[1:], b.shape[1:])
-        numbers = torch.broadcast_shapes(of_a.shape[1:], of_b.shape[1:])
         rows = torch.stack([row.expand(shape) for row in (*ours, *theirs)])
-        directions = torch.cat([of.expand(len(of), *numbers) for of in (of_a, of_b)])
-        return Sparse(rows, directions, self.k)
+        return Sparse(rows, torch.cat([of_a.expand(len(of_a), *of_b.shape[1:]), of_b]), self.k)
 
     # --- functions that mix elements ----------------------------------------------------------------------
 
@@ -152,20 +155,20 @@ class Sparse(Tangents):
                 continue
             candidates = directions.movedim(d, 1).flatten(0, 1)  # (R m, *others), those along the axis
             ordered = candidates.sort(0).values
-            new = torch.ones_like(ordered, dtype=torch.bool)
-            new[1:] = ordered[1:] != ordered[:-1]
-            place = new.cumsum(0) - 1
-            count = int(place.max()) + 1
+            new = ordered < self.k
+            new[1:] &= ordered[1:] != ordered[:-1]
+            count = max(int(new.sum(0).max()), 1)
             if count * WORTH > self.k:
                 return None
-            union = torch.full((count, *ordered.shape[1:]), -1, dtype=ordered.dtype)
-            union.scatter_(0, place, ordered)
+            place = (new.cumsum(0) - 1).where(ordered < self.k, count)  # of each direction among those of its element
+            union = torch.full((count + 1, *ordered.shape[1:]), self.k).scatter(0, place, ordered)[:count]
             union = union.unsqueeze(d if d < -1 else union.dim())
             rows = []
             for wanted in union.unbind():
-                terms = [row * (of == wanted).to(row.device) for row, of in zip(found.rows, directions, strict=True)]
+                there = zip(found.rows, (directions == wanted) & (wanted < self.k), strict=True)
+                terms = [row * is_this.to(row.device) for row, is_this in there]
                 rows.append(torch.stack(terms).sum(0) if len(terms) > 1 else terms[0])
-            found = Sparse(torch.stack(rows), union.clamp(min=0), self.k)
+            found = Sparse(torch.stack(rows), union, self.k)
         return found
 
     def summed(self, dims: Sequence[int]) -> Tensor | Sparse:
@@ -173,18 +176,19 @@ class Sparse(Tangents):
         within = self.gathered(dims)
         if within is not None:
             return within.with_rows(within.rows.sum(list(dims), keepdim=True))
-        directions = _aligned(self.directions, self.rows.dim() - 1)
-        positive = sorted(d % (self.rows.dim() - 1) for d in dims)
-        if any(directions.shape[d + 1] > 1 for d in range(self.rows.dim() - 1) if d not in positive):
-            return self.materialized().sum(list(dims), keepdim=True)
-        kept = [1 if d in positive else n for d, n in enumerate(self.rows.shape[1:])]
-        total = self.rows.new_zeros(self.k, *kept)
-        last = range(1, len(positive) + 1)
-        for row, of in zip(self.rows, directions, strict=True):
-            of = of.expand([n if d in positive else 1 for d, n in enumerate(row.shape)]).flatten().to(row.device)
-            along = row.movedim(positive, [n - 1 for n in last]).flatten(0, len(positive) - 1)
-            total = total.index_add(0, of, along.reshape(-1, *kept))
-        return total
+        ndim = self.rows.dim() - 1
+        axes = sorted(d % ndim + 1 for d in dims)
+        directions = _aligned(self.directions, ndim)
+        sizes = zip(self.rows.shape, directions.shape, strict=True)
+        directions = directions.expand([n if d in axes else m for d, (n, m) in enumerate(sizes)])
+
+        def terms(c: Tensor) -> Tensor:  # of one sum, one behind the other
+            moved = c.movedim(axes, list(range(1, len(axes) + 1))).flatten(0, len(axes))
+            return moved.reshape(len(moved), *(1 if d + 1 in axes else n for d, n in enumerate(c.shape[1:])))
+
+        rows = terms(self.rows)
+        numbers = terms(directions).to(rows.device).expand(rows.shape)
+        return rows.new_zeros(self.k + 1, *rows.shape[1:]).scatter_add(0, numbers, rows)[: self.k]
 
     def inner(self, other: Sparse) -> Tensor | None:
         """``sum_k a_k b_k`` at each element, (1, *S); None where the directions differ."""
@@ -198,26 +202,26 @@ class Sparse(Tangents):
         return total
 
     @staticmethod
-    def joined(parts: Sequence[Sparse], dim: int) -> Sparse | None:
-        """Values side by side along an axis (a negative number); None where that has too many rows to pay."""
-        k, count = parts[0].k, max(len(part.rows) for part in parts)
+    def joined(parts: Sequence[Sparse | int], shape: Sequence[int]) -> Sparse | None:
+        """Values side by side along their last axis; None where that has too many rows to pay.
+
+        Args:
+            parts: of each value, or its size along the axis where it has none.
+            shape: of the result.
+        """
+        some = [part for part in parts if isinstance(part, Sparse)]
+        k, count, one = some[0].k, max(len(part.rows) for part in some), some[0].rows
         if count * WORTH > k:
             return None
-        stacks = []
+        none = torch.full([1] * one.dim(), k)
+        rows, numbers = [], []
         for part in parts:
+            if isinstance(part, int):
+                part = Sparse(one.new_zeros(()).expand(1, *shape[:-1], part), none, k)
             missing = count - len(part.rows)
-            directions = _aligned(part.directions, part.rows.dim() - 1)
-            pad = (0, 0) * (part.rows.dim() - 1) + (0, missing)
-            rows = torch.nn.functional.pad(part.rows, pad) if missing else part.rows
-            stacks.append((rows, torch.cat([directions, directions[:1].expand(missing, *directions.shape[1:])])))
-        outer = torch.broadcast_shapes(
-            *(of.movedim(dim, -1)[..., :1].movedim(-1, dim).shape[1:] for _, of in stacks)
-        )
-        numbers = []
-        for rows, of in stacks:
-            shape = [*outer]
-            shape[dim] = rows.shape[dim]
-            numbers.append(of.expand(count, *shape))
-        return Sparse(torch.cat([rows for rows, _ in stacks], dim), torch.cat(numbers, dim), k)
-
-
+            of = _aligned(part.directions, len(shape))
+            rows.append(torch.cat([part.rows, part.rows.new_zeros(()).expand(missing, *part.rows.shape[1:])]))
+            numbers.append(torch.cat([of, none.expand(missing, *of.shape[1:])]))
+        lead = torch.broadcast_shapes(*(of.shape[:-1] for of in numbers))
+        numbers = [of.expand(*lead, row.shape[-1]) for row, of in zip(rows, numbers, strict=True)]
+        return Sparse(torch.cat(rows, -1), torch.cat(numbers, -1), k)

@@ -270,9 +270,9 @@ FOLDED: dict[str, int] = {
 
 # those that move, repeat and pick elements
 MOVES = set(
-    "view _unsafe_view view_as reshape_as expand clone contiguous alias transpose.int permute numpy_T unsqueeze squeeze "
-    "squeeze.dim squeeze.dims select.int slice.Tensor narrow diagonal unfold flip roll rot90 repeat gather index.Tensor "
-    "_unsafe_index.Tensor index_select take".split()
+    "view _unsafe_view view_as reshape_as expand clone contiguous alias transpose.int permute numpy_T unsqueeze "
+    "squeeze squeeze.dim squeeze.dims select.int slice.Tensor narrow diagonal unfold flip roll rot90 repeat gather "
+    "index.Tensor _unsafe_index.Tensor index_select take".split()
 )
 
 
@@ -434,10 +434,7 @@ def _several(space: Space, x: Any, cut: Callable[[Tensor, bool], Sequence[Tensor
     """The parts that a tensor is cut into, as views: ``cut`` acts on the primal, or (True) on a stack."""
     p, x1, x2 = parts(x, space)
     ys = cut(p, False)
-    firsts, seconds = (
-        [Coefficients(space, c.order, part, c.rows) for part in cut(c.tensor, True)] if c else [c] * len(ys)
-        for c in (x1, x2)
-    )
+    firsts, seconds = (c.cut(lambda stack: cut(stack, True), len(ys)) for c in (x1, x2))
     return [mark_view(make(y, f, s, space), x) for y, f, s in zip(ys, firsts, seconds, strict=True)]
 
 

@@ -6,6 +6,7 @@ evaluated on a plane. Where grad mode is on, results have a graph to whatever re
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,11 +20,25 @@ from ..evaluation.context import expansion
 from ..evaluation.interception import Interception
 from ..evaluation.leaving import plain_result
 from ..evaluation.specification import Pairs, PlaneSpec
-from ..jets import Diagonal, Jet, PairStructure, Space, Sums, Tangents, carried, parts, promoted
+from ..jets import (
+    Coefficients,
+    Diagonal,
+    Jet,
+    PairStructure,
+    Space,
+    Sparse,
+    Sums,
+    Tangents,
+    carried,
+    parts,
+    promoted,
+)
 from .arguments import Argnums, Call, Directions, call_of
 from .compiling import uncompiled
 from .costs import Chunk, check_chunk, directions_at_a_time, in_turn, runs_of
 from .estimates import Estimate, sampled
+
+_log = logging.getLogger("jetplane.transforms")
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,8 @@ def along(
             if order == 2:
                 found[2].append(second.full(p.shape, p.dtype, p.device))
         aux = _primals(aux, space)
+    if space.materialized and any(isinstance(v, Sparse) for v in tangents):
+        _log.info("%s: coefficients are dense from %s on", call.name, ", ".join(space.materialized))
     if space.level == 1:
         found = [[_released(t) for t in ts] for ts in found]
         aux = _map(_released, aux)
