@@ -272,7 +272,7 @@ class Coefficients:
         self.owned = not (isinstance(self.held, Tensor) and 0 in self.held.stride())  # expanded memory is shared
         return self
 
-    def _new(self, held: Tensor, owned: bool = True) -> Coefficients:
+    def _new(self, held: Tensor | Tangents, owned: bool = True) -> Coefficients:
         return Coefficients(self.space, self.order, held, self.rows, owned)
 
     def _owns(self, *others: Any) -> bool:
