@@ -122,7 +122,7 @@ _innermost_transform: Any = _taken("torch", "_C._functorch.peek_interpreter_stac
 def transform_around() -> str | None:
     """The name of the innermost transform of torch.func that the code runs in; None outside of all."""
     found = _innermost_transform()
-    return None if found is None else found.key().name
+    return None if found == None else found.key().name  # noqa: E711  (a compiler finds "is None" false)
 
 
 # --- operators ----------------------------------------------------------------------------------------------
