@@ -188,6 +188,21 @@ def compiler_pieces() -> tuple[Any, Any]:
     )
 
 
+def private_functions_offered() -> bool:
+    """Have the compiler offer torch's private functions, such as ``torch._weight_norm``, to function modes too.
+
+    Eager code does; a compiler that does not would pass parameters by interception. To be called in traced code, where
+    it runs as it is.
+    """
+    offered = _taken("torch._dynamo.variables.torch", "get_overridable_functions")()
+    offered.update(f for name in dir(_functions) if name[:1] == "_" != name[1:2] and callable(f := getattr(torch, name)))
+    return True
+
+
+private_functions_offered._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result sets: it imports
+_functions: Any = _taken("torch", "_C._VariableFunctions")
+
+
 def compiler_imported() -> bool:
     """Whether torch's compiler is imported, which takes seconds and happens at its first use."""
     return "torch._dynamo" in sys.modules

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .._torch import tree_map
+from .._torch import private_functions_offered, tree_map
 from ..directions import AbstractDirections
-from ..errors import ArgumentError, LossError
+from ..errors import ArgumentError, DerivativeError, LossError
 from ..jets import LOSS, MODEL, Deferred, Jet, LowRank, PairStructure, Partial, Space, Stacked, Tangents, carried
 from ..rules.dispatch import inside_loss
 from ..rules.losses import cross_entropy_whole, linear_cross_entropy
@@ -22,6 +23,13 @@ from .context import at_depth, nested
 from .interception import LINEAR_CROSS_ENTROPY, LOSSES
 from .plane import PlaneModel
 from .specification import PlaneSpec
+
+
+PASSED_BY = (
+    "in compiled code a tensor in a graph for reverse mode was met, and it may be made of a parameter by what a compiler "
+    "does not show: .T, .mT, .H, iteration, vmap, autograd functions. Expected functions (p.t(), p.transpose(-1, -2), "
+    "p.unbind()); detach() what comes from elsewhere, or evaluate without torch.compile"
+)
 
 
 class _CompiledInterception(TorchFunctionMode):
@@ -48,6 +56,8 @@ class _CompiledInterception(TorchFunctionMode):
                 return linear_cross_entropy(*args, **kwargs)
         if func is F.cross_entropy:
             func = cross_entropy_whole
+        elif func is Tensor.unflatten:  # whose super() a compiler does not follow
+            func = torch.unflatten
         return func(*args, **kwargs)
 
     def _entering(self, x: Any) -> Any:
@@ -61,11 +71,26 @@ class _CompiledInterception(TorchFunctionMode):
         if isinstance(x, self.kind):
             x = self.jets.get(id(x), x)
         if isinstance(x, Tensor) and x.requires_grad and self.space.level == 1:  # outer levels ask who it is
+            if self.jets and not isinstance(x, Jet) and not x.is_leaf:
+                raise DerivativeError(PASSED_BY)
             return x.detach()  # nothing is recorded for reverse mode
         return x
 
     def _constant(self, x: Any) -> Any:
         return x.primal if isinstance(x, Jet) else x
+
+
+_verified = threading.local()  # outside: whether the numbers of compiled evaluations are held against others
+
+
+@contextlib.contextmanager
+def verified() -> Iterator[None]:
+    """Compiled evaluations inside are held against eager ones by the caller."""
+    _verified.outside = True
+    try:
+        yield
+    finally:
+        _verified.outside = False
 
 
 def jets_of_parameters(
@@ -74,10 +99,13 @@ def jets_of_parameters(
     """The directions of a plane that a compiler traces, and the jets of the parameters that move, by identity.
 
     Raises:
-        ArgumentError: the directions are to be carried in chunks.
+        ArgumentError: the directions are to be carried in chunks; parameters that do not require grad, by which those
+            that pass by interception are told, unless the numbers are verified afterwards.
     """
     if spec.chunk is not None:
         raise ArgumentError("chunk= cannot be compiled; compile the evaluation of one chunk")
+    if not all(p.requires_grad for p in params) and not getattr(_verified, "outside", False):
+        raise ArgumentError("in compiled code expected parameters that require grad; requires_grad_() those that move")
     space = Space(structure, spec.order, nested() + 1, spec.gauss_newton, spec.examples)
     jets = {}
     with torch.no_grad():
@@ -134,6 +162,7 @@ def tracing(space: Space, jets: dict[int, Jet], params: Sequence[Tensor]) -> Ite
     kind = torch.nn.Parameter if all(isinstance(p, torch.nn.Parameter) for p in params) else Tensor
     if not torch.compiler.is_compiling():
         raise GraphBroken
+    private_functions_offered()
     with at_depth(space.level), torch.no_grad(), _CompiledInterception(jets, kind, space), torch.enable_grad():
         yield
 
@@ -151,6 +180,8 @@ def plane_of(loss: Any, space: Space, spec: PlaneSpec) -> PlaneModel:
     Raises:
         LossError: Gauss-Newton curvature met no loss function.
     """
+    if not isinstance(loss, Jet):
+        raise DerivativeError(PASSED_BY)
     if spec.gauss_newton and loss.kind == MODEL:
         raise LossError(NO_LOSS)
     value, first, second = loss.primal, loss.first_tensor, loss.second_tensor
