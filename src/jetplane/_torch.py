@@ -195,7 +195,9 @@ def private_functions_offered() -> bool:
     it runs as it is.
     """
     offered = _taken("torch._dynamo.variables.torch", "get_overridable_functions")()
-    offered.update(f for name in dir(_functions) if name[:1] == "_" != name[1:2] and callable(f := getattr(torch, name)))
+    offered.update(
+        f for name in dir(_functions) if name[:1] == "_" != name[1:2] and callable(f := getattr(torch, name))
+    )
     return True
 
 

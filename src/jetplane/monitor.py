@@ -333,6 +333,8 @@ class CurvatureMonitor:
     def plot(self, axes: Any) -> None:
         """Draw the edge of stability: the rate, and the critical rate beside it, over steps.
 
+        Readings without a critical rate are left out: steps uphill, and such along which the curvature is not positive.
+
         Args:
             axes: of matplotlib.
 
@@ -343,8 +345,8 @@ class CurvatureMonitor:
         if not shown:
             raise ArgumentError("nothing to draw: expected a reading of an optimizer with a rate, got none")
         steps = [r.step for r in shown]
-        critical = [r.critical_rate if math.isfinite(r.critical_rate) else math.nan for r in shown]
-        axes.plot(steps, critical, label="2 / curvature along the step", color="C0")
+        critical = [r.critical_rate if 0 < r.critical_rate < math.inf else math.nan for r in shown]
+        axes.plot(steps, critical, ".-", label="2 / curvature along the step", color="C0")
         axes.plot(steps, [r.rate for r in shown], label="rate", color="C1")
         axes.set(yscale="log", xlabel="step", ylabel="rate")
         axes.legend(frameon=False)

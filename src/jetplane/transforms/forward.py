@@ -108,7 +108,9 @@ def _of_graph(call: Call, returned: Any, space: Space, order: int) -> Expansion:
         for into, c, n in ((found[1], first, space.k), (found[2], second, space.structure.count)):
             into.append(value.new_zeros(n, *value.shape, dtype=carried(value.dtype)) if c is None else c)
         found[0].append(value)
-    return Expansion(found[0], found[1], found[2] if order == 2 else [], spec, _map(lambda t: coefficients(t, space)[0], aux))
+    return Expansion(
+        found[0], found[1], found[2] if order == 2 else [], spec, _map(lambda t: coefficients(t, space)[0], aux)
+    )
 
 
 def blockwise(
