@@ -3,10 +3,10 @@
     python -m benchmarks.export --json docs/results/export.json
     python -m benchmarks.export --from docs/results/export.json      # its table
 
-A function is exported once, with weights, tangents and data as inputs, and then run with other weights and tangents: by
-the eager code, by the `torch.export.ExportedProgram`, and by ONNX Runtime on the same program. Time is processor time of
-one thread, a median of turns that alternate, as a ratio to the eager code; error is the largest deviation from the eager
-numbers, relative to the largest of each result. Needs ``pip install 'jetplane[export]'``.
+A function is exported once, with weights, tangents and data as inputs, and then run with other weights and tangents:
+by the eager code, by the `torch.export.ExportedProgram`, and by ONNX Runtime on the same program. Time is processor
+time of one thread, a median of turns that alternate, as a ratio to the eager code; error is the largest deviation from
+the eager numbers, relative to the largest of each result. Needs ``pip install 'jetplane[export]'``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 import jetplane as jp
 
@@ -75,7 +76,7 @@ FUNCTIONS: dict[str, Callable[[Problem], Callable[..., Any]]] = {
 
 
 def leaves(tree: Any) -> list[Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
 
 
 def of(name: str, what: str, batch: int | None = None, turns: int = TURNS) -> list[dict[str, Any]]:

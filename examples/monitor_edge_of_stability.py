@@ -2,8 +2,8 @@
 
     python examples/monitor_edge_of_stability.py [--steps 400] [--rate 0.3] [--picture edge.png] [--logdir runs/edge]
 
-A plain loop. Data: 300 of the handwritten digits that scikit-learn includes, all of them in each step. With ``--logdir``
-the readings go to TensorBoard too (``tensorboard --logdir runs/edge``).
+A plain loop. Data: 300 of the handwritten digits that scikit-learn includes, all of them in each step. With
+``--logdir`` the readings go to TensorBoard too (``tensorboard --logdir runs/edge``).
 """
 
 import argparse

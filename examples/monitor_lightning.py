@@ -2,9 +2,9 @@
 
     python examples/monitor_lightning.py [--epochs 12] [--folder runs] [--picture lightning.png]
 
-A small convolutional network with batch normalization, on the handwritten digits that scikit-learn includes, by AdamW with
-a rate that rises and falls (OneCycleLR). Readings go to Lightning's TensorBoard logger, and the picture is drawn from its
-file. Needs ``pip install 'jetplane[experiments,frameworks]'``.
+A small convolutional network with batch normalization, on the handwritten digits that scikit-learn includes, by AdamW
+with a rate that rises and falls (OneCycleLR). Readings go to Lightning's TensorBoard logger, and the picture is drawn
+from its file. Needs ``pip install 'jetplane[experiments,frameworks]'``.
 """
 
 import argparse

@@ -3,16 +3,17 @@
     python examples/monitor_trainer.py [--steps 150] [--logdir runs/trainer] [--picture trainer.png]
 
 It is trained by AdamW on characters of Python's own documentation, which its standard library includes. Readings are of
-one held batch, and go to TensorBoard where ``--logdir`` is given. Needs ``pip install 'jetplane[experiments,frameworks]'``.
+one held batch, and go to TensorBoard where ``--logdir`` is given. Needs
+``pip install 'jetplane[experiments,frameworks]'``.
 """
 
 import argparse
 import math
 import tempfile
+from pydoc_data.topics import topics
 
 import torch
 import transformers
-from pydoc_data.topics import topics
 
 from jetplane.callbacks import TrainerMonitor
 

@@ -201,7 +201,8 @@ def private_functions_offered() -> bool:
     return True
 
 
-private_functions_offered._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result sets: it imports
+# What torch.compiler.assume_constant_result sets, which imports the compiler.
+private_functions_offered._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 _functions: Any = _taken("torch", "_C._VariableFunctions")
 
 

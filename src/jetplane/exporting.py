@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._torch import compiler_pieces, tree_flatten, tree_unflatten
+from ._torch import compiler_pieces, decompositions, tree_flatten, tree_unflatten
 from .errors import ArgumentError, DerivativeError
 from .evaluation.compiled import verified
 from .evaluation.side_effects import without_side_effects
@@ -104,7 +104,10 @@ def _captured(f: Callable[..., Any], args: Sequence[Any], leaves: Sequence[Tenso
         return run
 
     forget(f)
-    compiled = torch.compile(f, backend=aot_autograd(fw_compiler=capture), fullgraph=True, dynamic=False)
+    # torch's ONNX exporter (2.13) takes batch normalization in training for one in evaluation mode.
+    apart = {op: decompositions()[op] for op in [torch.ops.aten._native_batch_norm_legit_functional.default]}
+    backend = aot_autograd(fw_compiler=capture, decompositions=apart)
+    compiled = torch.compile(f, backend=backend, fullgraph=True, dynamic=False)
     try:
         with verified():
             compiled(*args)

@@ -30,7 +30,8 @@ class CurvatureReading:
     Attributes:
         step: its number, from 1.
         value: the loss before it, of the closure.
-        rate: the ``lr`` of the optimizer's first parameter group; None if it has none.
+        rate: the ``lr`` of the optimizer's first parameter group that has parameters; None if it has none. Where groups
+            have different ones, critical rates are multiples of this one: all of them are scaled alike.
         directions: "step", and what else was asked for and is there: the step before, the gradient. K of them.
         norms: their Euclidean lengths, (K,) in float64, as all below.
         slope: ``F_k = grad(L) . v_k``, (K,).
@@ -308,7 +309,7 @@ class CurvatureMonitor:
             self._report(reading)
 
     def _rate(self) -> float | None:
-        rate = self._optimizer.param_groups[0].get("lr")
+        rate = next(group for group in self._optimizer.param_groups if group["params"]).get("lr")
         return None if rate is None else float(rate)
 
     @contextlib.contextmanager

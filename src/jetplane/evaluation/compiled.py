@@ -24,11 +24,10 @@ from .interception import LINEAR_CROSS_ENTROPY, LOSSES
 from .plane import PlaneModel
 from .specification import PlaneSpec
 
-
 PASSED_BY = (
-    "in compiled code a tensor in a graph for reverse mode was met, and it may be made of a parameter by what a compiler "
-    "does not show: .T, .mT, .H, iteration, vmap, autograd functions. Expected functions (p.t(), p.transpose(-1, -2), "
-    "p.unbind()); detach() what comes from elsewhere, or evaluate without torch.compile"
+    "in compiled code a tensor in a graph for reverse mode was met, and it may be made of a parameter by what a "
+    "compiler does not show: .T, .mT, .H, iteration, vmap, autograd functions. Expected functions (p.t(), "
+    "p.transpose(-1, -2), p.unbind()); detach() what comes from elsewhere, or evaluate without torch.compile"
 )
 
 
@@ -99,8 +98,8 @@ def jets_of_parameters(
     """The directions of a plane that a compiler traces, and the jets of the parameters that move, by identity.
 
     Raises:
-        ArgumentError: the directions are to be carried in chunks; parameters that do not require grad, by which those
-            that pass by interception are told, unless the numbers are verified afterwards.
+        ArgumentError: the directions are to be carried in chunks; a parameter does not require grad, by which those
+            that pass by interception are told, and the numbers are not `verified`.
     """
     if spec.chunk is not None:
         raise ArgumentError("chunk= cannot be compiled; compile the evaluation of one chunk")
@@ -149,15 +148,15 @@ def jets_of(
 
 
 class GraphBroken(Exception):
-    """A compiler could not follow user code, and has left the graph before it."""
+    """A compiler cannot follow user code, and has left the graph before it."""
 
 
 @contextlib.contextmanager
 def tracing(space: Space, jets: dict[int, Jet], params: Sequence[Tensor]) -> Iterator[None]:
     """Let a compiler follow user code with jets in place of parameters.
 
-    Where it cannot follow the code to its end, a compiler runs the function that has this in a ``with`` statement as it
-    is. That function therefore asks ``torch.compiler.is_compiling()`` itself, and evaluates by other means then.
+    Raises:
+        GraphBroken: it cannot, and enters this outside of its graph: evaluate by other means.
     """
     kind = torch.nn.Parameter if all(isinstance(p, torch.nn.Parameter) for p in params) else Tensor
     if not torch.compiler.is_compiling():
@@ -178,6 +177,7 @@ def plane_of(loss: Any, space: Space, spec: PlaneSpec) -> PlaneModel:
     """The plane of a loss. Its numbers are not checked.
 
     Raises:
+        DerivativeError: the loss depends on no parameter, as far as a compiler shows.
         LossError: Gauss-Newton curvature met no loss function.
     """
     if not isinstance(loss, Jet):
@@ -186,6 +186,8 @@ def plane_of(loss: Any, space: Space, spec: PlaneSpec) -> PlaneModel:
         raise LossError(NO_LOSS)
     value, first, second = loss.primal, loss.first_tensor, loss.second_tensor
     examples = loss.examples if spec.examples else None
+    if first is None:
+        first = value.new_zeros(space.k)
     if spec.curvature == "none":
         return PlaneModel(value, first, None, examples)
     if second is None:
