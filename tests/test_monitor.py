@@ -157,6 +157,22 @@ def test_undisturbed_bit_for_bit(name: str) -> None:
     assert same(plain[2:], watched[2:])
 
 
+def test_undisturbed_in_chunks() -> None:
+    """An evaluation in chunks is run without side effects by itself, and within the monitor's."""
+
+    def run(watched: bool) -> Any:
+        model = network(norm=True)
+        optimizer = torch.optim.SGD([{"params": []}, {"params": model.parameters(), "lr": 0.1}], lr=0.5)
+        watch = lambda loss: jp.CurvatureMonitor(  # noqa: E731
+            optimizer, loss, directions=("step", "previous"), curvature="ggn", chunk=1
+        )
+        return train(model, optimizer, 3, watch if watched else None), dict(model.state_dict())
+
+    plain, watched = run(False), run(True)
+    assert same(plain[1], watched[1])
+    assert [r.rate for r in watched[0].readings] == [0.1] * 3  # of the group that has parameters
+
+
 def same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return torch.equal(a, b)

@@ -34,11 +34,12 @@ class _Program(torch.nn.Module):
 
 
 def export(f: Callable[..., Any], args: Sequence[Any]) -> torch.export.ExportedProgram:
-    """A function that calls `jetplane.evaluate`, as a `torch.export.ExportedProgram` of plain operators.
+    """A function that evaluates planes, or takes derivatives of functions, as a `torch.export.ExportedProgram`.
 
-    The program can be saved, and turned into other formats, such as ONNX by ``torch.onnx.export``. It computes loss,
-    slope and curvature from the arguments: weights, tangents and data, of the shapes that they have here. What f uses
-    beside its arguments becomes a constant of the program. It does not check that its numbers are finite.
+    The program is made of plain operators. It can be saved, and turned into other formats, such as ONNX by
+    ``torch.onnx.export``. It computes f's results from the arguments: weights, tangents and data, of the shapes that
+    they have here. What f uses beside its arguments becomes a constant of the program, copied; what it writes to
+    buffers is left out, here too. It does not check that its numbers are finite.
 
     Args:
         f: a function of tensors, or of lists and dicts of them, that returns a tensor or a tuple of tensors, and that
