@@ -62,6 +62,37 @@ def test_a_plane(tmp_path):
     assert 0.5 < ratio < 1.5 and (tmp_path / "p.png").exists()
 
 
+def test_the_monitor_in_a_plain_loop(tmp_path):
+    """Gradient descent comes to the edge of stability."""
+    pytest.importorskip("tensorboard", reason="scalars go to it")
+    picture = tmp_path / "p.png"
+    monitor = run("monitor_edge_of_stability", "--picture", str(picture), "--logdir", str(tmp_path / "runs"))
+    readings = monitor.readings
+    assert readings[0].critical_rate > 1.3 * readings[0].rate and readings[-1].value < readings[0].value / 4
+    late = sorted(r.critical_rate for r in readings[-10:])
+    assert late[5] == pytest.approx(readings[-1].rate, rel=0.15)
+    assert picture.exists() and list((tmp_path / "runs").glob("events*"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_monitor_in_lightning(tmp_path):
+    pytest.importorskip("lightning", reason="the loop is Lightning's")
+    picture = tmp_path / "p.png"
+    found = run("monitor_lightning", "--epochs", "1", "--folder", str(tmp_path), "--picture", str(picture))
+    steps, rates = found["curvature/critical_rate"]
+    assert steps[:3] == [0, 4, 8] and rates[0] > found["curvature/rate"][1][0] and picture.exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_monitor_in_the_trainer(tmp_path):
+    pytest.importorskip("transformers", reason="the loop is the Trainer's")
+    pytest.importorskip("accelerate", reason="the Trainer needs it")
+    picture = tmp_path / "p.png"
+    found = run("monitor_trainer", "--steps", "6", "--warmup", "12", "--picture", str(picture))
+    assert [r.step for r in found[0][1].readings] == [1, 6] and picture.exists()
+    assert found[12][1].readings[0].rate < found[0][1].readings[0].rate
+
+
 def test_all_programs_are_in_the_gallery():
     page = (FOLDER.parent / "docs/gallery.md").read_text()
     assert [p.name for p in sorted(FOLDER.glob("[a-z]*.py")) if p.name not in page] == []

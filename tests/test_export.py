@@ -83,6 +83,52 @@ def test_same_numbers_in_both_runtimes(name: str, curvature: str, tmp_path: Path
         assert (a - torch.from_numpy(b)).abs().max() <= 5e-6 * a.abs().max()
 
 
+def of_outputs(kind: str) -> tuple[Any, tuple[Any, ...]]:
+    """Derivatives of a model with batch normalization in training, which writes to buffers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+    f, params = jp.functional(model)
+
+    def linearized(ws: dict[str, Tensor], vs: dict[str, Tensor], x: Tensor) -> Any:
+        value, push = jp.linearize(lambda w: f(w, x), (ws,))
+        return value, push((vs,))
+
+    def jet(ws: dict[str, Tensor], vs: dict[str, Tensor], x: Tensor) -> Any:
+        return jp.jet(lambda w: f(w, x), (ws,), (vs,), pairs="diagonal")
+
+    weights = {n: p.detach().clone() for n, p in params.items()}
+    tangents = {n: torch.randn(2, *p.shape) for n, p in weights.items()}
+    return {"jet": jet, "linearize": linearized}[kind], (weights, tangents, torch.randn(6, 5), model)
+
+
+@pytest.mark.parametrize("kind", ["jet", "linearize"])
+def test_derivatives_of_functions(kind: str, tmp_path: Path) -> None:
+    f, (weights, tangents, x, model) = of_outputs(kind)
+    before = [b.clone() for b in model.buffers()]
+    program = jp.export(f, (weights, tangents, x))
+    assert all(map(torch.equal, before, model.buffers()))
+    others = {n: w + 0.3 * torch.randn_like(w) for n, w in weights.items()}, tangents, torch.randn(6, 5)
+    leaves = [*others[0].values(), *tangents.values(), others[2]]
+    with torch.no_grad():
+        expected = f(*others)
+        model[1].running_mean.add_(1)  # the program has its own
+    for a, b in zip(expected, program.module()(*leaves), strict=True):
+        assert (a - b).abs().max() <= 2e-6 * a.abs().max()
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the other runtime")
+    pytest.importorskip("onnxscript", reason="torch's ONNX exporter needs it")
+    torch.onnx.export(program, f=str(tmp_path / "jet.onnx"), verbose=False)
+    session = onnxruntime.InferenceSession(str(tmp_path / "jet.onnx"))
+    feed = {one.name: leaf.numpy() for one, leaf in zip(session.get_inputs(), leaves, strict=True)}
+    for a, b in zip(expected, session.run(None, feed), strict=True):
+        assert (a - torch.from_numpy(b)).abs().max() <= 5e-6 * a.abs().max()
+
+
+def test_other_shapes_are_refused() -> None:
+    program = jp.export(lambda w, v: jp.jvp(torch.sin, w, v), (torch.ones(3), torch.ones(3)))
+    with pytest.raises((RuntimeError, AssertionError), match="shape|size"):
+        program.module()(torch.ones(4), torch.ones(4))
+
+
 def test_refusals() -> None:
     plane, args = case("mlp", "none")
     with pytest.raises(jp.ArgumentError, match="expected tensors"):

@@ -189,6 +189,14 @@ BY_HAND = {
     )[0],
     "_weight_norm": lambda f, x: f(x, x[:, :1].exp(), 0),
     "_weight_norm_interface": lambda f, x: f(x, x[:, :1].exp(), 0)[0],
+    "_native_batch_norm_legit": lambda f, x: f(
+        x.sin(), x[0], x[1], torch.zeros_like(x[0]), torch.ones_like(x[0]), True, 0.1, 1e-5
+    )[0],
+    "_native_batch_norm_legit.no_stats": lambda f, x: f(x.sin(), x[0], x[1], True, 0.1, 1e-5)[0],
+    "_native_batch_norm_legit_no_training": lambda f, x: f(
+        x.sin(), x[0], x[1], torch.zeros_like(x[0]), torch.ones_like(x[0]), 0.1, 1e-5
+    )[0],
+    "native_group_norm": lambda f, x: torch.cat([y.flatten() for y in f(x.sin(), x[0], x[1], 3, 4, 1, 2, 1e-5)]),
     "_embedding_bag": lambda f, x: f(x.sin(), LABELS % 3, torch.tensor([0, 2]))[0],
     "native_dropout": lambda f, x: f(x.sin(), 0.4, True)[0],
     "reflection_pad2d": lambda f, x: f(x.sin().reshape(1, 3, 2, 2), [1, 1, 1, 0]),

@@ -288,6 +288,16 @@ def test_a_run_without_side_effects_keeps_no_activations():
     assert kept == {id(buffer) for buffer in net.buffers()}
 
 
+def test_a_run_without_side_effects_inside_another():
+    net = nn.BatchNorm1d(4)
+    before = [b.clone() for b in net.buffers()]
+    with without_side_effects():
+        with without_side_effects():
+            net(X)
+        net(X)
+    assert all(map(torch.equal, before, net.buffers()))
+
+
 W = [nn.Parameter(torch.ones(3))]
 BAD = {
     "one tensor": (lambda: jp.optim.FGD(W[0]), jp.ArgumentError, "list"),

@@ -122,7 +122,7 @@ _innermost_transform: Any = _taken("torch", "_C._functorch.peek_interpreter_stac
 def transform_around() -> str | None:
     """The name of the innermost transform of torch.func that the code runs in; None outside of all."""
     found = _innermost_transform()
-    return None if found is None else found.key().name
+    return None if found == None else found.key().name  # noqa: E711  (a compiler finds "is None" false)
 
 
 # --- operators ----------------------------------------------------------------------------------------------
@@ -186,6 +186,24 @@ def compiler_pieces() -> tuple[Any, Any]:
         _taken("torch._dynamo.backends.common", "aot_autograd"),
         _taken("torch._dynamo.eval_frame", "remove_from_cache"),
     )
+
+
+def private_functions_offered() -> bool:
+    """Have the compiler offer torch's private functions, such as ``torch._weight_norm``, to function modes too.
+
+    Eager code does; a compiler that does not would pass parameters by interception. To be called in traced code, where
+    it runs as it is.
+    """
+    offered = _taken("torch._dynamo.variables.torch", "get_overridable_functions")()
+    offered.update(
+        f for name in dir(_functions) if name[:1] == "_" != name[1:2] and callable(f := getattr(torch, name))
+    )
+    return True
+
+
+# What torch.compiler.assume_constant_result sets, which imports the compiler.
+private_functions_offered._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+_functions: Any = _taken("torch", "_C._VariableFunctions")
 
 
 def compiler_imported() -> bool:

@@ -33,7 +33,7 @@ def _lightning_monitor() -> type:
     class LightningMonitor(lightning.Callback):
         """A Lightning callback that measures curvature along the steps of a module's optimizer.
 
-        Readings go to the trainer's logger under ``curvature/``, and are kept in ``monitor.readings``.
+        Readings go to the trainer's loggers under ``curvature/``, and are kept in ``monitor.readings``.
 
         Args:
             loss: of a module and a batch; it must not log, nor call ``backward``.
@@ -53,9 +53,9 @@ def _lightning_monitor() -> type:
             """Look at the optimizer."""
 
             def report(reading: CurvatureReading) -> None:
-                if trainer.logger is not None:
-                    named = {f"curvature/{name}": x for name, x in reading.scalars().items()}
-                    trainer.logger.log_metrics(named, step=trainer.global_step)
+                named = {f"curvature/{name}": x for name, x in reading.scalars().items()}
+                for logger in trainer.loggers:
+                    logger.log_metrics(named, step=trainer.global_step)
 
             closure = lambda: self._loss(pl_module, self._batch)  # noqa: E731
             optimizer = trainer.optimizers[self._place]

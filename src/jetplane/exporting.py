@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._torch import compiler_pieces, tree_flatten, tree_unflatten
+from ._torch import compiler_pieces, decompositions, tree_flatten, tree_unflatten
 from .errors import ArgumentError, DerivativeError
+from .evaluation.compiled import verified
+from .evaluation.side_effects import without_side_effects
 
 _CLOSE = 1e-4  # how far the program's numbers may be from the function's, relative to the largest of each result
 
@@ -19,23 +21,25 @@ class _Program(torch.nn.Module):
 
     def __init__(self, graph: torch.fx.GraphModule, inputs: Sequence[int | Tensor]) -> None:
         super().__init__()
-        self.graph, self.places = graph, []
+        self.graph, self.places, self.results = graph, [], 0
         for n, one in enumerate(inputs):
             if isinstance(one, Tensor):
-                self.register_buffer(f"constant_{n}", one.detach())
+                self.register_buffer(f"constant_{n}", one.detach().clone())
             self.places.append(one if isinstance(one, int) else f"constant_{n}")
 
     def forward(self, *leaves: Tensor) -> Any:
         inputs = [leaves[place] if isinstance(place, int) else getattr(self, place) for place in self.places]
-        return tuple(self.graph(*inputs))
+        found = tuple(self.graph(*inputs))
+        return found[len(found) - self.results :]  # behind new values of buffers, which stay
 
 
 def export(f: Callable[..., Any], args: Sequence[Any]) -> torch.export.ExportedProgram:
-    """A function that calls `jetplane.evaluate`, as a `torch.export.ExportedProgram` of plain operators.
+    """A function that evaluates planes, or takes derivatives of functions, as a `torch.export.ExportedProgram`.
 
-    The program can be saved, and turned into other formats, such as ONNX by ``torch.onnx.export``. It computes loss,
-    slope and curvature from the arguments: weights, tangents and data, of the shapes that they have here. What f uses
-    beside its arguments becomes a constant of the program. It does not check that its numbers are finite.
+    The program is made of plain operators. It can be saved, and turned into other formats, such as ONNX by
+    ``torch.onnx.export``. It computes f's results from the arguments: weights, tangents and data, of the shapes that
+    they have here. What f uses beside its arguments becomes a constant of the program, copied; what it writes to
+    buffers is left out, here too. It does not check that its numbers are finite.
 
     Args:
         f: a function of tensors, or of lists and dicts of them, that returns a tensor or a tuple of tensors, and that
@@ -66,14 +70,22 @@ def export(f: Callable[..., Any], args: Sequence[Any]) -> torch.export.ExportedP
         raise ArgumentError("args: expected tensors, or lists and dicts of them; bind everything else into f")
     if len({(leaf.data_ptr(), leaf.numel() > 0) for leaf in leaves}) < len(leaves):
         raise ArgumentError("args: two tensors share memory, so the program could not tell them apart; clone() one")
+    others = [_other(leaf, n) for n, leaf in enumerate(leaves)]
     with torch.no_grad():
+        expected = [_results(f, tree_unflatten(values, spec)) for values in (leaves, others)]
         program = _captured(f, args, leaves)
+        program.results = len(expected[0])
         exported = torch.export.export(program, tuple(leaves))
         module = exported.module()
-        for values in (leaves, [_other(leaf, n) for n, leaf in enumerate(leaves)]):
-            expected = tree_flatten(f(*tree_unflatten(values, spec)))[0]
-            _check_same(expected, module(*values))
+        for values, results in zip((leaves, others), expected, strict=True):
+            _check_same(results, module(*values))
     return exported
+
+
+def _results(f: Callable[..., Any], args: Sequence[Any]) -> list[Tensor]:
+    """The tensors that f returns, without its side effects."""
+    with without_side_effects():
+        return tree_flatten(f(*args))[0]
 
 
 def _captured(f: Callable[..., Any], args: Sequence[Any], leaves: Sequence[Tensor]) -> _Program:
@@ -81,19 +93,29 @@ def _captured(f: Callable[..., Any], args: Sequence[Any], leaves: Sequence[Tenso
     found: list[_Program] = []
     places = {leaf.data_ptr(): n for n, leaf in enumerate(leaves)}
 
+    constants: list[Tensor] = []
+
     def capture(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
         def run(*inputs: Tensor) -> Any:
-            found.append(_Program(graph, [places.get(one.data_ptr(), one) for one in inputs]))
+            sources = [places.get(one.data_ptr(), one) for one in inputs]
+            constants.extend(one for one in sources if isinstance(one, Tensor))
+            found.append(_Program(graph, sources))
             return graph(*inputs)
 
         return run
 
     forget(f)
-    compiled = torch.compile(f, backend=aot_autograd(fw_compiler=capture), fullgraph=True, dynamic=False)
+    # torch's ONNX exporter (2.13) takes batch normalization in training for one in evaluation mode.
+    apart = {op: decompositions()[op] for op in [torch.ops.aten._native_batch_norm_legit_functional.default]}
+    backend = aot_autograd(fw_compiler=capture, decompositions=apart)
+    compiled = torch.compile(f, backend=backend, fullgraph=True, dynamic=False)
     try:
-        compiled(*args)
+        with verified():
+            compiled(*args)
     finally:
         forget(f)  # an f may be exported any number of times
+    for constant, before in zip(constants, found[0].buffers(), strict=True):
+        constant.detach().copy_(before)  # such as running statistics
     return found[0]
 
 

@@ -30,7 +30,8 @@ class CurvatureReading:
     Attributes:
         step: its number, from 1.
         value: the loss before it, of the closure.
-        rate: the ``lr`` of the optimizer's first parameter group; None if it has none.
+        rate: the ``lr`` of the optimizer's first parameter group that has parameters; None if it has none. Where groups
+            have different ones, critical rates are multiples of this one: all of them are scaled alike.
         directions: "step", and what else was asked for and is there: the step before, the gradient. K of them.
         norms: their Euclidean lengths, (K,) in float64, as all below.
         slope: ``F_k = grad(L) . v_k``, (K,).
@@ -308,7 +309,7 @@ class CurvatureMonitor:
             self._report(reading)
 
     def _rate(self) -> float | None:
-        rate = self._optimizer.param_groups[0].get("lr")
+        rate = next(group for group in self._optimizer.param_groups if group["params"]).get("lr")
         return None if rate is None else float(rate)
 
     @contextlib.contextmanager
@@ -333,6 +334,8 @@ class CurvatureMonitor:
     def plot(self, axes: Any) -> None:
         """Draw the edge of stability: the rate, and the critical rate beside it, over steps.
 
+        Readings without a critical rate are left out: steps uphill, and such along which the curvature is not positive.
+
         Args:
             axes: of matplotlib.
 
@@ -343,8 +346,8 @@ class CurvatureMonitor:
         if not shown:
             raise ArgumentError("nothing to draw: expected a reading of an optimizer with a rate, got none")
         steps = [r.step for r in shown]
-        critical = [r.critical_rate if math.isfinite(r.critical_rate) else math.nan for r in shown]
-        axes.plot(steps, critical, label="2 / curvature along the step", color="C0")
+        critical = [r.critical_rate if 0 < r.critical_rate < math.inf else math.nan for r in shown]
+        axes.plot(steps, critical, ".-", label="2 / curvature along the step", color="C0")
         axes.plot(steps, [r.rate for r in shown], label="rate", color="C1")
         axes.set(yscale="log", xlabel="step", ylabel="rate")
         axes.legend(frameon=False)

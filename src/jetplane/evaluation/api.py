@@ -19,7 +19,7 @@ from ..directions import AbstractDirections
 from ..jets import Tangents
 from .checks import as_directions, check_parameters
 from .chunks import evaluate_in_chunks
-from .compiled import evaluate_compiled
+from .compiled import GraphBroken, jets_of_parameters, plane_of, tracing
 from .eager import evaluate_at_once
 from .plane import PlaneModel
 from .side_effects import setting_back
@@ -109,6 +109,14 @@ def evaluate_plane(
         As `evaluate`.
     """
     if torch.compiler.is_compiling():
-        return evaluate_compiled(closure, params, directions, spec)
+        structure = spec.structure
+        space, jets = jets_of_parameters(params, directions, structure, spec)
+        try:
+            with tracing(space, jets, params):
+                loss = closure()
+        except GraphBroken:
+            pass
+        else:
+            return plane_of(loss, space, spec)
     run = evaluate_at_once if spec.chunk is None else evaluate_in_chunks
     return run(closure, params, directions, spec)

@@ -1,8 +1,10 @@
-"""An evaluation as a compiler can follow it."""
+"""Evaluations as a compiler can follow them: jets are made in its graph."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,16 +12,23 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .._torch import tree_map
+from .._torch import private_functions_offered, tree_map
 from ..directions import AbstractDirections
-from ..errors import ArgumentError, LossError
-from ..jets import LOSS, MODEL, Deferred, Jet, LowRank, Partial, Space, Stacked, carried
+from ..errors import ArgumentError, DerivativeError, LossError
+from ..jets import LOSS, MODEL, Deferred, Jet, LowRank, PairStructure, Partial, Space, Stacked, Tangents, carried
 from ..rules.dispatch import inside_loss
 from ..rules.losses import cross_entropy_whole, linear_cross_entropy
 from .checks import NO_LOSS
+from .context import at_depth, nested
 from .interception import LINEAR_CROSS_ENTROPY, LOSSES
 from .plane import PlaneModel
 from .specification import PlaneSpec
+
+PASSED_BY = (
+    "in compiled code a tensor in a graph for reverse mode was met, and it may be made of a parameter by what a "
+    "compiler does not show: .T, .mT, .H, iteration, vmap, autograd functions. Expected functions (p.t(), "
+    "p.transpose(-1, -2), p.unbind()); detach() what comes from elsewhere, or evaluate without torch.compile"
+)
 
 
 class _CompiledInterception(TorchFunctionMode):
@@ -46,10 +55,12 @@ class _CompiledInterception(TorchFunctionMode):
                 return linear_cross_entropy(*args, **kwargs)
         if func is F.cross_entropy:
             func = cross_entropy_whole
+        elif func is Tensor.unflatten:  # whose super() a compiler does not follow
+            func = torch.unflatten
         return func(*args, **kwargs)
 
     def _entering(self, x: Any) -> Any:
-        if not isinstance(x, Jet) or x.kind == LOSS:
+        if not isinstance(x, Jet) or x.kind == LOSS or x.level != self.space.level:
             return x
         if x.has_factors:
             return Jet(x.primal, None, None, self.space.key, None, x.left, x.right, LOSS)
@@ -58,46 +69,127 @@ class _CompiledInterception(TorchFunctionMode):
     def _replaced(self, x: Any) -> Any:
         if isinstance(x, self.kind):
             x = self.jets.get(id(x), x)
-        return x.detach() if isinstance(x, Tensor) and x.requires_grad else x  # nothing is recorded for reverse mode
+        if isinstance(x, Tensor) and x.requires_grad and self.space.level == 1:  # outer levels ask who it is
+            if self.jets and not isinstance(x, Jet) and not x.is_leaf:
+                raise DerivativeError(PASSED_BY)
+            return x.detach()  # nothing is recorded for reverse mode
+        return x
 
     def _constant(self, x: Any) -> Any:
         return x.primal if isinstance(x, Jet) else x
 
 
-def evaluate_compiled(
-    closure: Callable[[], Tensor], params: Sequence[Tensor], directions: AbstractDirections, spec: PlaneSpec
-) -> PlaneModel:
-    """The plane, traced by a compiler: jets are made in the graph, and numbers are not checked.
+_verified = threading.local()  # outside: whether the numbers of compiled evaluations are held against others
+
+
+@contextlib.contextmanager
+def verified() -> Iterator[None]:
+    """Compiled evaluations inside are held against eager ones by the caller."""
+    _verified.outside = True
+    try:
+        yield
+    finally:
+        _verified.outside = False
+
+
+def jets_of_parameters(
+    params: Sequence[Tensor], directions: AbstractDirections, structure: PairStructure, spec: PlaneSpec
+) -> tuple[Space, dict[int, Jet]]:
+    """The directions of a plane that a compiler traces, and the jets of the parameters that move, by identity.
 
     Raises:
-        ArgumentError: the directions are to be carried in chunks.
-        LossError: Gauss-Newton curvature met no loss function.
+        ArgumentError: the directions are to be carried in chunks; a parameter does not require grad, by which those
+            that pass by interception are told, and the numbers are not `verified`.
     """
     if spec.chunk is not None:
         raise ArgumentError("chunk= cannot be compiled; compile the evaluation of one chunk")
-    structure = spec.structure
-    space = Space(structure, spec.order, 1, spec.gauss_newton, spec.examples)
-    key = space.key
+    if not all(p.requires_grad for p in params) and not getattr(_verified, "outside", False):
+        raise ArgumentError("in compiled code expected parameters that require grad; requires_grad_() those that move")
+    space = Space(structure, spec.order, nested() + 1, spec.gauss_newton, spec.examples)
+    jets = {}
     with torch.no_grad():
-        jets = {}
         for i, p in enumerate(params):
             tangents = directions.structured(i, p)
             if isinstance(tangents, (Deferred, Stacked, Partial)):
                 tangents = tangents.materialized()
             if isinstance(tangents, LowRank):
                 low = tangents.to(carried(p.dtype))
-                jets[id(p)] = Jet(p.detach(), None, None, key, None, low.left, low.right)
+                jets[id(p)] = Jet(p.detach(), None, None, space.key, None, low.left, low.right)
             elif tangents is not None:
-                jets[id(p)] = Jet(p.detach(), tangents.to(carried(p.dtype)), None, key)
-        kind = torch.nn.Parameter if all(isinstance(p, torch.nn.Parameter) for p in params) else Tensor
-        with _CompiledInterception(jets, kind, space), torch.enable_grad():
-            loss = closure()
-        if spec.gauss_newton and loss.kind == MODEL:  # type: ignore[attr-defined]
-            raise LossError(NO_LOSS)
-        value, first, second = loss.primal, loss.first_tensor, loss.second_tensor  # type: ignore[attr-defined]
-        examples = loss.examples if spec.examples else None  # type: ignore[attr-defined]
-        if spec.curvature == "none":
-            return PlaneModel(value, first, None, examples)
-        if second is None:
-            second = value.new_zeros(structure.count)
-        return PlaneModel(value, first, structure.matrix(second), examples)
+                jets[id(p)] = Jet(p.detach(), tangents.to(carried(p.dtype)), None, space.key)
+    return space, jets
+
+
+def jets_of(
+    leaves: Sequence[Tensor],
+    tangents: Sequence[Tensor | Tangents | None],
+    seconds: Sequence[Tensor | None] | None,
+    structure: PairStructure,
+    order: int,
+) -> tuple[Space, list[Jet]]:
+    """The directions of a function's derivatives that a compiler traces, and a jet for each of its tensors that move.
+
+    Args:
+        leaves: what moves.
+        tangents: K for each leaf.
+        seconds: second coefficients of the leaves themselves.
+        structure: which second coefficients there are.
+        order: 1 leaves them out.
+    """
+    space = Space(structure, order, nested() + 1)
+    jets = []
+    for x, v, second in zip(leaves, tangents, seconds or [None] * len(leaves), strict=True):
+        x = x if isinstance(x, Jet) else x.detach()  # an outer evaluation goes on through its own jets
+        v = v.materialized() if isinstance(v, Tangents) else v
+        dtype = carried(x.dtype)
+        first, second = (None if c is None else c.to(dtype) for c in (v, second))
+        jets.append(Jet(x, first, second, space.key))
+    return space, jets
+
+
+class GraphBroken(Exception):
+    """A compiler cannot follow user code, and has left the graph before it."""
+
+
+@contextlib.contextmanager
+def tracing(space: Space, jets: dict[int, Jet], params: Sequence[Tensor]) -> Iterator[None]:
+    """Let a compiler follow user code with jets in place of parameters.
+
+    Raises:
+        GraphBroken: it cannot, and enters this outside of its graph: evaluate by other means.
+    """
+    kind = torch.nn.Parameter if all(isinstance(p, torch.nn.Parameter) for p in params) else Tensor
+    if not torch.compiler.is_compiling():
+        raise GraphBroken
+    private_functions_offered()
+    with at_depth(space.level), torch.no_grad(), _CompiledInterception(jets, kind, space), torch.enable_grad():
+        yield
+
+
+def coefficients(y: Any, space: Space) -> tuple[Any, Tensor | None, Tensor | None]:
+    """Value, first and second coefficients of what user code returned; None where there are none."""
+    if not isinstance(y, Jet) or y.level != space.level:
+        return y, None, None
+    return y.primal, y.first_tensor, y.second_tensor
+
+
+def plane_of(loss: Any, space: Space, spec: PlaneSpec) -> PlaneModel:
+    """The plane of a loss. Its numbers are not checked.
+
+    Raises:
+        DerivativeError: the loss depends on no parameter, as far as a compiler shows.
+        LossError: Gauss-Newton curvature met no loss function.
+    """
+    if not isinstance(loss, Jet):
+        raise DerivativeError(PASSED_BY)
+    if spec.gauss_newton and loss.kind == MODEL:
+        raise LossError(NO_LOSS)
+    value, first, second = loss.primal, loss.first_tensor, loss.second_tensor
+    examples = loss.examples if spec.examples else None
+    if first is None:
+        first = value.new_zeros(space.k)
+    if spec.curvature == "none":
+        return PlaneModel(value, first, None, examples)
+    if second is None:
+        second = value.new_zeros(space.structure.count)
+    return PlaneModel(value, first, space.structure.matrix(second), examples)

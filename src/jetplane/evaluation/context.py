@@ -41,7 +41,7 @@ def expansion(
             "whatever its inputs are. Use jetplane.export"
         )
     with compilers.eager():
-        depth = getattr(_evaluations, "depth", 0) + 1
+        depth = nested() + 1
         space = Space(structure, order, depth, gauss_newton, examples, recorded=recorded)
         try:
             with at_depth(depth), grad_mode.evaluation(space):
@@ -51,10 +51,15 @@ def expansion(
             space.finish()
 
 
+def nested() -> int:
+    """How many evaluations are under way in this thread."""
+    return getattr(_evaluations, "depth", 0)
+
+
 @contextlib.contextmanager
 def at_depth(depth: int) -> Iterator[None]:
     """Let evaluations inside be nested in so many others."""
-    before = getattr(_evaluations, "depth", 0)
+    before = nested()
     _evaluations.depth = depth
     try:
         yield

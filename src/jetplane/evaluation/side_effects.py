@@ -35,9 +35,9 @@ class UndoLog(TorchDispatchMode):
         self.saved: dict[int, tuple[Tensor, Tensor, bool]] = {}
 
     def restore(self) -> None:
-        """Write the values of before back, and take what was in no graph out of it."""
+        """Write the values of before back, the last first, and take what was in no graph out of it."""
         with torch.no_grad():
-            for key, (tensor, before, graph) in self.saved.items():
+            for key, (tensor, before, graph) in reversed(self.saved.items()):
                 if key in self._places:
                     tensor.data = self._places[key]
                 tensor.detach().copy_(before)

@@ -216,6 +216,11 @@ class Jet(torch.Tensor):
         return low.right
 
     @property
+    def level(self) -> int:
+        """How deep the evaluation that it belongs to is nested."""
+        return self.space.level
+
+    @property
     def first_tensor(self) -> Tensor | None:
         """All first coefficients as one tensor (K, *S), or None."""
         return self._whole(parts(self, self.space)[1])

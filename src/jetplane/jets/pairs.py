@@ -108,10 +108,6 @@ class _Pairs(PairStructure):
         """Direction i, a run of directions j, and where the pairs of i with them are."""
         raise NotImplementedError
 
-    @property
-    def count(self) -> int:
-        return self.rows[-1][2].stop if self.rows else 0
-
     def terms(self) -> Sequence[Term]:
         return [
             Term(n, i, j, 1.0)
@@ -186,6 +182,10 @@ class Listed(_Pairs):
     pairs: tuple[tuple[int, int], ...]
 
     @property
+    def count(self) -> int:
+        return len(self.pairs)
+
+    @property
     def key(self) -> tuple[Any, ...]:
         return "listed", self.k, self.pairs
 
@@ -211,6 +211,10 @@ class Star(_Pairs):
     k: int
 
     @property
+    def count(self) -> int:
+        return self.k - 1
+
+    @property
     def key(self) -> tuple[Any, ...]:
         return "star", self.k
 
@@ -232,6 +236,10 @@ class Planes(_Pairs):
 
     k: int
     size: int
+
+    @property
+    def count(self) -> int:
+        return self.k // self.size * self._plane.count
 
     @property
     def key(self) -> tuple[Any, ...]:

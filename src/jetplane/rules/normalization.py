@@ -269,8 +269,8 @@ def _(
     return _affine(space, y, _channels(weight, rank), _channels(bias, rank))
 
 
-@register("native_batch_norm")
-def _(
+@register("native_batch_norm", "_native_batch_norm_legit")
+def _native_batch_norm(
     space: Space,
     x: Any,
     weight: Any,
@@ -288,6 +288,28 @@ def _(
     mean = x.mean(dims)
     centred = torch.sub(x, _channels(mean, x.dim()))
     return y, mean, torch.rsqrt(torch.add(torch.square(centred).mean(dims), eps))
+
+
+# What is left of batch and group normalization where a compiler has broken them up.
+
+
+@register("_native_batch_norm_legit.no_stats")
+def _(space: Space, x: Any, weight: Any, bias: Any, training: bool, momentum: float, eps: float) -> Any:
+    return _native_batch_norm(space, x, weight, bias, None, None, training, momentum, eps)
+
+
+@register("_native_batch_norm_legit_no_training")
+def _(space: Space, x: Any, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float) -> Any:
+    return _native_batch_norm(space, x, weight, bias, mean, var, False, momentum, eps)
+
+
+@register("native_group_norm")
+def _(space: Space, x: Any, weight: Any, bias: Any, n: int, c: int, size: int, groups: int, eps: float) -> Any:
+    y = torch.group_norm(x, groups, weight, bias, eps)
+    grouped = x.reshape(n, groups, -1)
+    mean = grouped.mean(-1, keepdim=True)
+    variance = torch.square(torch.sub(grouped, mean)).mean(-1)
+    return y, mean.squeeze(-1), torch.rsqrt(torch.add(variance, eps))
 
 
 @register("instance_norm")

@@ -7,7 +7,6 @@ results are then a tuple as well.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,17 +48,17 @@ class Call:
     spec: Any
     batch_dim: int | None = None
 
-    @functools.cached_property
+    @property
     def shapes(self) -> list[torch.Size]:
         """The shape of each leaf at one point."""
         return [self.at_one_point(x.shape) for x in self.leaves]
 
-    @functools.cached_property
+    @property
     def sizes(self) -> list[int]:
         """How many numbers each leaf has at one point."""
         return [shape.numel() for shape in self.shapes]
 
-    @functools.cached_property
+    @property
     def size(self) -> int:
         """D: how many numbers move at one point."""
         return sum(self.sizes)
@@ -166,22 +165,20 @@ class Call:
 
     # --- directions --------------------------------------------------------------------------------------------
 
-    def axes(self, run: slice | None = None, which: Tensor | None = None) -> Directions:
+    def axes(self, run: slice | None = None, which: Sequence[int] | None = None) -> Directions:
         """The coordinate directions, a run of them or those of the given numbers; all points share them."""
-        numbers = torch.arange(self.size)[run] if run is not None else which
-        numbers = torch.arange(self.size) if numbers is None else numbers.sort().values
+        numbers = range(self.size)[run or slice(None)] if which is None else sorted(which)
         k, start, found = len(numbers), 0, []
         for x, shape, size in zip(self.leaves, self.shapes, self.sizes, strict=True):
-            rows = ((numbers >= start) & (numbers < start + size)).nonzero()[:, 0]
-            own = (numbers[rows] - start).to(x.device)
+            rows = [n for n, d in enumerate(numbers) if start <= d < start + size]
             stack = torch.zeros(len(rows), size, dtype=x.dtype, device=x.device)
-            stack[torch.arange(len(rows), device=x.device), own] = 1
+            stack[range(len(rows)), [numbers[n] - start for n in rows]] = 1
             tangents = self.expanded(stack.reshape(-1, *shape))
             start += size
-            if not len(rows):
+            if not rows:
                 found.append(None)
             else:
-                found.append(tangents if len(rows) == k else Partial(k, rows.tolist(), tangents))
+                found.append(tangents if len(rows) == k else Partial(k, rows, tangents))
         return found
 
     def sparse_axes(self, run: slice) -> Directions:

@@ -8,6 +8,8 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
+import torch
+
 from ..errors import ArgumentError
 from ..evaluation.chunks import activations, free_memory
 from ..evaluation.side_effects import without_side_effects
@@ -55,8 +57,12 @@ def chosen_mode(mode: Mode, call: Call, channels: int, products: int) -> Mode:
         raise ArgumentError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
     if mode == "auto":
         reverse = REVERSE_COST * products
+        if torch.compiler.is_compiling():
+            return "forward"
         mode = "forward" if call.nested or channels <= reverse else "forward-over-reverse"
         _log.info("%s: mode=%r, for %d channels beside %d evaluations", call.name, mode, channels, reverse)
+    if mode == "forward-over-reverse" and torch.compiler.is_compiling():
+        raise ArgumentError(f"{call.name}: mode='forward-over-reverse' cannot be compiled; use mode='forward'")
     if mode == "forward-over-reverse" and call.nested:
         raise ArgumentError(
             f"{call.name}: mode='forward-over-reverse' inside an evaluation, where no graph is allowed; use "
@@ -71,8 +77,8 @@ def check_memory(call: Call, size: int, remedy: str) -> None:
     Raises:
         ArgumentError: it is not.
     """
-    free = free_memory(call.leaves[0].device)
-    if size > free:
+    free = None if torch.compiler.is_compiling() else free_memory(call.leaves[0].device)
+    if free is not None and size > free:
         raise ArgumentError(
             f"{call.name}: D = {call.size:,}: {amount(size)}, of which {amount(free)} are free; use {remedy}"
         )
@@ -108,6 +114,10 @@ def directions_at_a_time(call: Call, chunk: Chunk, k: int, remedy: str = "chunk=
         ArgumentError: a chunk below 1; directions that do not fit, or take too many runs.
     """
     check_chunk(chunk)
+    if torch.compiler.is_compiling():
+        if isinstance(chunk, int) and chunk < k:
+            raise ArgumentError(f"{call.name}: chunk= cannot be compiled; expected None or 'auto', got {chunk}")
+        return k
     item, device = call.leaves[0].element_size(), call.leaves[0].device
     if chunk is None:
         check_memory(call, k * call.size * item * width, remedy)

@@ -43,7 +43,7 @@ class Sample:
     def directions(self, run: slice) -> Directions:
         """A run of them."""
         if self.numbers is not None:
-            return self.call.axes(which=self.numbers[run])
+            return self.call.axes(which=self.numbers[run].tolist())
         k = run.stop - run.start
         return [
             torch.randint(2, (k, *x.shape), generator=self.generator, device=x.device).mul_(2).sub_(1).to(x.dtype)

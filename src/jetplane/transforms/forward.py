@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._torch import records, tree_map, tree_unflatten
 from ..errors import ArgumentError, ShapeError
+from ..evaluation.compiled import GraphBroken, coefficients, jets_of, tracing
 from ..evaluation.context import expansion
 from ..evaluation.interception import Interception
 from ..evaluation.leaving import plain_result
@@ -34,7 +35,7 @@ from ..jets import (
     promoted,
 )
 from .arguments import Argnums, Call, Directions, call_of
-from .compiling import uncompiled
+from .compiling import traceable
 from .costs import Chunk, check_chunk, directions_at_a_time, in_turn, runs_of
 from .estimates import Estimate, sampled
 
@@ -85,6 +86,15 @@ def along(
         seconds: second coefficients (count, *shape) of the tensors themselves; none by default.
         gradient: whether the first coefficients of the results are wanted.
     """
+    if torch.compiler.is_compiling():
+        space, jets = jets_of(call.leaves, tangents, seconds, structure, order)
+        try:
+            with tracing(space, {}, ()):
+                returned = call.at(jets)
+        except GraphBroken:
+            pass
+        else:
+            return _of_graph(call, returned, space, order)
     graph = records()
     with expansion(structure, order, recorded=graph) as space:
         leaves = _seeds(call, tangents, seconds, space)
@@ -107,6 +117,20 @@ def along(
         found = [[_released(t) for t in ts] for ts in found]
         aux = _map(_released, aux)
     return Expansion(found[0], found[1], found[2], spec, aux)
+
+
+def _of_graph(call: Call, returned: Any, space: Space, order: int) -> Expansion:
+    """Coefficients of what f returned, in a compiler's graph."""
+    ys, spec, aux = call.outputs(returned)
+    found: list[list[Tensor]] = [[], [], []]
+    for y in ys:
+        value, first, second = coefficients(y, space)
+        for into, c, n in ((found[1], first, space.k), (found[2], second, space.structure.count)):
+            into.append(value.new_zeros(n, *value.shape, dtype=carried(value.dtype)) if c is None else c)
+        found[0].append(value)
+    return Expansion(
+        found[0], found[1], found[2] if order == 2 else [], spec, _map(lambda t: coefficients(t, space)[0], aux)
+    )
 
 
 def blockwise(
@@ -224,7 +248,7 @@ def _released(t: Tensor) -> Tensor:
     return t if t.requires_grad else plain_result(t).clone()
 
 
-@uncompiled
+@traceable
 def jet(
     f: Callable[..., Any], primals: Any, tangents: Any, pairs: Pairs = "all", order: int = 2, *,
     argnums: Argnums = None, has_aux: bool = False, batch_dim: int | None = None,
@@ -273,7 +297,7 @@ def jet(
     return call.result((got.tree(got.value), got.tree(got.first), second), got.aux)
 
 
-@uncompiled
+@traceable
 def jvp(
     f: Callable[..., Any], primals: Any, tangents: Any, *,
     argnums: Argnums = None, has_aux: bool = False, batch_dim: int | None = None,
@@ -307,7 +331,7 @@ def jvp(
     return (*result, got.aux) if has_aux else result
 
 
-@uncompiled
+@traceable
 def linearize(
     f: Callable[..., Any], primals: Any, *,
     argnums: Argnums = None, has_aux: bool = False, batch_dim: int | None = None, chunk: Chunk = "auto",
@@ -348,7 +372,7 @@ def linearize(
     return (value, push, aux) if has_aux else (value, push)
 
 
-@uncompiled
+@traceable
 def jacobian(
     f: Callable[..., Any], primals: Any, *,
     argnums: Argnums = None, has_aux: bool = False, batch_dim: int | None = None, chunk: Chunk = "auto",
@@ -388,7 +412,7 @@ def blocks(call: Call, stack: Tensor) -> Any:
     return call.tree(call.split(stack.movedim(0, -1), -1))
 
 
-@uncompiled
+@traceable
 def divergence(
     f: Callable[..., Any], primals: Any, *,
     argnums: Argnums = None, has_aux: bool = False, batch_dim: int | None = None, chunk: Chunk = "auto",

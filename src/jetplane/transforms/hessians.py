@@ -14,7 +14,7 @@ from ..evaluation.chunks import by_direction, chunks_of
 from ..evaluation.specification import Pairs, PlaneSpec
 from ..jets import AllPairs, Diagonal, Partial, Star, Tangents
 from .arguments import Argnums, Call, Directions, call_of
-from .compiling import uncompiled
+from .compiling import traceable
 from .costs import (
     Chunk,
     Mode,
@@ -31,7 +31,7 @@ from .reverse import products
 REVERSE = "hvp(..., mode='forward-over-reverse')"
 
 
-@uncompiled
+@traceable
 def hvp(
     f: Callable[..., Tensor], primals: Any, v: Any, *,
     argnums: Argnums = None, has_aux: bool = False, batch_dim: int | None = None, chunk: Chunk = "auto",
@@ -94,7 +94,7 @@ def _beside(axes: Tensor | Tangents | None, v: Tensor, k: int) -> Tensor | Tange
     return torch.cat([axes, v])
 
 
-@uncompiled
+@traceable
 def vhv(
     f: Callable[..., Any], primals: Any, v: Any, *,
     argnums: Argnums = None, has_aux: bool = False, batch_dim: int | None = None,
@@ -128,7 +128,7 @@ def vhv(
     return call.result(got.tree([y[0] for y in got.second]), got.aux)
 
 
-@uncompiled
+@traceable
 def quadratic_form(
     f: Callable[..., Any], primals: Any, tangents: Any, pairs: Pairs = "all", *,
     argnums: Argnums = None, has_aux: bool = False, batch_dim: int | None = None, chunk: Chunk = "auto",
@@ -175,7 +175,7 @@ def quadratic_form(
     return call.result(got.tree([spec.structure.matrix(y) for y in got.second]), got.aux)
 
 
-@uncompiled
+@traceable
 def hessian_diagonal(
     f: Callable[..., Any], primals: Any, *,
     argnums: Argnums = None, has_aux: bool = False, batch_dim: int | None = None, chunk: Chunk = "auto",
@@ -200,7 +200,7 @@ def hessian_diagonal(
     return call.result(got.tree([blocks(call, y) for y in got.second]), got.aux)
 
 
-@uncompiled
+@traceable
 def hessian(
     f: Callable[..., Any], primals: Any, *,
     argnums: Argnums = None, has_aux: bool = False, batch_dim: int | None = None, chunk: Chunk = "auto",
@@ -240,7 +240,7 @@ def hessian(
     return call.result(got.tree([_square(call, h) for h in got.second]), got.aux)
 
 
-def _all_pairs(call: Call, pick: Callable[[Tensor], Directions], k: int, chunk: Chunk, remedy: str) -> Expansion:
+def _all_pairs(call: Call, pick: Callable[[list[int]], Directions], k: int, chunk: Chunk, remedy: str) -> Expansion:
     """Second derivatives along every two of k directions, (K, K, *S), by runs in which each two of them meet."""
     coefficients = k * (k + 3) // 2
     size = directions_at_a_time(call, chunk, coefficients, remedy)
@@ -249,7 +249,7 @@ def _all_pairs(call: Call, pick: Callable[[Tensor], Directions], k: int, chunk: 
     chunks = [[slice(0, k)]] if size >= k else chunks_of(k, max(size, 2), crossed=True)
 
     def once(runs: list[slice]) -> Expansion:
-        numbers = torch.cat([torch.arange(k)[run] for run in runs])
+        numbers = [n for run in runs for n in range(k)[run]]
         structure = AllPairs(len(numbers))
         got = along(call, pick(numbers), structure)
         return replace(got, first=[], second=[structure.matrix(y) for y in got.second])

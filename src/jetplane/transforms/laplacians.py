@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import DTypeError, ShapeError
 from ..jets import Sums
 from .arguments import Argnums, Call, Directions, call_of
-from .compiling import uncompiled
+from .compiling import traceable
 from .costs import Chunk, Mode, chosen_mode, in_turn, products_at_a_time, runs_of
 from .estimates import Estimate, sampled
 from .forward import blocks, expanded
@@ -46,7 +46,7 @@ class ValueAndLaplacian(NamedTuple):
     laplacian: Any
 
 
-@uncompiled
+@traceable
 def laplacian(
     f: Callable[..., Any], primals: Any, *,
     argnums: Argnums = None, has_aux: bool = False, batch_dim: int | None = None, chunk: Chunk = "auto",
@@ -112,7 +112,7 @@ def _by_products(call: Call, directions: Callable[[slice], Directions], k: int, 
     return torch.stack(terms).sum(0), auxes[-1]
 
 
-@uncompiled
+@traceable
 def value_and_laplacian(
     f: Callable[..., Any], primals: Any, *,
     argnums: Argnums = None, has_aux: bool = False, batch_dim: int | None = None, chunk: Chunk = "auto",
@@ -142,7 +142,7 @@ def value_and_laplacian(
     return call.result(found, got.aux)
 
 
-@uncompiled
+@traceable
 def weighted_laplacian(
     f: Callable[..., Any], primals: Any, sigma: Any, drift: Any = None, *,
     argnums: Argnums = None, has_aux: bool = False, batch_dim: int | None = None, chunk: Chunk = "auto",
@@ -203,7 +203,7 @@ def _first(sigma: Any) -> Tensor:
     return sigma.movedim(-1, 0)
 
 
-@uncompiled
+@traceable
 def bilaplacian(
     f: Callable[..., Any], primals: Any, *,
     argnums: Argnums = None, has_aux: bool = False, batch_dim: int | None = None, chunk: Chunk = "auto",

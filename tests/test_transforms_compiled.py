@@ -1,0 +1,175 @@
+"""Derivatives of functions inside `torch.compile`, against the uncompiled ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import jetplane as jp
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the compiler
+torch.manual_seed(0)
+NET = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3)).double()
+POINTS, ALONG = torch.randn(5, 4).double(), torch.randn(2, 5, 4).double()
+F_OF, PARAMS = jp.functional(NET)
+TANGENTS = {name: torch.randn(2, *p.shape).double() for name, p in PARAMS.items()}
+ONE = {name: t[0] for name, t in TANGENTS.items()}
+
+
+def valley(z):
+    return (z[1:] - z[:-1] ** 2).square().sum() + z.sin().prod()
+
+
+def stopped(a):
+    with torch.no_grad():
+        return a.sin()
+
+
+def both(x):
+    value, push = jp.linearize(NET, x)
+    return value, push(ALONG), push(ALONG[0])
+
+
+def residual_plane():
+    def loss():
+        return F.mse_loss(jp.laplacian(NET, POINTS, batch_dim=0), torch.ones(5, 3).double())
+
+    plane = jp.evaluate(loss, list(NET.parameters()), list(TANGENTS.values()), "ggn")
+    return plane.value, plane.slope, plane.curvature
+
+
+CASES = {
+    "jet in parameters and input": lambda: jp.jet(F_OF, (PARAMS, POINTS), (TANGENTS, ALONG)),
+    "jet, planes": lambda: jp.jet(NET, POINTS, torch.cat([ALONG, ALONG.sin()]), pairs=2),
+    "jet, first order": lambda: jp.jet(NET, POINTS, ALONG, order=1)[:2],
+    "jvp with aux": lambda: jp.jvp(lambda x: (NET(x), {"sum": x.sum()}), POINTS, ALONG[0], has_aux=True),
+    "jvp of one argument": lambda: jp.jvp(F_OF, (PARAMS, POINTS), ALONG[0], argnums=1),
+    "jvp of constants": lambda: jp.jvp(lambda x: (x, torch.ones(3).double()), POINTS, ALONG[0]),
+    "linearize": lambda: both(POINTS),
+    "jacobian of a tree": lambda: jp.jacobian(lambda p: F_OF(p, POINTS), (PARAMS,)),
+    "hessian": lambda: jp.hessian(valley, POINTS[0]),
+    "hvp": lambda: jp.hvp(valley, POINTS[0], ALONG[0, 0]),
+    "hessian_diagonal": lambda: jp.hessian_diagonal(NET, POINTS, batch_dim=0),
+    "value_and_laplacian": lambda: jp.value_and_laplacian(NET, POINTS, batch_dim=0),
+    "bilaplacian": lambda: jp.bilaplacian(valley, POINTS[0]),
+    "divergence": lambda: jp.divergence(lambda z: z.sin() * z.sum(), POINTS[0]),
+    "nested": lambda: jp.jvp(lambda a: jp.jvp(lambda b: (a * b).sin(), POINTS, ALONG[0])[1], POINTS, ALONG[1]),
+    "stopped by no_grad and detach": lambda: jp.jvp(lambda a: a * stopped(a) * a.detach(), POINTS, ALONG[0]),
+    "plane of a differential equation": residual_plane,
+}
+
+
+def leaves(tree):
+    return torch.utils._pytree.tree_leaves(tree)
+
+
+LONG = ("jet, planes", "jacobian of a tree", "hessian", "hessian_diagonal", "bilaplacian")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n in LONG else n for n in CASES])
+def test_one_graph(name):
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = leaves(CASES[name]())
+        found = leaves(torch.compile(CASES[name], fullgraph=True, backend="aot_eager")())
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+class Breaking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+
+    def forward(self, x):
+        hidden = self.inner(x).tanh()
+        torch._dynamo.graph_break()
+        return self.outer(hidden).tanh()
+
+
+def test_what_cannot_be_followed_runs_uncompiled():
+    torch._dynamo.reset()
+    model = Breaking()
+    params = list(model.parameters())
+    tangents = [torch.randn(2, *p.shape).double() for p in params]
+
+    def run():
+        plane = jp.evaluate(lambda: model(POINTS).square().mean(), params, tangents)
+        return jp.jet(model, POINTS, ALONG), plane.slope, plane.curvature
+
+    with torch.no_grad():
+        expected, found = leaves(run()), leaves(torch.compile(run, backend="eager")())
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_meanflow_in_one_graph():
+    """The recipe of docs/models.md: the tangent without a graph, the value with one."""
+    torch._dynamo.reset()
+    net = nn.Sequential(nn.Linear(6, 16), nn.SiLU(), nn.Linear(16, 4)).double()
+    (z, v), (r, t) = torch.randn(2, 5, 4).double(), torch.rand(2, 5, 1).double()
+
+    def loss():
+        u = lambda z, r, t: net(torch.cat([z, r, t], 1))  # noqa: E731
+        with torch.no_grad():
+            _, du = jp.jvp(u, (z, r, t), (v, torch.zeros_like(r), torch.ones_like(t)))
+        return (u(z, r, t) - (v - (t - r) * du)).square().mean()
+
+    params = list(net.parameters())
+    expected = torch.autograd.grad(loss(), params)
+    found = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(), params)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+P = nn.Parameter(torch.rand(3, 3).double() + 0.1)
+Q = torch.rand(3, 3).double()
+SEEN = {
+    "private function": lambda: torch._weight_norm(P, P[:, :1], 0).sin().sum(),
+    "unflatten": lambda: P.unflatten(0, (3, 1)).sin().sum(),
+    "reflected": lambda: (Q @ P).sin().sum() + (2**P).sum(),
+}
+PASSING_BY = {
+    ".T": lambda: (Q @ P.T).sin().sum() + P.sum(),
+    "iteration": lambda: sum(row.sin().sum() for row in P) + P.sum(),
+    "vmap": lambda: torch.vmap(torch.sin)(P).sum() + P.sum(),
+    "alone": lambda: P.mT.sin().sum(),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_parameters_that_are_seen(name):
+    torch._dynamo.reset()
+    expected = jp.evaluate(SEEN[name], [P], [Q[None]])
+    with torch.no_grad():
+        found = torch.compile(jp.evaluate, fullgraph=True, backend="aot_eager")(SEEN[name], [P], [Q[None]])
+    torch.testing.assert_close(found.slope, expected.slope)
+    torch.testing.assert_close(found.curvature, expected.curvature)
+
+
+@pytest.mark.parametrize("name", PASSING_BY)
+def test_parameters_that_pass_by_a_compiler_raise(name):
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises(torch._dynamo.exc.Unsupported, match="DerivativeError.*compiled code"):
+        torch.compile(jp.evaluate, fullgraph=True, backend="aot_eager")(PASSING_BY[name], [P], [Q[None]])
+
+
+def test_compiled_parameters_must_require_grad():
+    torch._dynamo.reset()
+    w = torch.ones(3)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="ArgumentError.*require grad"):
+        torch.compile(jp.evaluate, fullgraph=True, backend="eager")(lambda: w.sin().sum(), [w], [torch.ones(1, 3)])
+
+
+def test_options_that_cannot_be_compiled():
+    torch._dynamo.reset()
+    with torch.no_grad():
+        for match, f in {
+            "chunk= cannot": lambda: jp.jacobian(NET, POINTS, chunk=1),
+            "forward-over-reverse' cannot": lambda: jp.hvp(valley, POINTS[0], POINTS[1], mode="forward-over-reverse"),
+        }.items():
+            with pytest.raises(torch._dynamo.exc.Unsupported, match=match):
+                torch.compile(f, fullgraph=True, backend="eager")()
