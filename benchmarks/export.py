@@ -154,6 +154,7 @@ def main() -> None:
     add("--from", type=Path, dest="earlier", help="figures of an earlier run")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    found: dict[str, Any] = {}
     if args.earlier:
         found = json.loads(args.earlier.read_text())
     else:
@@ -163,9 +164,9 @@ def main() -> None:
             for what in args.functions:
                 rows += of(name, what, turns=args.turns)
                 print(rows[-2:], file=sys.stderr)
-        found = {"command": "python -m benchmarks.export", "machine": machine(1), "rows": rows}
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+                found = {"command": "python -m benchmarks.export", "machine": machine(1), "rows": rows}
+                if args.json:  # a run that is stopped has what it had
+                    args.json.write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))
 
 

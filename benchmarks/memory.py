@@ -16,6 +16,7 @@ import argparse
 import ctypes
 import gc
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -199,6 +200,13 @@ def in_fresh_process(case: dict[str, Any]) -> dict[str, int]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def measure(args: argparse.Namespace, case: dict[str, Any]) -> dict[str, float]:
+    """Medians over ``args.runs`` fresh processes, which are noted in ``args.rows`` too."""
+    runs = [in_fresh_process(case) for _ in range(args.runs)]
+    args.rows.append(case | {"runs": runs})
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+
+
 def mib(count: float) -> str:
     """Bytes as MiB."""
     return f"{count / 2**20:.1f}"
@@ -217,7 +225,7 @@ def depth(args: argparse.Namespace) -> str:
         base = {"model": "mlp", "layers": layers, "k": args.k, "batch": 512, "threads": args.threads}
         parameters = 0
         for way in ("inference", "ours", "ours, drawn", "backprop"):
-            result = in_fresh_process(base | {"way": way})
+            result = measure(args, base | {"way": way})
             parameters = result["parameters"]
             cells.append(result["peak"])
         figures = [parameters, args.k * parameters, *cells]
@@ -245,7 +253,7 @@ def against(args: argparse.Namespace) -> str:
     cases = [("cnn", 0, BATCH["cnn"])] + [("gpt", layers, BATCH["gpt"]) for layers in args.layers]
     for model, layers, batch in cases:
         base = {"model": model, "layers": layers, "k": args.k, "batch": batch, "threads": args.threads}
-        results = [in_fresh_process(base | {"way": way}) for way in ways]
+        results = [measure(args, base | {"way": way}) for way in ways]
         parameters = results[0]["parameters"]
         name = f"{model}, {layers} layers" if layers else model
         figures = " | ".join(mib(c) for c in (parameters, args.k * parameters, *(r["peak"] for r in results)))
@@ -264,7 +272,7 @@ def length(args: argparse.Namespace) -> str:
     ]
     for n in LENGTHS:
         case = {"model": "lstm", "length": n, "k": LINES, "batch": 64, "threads": args.threads}
-        lines.append(f"| {n} | " + " | ".join(mib(in_fresh_process(case | {"way": w})["peak"]) for w in ways) + " |")
+        lines.append(f"| {n} | " + " | ".join(mib(measure(args, case | {"way": w})["peak"]) for w in ways) + " |")
     return "\n".join(lines)
 
 
@@ -283,7 +291,7 @@ def attention(args: argparse.Namespace) -> str:
             if n > long.DENSE and ("exact" in way or ("dense" in way and not way.endswith("checkpointed"))):
                 cells.append("")
                 continue
-            found = in_fresh_process({"model": "attention", "length": n, "way": way, "threads": args.threads})
+            found = measure(args, {"model": "attention", "length": n, "way": way, "threads": args.threads})
             base = base or found["microseconds"]
             cells.append(f"{mib(found['peak'])} ({found['microseconds'] / base:.1f})")
         lines.append(f"| {n} | " + " | ".join(cells) + " |")
@@ -301,7 +309,7 @@ def vocabulary(args: argparse.Namespace) -> str:
         "|" + "--:|" * len(long.READING),
     ]
     base = {"model": "reader", "positions": long.POSITIONS, "k": args.k, "threads": args.threads}
-    lines.append("| " + " | ".join(mib(in_fresh_process(base | {"way": w})["peak"]) for w in long.READING) + " |")
+    lines.append("| " + " | ".join(mib(measure(args, base | {"way": w})["peak"]) for w in long.READING) + " |")
     return "\n".join(lines)
 
 
@@ -320,17 +328,23 @@ def main() -> None:
     add("--layers", nargs="+", type=int, default=[4, 16], help="of the GPT-style stacks")
     add("--lengths", nargs="+", type=int, default=[512, 1024, 2048, 4096, 8192], help="of the attention section")
     add("--threads", type=int, default=2)
+    add("--runs", type=int, default=1, help="fresh processes for each figure; medians are shown")
     add("--out", type=Path, help="write the tables here too")
+    add("--json", type=Path, help="all figures of all runs")
     add("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
         print(json.dumps(measured(json.loads(args.case))))
         return
-    text = machine(args.threads) + "\n"
+    text, args.rows = machine(args.threads) + "\n", []
     for name in args.sections:
         text += "\n" + SECTIONS[name](args) + "\n"
         if args.out:
             args.out.write_text(text)
+        if args.json:
+            command = f"python -m benchmarks.memory --sections {' '.join(args.sections)} --runs {args.runs}"
+            found = {"command": command, "machine": machine(args.threads), "rows": args.rows}
+            args.json.write_text(json.dumps(found, indent=1) + "\n")
     print(text)
 
 

@@ -262,6 +262,25 @@ def under_fsdp2(rank):
     return True
 
 
-@pytest.mark.parametrize("way", [under_ddp, under_fsdp2], ids=["ddp", "fsdp2"])
+def watched_under_ddp(rank):
+    """A monitor leaves buffers, which DDP sends to all ranks in each forward pass, as they would be without it."""
+    states = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        model = DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.BatchNorm1d(5)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        x = torch.randn(8, 4) + rank
+        loss = lambda: model(x).square().sum(1).sin().mean()  # noqa: E731, B023
+        monitor = jp.CurvatureMonitor(optimizer, loss) if watched else None
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+        assert monitor is None or len(monitor.readings) == 2
+        states.append({name: t.clone() for name, t in model.state_dict().items()})
+    return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("way", [under_ddp, under_fsdp2, watched_under_ddp], ids=["ddp", "fsdp2", "monitor"])
 def test_unmodified_modules_of_two_ranks(two, way):
     assert raised(two.run(way)) == [True, True]

@@ -288,6 +288,13 @@ def test_a_run_without_side_effects_keeps_no_activations():
     assert kept == {id(buffer) for buffer in net.buffers()}
 
 
+def test_what_an_operator_returns_of_its_arguments_is_set_back():
+    kept = torch.zeros(3)
+    with torch.inference_mode(), without_side_effects():
+        F.dropout(kept, 0.5, False).add_(1)  # the same tensor, though the operator does not say so
+    assert torch.equal(kept, torch.zeros(3))
+
+
 def test_a_run_without_side_effects_inside_another():
     net = nn.BatchNorm1d(4)
     before = [b.clone() for b in net.buffers()]

@@ -51,6 +51,9 @@ class UndoLog(TorchDispatchMode):
             for argument, value in [*zip(schema.arguments, args, strict=False), *_named(schema, kwargs)]:
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     self.save(value, schema.name in MOVING)
+        elif schema.name.startswith("c10d::"):  # collectives write to what they are given without saying so
+            for value in tree_leaves((args, kwargs)):
+                self.save(value)
         elif "batch_norm" in schema.name:  # writes running statistics without saying so
             for argument, value in zip(schema.arguments, args, strict=False):
                 if argument.name in ("running_mean", "running_var"):
@@ -60,7 +63,9 @@ class UndoLog(TorchDispatchMode):
         if sets:
             self._raw[id(args[0])] = args[0]
         if not any(r.alias_info for r in schema.returns) or schema.name == "aten::lift_fresh":
-            self._fresh.update(memory_of(t) for t in tree_leaves(result) if _has_memory(t))
+            # Composite operators (dropout, flatten_dense_tensors) may return what they were given without saying so.
+            made, given = ({memory_of(t) for t in tree_leaves(x) if _has_memory(t)} for x in (result, (args, kwargs)))
+            self._fresh |= made - given
         return result
 
     def save(self, value: Any, moves: bool = False) -> None:
