@@ -1,4 +1,4 @@
-"""The command line: ``jetplane train``, ``compare``, ``report``, ``sweep``, ``demo``, ``reproduce`` and ``fetch``."""
+"""The command line: ``jetplane train``, ``compare``, ``report``, ``sweep``, ``demo``, ``finetune`` and so on."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ from .experiments import data as datasets
 from .experiments import demo as demonstration
 from .experiments import launch, page, report, sweep
 from .experiments.config import Config, DataName, ModelName, ScheduleName
+from .experiments.finetune import command as finetuning
+from .experiments.finetune.parameters import ParametersName
+from .experiments.finetune.preparing import Source
+from .experiments.finetune.training import Clock, Settings
 from .experiments.methods import METHODS, DescentName, MethodName
 from .experiments.reproduce import Budget, ExperimentName, experiment, run_experiment
 from .experiments.train import Run
@@ -192,6 +196,62 @@ def demo(
     report.draw(runs, picture, title)
     _show(runs)
     console.print(f"curves  {picture.resolve()}", soft_wrap=True)
+
+
+@app.command()
+def finetune(
+    model: Annotated[Path, typer.Option(help="Folder of a transformers model, or a .gguf file.")],
+    data: Annotated[Path, typer.Option(help="Labelled texts: .csv, .tsv, .tab, .jsonl, or a folder for each class.")],
+    parameters: Annotated[ParametersName, typer.Option(help="What trains.")] = Settings.parameters,
+    method: Annotated[list[str], typer.Option(help=finetuning.METHODS_HELP)] = finetuning.DEFAULT,
+    seconds: Annotated[float, typer.Option(help="Seconds of training for each method and seed.")] = Settings.seconds,
+    seeds: Annotated[int, typer.Option(help="Number of seeds.", min=1)] = 1,
+    trials: Annotated[
+        int, typer.Option(help="Trials of a search for each rival's rate; 0: published ones.", min=0)
+    ] = 0,
+    rate: Annotated[list[str] | None, typer.Option(help="METHOD=RATE in place of the published one.")] = None,
+    blocks: Annotated[
+        int, typer.Option(help="How many of the last blocks train, or hold what trains.")
+    ] = Source.blocks,
+    batch: Annotated[int, typer.Option(help="Texts in a step.")] = Settings.batch,
+    micro_batch: Annotated[int, typer.Option(help="Texts at a time, adam-checkpointed.")] = Settings.micro_batch,
+    rank: Annotated[int, typer.Option(help="Rank of adapters, lora.")] = Settings.rank,
+    target: Annotated[list[str] | None, typer.Option(help=finetuning.TARGETS_HELP)] = None,
+    prefix: Annotated[int, typer.Option(help="Number of vectors, prefix.")] = Settings.prefix,
+    test_data: Annotated[Path | None, typer.Option(help="Texts to test on [default: a part of --data].")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of the texts.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of the classes.")] = None,
+    train: Annotated[int, typer.Option(help="Texts to train on.")] = Source.sizes[0],
+    dev: Annotated[int, typer.Option(help="Texts that choose.")] = Source.sizes[1],
+    test: Annotated[int, typer.Option(help="Texts to test on.")] = Source.sizes[2],
+    prompt: Annotated[
+        str | None, typer.Option(help="Prompt, with {text} [default: a causal model's is '{text}\\nTopic:'].")
+    ] = None,
+    word: Annotated[list[str] | None, typer.Option(help="CLASS=WORD that a causal model is to say.")] = None,
+    tokens: Annotated[int, typer.Option(help="Most tokens of a text with its prompt.")] = Source.tokens,
+    clock: Annotated[Clock, typer.Option(help="What seconds are of.")] = Settings.clock,
+    cache: Annotated[Path, typer.Option(help="Folder for what the frozen blocks put out.")] = Source.cache,
+    out: Annotated[Path | None, typer.Option(help="Folder of the result [default: runs/finetune-TIME].")] = None,
+) -> None:
+    """Fine-tune a language model on labelled texts, without a backward pass and by its rivals."""
+    folder = out or Path("runs") / time.strftime("finetune-%Y%m%d-%H%M%S")
+    words, rates = finetuning.pairs(word or [], "--word"), finetuning.pairs(rate or [], "--rate")
+    source = Source(
+        model, data, test_data, text_column, label_column, (train, dev, test), prompt, words, tokens, blocks, cache
+    )
+    targets = tuple(target or Settings.targets)
+    settings = Settings(parameters, rank, prefix, targets, batch, micro_batch, seconds, clock=clock)
+    work = finetuning.Comparison(source, settings, method, seeds, trials, finetuning.numbers(rates))
+    with _progress() as progress:
+        task = progress.add_task("", total=1.0, loss="")
+
+        def observe(what: str, done: float, total: float, loss: float) -> None:
+            shown = "" if loss != loss else f"{loss:.4f}"
+            progress.update(task, description=what, completed=min(done, total), total=total, loss=shown)
+
+        finetuning.compare(work, folder, observe)
+    _print(finetuning.rows(folder), left=("method",))
+    console.print(f"result  {folder / finetuning.RESULT}", soft_wrap=True)
 
 
 @app.command()
