@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import ArgumentError
 from .language_model import LanguageModel
 
 
@@ -41,8 +40,6 @@ class TextClassifier(nn.Module):
         head: W and b.
     """
 
-    prefix: nn.Embedding | None = None
-
     def __init__(
         self, model: LanguageModel, blocks: int, classes: int, tokens: list[int] | None, as_tuple: bool
     ) -> None:
@@ -59,21 +56,20 @@ class TextClassifier(nn.Module):
             ArgumentError: there are not as many blocks.
         """
         super().__init__()
-        total = len(model.blocks)
-        if not 1 <= blocks < total:
-            raise ArgumentError(f"expected from 1 to {total - 1} of the {total} blocks to train in, got {blocks}")
+        self.prefix: nn.Embedding | None = None
+        frozen = model.frozen(blocks)
         table = model.base.get_input_embeddings()  # type: ignore[operator]
         assert isinstance(table, nn.Embedding)
         width = table.embedding_dim
         # What is copied leaves out the frozen blocks and the table: they are the most of a model.
-        left_out = {id(block): nn.Identity() for block in model.blocks[: total - blocks]}
+        left_out = {id(block): nn.Identity() for block in model.blocks[:frozen]}
         self.base = copy.deepcopy(model.base, {id(table): nn.Embedding(1, width), **left_out})  # type: ignore[arg-type]
         self.base.requires_grad_(False)
         name = next(name for name, module in model.base.named_modules() if module is model.blocks)
         every = self.base.get_submodule(name)
         assert isinstance(every, nn.ModuleList)
         self._entrance = Entrance(as_tuple)
-        self.blocks = every[total - blocks :]
+        self.blocks = every[frozen:]
         kept = nn.ModuleList([self._entrance, *self.blocks])
         setattr(self.base.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], kept)
         self.base.config.num_hidden_layers = len(kept)  # type: ignore[union-attr]

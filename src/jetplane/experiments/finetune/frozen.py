@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +62,11 @@ def cached_states(
 
     They belong to the weights of the frozen blocks, the tokens and ``blocks``: a checksum of all of them is in the
     file's name. What an interrupted run leaves is not taken.
+
+    Raises:
+        ArgumentError: there are not as many blocks.
     """
-    frozen = model.blocks[: len(model.blocks) - blocks]
+    frozen = model.blocks[: model.frozen(blocks)]
     mark = hashlib.sha256(repr((blocks, tuple(tokens.ids.shape))).encode())
     for part in (tokens.ids, tokens.mask, *frozen.parameters()):
         mark.update(part.detach().contiguous().numpy().data)
@@ -81,8 +85,6 @@ class _Reached(Exception):
 
 
 def _compute(model: LanguageModel, tokens: Tokens, entered: nn.Module, path: Path, observe: Observer) -> dict[str, Any]:
-    import time
-
     found: list[Tensor] = []
     kinds: list[bool] = []
 

@@ -56,6 +56,17 @@ class LanguageModel:
         """The blocks of the transformer, in their order."""
         return _blocks(self.base)
 
+    def frozen(self, blocks: int) -> int:
+        """How many blocks come before the last ``blocks``.
+
+        Raises:
+            ArgumentError: none would be left before them, or none is asked for.
+        """
+        total = len(self.blocks)
+        if not 1 <= blocks < total:
+            raise ArgumentError(f"expected from 1 to {total - 1} of the {total} blocks to train in, got {blocks}")
+        return total - blocks
+
 
 def load(path: Path) -> LanguageModel:
     """Load a model from a folder that transformers wrote, or from a GGUF file (its weights become float32).

@@ -131,8 +131,8 @@ def _backprop(model: TextClassifier, rate: float, micro_batch: int | None) -> St
     return step
 
 
-# MeZO's rates are those of RoBERTa-large, the highest of its grid where it has several. HiZOO and LOZO have published none
-# for adapters and prefixes, so that MeZO's stand for them.
+# MeZO's rates are those of RoBERTa-large, the highest of its grid where it has several. They stand for HiZOO's and
+# LOZO's, which have published none for adapters and prefixes.
 _MEZO = {"lora": 1e-4, "prefix": 1e-2, "": 1e-5}
 
 METHODS: dict[str, Method] = {

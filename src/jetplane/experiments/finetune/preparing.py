@@ -83,5 +83,5 @@ def prepare(source: Source, observe: Observer = lambda done, total: None) -> Pre
     labels = torch.cat([splits.labels(part) for part in ("train", "dev", "test")])
     sizes = len(splits.train), len(splits.dev), len(splits.test)
     return Prepared(
-        Task(classifier, states, labels, sizes), splits.classes, states.seconds, len(model.blocks) - source.blocks
+        Task(classifier, states, labels, sizes), splits.classes, states.seconds, model.frozen(source.blocks)
     )
