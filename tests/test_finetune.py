@@ -1,8 +1,11 @@
 """Fine-tuning: texts, prompts, the cut model, what trains, each method and the command, on random models."""
 
 import dataclasses
+import importlib.util
+import io
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -225,7 +228,7 @@ class TestModel:
         with pytest.raises(MissingPackageError, match="pip install gguf"):
             language_model.load(tmp_path / "a.gguf")
         monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-        with pytest.raises(MissingPackageError, match="frameworks"):
+        with pytest.raises(MissingPackageError, match="experiments,finetune"):
             language_model.load(folder / "llama")
 
     def test_as_many_blocks_as_there_are(self, folder):
@@ -296,7 +299,7 @@ class TestTraining:
     def test_it_learns(self, folder):
         task = prepared(folder, "bert").task
         model = Settings("last-blocks").prepared(task, 0)
-        step = methods.METHODS["plane-search"].build(model, 1.0, 0, 4)
+        step = methods.METHODS["plane-search"].build(model, 1.0, 0, 16)
         for batch, _ in zip(task.batches(16, 0), range(20), strict=False):
             step(batch)
         assert accuracy(model, task, task.places("test")) > 0.75  # of two classes that are as frequent
@@ -311,6 +314,20 @@ class TestTraining:
                 step(dataclasses.replace(batch, states=batch.states.double()))
             ends.append(torch.cat([p.detach().flatten() for p in model.trained]))
         torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-8)
+
+    def test_micro_batches_leave_planes_as_they_are(self, folder):
+        task = prepared(folder).task
+        model = Settings("lora").prepared(task, 0).double()
+        for p in model.trained:
+            p.data.add_(0.1 * torch.randn_like(p))
+        batch = task.batch(torch.arange(10))
+        batch = dataclasses.replace(batch, states=batch.states.double())
+        planes = [
+            jp.evaluate(lambda size=size: methods.loss_of(model, batch, size), model.trained, jp.Directions(3), "ggn")
+            for size in (None, 4)
+        ]
+        for name in ("value", "slope", "curvature"):
+            torch.testing.assert_close(*(getattr(plane, name) for plane in planes), rtol=1e-5, atol=1e-7)
 
     def test_sofos_step(self, folder):
         """``theta - lr V (V^T G V + damping |.|_max I)^-1 V^T g``, with G = J^T H J of the batch, by reverse mode."""
@@ -405,8 +422,14 @@ class TestCommand:
             CliRunner().invoke(cli.app, ["finetune", *options], catch_exceptions=False)
 
 
+def test_the_example(folder):
+    spec = importlib.util.spec_from_file_location("finetune", Path(__file__).parent.parent / "examples/finetune.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    options = ["--model", str(folder / "llama"), "--data", str(folder / "weather.csv"), "--steps", "2"]
+    assert 0 <= module.main([*options, "--cache", str(folder / "states")]) <= 1
+
+
 def io_of(path):
     """The content of a checkpoint behind its line with the checksum."""
-    import io
-
     return io.BytesIO(path.read_bytes().partition(b"\n")[2])

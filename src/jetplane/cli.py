@@ -214,7 +214,9 @@ def finetune(
         int, typer.Option(help="How many of the last blocks train, or hold what trains.")
     ] = Source.blocks,
     batch: Annotated[int, typer.Option(help="Texts in a step.")] = Settings.batch,
-    micro_batch: Annotated[int, typer.Option(help="Texts at a time, adam-checkpointed.")] = Settings.micro_batch,
+    micro_batch: Annotated[
+        int, typer.Option(help="Texts at a time, jets and adam-checkpointed.")
+    ] = Settings.micro_batch,
     rank: Annotated[int, typer.Option(help="Rank of adapters, lora.")] = Settings.rank,
     target: Annotated[list[str] | None, typer.Option(help=finetuning.TARGETS_HELP)] = None,
     prefix: Annotated[int, typer.Option(help="Number of vectors, prefix.")] = Settings.prefix,

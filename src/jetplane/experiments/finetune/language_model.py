@@ -178,7 +178,7 @@ def _transformers() -> Any:
         transformers = importlib.import_module("transformers")
     except ImportError as error:
         raise MissingPackageError(
-            "fine-tuning needs transformers: pip install 'jetplane[experiments,frameworks]'"
+            "fine-tuning needs transformers: pip install 'jetplane[experiments,finetune]'"
         ) from error
     transformers.utils.logging.disable_progress_bar()
     return transformers

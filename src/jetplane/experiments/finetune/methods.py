@@ -38,9 +38,11 @@ class Batch:
         return [Batch(*part) for part in parts]
 
 
-def loss_of(model: TextClassifier, batch: Batch) -> Tensor:
-    """The mean cross entropy of a batch."""
-    return F.cross_entropy(model(batch.states, batch.mask), batch.labels)
+def loss_of(model: TextClassifier, batch: Batch, micro_batch: int | None = None) -> Tensor:
+    """The mean cross entropy of a batch, at the memory of so many texts where nothing is kept of them."""
+    parts = batch.split(micro_batch or len(batch.labels))
+    losses = [F.cross_entropy(model(part.states, part.mask), part.labels, reduction="none") for part in parts]
+    return torch.cat(losses).mean()
 
 
 Step = Callable[[Batch], float]  # takes a step; returns the loss before it, or an estimate of it
@@ -72,12 +74,12 @@ class Method:
         return self.rates.get(parameters, self.rates[""]) if self.rates else None
 
 
-def _by_closure(make: Callable[[list[nn.Parameter], TextClassifier, float, int], Any]) -> Build:
-    """A method whose optimizer takes a closure that returns the loss."""
+def _by_closure(make: Callable[[list[nn.Parameter], TextClassifier, float, int], Any], in_parts: bool = True) -> Build:
+    """A method whose optimizer takes a closure that returns the loss, in parts of a micro-batch or of the whole."""
 
     def build(model: TextClassifier, rate: float, seed: int, micro_batch: int) -> Step:
-        opt = make(model.trained, model, rate, seed)
-        return lambda batch: float(opt.step(lambda: loss_of(model, batch)))
+        opt, size = make(model.trained, model, rate, seed), micro_batch if in_parts else None
+        return lambda batch: float(opt.step(lambda: loss_of(model, batch, size)))
 
     return build
 
@@ -99,7 +101,7 @@ def _sofo(params: list[nn.Parameter], model: TextClassifier, rate: float, seed: 
 
 
 def _zeroth(kind: type[zeroth_order.ZerothOrder], **settings: Any) -> Build:
-    return _by_closure(lambda params, model, rate, seed: kind(params, lr=rate, seed=seed, **settings))
+    return _by_closure(lambda params, model, rate, seed: kind(params, lr=rate, seed=seed, **settings), in_parts=False)
 
 
 def _adam(model: TextClassifier, rate: float, seed: int, micro_batch: int) -> Step:

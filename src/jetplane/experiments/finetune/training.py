@@ -65,7 +65,8 @@ class Settings:
     Attributes:
         parameters: which train; see `parameters.choose`, also for ``rank``, ``prefix`` and ``targets``.
         batch: texts in a step.
-        micro_batch: texts of which "adam-checkpointed" takes a gradient at a time.
+        micro_batch: texts at a time, of methods that take more memory for a text than inference does: those of jets,
+            whose closure runs over them one after another, and "adam-checkpointed", which adds up their gradients.
         seconds: of training. Scores do not count.
         scores: how many times, evenly, the dev texts are scored; the best weights are kept.
         clock: what seconds are of: "wall", or "processor" for the processor time of all threads.
