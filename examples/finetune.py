@@ -15,8 +15,9 @@ from pathlib import Path
 
 import jetplane as jp
 from jetplane.experiments.finetune.methods import loss_of
-from jetplane.experiments.finetune.preparing import Source, prepare
-from jetplane.experiments.finetune.training import Settings, accuracy
+from jetplane.experiments.finetune.options import Settings, Source
+from jetplane.experiments.finetune.preparing import prepare
+from jetplane.experiments.finetune.training import accuracy
 
 
 def main(arguments: list[str] | None = None) -> float:
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> float:
 
     prepared = prepare(Source(args.model, args.data, cache=args.cache))
     task = prepared.task
-    model = Settings("lora").prepared(task, seed=0)
+    model = task.prepared(Settings("lora"), seed=0)
     print(f"{len(prepared.classes)} classes, {task.sizes} texts, {sum(p.numel() for p in model.trained):,} parameters")
 
     opt = jp.optim.PlaneSearch(model.trained, model)

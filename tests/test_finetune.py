@@ -17,9 +17,10 @@ from jetplane.errors import ArgumentError, DataError, MissingPackageError, RunFo
 from jetplane.experiments.finetune import command, comparison, language_model, methods, parameters, texts
 from jetplane.experiments.finetune.classifier import TextClassifier
 from jetplane.experiments.finetune.frozen import cached_states
-from jetplane.experiments.finetune.preparing import Source, prepare
+from jetplane.experiments.finetune.options import METHODS, Settings, Source
+from jetplane.experiments.finetune.preparing import prepare
 from jetplane.experiments.finetune.texts import Example
-from jetplane.experiments.finetune.training import Settings, accuracy, run
+from jetplane.experiments.finetune.training import accuracy, run
 
 transformers = pytest.importorskip("transformers", reason="needs pip install '.[frameworks]'")
 tokenizers = pytest.importorskip("tokenizers")
@@ -251,7 +252,7 @@ class TestParameters:
     )
     def test_what_trains(self, folder, kind, name, count):
         task = prepared(folder, kind).task
-        model = Settings(name).prepared(task, 0)
+        model = task.prepared(Settings(name), 0)
         assert sum(p.numel() for p in model.trained) == count
         assert not any(p.requires_grad for p in task.model.parameters())
 
@@ -261,7 +262,7 @@ class TestParameters:
         batch = task.batch(torch.arange(6))
         batch = dataclasses.replace(batch, states=batch.states.double())
         for name in ("lora", "prefix", "last-blocks", "norms", "head"):
-            model = Settings(name).prepared(task, 0).double()
+            model = task.prepared(Settings(name), 0).double()
             for p in model.trained:
                 p.data.add_(0.1 * torch.randn_like(p))
             directions = jp.Directions(3, seed=1)
@@ -275,12 +276,12 @@ class TestParameters:
     def test_adapters_start_at_the_model(self, folder):
         task = prepared(folder).task
         batch = task.batch(torch.arange(4))
-        adapted = Settings("lora").prepared(task, 0)
+        adapted = task.prepared(Settings("lora"), 0)
         assert torch.equal(adapted(batch.states, batch.mask), task.model(batch.states, batch.mask))
 
     def test_names_of_layers(self, folder):
         task = prepared(folder).task
-        model = Settings("lora", targets=("up_proj",), rank=2).prepared(task, 0)
+        model = task.prepared(Settings("lora", targets=("up_proj",), rank=2), 0)
         assert sum(p.numel() for p in model.trained) == 2 * (32 + 48)
         with pytest.raises(ArgumentError, match="is named c_attn; theirs are .*q_proj.*--target"):
             parameters.choose(model, "lora", 0, targets=("c_attn",))
@@ -289,6 +290,9 @@ class TestParameters:
 
 
 class TestTraining:
+    def test_all_methods_are_options(self):
+        assert tuple(methods.METHODS) == METHODS
+
     @pytest.mark.parametrize("name", methods.METHODS)
     def test_each_method(self, folder, name):
         outcome = run(prepared(folder).task, name, Settings(seconds=0.02, scores=1), None, 0)
@@ -298,7 +302,7 @@ class TestTraining:
 
     def test_it_learns(self, folder):
         task = prepared(folder, "bert").task
-        model = Settings("last-blocks").prepared(task, 0)
+        model = task.prepared(Settings("last-blocks"), 0)
         step = methods.METHODS["plane-search"].build(model, 1.0, 0, 16)
         for batch, _ in zip(task.batches(16, 0), range(20), strict=False):
             step(batch)
@@ -308,7 +312,7 @@ class TestTraining:
         task, settings = prepared(folder).task, Settings("last-blocks", batch=10)
         ends = []
         for name, micro in (("adam", 0), ("adam-checkpointed", 3)):
-            model = settings.prepared(task, 0).double()
+            model = task.prepared(settings, 0).double()
             step, batches = methods.METHODS[name].build(model, 1e-3, 0, micro), task.batches(10, 0)
             for batch, _ in zip(batches, range(3), strict=False):
                 step(dataclasses.replace(batch, states=batch.states.double()))
@@ -317,7 +321,7 @@ class TestTraining:
 
     def test_micro_batches_leave_planes_as_they_are(self, folder):
         task = prepared(folder).task
-        model = Settings("lora").prepared(task, 0).double()
+        model = task.prepared(Settings("lora"), 0).double()
         for p in model.trained:
             p.data.add_(0.1 * torch.randn_like(p))
         batch = task.batch(torch.arange(10))
@@ -332,7 +336,7 @@ class TestTraining:
     def test_sofos_step(self, folder):
         """``theta - lr V (V^T G V + damping |.|_max I)^-1 V^T g``, with G = J^T H J of the batch, by reverse mode."""
         task = prepared(folder).task
-        model = Settings("head").prepared(task, 0).double()
+        model = task.prepared(Settings("head"), 0).double()
         batch = task.batch(torch.arange(12))
         batch = dataclasses.replace(batch, states=batch.states.double())
         (w,) = model.trained

@@ -1,4 +1,7 @@
-"""The command line: ``jetplane train``, ``compare``, ``report``, ``sweep``, ``demo``, ``finetune`` and so on."""
+"""The command line: ``jetplane train``, ``compare``, ``report``, ``sweep``, ``demo``, ``finetune`` and so on.
+
+What a command needs is imported when it runs: help and errors of the options come without torch.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import optuna
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
@@ -18,17 +20,23 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from .errors import ArgumentError, CheckpointError, JetplaneError, LostRankError, RunFolderError
-from .experiments import data as datasets
 from .experiments import demo as demonstration
-from .experiments import launch, page, report, sweep
-from .experiments.config import Config, DataName, ModelName, ScheduleName
-from .experiments.finetune import command as finetuning
-from .experiments.finetune.parameters import ParametersName
-from .experiments.finetune.preparing import Source
-from .experiments.finetune.training import Clock, Settings
+from .experiments.config import (
+    SWEEP_EPOCHS,
+    SWEEP_SPREAD,
+    SWEEP_TRIALS,
+    Budget,
+    Config,
+    DataName,
+    ExperimentName,
+    ModelName,
+    ScheduleName,
+)
+from .experiments.finetune import options as finetuning
 from .experiments.methods import METHODS, DescentName, MethodName
-from .experiments.reproduce import Budget, ExperimentName, experiment, run_experiment
-from .experiments.train import Run
+
+if TYPE_CHECKING:
+    from .experiments.report import Finished
 
 DATA_HELP = "Folder of the data [or JETPLANE_MNIST, JETPLANE_CIFAR10]."
 K_HELP = ", ".join(f"{name} {method.k}" for name, method in METHODS.items() if method.takes_k)
@@ -83,6 +91,9 @@ def train(
     configuration: Annotated[Path | None, ConfigFile] = None,
 ) -> None:
     """Train a model and keep everything about the run in a folder. Under torchrun: on several ranks."""
+    from .experiments import launch, report
+    from .experiments.train import Run
+
     if resume is not None and configuration is not None:
         raise ArgumentError("a resumed run has its own configuration; expected --resume or --config, got both")
     launch.start()
@@ -156,6 +167,8 @@ def compare(
     out: Annotated[Path, typer.Option(help="Image to write.")] = Path("compare.png"),
 ) -> None:
     """Plot several runs in one figure, over epochs and over seconds; runs that differ in the seed alone as one."""
+    from .experiments import report
+
     runs = [report.Finished.read(folder) for folder in folders]
     report.draw(runs, out, "Test loss")
     _show(runs)
@@ -169,6 +182,8 @@ def demo(
     seeds: Annotated[int, typer.Option(help="Number of seeds.", min=1)] = demonstration.SEEDS,
 ) -> None:
     """Train logistic regression and a CNN on handwritten digits with several methods, and compare them."""
+    from .experiments import report
+
     folder = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     if folder.exists() and any(folder.iterdir()):
         raise RunFolderError(f"{folder} exists; name another folder with --out")
@@ -202,9 +217,13 @@ def demo(
 def finetune(
     model: Annotated[Path, typer.Option(help="Folder of a transformers model, or a .gguf file.")],
     data: Annotated[Path, typer.Option(help="Labelled texts: .csv, .tsv, .tab, .jsonl, or a folder for each class.")],
-    parameters: Annotated[ParametersName, typer.Option(help="What trains.")] = Settings.parameters,
+    parameters: Annotated[
+        finetuning.ParametersName, typer.Option(help="What trains.")
+    ] = finetuning.Settings.parameters,
     method: Annotated[list[str], typer.Option(help=finetuning.METHODS_HELP)] = finetuning.DEFAULT,
-    seconds: Annotated[float, typer.Option(help="Seconds of training for each method and seed.")] = Settings.seconds,
+    seconds: Annotated[
+        float, typer.Option(help="Seconds of training for each method and seed.")
+    ] = finetuning.Settings.seconds,
     seeds: Annotated[int, typer.Option(help="Number of seeds.", min=1)] = 1,
     trials: Annotated[
         int, typer.Option(help="Trials of a search for each rival's rate; 0: published ones.", min=0)
@@ -212,37 +231,39 @@ def finetune(
     rate: Annotated[list[str] | None, typer.Option(help="METHOD=RATE in place of the published one.")] = None,
     blocks: Annotated[
         int, typer.Option(help="How many of the last blocks train, or hold what trains.")
-    ] = Source.blocks,
-    batch: Annotated[int, typer.Option(help="Texts in a step.")] = Settings.batch,
+    ] = finetuning.Source.blocks,
+    batch: Annotated[int, typer.Option(help="Texts in a step.")] = finetuning.Settings.batch,
     micro_batch: Annotated[
         int, typer.Option(help="Texts at a time, jets and adam-checkpointed.")
-    ] = Settings.micro_batch,
-    rank: Annotated[int, typer.Option(help="Rank of adapters, lora.")] = Settings.rank,
+    ] = finetuning.Settings.micro_batch,
+    rank: Annotated[int, typer.Option(help="Rank of adapters, lora.")] = finetuning.Settings.rank,
     target: Annotated[list[str] | None, typer.Option(help=finetuning.TARGETS_HELP)] = None,
-    prefix: Annotated[int, typer.Option(help="Number of vectors, prefix.")] = Settings.prefix,
+    prefix: Annotated[int, typer.Option(help="Number of vectors, prefix.")] = finetuning.Settings.prefix,
     test_data: Annotated[Path | None, typer.Option(help="Texts to test on [default: a part of --data].")] = None,
     text_column: Annotated[str | None, typer.Option(help="Column of the texts.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of the classes.")] = None,
-    train: Annotated[int, typer.Option(help="Texts to train on.")] = Source.sizes[0],
-    dev: Annotated[int, typer.Option(help="Texts that choose.")] = Source.sizes[1],
-    test: Annotated[int, typer.Option(help="Texts to test on.")] = Source.sizes[2],
+    train: Annotated[int, typer.Option(help="Texts to train on.")] = finetuning.Source.sizes[0],
+    dev: Annotated[int, typer.Option(help="Texts that choose.")] = finetuning.Source.sizes[1],
+    test: Annotated[int, typer.Option(help="Texts to test on.")] = finetuning.Source.sizes[2],
     prompt: Annotated[
         str | None, typer.Option(help="Prompt, with {text} [default: a causal model's is '{text}\\nTopic:'].")
     ] = None,
     word: Annotated[list[str] | None, typer.Option(help="CLASS=WORD that a causal model is to say.")] = None,
-    tokens: Annotated[int, typer.Option(help="Most tokens of a text with its prompt.")] = Source.tokens,
-    clock: Annotated[Clock, typer.Option(help="What seconds are of.")] = Settings.clock,
-    cache: Annotated[Path, typer.Option(help="Folder for what the frozen blocks put out.")] = Source.cache,
+    tokens: Annotated[int, typer.Option(help="Most tokens of a text with its prompt.")] = finetuning.Source.tokens,
+    clock: Annotated[finetuning.Clock, typer.Option(help="What seconds are of.")] = finetuning.Settings.clock,
+    cache: Annotated[Path, typer.Option(help="Folder for what the frozen blocks put out.")] = finetuning.Source.cache,
     out: Annotated[Path | None, typer.Option(help="Folder of the result [default: runs/finetune-TIME].")] = None,
 ) -> None:
     """Fine-tune a language model on labelled texts, without a backward pass and by its rivals."""
+    from .experiments.finetune import command
+
     folder = out or Path("runs") / time.strftime("finetune-%Y%m%d-%H%M%S")
     words, rates = finetuning.pairs(word or [], "--word"), finetuning.pairs(rate or [], "--rate")
-    source = Source(
+    source = finetuning.Source(
         model, data, test_data, text_column, label_column, (train, dev, test), prompt, words, tokens, blocks, cache
     )
-    targets = tuple(target or Settings.targets)
-    settings = Settings(parameters, rank, prefix, targets, batch, micro_batch, seconds, clock=clock)
+    targets = tuple(target or finetuning.TARGETS)
+    settings = finetuning.Settings(parameters, rank, prefix, targets, batch, micro_batch, seconds, clock=clock)
     work = finetuning.Comparison(source, settings, method, seeds, trials, finetuning.numbers(rates))
     with _progress() as progress:
         task = progress.add_task("", total=1.0, loss="")
@@ -251,9 +272,9 @@ def finetune(
             shown = "" if loss != loss else f"{loss:.4f}"
             progress.update(task, description=what, completed=min(done, total), total=total, loss=shown)
 
-        finetuning.compare(work, folder, observe)
-    _print(finetuning.rows(folder), left=("method",))
-    console.print(f"result  {folder / finetuning.RESULT}", soft_wrap=True)
+        command.compare(work, folder, observe)
+    _print(command.rows(folder), left=("method",))
+    console.print(f"result  {folder / command.RESULT}", soft_wrap=True)
 
 
 @app.command()
@@ -266,6 +287,8 @@ def reproduce(
     epochs: Annotated[int | None, typer.Option(help="Epochs of logreg, cnn and cifar [default: the budget's].")] = None,
 ) -> None:
     """Run an experiment of the paper. The same command again continues an interrupted one."""
+    from .experiments.reproduce import experiment, run_experiment
+
     folder = out or Path("results") / f"{name}-{budget}"
     with _progress() as progress:
         task = progress.add_task(name, total=None, loss="")
@@ -290,6 +313,8 @@ def fetch(
     folder: Annotated[Path, typer.Argument(help="Folder for the files.")],
 ) -> None:
     """Download a data set and verify its checksums."""
+    from .experiments import data as datasets
+
     fetches = {"mnist": datasets.fetch_mnist, "cifar10": datasets.fetch_cifar10}
     if name not in fetches:
         raise ArgumentError(f"only {' and '.join(fetches)} can be fetched, got {name!r}")
@@ -303,6 +328,8 @@ def write_report(
     out: Annotated[Path, typer.Option(help="Page to write.")] = Path("report.html"),
 ) -> None:
     """Make one HTML page of runs: interactive curves, results, configuration and environment."""
+    from .experiments import page
+
     runs = page.find(folders)
     page.write(runs, out)
     console.print(f"report of {len(runs)} runs  {out}", soft_wrap=True)
@@ -316,7 +343,7 @@ def run_sweep(
     method: Annotated[MethodName, typer.Option(help="Optimizer.")] = Config.method,
     lr_range: Annotated[
         tuple[float, float] | None,
-        typer.Option(help=f"Lowest and highest rate [default: the method's, divided and times {sweep.SPREAD:g}]."),
+        typer.Option(help=f"Lowest and highest rate [default: the method's, divided and times {SWEEP_SPREAD:g}]."),
     ] = None,
     k_range: Annotated[tuple[int, int] | None, typer.Option(help="Range of directions per step.")] = None,
     clip_range: Annotated[tuple[float, float] | None, typer.Option(help="Range of the largest norm.")] = None,
@@ -326,8 +353,8 @@ def run_sweep(
     descent: Descent = Config.descent,
     batch_size: BatchSize = Config.batch_size,
     weight_decay: WeightDecay = Config.weight_decay,
-    epochs: Annotated[int, typer.Option(help="Epochs of a trial that is not pruned.")] = sweep.EPOCHS,
-    trials: Annotated[int, typer.Option(help="Trials in all, those of earlier calls included.")] = sweep.TRIALS,
+    epochs: Annotated[int, typer.Option(help="Epochs of a trial that is not pruned.")] = SWEEP_EPOCHS,
+    trials: Annotated[int, typer.Option(help="Trials in all, those of earlier calls included.")] = SWEEP_TRIALS,
     seed: Annotated[int, typer.Option(help="Seed of runs and proposals.")] = Config.seed,
     device: Device = Config.device,
     data_dir: DataDir = None,
@@ -336,6 +363,10 @@ def run_sweep(
     configuration: Annotated[Path | None, ConfigFile] = None,
 ) -> None:
     """Search the rate of a method, and optionally k and clip. The same command again continues the search."""
+    import optuna
+
+    from .experiments import sweep
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     config = _configured(context, configuration)
     folder = out or Path("runs") / f"sweep-{config.data}-{config.model}-{config.method}"
@@ -364,7 +395,9 @@ def run_sweep(
     console.print(f"best    jetplane train --config {folder / 'best.json'}", soft_wrap=True)
 
 
-def _show(runs: list[report.Finished]) -> None:
+def _show(runs: list[Finished]) -> None:
+    from .experiments import report
+
     rows = report.table(runs)
     ends = [n for n, row in enumerate(rows[1:]) if row["model"] != rows[n]["model"]]
     _print(rows, left=("model", "method"), ends=ends)
@@ -385,6 +418,8 @@ def main() -> None:
     try:
         app()
     except JetplaneError as error:
+        from .experiments import launch
+
         rank = launch.rank()  # all ranks raise the same error, unless rank 0 is lost
         if rank == 0 or isinstance(error, LostRankError):
             of = f" of rank {rank}" if launch.group() is not None else ""
@@ -394,4 +429,5 @@ def main() -> None:
         Console(stderr=True).print("stopped; continue with jetplane train --resume FOLDER", soft_wrap=True)
         raise SystemExit(130) from None
     finally:
-        launch.end(sys.exc_info()[1])
+        if launch := sys.modules.get(f"{__package__}.experiments.launch"):  # a command that may have started ranks
+            launch.end(sys.exc_info()[1])

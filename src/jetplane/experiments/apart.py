@@ -8,8 +8,6 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-import torch.multiprocessing
-
 from .. import errors
 
 Observe = Callable[..., None]
@@ -30,7 +28,9 @@ def call_apart(work: Callable[..., Any], *args: Any, observe: Observe = lambda *
     Raises:
         JetplaneError: of the type and with the message that ``work`` raised, or because the process has died.
     """
-    context = torch.multiprocessing.get_context("spawn")
+    from torch import multiprocessing  # here, so that what imports this module starts without torch
+
+    context = multiprocessing.get_context("spawn")
     messages: Any = context.Queue()
     process = context.Process(target=_work, args=(work, args, messages), daemon=True)
     process.start()

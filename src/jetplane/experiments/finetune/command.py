@@ -4,54 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...errors import ArgumentError, RunFolderError
+from ...errors import RunFolderError
 from .. import environment, store
 from . import comparison
-from .methods import METHODS, method_of
-from .parameters import TARGETS
-from .preparing import Prepared, Source, prepare
-from .training import Settings
+from .options import Comparison
+from .preparing import Prepared, prepare
 
 RESULT = "result.json"
-DEFAULT = ["plane-search", "mezo"]
-METHODS_HELP = f"Method; again for more: {', '.join(METHODS)}."
-TARGETS_HELP = f"Name of layers that get adapters, lora; again for more [default: {', '.join(TARGETS)}]."
 Observer = Callable[[str, float, float, float], None]  # (what is done, how much of it, of how much, loss)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What is compared.
-
-    Attributes:
-        source: of the task.
-        settings: of all runs.
-        methods: their names.
-        seeds: how many.
-        trials: of the search of each rate; 0 for published rates.
-        rates: given ones by method.
-
-    Raises:
-        ArgumentError: there is no such method.
-    """
-
-    source: Source
-    settings: Settings
-    methods: Sequence[str]
-    seeds: int = 1
-    trials: int = 0
-    rates: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in (*self.methods, *self.rates):
-            method_of(name)
 
 
 def compare(work: Comparison, folder: Path, observe: Observer = lambda what, done, total, loss: None) -> dict[str, Any]:
@@ -109,31 +76,3 @@ def _content(work: Comparison, prepared: Prepared, entries: Sequence[comparison.
 def rows(folder: Path) -> list[dict[str, str]]:
     """The table of a comparison's folder."""
     return json.loads((folder / RESULT).read_text())["table"]
-
-
-def pairs(given: Sequence[str], option: str) -> dict[str, str]:
-    """``NAME=VALUE`` of an option that can be given several times.
-
-    Raises:
-        ArgumentError: a value has no equals sign.
-    """
-    split = [text.partition("=") for text in given]
-    for name, sign, value in split:
-        if not (name and sign and value):
-            raise ArgumentError(f"expected NAME=VALUE after {option}, got {name + sign + value!r}")
-    return {name: value for name, _, value in split}
-
-
-def numbers(given: Mapping[str, str]) -> dict[str, float]:
-    """Rates as numbers.
-
-    Raises:
-        ArgumentError: one is none, or not positive.
-    """
-    try:
-        found = {name: float(value) for name, value in given.items()}
-    except ValueError as error:
-        raise ArgumentError(f"expected a number after --rate METHOD=, got {dict(given)}") from error
-    if any(not value > 0 for value in found.values()):
-        raise ArgumentError(f"rates must be positive, got {found}")
-    return found

@@ -12,7 +12,8 @@ import torch
 
 from ..apart import call_apart
 from .methods import METHODS, method_of
-from .training import Memory, Outcome, Settings, Task, measure, run
+from .options import Settings
+from .training import Memory, Outcome, Task, measure, run
 
 RUNGS = ((1, 16), (4, 4))  # of a search: one in so many trials gets one so-manieth of the seconds
 JUDGED = 200  # dev texts that judge a trial

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import ArgumentError
 from .classifier import TextClassifier
-
-ParametersName = Literal["lora", "prefix", "last-blocks", "norms", "head"]
-TARGETS = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "query_key_value", "qkv_proj", "Wqkv")
-RANK, PREFIX = 8, 5  # of adapters, as in MeZO; vectors, likewise
+from .options import PREFIX, RANK, TARGETS, ParametersName
 
 
 class LoRALinear(nn.Module):

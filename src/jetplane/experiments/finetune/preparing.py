@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
@@ -12,38 +10,8 @@ from . import texts
 from .classifier import TextClassifier
 from .frozen import Observer, cached_states
 from .language_model import class_tokens, load, tokenize
+from .options import Source
 from .training import Task
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a task comes from.
-
-    Attributes:
-        model: folder or GGUF file; see `language_model.load`.
-        data: labelled texts; see `texts.read`, also for the columns.
-        test_data: those to test on; None for a part of ``data``.
-        text_column: of the texts.
-        label_column: of the classes.
-        sizes: of train, dev and test.
-        prompt: see `language_model.tokenize`.
-        words: by class; see `language_model.class_tokens`.
-        tokens: most tokens of a text with its prompt.
-        blocks: how many of the last blocks the parameters that train are in.
-        cache: folder for states.
-    """
-
-    model: Path
-    data: Path
-    test_data: Path | None = None
-    text_column: str | None = None
-    label_column: str | None = None
-    sizes: tuple[int, int, int] = texts.SIZES
-    prompt: str | None = None
-    words: Mapping[str, str] = field(default_factory=dict)
-    tokens: int = 64
-    blocks: int = 1
-    cache: Path = Path("runs/states")
 
 
 @dataclass(frozen=True)

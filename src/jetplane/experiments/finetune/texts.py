@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from ...errors import ArgumentError, DataError
+from .options import SIZES
 
 LABEL_NAMES = ("label", "class", "category", "sentiment", "topic", "author")  # of columns, where none is named
 TEXT_NAMES = ("text", "content", "sentence", "review", "quote")
-SIZES = (1000, 500, 1000)  # MeZO's: training, dev, test
 LEAST = 8  # texts in each part
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 

@@ -12,16 +12,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...errors import ArgumentError, NonFiniteError, SingularPlaneError
+from ...errors import NonFiniteError, SingularPlaneError
 from .. import memory
 from .classifier import TextClassifier
 from .frozen import States
 from .methods import Batch, loss_of, method_of
-from .parameters import PREFIX, RANK, TARGETS, ParametersName, choose
+from .options import Settings
+from .parameters import choose
 
 SCORED = 50  # texts that are scored at a time
 MEASURED = 4  # steps whose memory is measured: PlaneSearch then remembers all its directions
-Clock = Literal["wall", "processor"]
 Observer = Callable[[float, float], None]  # (seconds trained, loss)
 
 
@@ -50,52 +50,18 @@ class Task:
         """The texts at these places."""
         return Batch(*self.states.read(places), self.labels[places])
 
+    def prepared(self, settings: Settings, seed: int) -> TextClassifier:
+        """A copy of the classifier in which the parameters that train are chosen."""
+        model = copy.deepcopy(self.model)
+        choose(model, settings.parameters, seed, settings.rank, settings.prefix, settings.targets)
+        return model
+
     def batches(self, size: int, seed: int) -> Iterator[Batch]:
         """Endless batches of the training texts, each text once in an epoch."""
         generator, train = torch.Generator().manual_seed(seed), self.places("train")
         while True:
             for chosen in torch.randperm(len(train), generator=generator).split(size):
                 yield self.batch(train[chosen])
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all runs have in common.
-
-    Attributes:
-        parameters: which train; see `parameters.choose`, also for ``rank``, ``prefix`` and ``targets``.
-        batch: texts in a step.
-        micro_batch: texts at a time, of methods that take more memory for a text than inference does: those of jets,
-            whose closure runs over them one after another, and "adam-checkpointed", which adds up their gradients.
-        seconds: of training. Scores do not count.
-        scores: how many times, evenly, the dev texts are scored; the best weights are kept.
-        clock: what seconds are of: "wall", or "processor" for the processor time of all threads.
-
-    Raises:
-        ArgumentError: a number is not positive.
-    """
-
-    parameters: ParametersName = "lora"
-    rank: int = RANK
-    prefix: int = PREFIX
-    targets: tuple[str, ...] = TARGETS
-    batch: int = 16
-    micro_batch: int = 4
-    seconds: float = 60.0
-    scores: int = 4
-    clock: Clock = "wall"
-
-    def __post_init__(self) -> None:
-        for name in ("rank", "prefix", "batch", "micro_batch", "seconds", "scores"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise ArgumentError(f"{name} must be positive, got {value}")
-
-    def prepared(self, task: Task, seed: int) -> TextClassifier:
-        """A copy of the task's classifier in which the parameters that train are chosen."""
-        model = copy.deepcopy(task.model)
-        choose(model, self.parameters, seed, self.rank, self.prefix, self.targets)
-        return model
 
 
 @dataclass
@@ -163,7 +129,7 @@ def run(
     """
     method = method_of(name)
     rate = method.rate(settings.parameters) if rate is None else rate
-    model = settings.prepared(task, seed)
+    model = task.prepared(settings, seed)
     step = method.build(model, 1.0 if rate is None else rate, seed, settings.micro_batch)
     dev = task.places("dev") if dev is None else dev
     clock = time.process_time if settings.clock == "processor" else time.perf_counter
@@ -197,7 +163,7 @@ def run(
             break
     if not outcome.weights:  # it failed before its first score
         outcome.weights = {
-            n: p.detach() for n, p in settings.prepared(task, seed).named_parameters() if p.requires_grad
+            n: p.detach() for n, p in task.prepared(settings, seed).named_parameters() if p.requires_grad
         }
         model.load_state_dict(outcome.weights, strict=False)
         outcome.dev = accuracy(model, task, dev)
@@ -232,8 +198,8 @@ def measure(task: Task, name: str, settings: Settings) -> Memory:
         for _ in range(MEASURED):
             step(batch)
 
-    steps(settings.prepared(task, 0), batch.split(2)[0])  # what code, libraries and threads take once
-    model = settings.prepared(task, 0)
+    steps(task.prepared(settings, 0), batch.split(2)[0])  # what code, libraries and threads take once
+    model = task.prepared(settings, 0)
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     memory.give_back()
     before = memory.reset_peak()
