@@ -201,6 +201,15 @@ class TestModel:
         cached_states(model, tokens, 2, tmp_path)
         assert len(list(tmp_path.glob("*.states"))) == 3
 
+    def test_a_file_of_states_that_is_damaged_is_told(self, folder, tmp_path):
+        model = language_model.load(folder / "llama")
+        tokens = language_model.tokenize(model, [e.text for e in LABELLED[:4]], None, 24)
+        states = cached_states(model, tokens, 1, tmp_path)
+        states.path.write_bytes(states.path.read_bytes()[:-8])
+        states.read(torch.tensor([0, 2]))
+        with pytest.raises(DataError, match="too short for text 3 of 4; delete it"):
+            states.read(torch.tensor([0, 3]))
+
     def test_a_long_text_keeps_the_prompt(self, folder):
         model = language_model.load(folder / "llama")
         tokens = language_model.tokenize(model, ["dry " * 100, "wet"], None, 12)

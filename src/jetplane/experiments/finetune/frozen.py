@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...errors import DataError
 from .. import store
 from .language_model import LanguageModel, Tokens
 
@@ -43,6 +44,9 @@ class States:
         """States (n, t, width) and mask (n, t) of some texts, t the most tokens that one of them has.
 
         The file is read, not mapped, so that it takes no memory beyond the batch.
+
+        Raises:
+            DataError: the file is too short.
         """
         mask = self.mask[texts]
         longest = int(mask.sum(1).max())
@@ -51,7 +55,10 @@ class States:
         with open(self.path, "rb", buffering=0) as file:
             for n, text in enumerate(texts.tolist()):
                 file.seek(text * size)
-                file.readinto(memoryview(numbers[n]).cast("B"))  # type: ignore[arg-type]
+                if file.readinto(memoryview(numbers[n]).cast("B")) != numbers[n].nbytes:  # type: ignore[arg-type]
+                    raise DataError(
+                        f"{self.path}: too short for text {text} of {len(self.mask)}; delete it and start anew"
+                    )
         return torch.from_numpy(numbers), mask[:, :longest]
 
 
