@@ -1,6 +1,10 @@
 """Functions in processes of their own."""
 
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +32,42 @@ def reporting(number, report):
 
 def dying(report):
     os._exit(3)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc"), reason="looks at processes in /proc")
+def test_a_process_ends_with_its_parent(tmp_path):
+    told = tmp_path / "pid"
+    imports = "from jetplane.experiments.apart import call_apart; from tests.test_apart import waiting"
+    code = f"{imports}; call_apart(waiting, {str(told)!r})"
+    root = Path(__file__).parent.parent
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=root)
+    try:
+        child = until(lambda: told.exists() and told.read_text())
+    finally:
+        parent.kill()
+        parent.wait()
+    assert until(lambda: not alive(child))
+
+
+def until(condition, seconds: float = 60.0):
+    """What a condition gives once it holds; False if it does not in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.1)
+    return False
+
+
+def alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def waiting(path, report):
+    scratch = Path(path).with_suffix(".part")
+    scratch.write_text(str(os.getpid()))
+    scratch.replace(path)
+    time.sleep(300)

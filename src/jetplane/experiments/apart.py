@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import pickle
 import queue
 import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -28,9 +31,9 @@ def call_apart(work: Callable[..., Any], *args: Any, observe: Observe = lambda *
     Raises:
         JetplaneError: of the type and with the message that ``work`` raised, or because the process has died.
     """
-    from torch import multiprocessing  # here, so that what imports this module starts without torch
+    from torch.multiprocessing import get_context  # here, so that what imports this module starts without torch
 
-    context = multiprocessing.get_context("spawn")
+    context = get_context("spawn")
     messages: Any = context.Queue()
     process = context.Process(target=_work, args=(work, args, messages), daemon=True)
     process.start()
@@ -58,6 +61,7 @@ def call_apart(work: Callable[..., Any], *args: Any, observe: Observe = lambda *
 
 
 def _work(work: Callable[..., Any], args: tuple[Any, ...], messages: Any) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which ends this process
     try:
         done = work(*args, lambda *progress: messages.put(("progress", *progress)))
@@ -66,3 +70,11 @@ def _work(work: Callable[..., Any], args: tuple[Any, ...], messages: Any) -> Non
         messages.put(("error", type(error).__name__, str(error)))
     except Exception as error:  # noqa: BLE001 - it crosses a process boundary as a message
         messages.put(("error", "", f"{type(error).__name__}: {error}"))
+
+
+def _end_with_parent() -> None:
+    """End this process where its parent is killed, which has then no time to end it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
