@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import jetplane as jp
 from jetplane.experiments import methods
+from jetplane.experiments.zeroth_order import MeZO
 from jetplane.gradients import ActivityPerturbation
 from jetplane.subspace.descent import Damped
 from jetplane.subspace.search import FullStep, NoiseAware
@@ -115,24 +116,9 @@ def sofo(model: nn.Module, task: Task, rate: float) -> Trainer:
 
 
 def mezo(model: nn.Module, task: Task, rate: float) -> Trainer:
-    """Zeroth order (MeZO): a central difference of the loss along one Gaussian direction, redrawn from its seed."""
-    params, directions, size = moving(model), jp.Directions(1), 1e-3
-
-    def move(by: float) -> None:
-        for i, p in enumerate(params):
-            p.add_(directions.combine(i, p, torch.tensor([by])))
-
-    @torch.no_grad()
-    def step(closure: Closure, batch: Batch) -> float:
-        move(size)
-        above = closure().item()
-        move(-2 * size)
-        below = closure().item()
-        move(size - rate * (above - below) / (2 * size))
-        directions.step += 1
-        return (above + below) / 2
-
-    return Trainer(step)
+    """Zeroth order: MeZO."""
+    opt = MeZO(moving(model), lr=rate)
+    return Trainer(lambda closure, batch: opt.step(closure))
 
 
 # --- backpropagation --------------------------------------------------------------------------------------

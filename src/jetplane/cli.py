@@ -1,4 +1,4 @@
-"""The command line: ``jetplane train``, ``compare``, ``report``, ``sweep``, ``demo``, ``reproduce`` and ``fetch``.
+"""The command line: ``jetplane train``, ``compare``, ``report``, ``sweep``, ``demo``, ``finetune`` and so on.
 
 What a command needs is imported when it runs: help and errors of the options come without torch.
 """
@@ -32,6 +32,7 @@ from .experiments.config import (
     ModelName,
     ScheduleName,
 )
+from .experiments.finetune import options as finetuning
 from .experiments.methods import METHODS, DescentName, MethodName
 
 if TYPE_CHECKING:
@@ -210,6 +211,70 @@ def demo(
     report.draw(runs, picture, title)
     _show(runs)
     console.print(f"curves  {picture.resolve()}", soft_wrap=True)
+
+
+@app.command()
+def finetune(
+    model: Annotated[Path, typer.Option(help="Folder of a transformers model, or a .gguf file.")],
+    data: Annotated[Path, typer.Option(help="Labelled texts: .csv, .tsv, .tab, .jsonl, or a folder for each class.")],
+    parameters: Annotated[
+        finetuning.ParametersName, typer.Option(help="What trains.")
+    ] = finetuning.Settings.parameters,
+    method: Annotated[list[str], typer.Option(help=finetuning.METHODS_HELP)] = finetuning.DEFAULT,
+    seconds: Annotated[
+        float, typer.Option(help="Seconds of training for each method and seed.")
+    ] = finetuning.Settings.seconds,
+    seeds: Annotated[int, typer.Option(help="Number of seeds.", min=1)] = 1,
+    trials: Annotated[
+        int, typer.Option(help="Trials of a search for each rival's rate; 0: published ones.", min=0)
+    ] = 0,
+    rate: Annotated[list[str] | None, typer.Option(help="METHOD=RATE in place of the published one.")] = None,
+    blocks: Annotated[
+        int, typer.Option(help="How many of the last blocks train, or hold what trains.")
+    ] = finetuning.Source.blocks,
+    batch: Annotated[int, typer.Option(help="Texts in a step.")] = finetuning.Settings.batch,
+    micro_batch: Annotated[
+        int, typer.Option(help="Texts at a time, jets and adam-checkpointed.")
+    ] = finetuning.Settings.micro_batch,
+    rank: Annotated[int, typer.Option(help="Rank of adapters, lora.")] = finetuning.Settings.rank,
+    target: Annotated[list[str] | None, typer.Option(help=finetuning.TARGETS_HELP)] = None,
+    prefix: Annotated[int, typer.Option(help="Number of vectors, prefix.")] = finetuning.Settings.prefix,
+    test_data: Annotated[Path | None, typer.Option(help="Texts to test on [default: a part of --data].")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of the texts.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of the classes.")] = None,
+    train: Annotated[int, typer.Option(help="Texts to train on.")] = finetuning.Source.sizes[0],
+    dev: Annotated[int, typer.Option(help="Texts that choose.")] = finetuning.Source.sizes[1],
+    test: Annotated[int, typer.Option(help="Texts to test on.")] = finetuning.Source.sizes[2],
+    prompt: Annotated[
+        str | None, typer.Option(help="Prompt, with {text} [default: a causal model's is '{text}\\nTopic:'].")
+    ] = None,
+    word: Annotated[list[str] | None, typer.Option(help="CLASS=WORD that a causal model is to say.")] = None,
+    tokens: Annotated[int, typer.Option(help="Most tokens of a text with its prompt.")] = finetuning.Source.tokens,
+    clock: Annotated[finetuning.Clock, typer.Option(help="What seconds are of.")] = finetuning.Settings.clock,
+    cache: Annotated[Path, typer.Option(help="Folder for what the frozen blocks put out.")] = finetuning.Source.cache,
+    out: Annotated[Path | None, typer.Option(help="Folder of the result [default: runs/finetune-TIME].")] = None,
+) -> None:
+    """Fine-tune a language model on labelled texts, without a backward pass and by its rivals."""
+    from .experiments.finetune import command
+
+    folder = out or Path("runs") / time.strftime("finetune-%Y%m%d-%H%M%S")
+    words, rates = finetuning.pairs(word or [], "--word"), finetuning.pairs(rate or [], "--rate")
+    source = finetuning.Source(
+        model, data, test_data, text_column, label_column, (train, dev, test), prompt, words, tokens, blocks, cache
+    )
+    targets = tuple(target or finetuning.TARGETS)
+    settings = finetuning.Settings(parameters, rank, prefix, targets, batch, micro_batch, seconds, clock=clock)
+    work = finetuning.Comparison(source, settings, method, seeds, trials, finetuning.numbers(rates))
+    with _progress() as progress:
+        task = progress.add_task("", total=1.0, loss="")
+
+        def observe(what: str, done: float, total: float, loss: float) -> None:
+            shown = "" if loss != loss else f"{loss:.4f}"
+            progress.update(task, description=what, completed=min(done, total), total=total, loss=shown)
+
+        command.compare(work, folder, observe)
+    _print(command.rows(folder), left=("method",))
+    console.print(f"result  {folder / command.RESULT}", soft_wrap=True)
 
 
 @app.command()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import queue
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import JetplaneError
+from .apart import call_apart
 from .config import Config
 from .methods import METHODS
 
@@ -46,49 +44,22 @@ def run_apart(configs: Sequence[Config], folders: Sequence[Path], observe: Calla
     Raises:
         JetplaneError: a run failed; the message is that of its process.
     """
-    context = multiprocessing.get_context("spawn")
-    messages: Any = context.Queue()
-    process = context.Process(target=_work, args=(configs, folders, messages), daemon=True)
-    process.start()
-    try:
-        while True:
-            try:
-                kind, *content = messages.get(timeout=0.5)
-            except queue.Empty:
-                if process.is_alive():
-                    continue
-                raise JetplaneError(
-                    f"the runs in {folders[0].parent} ended with exit code {process.exitcode}"
-                ) from None
-            if kind == "step":
-                observe(*content)
-            elif kind == "error":
-                raise JetplaneError(content[0])
-            else:
-                break
-        process.join(timeout=5)
-    finally:
-        if process.is_alive():
-            process.kill()
-            process.join()
+    call_apart(_run, configs, folders, observe=observe)
 
 
-def _work(configs: Sequence[Config], folders: Sequence[Path], messages: Any) -> None:
+def _run(configs: Sequence[Config], folders: Sequence[Path], report: Callable[[int, int, float], None]) -> None:
     import torch
 
     from .train import Run
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which ends this process
     torch.set_num_threads(1)  # on images this small, threads cost more than they give
-    config = configs[0]
-    try:
-        for n, (config, folder) in enumerate(zip(configs, folders, strict=True)):
+    for n, (config, folder) in enumerate(zip(configs, folders, strict=True)):
 
-            def observe(done: int, total: int, loss: float, n: int = n) -> None:
-                if done % 4 == 0 or done == total:
-                    messages.put(("step", n * total + done, len(configs) * total, loss))
+        def observe(done: int, total: int, loss: float, n: int = n) -> None:
+            if done % 4 == 0 or done == total:
+                report(n * total + done, len(configs) * total, loss)
 
+        try:
             Run(config, folder).train(observe)
-        messages.put(("done",))
-    except Exception as error:  # noqa: BLE001 - it crosses a process boundary as a message
-        messages.put(("error", f"{config.label} on {config.model}: {type(error).__name__}: {error}"))
+        except Exception as error:
+            raise JetplaneError(f"{config.label} on {config.model}: {type(error).__name__}: {error}") from error

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,7 +16,7 @@ from torch.nn import functional as F
 
 from ..errors import ArgumentError, CheckpointError, NonFiniteError, RunFolderError, SingularPlaneError
 from ..parallel.ranks import Ranks, fingerprint
-from . import data, environment, launch, models, store
+from . import data, environment, launch, memory, models, store
 from .config import Config
 from .methods import METHODS, Settings
 
@@ -165,7 +163,7 @@ class Run:
         first = launch.rank() == 0  # it alone evaluates and writes
         if first and self.epoch < self.config.epochs:
             environment.record(self.folder, self.train_split.images.device, self.epoch)
-        baseline = _reset_peak()
+        baseline = memory.reset_peak()
         batches = -(-len(self.train_split.labels) // self.config.batch_size)
         total = batches * self.config.epochs
         status: dict[str, Any] = {"status": "finished"}
@@ -195,7 +193,7 @@ class Run:
             status |= {"ranks": self.ranks.size, "bytes_per_step": round(self.ranks.wire_bytes)}
         if not first:
             return status
-        result = status | {"last": self.rows()[-1:], "peak_memory": max(_peak() - baseline, 0)}
+        result = status | {"last": self.rows()[-1:], "peak_memory": max(memory.peak() - baseline, 0)}
         store.write_atomically(self.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
         return result
 
@@ -288,32 +286,3 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ArgumentError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device
-
-
-# --- peak memory of this process ----------------------------------------------------------------
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def _peak() -> int:
-    """Peak resident memory in bytes."""
-    if sys.platform == "linux":
-        return _status("VmHWM:")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _reset_peak() -> int:
-    """Reset the peak where the system allows it; returns the resident memory in bytes at this moment."""
-    if sys.platform != "linux":
-        return _peak()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return _peak()
-    return _status("VmRSS:")
