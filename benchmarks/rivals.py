@@ -24,16 +24,19 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import jetplane as jp
 from jetplane.experiments import methods
-from jetplane.gradients import ActivityPerturbation
+from jetplane.gradients import ActivityPerturbation, LocalHeads
 from jetplane.subspace.descent import Damped
 from jetplane.subspace.search import FullStep, NoiseAware
 from jetplane.subspace.sources import Averages, Drawn, PreviousStep, Subspace
 
+from .local_rivals import ActivationGuided, AlignedFeedback, MonoForward
 from .tasks import Batch, Task
 
 Closure = Callable[[], Tensor]
 Step = Callable[[Closure, Batch], Any]  # a step on a batch, and the loss before it
 PLANE = "plane-search"
+HEADS = f"{PLANE}, local heads"
+MONO, GRAPE, AGZO = "local heads, Adam", "aligned feedback (GrAPE)", "AGZO"
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,24 @@ def mezo(model: nn.Module, task: Task, rate: float) -> Trainer:
         return (above + below) / 2
 
     return Trainer(step)
+
+
+# --- without a global backward pass ------------------------------------------------------------------------
+
+
+def local(kind: Callable[[nn.Module, float], Any]) -> Callable[[nn.Module, Task, float], Trainer]:
+    """A rival that takes inputs and targets, and needs no closure."""
+
+    def make(model: nn.Module, task: Task, rate: float) -> Trainer:
+        rival = kind(model, rate)
+        return Trainer(lambda closure, batch: rival.step(*batch))
+
+    return make
+
+
+def agzo(model: nn.Module, task: Task, rate: float) -> Trainer:
+    rival = ActivationGuided(model, rate)
+    return Trainer(lambda closure, batch: rival.step(closure))
 
 
 # --- backpropagation --------------------------------------------------------------------------------------
@@ -247,10 +268,15 @@ _FGD = {**methods.METHODS["fgd"].large_rates, "mlp": 2e-4, "": 1e-4}
 _FOMOH = {"": methods.METHODS["fomoh"].rates["mlp"]} | {
     model: methods.METHODS["fomoh"].rates[model] for model in methods.METHODS["fomoh"].published
 }
-_PAPER: dict[str, Any] = {"tasks": ("logreg", "mlp", "cnn"), "source": "FOMOH_SRC"}
+_SEQUENTIAL = ("logreg", "mlp", "cnn")
+_PAPER: dict[str, Any] = {"tasks": _SEQUENTIAL, "source": "FOMOH_SRC"}
 
 METHODS: dict[str, Method] = {
     PLANE: Method(plane_search(), None),
+    HEADS: Method(plane_search(gradient=LocalHeads()), None, tasks=(*_SEQUENTIAL, "characters")),
+    MONO: Method(local(MonoForward), {"": 1e-3}, tasks=_SEQUENTIAL),
+    GRAPE: Method(local(AlignedFeedback), {"": 1e-3}, tasks=_SEQUENTIAL),
+    AGZO: Method(agzo, {"": 1e-4}),
     label("fgd"): Method(registered("fgd"), _FGD),
     label("fomoh"): Method(registered("fomoh"), _FOMOH),
     label("fomoh-kd", 2): Method(registered("fomoh-kd", 2), {"": 1.0}),

@@ -223,11 +223,13 @@ class FastWeights(Source):
         return [self._moved(old or {"fast": p}, g, context.step if old else 0) for p, old, g in every]
 
     def _moved(self, old: State, gradient: Tensor, n: int) -> State:
-        first, second = (kept_of_average(b, n) for b in self.decays)
-        average = _mixed(old.get("average"), gradient, first)
-        square = _mixed(old.get("square"), gradient.square(), second)
+        def mixed(name: str, value: Tensor, decay: float) -> Tensor:
+            return value if name not in old else torch.lerp(value, old[name], kept_of_average(decay, n))
+
+        average = mixed("average", gradient, self.decays[0])
+        square = mixed("square", gradient.square(), self.decays[1])
         fast = torch.addcdiv(old["fast"], average, square.sqrt().add_(ADAM_EPSILON), value=-self.rate)
-        mean = _mixed(old.get("mean"), fast, kept_of_average(self.average, n))
+        mean = mixed("mean", fast, self.average)
         return {"fast": fast, "mean": mean, "average": average, "square": square}
 
 
