@@ -37,6 +37,8 @@ Step = Callable[[Closure, Batch], Any]  # a step on a batch, and the loss before
 PLANE = "plane-search"
 HEADS = f"{PLANE}, local heads"
 MONO, GRAPE, AGZO = "local heads, Adam", "aligned feedback (GrAPE)", "AGZO"
+ADAM, CHECKPOINTED = "Adam, backprop", "Adam, checkpointed"
+FAST_MONO, FAST_ADAM = f"{MONO} at 3e-3", f"{ADAM} at 3e-3"  # the rate of our own fast weights
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,7 @@ METHODS: dict[str, Method] = {
     PLANE: Method(plane_search(), None),
     HEADS: Method(plane_search(gradient=LocalHeads()), None, tasks=(*_SEQUENTIAL, "characters")),
     MONO: Method(local(MonoForward), {"": 1e-3}, tasks=_SEQUENTIAL),
+    FAST_MONO: Method(local(MonoForward), {"": 3e-3}, tasks=_SEQUENTIAL),
     GRAPE: Method(local(AlignedFeedback), {"": 1e-3}, tasks=_SEQUENTIAL),
     AGZO: Method(agzo, {"": 1e-4}),
     label("fgd"): Method(registered("fgd"), _FGD),
@@ -289,9 +292,10 @@ METHODS: dict[str, Method] = {
     "SOFO's code": Method(sofos_code, {"": 0.01}, tasks=("logreg", "mlp"), source="SOFO_SRC"),
     "MeZO-style": Method(mezo, _FGD),
     label("sgd"): Method(backprop(torch.optim.SGD), {"": 0.1}, reverse=True),
-    "Adam, backprop": Method(backprop(torch.optim.Adam), {"": 1e-3}, reverse=True),
+    ADAM: Method(backprop(torch.optim.Adam), {"": 1e-3}, reverse=True),
+    FAST_ADAM: Method(backprop(torch.optim.Adam), {"": 3e-3}, reverse=True),
     "SGD, checkpointed": Method(backprop(torch.optim.SGD, checkpoints=True), {"": 0.1}, reverse=True),
-    "Adam, checkpointed": Method(backprop(torch.optim.Adam, checkpoints=True), {"": 1e-3}, reverse=True),
+    CHECKPOINTED: Method(backprop(torch.optim.Adam, checkpoints=True), {"": 1e-3}, reverse=True),
 }
 
 

@@ -321,7 +321,9 @@ def _read(call: _Call, rows: int) -> tuple[Tensor, Callable[[Tensor], Tensor]] |
         return None
     if layer is not None and layer.positionwise and h.dim() > 2:
         count = h.shape[1:-1].numel()
-        return h.reshape(rows, count, -1).mean(1), lambda g: (g / count).unsqueeze(1).expand(-1, count, -1).reshape(h.shape)
+        return h.reshape(rows, count, -1).mean(
+            1
+        ), lambda g: (g / count).unsqueeze(1).expand(-1, count, -1).reshape(h.shape)
     if h.dim() > 2 and h[0].numel() > MOST:
         count = h[0, 0].numel()
         return h.flatten(2).mean(2), lambda g: (g / count).unsqueeze(2).expand(-1, -1, count).reshape(h.shape)

@@ -199,7 +199,9 @@ class PlaneSearch(PlaneOptimizer):
                 "estimates in: take every=1, or jetplane.gradients.LocalHeads()"
             )
         if self.every > 1 and not any(source.learns for source in sources):
-            raise ArgumentError(f"every = {self.every} leaves steps without a plane, and no source learns anything in them")
+            raise ArgumentError(
+                f"every = {self.every} leaves steps without a plane, and no source learns anything in them"
+            )
         drawless = all(isinstance(source, (Averages, PreviousStep)) for source in sources)
         if isinstance(self.gradient, ForwardGradients) and drawless:
             raise ArgumentError(
