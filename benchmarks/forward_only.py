@@ -231,14 +231,14 @@ def page(held: dict[str, Any], results: Results) -> str:
     lines = [
         "# Training without a backward pass",
         "",
-        "Made by `python -m benchmarks.forward_only` from [its runs](forward_only.json): " + held["machine"] + ".",
+        f"Made by `python -m benchmarks.forward_only` from [its runs](forward_only.json): {held['machine']}.",
         "",
-        "All methods have the same initial weights, batches, order of data and seeds, and the same processor time on one "
-        "thread; held-out scores are taken outside of the clock. Nothing of ours is set: `plane-search` is "
+        "All methods have the same initial weights, batches, order of data and seeds, and the same processor time on "
+        "one thread; held-out scores are taken outside of the clock. Nothing of ours is set: `plane-search` is "
         "`PlaneSearch(params, model)`, `plane-search, local heads` the same with `gradient=jp.gradients.LocalHeads()`. "
-        "Rivals have the rate that their row states; Adam and local heads with Adam also have that of our fast weights, "
-        "3e-3. Where a cell has a spread it is the range of three seeds, else there is one. *Forwards a step* is a "
-        "step's time over that of a plain forward pass; memory is the peak above weights and data.",
+        "Rivals have the rate that their row states; Adam and local heads with Adam also have that of our fast "
+        "weights, 3e-3. A spread is the range of as many seeds as the row says. *Forwards a step* is a step's time "
+        "over that of a plain forward pass; memory is the peak above weights and data.",
         "",
         "![Held-out error over seconds](forward_only.png)",
         "",

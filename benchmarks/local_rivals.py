@@ -41,7 +41,7 @@ def sizes(parts: list[nn.Sequential], x: Tensor) -> list[int]:
 
 
 class MonoForward:
-    """Each layer by Adam on its own cross entropy of ``G = a M^T``, M learned too; the last block's output is its own G.
+    """Each layer by Adam on its own cross entropy of ``G = a M^T``, M learned too; the last block's output is its G.
 
     Source: Mono-Forward, arXiv 2501.09238. ``a`` is the activation of the block, after its ReLU and pooling; nothing
     but activations goes from a block to the next, so each block's graph ends at its input.
@@ -84,11 +84,11 @@ class MonoForward:
 class AlignedFeedback:
     """GrAPE: feedback matrices B aligned with a JVP's rank-one estimate of the Jacobian, and Adam on what they give.
 
-        J = mean_n (J_n u_n) u_n^T,   B <- B - eta grad_B (1 - cos(B, J^T)),   delta_n = (B e_n) * f'(a_n)
+        J = mean_n (J_n u_n) u_n^T,  B <- B - eta grad_B (1 - cos(B, J^T)),  delta_n = (B e_n) * f'(a_n)
 
-    with u_n Gaussian at a block's output, J_n the Jacobian of the model's output there, and e_n the gradient of the loss
-    at the model's output. ``delta`` goes through its own block alone. The paper's rare steps of backpropagation, which
-    set B to the gradient of one batch, are left out: there is no backward pass.
+    with u_n Gaussian at a block's output, J_n the Jacobian of the model's output there, and e_n the gradient of the
+    loss at the model's output. ``delta`` goes through its own block alone. The paper's rare steps of backpropagation,
+    which set B to the gradient of one batch, are left out: there is no backward pass.
 
     Source: Caillon, Fagnou, Delattre, Allauzen, "Scaling direct feedback learning with Jacobian alignment guarantees",
     ICLR 2026. Direct feedback: Nøkland, arXiv 1609.01596.
@@ -142,7 +142,7 @@ class AlignedFeedback:
 class ActivationGuided:
     """AGZO: a difference of the loss along directions whose rows lie in the span of each linear layer's inputs.
 
-        A = orth(power iterations of H H^T),   Delta = R A^T,   g = (f(W + mu Delta) - f(W)) / mu,   W <- W - rate g Delta
+        A = orth(power iterations of H H^T),   Delta = R A^T,  g = (f(W + mu Delta) - f(W)) / mu,  W <- W - rate g Delta
 
     with H the inputs (in, examples), A (in, rank), and R Gaussian; other parameters get Gaussian directions.
 

@@ -37,7 +37,8 @@ class Batch:
             buffers and random numbers move once in a step.
         params: the tensors that may move.
         model: holds the layers, or None.
-        directions: of the plane, by the places of ``params`` among themselves; None between planes, see `Estimator.alone`.
+        directions: of the plane, by the places of ``params`` among themselves; None between planes, see
+            `Estimator.alone`.
         plane: its loss, slope and curvature, of the whole batch; None between planes.
         drawn: which of its directions v have ``E[v v^T] = I``.
         used: the places of the parameters that the loss makes use of.
@@ -189,5 +190,6 @@ class ActivityPerturbation(Estimator):
 
 
 def model_of(batch: Batch) -> nn.Module:
+    """The batch's model, which is there."""
     assert batch.model is not None
     return batch.model

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
@@ -146,9 +146,8 @@ def _say_what_is_left(covered: set[int], params: Sequence[Tensor]) -> None:
         )
     if left:
         warnings.warn(
-            f"{len(left)} of {len(params)} parameters, shapes {left}, belong to no layer with a local head, and have no "
-            "estimate of their gradient: put other sources beside jetplane.sources.FastWeights, or register the layer "
-            "(jetplane.gradients.register_layer)",
+            f"{len(left)} of {len(params)} parameters, shapes {left}, belong to no layer with a local head, and have "
+            "no estimate of their gradient: they stay. jetplane.gradients.register_layer makes layers known",
             JetplaneWarning,
             stacklevel=2,
         )
@@ -165,7 +164,7 @@ class _Call:
         name: of the layer.
         module: it.
         x: its input.
-        y: its output.
+        y: its output; None once it has gone through a function.
         h: what has become of it so far.
         back: for each function on the way the product with its transposed derivative, first the first.
     """
@@ -173,9 +172,8 @@ class _Call:
     name: str
     module: nn.Module
     x: Tensor
-    y: Tensor
+    y: Tensor | None
     h: Tensor
-    shape: torch.Size
     back: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
 
 
@@ -262,14 +260,14 @@ class _Pass(TorchFunctionMode):
             return func(*args, **kwargs)
         h, back = follow(func, args, kwargs)
         if back is not None:
-            call.h = h
+            call.h, call.y = h, None  # of which nothing but the next layer's input need be kept
             call.back.append(back)
         return h
 
     def _after(self, module: nn.Module, number: int, x: Tensor, y: Tensor) -> None:
         if self._targets is not None and self._heads:
             self._finish(self._targets, last=False)
-        self._open.append(_Call(self._names[module], module, x, y, y, y.shape))
+        self._open.append(_Call(self._names[module], module, x, y, y))
 
     def _finish(self, loss: LocalLoss, last: bool) -> None:
         """Add up what the open calls give, and let go of them."""
@@ -277,7 +275,7 @@ class _Pass(TorchFunctionMode):
             layer = layer_of(call.module)
             assert layer is not None
             if last and _is_output(call, loss):
-                self._add(call, layer, loss.own_gradient().reshape(call.shape))
+                self._add(call, layer, _in_place_of(call.h, loss))
             elif call.name in self._heads and (read := _read(call, loss.rows)) is not None:
                 self._add(call, layer, self._through(call, self._heads[call.name], loss, *read))
         self._open = []
@@ -306,7 +304,15 @@ class _Pass(TorchFunctionMode):
 
 def _is_output(call: _Call, loss: LocalLoss) -> bool:
     """Whether the loss function takes the layer's output itself, in whatever shape."""
-    return call.y.numel() == loss.output.numel() and call.y.data_ptr() == loss.output.data_ptr() and not call.back
+    y, output = call.y, loss.output
+    return y is not None and y.numel() == output.numel() and y.data_ptr() == output.data_ptr()
+
+
+def _in_place_of(y: Tensor, loss: LocalLoss) -> Tensor:
+    """The loss's gradient at a tensor of which its output is a view."""
+    output, gradient = loss.output, loss.own_gradient()
+    found = torch.empty_strided(output.shape, output.stride(), dtype=gradient.dtype, device=gradient.device)
+    return found.copy_(gradient).as_strided(y.shape, y.stride())
 
 
 def _read(call: _Call, rows: int) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:

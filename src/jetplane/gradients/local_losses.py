@@ -1,7 +1,7 @@
 """Internal: loss functions met in a closure, and their gradient with respect to other outputs than the model's.
 
-A read-out of a layer puts out one row of numbers for each row of the model's output. Its local loss is the function that
-the closure calls, with the same targets and settings, and its gradient is known in closed form. For rows z_n,
+A read-out of a layer puts out one row of numbers for each row of the model's output. Its local loss is the function
+that the closure calls, with the same targets and settings. Its gradient is known in closed form: for rows z_n,
 
     cross entropy:  p_n sum_c t_nc - t_n,  p_n = softmax(z_n),  t_nc = w_c ((1 - s) [c = y_n] + s / C)
     squared error:  2 w_n (z_n - y_n)

@@ -177,9 +177,9 @@ class FastWeights(Source):
         z <- z - rate * m / (sqrt(s) + 1e-8),    v_1 = z - theta,    v_2 = mean(z) - theta
 
     with the bias-corrected running averages m and s of estimates g of the gradient at z, and of g^2. The plane finds
-    the point between theta and them at which the loss of its batch is lowest, and theta goes there; z goes on from where
-    it is. So z explores at the cost of an estimate, and theta takes what of it lowers the loss. Where the estimates are
-    of no use to the loss, theta stays.
+    the point between theta and them at which the loss of its batch is lowest, and theta goes there; z goes on from
+    where it is. So z explores at the cost of an estimate, and theta takes what of it lowers the loss. Where the
+    estimates are of no use to the loss, theta stays.
 
     It remembers four tensors of each parameter's size.
 
@@ -311,8 +311,8 @@ class Subspace:
         curvature: "ggn", the Gauss-Newton one, which needs a loss function, or "hessian"; see `jetplane.evaluate`.
         chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`. None for all of them, but
             one with "ggn" where less than a tenth of the model moves, as in adapters: memory is what is scarce there.
-        every: a plane is evaluated, and parameters move, in each step that has this number as a divisor, counted from 1.
-            The others only estimate the gradient and remember, which takes an estimator that is `Estimator.alone`.
+        every: a plane is evaluated, and parameters move, in every so many-th step. The others only estimate the
+            gradient and remember, which takes an estimator that is ``alone`` (`jetplane.gradients.Estimator`).
 
     Raises:
         ArgumentError: no source, another curvature, or ``every`` less than 1.
