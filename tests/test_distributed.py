@@ -13,8 +13,7 @@ from torch import nn
 from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
-from torch.utils._pytree import tree_flatten
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 import jetplane as jp
 from jetplane.directions import StoredDirections

@@ -278,6 +278,14 @@ def test_heads_learn_by_adams_steps():
     torch.testing.assert_close(state["heads"]["0"]["weight"], head.detach(), rtol=1e-9, atol=1e-9)
 
 
+def test_heads_begin_as_linear_layers_do():
+    model, closure, _ = made("relu")
+    given = batch(closure, model)
+    first, again = (LocalHeads().prepare(given, {})["heads"]["0"]["weight"] for _ in range(2))
+    assert torch.equal(first, again) and first.shape == (3, 8)
+    assert 0 < first.abs().max() <= 7**-0.5 and first.unique().numel() == 24
+
+
 def test_what_has_no_head_is_said():
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
     with pytest.warns(jp.JetplaneWarning, match=r"2 of 6 parameters, shapes \[\(5,\), \(5,\)\]"):
@@ -373,6 +381,21 @@ def test_it_trains_and_the_loss_is_that_of_the_model():
     steps(net, optimizer(net), 80)
     with torch.no_grad():
         assert F.cross_entropy(net(X), Y).item() < 0.5 * before
+
+
+def test_parameters_go_to_fast_weights_that_have_left_them_behind(monkeypatch):
+    net = network()
+    opt = optimizer(net, every=8)
+    monkeypatch.setattr("jetplane.optim.plane_search.CLEARLY", 1e9)  # any loss at the fast weights is
+    steps(net, opt, 7)
+    fast = [opt.state[p]["FastWeights/fast"].clone() for p in net.parameters()]
+    steps(net, opt, 1, 7)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(fast, net.parameters(), strict=True))
+    monkeypatch.setattr("jetplane.optim.plane_search.CLEARLY", 0.0)
+    steps(net, opt, 7, 8)
+    fast = [opt.state[p]["FastWeights/fast"].clone() for p in net.parameters()]
+    steps(net, opt, 1, 15)
+    assert not any(torch.allclose(a, b, atol=1e-6) for a, b in zip(fast, net.parameters(), strict=True))
 
 
 def test_a_step_without_a_plane_returns_the_loss_at_the_fast_weights():

@@ -93,12 +93,16 @@ class LocalHeads(Estimator):
         with without_side_effects():
             loss = found.run(batch.closure)
         known, heads = state.get("heads", {}), {}
+        generator = torch.Generator().manual_seed(batch.seed % 2**63)
         for name, features in found.features(loss).items():
             shape = (loss.width, features + 1)
             old = known.get(name)
             fits = old is not None and tuple(old["weight"].shape) == shape
-            zeros = torch.zeros(shape, dtype=_dtype(batch), device=batch.params[0].device)
-            heads[name] = old if fits else {"weight": zeros, "average": zeros, "square": zeros}
+            # As torch's linear layers begin. Heads of zeros would tell all outputs of a layer the same.
+            drawn = (2 * torch.rand(shape, generator=generator, dtype=_dtype(batch)) - 1) / features**0.5
+            weight = drawn.to(batch.params[0].device)
+            zeros = torch.zeros_like(weight)
+            heads[name] = old if fits else {"weight": weight, "average": zeros, "square": zeros}
         _say_what_is_left(found.covered(loss), batch.params)
         return {"heads": heads, "steps": state.get("steps", 0)}
 

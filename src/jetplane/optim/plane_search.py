@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 LEAST = 0.1  # of a step, in a plane of nothing but averages over many batches
+CLEARLY = 0.5  # as many times the loss after a step, or less, is one that a single batch can tell from it
 ROUND = 16  # steps from one plane to the next, where estimates are made by local heads
 FEW = 0.1  # of a model's parameters: where fewer move, memory for all directions at a time is not spent
 
@@ -239,14 +240,18 @@ class PlaneSearch(PlaneOptimizer):
             contexts = self._contexts(moving)
             shard = _Shard(repeated, weight, RandomState())
             if (own["step"] + 1) % self.every:
-                span, plane, changes, told = None, None, [], {}
+                span, plane, changes, after, told = None, None, [], None, {}
             else:
                 span = self._spanned(contexts)
                 plane = self._evaluated(repeated, weight, moving, span.directions)
                 proposal = _proposed(plane, self.descent, span.squared_norms)
-                decision, changes = self._decided(shard, moving, span, plane, proposal)
+                decision, changes, after = self._decided(shard, moving, span, plane, proposal)
                 told = {"search": asdict(decision.state)}
-            estimate, signature = self._estimated(shard, contexts, span, plane)
+            wanted = (source.weights(context) for source, context in zip(self.subspace, contexts, strict=True))
+            elsewhere = next((weights for weights in wanted if weights is not None), None)
+            estimate, signature = self._estimated(shard, contexts[0], elsewhere, span, plane)
+            if elsewhere is not None and after is not None and _is_less(estimate.loss, CLEARLY * after):
+                changes = [(i, elsewhere[i] - moving[i][0]) for i, _ in changes]
             result = Result(estimate.gradient, [dict(changes).get(i) for i in range(len(moving))])
             pairs = zip(self.subspace, contexts, strict=True)
             remembered = [source.remember(context, result) for source, context in pairs]
@@ -308,20 +313,25 @@ class PlaneSearch(PlaneOptimizer):
 
     def _decided(
         self, shard: _Shard, moving: Moving, span: _Span, plane: PlaneModel, proposal: Proposal
-    ) -> tuple[Decision, Changes]:
-        """What the search makes of the proposal, told the losses that it asks for; and what is added to parameters."""
+    ) -> tuple[Decision, Changes, float | None]:
+        """What the search makes of the proposal, told the losses that it asks for.
+
+        Returns:
+            The decision, what is added to parameters, and the loss after that, where the search has asked for it.
+        """
         params, factor = [p for p, _, _ in moving], max(float(group["lr"]) for _, group, _ in moving)
         trials = self.search.decide(proposal, _restored(self.search, self.state[STATE]))  # type: ignore[index]
-        kappa, changes, shortened, outcome = None, [], 1.0, None
+        kappa, changes, shortened, outcome, tried = None, [], 1.0, None, None
         while True:
             asked = advance(trials, outcome)
             if kappa is None or not torch.equal(asked.kappa, kappa):
-                kappa = asked.kappa
+                kappa, tried = asked.kappa, None
                 changes, shortened = self._changes(moving, span.directions, plane, kappa)
             if isinstance(asked, Decision):
-                return asked, [(i, asked.rate * change) for i, change in changes]
+                known = outcome is not None and tried == asked.rate
+                return asked, [(i, asked.rate * change) for i, change in changes], outcome.loss if known else None
             with _moved(asked.rate, params, changes):
-                outcome = Outcome(self._loss(shard, params, plane), factor * shortened)
+                outcome, tried = Outcome(self._loss(shard, params, plane), factor * shortened), asked.rate
 
     def _changes(
         self, moving: Moving, directions: CachedDirections, plane: PlaneModel, kappa: Tensor
@@ -348,10 +358,11 @@ class PlaneSearch(PlaneOptimizer):
         return mean.to(plane.value.dtype).item()  # rounded as that of one process
 
     def _estimated(
-        self, shard: _Shard, contexts: Sequence[Context], span: _Span | None, plane: PlaneModel | None
-    ) -> tuple[Estimate, str]:
+        self, shard: _Shard, context: Context, elsewhere: Sequence[Tensor] | None, span: _Span | None,
+        plane: PlaneModel | None,
+    ) -> tuple[Estimate, str]:  # fmt: skip
         """An estimate of the gradient on this batch, for planes of later ones, and what its preparation depended on."""
-        context, own, estimator = contexts[0], self.state[STATE], self.gradient  # type: ignore[index]
+        own, estimator = self.state[STATE], self.gradient  # type: ignore[index]
         state, signature = own.get("gradient", {}), estimator.signature(context.params, self.model)
         if not any(source.learns for source in self.subspace):
             return Estimate([], state), signature
@@ -364,8 +375,7 @@ class PlaneSearch(PlaneOptimizer):
         if not estimator.measures:
             return estimator.estimate(batch, [], state), signature
         prepared = signature == own.get("signature")
-        wanted = (source.weights(found) for source, found in zip(self.subspace, contexts, strict=True))
-        with _at(next((w for w in wanted if w is not None), None), context.params, shard.closure):
+        with _at(elsewhere, context.params, shard.closure):
             found = self._measured(shard, batch, state, prepared)
         if plane is None and not (found.loss is not None and bool(torch.isfinite(found.loss))):
             raise NonFiniteError(f"the loss is not finite where the gradient is estimated: {found.loss}")
@@ -433,6 +443,10 @@ def _proposed(plane: PlaneModel, descent: Spectral, squared_norms: Tensor) -> Pr
     value, covariance = plane.value.item(), None if plane.moments is None else plane.moments.covariance
     rounding = 2 * torch.finfo(plane.value.dtype).eps * abs(value)
     return Proposal.of(value, plane.slope, plane.curvature, descent, squared_norms, covariance, rounding)
+
+
+def _is_less(loss: Tensor | None, than: float) -> bool:
+    return loss is not None and loss.item() < than
 
 
 def _restored(search: Search, own: dict[str, Any]) -> Any:

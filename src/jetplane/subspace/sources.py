@@ -90,7 +90,11 @@ class Source(ABC):
     compared: bool = True
 
     def weights(self, context: Context) -> Sequence[Tensor] | None:
-        """Where it wants the gradient to be estimated, one tensor for each parameter; None for where these are."""
+        """Where it wants the gradient to be estimated, one tensor for each parameter; None for where these are.
+
+        If the loss of a plane's batch is less than half as large there as after the plane's step, parameters go there
+        instead.
+        """
         return None
 
     @abstractmethod
@@ -179,7 +183,7 @@ class FastWeights(Source):
     with the bias-corrected running averages m and s of estimates g of the gradient at z, and of g^2. The plane finds
     the point between theta and them at which the loss of its batch is lowest, and theta goes there; z goes on from
     where it is. So z explores at the cost of an estimate, and theta takes what of it lowers the loss. Where the
-    estimates are of no use to the loss, theta stays.
+    estimates are of no use to the loss, theta stays; where z has left it far behind, theta goes to z.
 
     It remembers four tensors of each parameter's size.
 
