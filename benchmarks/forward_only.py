@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -77,11 +75,11 @@ PROTOCOL: dict[str, Protocol] = {
 # --- runs ---------------------------------------------------------------------------------------------------
 
 
-def settings(task: str, seeds: Sequence[int], data_dir: Path | None) -> argparse.Namespace:
-    """What `curves_of` takes, by the protocol."""
+def settings(task: str, seed: int, data_dir: Path | None) -> argparse.Namespace:
+    """What `curves_of` takes, by the protocol; memory is measured with the first seed."""
     return argparse.Namespace(
-        batch=None, clock=time.process_time, rates={}, sweep=False, sweep_seconds=0.0, seeds=list(seeds),
-        seconds=PROTOCOL[task].seconds, memory=True, threads=THREADS, data_dir=data_dir,
+        batch=None, clock=time.process_time, rates={}, sweep=False, sweep_seconds=0.0, seeds=[seed],
+        seconds=PROTOCOL[task].seconds, memory=seed == MAIN[0], threads=THREADS, data_dir=data_dir,
     )  # fmt: skip
 
 
@@ -313,9 +311,7 @@ def main() -> None:
     here = machine(THREADS) + ", processor time"
     machines = list(dict.fromkeys([*machines, here]))
     held["environment"] = describe(torch.device("cpu"))
-    held["command"] = "python -m benchmarks.forward_only " + shlex.join(sys.argv[1:]).replace(
-        str(args.data_dir), "FOLDER"
-    )
+    held["command"] = "python -m benchmarks.forward_only --data-dir FOLDER"
     for name in args.tasks:
         task = TASKS[name](args.data_dir)
         for method, seeds in PROTOCOL[name].methods.items():
@@ -323,8 +319,8 @@ def main() -> None:
                 continue
             wanted = args.seeds or seeds
             wanted = wanted if args.again else missing(results, name, method, wanted)
-            if wanted:
-                done = curves_of(task, name, method, methods()[method], settings(name, wanted, args.data_dir))
+            for seed in wanted:
+                done = curves_of(task, name, method, methods()[method], settings(name, seed, args.data_dir))
                 results = merged(results, {name: done})
                 write()
         known = held.setdefault("cosines", {}).setdefault(name, {})
