@@ -51,7 +51,7 @@ jp.testing.check_rule(softsign, x)
 
 # %%
 hessian = jp.hessian(lambda x: softsign(x).sum(), x)
-reference = torch.autograd.functional.hessian(lambda x: torch.nn.functional.softsign(x).sum(), x)
+reference = torch.func.hessian(lambda x: torch.nn.functional.softsign(x).sum())(x)
 print("by the rule     ", [round(n, 6) for n in hessian.diagonal().tolist()])
 print("torch's softsign", [round(n, 6) for n in reference.diagonal().tolist()])
 

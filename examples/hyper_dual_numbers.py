@@ -72,5 +72,5 @@ print("by jetplane  ", [round(float(n), 9) for n in (value, *first, second[0, 1]
 # Torch's own reverse mode, twice, agrees:
 
 # %%
-hessian = torch.autograd.functional.hessian(lambda z: z[0] ** 2 * torch.sin(z[0] * z[1]), point)
+hessian = torch.func.hessian(lambda z: z[0] ** 2 * torch.sin(z[0] * z[1]))(point)
 print("reverse twice", round(float(hessian[0, 1]), 9))

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 
 import jetplane as jp
 
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
         free.close()
-        mp.spawn(train, (args.ranks, port, out), nprocs=args.ranks)
+        spawn(train, (args.ranks, port, out), nprocs=args.ranks)
         results = [torch.load(Path(out) / f"{rank}.pt") for rank in range(args.ranks)]
     first = results[0]
     assert all(torch.equal(first["weights"], other["weights"]) for other in results), "ranks hold other weights"
