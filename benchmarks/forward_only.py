@@ -89,6 +89,17 @@ def missing(results: Results, task: str, method: str, seeds: Sequence[int]) -> l
     return [seed for seed in seeds if seed not in had]
 
 
+def left(results: Results) -> str:
+    """What of the protocol the file has no runs of; empty if it has all."""
+    found = []
+    for task, protocol in PROTOCOL.items():
+        lacking = {m: missing(results, task, m, seeds) for m, seeds in protocol.methods.items()}
+        named = [f"{m} (seeds {', '.join(map(str, s))})" for m, s in lacking.items() if s]
+        if named:
+            found.append(f"{task}: " + "; ".join(named))
+    return ". ".join(found)
+
+
 # --- estimates beside the gradient -----------------------------------------------------------------------------
 
 
@@ -245,6 +256,9 @@ def page(held: dict[str, Any], results: Results) -> str:
     ]
     for name, curves in results.items():
         lines += [ahead(name, curves), ""]
+    lacking = left(results)
+    if lacking:
+        lines += [f"Runs of the protocol that are still to be made: {lacking}.", ""]
     for name, curves in results.items():
         lines += [f"## {name}", "", table(name, curves), ""]
         gaps = gap_closed(curves)

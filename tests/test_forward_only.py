@@ -47,6 +47,12 @@ def test_runs_that_are_there_are_not_made_again():
     assert forward_only.missing(had, "cnn", MONO, (0, 1)) == [0, 1]
 
 
+def test_what_is_still_to_be_run_is_said(monkeypatch):
+    monkeypatch.setattr(forward_only, "PROTOCOL", {"mlp": forward_only.Protocol(1.0, {HEADS: (0, 1), MONO: (0,)})})
+    assert forward_only.left({"mlp": CURVES}) == f"mlp: {HEADS} (seeds 1)"
+    assert forward_only.left({"mlp": [*CURVES, curve(HEADS, (0, 0, 0, 0), seed=1)]}) == ""
+
+
 def test_the_page_has_tables_cosines_and_the_gap():
     held = {"machine": "one machine", "cosines": {"mlp": {HEADS: {"1.weight": 0.5}}}}
     text = forward_only.page(held, {"mlp": CURVES})
