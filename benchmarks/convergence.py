@@ -118,7 +118,8 @@ def run(
         steps += 1
         if seconds >= due or steps == 1:
             note()
-            due = seconds * 4 / 3
+            marks = (curve.budget / 16, curve.budget / 4)  # where tables compare
+            due = next((t for t in marks if seconds < t < seconds * 4 / 3), seconds * 4 / 3)
         if seconds >= curve.budget and steps >= least:
             break
     if curve.rows[-1]["steps"] != steps or curve.status != "finished":

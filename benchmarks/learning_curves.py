@@ -115,7 +115,7 @@ def table(name: str, curves: list[LearningCurve]) -> str:
     """Means over seeds at three times, forward passes of a step, and peak memory if it was measured."""
     longest = max(c.seconds for c in curves)
     times = [longest / 16, longest / 4, longest]
-    heads = [name, "rate", *(f"{t:.3g} s" for t in times), "train loss", "epochs", "forwards a step"]
+    heads = [name, "seeds", "rate", *(f"{t:.3g} s" for t in times), "train loss", "epochs", "forwards a step"]
     measured = any(c.memory is not None for c in curves)
     if measured:
         heads.append("peak above the weights, MiB")
@@ -125,6 +125,7 @@ def table(name: str, curves: list[LearningCurve]) -> str:
         note = " (diverged)" if any(c.status.startswith("diverged") for c in own) else ""
         cells = [
             method + note,
+            str(len(own)),
             "none" if own[0].rate is None else f"{own[0].rate:.3g}",
             *(_cell(own, t) for t in times),
             f"{fmean(c.rows[-1]['train'] for c in own):.3g}" if all("train" in c.rows[-1] for c in own) else "",

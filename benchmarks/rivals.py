@@ -25,16 +25,21 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 import jetplane as jp
 from jetplane.experiments import methods
 from jetplane.experiments.zeroth_order import MeZO
-from jetplane.gradients import ActivityPerturbation
+from jetplane.gradients import ActivityPerturbation, LocalHeads
 from jetplane.subspace.descent import Damped
 from jetplane.subspace.search import FullStep, NoiseAware
 from jetplane.subspace.sources import Averages, Drawn, PreviousStep, Subspace
 
+from .local_rivals import ActivationGuided, AlignedFeedback, MonoForward
 from .tasks import Batch, Task
 
 Closure = Callable[[], Tensor]
 Step = Callable[[Closure, Batch], Any]  # a step on a batch, and the loss before it
 PLANE = "plane-search"
+HEADS = f"{PLANE}, local heads"
+MONO, GRAPE, AGZO = "local heads, Adam", "aligned feedback (GrAPE)", "AGZO"
+ADAM, CHECKPOINTED = "Adam, backprop", "Adam, checkpointed"
+FAST_MONO, FAST_ADAM = f"{MONO} at 3e-3", f"{ADAM} at 3e-3"  # the rate of our own fast weights
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,24 @@ def mezo(model: nn.Module, task: Task, rate: float) -> Trainer:
     """Zeroth order: MeZO."""
     opt = MeZO(moving(model), lr=rate)
     return Trainer(lambda closure, batch: opt.step(closure))
+
+
+# --- without a global backward pass ------------------------------------------------------------------------
+
+
+def local(kind: Callable[[nn.Module, float], Any]) -> Callable[[nn.Module, Task, float], Trainer]:
+    """A rival that takes inputs and targets, and needs no closure."""
+
+    def make(model: nn.Module, task: Task, rate: float) -> Trainer:
+        rival = kind(model, rate)
+        return Trainer(lambda closure, batch: rival.step(*batch))
+
+    return make
+
+
+def agzo(model: nn.Module, task: Task, rate: float) -> Trainer:
+    rival = ActivationGuided(model, rate)
+    return Trainer(lambda closure, batch: rival.step(closure))
 
 
 # --- backpropagation --------------------------------------------------------------------------------------
@@ -233,10 +256,16 @@ _FGD = {**methods.METHODS["fgd"].large_rates, "mlp": 2e-4, "": 1e-4}
 _FOMOH = {"": methods.METHODS["fomoh"].rates["mlp"]} | {
     model: methods.METHODS["fomoh"].rates[model] for model in methods.METHODS["fomoh"].published
 }
-_PAPER: dict[str, Any] = {"tasks": ("logreg", "mlp", "cnn"), "source": "FOMOH_SRC"}
+_SEQUENTIAL = ("logreg", "mlp", "cnn")
+_PAPER: dict[str, Any] = {"tasks": _SEQUENTIAL, "source": "FOMOH_SRC"}
 
 METHODS: dict[str, Method] = {
     PLANE: Method(plane_search(), None),
+    HEADS: Method(plane_search(gradient=LocalHeads()), None, tasks=(*_SEQUENTIAL, "characters")),
+    MONO: Method(local(MonoForward), {"": 1e-3}, tasks=_SEQUENTIAL),
+    FAST_MONO: Method(local(MonoForward), {"": 3e-3}, tasks=_SEQUENTIAL),
+    GRAPE: Method(local(AlignedFeedback), {"": 1e-3}, tasks=_SEQUENTIAL),
+    AGZO: Method(agzo, {"": 1e-4}),
     label("fgd"): Method(registered("fgd"), _FGD),
     label("fomoh"): Method(registered("fomoh"), _FOMOH),
     label("fomoh-kd", 2): Method(registered("fomoh-kd", 2), {"": 1.0}),
@@ -249,9 +278,10 @@ METHODS: dict[str, Method] = {
     "SOFO's code": Method(sofos_code, {"": 0.01}, tasks=("logreg", "mlp"), source="SOFO_SRC"),
     "MeZO-style": Method(mezo, _FGD),
     label("sgd"): Method(backprop(torch.optim.SGD), {"": 0.1}, reverse=True),
-    "Adam, backprop": Method(backprop(torch.optim.Adam), {"": 1e-3}, reverse=True),
+    ADAM: Method(backprop(torch.optim.Adam), {"": 1e-3}, reverse=True),
+    FAST_ADAM: Method(backprop(torch.optim.Adam), {"": 3e-3}, reverse=True),
     "SGD, checkpointed": Method(backprop(torch.optim.SGD, checkpoints=True), {"": 0.1}, reverse=True),
-    "Adam, checkpointed": Method(backprop(torch.optim.Adam, checkpoints=True), {"": 1e-3}, reverse=True),
+    CHECKPOINTED: Method(backprop(torch.optim.Adam, checkpoints=True), {"": 1e-3}, reverse=True),
 }
 
 

@@ -1,4 +1,4 @@
-"""Estimates of the gradient, forward only: by noise on what layers put out, or by drawn directions.
+"""Estimates of the gradient, forward only: by noise on what layers put out, by local losses, or by drawn directions.
 
 An `Estimator` makes estimates in the steps of `jetplane.optim.PlaneSearch`. For activity perturbation `allocate` plans
 how each layer is perturbed, `estimate` finds the gradient by the plans, and a `Feedback` learns to predict it.
@@ -9,6 +9,7 @@ from ..evaluation.side_effects import without_side_effects
 from .allocation import allocate, signature
 from .estimators import ActivityPerturbation, Batch, Estimate, Estimator, ForwardGradients
 from .feedback import Feedback, FeedbackSpec, FeedbackState
+from .heads import LocalHeads
 from .layers import PerturbableLayer, WeightPerturbableLayer, perturbable, register_layer
 from .perturbation import PerturbationEstimate, estimate
 from .plan import OTHERS, LayerPlan
@@ -24,6 +25,7 @@ __all__ = [
     "FeedbackState",
     "ForwardGradients",
     "LayerPlan",
+    "LocalHeads",
     "PerturbableLayer",
     "PerturbationEstimate",
     "WeightPerturbableLayer",

@@ -37,8 +37,9 @@ class Batch:
             buffers and random numbers move once in a step.
         params: the tensors that may move.
         model: holds the layers, or None.
-        directions: of the plane, by the places of ``params`` among themselves.
-        plane: its loss, slope and curvature, of the whole batch.
+        directions: of the plane, by the places of ``params`` among themselves; None between planes, see
+            `Estimator.alone`.
+        plane: its loss, slope and curvature, of the whole batch; None between planes.
         drawn: which of its directions v have ``E[v v^T] = I``.
         used: the places of the parameters that the loss makes use of.
         seed: another one in each step.
@@ -50,8 +51,8 @@ class Batch:
     closure: Callable[[], Any]
     params: Sequence[Tensor]
     model: nn.Module | None
-    directions: AbstractDirections
-    plane: PlaneModel
+    directions: AbstractDirections | None
+    plane: PlaneModel | None
     drawn: Sequence[int]
     used: frozenset[int]
     seed: int
@@ -62,10 +63,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimate of the gradient, one tensor for each parameter, and the estimator's new state."""
+    """What an estimator has found.
+
+    Attributes:
+        gradient: an estimate of the gradient, one tensor for each parameter.
+        state: the estimator's new state.
+        loss: the loss of the whole batch where the estimate was made, a tensor of shape (); None where it is not known.
+    """
 
     gradient: Sequence[Tensor]
     state: State
+    loss: Tensor | None = None
 
 
 class Estimator(ABC):
@@ -73,9 +81,12 @@ class Estimator(ABC):
 
     Attributes:
         measures: whether it looks at the batch again. If not, `measure` is not called.
+        alone: whether it can do without a plane (`jetplane.sources.Subspace`). `measure` then runs the closure
+            once with all of its side effects where the batch's ``plane`` is None, and the estimate tells the loss.
     """
 
     measures: bool = True
+    alone: bool = False
 
     @abstractmethod
     def measure(self, batch: Batch, state: State) -> Sequence[Tensor]:
@@ -111,11 +122,12 @@ class ForwardGradients(Estimator):
 
     def estimate(self, batch: Batch, means: Sequence[Tensor], state: State) -> Estimate:
         """See `Estimator`."""
-        drawn, slope = list(batch.drawn), batch.plane.slope
+        assert batch.plane is not None and batch.directions is not None
+        directions, drawn, slope = batch.directions, list(batch.drawn), batch.plane.slope
         weights = torch.zeros_like(slope)
         weights[drawn] = slope[drawn] / max(len(drawn), 1)
         every = enumerate(batch.params)
-        found = [batch.directions.combine(i, p, weights) if i in batch.used else torch.zeros_like(p) for i, p in every]
+        found = [directions.combine(i, p, weights) if i in batch.used else torch.zeros_like(p) for i, p in every]
         return Estimate(found, state)
 
 
@@ -146,7 +158,7 @@ class ActivityPerturbation(Estimator):
 
     def prepare(self, batch: Batch, state: State) -> State:
         """See `Estimator`: plan how each layer is perturbed."""
-        plans = allocate(batch.closure, _model_of(batch), batch.params, self.passes, 1 / batch.part, chunk=batch.chunk)
+        plans = allocate(batch.closure, model_of(batch), batch.params, self.passes, 1 / batch.part, chunk=batch.chunk)
         return {"plans": {name: plan.plain() for name, plan in plans.items()}, "feedback": state.get("feedback", {})}
 
     def shapes(self, batch: Batch, state: State) -> Sequence[torch.Size]:
@@ -158,7 +170,7 @@ class ActivityPerturbation(Estimator):
         """See `Estimator`."""
         plans, feedback = self._restored(batch, state)
         found = estimate(
-            batch.closure, _model_of(batch), batch.params, plans, batch.seed, batch.before, feedback, batch.part
+            batch.closure, model_of(batch), batch.params, plans, batch.seed, batch.before, feedback, batch.part
         )
         return [*found.gradient, *found.statistics]
 
@@ -177,6 +189,7 @@ class ActivityPerturbation(Estimator):
         return plans, Feedback(specs, FeedbackState.of(state.get("feedback", {})), like)
 
 
-def _model_of(batch: Batch) -> nn.Module:
+def model_of(batch: Batch) -> nn.Module:
+    """The batch's model, which is there."""
     assert batch.model is not None
     return batch.model

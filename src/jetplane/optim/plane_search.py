@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..directions import AbstractDirections, CachedDirections, ConcatenatedDirections, SelectedDirections
 from ..directions.laws import key
-from ..errors import ArgumentError
+from ..errors import ArgumentError, NonFiniteError
 from ..evaluation.audit import Auditing
 from ..evaluation.checks import CACHED_BYTES
 from ..evaluation.leaving import plain_run
@@ -21,10 +21,11 @@ from ..evaluation.repeats import RepeatedClosure
 from ..evaluation.side_effects import RandomState, setting_back, without_side_effects
 from ..evaluation.specification import Curvature, PlaneSpec
 from ..gradients.estimators import ActivityPerturbation, Batch, Estimate, Estimator, ForwardGradients
+from ..gradients.heads import LocalHeads
 from ..gradients.layers import perturbable
 from ..subspace.descent import Damped, Descent, SaddleFree, Spectral, named
 from ..subspace.search import Backtracking, Decision, ExactLine, NoiseAware, Outcome, Proposal, Search, advance
-from ..subspace.sources import Averages, Context, Drawn, PreviousStep, Result, Source, State, Subspace
+from ..subspace.sources import Averages, Context, Drawn, FastWeights, PreviousStep, Result, Source, State, Subspace
 from .base import STATE, Closure, Moving, Params, PlaneOptimizer, comparable
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 LEAST = 0.1  # of a step, in a plane of nothing but averages over many batches
+CLEARLY = 0.5  # as many times the loss after a step, or less, is one that a single batch can tell from it
+ROUND = 16  # steps from one plane to the next, where estimates are made by local heads
 FEW = 0.1  # of a model's parameters: where fewer move, memory for all directions at a time is not spent
 
 Changes = list[tuple[int, Tensor]]  # what is added to parameters, by their place among those that move
@@ -83,7 +86,9 @@ class PlaneSearch(PlaneOptimizer):
       more. A plane of which nothing is known yet has one drawn direction.
     - ``gradient``, how estimates are made: with a model by noise on its layers' outputs
       (`jetplane.gradients.ActivityPerturbation`), else as the forward gradients ``mean_k (F_k v_k)`` of the drawn
-      directions (`jetplane.gradients.ForwardGradients`). Estimates enter the plane one step after the batch that they
+      directions (`jetplane.gradients.ForwardGradients`). `jetplane.gradients.LocalHeads` makes them of losses of each
+      layer's own, at a twentieth of the cost; the subspace is then that of `jetplane.sources.FastWeights` by default,
+      and a plane is evaluated in every 16th step. Estimates enter the plane one step after the batch that they
       come from: in a plane of directions that were fitted to the very batch that judges them, the slope would be
       biased, and its noise taken for signal.
     - ``descent``, what solves the plane: `jetplane.descent.Damped` on directions of unit curvature, and with
@@ -137,7 +142,9 @@ class PlaneSearch(PlaneOptimizer):
     planes, SOFO (hennequin-lab, NeurIPS 2024); activity perturbation, arXiv 2210.03310; Adam, arXiv 1412.6980.
     """
 
-    _own = ("clip", "chunk", "plane", "audit", "model", "subspace", "curvature", "gradient", "search", "_descent")
+    _own = (
+        "clip", "chunk", "plane", "audit", "model", "subspace", "curvature", "every", "gradient", "search", "_descent",
+    )  # fmt: skip
 
     _takes_complex = False  # its averages, guards and estimates are of real numbers
 
@@ -148,6 +155,9 @@ class PlaneSearch(PlaneOptimizer):
         process_group: ProcessGroup | DeviceMesh | None = None, audit: Auditing = "first",
         generators: Sequence[Any] = (),
     ) -> None:  # fmt: skip
+        local = isinstance(gradient, LocalHeads)
+        if subspace is None and local:
+            subspace = Subspace([FastWeights()], every=ROUND)
         plan = subspace if isinstance(subspace, Subspace) else Subspace(subspace)
         exact = plan.curvature == "hessian"
         solver = (SaddleFree(None) if exact else Damped(scaled=True)) if descent is None else named(descent)
@@ -172,15 +182,26 @@ class PlaneSearch(PlaneOptimizer):
         self.model = model
         self.subspace = tuple(sources)
         self.curvature: Curvature = plan.curvature
+        self.every = plan.every
         self.gradient = gradient or (ForwardGradients() if model is None else ActivityPerturbation())
         self.search = search or NoiseAware(floor=NoiseAware.floor if draws else LEAST, otherwise=otherwise)
         self._descent = solver
         self.chunk = plan.chunk
         if plan.chunk is None and not exact and model is not None:
             self.chunk = 1 if size < FEW * sum(p.numel() for p in model.parameters()) else None
-        if isinstance(self.gradient, ActivityPerturbation) and model is None:
+        if isinstance(self.gradient, (ActivityPerturbation, LocalHeads)) and model is None:
+            uses = "whose layers it perturbs" if not local else "whose layers have the heads"
             raise ArgumentError(
-                "ActivityPerturbation needs the model whose layers it perturbs, got None: PlaneSearch(params, model)"
+                f"{type(self.gradient).__name__} needs the model {uses}, got None: PlaneSearch(params, model)"
+            )
+        if self.every > 1 and not self.gradient.alone:
+            raise ArgumentError(
+                f"every = {self.every} leaves steps without a plane, which {type(self.gradient).__name__} cannot make "
+                "estimates in: take every=1, or jetplane.gradients.LocalHeads()"
+            )
+        if self.every > 1 and not any(source.learns for source in sources):
+            raise ArgumentError(
+                f"every = {self.every} leaves steps without a plane, and no source learns anything in them"
             )
         drawless = all(isinstance(source, (Averages, PreviousStep)) for source in sources)
         if isinstance(self.gradient, ForwardGradients) and drawless:
@@ -199,12 +220,16 @@ class PlaneSearch(PlaneOptimizer):
     def step(self, closure: Closure | None = None, *, weight: float = 1.0) -> Tensor:  # type: ignore[override]
         """Span a plane, evaluate it, decide how far to step in it, estimate the gradient for later planes, and move.
 
+        Where a plane is evaluated in every n-th step alone (`jetplane.sources.Subspace.every`), the others estimate the
+        gradient and remember; parameters stay.
+
         Args:
             closure: computes and returns the scalar loss. It need not call ``backward``, and must not.
             weight: with a process group: of this rank's loss in the mean over ranks; see `PlaneOptimizer.step`.
 
         Returns:
-            The loss before the step, a plain tensor of shape (). With a process group, that of the whole batch.
+            The loss before the step, a plain tensor of shape (). With a process group, that of the whole batch. In a
+            step without a plane it is that where the gradient was estimated.
 
         Raises:
             JetplaneError: as `PlaneOptimizer.step`. Parameters and the optimizer's state are then as they were.
@@ -213,21 +238,32 @@ class PlaneSearch(PlaneOptimizer):
         own = self.state[STATE]  # type: ignore[index]
         with torch.no_grad(), setting_back(self.generators):
             contexts = self._contexts(moving)
-            span = self._spanned(contexts)
             shard = _Shard(repeated, weight, RandomState())
-            plane = self._evaluated(repeated, weight, moving, span.directions)
-            proposal = _proposed(plane, self.descent, span.squared_norms)
-            decision, changes = self._decided(shard, moving, span, plane, proposal)
-            estimate, signature = self._estimated(shard, contexts[0], span, plane)
+            if (own["step"] + 1) % self.every:
+                span, plane, changes, after, told = None, None, [], None, {}
+            else:
+                span = self._spanned(contexts)
+                plane = self._evaluated(repeated, weight, moving, span.directions)
+                proposal = _proposed(plane, self.descent, span.squared_norms)
+                decision, changes, after = self._decided(shard, moving, span, plane, proposal)
+                told = {"search": asdict(decision.state)}
+            wanted = (source.weights(context) for source, context in zip(self.subspace, contexts, strict=True))
+            elsewhere = next((weights for weights in wanted if weights is not None), None)
+            estimate, signature = self._estimated(shard, contexts[0], elsewhere, span, plane)
+            if elsewhere is not None and after is not None and _is_less(estimate.loss, CLEARLY * after):
+                changes = [(i, elsewhere[i] - moving[i][0]) for i, _ in changes]
             result = Result(estimate.gradient, [dict(changes).get(i) for i in range(len(moving))])
             pairs = zip(self.subspace, contexts, strict=True)
             remembered = [source.remember(context, result) for source, context in pairs]
             self._move(moving, changes)
         for i, (p, _, _) in enumerate(moving):
             self.state[p] = _flat(self._labels, [states[i] for states in remembered])
-        told = {"search": asdict(decision.state), "gradient": estimate.state, "signature": signature}
+        told |= {"gradient": estimate.state, "signature": signature, "step": own["step"] + 1}
         # A new record: one that state_dict() has handed out must not move on.
-        self.state[STATE] = own | told | {"step": own["step"] + 1}  # type: ignore[index]
+        self.state[STATE] = own | told  # type: ignore[index]
+        if plane is None:
+            assert estimate.loss is not None
+            return estimate.loss
         self.plane = plane
         return plane.value
 
@@ -277,20 +313,25 @@ class PlaneSearch(PlaneOptimizer):
 
     def _decided(
         self, shard: _Shard, moving: Moving, span: _Span, plane: PlaneModel, proposal: Proposal
-    ) -> tuple[Decision, Changes]:
-        """What the search makes of the proposal, told the losses that it asks for; and what is added to parameters."""
+    ) -> tuple[Decision, Changes, float | None]:
+        """What the search makes of the proposal, told the losses that it asks for.
+
+        Returns:
+            The decision, what is added to parameters, and the loss after that, where the search has asked for it.
+        """
         params, factor = [p for p, _, _ in moving], max(float(group["lr"]) for _, group, _ in moving)
         trials = self.search.decide(proposal, _restored(self.search, self.state[STATE]))  # type: ignore[index]
-        kappa, changes, shortened, outcome = None, [], 1.0, None
+        kappa, changes, shortened, outcome, tried = None, [], 1.0, None, None
         while True:
             asked = advance(trials, outcome)
             if kappa is None or not torch.equal(asked.kappa, kappa):
-                kappa = asked.kappa
+                kappa, tried = asked.kappa, None
                 changes, shortened = self._changes(moving, span.directions, plane, kappa)
             if isinstance(asked, Decision):
-                return asked, [(i, asked.rate * change) for i, change in changes]
+                known = outcome is not None and tried == asked.rate
+                return asked, [(i, asked.rate * change) for i, change in changes], outcome.loss if known else None
             with _moved(asked.rate, params, changes):
-                outcome = Outcome(self._loss(shard, params, plane), factor * shortened)
+                outcome, tried = Outcome(self._loss(shard, params, plane), factor * shortened), asked.rate
 
     def _changes(
         self, moving: Moving, directions: CachedDirections, plane: PlaneModel, kappa: Tensor
@@ -316,34 +357,48 @@ class PlaneSearch(PlaneOptimizer):
         mean = self.ranks.mean(lambda: torch.tensor([of_shard()], **options), 1, shard.weight, **options)
         return mean.to(plane.value.dtype).item()  # rounded as that of one process
 
-    def _estimated(self, shard: _Shard, context: Context, span: _Span, plane: PlaneModel) -> tuple[Estimate, str]:
+    def _estimated(
+        self, shard: _Shard, context: Context, elsewhere: Sequence[Tensor] | None, span: _Span | None,
+        plane: PlaneModel | None,
+    ) -> tuple[Estimate, str]:  # fmt: skip
         """An estimate of the gradient on this batch, for planes of later ones, and what its preparation depended on."""
         own, estimator = self.state[STATE], self.gradient  # type: ignore[index]
-        ranks, weight = self.ranks, shard.weight
         state, signature = own.get("gradient", {}), estimator.signature(context.params, self.model)
-        batch = Batch(
-            shard.closure, context.params, self.model, span.directions, plane, span.drawn,
-            frozenset(span.directions.used), int(key(own["seed"], own["step"])),
-            chunk=self.chunk if isinstance(self.chunk, int) else None,
-        )  # fmt: skip
         if not any(source.learns for source in self.subspace):
             return Estimate([], state), signature
+        every = range(len(context.params))
+        batch = Batch(
+            shard.closure, context.params, self.model, span.directions if span else None, plane,
+            span.drawn if span else [], frozenset(span.directions.used if span else every),
+            int(key(own["seed"], own["step"])), chunk=self.chunk if isinstance(self.chunk, int) else None,
+        )  # fmt: skip
         if not estimator.measures:
             return estimator.estimate(batch, [], state), signature
+        prepared = signature == own.get("signature")
+        with _at(elsewhere, context.params, shard.closure):
+            found = self._measured(shard, batch, state, prepared)
+        if plane is None and not (found.loss is not None and bool(torch.isfinite(found.loss))):
+            raise NonFiniteError(f"the loss is not finite where the gradient is estimated: {found.loss}")
+        return found, signature
+
+    def _measured(self, shard: _Shard, batch: Batch, state: dict[str, Any], prepared: bool) -> Estimate:
+        """The estimate on a batch, of all processes."""
+        ranks, weight, estimator, device = self.ranks, shard.weight, self.gradient, batch.params[0].device
         if ranks is not None:
-            before, whole = ranks.place(weight, plane.value.device)
+            ranks.greet(self._facts)
+            before, whole = ranks.place(weight, device)
             batch = replace(batch, before=before / weight if weight else 0.0, part=weight / whole)
-        if signature != own.get("signature"):
+        if not prepared:
             first = lambda: estimator.prepare(batch, state) if weight else None  # noqa: E731
             state = estimator.prepare(batch, state) if ranks is None else ranks.first(first)
         if ranks is None:
-            return estimator.estimate(batch, estimator.measure(batch, state), state), signature
-        shapes, dtype = estimator.shapes(batch, state), _widest(context.params)
+            return estimator.estimate(batch, estimator.measure(batch, state), state)
+        shapes, dtype = estimator.shapes(batch, state), _widest(batch.params)
         measured = lambda: torch.cat([t.flatten().to(dtype) for t in estimator.measure(batch, state)])  # noqa: E731
         sizes = [shape.numel() for shape in shapes]
-        means = ranks.mean(measured, sum(sizes), weight, dtype, plane.value.device).split(sizes)
+        means = ranks.mean(measured, sum(sizes), weight, dtype, device).split(sizes)
         shaped = [mean.reshape(shape).clone() for mean, shape in zip(means, shapes, strict=True)]
-        return estimator.estimate(batch, shaped, state), signature
+        return estimator.estimate(batch, shaped, state)
 
     # --- what the optimizers have in common, as it is here --------------------------------------------------
 
@@ -390,6 +445,10 @@ def _proposed(plane: PlaneModel, descent: Spectral, squared_norms: Tensor) -> Pr
     return Proposal.of(value, plane.slope, plane.curvature, descent, squared_norms, covariance, rounding)
 
 
+def _is_less(loss: Tensor | None, than: float) -> bool:
+    return loss is not None and loss.item() < than
+
+
 def _restored(search: Search, own: dict[str, Any]) -> Any:
     """A search's state; it begins anew where what is there belongs to another kind of search."""
     saved, names = own.get("search", {}), [field.name for field in fields(search.start)]
@@ -410,6 +469,23 @@ def _flat(labels: Sequence[str], states: Sequence[State]) -> dict[str, Tensor]:
 def _widest(params: Sequence[Tensor]) -> torch.dtype:
     """In which dtype estimates are sent: single precision, or double where a parameter has it."""
     return torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+
+
+@contextlib.contextmanager
+def _at(weights: Sequence[Tensor] | None, params: Sequence[Tensor], closure: RepeatedClosure) -> Iterator[None]:
+    """The parameters at other values, None for where they are; they are set back."""
+    if weights is None:
+        yield
+        return
+    before = [p.clone() for p in params]
+    try:
+        for p, other in zip(params, weights, strict=True):
+            p.copy_(other)
+        with closure.elsewhere():
+            yield
+    finally:
+        for p, held in zip(params, before, strict=True):
+            p.copy_(held)
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ Curvature = Literal["ggn", "hessian"]
 DRAWN = 64  # directions, where their number is not given
 SIGNAL = 0.25  # an average of which more than this part is signal counts in full
 LEAST_WEIGHT = 0.01  # of an average that is noise alone: planes keep their size
+ADAM_EPSILON = 1e-8
 SQUARE_DECAY = 0.99  # how much of the average of squares is kept from step to step
 
 
@@ -87,6 +88,14 @@ class Source(ABC):
 
     learns: bool = True
     compared: bool = True
+
+    def weights(self, context: Context) -> Sequence[Tensor] | None:
+        """Where it wants the gradient to be estimated, one tensor for each parameter; None for where these are.
+
+        If the loss of a plane's batch is less than half as large there as after the plane's step, parameters go there
+        instead.
+        """
+        return None
 
     @abstractmethod
     def directions(self, context: Context) -> AbstractDirections | None:
@@ -162,6 +171,70 @@ class Averages(Source):
         if self.scaled:
             new["square"] = _mixed(old.get("square"), gradient.square(), kept_of_average(SQUARE_DECAY, n))
         return new
+
+
+@final
+@dataclass(frozen=True)
+class FastWeights(Source):
+    """The directions to weights z that go their own way by Adam's steps, and to their running average.
+
+        z <- z - rate * m / (sqrt(s) + 1e-8),    v_1 = z - theta,    v_2 = mean(z) - theta
+
+    with the bias-corrected running averages m and s of estimates g of the gradient at z, and of g^2. The plane finds
+    the point between theta and them at which the loss of its batch is lowest, and theta goes there; z goes on from
+    where it is. So z explores at the cost of an estimate, and theta takes what of it lowers the loss. Where the
+    estimates are of no use to the loss, theta stays; where z has left it far behind, theta goes to z.
+
+    It remembers four tensors of each parameter's size.
+
+    Attributes:
+        rate: of Adam's steps. It may be larger than is usual, since averages go into theta, not z.
+        decays: of m and s.
+        average: how much of the average of z is kept from step to step.
+
+    Raises:
+        ArgumentError: a rate that is not positive, or a decay outside of [0, 1).
+
+    Sources: Adam, arXiv 1412.6980; averages of iterates, Polyak and Juditsky, SIAM J. Control Optim. 30, 1992;
+    Lookahead, arXiv 1907.08610, whose slow weights go a fixed part of the way to fast ones; SEBOOST, arXiv 1609.00629,
+    whose planes are spanned by where another method has gone.
+    """
+
+    rate: float = 3e-3
+    decays: tuple[float, float] = (0.9, 0.999)
+    average: float = 0.99
+    compared = False
+
+    def __post_init__(self) -> None:
+        if not self.rate > 0 or not all(0 <= b < 1 for b in (*self.decays, self.average)):
+            raise ArgumentError(
+                f"expected a positive rate and decays in [0, 1), got {self.rate}, {self.decays} and {self.average}"
+            )
+
+    def weights(self, context: Context) -> Sequence[Tensor] | None:
+        """See `Source`: z."""
+        pairs = zip(context.params, context.state, strict=True)
+        return [state.get("fast", p) for p, state in pairs] if any(context.state) else None
+
+    def directions(self, context: Context) -> AbstractDirections | None:
+        """See `Source`."""
+        known = [(i, p, s) for i, p, s in zip(context.places, context.params, context.state, strict=True) if s]
+        return UnitDirections.of([{i: Term(s[name] - p) for i, p, s in known} for name in ("fast", "mean")])
+
+    def remember(self, context: Context, result: Result) -> Sequence[State]:
+        """See `Source`."""
+        every = zip(context.params, context.state, result.gradient, strict=True)
+        return [self._moved(old or {"fast": p}, g, context.step if old else 0) for p, old, g in every]
+
+    def _moved(self, old: State, gradient: Tensor, n: int) -> State:
+        def mixed(name: str, value: Tensor, decay: float) -> Tensor:
+            return value if name not in old else torch.lerp(value, old[name], kept_of_average(decay, n))
+
+        average = mixed("average", gradient, self.decays[0])
+        square = mixed("square", gradient.square(), self.decays[1])
+        fast = torch.addcdiv(old["fast"], average, square.sqrt().add_(ADAM_EPSILON), value=-self.rate)
+        mean = mixed("mean", fast, self.average)
+        return {"fast": fast, "mean": mean, "average": average, "square": square}
 
 
 @final
@@ -242,16 +315,21 @@ class Subspace:
         curvature: "ggn", the Gauss-Newton one, which needs a loss function, or "hessian"; see `jetplane.evaluate`.
         chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`. None for all of them, but
             one with "ggn" where less than a tenth of the model moves, as in adapters: memory is what is scarce there.
+        every: a plane is evaluated, and parameters move, in every so many-th step. The others only estimate the
+            gradient and remember, which takes an estimator that is ``alone`` (`jetplane.gradients.Estimator`).
 
     Raises:
-        ArgumentError: no source, or another curvature.
+        ArgumentError: no source, another curvature, or ``every`` less than 1.
     """
 
     sources: Sequence[Source] | None = None
     curvature: Curvature = "ggn"
     chunk: int | Literal["auto"] | None = None
+    every: int = 1
 
     def __post_init__(self) -> None:
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise ArgumentError(f"every must be an integer of at least 1, got {self.every!r}")
         if self.curvature not in ("ggn", "hessian"):
             raise ArgumentError(f"curvature must be 'ggn' or 'hessian', got {self.curvature!r}")
         if self.sources is not None and not (self.sources and all(isinstance(s, Source) for s in self.sources)):

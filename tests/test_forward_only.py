@@ -1,0 +1,84 @@
+"""What the comparison of forward-only methods makes of runs."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks import forward_only
+from benchmarks.learning_curves import LearningCurve
+from benchmarks.rivals import ADAM, FAST_ADAM, HEADS, MONO, PLANE, label
+from benchmarks.tasks import Task
+
+
+def curve(method, measures, seed=0, **settings):
+    rows = [
+        {"seconds": t, "steps": i, "epochs": i, "forwards": i, "train": 1.0, "loss": 1.0, "measure": m}
+        for i, (t, m) in enumerate(zip((0, 1, 4, 16), measures, strict=True))
+    ]
+    return LearningCurve(method, seed, 0.1, rows=rows, budget=16, **settings)
+
+
+CURVES = [
+    curve(HEADS, (0.1, 0.8, 0.92, 0.96)), curve(MONO, (0.1, 0.85, 0.9, 0.94)), curve(ADAM, (0.1, 0.7, 0.9, 0.94)),
+    curve(FAST_ADAM, (0.1, 0.75, 0.88, 0.98)), curve(label("fgd"), (0.1, 0.2, 0.3, 0.48)),
+]  # fmt: skip
+
+
+def test_the_gap_is_from_forward_gradients_to_the_better_adam():
+    assert forward_only.gap_closed(CURVES) == pytest.approx({HEADS: 0.96, MONO: 0.92})
+    assert forward_only.gap_closed(CURVES[:2]) == {}
+
+
+def test_at_each_time_the_best_of_each_kind_is_named_in_order():
+    first, second, third = forward_only.ahead("mlp", CURVES).splitlines()
+    assert first == (
+        f"- mlp, after 1 s: local heads with Adam 85.0 % ({MONO}); ours 80.0 % ({HEADS}); with a backward pass 75.0 % "
+        f"({FAST_ADAM}); other forward-only methods 20.0 % (FGD)."
+    )
+    assert second.startswith("- mlp, after 4 s: ours 92.0 %") and third.startswith(
+        "- mlp, after 16 s: with a backward pass 98.0 %"
+    )
+
+
+def test_runs_that_are_there_are_not_made_again():
+    had = {"mlp": [curve(MONO, (0, 0, 0, 0)), curve(MONO, (0, 0, 0, 0), seed=1, status="interrupted")]}
+    assert forward_only.missing(had, "mlp", MONO, (0, 1, 2)) == [1, 2]
+    assert forward_only.missing(had, "cnn", MONO, (0, 1)) == [0, 1]
+
+
+def test_what_is_still_to_be_run_is_said(monkeypatch):
+    monkeypatch.setattr(forward_only, "PROTOCOL", {"mlp": forward_only.Protocol(1.0, {HEADS: (0, 1), MONO: (0,)})})
+    assert forward_only.left({"mlp": CURVES}) == f"mlp: {HEADS} (seeds 1)"
+    assert forward_only.left({"mlp": [*CURVES, curve(HEADS, (0, 0, 0, 0), seed=1)]}) == ""
+
+
+def test_the_page_has_tables_cosines_and_the_gap():
+    held = {"machine": "one machine", "cosines": {"mlp": {HEADS: {"1.weight": 0.5}}}}
+    text = forward_only.page(held, {"mlp": CURVES})
+    assert f"| {HEADS} | 0.500 |" in text and f"{HEADS} 96.0 %" in text and "one machine" in text
+    assert f"| {HEADS} | 1 | 0.1 | 80.0 % | 92.0 % | 96.0 % |" in text
+
+
+@pytest.mark.parametrize("method", [HEADS, PLANE, MONO, forward_only.GRAPE, forward_only.AGZO])
+def test_cosines_are_one_where_a_single_layer_sees_the_loss(monkeypatch, method):
+    """The last layer has its exact gradient by all methods but AGZO, whose direction is random."""
+    monkeypatch.setattr(forward_only, "COSINE_STEPS", 3)
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+
+    def batches(size, generator):
+        while True:
+            yield x, y
+
+    task = Task(
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)),
+        lambda model, b: F.cross_entropy(model(b[0]), b[1]), batches, 64, lambda model: (0.0, 0.0), "accuracy",
+    )  # fmt: skip
+    found = forward_only.cosines(task, method)
+    assert list(found) == ["0.weight", "2.weight"]
+    if method == forward_only.AGZO:
+        assert -1 <= found["2.weight"] < 0.999
+    else:
+        assert found["2.weight"] == pytest.approx(1.0, abs=1e-5)
+        assert method == PLANE or found["0.weight"] < 0.9999  # whose noise goes along all eight outputs

@@ -1,0 +1,508 @@
+"""Local heads: closed-form gradients of each layer's own loss, fast weights, and planes in every n-th step."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import jetplane as jp
+from jetplane.gradients import ActivityPerturbation, Batch, LocalHeads, local_losses
+from jetplane.subspace.sources import Averages, Context, FastWeights, PreviousStep, Result, Subspace
+
+DOUBLE = {"dtype": torch.float64}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=seeded(seed), **DOUBLE)
+
+
+# --- the losses' gradients ------------------------------------------------------------------------------------
+
+
+def _cross_entropy(shape, **settings):
+    generator = seeded(len(shape))
+    z = torch.randn(shape, generator=generator, **DOUBLE)
+    classes = shape[0 if len(shape) == 1 else 1]
+    rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
+    return z, torch.randint(classes, rows, generator=generator), settings
+
+
+WEIGHT = torch.tensor([0.3, 1.0, 2.5, 0.7], **DOUBLE)
+LOSSES = {
+    "cross entropy": (F.cross_entropy, *_cross_entropy((7, 4))),
+    "of one example": (F.cross_entropy, *_cross_entropy((4,))),
+    "at positions": (F.cross_entropy, *_cross_entropy((3, 4, 2, 5))),
+    "weighted": (F.cross_entropy, *_cross_entropy((7, 4), weight=WEIGHT)),
+    "smoothed": (F.cross_entropy, *_cross_entropy((7, 4), label_smoothing=0.2)),
+    "weighted and smoothed": (F.cross_entropy, *_cross_entropy((7, 4), weight=WEIGHT, label_smoothing=0.2)),
+    "summed": (F.cross_entropy, *_cross_entropy((7, 4), reduction="sum")),
+    "rows left out": (F.cross_entropy, *_cross_entropy((7, 4), ignore_index=1)),
+    "probabilities": (
+        F.cross_entropy, normal(6, 4, 3, seed=0),
+        torch.rand(6, 4, 3, generator=seeded(1), **DOUBLE), {"weight": WEIGHT, "label_smoothing": 0.1},
+    ),
+    "squared error": (
+        F.mse_loss, normal(5, 3, seed=0), normal(5, 3, seed=1), {}
+    ),
+    "sum of squares": (
+        F.mse_loss, normal(5, 2, 3, seed=0), normal(5, 2, 3, seed=1),
+        {"reduction": "sum"},
+    ),
+    "of a vector": (
+        F.mse_loss, normal(5, seed=0), normal(5, seed=1), {}
+    ),
+    "weighted squares": (
+        F.mse_loss, normal(5, 3, seed=0), normal(5, 3, seed=1),
+        {"weight": torch.rand(5, 3, generator=seeded(2), **DOUBLE)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_of_loss_functions_are_those_of_reverse_mode(name):
+    function, z, target, settings = LOSSES[name]
+    z = z.clone().requires_grad_()
+    (exact,) = torch.autograd.grad(function(z, target, **settings), z)
+    found = local_losses.met(function, (z.detach(), target), settings)
+    assert found.rows * found.width == z.numel()
+    torch.testing.assert_close(found.own_gradient(), exact, rtol=1e-12, atol=1e-14)
+
+
+def test_other_losses_are_not_met():
+    assert local_losses.met(F.l1_loss, (torch.ones(2), torch.ones(2)), {}) is None
+
+
+# --- the layers' gradients ------------------------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    """An embedding, layers at each position, a mean over them where one output is wanted for each example."""
+
+    def __init__(self, pooled):
+        super().__init__()
+        self.pooled = pooled
+        self.table, self.norm = nn.Embedding(9, 6), nn.LayerNorm(6)
+        self.hidden, self.out = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = F.gelu(self.hidden(self.norm(self.table(x))), approximate="tanh")
+        return self.out(h.mean(1) if self.pooled else h)
+
+
+IMAGES = normal(6, 2, 9, 9, seed=0)
+ROWS = normal(6, 4, seed=1)
+CODES = torch.randint(9, (6, 5), generator=seeded(2))
+LABELS = torch.randint(3, (6,), generator=seeded(3))
+NEXT = torch.randint(3, (6, 5), generator=seeded(4))
+
+# A model, its loss, and what the head of each layer but the last reads of it, as the model computes it.
+CASES = {
+    "relu": (
+        lambda: nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)),
+        lambda m: F.cross_entropy(m(ROWS), LABELS),
+        lambda m: {"0": lambda y: y.relu(), "2": lambda y: y.tanh()},
+    ),
+    "in place": (
+        lambda: nn.Sequential(nn.Linear(4, 7), nn.ReLU(inplace=True), nn.Linear(7, 5), nn.SiLU(), nn.Linear(5, 3)),
+        lambda m: F.cross_entropy(m(ROWS), LABELS),
+        lambda m: {"0": lambda y: y.relu(), "2": F.silu},
+    ),
+    "regression": (
+        lambda: nn.Sequential(nn.Linear(4, 7), nn.Sigmoid(), nn.Linear(7, 2)),
+        lambda m: F.mse_loss(m(ROWS), ROWS[:, :2]),
+        lambda m: {"0": lambda y: y.sigmoid()},
+    ),
+    "convolutions": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True), nn.Conv2d(3, 4, 2, padding=1), nn.GELU(),
+            nn.Flatten(), nn.Linear(100, 3),
+        ),
+        lambda m: F.cross_entropy(m(IMAGES), LABELS),
+        lambda m: {"0": lambda y: F.max_pool2d(y.relu(), 2, ceil_mode=True).flatten(1),
+            "3": lambda y: F.gelu(y).flatten(1),
+        },
+    ),
+    "next token": (
+        lambda: Tokens(pooled=False),
+        lambda m: F.cross_entropy(m(CODES).flatten(0, 1), NEXT.flatten()),
+        lambda m: {
+            "table": lambda y: y.flatten(0, 1), "norm": lambda y: y.flatten(0, 1),
+            "hidden": lambda y: F.gelu(y, approximate="tanh").flatten(0, 1),
+        },
+    ),
+    "next token, classes first": (
+        lambda: Tokens(pooled=False),
+        lambda m: F.cross_entropy(m(CODES).movedim(-1, 1), NEXT, reduction="sum"),
+        lambda m: {
+            "table": lambda y: y.flatten(0, 1), "norm": lambda y: y.flatten(0, 1),
+            "hidden": lambda y: F.gelu(y, approximate="tanh").flatten(0, 1),
+        },
+    ),
+    "a class for a sequence": (
+        lambda: Tokens(pooled=True),
+        lambda m: F.cross_entropy(m(CODES), LABELS),
+        lambda m: {
+            "table": lambda y: y.mean(1), "norm": lambda y: y.mean(1),
+            "hidden": lambda y: F.gelu(y, approximate="tanh").mean(1),
+        },
+    ),
+}  # fmt: skip
+
+
+def made(name):
+    torch.manual_seed(0)
+    make, loss, reads = CASES[name]
+    model = make().double()
+    return model, (lambda: loss(model)), reads(model)
+
+
+def batch(closure, model):
+    params = list(model.parameters())
+    return Batch(closure, params, model, None, None, [], frozenset(range(len(params))), seed=0)
+
+
+def with_random_heads(estimator, given):
+    """The state after preparation, with heads that have learned something."""
+    state = estimator.prepare(given, {})
+    generator = seeded(7)
+    for head in state["heads"].values():
+        head["weight"] = torch.randn(head["weight"].shape, generator=generator, **DOUBLE)
+    return state
+
+
+def expected(model, closure, reads, heads):
+    """By reverse mode that is cut between layers: gradients by the parameters' names, and those of the heads."""
+    seen, layers = {}, dict(model.named_modules())
+    handles = [
+        layers[name].register_forward_hook(lambda m, args, y, name=name: seen.update({name: args[0].clone()}))
+        for name in reads
+    ]
+    with torch.no_grad():
+        closure()
+    for handle in handles:
+        handle.remove()
+    found = []
+
+    class Catch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if func in (F.cross_entropy, F.mse_loss):
+                found.append((func, args, kwargs))
+            return func(*args, **kwargs)
+
+    with Catch():
+        closure()
+    ((function, (output, target), settings),) = found
+    weights = {name: w.clone().requires_grad_() for name, w in heads.items()}
+    total = torch.zeros((), **DOUBLE)
+    for name, read in reads.items():
+        features = read(layers[name](seen[name].detach()))
+        z = features @ weights[name][:, :-1].mT + weights[name][:, -1]
+        if output.dim() > 2:  # classes first
+            z = z.reshape(output.movedim(1, -1).shape).movedim(-1, 1)
+        total = total + function(z, target, **settings)
+    own = torch.autograd.grad(total, list(weights.values()), retain_graph=True)
+    return torch.autograd.grad(total, list(model.parameters()), allow_unused=True), dict(zip(weights, own, strict=True))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_each_layer_has_the_gradient_of_its_own_loss(name, recompute):
+    model, closure, reads = made(name)
+    given, estimator = batch(closure, model), LocalHeads(recompute=recompute)
+    state = with_random_heads(estimator, given)
+    heads = {n: head["weight"] for n, head in state["heads"].items()}
+    assert list(heads) == list(reads)
+    with torch.no_grad():
+        *gradient, value = estimator.measure(given, state)
+    assert [t.shape for t in (*gradient, value)] == list(estimator.shapes(given, state))
+    wanted, own = expected(model, closure, reads, heads)
+    exact = torch.autograd.grad(closure(), list(model.parameters()))
+    count = len(exact)
+    for found, local, whole in zip(gradient[:count], wanted, exact, strict=True):
+        torch.testing.assert_close(found, whole if local is None else local, rtol=1e-10, atol=1e-12)
+    for found, name_of in zip(gradient[count:], heads, strict=True):
+        torch.testing.assert_close(found, own[name_of], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(value, closure().detach())
+
+
+def test_a_layer_with_many_features_is_read_by_channels_means(monkeypatch):
+    monkeypatch.setattr("jetplane.gradients.heads.MOST", 20)
+    model, closure, reads = made("convolutions")
+    reads |= {
+        "0": lambda y: F.max_pool2d(y.relu(), 2, ceil_mode=True).mean((2, 3)), "3": lambda y: F.gelu(y).mean((2, 3))
+    }  # fmt: skip
+    given, estimator = batch(closure, model), LocalHeads()
+    state = with_random_heads(estimator, given)
+    wanted, _ = expected(model, closure, reads, {n: h["weight"] for n, h in state["heads"].items()})
+    with torch.no_grad():
+        found = estimator.measure(given, state)
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-10, atol=1e-12)
+
+
+def test_a_layer_that_is_called_twice_adds_up_its_calls():
+    torch.manual_seed(0)
+    layer, last = nn.Linear(4, 4).double(), nn.Linear(4, 3).double()
+    model = nn.ModuleList([layer, last])
+    closure = lambda: F.cross_entropy(last(layer(layer(ROWS).relu()).relu()), LABELS)  # noqa: E731
+    given, estimator = batch(closure, model), LocalHeads()
+    state = with_random_heads(estimator, given)
+    head = state["heads"]["0"]["weight"]
+    x = layer(ROWS).relu().detach()
+    both = sum(F.cross_entropy(layer(v).relu() @ head[:, :-1].mT + head[:, -1], LABELS) for v in (ROWS, x))
+    with torch.no_grad():
+        found = estimator.measure(given, state)
+    torch.testing.assert_close(found[0], torch.autograd.grad(both, layer.weight)[0], rtol=1e-10, atol=1e-12)
+
+
+def test_heads_learn_by_adams_steps():
+    model, closure, _ = made("regression")
+    given, estimator = batch(closure, model), LocalHeads(rate=0.02)
+    state = with_random_heads(estimator, given)
+    head = nn.Parameter(state["heads"]["0"]["weight"].clone())
+    adam = torch.optim.Adam([head], lr=0.02)
+    features = model[:2](ROWS).detach()
+    for _ in range(5):
+        with torch.no_grad():
+            state = estimator.estimate(given, estimator.measure(given, state), state).state
+        adam.zero_grad()
+        F.mse_loss(features @ head[:, :-1].mT + head[:, -1], ROWS[:, :2]).backward()
+        adam.step()
+    torch.testing.assert_close(state["heads"]["0"]["weight"], head.detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_heads_begin_as_linear_layers_do():
+    model, closure, _ = made("relu")
+    given = batch(closure, model)
+    first, again = (LocalHeads().prepare(given, {})["heads"]["0"]["weight"] for _ in range(2))
+    assert torch.equal(first, again) and first.shape == (3, 8)
+    assert 0 < first.abs().max() <= 7**-0.5 and first.unique().numel() == 24
+
+
+def test_what_has_no_head_is_said():
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
+    with pytest.warns(jp.JetplaneWarning, match=r"2 of 6 parameters, shapes \[\(5,\), \(5,\)\]"):
+        LocalHeads().prepare(batch(lambda: F.cross_entropy(model(ROWS), LABELS), model), {})
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda z: F.l1_loss(z, torch.zeros_like(z)), "calls l1_loss, of which none is known"),
+        (lambda z: z.square().sum(), "calls none"),
+        (lambda z: F.cross_entropy(z, LABELS) + F.mse_loss(z, z.detach()), "calls several"),
+    ],
+)
+def test_closures_without_one_known_loss_are_refused(loss, message):
+    model = nn.Linear(4, 3).double()
+    opt = jp.optim.PlaneSearch(model.parameters(), model, gradient=LocalHeads())
+    before = model.weight.detach().clone()
+    with pytest.raises(jp.ArgumentError, match=message):
+        opt.step(lambda: loss(model(ROWS)))
+    assert torch.equal(model.weight, before) and opt.state["jetplane"]["step"] == 0
+
+
+# --- fast weights -----------------------------------------------------------------------------------------------
+
+
+def test_fast_weights_take_adams_steps_and_are_averaged():
+    p, reference = torch.randn(3, 2, **DOUBLE), None
+    reference = nn.Parameter(p.clone())
+    adam, source = torch.optim.Adam([reference], lr=0.1), FastWeights(rate=0.1, average=0.8)
+    state, passed = [{}], []
+    assert source.weights(Context([p], [0], state, 0, 0)) is None
+    assert source.directions(Context([p], [0], state, 0, 0)) is None
+    for step in range(6):
+        g = torch.randn(3, 2, generator=seeded(step), **DOUBLE)
+        reference.grad = g
+        adam.step()
+        passed.append(reference.detach().clone())
+        state = source.remember(Context([p], [0], state, step, 0), Result([g], [None]))
+        torch.testing.assert_close(source.weights(Context([p], [0], state, step, 0))[0], passed[-1])
+    mean = sum(0.8 ** (5 - i) * z for i, z in enumerate(passed)) / sum(0.8**i for i in range(6))
+    found = source.directions(Context([p], [0], state, 6, 0))
+    for row, there in enumerate((passed[-1], mean)):
+        torch.testing.assert_close(found.draw(0, p)[row], (there - p) / (there - p).norm())
+
+
+@pytest.mark.parametrize("settings", [{"rate": 0.0}, {"decays": (1.0, 0.9)}, {"average": -0.1}])
+def test_settings_that_cannot_be_are_refused(settings):
+    with pytest.raises(jp.ArgumentError, match="positive rate and decays"):
+        FastWeights(**settings)
+
+
+# --- steps ------------------------------------------------------------------------------------------------------
+
+X = torch.randn(256, 6, generator=seeded(0))
+Y = (X[:, 0] > X[:, 1] ** 2).long() + (X[:, 2] > 1).long()
+
+
+def network(dropout=0.0):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def optimizer(net, every=4, **settings):
+    subspace = Subspace([FastWeights(rate=0.02)], every=every)
+    return jp.optim.PlaneSearch(net.parameters(), net, gradient=LocalHeads(), subspace=subspace, **settings)
+
+
+def steps(net, opt, count, first=0):
+    losses = []
+    for i in range(first, first + count):
+        rows = torch.randperm(256, generator=seeded(i))[:64]
+        losses.append(opt.step(lambda rows=rows: F.cross_entropy(net(X[rows]), Y[rows])).item())
+    return losses
+
+
+def test_by_default_a_plane_is_evaluated_in_every_sixteenth_step():
+    net = network()
+    opt = jp.optim.PlaneSearch(net.parameters(), net, gradient=LocalHeads())
+    assert opt.subspace == (FastWeights(),) and opt.every == 16
+    before = [p.detach().clone() for p in net.parameters()]
+    steps(net, opt, 15)
+    assert opt.plane is None and all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    steps(net, opt, 1, 15)
+    assert opt.plane.slope.shape == (2,)
+    assert not any(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+def test_it_trains_and_the_loss_is_that_of_the_model():
+    net = network()
+    with torch.no_grad():
+        before = F.cross_entropy(net(X), Y).item()
+    steps(net, optimizer(net), 80)
+    with torch.no_grad():
+        assert F.cross_entropy(net(X), Y).item() < 0.5 * before
+
+
+def test_parameters_go_to_fast_weights_that_have_left_them_behind(monkeypatch):
+    net = network()
+    opt = optimizer(net, every=8)
+    monkeypatch.setattr("jetplane.optim.plane_search.CLEARLY", 1e9)  # any loss at the fast weights is
+    steps(net, opt, 7)
+    fast = [opt.state[p]["FastWeights/fast"].clone() for p in net.parameters()]
+    steps(net, opt, 1, 7)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(fast, net.parameters(), strict=True))
+    monkeypatch.setattr("jetplane.optim.plane_search.CLEARLY", 0.0)
+    steps(net, opt, 7, 8)
+    fast = [opt.state[p]["FastWeights/fast"].clone() for p in net.parameters()]
+    steps(net, opt, 1, 15)
+    assert not any(torch.allclose(a, b, atol=1e-6) for a, b in zip(fast, net.parameters(), strict=True))
+
+
+def test_a_step_without_a_plane_returns_the_loss_at_the_fast_weights():
+    net = network()
+    opt = optimizer(net)
+    steps(net, opt, 2)
+    fast, rows = copy.deepcopy(net), torch.randperm(256, generator=seeded(2))[:64]
+    with torch.no_grad():
+        for p, own in zip(fast.parameters(), net.parameters(), strict=True):
+            p.copy_(opt.state[own]["FastWeights/fast"])
+        expected = F.cross_entropy(fast(X[rows]), Y[rows]).item()
+    assert steps(net, opt, 1, 2)[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_estimates_leave_parameters_and_errors_too():
+    net = network()
+    opt = optimizer(net)
+    steps(net, opt, 2)
+    before = [p.detach().clone() for p in net.parameters()]
+
+    def fails():
+        net(X)
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        opt.step(fails)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+def test_a_loss_that_is_not_finite_raises_and_is_not_learned_from():
+    net = network()
+    opt = optimizer(net)
+    steps(net, opt, 2)
+    learned = copy.deepcopy(opt.state["jetplane"]["gradient"])
+    with pytest.raises(jp.NonFiniteError, match="where the gradient is estimated"):
+        opt.step(lambda: F.cross_entropy(net(X * torch.inf), Y))
+    torch.testing.assert_close(opt.state["jetplane"]["gradient"], learned)
+
+
+def test_random_numbers_and_buffers_move_once_in_every_step():
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network(dropout=0.5)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.net(x)
+
+    net = Counted()
+    opt = optimizer(net, every=3)
+    steps(net, opt, 7)
+    after = torch.rand(1)
+    assert net.calls == 7
+    torch.manual_seed(0)
+    network()  # as above
+    for _ in range(7):
+        F.dropout(torch.ones(64, 16), 0.5)
+    assert torch.equal(after, torch.rand(1))
+
+
+def test_training_resumes_bit_for_bit():
+    net = network()
+    opt = optimizer(net)
+    steps(net, opt, 6)
+    other = copy.deepcopy(net)
+    again = optimizer(other)
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert steps(net, opt, 7, 6) == steps(other, again, 7, 6)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+
+
+def test_other_sources_stand_beside_fast_weights():
+    net = network()
+    sources = [FastWeights(rate=0.02), Averages(), PreviousStep()]
+    opt = jp.optim.PlaneSearch(net.parameters(), net, gradient=LocalHeads(), subspace=sources)
+    assert opt.every == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        losses = steps(net, opt, 30)
+    assert opt.plane.slope.shape[0] > 5 and losses[-1] < 0.8 * losses[0]
+
+
+NOISE, NOTHING = Subspace([Averages()], every=2), Subspace([PreviousStep()], every=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gradient": LocalHeads(), "model": None}, "LocalHeads needs the model whose layers have the heads"),
+        ({"gradient": ActivityPerturbation(), "subspace": NOISE}, "take every=1"),
+        ({"gradient": LocalHeads(), "subspace": NOTHING}, "no source learns"),
+    ],
+)
+def test_combinations_that_cannot_be_are_refused(settings, message):
+    net = network()
+    with pytest.raises(jp.ArgumentError, match=message):
+        jp.optim.PlaneSearch(net.parameters(), **({"model": net} | settings))
+
+
+@pytest.mark.parametrize("every", [0, True, 1.5])
+def test_every_must_be_a_number_of_steps(every):
+    with pytest.raises(jp.ArgumentError, match="every must be an integer of at least 1"):
+        Subspace(every=every)
+
+
+def test_rates_must_be_positive():
+    with pytest.raises(jp.ArgumentError, match="rate must be positive"):
+        LocalHeads(rate=0.0)
