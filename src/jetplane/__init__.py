@@ -39,7 +39,7 @@ from .exporting import export
 from .jets import LowRank
 from .monitor import CurvatureMonitor, CurvatureReading
 from .parallel import ranks as distributed
-from .rules import blackbox, loss, register_rule, strict
+from .rules import blackbox, loss, quantization, register_rule, strict
 from .subspace import descent, search, sources
 from .transforms.estimators import (
     DiagonalEstimate,
@@ -137,6 +137,7 @@ __all__ = [
     "loss",
     "optim",
     "quadratic_form",
+    "quantization",
     "register_native",
     "register_rule",
     "search",
