@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import directions, errors, gradients, optim, testing
+from .adaptation import Adapter
 from .directions import Directions, step_scale
 from .errors import (
     ArgumentError,
@@ -74,6 +75,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "Adapter",
     "ArgumentError",
     "AuditError",
     "AuditReport",

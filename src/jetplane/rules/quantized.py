@@ -91,13 +91,15 @@ def _unpacked(packed: Any) -> tuple[Tensor, Tensor | None]:
     return weight.dequantize(), bias
 
 
-for _suffix, _unpack, _rounds in (
-    ("dynamic", _unpacked, True),
-    ("dynamic_fp16", torch.ops.quantized.linear_unpack_fp16, False),
-):
-    _rule = _dynamic(f"linear_{_suffix}", _unpack, _rounds)
-    enter(getattr(torch.ops.quantized, f"linear_{_suffix}").default, _rule)
-    enter(getattr(torch.ops.quantized, f"linear_relu_{_suffix}").default, _with_relu(_rule))
+def _enter_dynamic(suffix: str, unpack: Callable[[Any], tuple[Tensor, Tensor | None]], rounds: bool) -> None:
+    if hasattr(torch.ops.quantized, f"linear_{suffix}"):  # torch means to leave them to torchao
+        rule = _dynamic(f"linear_{suffix}", unpack, rounds)
+        enter(getattr(torch.ops.quantized, f"linear_{suffix}").default, rule)
+        enter(getattr(torch.ops.quantized, f"linear_relu_{suffix}").default, _with_relu(rule))
+
+
+_enter_dynamic("dynamic", _unpacked, True)
+_enter_dynamic("dynamic_fp16", lambda packed: torch.ops.quantized.linear_unpack_fp16(packed), False)
 
 
 # --- torchao: weights that are tensors of a class of their own -----------------------------------------------------
