@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--data-dir", type=Path, help="folder of Fashion-MNIST's four files")
-    add("--examples", type=int, default=512, help="test images under each corruption")
+    add("--examples", type=int, default=192, help="test images under each corruption")
     add("--seeds", type=int, default=3)
     add("--models", type=Path, help="folder in which trained models are kept")
     add("--json", type=Path, help="all figures")
@@ -56,9 +56,10 @@ def main() -> None:
         trained = {name: experiment.trained(name, images, args.models) for name in NAMES}
         for key, name in NAMES.items():
             found["clean"][name] = experiment.clean_accuracy(trained[key], images)
+        settings = {name: experiment.prepared(images, model) for name, model in trained.items()}
         for seed in range(args.seeds):
             for key, name in NAMES.items():
-                found["models"][name].append(experiment.run(images, trained[key], seed, args.examples))
+                found["models"][name].append(experiment.run(images, settings[key], seed, args.examples))
                 print(f"seed {seed}, {name}", file=sys.stderr)
                 if args.json:
                     args.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -39,6 +39,7 @@ from .transforms.forward import jacobian
 NORMALIZATION = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 EPS = 1e-5  # added to variances
 SMALLEST = 1e-2  # standard deviation that a distance is measured in
+EXAMPLES, DIRECTIONS = 128, 16  # of source data that J is measured on, and how many at a time
 
 Moments = tuple[Tensor, Tensor]  # mean and standard deviation of each channel
 
@@ -99,7 +100,10 @@ class Adapter:
             self.scales_and_shifts = source.new_zeros(sum(self._sizes))
             self._source = self._observed(self.scales_and_shifts, source)[1]
             with quantization(derivative):
-                j = jacobian(lambda t: self._residuals(self._observed(t, source)[1]), self.scales_and_shifts)
+                some = source[:EXAMPLES]
+                j = jacobian(
+                    lambda t: self._residuals(self._observed(t, some)[1]), self.scales_and_shifts, chunk=DIRECTIONS
+                )
             gram = j.T @ j
             gram.diagonal().add_(damping * gram.diagonal().mean())
             self._newton = -torch.linalg.solve(gram, j.T)

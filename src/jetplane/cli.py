@@ -229,7 +229,7 @@ def adapt(
         Literal["fashion-mnist", "drawn"], typer.Option(help="Fashion-MNIST, or drawn patterns that need no files.")
     ] = "fashion-mnist",
     model: Annotated[Literal["vit", "cnn", "both"], typer.Option(help="Model.")] = "both",
-    examples: Annotated[int, typer.Option(help="Test images under each corruption.", min=1)] = 256,
+    examples: Annotated[int, typer.Option(help="Test images under each corruption.", min=1)] = 192,
     seeds: Annotated[int, typer.Option(help="Seeds of images, corruptions and draws.", min=1)] = 1,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of Fashion-MNIST [or JETPLANE_FASHION_MNIST].")] = None,
     out: Annotated[Path | None, typer.Option(help="Results folder [default: runs/adapt-DATA].")] = None,
@@ -247,12 +247,13 @@ def adapt(
             continue
         console.print(f"{name}: training, or reading {folder / name}.pt", soft_wrap=True)
         trained = experiment.trained(name, images, folder, None if data == "fashion-mnist" else 10)
+        setting = experiment.prepared(images, trained)
         runs = found[experiment.TITLES[name]] = []
         with _progress() as progress:
             task = progress.add_task(experiment.TITLES[name], total=seeds * len(experiment.CORRUPTIONS), loss="")
             for seed in range(seeds):
                 observe = lambda said: progress.update(task, advance=1, description=said)  # noqa: E731, B023
-                runs.append(experiment.run(images, trained, seed, examples, methods, observe=observe))
+                runs.append(experiment.run(images, setting, seed, examples, methods, observe=observe))
     (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     tables = [experiment.table(found), *(f"{name}\n\n{experiment.by_corruption(runs)}" for name, runs in found.items())]
     (folder / "results.md").write_text("\n\n".join(tables) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -59,9 +59,16 @@ class Images:
         return Images(images[:n], labels[:n], images[n:], labels[n:])
 
 
+def prepared(images: Images, model: nn.Module) -> Setting:
+    """A model with its 8-bit copy, training images without labels, and our adapter, calibrated on some of them."""
+    source = images.train[torch.randperm(len(images.train), generator=torch.Generator().manual_seed(0))[:OBSERVED], None]
+    small = models.quantized(model, source)
+    return Setting(model, small, source, Adapter(small, source[:CALIBRATED]))
+
+
 def run(
     images: Images,
-    model: nn.Module,
+    setting: Setting,
     seed: int,
     examples: int,
     methods: Sequence[str] = tuple(METHODS),
@@ -73,26 +80,19 @@ def run(
     Each corruption starts anew. The seed is that of the test images chosen, of corruptions and of methods.
     """
     generator = torch.Generator().manual_seed(seed)
-    source = images.train[torch.randperm(len(images.train), generator=generator)[:OBSERVED], None]
     chosen = torch.randperm(len(images.test), generator=generator)[:examples]
-    small = models.quantized(model, source)
-    start = time.process_time()
-    adapter = Adapter(small, source[:CALIBRATED])
-    setting = Setting(model, small, source, adapter, seed)
+    setting = replace(setting, seed=seed)
     found: dict[str, Any] = {name: {"accuracy": {}, "seconds": 0.0} for name in methods}
-    found["calibration"] = time.process_time() - start
     labels = images.test_labels[chosen]
     for corruption in corruptions:
         damaged = corrupted(images.test[chosen], corruption, seed)[:, None]
         for name in methods:
             step, start = METHODS[name](setting), time.process_time()
             with torch.no_grad():
-                right = sum(
-                    int((step(x).argmax(1) == y).sum())
-                    for x, y in zip(damaged.split(BATCH), labels.split(BATCH), strict=True)
-                )
-            found[name]["accuracy"][corruption] = 100 * right / examples
-            found[name]["seconds"] += (time.process_time() - start) / (len(corruptions) * -(-examples // BATCH))
+                batches = zip(damaged.split(BATCH), labels.split(BATCH), strict=True)
+                right = sum(int((step(x).argmax(1) == y).sum()) for x, y in batches)
+            found[name]["accuracy"][corruption] = 100 * right / len(chosen)
+            found[name]["seconds"] += (time.process_time() - start) / (len(corruptions) * -(-len(chosen) // BATCH))
         observe(corruption)
     return found
 

@@ -138,17 +138,9 @@ def zoa(setting: Setting, weight: float = 30.0, size: float = 0.01, rate: float 
         before, features = loss(images)
         shift = 0 if state["mean"] is None else observed.mean - state["mean"]
         logits = model.head(features + shift)  # type: ignore[operator]
-        kept = [p.clone() for p in params]
-        steps = [torch.zeros_like(p) for p in params]
-        for _ in range(PASSES - 1):
-            moved = [_signed(p, generator) for p in params]
-            for p, k, v in zip(params, kept, moved, strict=True):
-                p.copy_(k + size * v)
-            after, _ = loss(images)
-            for s, v in zip(steps, moved, strict=True):
-                s += (after - before) / (size * v) / (PASSES - 1)
-        for p, k, s in zip(params, kept, steps, strict=True):
-            p.copy_(k - rate * s)
+        gradient = perturbed(lambda: loss(images)[0], params, before, size, PASSES - 1, generator)
+        for p, g in zip(params, gradient, strict=True):
+            p.sub_(rate * g)
         mean = features.mean(0)
         state["mean"] = mean if state["mean"] is None else 0.9 * state["mean"] + 0.1 * mean
         return logits
@@ -169,6 +161,23 @@ METHODS: dict[str, Callable[[Setting], Step]] = {
     "ZOA": zoa,
     "Adapter": plane,
 }
+
+
+def perturbed(
+    loss: Callable[[], Tensor], params: list[Tensor], value: Tensor, size: float, n: int, generator: torch.Generator
+) -> list[Tensor]:
+    """The gradient by n simultaneous perturbations v: the mean of ``(L(p + size v) - value) / (size v)``."""
+    kept, total = [p.clone() for p in params], [torch.zeros_like(p) for p in params]
+    for _ in range(n):
+        moved = [_signed(p, generator) for p in params]
+        for p, k, v in zip(params, kept, moved, strict=True):
+            p.copy_(k + size * v)
+        difference = loss() - value
+        for t, v in zip(total, moved, strict=True):
+            t.add_(difference / (n * size * v))
+    for p, k in zip(params, kept, strict=True):
+        p.copy_(k)
+    return total
 
 
 # --- parts ---------------------------------------------------------------------------------------------------------
