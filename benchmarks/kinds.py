@@ -13,6 +13,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -380,7 +381,7 @@ def _dynamic(dtype: torch.dtype) -> Callable[[nn.Linear], nn.Module]:
 
 def _torchao(name: str, **options: str) -> Callable[[nn.Linear], nn.Module]:
     def change(layer: nn.Linear) -> nn.Module:
-        from torchao import quantization
+        quantization = import_module("torchao.quantization")
 
         chosen = {n: getattr(torch, value) for n, value in options.items()}
         model = nn.Sequential(layer)
@@ -403,14 +404,14 @@ class Packed(nn.Module):
         if bits == 8:
             self.packed = n.to(torch.int8)
         else:
-            self.packed = torch._convert_weight_to_int4pack_for_cpu((n + 8).to(torch.int32), 1)
+            self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu((n + 8).to(torch.int32), 1)
             pairs = torch.stack([self.scale, torch.zeros_like(self.scale)], -1)
             self.pairs = pairs.expand(w.shape[1] // 32, *pairs.shape).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bits == 8:
-            return torch._weight_int8pack_mm(x, self.packed, self.scale) + self.bias
-        return torch._weight_int4pack_mm_for_cpu(x, self.packed, 32, self.pairs) + self.bias
+            return torch.ops.aten._weight_int8pack_mm(x, self.packed, self.scale) + self.bias
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, 32, self.pairs) + self.bias
 
 
 class Gguf(nn.Module):
@@ -418,16 +419,14 @@ class Gguf(nn.Module):
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        from gguf import GGMLQuantizationType, quantize
-
-        self.kind, self.bias = GGMLQuantizationType.Q8_0, layer.bias.detach()
-        self.blocks = quantize(layer.weight.detach().numpy(), self.kind)
+        gguf = import_module("gguf")
+        self.dequantize = gguf.dequantize
+        self.kind, self.bias = gguf.GGMLQuantizationType.Q8_0, layer.bias.detach()
+        self.blocks = gguf.quantize(layer.weight.detach().numpy(), self.kind)
 
     @property
     def weight(self) -> Tensor:
-        from gguf import dequantize
-
-        return torch.from_numpy(dequantize(self.blocks, self.kind))
+        return torch.from_numpy(self.dequantize(self.blocks, self.kind))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)

@@ -18,10 +18,12 @@ import jetplane as jp
 def main(arguments=()):
     """Accuracies (%) on damaged images without and with adaptation."""
     torch.manual_seed(0)
-    digits = load_digits()
-    x, y = torch.tensor(digits.images, dtype=torch.float32).flatten(1) / 16, torch.tensor(digits.target)
+    pixels, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(labels)
     train, test = slice(0, 1200), slice(1200, None)
-    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU())
+    model = nn.Sequential(
+        nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU()
+    )
     model.append(nn.Linear(64, 10))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(int(next(iter(arguments), 200))):

@@ -316,7 +316,10 @@ class TestTorchao:
         for name, options in (("Int8WeightOnlyConfig", {}), ("IntxWeightOnlyConfig", {"weight_dtype": torch.int4})):
             model, x, params = case(name, **options)
             v = tangents(params)
-            same(jp.evaluate(lambda m=model, x=x: m(x).sin().sum(), params, v), jp.evaluate(self.reference(model, x), params, v))
+            same(
+                jp.evaluate(lambda m=model, x=x: m(x).sin().sum(), params, v),
+                jp.evaluate(self.reference(model, x), params, v),
+            )
 
     def test_a_scale_moves(self, case):
         model, x, _ = case("Int8WeightOnlyConfig")

@@ -3,8 +3,8 @@
 What moves are a scale and a shift for each channel of each normalization layer, held beside the model: its weights may
 be int8. For each batch:
 
-1. Each normalization layer is given back the mean and the standard deviation that its output had on source data, channel
-   by channel: what statistics of the batch do for BatchNorm, for any normalization, and within the same pass.
+1. Each normalization layer is given back the mean and the standard deviation that its output had on source data,
+   channel by channel: what statistics of the batch do for BatchNorm, for any normalization, within the same pass.
 2. What is left is measured at the inputs of the layers with weights and at the logits, in standard deviations of the
    source, as moments of the batch less those of the source, divided by the root of the number of channels: r. The loss
    is that of FOA (Niu et al., arXiv 2404.01650, equation 5), in these units:
@@ -13,7 +13,8 @@ be int8. For each batch:
 
 3. Gauss-Newton steps with the Jacobian J of r that was measured once, on source data, ``v = -(J^T J + mu I)^-1 J^T r``
    with r of the batch before, are taken apart by layers. Those pieces and the step before are directions, along which
-   one evaluation (`jetplane.evaluate`) gives the slope and the Gauss-Newton curvature of L as it is now: so much of each.
+   one evaluation (`jetplane.evaluate`) gives the slope and the Gauss-Newton curvature of L as it is now: so much of
+   each is taken.
 
 With K directions a step costs 1 + K forward passes for the plane, by the number of its products, and one that predicts.
 """
@@ -89,7 +90,8 @@ class Adapter:
         found = [m for m in model.modules() if isinstance(m, NORMALIZATION)]
         self.model, self.layers = model, found if layers is None else list(layers)
         self.watched = list(weighted_modules(model) if watched is None else watched)
-        self.k, self.entropy_weight, self.derivative = k, entropy_weight, derivative
+        self.k, self.entropy_weight = k, entropy_weight
+        self.derivative: Rounding = derivative
         if not self.layers:
             raise ArgumentError("the model has no normalization layers; expected some, or layers=[...] of your own")
         if k < 2:
@@ -148,7 +150,7 @@ class Adapter:
         return logits
 
     def _directions(self, newton: Tensor) -> Tensor:
-        """Pieces of a Gauss-Newton step, as many scales or shifts in each as k asks for, and the step before: (K, D)."""
+        """Pieces of a Gauss-Newton step, a layer's scales, its shifts or more in each, and the step before: (K, D)."""
         pieces = torch.block_diag(*newton.split(self._sizes))
         per = -(-len(pieces) // (self.k - 1))
         rows = [piece.sum(0) for piece in pieces.split(per)]
@@ -171,7 +173,9 @@ class Adapter:
         pieces = scales_and_shifts.split(self._sizes)
         triples = zip(self.layers, self._targets, pieces[::2], pieces[1::2], strict=True)
         hooks = [m.register_forward_hook(_restored(target, gain, shift)) for m, target, gain, shift in triples]
-        hooks += [m.register_forward_pre_hook(lambda _, args: seen.append(moments(None, args[0]))) for m in self.watched]
+        hooks += [
+            m.register_forward_pre_hook(lambda _, args: seen.append(moments(None, args[0]))) for m in self.watched
+        ]
         with _removing(hooks):
             logits = self.model(batch)
         return logits, [*seen, moments(None, logits)]

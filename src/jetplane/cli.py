@@ -1,4 +1,4 @@
-"""The command line: ``jetplane train``, ``compare``, ``report``, ``sweep``, ``demo``, ``reproduce``, ``adapt``, ``fetch``."""
+"""The command line: ``jetplane`` train, compare, report, sweep, demo, reproduce, adapt and fetch."""
 
 from __future__ import annotations
 

@@ -422,7 +422,9 @@ _STOPPING_OPERATORS = {op.default for op in (_aten.detach, _aten._local_scalar_d
 _CONVENTIONS = {
     getattr(torch, name)
     for name in (
-        "_standard_gamma", "_sample_dirichlet", "poisson",
+        "_standard_gamma",
+        "_sample_dirichlet",
+        "poisson",
     )
 }
 

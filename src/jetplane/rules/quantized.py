@@ -121,7 +121,8 @@ def layer(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     Raises:
         DerivativeError: something else is chosen, or nothing, or it is another function than a linear layer.
     """
-    x, weight, bias = (*args, kwargs.get("bias"))[:3]
+    x, weight = args[:2]
+    bias = args[2] if len(args) > 2 else kwargs.get("bias")
     kind = type(weight).__name__
     if func is not F.linear:
         raise DerivativeError(

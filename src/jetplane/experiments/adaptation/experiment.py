@@ -61,7 +61,9 @@ class Images:
 
 def prepared(images: Images, model: nn.Module) -> Setting:
     """A model with its 8-bit copy, training images without labels, and our adapter, calibrated on some of them."""
-    source = images.train[torch.randperm(len(images.train), generator=torch.Generator().manual_seed(0))[:OBSERVED], None]
+    source = images.train[
+        torch.randperm(len(images.train), generator=torch.Generator().manual_seed(0))[:OBSERVED], None
+    ]
     small = models.quantized(model, source)
     return Setting(model, small, source, Adapter(small, source[:CALIBRATED]))
 
@@ -154,7 +156,9 @@ def by_corruption(runs: Sequence[dict[str, Any]]) -> str:
     for corruption in runs[0][methods[0]]["accuracy"]:
         means = [statistics.mean(run[m]["accuracy"][corruption] for run in runs) for m in methods]
         best = max(means)
-        lines.append(f"| {corruption} | " + " | ".join(f"**{m:.0f}**" if m == best else f"{m:.0f}" for m in means) + " |")
+        lines.append(
+            f"| {corruption} | " + " | ".join(f"**{m:.0f}**" if m == best else f"{m:.0f}" for m in means) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -181,7 +185,9 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
         bars.invert_yaxis()
         bars.set_xlabel("mean accuracy, %")
         bars.set_title(name, loc="left")
-        lines.set_xticks(range(len(runs[0][methods[0]]["accuracy"])), list(runs[0][methods[0]]["accuracy"]), rotation=90)
+        lines.set_xticks(
+            range(len(runs[0][methods[0]]["accuracy"])), list(runs[0][methods[0]]["accuracy"]), rotation=90
+        )
         lines.set_ylabel("accuracy, %")
     axes[1][0].legend(frameon=False, fontsize=7)
     figure.savefig(path, dpi=110)

@@ -55,7 +55,7 @@ def norm_statistics(setting: Setting) -> Step:
 
 
 def tent(setting: Setting, rate: float = 1e-3) -> Step:
-    """TENT (Wang et al., arXiv 2006.10726): backprop of the entropy to scales and shifts, in floating point, by Adam."""
+    """TENT (Wang et al., arXiv 2006.10726): entropy by backprop to scales and shifts, in floating point, by Adam."""
     model = copy.deepcopy(setting.model)
     _use_batch_statistics(model)
     params = _affine(model)
@@ -120,8 +120,8 @@ def zoa(setting: Setting, weight: float = 30.0, size: float = 0.01, rate: float 
     """ZOA (Deng et al., arXiv 2508.02180): scales and shifts by one-sided simultaneous perturbations.
 
     The loss is the mean entropy plus ``weight`` times mean squared distances of means and standard deviations. The
-    first pass predicts, with features of the last layer shifted back as in FOA; `PASSES` - 1 perturbations, with entries
-    uniform in ±[1/2, 1], are averaged. What it keeps of earlier domains has no use where there is one.
+    first pass predicts, with features of the last layer shifted back as in FOA; `PASSES` - 1 perturbations, with
+    entries uniform in ±[1/2, 1], are averaged. What it keeps of earlier domains has no use where there is one.
     """
     model = copy.deepcopy(setting.quantized)
     _use_batch_statistics(model)

@@ -140,7 +140,7 @@ class Int8Conv2d(nn.Module):
 
 
 def quantized(model: nn.Module, images: Tensor) -> nn.Module:
-    """A copy with int8 weights and 8-bit activations: linear layers by torch's dynamic quantization, convolutions by ours.
+    """A copy with int8 weights and 8-bit activations: linear layers by torch's dynamic quantization, others by ours.
 
     Args:
         model: in floating point, in evaluation mode.
