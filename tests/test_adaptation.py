@@ -59,7 +59,9 @@ class TestAdapter:
         adapter, x = setting.adapter.restarted(), damaged(images)
         first = adapter(x)
         assert not torch.equal(first, adapter(x))
+        moved = adapter.predicted(x)
         adapter.reset()
+        assert not torch.equal(moved, adapter.predicted(x))
         assert torch.equal(first, adapter(x))
 
     def test_directions_are_as_many_as_a_step_of_twelve_passes_allows(self, setting, images):
@@ -119,7 +121,8 @@ class TestRivals:
         step = methods.foa(setting, weight=0.0)
         with torch.no_grad():
             model = copy.deepcopy(setting.quantized)
-            model.prompts = torch.zeros((3, 16) if hasattr(model, "token") else (4,))  # type: ignore[assignment]
+            methods._use_batch_statistics(model)
+            model.prompts = torch.zeros((3, 16) if hasattr(model, "token") else (7, 7))  # type: ignore[assignment]
             assert entropy(step(x)) <= entropy(model(x)) + 1e-6
             assert torch.isfinite(step(x)).all()
 

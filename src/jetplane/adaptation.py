@@ -149,6 +149,11 @@ class Adapter:
         self._last = self._residuals(moments)
         return logits
 
+    @torch.no_grad()
+    def predicted(self, batch: Any) -> Tensor:
+        """The logits of a batch with what was adapted so far, which stays as it is."""
+        return self._observed(self.scales_and_shifts, batch)[0]
+
     def _directions(self, newton: Tensor) -> Tensor:
         """Pieces of a Gauss-Newton step, a layer's scales, its shifts or more in each, and the step before: (K, D)."""
         pieces = torch.block_diag(*newton.split(self._sizes))

@@ -67,7 +67,7 @@ class CNN(nn.Module):
     """Four convolutions with BatchNorm, pooling, and a linear layer.
 
     Attributes:
-        prompts: (channels,) added to each place of the first layer's output, or None.
+        prompts: (7, 7), a pattern that is enlarged and added to the images, or None.
     """
 
     def __init__(self, widths: tuple[int, ...] = (16, 32, 32, 64)) -> None:
@@ -80,11 +80,10 @@ class CNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, 10) of images (N, 1, 28, 28)."""
+        if self.prompts is not None:
+            x = x + F.interpolate(self.prompts[None, None], x.shape[-2:], mode="bilinear")
         for n, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
-            x = convolution(x)
-            if n == 0 and self.prompts is not None:
-                x = x + self.prompts[:, None, None]
-            x = F.relu(norm(x))
+            x = F.relu(norm(convolution(x)))
             if n in (0, 2):
                 x = F.max_pool2d(x, 2)
         return self.head(x.mean((2, 3)))
