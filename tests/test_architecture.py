@@ -20,7 +20,7 @@ LAYERS = [
     {"evaluation"},
     {"transforms", "subspace", "testing", "native"},
     {"gradients", "parallel"},
-    {"optim", "monitor", "exporting"},
+    {"optim", "monitor", "exporting", "adaptation"},
     {"control"},
     {""},  # the package itself
     {"experiments", "callbacks"},

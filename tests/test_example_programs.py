@@ -50,6 +50,12 @@ def test_a_flow(tmp_path):
     assert -4 < nats < -2 and (tmp_path / "f.png").exists()
 
 
+@pytest.mark.filterwarnings("ignore")  # torch means to leave dynamic quantization to torchao
+def test_adaptation_at_test_time():
+    found = run("adapt_at_test_time", "200")
+    assert found["after"] > found["before"] + 15
+
+
 def test_a_spectrum(tmp_path):
     found = run("spectrum", "--steps", "20", "--picture", str(tmp_path / "s.png"))
     for of in found.values():

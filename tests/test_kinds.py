@@ -1296,4 +1296,8 @@ class TestComplexParameters:
 
 @pytest.mark.parametrize("name", kinds.PROGRAMS)
 def test_every_program_of_the_table_is_carried_or_told_or_refused(name):
-    assert {kinds.outcome(kinds.PROGRAMS[name], c)[0] for c in ("none", "hessian")} <= {"carried", "told", "refused"}
+    try:
+        found = {kinds.outcome(kinds.PROGRAMS[name], c)[0] for c in ("none", "hessian")}
+    except ImportError as error:
+        pytest.skip(f"{error.name} is not installed")
+    assert found <= {"carried", "told", "refused"}

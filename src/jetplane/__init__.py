@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import control, directions, errors, gradients, optim, testing
+    from .adaptation import Adapter
     from .directions import Directions, step_scale
     from .errors import (
         ArgumentError,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from .monitor import CurvatureMonitor, CurvatureReading
     from .native import In, Out, compiled, register_native
     from .parallel import ranks as distributed
-    from .rules import blackbox, loss, register_rule, strict
+    from .rules import blackbox, loss, quantization, register_rule, strict
     from .subspace import descent, search, sources
     from .transforms.estimators import (
         DiagonalEstimate,
@@ -79,6 +80,7 @@ _MODULES = {
     "testing": "testing",
 }
 _NAMES = {
+    "adaptation": ("Adapter",),
     "directions": ("Directions", "step_scale"),
     "evaluation.api": ("evaluate",),
     "evaluation.audit": ("AuditReport", "audit"),
@@ -87,7 +89,7 @@ _NAMES = {
     "jets": ("LowRank",),
     "monitor": ("CurvatureMonitor", "CurvatureReading"),
     "native": ("In", "Out", "compiled", "register_native"),
-    "rules": ("blackbox", "loss", "register_rule", "strict"),
+    "rules": ("blackbox", "loss", "quantization", "register_rule", "strict"),
     "transforms.estimators": (
         "DiagonalEstimate",
         "HessianEstimate",
@@ -127,6 +129,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "Adapter",
     "ArgumentError",
     "AuditError",
     "AuditReport",
@@ -191,6 +194,7 @@ __all__ = [
     "loss",
     "optim",
     "quadratic_form",
+    "quantization",
     "register_native",
     "register_rule",
     "search",

@@ -1,17 +1,18 @@
-"""The command line: ``jetplane train``, ``compare``, ``report``, ``sweep``, ``demo``, ``finetune`` and so on.
+"""The command line: ``jetplane train``, ``compare``, ``report``, ``sweep``, ``demo``, ``finetune``, ``adapt`` and so on.
 
 What a command needs is imported when it runs: help and errors of the options come without torch.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -305,6 +306,48 @@ def reproduce(
             raise typer.Exit(130) from None
     console.print(Markdown((folder / "results.md").read_text()))
     console.print(f"results  {folder}", soft_wrap=True)
+
+
+@app.command()
+def adapt(
+    data: Annotated[
+        Literal["fashion-mnist", "drawn"], typer.Option(help="Fashion-MNIST, or drawn patterns that need no files.")
+    ] = "fashion-mnist",
+    model: Annotated[Literal["vit", "cnn", "both"], typer.Option(help="Model.")] = "both",
+    examples: Annotated[int, typer.Option(help="Test images under each corruption.", min=1)] = 192,
+    seeds: Annotated[int, typer.Option(help="Seeds of images, corruptions and draws.", min=1)] = 1,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of Fashion-MNIST [or JETPLANE_FASHION_MNIST].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Results folder [default: runs/adapt-DATA].")] = None,
+) -> None:
+    """Train 8-bit models, corrupt their test images in fifteen ways, and compare ways of adaptation at test time."""
+    from .experiments.adaptation import experiment
+
+    folder = out or Path("runs") / f"adapt-{data}"
+    folder.mkdir(parents=True, exist_ok=True)
+    images = experiment.Images.fashion_mnist(data_dir) if data == "fashion-mnist" else experiment.Images.drawn()
+    methods = experiment.available()
+    found: dict[str, Any] = {}
+    for name in experiment.TITLES:
+        if model not in (name, "both"):
+            continue
+        console.print(f"{name}: training, or reading {folder / name}.pt", soft_wrap=True)
+        trained = experiment.trained(name, images, folder, None if data == "fashion-mnist" else 10)
+        setting = experiment.prepared(images, trained)
+        runs = found[experiment.TITLES[name]] = []
+        with _progress() as progress:
+            task = progress.add_task(experiment.TITLES[name], total=seeds * len(experiment.CORRUPTIONS), loss="")
+            for seed in range(seeds):
+                observe = lambda said: progress.update(task, advance=1, description=said)  # noqa: E731, B023
+                runs.append(experiment.run(images, setting, seed, examples, methods, observe=observe))
+    (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    tables = [experiment.table(found), *(f"{name}\n\n{experiment.by_corruption(runs)}" for name, runs in found.items())]
+    (folder / "results.md").write_text("\n\n".join(tables) + "\n")
+    experiment.draw(found, folder / "adaptation.png")
+    for part in tables:
+        console.print(Markdown(part))
+    if len(methods) < len(experiment.METHODS):
+        console.print("FOA is left out: it needs cma, pip install 'jetplane[adapt]'", markup=False)
+    console.print(f"results  {folder}\npicture  {folder / 'adaptation.png'}", soft_wrap=True)
 
 
 @app.command()

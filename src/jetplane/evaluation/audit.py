@@ -35,7 +35,7 @@ from .._torch import TorchDispatchMode, disable_current_modes, memory_of
 from ..directions import StoredDirections
 from ..errors import ArgumentError, AuditError, AuditWarning, RandomClosureError, UnusedParametersError
 from ..jets import detaching, who_detaches
-from ..rules import scripts
+from ..rules import rounding, scripts
 from ..rules.functions import intercept_functions
 from .checks import check_loss, check_parameters
 from .constructors import CONVERTING, COPYING
@@ -422,10 +422,11 @@ _STOPPING_OPERATORS = {op.default for op in (_aten.detach, _aten._local_scalar_d
 _CONVENTIONS = {
     getattr(torch, name)
     for name in (
-        "_standard_gamma", "_sample_dirichlet", "poisson", "fake_quantize_per_tensor_affine",
-        "fake_quantize_per_channel_affine",
+        "_standard_gamma",
+        "_sample_dirichlet",
+        "poisson",
     )
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -554,6 +555,8 @@ class _Holding(TorchFunctionMode):
         made = func(*args, **kwargs)
         if func in _CONVENTIONS:
             stops.in_doubt = f"{func.__name__} has a derivative by convention"
+        if rounding.chosen() is not None:
+            stops.in_doubt = "what is quantized has the derivative that jetplane.quantization names"
         if func in _STOPPING:
             return stops.take(made)
         if func in CONVERTING and not (args and isinstance(args[0], Tensor)):

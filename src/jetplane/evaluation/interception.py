@@ -42,7 +42,7 @@ from ..jets import (
     promoted,
     promotion_state,
 )
-from ..rules import grad_mode, higher_order, sparse
+from ..rules import grad_mode, higher_order, quantized, rounding, sparse
 from ..rules.dispatch import inside_loss
 from ..rules.dispatch import loss as mark_loss
 from ..rules.functions import intercept_functions, refuse_captured
@@ -183,7 +183,7 @@ class Interception(TorchFunctionMode):
 
     def in_worker(self) -> contextlib.AbstractContextManager[None]:
         """What another thread enters to take part in the evaluation of this one."""
-        loss, promotions = inside_loss(), promotion_state()
+        loss, quantization, promotions = inside_loss(), rounding.chosen(), promotion_state()
 
         @contextlib.contextmanager
         def entered() -> Iterator[None]:
@@ -197,6 +197,7 @@ class Interception(TorchFunctionMode):
                     stack.enter_context(threads.under_way(self))
                     stack.enter_context(_Operators(self))
                     stack.enter_context(self._intercepting())
+                    stack.enter_context(rounding.adopted(quantization))
                     if loss:
                         stack.enter_context(mark_loss())
                     yield
@@ -238,6 +239,8 @@ class Interception(TorchFunctionMode):
         if sparse.constant(func, args):
             with grad_mode.autograd(), torch.no_grad():
                 return func(*args, **kwargs)
+        if quantized.quantizes_input(func, args):
+            return quantized.layer(func, args, kwargs)
         if func in constructors.ALL:
             args, kwargs = constructors.of_numbers(func, args, kwargs)
         if func == _SET_DATA:

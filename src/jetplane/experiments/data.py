@@ -1,4 +1,4 @@
-"""Data sets: the digits that scikit-learn includes; MNIST and CIFAR-10 from a folder or by download.
+"""Data sets: the digits that scikit-learn includes; MNIST, Fashion-MNIST and CIFAR-10 from a folder or by download.
 
 Digits: E. Alpaydin, C. Kaynak, *Optical Recognition of Handwritten Digits*, UCI repository, CC BY 4.0, as
 bundled with scikit-learn. MNIST: Y. LeCun, C. Cortes, C. Burges, CC BY-SA 3.0. CIFAR-10: A. Krizhevsky, *Learning
@@ -37,6 +37,14 @@ MNIST_MIRRORS = (
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
 )
 FOLDER_VARIABLE = "JETPLANE_MNIST"
+FASHION_FILES = {
+    "train-images-idx3-ubyte": ("f4a8712d7a061bf5bd6d2ca38dc4d50a", 16),
+    "train-labels-idx1-ubyte": ("9018921c3c673c538a1fc5bad174d6f9", 8),
+    "t10k-images-idx3-ubyte": ("8181f5470baa50b63fa0f6fddb340f0a", 16),
+    "t10k-labels-idx1-ubyte": ("15d484375f8d13e6eb1aabb0c3f46965", 8),
+}
+FASHION_VARIABLE = "JETPLANE_FASHION_MNIST"
+FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package
 # name -> MD5, of the archive for Python
 CIFAR10_FILES = {
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
@@ -131,6 +139,28 @@ def mnist(folder: Path | None = None) -> Data:
     return Data(train, test)
 
 
+def fashion_mnist(folder: Path | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fashion-MNIST (Xiao et al., arXiv 1708.07747) from the four files in a folder.
+
+    Args:
+        folder: by default the one that JETPLANE_FASHION_MNIST names, or that of Debian's package dataset-fashion-mnist.
+
+    Returns:
+        Training images (60000, 28, 28) from 0 to 1 and labels, test images (10000, 28, 28) and labels.
+
+    Raises:
+        DataError: a file is missing, cannot be decompressed, or has another checksum.
+    """
+    if folder is None and not os.environ.get(FASHION_VARIABLE) and FASHION_FOLDER.is_dir():
+        folder = FASHION_FOLDER
+    hint = "Debian has it: apt install dataset-fashion-mnist"
+    folder = _named(folder, "Fashion-MNIST", FASHION_VARIABLE, hint)
+    raw = [_read(folder, name, FASHION_FILES) for name in FASHION_FILES]
+    images = [torch.from_numpy(raw[i].reshape(-1, 28, 28).copy()).float() / 255 for i in (0, 2)]
+    labels = [torch.from_numpy(raw[i].copy()).long() for i in (1, 3)]
+    return images[0], labels[0], images[1], labels[1]
+
+
 def cifar10(folder: Path | None = None) -> Data:
     """50,000 training and 10,000 test photographs in colour, 32 x 32 pixels, from files in a folder.
 
@@ -219,10 +249,10 @@ def _unpickled(folder: Path, name: str) -> tuple[Tensor, Tensor]:
         raise DataError(f"{path}: not a batch of CIFAR-10 ({error})") from error
 
 
-def _read(folder: Path, name: str) -> np.ndarray:
+def _read(folder: Path, name: str, files: dict[str, tuple[str, int]] = MNIST_FILES) -> np.ndarray:
     """The content of an IDX file without its header, after its checksum is verified."""
-    expected, header = MNIST_FILES[name]
-    path = _found(folder, "MNIST", name, f"{name}.gz")
+    expected, header = files[name]
+    path = _found(folder, "MNIST" if files is MNIST_FILES else "Fashion-MNIST", name, f"{name}.gz")
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:

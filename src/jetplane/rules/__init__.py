@@ -11,6 +11,7 @@ from . import (
     losses,
     normalization,
     products,
+    quantized,
     recurrent,
     selection,
     structure,
@@ -20,6 +21,7 @@ from .differences import blackbox
 from .dispatch import dispatch, loss
 from .fallback import strict
 from .registry import RULES
+from .rounding import quantization
 
 __all__ = [
     "RULES",
@@ -36,6 +38,8 @@ __all__ = [
     "losses",
     "normalization",
     "products",
+    "quantization",
+    "quantized",
     "recurrent",
     "register_rule",
     "selection",

@@ -48,7 +48,7 @@ from ..jets import (
     whole,
     write,
 )
-from . import examples, fallback, grad_mode, sparse
+from . import examples, fallback, grad_mode, rounding, sparse
 from .registry import ALIASING, RANDOM, RULES
 
 _grad_enabled = torch.is_grad_enabled
@@ -115,7 +115,10 @@ def carry(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) 
         return result
     if rule is None:
         value = _again(draws, func, *_primals(space, args), **_primals(space, kwargs))
-        if not any(_differentiable(v) for v in (value if isinstance(value, (list, tuple)) else (value,))):
+        values = [v for v in (value if isinstance(value, (list, tuple)) else (value,)) if isinstance(v, Tensor)]
+        if not any(map(_differentiable, values)):
+            for v in values:
+                rounding.to_integers(func, v.dtype)
             return value
     result = _again(draws, fallback.pointwise, func, space, args, kwargs)
     return result if result is not NotImplemented else _again(draws, fallback.reverse, func, space, args, kwargs)

@@ -29,6 +29,7 @@ from ..jets import (
     parts,
     primal,
 )
+from . import rounding
 from .registry import Rule, aten, declare, enter, operator, register
 
 SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
@@ -306,6 +307,10 @@ def _zeros(x: Tensor, y: Tensor, *args: Any) -> Derivatives:
     return None, None
 
 
+def _round(x: Tensor, y: Tensor) -> Derivatives:
+    return (torch.ones_like(x) if rounding.chosen() == "straight-through" else None), None
+
+
 DERIVATIVES: dict[str, Callable[..., Derivatives]] = {
     "neg": lambda x, y: (torch.full_like(x, -1), None),
     "abs": lambda x, y: (torch.sgn(x), None),
@@ -377,8 +382,8 @@ DERIVATIVES: dict[str, Callable[..., Derivatives]] = {
     # flat almost everywhere
     "floor": _zeros,
     "ceil": _zeros,
-    "round": _zeros,
-    "round.decimals": lambda x, y, decimals=0: (None, None),
+    "round": _round,
+    "round.decimals": lambda x, y, decimals=0: _round(x, y),
     "trunc": _zeros,
     "sign": _zeros,
     "heaviside": _zeros,

@@ -32,6 +32,7 @@ from ..jets import (
     plain,
     primal,
 )
+from . import rounding
 from .registry import Rule, aten, declare, register
 
 
@@ -392,6 +393,7 @@ def _cast(space: Space, x: Any, y: Tensor) -> Any:
     """X as y, its primal in another dtype or on another device."""
     p, x1, x2 = parts(x, space)
     if not (y.dtype.is_floating_point or y.dtype.is_complex):
+        rounding.to_integers("a cast", y.dtype)
         return y
     device = None if y.device == p.device else y.device
     return make(y, x1.to(carried(y.dtype), device), x2.to(carried(y.dtype), device), space)
