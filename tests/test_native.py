@@ -72,6 +72,24 @@ def same_derivatives(f, reference, x, k=3, first=1e-12, second=1e-10):
     close(ours[2], theirs[2], second)
 
 
+def same_as_differences(f, x, first=1e-9, second=1e-6):
+    """Slope and curvature of f(x, n) beside differences of order six."""
+    v = torch.randn(1, *x.shape, dtype=D, generator=torch.Generator().manual_seed(1))
+    value, slope, bend = jp.jet(lambda x: f(x, x.numel()), x, v)
+
+    def limit(difference, h):
+        a, b, c = (difference(h / 2**k) for k in range(3))
+        return (64 * c - 20 * b + a) / 45
+
+    def at(h):
+        return f(x + h * v[0], x.numel())
+
+    assert abs(limit(lambda h: (at(h) - at(-h)) / (2 * h), 4e-3) - slope[0]) <= first * max(1, abs(slope[0]))
+    assert abs(limit(lambda h: (at(h) - 2 * value + at(-h)) / h**2, 1.6e-2) - bend[0, 0]) <= second * max(
+        1, abs(bend[0, 0])
+    )
+
+
 def random(n, seed=0):
     x = torch.rand(n, dtype=D, generator=torch.Generator().manual_seed(seed)) * 0.8 + 0.1
     return torch.where(torch.arange(n) % 3 == 0, -x, x)
@@ -256,6 +274,21 @@ class TestCorpus:
         g = jp.compiled(c.stored, "double(const double[1] in)")
         same_derivatives(g, lambda x: x[0] ** 2, random(1))
 
+        h = jp.compiled(c.arrays, ARRAY)
+        i = torch.arange(3000)
+        reference = lambda x: 1e-3 * (x[i % 4] * x[(i + 1) % 4] * i * 1e-3).square().sum()  # noqa: E731
+        same_derivatives(lambda x: h(x, 4), reference, random(4))
+
+    def test_calls_of_libc_and_complex_numbers(self, library):
+        x, c = random(4), library()
+        i = torch.arange(200)
+        ordered = lambda x: (torch.sort(x[i % 4] * (i * 37 % 200)).values.square() * i).sum() * 5e-5  # noqa: E731
+        same_derivatives(lambda x: jp.compiled(c.sorted, ARRAY)(x, 4), ordered, x)
+
+        x = x.abs()
+        same_as_differences(jp.compiled(c.in_the_plane, ARRAY), x)
+        same_as_differences(jp.compiled(c.with_integers, ARRAY), x)
+
     def test_bits(self, library):
         x = torch.tensor([2.7], dtype=D)
         f = jp.compiled(library().mantissa, "double(const double[1] in)")
@@ -342,8 +375,9 @@ class TestRefusals:
         "in_single": "rounded to single precision",
         "extended": "no rule for the instruction fld",
         "halves": "written a part of the bytes",
-        "unknown": "lgamma.*_r of libm.* has no rule.*rules=.*constant=",
+        "unknown": "significand.* of libm.* has no rule.*constant=.*rules=",
         "impure": "another what it returns each time",
+        "upper_half": "reads a part of a value that carries derivatives",
     }
 
     @pytest.mark.parametrize("name", CASES)
@@ -360,6 +394,88 @@ class TestRefusals:
         f = jp.compiled(library().special, "double(const double[1] in)")
         with pytest.raises(jp.NativeCodeError, match="slope of special differs from differences by"):
             jp.jvp(f, torch.tensor([2.0], dtype=D), torch.ones(1, dtype=D))
+
+    @pytest.mark.parametrize("name", ["made_bits", "remembered"])
+    def test_the_check_is_of_all_inputs(self, library, name):
+        x = torch.tensor([0.3, 0.7], dtype=D)
+        for at in (
+            lambda f: jp.jacobian(f, x),
+            lambda f: jp.hessian(f, x),
+            lambda f: jp.jvp(f, x, x),
+            lambda f: jp.hvp(f, x, x),
+            lambda f: jp.laplacian(f, x),
+            lambda f: f(x.clone().requires_grad_()).backward(),
+        ):
+            f = jp.compiled(getattr(library(), name), "double(const double[2] in)")
+            with pytest.raises(jp.NativeCodeError, match=f"slope of {name} differs from differences"):
+                at(f)
+
+    def test_the_check_is_of_all_directions(self, library):
+        """The part that is wrong lies in the third chunk of directions."""
+        f = jp.compiled(library().made_bits, "double(const double[2] in)")
+        pick = torch.zeros(40, 2, dtype=D)
+        pick[0, 0] = pick[39, 1] = 1.0
+        with pytest.raises(jp.NativeCodeError, match="slope of made_bits differs"):
+            jp.jacobian(lambda x: f(x @ pick), torch.linspace(0.2, 0.7, 40, dtype=D))
+
+    def test_the_check_is_of_all_outputs(self, library):
+        f = jp.compiled(library().small_output, "void(const double[2] in, double[2] out)")
+        with pytest.raises(jp.NativeCodeError, match=r"slope of small_output differs.*the parameter 'number 2'\[1\]"):
+            jp.jacobian(f, torch.tensor([0.3, 0.7], dtype=D))
+
+    def test_kinks_and_zeros_are_not_taken_for_errors(self, library):
+        f = jp.compiled(library().loop, ARRAY)
+        jp.jacobian(lambda x: f(x, 4), torch.tensor([0.0, 0.5, 0.0, -0.5], dtype=D))
+        assert "slope" in str(f.report())
+
+    def test_torch_transforms(self, library):
+        f = jp.compiled(library().loop, ARRAY)
+        g, x = lambda x: f(x, 3), random(3)
+        for at in (
+            lambda: torch.func.jvp(g, (x,), (x,)),
+            lambda: torch.func.grad(g)(x),
+            lambda: torch.func.hessian(g)(x),
+            lambda: torch.vmap(g)(x[None]),
+        ):
+            with pytest.raises(jp.DerivativeError, match=r"no torch code.*jetplane\.jvp"):
+                at()
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(jp.DerivativeError, match="no torch code"):
+            g(torch.autograd.forward_ad.make_dual(x, x))
+
+    def test_no_graph_of_derivatives(self, library):
+        """A slope that is trained by backward would lack this function's part of it."""
+        f, x = jp.compiled(library().loop, ARRAY), random(3).requires_grad_()
+        slope = jp.jvp(lambda x: f(x, 3) + x.square().sum(), x, torch.ones(3, dtype=D))[1]
+        with pytest.raises(jp.DerivativeError, match=r"backward\(\) through loop"):
+            slope.backward()
+
+    def test_a_function_of_python(self):
+        f = ctypes.CFUNCTYPE(ctypes.c_double, ctypes.c_double)(lambda x: x * x)
+        with pytest.raises(jp.ArgumentError, match="a function of Python behind ctypes.CFUNCTYPE"):
+            jp.compiled(f, "double(double)")
+
+    @pytest.mark.parametrize(
+        ("x", "n", "message"),
+        [
+            (None, 3, "made of numbers, got None"),
+            ("abc", 3, "made of numbers, got 'abc'"),
+            (torch.ones(3, dtype=torch.complex128), 3, "takes real numbers"),
+            (torch.ones(3, device="meta"), 3, "got one without data"),
+            (torch.ones(3).to_sparse(), 3, "of layout torch.sparse_coo"),
+            (torch.ones(3), 1 << 40, "is of type int, which has no 1099511627776"),
+            (torch.ones(3), 3.0, "is an integer, got 3.0"),
+        ],
+    )
+    def test_arguments(self, library, x, n, message):
+        with pytest.raises(jp.ArgumentError, match=message):
+            jp.compiled(library().loop, ARRAY)(x, n)
+
+    def test_integers_are_not_cut(self, library):
+        f = jp.compiled(
+            library().axpy_, args=[jp.In(1, "int", name="n"), jp.In(1), jp.In("n"), jp.Out("n", inout=True)]
+        )
+        with pytest.raises(jp.ArgumentError, match="made of integers, got a tensor of torch.float64"):
+            f(torch.tensor([2.0], dtype=D), random(1), random(2), random(2))
 
     def test_memory_runs_out(self, library):
         f = jp.compiled(library().large, "double(const double[1] in, long n)", check="never")
