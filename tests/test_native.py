@@ -1,6 +1,7 @@
 """Compiled functions: the same bits, first derivatives to 1e-12, second to 1e-10 of the same formulas in torch."""
 
 import ctypes
+import ctypes.util
 import functools
 import math
 import platform
@@ -44,9 +45,12 @@ def library(tmp_path_factory):
 
     @functools.cache
     def build(flags: str, source: str):
-        compiler = shutil.which("g++" if source.endswith("cpp") else "gcc")
+        name = {"cpp": "g++", "f90": "gfortran"}.get(source.rpartition(".")[2], "gcc")
+        if flags.startswith("clang"):
+            name, flags = "clang", flags.removeprefix("clang")
+        compiler = shutil.which(name)
         if compiler is None:
-            pytest.skip("needs gcc and g++")
+            pytest.skip(f"needs {name}")
         if "avx2" in flags and "avx2" not in Path("/proc/cpuinfo").read_text():
             pytest.skip("this processor has no AVX2")
         file = folder / f"{len(list(folder.iterdir()))}.so"
@@ -157,7 +161,10 @@ FLAGS = [
     "-O0",
     "-O2",
     "-O3 -mavx2 -mfma -ffast-math",
-    *(pytest.param(f, marks=pytest.mark.long) for f in ("-O1", "-O3", "-O3 -mavx2 -mfma")),
+    *(
+        pytest.param(f, marks=pytest.mark.long)
+        for f in ("-O1", "-O3", "-O3 -mavx2 -mfma", "clang -O0", "clang -O3 -mavx2")
+    ),
 ]
 
 
@@ -265,6 +272,18 @@ class TestCorpus:
         n = torch.tensor([5])
         x = random(11)
         same_derivatives(lambda x: f(n, x[:1], x[1:6], x[6:]), lambda x: x[6:] + x[0] * x[1:6], x)
+
+    @pytest.mark.parametrize(
+        "flags",
+        ["-O2", pytest.param("-O0", marks=pytest.mark.long), pytest.param("-O3 -mavx2", marks=pytest.mark.long)],
+    )
+    def test_fortran(self, library, flags):
+        x, c = torch.tensor([0.37, 0.83, 0.41, 0.22], dtype=D), library(flags, "corpus.f90")  # no kink is near
+        f = jp.compiled(c.logistic, "void(int n, const double[n] in, double[n] out)")
+        g = jp.compiled(c.common_, args=[jp.In(1, "int", name="n"), jp.In("n"), jp.Out("n")])
+        for k in (0, 3):
+            same_as_differences(lambda x, n, k=k: f(n, x)[k], x)
+            same_as_differences(lambda x, n, k=k: g(torch.tensor([n]), x)[k], x)
 
     def test_memory_of_the_librarys(self, library):
         c = library()
@@ -617,6 +636,37 @@ class TestSources:
         jp.jet(lambda x: f(*x.unbind()), x, torch.ones(1, count, dtype=D))
         assert set(f.report().checks.values()) == {"slope agrees with differences, curvature agrees with differences"}
 
+    GSL = (
+        "bessel_J0 bessel_K0 dilog dawson expint_E1 lambert_W0 zeta psi clausen bessel_I1 erf gamma lngamma Si Ci "
+        "log_1plusx sinc legendre_P3 erf_Q"
+    ).split()
+
+    @pytest.mark.parametrize("name", [GSL[0], *(pytest.param(n, marks=pytest.mark.long) for n in GSL[1:])])
+    def test_gsl(self, library, name):
+        """The GNU Scientific Library as a system has it, beside mpmath."""
+        mpmath = pytest.importorskip("mpmath")
+        try:
+            ctypes.CDLL("libgslcblas.so.0", mode=ctypes.RTLD_GLOBAL)
+            gsl = ctypes.CDLL(ctypes.util.find_library("gsl") or "libgsl.so.27")
+        except OSError:
+            pytest.skip("needs GSL: apt-get install libgsl-dev")
+        m = mpmath.mp
+        m.dps = 30
+        reference = {
+            "bessel_J0": lambda x: m.besselj(0, x), "bessel_K0": lambda x: m.besselk(0, x), "bessel_I1":
+            lambda x: m.besseli(1, x), "dilog": lambda x: m.polylog(2, x), "erf": m.erf, "expint_E1": m.e1,
+            "dawson": lambda x: m.sqrt(m.pi) / 2 * m.exp(-x * x) * m.erfi(x), "gamma": m.gamma, "lngamma": m.loggamma,
+            "psi": m.digamma, "lambert_W0": lambda x: m.lambertw(x).real, "zeta": m.zeta, "Si": m.si, "Ci": m.ci,
+            "clausen": lambda x: m.clsin(2, x), "log_1plusx": lambda x: m.log(1 + x), "legendre_P3":
+            lambda x: m.legendre(3, x), "sinc": lambda x: m.sin(m.pi * x) / (m.pi * x),
+            "erf_Q": lambda x: m.erfc(x / m.sqrt(2)) / 2,
+        }[name]  # fmt: skip
+        x = torch.tensor({"dilog": 0.43, "legendre_P3": 0.43, "zeta": 2.3}.get(name, 1.3), dtype=D)
+        found = jp.jet(jp.compiled(getattr(gsl, f"gsl_sf_{name}"), "double(double x)"), x, torch.ones(1, dtype=D))
+        for k, (ours, tolerance) in enumerate(zip(found, (1e-13, 1e-12, 1e-10), strict=True)):
+            expected = float(m.diff(reference, m.mpf(float(x)), k))
+            assert abs(float(ours) - expected) <= tolerance * abs(expected), k
+
     @pytest.mark.long
     def test_numba(self, library):
         code = """
@@ -652,31 +702,49 @@ assert (jp.hessian(lambda x: g(x, 6), x) - jp.hessian(r, x)).abs().max() < 1e-11
             jp.compiled("sin", "double(double)")
 
 
+LAPACK = """
+import torch, jetplane as jp
+from scipy.linalg import cython_lapack
+i, one = lambda name: jp.In(1, "int", name), torch.tensor([1])
+torch.manual_seed(0)
+M, b, n = torch.randn(4, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64), torch.tensor([4])
+E = torch.eye(4, dtype=torch.float64)
+api = cython_lapack.__pyx_capi__
+"""
+SOLVERS = {
+    "dgesv": """
+f = jp.compiled(api["dgesv"], args=[i("n"), i("m"), jp.Out((4, 4), inout=True), i("a"), jp.Out(4, "int"),
+                jp.Out(4, inout=True), i("b"), jp.Out(1, "int")])
+both = lambda z: (M + 0.1 * z + z * z * E, b * (1 + z))
+ours = lambda z: f(n, one, both(z)[0].mT.contiguous(), n, both(z)[1], n)[2]
+""",
+    "dposv": """
+f = jp.compiled(api["dposv"], args=[jp.In(1, "char"), i("n"), i("m"), jp.Out((4, 4), inout=True), i("a"),
+                jp.Out(4, inout=True), i("b"), jp.Out(1, "int")])
+lower = torch.tensor([ord("L")], dtype=torch.int8)
+both = lambda z: (M @ M.mT + E + 0.1 * z * E + z * z * (M + M.mT), b * (1 + z))
+ours = lambda z: f(lower, n, one, both(z)[0].mT.contiguous(), n, both(z)[1], n)[1]
+""",
+}
+COMPARED = """
+theirs = lambda z: torch.linalg.solve(*both(z))
+z, v = torch.tensor(0.3, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+for a, b in zip(jp.jet(ours, z, v), jp.jet(theirs, z, v)):
+    assert (a - b).abs().max() < 1e-10 * max(1, b.abs().max())
+"""
+
+
 @here
 @pytest.mark.long
-def test_lapack():
-    """A solver of SciPy's OpenBLAS: 7000 instructions, memory that it holds, functions found by running."""
+@pytest.mark.parametrize("name", SOLVERS)
+def test_lapack(name):
+    """Solvers of SciPy's OpenBLAS: 7000 instructions, memory that it holds, functions found by running."""
     import os
 
     pytest.importorskip("scipy")
     pytest.importorskip("pypcode")
-    code = """
-import torch, jetplane as jp
-from scipy.linalg import cython_lapack
-i = lambda name: jp.In(1, "int", name)
-f = jp.compiled(cython_lapack.__pyx_capi__["dgesv"], args=[i("n"), i("m"), jp.Out((4, 4), inout=True), i("a"),
-                jp.Out(4, "int"), jp.Out(4, inout=True), i("b"), jp.Out(1, "int")])
-torch.manual_seed(0)
-M, b = torch.randn(4, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
-n, one = torch.tensor([4]), torch.tensor([1])
-both = lambda z: (M + 0.1 * z + z * z * torch.eye(4, dtype=torch.float64), b * (1 + z))
-ours = lambda z: f(n, one, both(z)[0].mT.contiguous(), n, both(z)[1], n)[2]
-theirs = lambda z: torch.linalg.solve(*both(z))
-z, v = torch.tensor(0.3, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-for a, b in zip(jp.jet(ours, z, v), jp.jet(theirs, z, v)):
-    assert (a - b).abs().max() < 1e-11
-"""
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OPENBLAS_CORETYPE": "Haswell"}
+    code = LAPACK + SOLVERS[name] + COMPARED
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=900, env=environment)
 
 
