@@ -748,17 +748,33 @@ def test_lapack(name):
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=900, env=environment)
 
 
-def test_example():
+@pytest.fixture
+def example():
+    """An example's names, where its compiler is."""
     pytest.importorskip("pypcode", reason="needs pypcode: pip install 'jetplane[native]'")
     pytest.importorskip("llvmlite", reason="needs llvmlite: pip install 'jetplane[native]'")
     if shutil.which("gcc") is None or sys.platform != "linux" or platform.machine() != "x86_64":
         pytest.skip("needs gcc on Linux and x86-64")
     import runpy
 
-    example = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "calibrate_c.py"))
-    found, losses = example["calibrate"]()
+    return lambda name: runpy.run_path(str(Path(__file__).parent.parent / "examples" / name))
+
+
+def test_calibration(example):
+    found, losses = example("calibrate_c.py")["calibrate"]()
     assert (found - torch.tensor([0.25, 2.0, 0.9], dtype=D)).abs().max() < 1e-3
     assert losses[-1] < 1.2e-6 < 1e-3 * losses[0]  # the noise of the measurements
+
+
+def test_optimal_control(example):
+    """The hang glider in C, beside the optimum of COPS 3, and the same formulas in torch."""
+    pytest.importorskip("scipy", reason="jetplane.control needs SciPy")
+    from jetplane.control import ipopt
+
+    if ipopt.library_path() is None:
+        pytest.skip("no libipopt: pip install casadi")
+    solution = example("glider_c.py")["problem"]().solve(mesh="refine", accuracy=1e-6)
+    assert solution.success and abs(solution.objective + 1248.03) < 0.01
 
 
 class TestRegistered:

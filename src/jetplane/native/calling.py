@@ -147,6 +147,11 @@ class Function:
                 self._fits(p, int(made.min()), int(made.max()), what)
         # Detached, moved and converted: a fresh copy, which the function may write to.
         made = made.detach().to("cpu", _DTYPES[p.kind], copy=True).contiguous()
+        if type(made) is not Tensor:
+            raise DerivativeError(
+                f"{self.__name__} is called where values have no numbers ({type(made).__name__}); in the dynamics of "
+                "jetplane.control wrap it by jetplane.control.per_node"
+            )
         if p.shape is None and made.numel() != 1:
             raise ShapeError(f"the parameter {p.name or p.kind} of {self.__name__} is a number, got {list(made.shape)}")
         return made

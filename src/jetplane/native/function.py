@@ -419,8 +419,8 @@ class Compiled(Function):
             raise NativeCodeError(
                 f"the {each.what} of {self.__name__} differs from differences by {away:.1e} of its size ({label}); "
                 f"they agree to {spread:.1e}. The code may branch where an argument equals a special value, keep "
-                "values between calls, or change bits of doubles in a way that is not seen. Hand its derivatives over with "
-                'jetplane.register_native, or take jetplane.blackbox; check="never" accepts it'
+                "values between calls, or change bits of doubles in a way that is not seen. Hand its derivatives over "
+                'with jetplane.register_native, or take jetplane.blackbox; check="never" accepts it'
             )
         return ", ".join(f"{v.what} {v.text}" for v in verdicts)
 
