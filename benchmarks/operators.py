@@ -32,7 +32,7 @@ import jetplane as jp
 from .measuring import ROOT, Process, environment, machine
 from .memory import SMALL, peak_growth
 from .protocol import serve
-from .wavefunctions import FermiNet, PsiFormer, problem
+from .wavefunctions import FermiNet, Particles, PsiFormer, problem
 
 Way = Callable[[], Any]
 TOLERANCE = 1e-3  # relative, float32
@@ -379,6 +379,27 @@ def wave_function(kind: type[nn.Module]) -> dict[str, Callable[[], Way]]:
     }
 
 
+def particles() -> dict[str, Callable[[], Way]]:
+    """Laplacians in 200 coordinates, of which a feature depends on the four of its particle."""
+
+    def way(f: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]) -> Callable[[], Way]:
+        def build() -> Way:
+            torch.manual_seed(0)
+            net, x = Particles().requires_grad_(False), torch.randn(16, 200)
+            return lambda: f(net, x)
+
+        return build
+
+    def trace(net: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return vmap(lambda z: torch.trace(jacfwd(grad(lambda y: net(y[None])[0]))(z)))(x)
+
+    return {
+        "jetplane": way(lambda f, x: jp.laplacian(f, x, batch_dim=0)),
+        "autograd": way(by_double_backward),
+        "torch.func": way(trace),
+    }
+
+
 def determinants() -> dict[str, Callable[[], Way]]:
     """Laplacians of ``log |det|`` of 4 matrices 8 × 8, sines of linear functions of 24 coordinates, at 256 points."""
 
@@ -427,6 +448,7 @@ TASKS: dict[str, tuple[str, Callable[[], dict[str, Callable[[], Way]]]]] = {
     "hvp": ("Hessian-vector product, D 10,000", lambda: product(10_000)),
     "slogdet": ("Laplacian of slogdet (256, 4, 8, 8), K 24", determinants),
     "ferminet": ("Laplacian of a FermiNet, 8 electrons, B 64", lambda: wave_function(FermiNet)),
+    "particles": ("Laplacian in the coordinates of 50 particles of 4, B 16", particles),
     "psiformer": ("Laplacian of a PsiFormer, 8 electrons, B 64", lambda: wave_function(PsiFormer)),
 }
 

@@ -103,6 +103,24 @@ class PsiFormer(nn.Module):
         return self.orbitals(h, distances.squeeze(-1))
 
 
+class Particles(nn.Module):
+    """``rho(sum_n phi(x_n))``, one number for particles whose order does not matter."""
+
+    def __init__(self, particles: int = 50, coordinates: int = 4, features: int = 64) -> None:
+        super().__init__()
+        self.shape = particles, coordinates
+        sizes = [coordinates, *[features] * 3]
+        self.each = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.head = nn.Sequential(nn.Linear(features, features), nn.Tanh(), nn.Linear(features, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of configurations (B, particles coordinates)."""
+        h = x.unflatten(-1, self.shape)
+        for layer in self.each:
+            h = torch.tanh(layer(h))
+        return self.head(h.sum(-2)).squeeze(-1)
+
+
 def problem(kind: type[nn.Module], batch: int = 64, electrons: int = 8) -> tuple[nn.Module, Tensor]:
     """A network and configurations, the same in every process.
 

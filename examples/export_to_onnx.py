@@ -46,7 +46,8 @@ def train(path):
         x = generator.uniform(-1, 1, (BATCH, 2)).astype(np.float32)
         y = (np.square(x).sum(1) < 0.6).astype(np.int64)
         tangents = [generator.standard_normal((K, *s)).astype(np.float32) for s in SHAPES]
-        value, slope = session.run(None, dict(zip(names, [*weights, *tangents, x, y], strict=True)))
+        fed = dict(zip(names, [*weights, *tangents, x, y], strict=True))
+        value, slope = (np.asarray(one) for one in session.run(None, fed))
         # the forward gradient: the mean over K directions of slope times direction
         weights = [w - RATE * np.tensordot(slope, v, 1) / K for w, v in zip(weights, tangents, strict=True)]
         losses.append(float(value))

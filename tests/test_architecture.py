@@ -1,9 +1,13 @@
 """Imports go down only, and the core needs torch alone."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+import jetplane
 
 PACKAGE = Path(__file__).parent.parent / "src" / "jetplane"
 
@@ -63,3 +67,28 @@ def test_imports_go_down(path: Path):
 
 def test_every_module_has_a_layer():
     assert {unit(p) for p in MODULES} <= set(LEVEL)
+
+
+def test_public_names_are_found():
+    declared = set()
+    for node in ast.parse((PACKAGE / "__init__.py").read_text()).body:
+        if isinstance(node, ast.If):  # what type checkers read
+            declared |= {alias.asname or alias.name for item in node.body for alias in getattr(item, "names", ())}
+    assert declared == set(jetplane.__all__)
+    for name in jetplane.__all__:
+        assert getattr(jetplane, name) is not None
+    assert set(jetplane.__all__) <= set(dir(jetplane))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        jetplane.nothing  # noqa: B018
+
+
+def test_help_needs_no_torch():
+    """Help of the command line comes at once."""
+    asked = "import sys; sys.argv = ['jetplane', 'train', '--help']; from jetplane.__main__ import main\n"
+    asked += "try: main()\nexcept SystemExit as end: assert not end.code\n"
+    slow = {"torch", "numpy", "matplotlib", "optuna", "plotly", "sklearn"}
+    done = subprocess.run(
+        [sys.executable, "-c", asked + f"print('imported', sorted({slow!r} & set(sys.modules)))"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "--method" in done.stdout and done.stdout.strip().endswith("imported []"), done.stdout[-200:]

@@ -454,6 +454,12 @@ class TestKnownOptima:
         assert solution.status is jp.control.Status.SOLVED
         assert abs(solution.objective - case.optimum) < case.tolerance * max(1, abs(case.optimum))
 
+    def test_a_small_cost_takes_the_ripples_off_a_singular_arc(self):
+        smooth, rippled = (CASES[name]().problem.solve(mesh=(60, 3)) for name in ("goddard_smooth", "goddard"))
+        steps = [float(np.abs(np.diff(s.u.T[:, 0])).sum()) for s in (smooth, rippled)]
+        assert steps[0] < 5.2 < 6 < steps[1]
+        assert 0 < rippled.x.h[-1, 0] - smooth.x.h[-1, 0] < 2e-6
+
     def test_cart_pole_is_that_of_a_fine_mesh(self):
         case = CASES["cart_pole"]()
         refined = case.problem.solve(**case.options)

@@ -4,6 +4,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import tomllib
 import types
 from pathlib import Path
 
@@ -77,8 +78,16 @@ def test_every_public_name_has_a_place_in_the_reference():
             and f"jetplane.{getattr(getattr(module, name), '__module__', '').split('.')[-1]}" not in modules
         ]  # fmt: skip
 
-    packages = {name: getattr(jetplane, name) for name in ("optim", "directions", "gradients")}  # shown name by name
+    shown_apart = ("control", "directions", "gradients", "optim")  # name by name
+    packages = {name: getattr(jetplane, name) for name in shown_apart}
     at_top = [name for name in missing(jetplane, "jetplane") if name.split(".")[-1] not in packages]
     assert not at_top, f"add to a page of docs/reference: {at_top}"
     for name, package in packages.items():
         assert not missing(package, f"jetplane.{name}"), "add to a page of docs/reference"
+
+
+def test_the_version_is_one():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M)[1] == version  # type: ignore
+    assert f'version: "{version}"' in (ROOT / "packaging/conda/recipe.yaml").read_text()
+    assert re.search(r"^## (\S+?),? ", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == version  # type: ignore

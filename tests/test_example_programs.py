@@ -1,6 +1,10 @@
 """The programs in examples/, at sizes of seconds."""
 
 import importlib.util
+import re
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -61,3 +65,26 @@ def test_a_plane(tmp_path):
 def test_all_programs_are_in_the_gallery():
     page = (FOLDER.parent / "docs/gallery.md").read_text()
     assert [p.name for p in sorted(FOLDER.glob("[a-z]*.py")) if p.name not in page] == []
+
+
+def test_hyper_dual_numbers(capsys):
+    runpy.run_path(str(FOLDER / "hyper_dual_numbers.py"))
+    hand, jets, reverse = (line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines())
+    assert hand.removeprefix("[") == jets.removeprefix("[") and reverse.split()[-1] in hand
+
+
+def test_a_custom_operator(capsys):
+    runpy.run_path(str(FOLDER / "custom_operator.py"))
+    first, second = re.findall(r"(?:rule|softsign) +(\[.*\])", capsys.readouterr().out)
+    assert first == second
+
+
+def test_rosenbrock_in_a_plane(tmp_path):
+    found = run("rosenbrock_plane", "--steps", "12", "--grid", "7", "--out", str(tmp_path / "r.gif"))
+    assert found["FoMoH-10D"] < found["FoMoH-2D"] < 3606 and (tmp_path / "r.gif").read_bytes()[:3] == b"GIF"
+
+
+def test_many_processes():
+    program = [sys.executable, str(FOLDER / "many_processes.py")]
+    said = subprocess.run(program, capture_output=True, text=True, check=True, timeout=300).stdout
+    assert "the same weights bit for bit" in said and "696 bytes a step" in said

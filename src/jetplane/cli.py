@@ -1,4 +1,7 @@
-"""The command line: ``jetplane train``, ``compare``, ``report``, ``sweep``, ``demo``, ``reproduce`` and ``fetch``."""
+"""The command line: ``jetplane train``, ``compare``, ``report``, ``sweep``, ``demo``, ``reproduce`` and ``fetch``.
+
+What a command needs is imported when it runs: help and errors of the options come without torch.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import optuna
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
@@ -18,13 +20,22 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from .errors import ArgumentError, CheckpointError, JetplaneError, LostRankError, RunFolderError
-from .experiments import data as datasets
 from .experiments import demo as demonstration
-from .experiments import launch, page, report, sweep
-from .experiments.config import Config, DataName, ModelName, ScheduleName
+from .experiments.config import (
+    SWEEP_EPOCHS,
+    SWEEP_SPREAD,
+    SWEEP_TRIALS,
+    Budget,
+    Config,
+    DataName,
+    ExperimentName,
+    ModelName,
+    ScheduleName,
+)
 from .experiments.methods import METHODS, DescentName, MethodName
-from .experiments.reproduce import Budget, ExperimentName, experiment, run_experiment
-from .experiments.train import Run
+
+if TYPE_CHECKING:
+    from .experiments.report import Finished
 
 DATA_HELP = "Folder of the data [or JETPLANE_MNIST, JETPLANE_CIFAR10]."
 K_HELP = ", ".join(f"{name} {method.k}" for name, method in METHODS.items() if method.takes_k)
@@ -79,6 +90,9 @@ def train(
     configuration: Annotated[Path | None, ConfigFile] = None,
 ) -> None:
     """Train a model and keep everything about the run in a folder. Under torchrun: on several ranks."""
+    from .experiments import launch, report
+    from .experiments.train import Run
+
     if resume is not None and configuration is not None:
         raise ArgumentError("a resumed run has its own configuration; expected --resume or --config, got both")
     launch.start()
@@ -152,6 +166,8 @@ def compare(
     out: Annotated[Path, typer.Option(help="Image to write.")] = Path("compare.png"),
 ) -> None:
     """Plot several runs in one figure, over epochs and over seconds; runs that differ in the seed alone as one."""
+    from .experiments import report
+
     runs = [report.Finished.read(folder) for folder in folders]
     report.draw(runs, out, "Test loss")
     _show(runs)
@@ -165,6 +181,8 @@ def demo(
     seeds: Annotated[int, typer.Option(help="Number of seeds.", min=1)] = demonstration.SEEDS,
 ) -> None:
     """Train logistic regression and a CNN on handwritten digits with several methods, and compare them."""
+    from .experiments import report
+
     folder = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     if folder.exists() and any(folder.iterdir()):
         raise RunFolderError(f"{folder} exists; name another folder with --out")
@@ -204,6 +222,8 @@ def reproduce(
     epochs: Annotated[int | None, typer.Option(help="Epochs of logreg, cnn and cifar [default: the budget's].")] = None,
 ) -> None:
     """Run an experiment of the paper. The same command again continues an interrupted one."""
+    from .experiments.reproduce import experiment, run_experiment
+
     folder = out or Path("results") / f"{name}-{budget}"
     with _progress() as progress:
         task = progress.add_task(name, total=None, loss="")
@@ -228,6 +248,8 @@ def fetch(
     folder: Annotated[Path, typer.Argument(help="Folder for the files.")],
 ) -> None:
     """Download a data set and verify its checksums."""
+    from .experiments import data as datasets
+
     fetches = {"mnist": datasets.fetch_mnist, "cifar10": datasets.fetch_cifar10}
     if name not in fetches:
         raise ArgumentError(f"only {' and '.join(fetches)} can be fetched, got {name!r}")
@@ -241,6 +263,8 @@ def write_report(
     out: Annotated[Path, typer.Option(help="Page to write.")] = Path("report.html"),
 ) -> None:
     """Make one HTML page of runs: interactive curves, results, configuration and environment."""
+    from .experiments import page
+
     runs = page.find(folders)
     page.write(runs, out)
     console.print(f"report of {len(runs)} runs  {out}", soft_wrap=True)
@@ -254,7 +278,7 @@ def run_sweep(
     method: Annotated[MethodName, typer.Option(help="Optimizer.")] = Config.method,
     lr_range: Annotated[
         tuple[float, float] | None,
-        typer.Option(help=f"Lowest and highest rate [default: the method's, divided and times {sweep.SPREAD:g}]."),
+        typer.Option(help=f"Lowest and highest rate [default: the method's, divided and times {SWEEP_SPREAD:g}]."),
     ] = None,
     k_range: Annotated[tuple[int, int] | None, typer.Option(help="Range of directions per step.")] = None,
     clip_range: Annotated[tuple[float, float] | None, typer.Option(help="Range of the largest norm.")] = None,
@@ -264,8 +288,8 @@ def run_sweep(
     descent: Descent = Config.descent,
     batch_size: BatchSize = Config.batch_size,
     weight_decay: WeightDecay = Config.weight_decay,
-    epochs: Annotated[int, typer.Option(help="Epochs of a trial that is not pruned.")] = sweep.EPOCHS,
-    trials: Annotated[int, typer.Option(help="Trials in all, those of earlier calls included.")] = sweep.TRIALS,
+    epochs: Annotated[int, typer.Option(help="Epochs of a trial that is not pruned.")] = SWEEP_EPOCHS,
+    trials: Annotated[int, typer.Option(help="Trials in all, those of earlier calls included.")] = SWEEP_TRIALS,
     seed: Annotated[int, typer.Option(help="Seed of runs and proposals.")] = Config.seed,
     device: Device = Config.device,
     data_dir: DataDir = None,
@@ -274,6 +298,10 @@ def run_sweep(
     configuration: Annotated[Path | None, ConfigFile] = None,
 ) -> None:
     """Search the rate of a method, and optionally k and clip. The same command again continues the search."""
+    import optuna
+
+    from .experiments import sweep
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     config = _configured(context, configuration)
     folder = out or Path("runs") / f"sweep-{config.data}-{config.model}-{config.method}"
@@ -302,7 +330,9 @@ def run_sweep(
     console.print(f"best    jetplane train --config {folder / 'best.json'}", soft_wrap=True)
 
 
-def _show(runs: list[report.Finished]) -> None:
+def _show(runs: list[Finished]) -> None:
+    from .experiments import report
+
     rows = report.table(runs)
     ends = [n for n, row in enumerate(rows[1:]) if row["model"] != rows[n]["model"]]
     _print(rows, left=("model", "method"), ends=ends)
@@ -323,6 +353,8 @@ def main() -> None:
     try:
         app()
     except JetplaneError as error:
+        from .experiments import launch
+
         rank = launch.rank()  # all ranks raise the same error, unless rank 0 is lost
         if rank == 0 or isinstance(error, LostRankError):
             of = f" of rank {rank}" if launch.group() is not None else ""
@@ -332,4 +364,5 @@ def main() -> None:
         Console(stderr=True).print("stopped; continue with jetplane train --resume FOLDER", soft_wrap=True)
         raise SystemExit(130) from None
     finally:
-        launch.end(sys.exc_info()[1])
+        if launch := sys.modules.get(f"{__package__}.experiments.launch"):  # a command that may have started ranks
+            launch.end(sys.exc_info()[1])

@@ -15,6 +15,10 @@ from .methods import DESCENT, METHODS, DescentName, MethodName
 DataName = Literal["digits", "mnist", "cifar10"]
 ModelName = Literal["logreg", "mlp", "cnn", "cnn-bn"]
 ScheduleName = Literal["constant", "cosine", "step", "drops", "drops-at-once"]
+ExperimentName = Literal["rosenbrock", "laws", "logreg", "cnn", "cifar"]
+Budget = Literal["smoke", "hour", "paper"]
+SWEEP_EPOCHS, SWEEP_TRIALS = 10, 20  # epochs of a trial, and trials, by default
+SWEEP_SPREAD = 30.0  # default range of a sweep's rates: the configuration's rate divided and multiplied by this
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The registry of methods: for each one its label, default settings, cost of a step and how its optimizer is built.
 
-The experiments, the command line and the benchmarks read `METHODS`; a new method is one more entry.
+The experiments, the command line and the benchmarks read `METHODS`; a new method is one more entry. The settings are
+read without torch, which is imported when an optimizer is built.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import nn
+import jetplane as jp
 
-from .. import optim
-from ..subspace import sources
-from ..subspace.descent import CurvatureScaled, Descent
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..subspace.descent import Descent
 
 DescentName = Literal["newton", "saddle-free", "damped"]
 DESCENT: DescentName = "saddle-free"
@@ -41,12 +43,13 @@ class Settings:
     weight_decay: float = 0.0
     seed: int = 0
     descent: str | Descent = DESCENT
-    eps: float = CurvatureScaled.eps
+    eps: float = 1e-5
     process_group: Any = None
 
 
-Params = Sequence[torch.Tensor]
-Build = Callable[[Params, nn.Module | None, Settings], torch.optim.Optimizer]
+if TYPE_CHECKING:
+    Params = Sequence[torch.Tensor]
+    Build = Callable[[Params, nn.Module | None, Settings], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -116,30 +119,32 @@ def _shared(settings: Settings) -> dict[str, Any]:
 
 
 def _fgd(params: Params, model: nn.Module | None, settings: Settings) -> torch.optim.Optimizer:
-    return optim.FGD(params, k=settings.k, **_shared(settings))
+    return jp.optim.FGD(params, k=settings.k, **_shared(settings))
 
 
 def _fomoh(params: Params, model: nn.Module | None, settings: Settings) -> torch.optim.Optimizer:
-    return optim.FoMoH(params, k=settings.k, eps=settings.eps, **_shared(settings))
+    return jp.optim.FoMoH(params, k=settings.k, eps=settings.eps, **_shared(settings))
 
 
 def _fomoh_kd(params: Params, model: nn.Module | None, settings: Settings) -> torch.optim.Optimizer:
-    return optim.FoMoHKD(params, k=settings.k, descent=settings.descent, **_shared(settings))
+    return jp.optim.FoMoHKD(params, k=settings.k, descent=settings.descent, **_shared(settings))
 
 
 def _fomoh_bp(params: Params, model: nn.Module | None, settings: Settings) -> torch.optim.Optimizer:
-    return optim.FoMoHBP(
+    return jp.optim.FoMoHBP(
         params, lr=settings.lr, eps=settings.eps, clip=settings.clip, weight_decay=settings.weight_decay
     )
 
 
 def _plane_search(params: Params, model: nn.Module | None, settings: Settings) -> torch.optim.Optimizer:
-    subspace = [sources.Drawn(settings.k), sources.Averages(), sources.PreviousStep()] if settings.k else None
-    return optim.PlaneSearch(params, model, subspace=subspace, **_shared(settings))
+    subspace = [jp.sources.Drawn(settings.k), jp.sources.Averages(), jp.sources.PreviousStep()] if settings.k else None
+    return jp.optim.PlaneSearch(params, model, subspace=subspace, **_shared(settings))
 
 
 def _sgd(params: Params, model: nn.Module | None, settings: Settings) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=settings.lr, weight_decay=settings.weight_decay)
+    from torch.optim import SGD
+
+    return SGD(params, lr=settings.lr, weight_decay=settings.weight_decay)
 
 
 # --- the registry -----------------------------------------------------------------------------------------

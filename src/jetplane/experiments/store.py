@@ -10,8 +10,6 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import CheckpointError
 
 MAGIC = b"jetplane-checkpoint-1 "
@@ -29,6 +27,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write tensors and plain values, preceded by a line with their SHA-256 checksum."""
+    import torch  # here, as the other files of a run do not need it
+
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getvalue()
@@ -49,6 +49,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not a checkpoint of Jetplane")
     if hashlib.sha256(payload).hexdigest().encode() != head[len(MAGIC) :]:
         raise CheckpointError(f"{path}: damaged: its checksum does not match its content")
+    import torch
+
     try:
         return torch.load(io.BytesIO(payload), weights_only=True)
     except (RuntimeError, pickle.UnpicklingError) as error:

@@ -17,13 +17,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ..errors import ArgumentError, CheckpointError, NonFiniteError, RunFolderError, SingularPlaneError
 from . import store
-from .config import Config
+from .config import SWEEP_SPREAD, Config
 from .methods import METHODS
 from .report import COLOURS, plt, rounded_ticks
 from .train import Run
 
-EPOCHS, TRIALS = 10, 20  # of a trial, and how many, by default
-SPREAD = 30.0  # default range of rates: the configuration's rate divided and multiplied by this
 SPACE = "space"  # attribute of the study that holds the search space
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 # (trials done, configuration of the current one, its steps done, its steps in all, loss)
@@ -36,7 +34,7 @@ class Space:
 
     Attributes:
         config: the settings that do not vary. Its ``lr``, and ``k`` and ``clip`` where they have a range, are not used.
-        lr: lowest and highest rate; by default the configuration's rate divided and multiplied by `SPREAD`.
+        lr: lowest and highest rate; by default the configuration's rate divided and multiplied by `SWEEP_SPREAD`.
         k: lowest and highest number of directions, both included; None for the configuration's.
         clip: lowest and highest limit of the norm of a step; None for the configuration's.
 
@@ -52,7 +50,7 @@ class Space:
     def __post_init__(self) -> None:
         if self.lr is None:
             rate = float(self.config.lr or 0.0)
-            object.__setattr__(self, "lr", (rate / SPREAD, rate * SPREAD))
+            object.__setattr__(self, "lr", (rate / SWEEP_SPREAD, rate * SWEEP_SPREAD))
         for name, bounds in self.ranges.items():
             low, high = bounds
             if not 0 < low <= high < math.inf:

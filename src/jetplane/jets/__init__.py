@@ -35,6 +35,7 @@ from .jet import (
 )
 from .pairs import AllPairs, Diagonal, PairStructure, Planes, Star, Sums, Term
 from .space import LOSS, MODEL, PARAMETER, Key, Space
+from .sparsity import WORTH, Sparse
 from .storage import (
     adopt_promotions,
     any_promoted,
@@ -56,6 +57,7 @@ __all__ = [
     "LOST",
     "MODEL",
     "PARAMETER",
+    "WORTH",
     "WRITTEN",
     "AllPairs",
     "Coefficients",
@@ -69,6 +71,7 @@ __all__ = [
     "Partial",
     "Planes",
     "Space",
+    "Sparse",
     "Stacked",
     "Star",
     "Sums",

@@ -19,6 +19,7 @@ from . import infinite
 from .coefficients import Coefficients, absent, condensed, outer, plain, symmetric, writable
 from .coefficients import jointly as jointly_coefficients
 from .jet import Jet, carried, is_jet, make, parts, precise
+from .pairs import Sums
 from .recorded import TraceChain
 from .space import Space
 
@@ -27,10 +28,20 @@ Derivatives = tuple[Tensor | None, Tensor | None]  # f' and f''; None is zero ev
 BLOCK = 1 << 16  # elements at a time: a few tensors of them fit into the cache
 
 
-def linear(space: Space, x: Any, f: Callable[[Any], Tensor], on_stack: Callable[[Tensor], Tensor]) -> Tensor:
-    """A linear f: applied to the primal, and to stacks of coefficients (n, *S) by ``on_stack``."""
+def linear(
+    space: Space, x: Any, f: Callable[[Any], Tensor], on_stack: Callable[[Tensor], Tensor], moves: bool = False
+) -> Tensor:
+    """A linear f: applied to the primal, and to stacks of coefficients (n, *S) by ``on_stack``.
+
+    Args:
+        space: of the evaluation.
+        x: the argument.
+        f: acts on the primal.
+        on_stack: acts on stacks.
+        moves: whether f moves, repeats and picks elements, and does nothing else.
+    """
     p, x1, x2 = parts(x, space)
-    return make(f(p), x1.map(on_stack), x2.map(on_stack), space)
+    return make(f(p), x1.moved(on_stack) if moves else x1.map(on_stack), x2.map(on_stack), space)
 
 
 def jointly(space: Space, xs: Sequence[Any], y: Tensor, on_stacks: Callable[..., Tensor]) -> Tensor:
@@ -64,7 +75,7 @@ def chain(space: Space, x: Any, y: Tensor, d1: Tensor | None, d2: Tensor | None,
     if singular and not infinite.finite(d1, d2):
         return chain_many(space, (x,), y, (d1,), {} if d2 is None else {(0, 0): d2})
     traced = space.order == 2 and space.structure.is_trace and not y.is_complex()
-    if traced and d1 is not None and d2 is not None and x1:
+    if traced and d1 is not None and d2 is not None and x1 and x1.sparse is None:
         held = x1.tensor, x2.tensor if x2 else None, d1, d2
         if x1.rows is None and plain(*held) and not writable(*held) and d1.shape == d2.shape == p.shape:
             y1, y2 = TraceChain.apply(condensed(held[0]), *held[1:])  # type: ignore[misc]
@@ -131,10 +142,14 @@ def _in_blocks(
     singular: bool,
 ) -> Any:
     """`chain`, some elements at a time: the derivatives stay in the cache and take no memory of the result's size."""
-    structure = space.structure
+    structure, sparse = space.structure, x1.sparse
+    if sparse is not None and space.order == 2:
+        if not structure.is_trace:
+            return NotImplemented
+        structure = Sums.trace(len(sparse.rows))
     if not x1 or (x2 and (x1.rows is not None or x2.rows is not None)):
         return NotImplemented
-    first, second = condensed(x1.tensor), x2.tensor if x2 else None
+    first, second = condensed(x1.tensor if sparse is None else sparse.rows), x2.tensor if x2 else None
     shared = first.dim() > 1 and first.shape[1] < p.shape[0] and first.shape[2:] == p.shape[1:]  # by all points
     held = [t for t in (p, y, first, second) if t is not None]
     if not writable(*held) or not all(t.is_contiguous() for t in held) or not (shared or first.shape[1:] == p.shape):
@@ -174,6 +189,8 @@ def _in_blocks(
                 structure.add_outer(products, c, c)
             new.addcmul_(products, d2)
     y1 = y1.view(first.shape[0], *y.shape)
+    if sparse is not None:
+        y1 = sparse.with_rows(y1)
     y2 = None if y2 is None else y2.view(structure.count, *y.shape)
     return make(y, Coefficients(space, 1, y1, x1.rows), Coefficients(space, 2, y2), space)
 

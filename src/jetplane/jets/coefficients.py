@@ -23,6 +23,7 @@ from torch import Tensor
 from .._torch import records
 from .pairs import PairStructure
 from .space import Space
+from .sparsity import Sparse
 from .structured import Deferred, Partial, Tangents
 
 Rows = tuple[int, ...]  # which of the coefficients are there, ascending
@@ -211,6 +212,18 @@ class Coefficients:
         return self.held if isinstance(self.held, Tangents) else None
 
     @property
+    def sparse(self) -> Sparse | None:
+        """First coefficients of which each element has few, or None."""
+        return self.held if isinstance(self.held, Sparse) else None
+
+    def gathered(self, dim: int) -> bool:
+        """Whether each element has few coefficients, the same along an axis (a negative number), as they are now."""
+        if not isinstance(self.held, Sparse) or (held := self.held.gathered([dim])) is None:
+            return False
+        self.held = held
+        return True
+
+    @property
     def is_product(self) -> bool:
         """Whether they are products that nobody has formed yet: what sums them up never forms them."""
         return isinstance(self.held, _Outer)
@@ -228,6 +241,8 @@ class Coefficients:
         """
         if isinstance(self.held, _Joined):
             return self._new(self.held.mapped(f))
+        if isinstance(self.held, Sparse) and (held := self.held.gathered([-1])) is not None:
+            return self._new(held.with_rows(f(held.rows, slice(None))))
         return self.map(lambda c: f(condensed(c), slice(None)), True)
 
     def formed(self) -> Coefficients:
@@ -257,7 +272,7 @@ class Coefficients:
         self.owned = not (isinstance(self.held, Tensor) and 0 in self.held.stride())  # expanded memory is shared
         return self
 
-    def _new(self, held: Tensor, owned: bool = True) -> Coefficients:
+    def _new(self, held: Tensor | Tangents, owned: bool = True) -> Coefficients:
         return Coefficients(self.space, self.order, held, self.rows, owned)
 
     def _owns(self, *others: Any) -> bool:
@@ -265,7 +280,7 @@ class Coefficients:
 
     def condensed(self) -> Coefficients:
         """The same with size one along axes along which nothing changes, such as points that share directions."""
-        return self if self.held is None else self._new(condensed(self.tensor), False)
+        return self if self.held is None or isinstance(self.held, Sparse) else self._new(condensed(self.tensor), False)
 
     def selected(self, run: slice) -> Coefficients:
         """Those of a run of directions; the others become absent."""
@@ -289,6 +304,38 @@ class Coefficients:
             owned: whether what it returns is in memory of its own.
         """
         return self if self.held is None else self._new(f(self.tensor), owned)
+
+    def moved(self, f: Callable[[Tensor], Tensor]) -> Coefficients:
+        """A function that moves, repeats and picks elements, applied to each coefficient.
+
+        Args:
+            f: acts on a stack (m, *S), of integers too.
+        """
+        return self._new(self.held.moved(f), False) if isinstance(self.held, Sparse) else self.map(f)
+
+    def cut(self, f: Callable[[Tensor], Sequence[Tensor]], count: int) -> list[Coefficients]:
+        """Those of the ``count`` parts that f cuts a value into; f acts on a stack (m, *S), of integers too."""
+        if self.held is None:
+            return [self] * count
+        if isinstance(self.held, Sparse):
+            return [self.moved(lambda c, n=n: f(c)[n]) for n in range(count)]
+        return [Coefficients(self.space, self.order, part, self.rows) for part in f(self.tensor)]
+
+    def summed(self, f: Callable[[Tensor], Tensor], dims: Sequence[int], keepdim: bool, share: float) -> Coefficients:
+        """Sums over axes of the value, times a number.
+
+        Args:
+            f: what does it to a stack (m, *S).
+            dims: the axes.
+            keepdim: whether they stay, with size one.
+            share: the number; f has it.
+        """
+        if not isinstance(self.held, Sparse) or not len(dims):
+            return self.map(f, True)
+        ndim = self.held.rows.dim() - 1
+        dims = [d % ndim - ndim for d in dims]
+        found = self._new(self.held.summed(dims)) * share
+        return found if keepdim else found.moved(lambda c: c.squeeze(dims))
 
     def each(
         self,
@@ -339,20 +386,26 @@ class Coefficients:
             return self
         if (held.shape if isinstance(held, (_Outer, _Joined)) else held.shape[1:]) == shape:
             return self
+        if isinstance(held, Sparse):
+            return self._new(held.moved(lambda c: expand(c, shape)), False)
         return self._new(expand(self.tensor, shape), False)
 
     def lifted(self, ndim: int) -> Coefficients:
         """With leading axes of size one, so that the value has at least ``ndim`` dimensions."""
+        if isinstance(self.held, Sparse):
+            return self.moved(lambda c: lift(c, ndim))
         return self if self.held is None or self.tensor.dim() > ndim else self._new(lift(self.tensor, ndim), False)
 
     def reshaped(self, shape: Sequence[int]) -> Coefficients:
         """Reshaped; where that takes a copy, it is in the memory of the evaluation."""
-        return self.map(lambda c: reshaped(self.space, c, (c.shape[0], *shape)))
+        return self.moved(lambda c: reshaped(self.space, c, (c.shape[0], *shape)))
 
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> Coefficients:
         """In another dtype, on another device."""
         if self.held is None or (self.dtype == dtype and device is None):
             return self
+        if isinstance(self.held, Sparse) and device is None:
+            return self._new(self.held.to(dtype))
         c = self.tensor
         moved = c.to(dtype=dtype) if device is None else c.to(device=device, dtype=dtype)
         return self._new(moved, self.owned or moved is not c)
@@ -363,6 +416,8 @@ class Coefficients:
             return self
         if isinstance(self.held, _Outer):
             return self._new(self.held.summed(weight))
+        if isinstance(self.held, Sparse) and weight is None and self.held.rows.dim() > 1:
+            return self.summed(torch.sum, range(self.held.rows.dim() - 1), False, 1)
         c = self.tensor
         if weight is None:
             return self._new(c.sum(list(range(1, c.dim()))) if c.dim() > 1 else c)
@@ -371,7 +426,7 @@ class Coefficients:
     # --- sums and products --------------------------------------------------------------------------------
 
     def __neg__(self) -> Coefficients:
-        return self.map(torch.neg, True)
+        return self * -1 if isinstance(self.held, Sparse) else self.map(torch.neg, True)
 
     def __mul__(self, factor: Any) -> Coefficients:
         if self.held is None:
@@ -382,12 +437,16 @@ class Coefficients:
             if ndim == 0 or broadcast(outer.a.shape[1:], factor.shape) == outer.a.shape[1:]:
                 product = _Outer(outer.structure, factor * outer.a, outer.b)
                 return Coefficients(self.space, 2, product, self.rows, True)
+        if isinstance(self.held, Sparse):
+            return self._new(self.held.with_rows(lift(self.held.rows, ndim) * factor))
         return self._new(_written(self.space, torch.mul, lift(self.tensor, ndim), factor))
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: Any) -> Coefficients:
         ndim = divisor.dim() if isinstance(divisor, Tensor) else 0
+        if isinstance(self.held, Sparse):
+            return self._new(self.held.with_rows(lift(self.held.rows, ndim) / divisor))
         return self.map(lambda c: _written(self.space, torch.div, lift(c, ndim), divisor), True)
 
     def __imul__(self, factor: Any) -> Coefficients:
@@ -410,6 +469,9 @@ class Coefficients:
             return other if isinstance(alpha, (int, float)) and alpha == 1 else other * alpha
         if isinstance(self.held, _Outer) and isinstance(alpha, (int, float)):
             return self._new(self.held.materialized(self.space)).add(other, alpha)
+        if isinstance(self.held, Sparse) and isinstance(other.held, Sparse) and isinstance(alpha, (int, float)):
+            if self.rows == other.rows and (total := self.held.plus(other.held, alpha)) is not None:
+                return self._new(total)
         rows, a, b = aligned(self, other)
         ndim = max(a.dim(), b.dim()) - 1
         total = _written(self.space, torch.add, lift(a, ndim), lift(b, ndim), alpha=alpha)
@@ -423,7 +485,7 @@ class Coefficients:
 
     def add(self, other: Coefficients, alpha: int | float = 1) -> Coefficients:
         """``self + alpha * other``, in place of self where that is owned: use the result, not self."""
-        if not other or not self or self.rows != other.rows:
+        if not other or not self or self.rows != other.rows or isinstance(self.held, Sparse):
             return self.plus(other, alpha)
         if isinstance(other.held, _Outer):
             outer = other.held
@@ -453,7 +515,8 @@ class Coefficients:
         if not self:
             product = other * factor
             return product if value == 1 else product * value
-        if self.rows == other.rows and isinstance(factor, Tensor) and self._owns(factor, other.tensor):
+        known = isinstance(factor, Tensor) and self.rows == other.rows and not isinstance(self.held, Sparse)
+        if known and self._owns(factor, other.tensor):
             target = self.held
             assert isinstance(target, Tensor)
             term = lift(other.tensor, target.dim() - 1)
@@ -595,8 +658,12 @@ def joined(
     there = [c for c in several if c]
     if not there:
         return several[0]
-    tensors = [c.tensor if c else None for c in several]
     same = all(c.rows == there[0].rows and c.dtype == dtype for c in there)
+    if same and all(c.sparse is not None for c in there):
+        found = Sparse.joined([c.sparse or size for c, size in zip(several, sizes, strict=True)], shape)
+        if found is not None:
+            return there[0]._new(found)
+    tensors = [c.tensor if c else None for c in several]
     if not same or not plain(*tensors) or torch.compiler.is_compiling():
         return None
     return Coefficients(
@@ -616,6 +683,8 @@ def outer(a: Coefficients, b: Coefficients) -> Coefficients:
     space = a.space
     if not a or not b or space.order == 1:
         return absent(space, 2)
+    if (inner := _sparse_inner(a, b)) is not None:
+        return Coefficients(space, 2, inner, None, True)
     structure, rows, ta, tb = _paired(space, a, b)
     return absent(space, 2) if structure is None else Coefficients(space, 2, _Outer(structure, ta, tb), rows, True)
 
@@ -625,6 +694,8 @@ def symmetric(a: Coefficients, b: Coefficients) -> Coefficients:
     space = a.space
     if not a or not b or space.order == 1:
         return absent(space, 2)
+    if (inner := _sparse_inner(a, b)) is not None:
+        return Coefficients(space, 2, 2 * inner, None, True)
     structure, rows, ta, tb = _paired(space, a, b)
     if structure is None:
         return absent(space, 2)
@@ -636,6 +707,13 @@ def symmetric(a: Coefficients, b: Coefficients) -> Coefficients:
     else:
         structure.add_outer(total, tb, ta)
     return Coefficients(space, 2, total, rows, True)
+
+
+def _sparse_inner(a: Coefficients, b: Coefficients) -> Tensor | None:
+    """The sum over all directions of ``a_k b_k``, where that is the second coefficient and each element has few."""
+    if a.sparse is None or b.sparse is None or not a.space.structure.is_trace or a.rows or b.rows:
+        return None
+    return a.sparse.inner(b.sparse)
 
 
 def _paired(space: Space, a: Coefficients, b: Coefficients) -> tuple[PairStructure | None, Rows | None, Tensor, Tensor]:

@@ -401,7 +401,9 @@ def parts(x: Any, space: Space) -> tuple[Any, Coefficients, Coefficients]:
     if x.base is not None and x.base.version != x.version:
         _refresh(x)
     first, second = x.first, x.second
-    if first.structured is not None:  # a rule may look at the tensor more than once, and the jet does not keep it
+    if (
+        first.structured is not None and first.sparse is None
+    ):  # a rule may look at the tensor more than once, and the jet does not keep it
         first = Coefficients(space, 1, first.held, first.rows)
     if kind_of(x) < space.kind == MODEL:  # Gauss-Newton: the model is linear in functions of the parameters
         second = absent(space, 2)

@@ -232,7 +232,10 @@ class PlaneOptimizer(torch.optim.Optimizer):
     def _check_size(self, moving: Moving) -> None:
         size = sum(as_real(p).numel() for p, _, _ in moving)
         if self.k > size:
-            raise ArgumentError(f"k = {self.k} directions exceed the number of parameters that may move, {size}")
+            frozen = "" if size else ": none of the tensors requires grad; call requires_grad_() on those that may move"
+            raise ArgumentError(
+                f"k = {self.k} directions exceed the number of parameters that may move, {size}{frozen}"
+            )
 
     def _check_sharding(self, params: Iterable[Tensor]) -> None:
         for p in params:

@@ -201,7 +201,8 @@ def _(space: Space, x: Any, weight: Any, bias: Any = None) -> Tensor:
         y = torch.mv(x, weight) if x.dim() == 2 else torch.matmul(x, weight)
         return y if bias is None else torch.add(y, bias)
     _, x1, x2 = parts(x, space)
-    if (x1.is_joined or x2.is_joined) and not (is_jet(weight, space) or is_jet(bias, space)):
+    by_pieces = x1.is_joined or x2.is_joined or x1.gathered(-1)
+    if by_pieces and not (is_jet(weight, space) or is_jet(bias, space)):
         return _of_pieces(space, x, weight, F.linear(primal(x, space), weight, bias))
     lead = x.shape[:-1]
     rows = x if x.dim() == 2 else _shaped(space, x, (lead.numel(), x.shape[-1]))
@@ -316,6 +317,8 @@ def _(space: Space, a: Any, b: Any) -> Tensor:
     if a.dim() == 1:
         return torch.matmul(a.unsqueeze(0), b).squeeze(-2)
     if b.dim() == 2:
+        if parts(a, space)[1].gathered(-1) and not is_jet(b, space):
+            return F.linear(a, b.t())
         rows = a.reshape(a.shape[:-1].numel(), a.shape[-1])
         return torch.mm(rows, b) if a.dim() == 2 else torch.mm(rows, b).reshape(*a.shape[:-1], b.shape[1])
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])

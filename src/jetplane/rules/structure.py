@@ -218,9 +218,6 @@ LINEAR: dict[str, Callable[..., Any]] = {
     "resolve_conj": torch.resolve_conj,
     "resolve_neg": torch.resolve_neg,
     "_neg_view": torch.neg,
-    # sums
-    "sum.dim_IntList": _sum,
-    "mean.dim": _mean,
     "cumsum": _cumsum,
     # picking
     "gather": _gather,
@@ -271,10 +268,35 @@ FOLDED: dict[str, int] = {
 }
 
 
-def _linear(op: Any, on_stack: Callable[..., Any]) -> Rule:
+# those that move, repeat and pick elements
+MOVES = set(
+    "view _unsafe_view view_as reshape_as expand clone contiguous alias transpose.int permute numpy_T unsqueeze "
+    "squeeze squeeze.dim squeeze.dims select.int slice.Tensor narrow diagonal unfold flip roll rot90 repeat gather "
+    "index.Tensor _unsafe_index.Tensor index_select take".split()
+)
+
+
+def _linear(name: str, op: Any, on_stack: Callable[..., Any]) -> Rule:
+    moves = name in MOVES
+
     def rule(space: Space, x: Any, *args: Any, **kwargs: Any) -> Any:
         args = tuple(primal(a, space) for a in args)
-        return linear(space, x, lambda p: op(p, *args, **kwargs), lambda c: on_stack(c, *args, **kwargs))
+        return linear(space, x, lambda p: op(p, *args, **kwargs), lambda c: on_stack(c, *args, **kwargs), moves)
+
+    return rule
+
+
+def _summing(op: Any, on_stack: Callable[..., Any]) -> Rule:
+    def rule(space: Space, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+        p, x1, x2 = parts(x, space)
+        y = op(p, dim, keepdim, dtype=dtype)
+
+        def on_stacks(c: Tensor) -> Tensor:
+            return on_stack(c, dim, keepdim, dtype=dtype)
+
+        share = y.numel() / max(p.numel(), 1) if on_stack is _mean else 1
+        dims = [d - 1 if d > 0 else d for d in ups(dim, p[None])]
+        return make(y, x1.summed(on_stacks, dims, keepdim, share), x2.map(on_stacks), space)
 
     return rule
 
@@ -292,7 +314,9 @@ def _folded(op: Any, rank: int) -> Rule:
 
 
 for _name, _on_stack in LINEAR.items():
-    declare(_name, lambda op, on_stack=_on_stack: _linear(op, on_stack))
+    declare(_name, lambda op, name=_name, on_stack=_on_stack: _linear(name, op, on_stack))
+for _name, _on_stack in {"sum.dim_IntList": _sum, "mean.dim": _mean}.items():
+    declare(_name, lambda op, on_stack=_on_stack: _summing(op, on_stack))
 for _name, _rank in FOLDED.items():
     declare(_name, lambda op, rank=_rank: _folded(op, rank))
 
@@ -312,7 +336,7 @@ def _total(on_stack: Callable[..., Tensor]) -> Callable[[Any], Rule]:
         def rule(space: Space, x: Any, *, dtype: Any = None) -> Any:
             p, x1, x2 = parts(x, space)
             share = 1 / max(p.numel(), 1) if on_stack is _mean else 1
-            y1 = x1.map(lambda c: on_stack(c, dtype=dtype), True)
+            y1 = x1.summed(lambda c: on_stack(c, dtype=dtype), range(p.dim()), False, share)
             # Products are summed up without one tensor for each pair.
             y2 = x2.total() * share if x2.is_product else x2.map(lambda c: on_stack(c, dtype=dtype), True)
             return make(op(p, dtype=dtype), y1, y2, space)
@@ -410,10 +434,7 @@ def _several(space: Space, x: Any, cut: Callable[[Tensor, bool], Sequence[Tensor
     """The parts that a tensor is cut into, as views: ``cut`` acts on the primal, or (True) on a stack."""
     p, x1, x2 = parts(x, space)
     ys = cut(p, False)
-    firsts, seconds = (
-        [Coefficients(space, c.order, part, c.rows) for part in cut(c.tensor, True)] if c else [c] * len(ys)
-        for c in (x1, x2)
-    )
+    firsts, seconds = (c.cut(lambda stack: cut(stack, True), len(ys)) for c in (x1, x2))
     return [mark_view(make(y, f, s, space), x) for y, f, s in zip(ys, firsts, seconds, strict=True)]
 
 

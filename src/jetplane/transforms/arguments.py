@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._torch import transform_around, tree_flatten, tree_unflatten
 from ..errors import ArgumentError, DeviceError, DTypeError, ShapeError
-from ..jets import Jet, Partial, Tangents
+from ..jets import WORTH, Jet, Partial, Sparse, Tangents, plain
 
 Argnums = int | Sequence[int] | None
 Directions = list[Tensor | Tangents | None]  # K tangents for each tensor that moves; None where no direction moves it
@@ -182,6 +182,18 @@ class Call:
                 found.append(None)
             else:
                 found.append(tangents if len(rows) == k else Partial(k, rows.tolist(), tangents))
+        return found
+
+    def sparse_axes(self, run: slice) -> Directions:
+        """`axes`, as coefficients of which each element has one, for operators that keep them few."""
+        k = run.stop - run.start
+        if k < 2 * WORTH or torch.compiler.is_compiling() or not plain(*self.leaves):
+            return self.axes(run)
+        start, found = run.start, []
+        for x, shape, size in zip(self.leaves, self.shapes, self.sizes, strict=True):
+            numbers = torch.arange(size).reshape(shape) - start
+            found.append(Sparse.axes(x, numbers if self.batch_dim is None else numbers.unsqueeze(self.batch_dim), k))
+            start -= size
         return found
 
     def expanded(self, stack: Tensor) -> Tensor:

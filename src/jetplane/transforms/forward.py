@@ -6,6 +6,7 @@ evaluated on a plane. Where grad mode is on, results have a graph to whatever re
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,11 +20,25 @@ from ..evaluation.context import expansion
 from ..evaluation.interception import Interception
 from ..evaluation.leaving import plain_result
 from ..evaluation.specification import Pairs, PlaneSpec
-from ..jets import Diagonal, Jet, PairStructure, Space, Sums, Tangents, carried, parts, promoted
+from ..jets import (
+    Coefficients,
+    Diagonal,
+    Jet,
+    PairStructure,
+    Space,
+    Sparse,
+    Sums,
+    Tangents,
+    carried,
+    parts,
+    promoted,
+)
 from .arguments import Argnums, Call, Directions, call_of
 from .compiling import uncompiled
 from .costs import Chunk, check_chunk, directions_at_a_time, in_turn, runs_of
 from .estimates import Estimate, sampled
+
+_log = logging.getLogger("jetplane.transforms")
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,7 @@ def along(
     structure: PairStructure,
     order: int = 2,
     seconds: Sequence[Tensor | None] | None = None,
+    gradient: bool = True,
 ) -> Expansion:
     """Value, first and second coefficients along K directions.
 
@@ -67,6 +83,7 @@ def along(
         structure: which second coefficients there are.
         order: 1 leaves them out.
         seconds: second coefficients (count, *shape) of the tensors themselves; none by default.
+        gradient: whether the first coefficients of the results are wanted.
     """
     graph = records()
     with expansion(structure, order, recorded=graph) as space:
@@ -79,10 +96,13 @@ def along(
         for y in ys:
             p, first, second = _coefficients(y, space)
             found[0].append(p)
-            found[1].append(first)
+            if gradient:
+                found[1].append(first.full(p.shape, p.dtype, p.device))
             if order == 2:
                 found[2].append(second.full(p.shape, p.dtype, p.device))
         aux = _primals(aux, space)
+    if space.materialized and any(isinstance(v, Sparse) for v in tangents):
+        _log.info("%s: coefficients are dense from %s on", call.name, ", ".join(space.materialized))
     if space.level == 1:
         found = [[_released(t) for t in ts] for ts in found]
         aux = _map(_released, aux)
@@ -107,15 +127,15 @@ def blockwise(
         leaves = _seeds(call, tangents, None, space)
         with Interception(space).running():
             for block in call.at(leaves):
-                pairs = [_coefficients(y, space)[:2] for y in call.outputs(block)[0]]
+                every = [_coefficients(y, space)[:2] for y in call.outputs(block)[0]]
+                pairs = [(p, first.full(p.shape, p.dtype, p.device)) for p, first in every]
                 take(*([_released(t) for t in ts] for ts in zip(*pairs, strict=True)))
 
 
-def _coefficients(y: Tensor, space: Space) -> tuple[Tensor, Tensor, Any]:
-    """The value, the first coefficients as a tensor, and the second ones."""
+def _coefficients(y: Tensor, space: Space) -> tuple[Tensor, Coefficients, Coefficients]:
+    """The value with its first and second coefficients."""
     jet = promoted(y)
-    p, first, second = parts(y if jet is None else jet, space)
-    return p, first.full(p.shape, p.dtype, p.device), second
+    return parts(y if jet is None else jet, space)
 
 
 def _seeds(
@@ -158,7 +178,8 @@ def expanded(
 
     def once(run: slice) -> Expansion:
         k = run.stop - run.start
-        return along(call, directions(run), structure(k), order, drift if run.start == 0 else None)
+        seconds = drift if run.start == 0 else None
+        return along(call, directions(run), structure(k), order, seconds, gradient or order == 1)
 
     runs = runs_of(k, directions_at_a_time(call, chunk, k, remedy, width))
     firsts, seconds, last = [], [], None
@@ -358,7 +379,7 @@ def jacobian(
             [0., 4.]])
     """
     call = call_of("jacobian", f, primals, argnums, has_aux, batch_dim)
-    got = expanded(call, call.axes, call.size, chunk, Diagonal, order=1)
+    got = expanded(call, call.sparse_axes, call.size, chunk, Diagonal, order=1)
     return call.result(got.tree([blocks(call, y) for y in got.first]), got.aux)
 
 

@@ -95,7 +95,7 @@ def laplacian(
     if chosen_mode(mode, call, k + 1, k) == "forward-over-reverse":
         found, aux = _by_products(call, directions, k, chunk)
         return call.result(found * scale, aux)
-    got = expanded(call, directions, k, chunk, Sums.trace, remedy=ESTIMATE)
+    got = expanded(call, call.sparse_axes if drawn is None else directions, k, chunk, Sums.trace, remedy=ESTIMATE)
     return call.result(got.tree([y[0] * scale for y in got.second]), got.aux)
 
 
@@ -133,7 +133,7 @@ def value_and_laplacian(
     (tensor(9.), tensor([ 3., 12.]), tensor(18.))
     """
     call = call_of("value_and_laplacian", f, primals, argnums, has_aux, batch_dim)
-    got = expanded(call, call.axes, call.size, chunk, Sums.trace, gradient=True)
+    got = expanded(call, call.sparse_axes, call.size, chunk, Sums.trace, gradient=True)
     found = ValueAndLaplacian(
         got.tree(got.value),
         got.tree([blocks(call, y) for y in got.first]),

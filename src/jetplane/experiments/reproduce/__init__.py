@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from ...errors import ArgumentError
-from ..config import Config
-from .experiment import Budget, Experiment, run_experiment
+from ..config import Budget, Config, ExperimentName
+from .experiment import Experiment, run_experiment
 from .laws import Laws
 from .networks import Networks
 from .rosenbrock import Rosenbrock
 
-ExperimentName = Literal["rosenbrock", "laws", "logreg", "cnn", "cifar"]
-
-__all__ = ["Budget", "Experiment", "ExperimentName", "experiment", "run_experiment"]
+__all__ = ["Experiment", "experiment", "run_experiment"]
 
 
 def experiment(

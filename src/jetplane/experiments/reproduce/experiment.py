@@ -6,11 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from .results import Results
 
-Budget = Literal["smoke", "hour", "paper"]
 Progress = Callable[[float, float], None]  # (fraction of the work item that is done, loss)
 Observer = Callable[[float, float, str, float], None]  # (cost done, cost in all, name of the work item, loss)
 

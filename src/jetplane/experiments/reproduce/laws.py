@@ -25,7 +25,8 @@ from matplotlib import pyplot as plt
 
 from ... import optim
 from ...directions import KURTOSIS, step_scale
-from .experiment import Budget, Experiment, Progress, WorkItem
+from ..config import Budget
+from .experiment import Experiment, Progress, WorkItem
 from .figures import band, style, tidy
 from .results import Results, markdown, pm
 

@@ -21,10 +21,10 @@ from matplotlib import ticker
 
 from ...errors import ArgumentError, RunFolderError
 from .. import data
-from ..config import Config
+from ..config import Budget, Config
 from ..methods import METHODS
 from ..train import Run
-from .experiment import Budget, Experiment, Progress, WorkItem
+from .experiment import Experiment, Progress, WorkItem
 from .figures import band, plain_log, style, tidy
 from .results import Results, markdown, pm
 

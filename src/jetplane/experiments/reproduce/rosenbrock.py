@@ -20,8 +20,9 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from ...errors import NonFiniteError, RescueWarning, SingularPlaneError
+from ..config import Budget
 from ..methods import METHODS, Settings
-from .experiment import Budget, Experiment, Progress, WorkItem
+from .experiment import Experiment, Progress, WorkItem
 from .figures import band, style, tidy
 from .results import Results, markdown, pm
 
