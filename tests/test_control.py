@@ -169,6 +169,16 @@ FUNCTIONS = {
         torch.lerp(z[:, 0], z[:, 1] ** 2, z[:, 2]) + torch.addcmul(z[:, 0], z[:, 1], z[:, 2], value=2.0)
     ),
     "addcdiv": lambda z, p: torch.addcdiv(z[:, 0], z[:, 1], z[:, 2], value=-0.5),
+    "whole numbers": lambda z, p: (
+        (8 * z).round() * z
+        + (7 * z - 2).trunc()
+        + (3 * z).ceil() * z
+        + (5 * z).frac()
+        + torch.fmod(3 * z - 1, 0.7)
+        + torch.remainder(3 * z - 1, 0.7)
+        + torch.round(torch.full((3,), 2.5).double()) * z
+    ),
+    "no rule for scalars": lambda z, p: torch.lgamma(z + 1).sin() * z,
     "constants": lambda z, p: torch.zeros_like(z) + torch.full((3,), 2.0).double() * z * torch.tensor([1.0, 0.0, 3.0]),
 }
 
@@ -249,12 +259,19 @@ class TestTracing:
     @pytest.mark.parametrize(
         ("function", "message"),
         [
-            (lambda z, p: z if z[0, 0] > 0 else -z, "value is read"),
+            (lambda z, p: z if z[0, 0] > 0 else -z, "Python branches"),
+            (lambda z, p: z if z[:, 0] > 0 else -z, "Python branches"),
+            (lambda z, p: max(z[:, :1], z[:, 1:2]), "Python branches"),
+            (lambda z, p: torch.from_numpy(np.sin(z.numpy())), "NumPy.*per_node"),
+            (lambda z, p: torch.tensor(np.sin(z)), "NumPy.*per_node"),
+            (lambda z, p: z * torch.rand(1), "random numbers"),
             (lambda z, p: z * z[0, 1].item(), "value is read"),
             (lambda z, p: z - z.mean(0), "different nodes"),
             (lambda z, p: z[:, 0] * z[:, 1:2], "different nodes"),
             (lambda z, p: z.flip(0), "depends on other nodes"),
-            (lambda z, p: z * torch.rand(z.shape[0], 1), "another function at each node"),
+            (lambda z, p: z * torch.rand(z.shape[0], 1), "random numbers"),
+            (lambda z, p: torch.nn.functional.dropout(z), "random numbers"),
+            (lambda z, p: z * torch.arange(z.shape[0])[:, None].double(), "another function at each node"),
             (lambda z, p: torch.nn.functional.batch_norm(z, None, None, training=True), "different nodes"),
             (lambda z, p: torch.softmax(z, 0), "different nodes"),
         ],
@@ -263,6 +280,43 @@ class TestTracing:
         with pytest.raises(jp.TraceError, match=message) as caught:
             trace(lambda z, p: [("f", function(z, p), None)], 3, 0, 2)
         assert "test_control.py:" in str(caught.value)
+
+    def test_ties_are_rounded_to_even(self):
+        x = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 2.4, -2.6], dtype=torch.float64)[:, None]
+        graph, variables, [results] = trace(lambda z, p: [("f", z.round(), None)], 1, 0, 2)
+        values = dense(Program(graph, variables, results, "torch"), x, torch.zeros(0).double(), torch.ones_like(x))[0]
+        assert torch.equal(values, x.round())
+
+    @pytest.mark.parametrize("batched", [False, True])
+    def test_code_that_torch_cannot_see(self, batched):
+        """By its own rule for jets."""
+
+        def seen(z):
+            return torch.stack([z[..., 0].sin() * z[..., 1], z[..., 0] * z[..., 2].exp()], -1)
+
+        box = jp.blackbox(lambda z: seen(z.detach()), derivative=lambda x, v: jp.jvp(seen, x[0], v[0])[1])
+        f = jp.control.per_node(box, outputs=2, batched=batched)
+        z = torch.rand(4, 3, dtype=torch.float64)
+        assert (f(z) - seen(z)).abs().max() < 1e-15  # plain values
+        graph, variables, [results] = trace(lambda z, p: [("f", f(z) * z[:, :1], None)], 3, 0, 2)
+        program, weights = Program(graph, variables, results, "torch"), torch.rand(4, 2).double()
+        values, slopes, bends = dense(program, z, torch.zeros(0).double(), weights)
+
+        def whole(z):
+            return seen(z) * z[0]
+
+        for n, row in enumerate(z):
+            assert (values[n] - whole(row)).abs().max() < 1e-14
+            assert (slopes[n] - torch.func.jacrev(whole)(row)).abs().max() < 1e-12
+            expected = torch.func.hessian(lambda z, w=weights[n]: whole(z) @ w)(row)
+            assert (bends[n] - expected).abs().max() < 1e-6  # second derivatives are differences of first ones
+        with pytest.raises(jp.errors.ShapeError, match="was to give .*3.* numbers, and gave"):
+            jp.control.per_node(seen, outputs=3, batched=batched)(z)
+        with pytest.raises(jp.errors.ShapeError, match=r"shape \(nodes, k\), got \[3\]"):
+            f(z[0])
+        if batched:
+            with pytest.raises(jp.TraceError, match="different nodes"):
+                jp.control.per_node(lambda z: z - z.mean(0), outputs=3, batched=True)(z)
 
     def test_values_do_not_outlive_their_trace(self):
         kept = []
@@ -399,6 +453,12 @@ class TestKnownOptima:
         solution = case.problem.solve(**case.options)
         assert solution.status is jp.control.Status.SOLVED
         assert abs(solution.objective - case.optimum) < case.tolerance * max(1, abs(case.optimum))
+
+    def test_a_small_cost_takes_the_ripples_off_a_singular_arc(self):
+        smooth, rippled = (CASES[name]().problem.solve(mesh=(60, 3)) for name in ("goddard_smooth", "goddard"))
+        steps = [float(np.abs(np.diff(s.u.T[:, 0])).sum()) for s in (smooth, rippled)]
+        assert steps[0] < 5.2 < 6 < steps[1]
+        assert 0 < rippled.x.h[-1, 0] - smooth.x.h[-1, 0] < 2e-6
 
     def test_cart_pole_is_that_of_a_fine_mesh(self):
         case = CASES["cart_pole"]()
@@ -674,6 +734,13 @@ class TestBadInput:
         ocp.minimize(final=lambda e: e.b.xf.x[0] + e.a.xf.v)
         with pytest.raises(jp.errors.ArgumentError, match="nothing links phase 'b'"):
             ocp.nlp()
+
+    def test_phases_that_cannot_be_linked(self):
+        ocp = jp.control.Problem()
+        for name, t0 in (("a", 0.0), ("b", 2.0)):
+            ocp.phase(name, states={"x": 1}, controls={"u": 1}, t0=t0, tf=t0 + 1)
+        with pytest.raises(jp.errors.ArgumentError, match="'a' ends in .* and 'b' starts in .* cannot be linked"):
+            ocp.link("a", "b")
 
     def test_solver_that_is_not_there(self, monkeypatch, tmp_path):
         with pytest.raises(jp.MissingPackageError, match="no library with IPOPT's C interface"):

@@ -1,6 +1,7 @@
 """Compiled functions: the same bits, first derivatives to 1e-12, second to 1e-10 of the same formulas in torch."""
 
 import ctypes
+import ctypes.util
 import functools
 import math
 import platform
@@ -44,9 +45,12 @@ def library(tmp_path_factory):
 
     @functools.cache
     def build(flags: str, source: str):
-        compiler = shutil.which("g++" if source.endswith("cpp") else "gcc")
+        name = {"cpp": "g++", "f90": "gfortran"}.get(source.rpartition(".")[2], "gcc")
+        if flags.startswith("clang"):
+            name, flags = "clang", flags.removeprefix("clang")
+        compiler = shutil.which(name)
         if compiler is None:
-            pytest.skip("needs gcc and g++")
+            pytest.skip(f"needs {name}")
         if "avx2" in flags and "avx2" not in Path("/proc/cpuinfo").read_text():
             pytest.skip("this processor has no AVX2")
         file = folder / f"{len(list(folder.iterdir()))}.so"
@@ -70,6 +74,24 @@ def same_derivatives(f, reference, x, k=3, first=1e-12, second=1e-10):
     close(ours[0], theirs[0], 1e-12)
     close(ours[1], theirs[1], first)
     close(ours[2], theirs[2], second)
+
+
+def same_as_differences(f, x, first=1e-9, second=1e-6):
+    """Slope and curvature of f(x, n) beside differences of order six."""
+    v = torch.randn(1, *x.shape, dtype=D, generator=torch.Generator().manual_seed(1))
+    value, slope, bend = jp.jet(lambda x: f(x, x.numel()), x, v)
+
+    def limit(difference, h):
+        a, b, c = (difference(h / 2**k) for k in range(3))
+        return (64 * c - 20 * b + a) / 45
+
+    def at(h):
+        return f(x + h * v[0], x.numel())
+
+    assert abs(limit(lambda h: (at(h) - at(-h)) / (2 * h), 4e-3) - slope[0]) <= first * max(1, abs(slope[0]))
+    assert abs(limit(lambda h: (at(h) - 2 * value + at(-h)) / h**2, 1.6e-2) - bend[0, 0]) <= second * max(
+        1, abs(bend[0, 0])
+    )
 
 
 def random(n, seed=0):
@@ -139,7 +161,10 @@ FLAGS = [
     "-O0",
     "-O2",
     "-O3 -mavx2 -mfma -ffast-math",
-    *(pytest.param(f, marks=pytest.mark.long) for f in ("-O1", "-O3", "-O3 -mavx2 -mfma")),
+    *(
+        pytest.param(f, marks=pytest.mark.long)
+        for f in ("-O1", "-O3", "-O3 -mavx2 -mfma", "clang -O0", "clang -O3 -mavx2")
+    ),
 ]
 
 
@@ -248,6 +273,18 @@ class TestCorpus:
         x = random(11)
         same_derivatives(lambda x: f(n, x[:1], x[1:6], x[6:]), lambda x: x[6:] + x[0] * x[1:6], x)
 
+    @pytest.mark.parametrize(
+        "flags",
+        ["-O2", pytest.param("-O0", marks=pytest.mark.long), pytest.param("-O3 -mavx2", marks=pytest.mark.long)],
+    )
+    def test_fortran(self, library, flags):
+        x, c = torch.tensor([0.37, 0.83, 0.41, 0.22], dtype=D), library(flags, "corpus.f90")  # no kink is near
+        f = jp.compiled(c.logistic, "void(int n, const double[n] in, double[n] out)")
+        g = jp.compiled(c.common_, args=[jp.In(1, "int", name="n"), jp.In("n"), jp.Out("n")])
+        for k in (0, 3):
+            same_as_differences(lambda x, n, k=k: f(n, x)[k], x)
+            same_as_differences(lambda x, n, k=k: g(torch.tensor([n]), x)[k], x)
+
     def test_memory_of_the_librarys(self, library):
         c = library()
         f = jp.compiled(c.kept, "double(const double[1] in)")
@@ -255,6 +292,21 @@ class TestCorpus:
         c.prepare()
         g = jp.compiled(c.stored, "double(const double[1] in)")
         same_derivatives(g, lambda x: x[0] ** 2, random(1))
+
+        h = jp.compiled(c.arrays, ARRAY)
+        i = torch.arange(3000)
+        reference = lambda x: 1e-3 * (x[i % 4] * x[(i + 1) % 4] * i * 1e-3).square().sum()  # noqa: E731
+        same_derivatives(lambda x: h(x, 4), reference, random(4))
+
+    def test_calls_of_libc_and_complex_numbers(self, library):
+        x, c = random(4), library()
+        i = torch.arange(200)
+        ordered = lambda x: (torch.sort(x[i % 4] * (i * 37 % 200)).values.square() * i).sum() * 5e-5  # noqa: E731
+        same_derivatives(lambda x: jp.compiled(c.sorted, ARRAY)(x, 4), ordered, x)
+
+        x = x.abs()
+        same_as_differences(jp.compiled(c.in_the_plane, ARRAY), x)
+        same_as_differences(jp.compiled(c.with_integers, ARRAY), x)
 
     def test_bits(self, library):
         x = torch.tensor([2.7], dtype=D)
@@ -342,8 +394,9 @@ class TestRefusals:
         "in_single": "rounded to single precision",
         "extended": "no rule for the instruction fld",
         "halves": "written a part of the bytes",
-        "unknown": "lgamma.*_r of libm.* has no rule.*rules=.*constant=",
+        "unknown": "significand.* of libm.* has no rule.*constant=.*rules=",
         "impure": "another what it returns each time",
+        "upper_half": "reads a part of a value that carries derivatives",
     }
 
     @pytest.mark.parametrize("name", CASES)
@@ -360,6 +413,88 @@ class TestRefusals:
         f = jp.compiled(library().special, "double(const double[1] in)")
         with pytest.raises(jp.NativeCodeError, match="slope of special differs from differences by"):
             jp.jvp(f, torch.tensor([2.0], dtype=D), torch.ones(1, dtype=D))
+
+    @pytest.mark.parametrize("name", ["made_bits", "remembered"])
+    def test_the_check_is_of_all_inputs(self, library, name):
+        x = torch.tensor([0.3, 0.7], dtype=D)
+        for at in (
+            lambda f: jp.jacobian(f, x),
+            lambda f: jp.hessian(f, x),
+            lambda f: jp.jvp(f, x, x),
+            lambda f: jp.hvp(f, x, x),
+            lambda f: jp.laplacian(f, x),
+            lambda f: f(x.clone().requires_grad_()).backward(),
+        ):
+            f = jp.compiled(getattr(library(), name), "double(const double[2] in)")
+            with pytest.raises(jp.NativeCodeError, match=f"slope of {name} differs from differences"):
+                at(f)
+
+    def test_the_check_is_of_all_directions(self, library):
+        """The part that is wrong lies in the third chunk of directions."""
+        f = jp.compiled(library().made_bits, "double(const double[2] in)")
+        pick = torch.zeros(40, 2, dtype=D)
+        pick[0, 0] = pick[39, 1] = 1.0
+        with pytest.raises(jp.NativeCodeError, match="slope of made_bits differs"):
+            jp.jacobian(lambda x: f(x @ pick), torch.linspace(0.2, 0.7, 40, dtype=D))
+
+    def test_the_check_is_of_all_outputs(self, library):
+        f = jp.compiled(library().small_output, "void(const double[2] in, double[2] out)")
+        with pytest.raises(jp.NativeCodeError, match=r"slope of small_output differs.*the parameter 'number 2'\[1\]"):
+            jp.jacobian(f, torch.tensor([0.3, 0.7], dtype=D))
+
+    def test_kinks_and_zeros_are_not_taken_for_errors(self, library):
+        f = jp.compiled(library().loop, ARRAY)
+        jp.jacobian(lambda x: f(x, 4), torch.tensor([0.0, 0.5, 0.0, -0.5], dtype=D))
+        assert "slope" in str(f.report())
+
+    def test_torch_transforms(self, library):
+        f = jp.compiled(library().loop, ARRAY)
+        g, x = lambda x: f(x, 3), random(3)
+        for at in (
+            lambda: torch.func.jvp(g, (x,), (x,)),
+            lambda: torch.func.grad(g)(x),
+            lambda: torch.func.hessian(g)(x),
+            lambda: torch.vmap(g)(x[None]),
+        ):
+            with pytest.raises(jp.DerivativeError, match=r"no torch code.*jetplane\.jvp"):
+                at()
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(jp.DerivativeError, match="no torch code"):
+            g(torch.autograd.forward_ad.make_dual(x, x))
+
+    def test_no_graph_of_derivatives(self, library):
+        """A slope that is trained by backward would lack this function's part of it."""
+        f, x = jp.compiled(library().loop, ARRAY), random(3).requires_grad_()
+        slope = jp.jvp(lambda x: f(x, 3) + x.square().sum(), x, torch.ones(3, dtype=D))[1]
+        with pytest.raises(jp.DerivativeError, match=r"backward\(\) through loop"):
+            slope.backward()
+
+    def test_a_function_of_python(self):
+        f = ctypes.CFUNCTYPE(ctypes.c_double, ctypes.c_double)(lambda x: x * x)
+        with pytest.raises(jp.ArgumentError, match="a function of Python behind ctypes.CFUNCTYPE"):
+            jp.compiled(f, "double(double)")
+
+    @pytest.mark.parametrize(
+        ("x", "n", "message"),
+        [
+            (None, 3, "made of numbers, got None"),
+            ("abc", 3, "made of numbers, got 'abc'"),
+            (torch.ones(3, dtype=torch.complex128), 3, "takes real numbers"),
+            (torch.ones(3, device="meta"), 3, "got one without data"),
+            (torch.ones(3).to_sparse(), 3, "of layout torch.sparse_coo"),
+            (torch.ones(3), 1 << 40, "is of type int, which has no 1099511627776"),
+            (torch.ones(3), 3.0, "is an integer, got 3.0"),
+        ],
+    )
+    def test_arguments(self, library, x, n, message):
+        with pytest.raises(jp.ArgumentError, match=message):
+            jp.compiled(library().loop, ARRAY)(x, n)
+
+    def test_integers_are_not_cut(self, library):
+        f = jp.compiled(
+            library().axpy_, args=[jp.In(1, "int", name="n"), jp.In(1), jp.In("n"), jp.Out("n", inout=True)]
+        )
+        with pytest.raises(jp.ArgumentError, match="made of integers, got a tensor of torch.float64"):
+            f(torch.tensor([2.0], dtype=D), random(1), random(2), random(2))
 
     def test_memory_runs_out(self, library):
         f = jp.compiled(library().large, "double(const double[1] in, long n)", check="never")
@@ -501,6 +636,37 @@ class TestSources:
         jp.jet(lambda x: f(*x.unbind()), x, torch.ones(1, count, dtype=D))
         assert set(f.report().checks.values()) == {"slope agrees with differences, curvature agrees with differences"}
 
+    GSL = (
+        "bessel_J0 bessel_K0 dilog dawson expint_E1 lambert_W0 zeta psi clausen bessel_I1 erf gamma lngamma Si Ci "
+        "log_1plusx sinc legendre_P3 erf_Q"
+    ).split()
+
+    @pytest.mark.parametrize("name", [GSL[0], *(pytest.param(n, marks=pytest.mark.long) for n in GSL[1:])])
+    def test_gsl(self, library, name):
+        """The GNU Scientific Library as a system has it, beside mpmath."""
+        mpmath = pytest.importorskip("mpmath")
+        try:
+            ctypes.CDLL("libgslcblas.so.0", mode=ctypes.RTLD_GLOBAL)
+            gsl = ctypes.CDLL(ctypes.util.find_library("gsl") or "libgsl.so.27")
+        except OSError:
+            pytest.skip("needs GSL: apt-get install libgsl-dev")
+        m = mpmath.mp
+        m.dps = 30
+        reference = {
+            "bessel_J0": lambda x: m.besselj(0, x), "bessel_K0": lambda x: m.besselk(0, x), "bessel_I1":
+            lambda x: m.besseli(1, x), "dilog": lambda x: m.polylog(2, x), "erf": m.erf, "expint_E1": m.e1,
+            "dawson": lambda x: m.sqrt(m.pi) / 2 * m.exp(-x * x) * m.erfi(x), "gamma": m.gamma, "lngamma": m.loggamma,
+            "psi": m.digamma, "lambert_W0": lambda x: m.lambertw(x).real, "zeta": m.zeta, "Si": m.si, "Ci": m.ci,
+            "clausen": lambda x: m.clsin(2, x), "log_1plusx": lambda x: m.log(1 + x), "legendre_P3":
+            lambda x: m.legendre(3, x), "sinc": lambda x: m.sin(m.pi * x) / (m.pi * x),
+            "erf_Q": lambda x: m.erfc(x / m.sqrt(2)) / 2,
+        }[name]  # fmt: skip
+        x = torch.tensor({"dilog": 0.43, "legendre_P3": 0.43, "zeta": 2.3}.get(name, 1.3), dtype=D)
+        found = jp.jet(jp.compiled(getattr(gsl, f"gsl_sf_{name}"), "double(double x)"), x, torch.ones(1, dtype=D))
+        for k, (ours, tolerance) in enumerate(zip(found, (1e-13, 1e-12, 1e-10), strict=True)):
+            expected = float(m.diff(reference, m.mpf(float(x)), k))
+            assert abs(float(ours) - expected) <= tolerance * abs(expected), k
+
     @pytest.mark.long
     def test_numba(self, library):
         code = """
@@ -536,45 +702,79 @@ assert (jp.hessian(lambda x: g(x, 6), x) - jp.hessian(r, x)).abs().max() < 1e-11
             jp.compiled("sin", "double(double)")
 
 
+LAPACK = """
+import torch, jetplane as jp
+from scipy.linalg import cython_lapack
+i, one = lambda name: jp.In(1, "int", name), torch.tensor([1])
+torch.manual_seed(0)
+M, b, n = torch.randn(4, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64), torch.tensor([4])
+E = torch.eye(4, dtype=torch.float64)
+api = cython_lapack.__pyx_capi__
+"""
+SOLVERS = {
+    "dgesv": """
+f = jp.compiled(api["dgesv"], args=[i("n"), i("m"), jp.Out((4, 4), inout=True), i("a"), jp.Out(4, "int"),
+                jp.Out(4, inout=True), i("b"), jp.Out(1, "int")])
+both = lambda z: (M + 0.1 * z + z * z * E, b * (1 + z))
+ours = lambda z: f(n, one, both(z)[0].mT.contiguous(), n, both(z)[1], n)[2]
+""",
+    "dposv": """
+f = jp.compiled(api["dposv"], args=[jp.In(1, "char"), i("n"), i("m"), jp.Out((4, 4), inout=True), i("a"),
+                jp.Out(4, inout=True), i("b"), jp.Out(1, "int")])
+lower = torch.tensor([ord("L")], dtype=torch.int8)
+both = lambda z: (M @ M.mT + E + 0.1 * z * E + z * z * (M + M.mT), b * (1 + z))
+ours = lambda z: f(lower, n, one, both(z)[0].mT.contiguous(), n, both(z)[1], n)[1]
+""",
+}
+COMPARED = """
+theirs = lambda z: torch.linalg.solve(*both(z))
+z, v = torch.tensor(0.3, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+for a, b in zip(jp.jet(ours, z, v), jp.jet(theirs, z, v)):
+    assert (a - b).abs().max() < 1e-10 * max(1, b.abs().max())
+"""
+
+
 @here
 @pytest.mark.long
-def test_lapack():
-    """A solver of SciPy's OpenBLAS: 7000 instructions, memory that it holds, functions found by running."""
+@pytest.mark.parametrize("name", SOLVERS)
+def test_lapack(name):
+    """Solvers of SciPy's OpenBLAS: 7000 instructions, memory that it holds, functions found by running."""
     import os
 
     pytest.importorskip("scipy")
     pytest.importorskip("pypcode")
-    code = """
-import torch, jetplane as jp
-from scipy.linalg import cython_lapack
-i = lambda name: jp.In(1, "int", name)
-f = jp.compiled(cython_lapack.__pyx_capi__["dgesv"], args=[i("n"), i("m"), jp.Out((4, 4), inout=True), i("a"),
-                jp.Out(4, "int"), jp.Out(4, inout=True), i("b"), jp.Out(1, "int")])
-torch.manual_seed(0)
-M, b = torch.randn(4, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
-n, one = torch.tensor([4]), torch.tensor([1])
-both = lambda z: (M + 0.1 * z + z * z * torch.eye(4, dtype=torch.float64), b * (1 + z))
-ours = lambda z: f(n, one, both(z)[0].mT.contiguous(), n, both(z)[1], n)[2]
-theirs = lambda z: torch.linalg.solve(*both(z))
-z, v = torch.tensor(0.3, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-for a, b in zip(jp.jet(ours, z, v), jp.jet(theirs, z, v)):
-    assert (a - b).abs().max() < 1e-11
-"""
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OPENBLAS_CORETYPE": "Haswell"}
+    code = LAPACK + SOLVERS[name] + COMPARED
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=900, env=environment)
 
 
-def test_example():
+@pytest.fixture
+def example():
+    """An example's names, where its compiler is."""
     pytest.importorskip("pypcode", reason="needs pypcode: pip install 'jetplane[native]'")
     pytest.importorskip("llvmlite", reason="needs llvmlite: pip install 'jetplane[native]'")
     if shutil.which("gcc") is None or sys.platform != "linux" or platform.machine() != "x86_64":
         pytest.skip("needs gcc on Linux and x86-64")
     import runpy
 
-    example = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "calibrate_c.py"))
-    found, losses = example["calibrate"]()
+    return lambda name: runpy.run_path(str(Path(__file__).parent.parent / "examples" / name))
+
+
+def test_calibration(example):
+    found, losses = example("calibrate_c.py")["calibrate"]()
     assert (found - torch.tensor([0.25, 2.0, 0.9], dtype=D)).abs().max() < 1e-3
     assert losses[-1] < 1.2e-6 < 1e-3 * losses[0]  # the noise of the measurements
+
+
+def test_optimal_control(example):
+    """The hang glider in C, beside the optimum of COPS 3, and the same formulas in torch."""
+    pytest.importorskip("scipy", reason="jetplane.control needs SciPy")
+    from jetplane.control import ipopt
+
+    if ipopt.library_path() is None:
+        pytest.skip("no libipopt: pip install casadi")
+    solution = example("glider_c.py")["problem"]().solve(mesh="refine", accuracy=1e-6)
+    assert solution.success and abs(solution.objective + 1248.03) < 0.01
 
 
 class TestRegistered:

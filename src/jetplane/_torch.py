@@ -159,6 +159,7 @@ custom_function_call: Any = _taken("torch.autograd.function", "custom_function_c
 # --- derivatives of other kinds --------------------------------------------------------------------------------
 
 transform_level: Any = _taken("torch", "_C._functorch.maybe_current_level")  # of torch.func, None outside
+in_transform: Any = _taken("torch", "_C._functorch.is_functorch_wrapped_tensor")  # whether a transform made a tensor
 make_dual: Any = _taken("torch", "_VF._make_dual")  # forward mode of torch's own
 TRANSFORMS = "torch._functorch.eager_transforms"  # a module that calls torch.autograd.grad
 _taken(TRANSFORMS, "grad_impl")

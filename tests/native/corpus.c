@@ -1,4 +1,7 @@
 /* Functions that are lifted by tests/test_native.py; the same formulas stand there in torch. */
+#define _GNU_SOURCE
+#include <complex.h>
+#include <errno.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -118,7 +121,7 @@ void prepare(void) { outside = malloc(64); }
 double stored(const double *x) { outside[0] = x[0] * x[0]; return outside[0]; }
 static double memory[4];
 double kept(const double *x) { memory[1] = x[0] * x[0]; memory[2] = 3; return memory[1] * memory[2]; }
-double unknown(const double *x) { int s; return lgamma_r(x[0], &s); }
+double unknown(const double *x) { return significand(x[0]); }
 static int calls;
 double impure(const double *x) { return x[0] * ++calls; }
 double special(const double *x) { return x[0] == 2 ? 4 : x[0] * x[0]; }
@@ -128,6 +131,51 @@ double large(const double *x, long n) { volatile double *p = malloc(n); p[0] = x
 double mantissa(const double *x) { int e; double m = frexp(x[0], &e); double w; return m * m + e + modf(x[0] * 3, &w) * x[0]; }
 double low_bits(const double *x) {
     long b; memcpy(&b, x, 8); b &= 0xfffffffff8000000; double h; memcpy(&h, &b, 8); return h * h + 2 * h * (x[0] - h);
+}
+
+/* arrays of the library's own that lie in two mappings of memory, the file's and a zeroed one */
+static double first_array[3000], second_array[3000];
+double arrays(const double *x, int n) {
+    double s = 0;
+    for (int i = 0; i < 3000; i++) first_array[i] = x[i % n] * x[(i + 1) % n] * i * 1e-3;
+    memcpy(second_array, first_array, sizeof first_array);
+    memset(first_array, 0, sizeof first_array);
+    for (int i = 0; i < 3000; i++) s += second_array[i] * second_array[i] + first_array[i];
+    return s * 1e-3;
+}
+/* the upper half of a double whose lower half was overwritten is still the double's */
+double upper_half(const double *x) {
+    volatile union { double d; int i[2]; } u; u.d = x[0]; u.i[0] = 0; return u.i[1] * 1e-6;
+}
+/* right in the first input, and wrong in others: bits that are made of integers, a result that was kept */
+double made_bits(const double *x) {
+    long i = (long)(6497320848556798.0 * x[1] + 4606985713057410560.0); double d; memcpy(&d, &i, 8); return d + x[0];
+}
+double remembered(const double *x) {
+    static double key, value; if (key != x[1]) { key = x[1]; value = exp(x[1]); } return value + x[0];
+}
+/* right in the first and large output, wrong in the second and small one */
+void small_output(const double *x, double *out) {
+    volatile double big = 6755399441055744.0; out[0] = 1e6 * x[0] * x[1]; out[1] = 1e-3 * (x[1] - ((x[1] + big) - big));
+}
+/* a sort that calls back, text, errno, random numbers, complex numbers, functions with integers */
+static int compared(const void *a, const void *b) { double p = *(double *)a, q = *(double *)b; return (p > q) - (p < q); }
+double sorted(const double *x, int n) {
+    double y[200], s = 0; char text[32];
+    for (int i = 0; i < 200; i++) y[i] = x[i % n] * (i * 37 % 200);
+    qsort(y, 200, sizeof(double), compared);
+    strcpy(text, "abc"); strcat(text, "de"); srand(3); errno = 0;
+    for (int i = 0; i < 200; i++) s += y[i] * y[i] * i;
+    return s * 1e-5 * strlen(text) + (errno ? 1 : 0) + 0 * (rand() % 2) * x[0];
+}
+double in_the_plane(const double *x, int n) {
+    double complex z = x[0] + I * x[1], w = x[2] + I * x[3];
+    z = cexp(z * 0.3) + csqrt(z) + clog(w) + csin(z) * ccos(w) + csinh(w) - ccosh(z * 0.2) + ctan(w) + ctanh(z) + cpow(w, z * 0.1);
+    return creal(z) * cimag(z) + carg(w) + cabs(z / (2 + w));
+}
+double with_integers(const double *x, int n) {
+    int q, s; double a = fabs(x[1]) + 1;
+    return jn(3, a) + yn(2, a) + remquo(a, 0.3, &q) + lgamma_r(a, &s) * s + nextafter(x[0], 2) + q * x[2] + sqrtf(n) * x[3];
 }
 
 /* all functions with a rule */

@@ -12,6 +12,7 @@ except ImportError as error:
     raise MissingPackageError(f"jetplane.control needs {error.name}: pip install 'jetplane[control]'") from error
 
 from .check import CheckReport
+from .foreign import per_node
 from .nlp import NLP
 from .problem import Parts, Phase, Problem
 from .radau import Mesh
@@ -31,6 +32,7 @@ __all__ = [
     "Simulation",
     "Solution",
     "Status",
+    "per_node",
     "load",
     "solve",
 ]

@@ -11,6 +11,7 @@ the function. Where operators are neither linear nor elementwise, reverse mode o
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,7 +44,33 @@ class Nonlinear(NamedTuple):
     jets: Tensor
 
 
-class TensorFunction:
+class OutsideFunction(ABC):
+    """A function (nodes, k) → (nodes, m) that a graph of scalars has no operators for.
+
+    Attributes:
+        outputs: m.
+        line: of the user's code, for messages.
+        differentiable: whether the output has a derivative at all.
+    """
+
+    outputs: int
+    line: str | None
+    differentiable: Any = True
+
+    @abstractmethod
+    def value(self, x: Tensor) -> Tensor:
+        """(nodes, k) → (nodes, m)."""
+
+    @abstractmethod
+    def derivatives(self, x: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Values (nodes, m), Jacobian (m, k, nodes), and what `hessian` takes."""
+
+    @abstractmethod
+    def hessian(self, x: Tensor, weights: Tensor, kept: Any) -> Tensor:
+        """Second derivatives (k, k, nodes) of the sum of values (nodes, m) times weights (nodes, m)."""
+
+
+class TensorFunction(OutsideFunction):
     """A recorded function of the nodes' arguments (nodes, k) → (nodes, m).
 
     Attributes:

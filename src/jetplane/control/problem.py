@@ -333,6 +333,10 @@ class Problem:
                     f"{name!r} has {a.stop - a.start} entries in {before!r} and {b.stop - b.start} in {after!r}"
                 )
 
+        end, start = first.tf, second.t0
+        if end[1] < start[0] or start[1] < end[0]:
+            raise ArgumentError(f"{before!r} ends in {end} and {after!r} starts in {start}: they cannot be linked")
+
         def gap(e: Any) -> Any:
             import torch
 

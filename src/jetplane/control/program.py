@@ -10,7 +10,7 @@ import torch
 
 from ..errors import ArgumentError, TraceError
 from ..llvm import WIDTH, Derivatives, Graph, Kernel, TorchKernel, available
-from .external import Nonlinear, TensorFunction
+from .external import Nonlinear, OutsideFunction
 from .tracing import Tracer, outputs
 
 
@@ -116,7 +116,7 @@ class Evaluation:
             return
         for n, external in self.program.externals:
             function = external.function
-            assert isinstance(function, TensorFunction)
+            assert isinstance(function, OutsideFunction)
             x = torch.from_numpy(np.ascontiguousarray(self._call(f"arguments{n}").T))
             if not slopes or not function.differentiable:
                 self._put(external.values, function.value(x).T.numpy())
@@ -144,7 +144,7 @@ class Evaluation:
             if f"adjoints{n}" not in self.program.functions:
                 continue
             function = external.function
-            assert isinstance(function, TensorFunction)
+            assert isinstance(function, OutsideFunction)
             if not function.differentiable:
                 continue
             x = torch.from_numpy(np.ascontiguousarray(self._call(f"arguments{n}").T))
@@ -185,7 +185,7 @@ def copied(source: Graph, target: Graph, results: Sequence[int], inputs: dict[in
             key = (id(external.function), tuple(new[a] for a in external.arguments))
             if key not in known:
                 function = external.function
-                assert isinstance(function, TensorFunction)
+                assert isinstance(function, OutsideFunction)
                 known[key] = target.external(function, key[1], function.outputs, differentiable=function.differentiable)
             new[node] = known[key].values[row]
         else:
@@ -241,6 +241,6 @@ def trace(
                 raise TraceError(
                     f"{name} is another function at each node: it must depend on its arguments alone (time is t), "
                     f"not on a "
-                    f"node's number or on random numbers\n  at {tracer.graph.lines[differing]}"
+                    f"node's number or on random numbers\n  at {tracer.graph.lines[differing] or tracer.graph.line}"
                 )
     return graph, variables, results

@@ -10,6 +10,7 @@ separately: an operator that would combine two of them, and a function that trea
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from .._torch import TorchDispatchMode, decompositions, tree_leaves, tree_map
 from ..errors import JetplaneError, ShapeError, TraceError
 from ..llvm import Graph
-from .external import Recording, TensorFunction
+from .external import OutsideFunction, Recording
 
 # Where products have this many outputs and multiply-adds for each node, torch is faster than scalars.
 LARGE_OUTPUTS, LARGE_PRODUCTS = 16, 64
@@ -54,6 +55,26 @@ class Symbolic(Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(shape={tuple(self.shape)})"
 
+    def __bool__(self) -> bool:
+        raise TraceError(
+            "Python branches on a value of a traced function (if, and, max, …), which has no number yet; choose by "
+            f"torch.where, torch.maximum, …\n  at {user_line()}"
+        )
+
+    def numpy(self, **_: Any) -> Any:  # type: ignore[override]
+        """Refuse: there are no numbers."""
+        raise TraceError(
+            "a value of a traced function goes to NumPy, out of torch's sight; compute with torch, or let "
+            f"jetplane.control.per_node call what torch cannot see\n  at {user_line()}"
+        )
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        return self.numpy()
+
+    def tolist(self) -> Any:
+        """Refuse: there are no numbers."""
+        return self.numpy()
+
 
 class Scalars(Symbolic):
     """A tensor whose entries are nodes of the graph; `nodes` (int64) has their numbers."""
@@ -67,6 +88,10 @@ class Opaque(Symbolic):
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, recording: Recording, slot: int) -> None:
         self.recording, self.slot = recording, slot
+
+
+class _Primitive(Exception):
+    """A decomposition has come to a primitive operator."""
 
 
 Apply = Callable[..., int]
@@ -110,6 +135,21 @@ def _elementwise() -> dict[str, Callable[..., int]]:
         total = g.apply("add", maximum(g, scaled, zero(g)), tail)
         return total if beta is None else g.apply("div", total, beta)
 
+    def ceil(g, x):
+        return g.apply("neg", g.apply("floor", g.apply("neg", x)))
+
+    def trunc(g, x):
+        return g.apply("select", g.apply("lt", x, zero(g)), ceil(g, x), g.apply("floor", x))
+
+    def remainder(g, x, y, whole=lambda g, q: g.apply("floor", q)):
+        return g.apply("sub", x, g.apply("mul", y, whole(g, g.apply("div", x, y))))
+
+    def nearest(g, x):  # ties to even
+        up = g.apply("floor", g.apply("add", x, c(0.5)(g)))
+        tie = g.apply("eq", g.apply("sub", up, x), c(0.5)(g))
+        odd = g.apply("eq", remainder(g, up, c(2.0)(g)), one(g))
+        return g.apply("sub", up, g.apply("mul", tie, odd))
+
     def gelu(g, x):
         half = g.apply("mul", c(0.5)(g), x)
         return g.apply("mul", half, g.apply("add", one(g), g.apply("erf", g.apply("mul", x, c(0.7071067811865476)(g)))))
@@ -150,6 +190,13 @@ def _elementwise() -> dict[str, Callable[..., int]]:
         "sign": lambda g, x: _where_positive(
             g, x, one(g), g.apply("select", g.apply("lt", x, zero(g)), c(-1.0)(g), zero(g))
         ),
+        "ceil": ceil,
+        "trunc": trunc,
+        "fix": trunc,
+        "frac": lambda g, x: g.apply("sub", x, trunc(g, x)),
+        "round": nearest,
+        "remainder": remainder,
+        "fmod": lambda g, x, y: remainder(g, x, y, trunc),
         "maximum": maximum,
         "minimum": minimum,
         "fmax": maximum,
@@ -188,6 +235,9 @@ PRODUCTS = {"mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addmv"}
 READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select"}
 
 
+_active = threading.local()
+
+
 class Tracer(TorchDispatchMode):
     """Traces calls of functions into one graph.
 
@@ -207,6 +257,20 @@ class Tracer(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # else the first operator imports the compiler, which takes seconds
+
+    def __enter__(self):
+        _active.tracers = [*getattr(_active, "tracers", []), self]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any):
+        _active.tracers = _active.tracers[:-1]
+        return super().__exit__(*error)
+
+    @staticmethod
+    def active() -> Tracer | None:
+        """The tracer that is at work in this thread."""
+        tracers = getattr(_active, "tracers", [])
+        return tracers[-1] if tracers else None
 
     def input(self, lane: int | None = None) -> int:
         """A new input, of one lane or of all alike."""
@@ -234,6 +298,13 @@ class Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._overloadpacket.__name__
         symbolic = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Symbolic)]
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise TraceError(
+                f"random numbers ({name}) in a traced function would be the same at all nodes and for ever; draw them "
+                f"outside, and set modules with dropout to eval()\n  at {user_line()}"
+            )
+        if func.namespace == "prims" and symbolic:
+            raise _Primitive
         if not symbolic:
             result = func(*args, **kwargs)
             # What a function makes in order to write into it becomes symbolic at once.
@@ -297,7 +368,10 @@ class Tracer(TorchDispatchMode):
             if result is not NotImplemented or torch.Tag.pointwise not in func.tags:
                 return result
             table = decompositions()
-            return table[func](*args, **kwargs) if func in table else NotImplemented
+            try:
+                return table[func](*args, **kwargs) if func in table else NotImplemented
+            except _Primitive:  # which has no derivatives: the operator itself has
+                return NotImplemented
 
     # Constants, and what is not a scalar
 
@@ -570,7 +644,7 @@ class Tracer(TorchDispatchMode):
         """The values of an external function as nodes: one External for each lane."""
         return self.tensor(value.recording.close(self, value.slot, value.shape), torch.float64)
 
-    def external(self, function: TensorFunction, arguments: list[list[int]]) -> list[list[int]]:
+    def external(self, function: OutsideFunction, arguments: list[list[int]]) -> list[list[int]]:
         """An external for each lane, of that lane's arguments; the nodes of its values."""
         rows = []
         for lane, nodes in enumerate(arguments):

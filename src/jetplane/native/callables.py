@@ -42,6 +42,11 @@ def located(f: Any) -> tuple[int, str | None, Any]:
     )
 
 
+def of_python(f: Any) -> bool:
+    """Whether a function of ctypes calls one of Python."""
+    return any(type(kept).__name__ == "CThunkObject" for kept in (getattr(f, "_objects", None) or {}).values())
+
+
 def _of_ctypes(f: Any) -> str | None:
     """The signature of a ctypes function whose ``argtypes`` are all numbers."""
     from .signature import _kind, _spelled

@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
-from ..errors import ArgumentError, ShapeError
-from .signature import Parameter, Signature
+from .._torch import in_transform
+from ..errors import ArgumentError, DerivativeError, ShapeError
+from ..jets import Jet
+from .signature import KINDS, Parameter, Signature
 
 _DTYPES = {"double": torch.float64, "int": torch.int32, "long": torch.int64, "size_t": torch.int64, "char": torch.int8,
            "short": torch.int16, "bool": torch.bool, "unsigned": torch.int32}  # fmt: skip
@@ -23,12 +26,17 @@ _C = {"double": ctypes.c_double, "int": ctypes.c_int, "unsigned": ctypes.c_uint,
 
 @dataclass
 class Inputs:
-    """The arguments of one call: flat contiguous tensors for arrays and doubles, integers for the rest."""
+    """The arguments of one call: flat contiguous tensors for arrays and doubles, integers for the rest.
+
+    Attributes:
+        native: what the function itself gives, where it is compared.
+    """
 
     values: list[Any]
     sizes: list[tuple[int, ...]]
     dtype: torch.dtype
     device: torch.device
+    native: list[Tensor] | None = None
 
 
 class Function:
@@ -42,11 +50,22 @@ class Function:
     def __repr__(self) -> str:
         return f"<jetplane.{type(self).__name__.lower()} {self.__name__}>"
 
+    def __deepcopy__(self, memo: Any) -> Function:
+        return self  # as functions of Python
+
     def _counted(self, args: Sequence[Any]) -> None:
         expected = self._signature.given
         if len(args) != len(expected):
             names = ", ".join(p.name or p.kind for p in expected)
             raise ArgumentError(f"{self.__name__} takes {len(expected)} arguments ({names}), got {len(args)}")
+        for a in args:
+            if not isinstance(a, Tensor) or isinstance(a, Jet):
+                continue
+            if in_transform(a) or unpack_dual(a).tangent is not None:
+                raise DerivativeError(
+                    f"{self.__name__} is no torch code, which torch.func, torch.vmap and torch.autograd.forward_ad "
+                    "look into; take jetplane.jvp, jacobian, hessian or hvp, or backward()"
+                )
 
     def __call__(self, *args: Any) -> Any:
         """Call it, with plain tensors and numbers."""
@@ -87,19 +106,52 @@ class Function:
     def _label(self, n: int) -> str:
         return repr(self._signature.parameters[n].name or f"number {n + 1}")
 
+    def _fits(self, p: Parameter, low: int, high: int, what: str) -> None:
+        """Whether integers are of a kind's range, which C would cut them to."""
+        bits = 8 * KINDS[p.kind][1]
+        signed = p.kind not in ("unsigned", "size_t", "bool")
+        least, most = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
+        if low < least or high > most:
+            raise ArgumentError(
+                f"the parameter {what} is of type {p.kind}, which has no {low if low < least else high}"
+            )
+
     def _value(self, p: Parameter, given: Any) -> Any:
+        what = f"{p.name or p.kind} of {self.__name__}"
         if p.shape is None and p.kind != "double":
             if isinstance(given, Tensor) and given.numel() == 1 and not given.is_floating_point():
-                return int(given)
-            if given is None or isinstance(given, bool | int):
-                return int(given or 0)
-            raise ArgumentError(f"the parameter {p.name or p.kind} of {self.__name__} is an integer, got {given!r}")
-        if given is None:
+                given = int(given)
+            elif hasattr(given, "__index__") and not isinstance(given, Tensor):  # NumPy's as well
+                given = int(given)
+            if not isinstance(given, int):
+                raise ArgumentError(f"the parameter {what} is an integer, got {given!r}")
+            self._fits(p, given, given, what)
+            return given
+        if given is None and not p.reads:
             return None
-        if isinstance(given, Tensor) and given.is_complex():
+        try:
+            made = torch.as_tensor(
+                given, dtype=None if isinstance(given, Tensor) or p.kind != "double" else torch.float64
+            )
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ArgumentError(f"the parameter {what} is made of numbers, got {given!r}") from error
+        if made.is_complex():
             raise ArgumentError(f"{self.__name__} takes real numbers; hand in torch.view_as_real of them")
+        if made.layout != torch.strided or made.device.type == "meta":
+            kind = "without data" if made.device.type == "meta" else f"of layout {made.layout}"
+            raise ArgumentError(f"the parameter {what} is a dense tensor, got one {kind}")
+        if p.kind != "double":
+            if made.is_floating_point():
+                raise ArgumentError(f"the parameter {what} is made of integers, got a tensor of {made.dtype}")
+            if made.numel():
+                self._fits(p, int(made.min()), int(made.max()), what)
         # Detached, moved and converted: a fresh copy, which the function may write to.
-        made = torch.as_tensor(given).detach().to("cpu", _DTYPES[p.kind], copy=True).contiguous()
+        made = made.detach().to("cpu", _DTYPES[p.kind], copy=True).contiguous()
+        if type(made) is not Tensor:
+            raise DerivativeError(
+                f"{self.__name__} is called where values have no numbers ({type(made).__name__}); in the dynamics of "
+                "jetplane.control wrap it by jetplane.control.per_node"
+            )
         if p.shape is None and made.numel() != 1:
             raise ShapeError(f"the parameter {p.name or p.kind} of {self.__name__} is a number, got {list(made.shape)}")
         return made

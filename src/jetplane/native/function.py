@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import platform
 import struct
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,12 +17,14 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import ArgumentError, DerivativeError, DeviceError, NativeCodeError
 from ..jets import Coefficients, Jet, PairStructure, Space, absent, make, parts
+from ..rules.differences import BACKWARD, graph_inputs, graphless
 from ..rules.dispatch import dispatch
 from ..rules.fallback import all_plain
 from ..rules.functions import Call, seeded
 from ..rules.registry import enter
-from .callables import located
+from .callables import located, of_python
 from .calling import Function, Inputs
+from .checking import Rows, held
 from .coefficients import Layout
 from .memory import MARK, Arena
 from .process import described
@@ -33,6 +34,7 @@ from .translate import INTEGERS
 
 CHUNK, PAIRED = 16, 8  # directions that are carried at once, for first and for second derivatives
 CHECKS = ("first", "always", "never")
+MOST_CHECKS = 32  # so that an integer that counts calls does not have every one of them checked
 _lock = threading.RLock()  # there is one arena
 
 
@@ -60,8 +62,9 @@ def compiled(
             where f knows it and it has numbers alone.
         args: the parameters as a list instead, of ``jp.In(shape)``, ``jp.Out(shape)``, ``int``, ``float``.
         returns: with ``args``, what it returns: ``float``, ``int`` or None.
-        check: "first": the first call for each number of directions compares values with the function itself, bit for
-            bit, and a slope and a curvature with differences; "always": every call does; "never".
+        check: "first": the first call for each number of directions, values of integers and sizes of arrays (at most
+            32 of them) compares values with the function itself, bit for bit, and the slope and the curvature of every
+            output along a sum of all directions with differences; "always": every call does; "never".
         constant: names of functions that are called as they are and whose results have no derivatives, such as
             ``printf``.
         rules: f' and f'' of functions of one double, by name: functions of compiled code, or of Python.
@@ -90,6 +93,11 @@ def compiled(
     if check not in CHECKS:
         raise ArgumentError(f"check must be one of {', '.join(CHECKS)}; got {check!r}")
     address, own, kept = located(f)
+    if of_python(f):
+        raise ArgumentError(
+            "this is a function of Python behind ctypes.CFUNCTYPE, not a compiled one; hand in what it is made of, as "
+            "a torch function or by jetplane.blackbox"
+        )
     if c_signature is None and args is None:
         if own is None:
             raise ArgumentError(
@@ -131,9 +139,6 @@ def _custom(rules: Mapping[str, tuple[Any, Any]]) -> tuple[dict[str, tuple[int, 
     return found, kept
 
 
-Rows = Tensor | None  # coefficients of one parameter, (count, n)
-
-
 class Compiled(Function):
     """A compiled function with derivatives; made by `compiled`."""
 
@@ -141,8 +146,7 @@ class Compiled(Function):
         super().__init__(program.entry, described, _name(program), kept)
         self._program, self._check = program, check
         self._codes: dict[Layout, Code] = {}
-        self._checked: set[Layout] = set()
-        self._verdicts: dict[Layout, str] = {}
+        self._verdicts: dict[str, str] = {}
 
     def __call__(self, *args: Any) -> Any:
         """Call it: plain tensors and numbers, or inside of an evaluation."""
@@ -168,6 +172,18 @@ class Compiled(Function):
             structure: which second coefficients are made; None for none.
         """
         k = next((len(c) for c in first if c is not None), 0)
+        with _lock:
+            name = self._due(k, structure, x) if k else None
+            if name is None:
+                return self._carried(k, x, first, second, structure)
+            x = replace(x, native=self._plain(x))
+            values, made, bent = self._carried(k, x, first, second, structure)
+            self._verdicts[name] = self._differences(x, first, second, structure, (made, bent))
+            return values, made, bent
+
+    def _carried(
+        self, k: int, x: Inputs, first: list[Rows], second: list[Rows], structure: PairStructure | None
+    ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
         if structure is None or not k:
             values, made = self._first(x, first, k) if k else (None, None)
             carried = next((len(c) for c in second if c is not None), 0)
@@ -227,8 +243,6 @@ class Compiled(Function):
         self, layout: Layout, x: Inputs, first: list[Rows], second: list[Rows]
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         with _lock:
-            check = self._check == "always" or self._check == "first" and layout not in self._checked
-            native = self._plain(x) if self._check != "never" or layout not in self._codes else None
             code = self._codes.get(layout) or Code.kept(self._program, layout, self.__name__)
             while True:
                 code = self._codes[layout] = code or self._made(layout, x)
@@ -237,14 +251,13 @@ class Compiled(Function):
                     break
                 except Unknown:
                     code = None
-            if check and native is not None:
-                self._compared(found[0], native, x)
-                self._verdicts[layout] = self._differences(layout, x, first, second, found, native)
-                self._checked.add(layout)
+            if x.native is not None:
+                self._compared(found[0], x.native, x)
             return found
 
     def _made(self, layout: Layout, x: Inputs) -> Code:
         """Compile for a layout. Calls and jumps that only running finds are found with code that is made quickly."""
+        self._plain(x)  # what it does at its first call, such as finding libraries, is done
         nothing: list[Rows] = [None] * len(x.values)
         self._called(Code(self._program, Layout.of(1), self.__name__, quick=True), x, nothing, nothing)
         return Code(self._program, layout, self.__name__)
@@ -333,7 +346,7 @@ class Compiled(Function):
                 at = code.arena.shadow(layout) + (addresses[n] - code.arena.base) * stride
                 tables.append(_view(at, like.numel() * stride).view(-1, stride).clone())
         table = torch.cat(tables) if tables else torch.zeros(0, stride, dtype=torch.float64)
-        if bool(((table.view(torch.int64) & ((1 << 63) - 1)) == MARK).any()):
+        if bool(((table.view(torch.int64) & ((1 << 63) - 256)) == MARK).any()):
             raise NativeCodeError(
                 f"{self.__name__} computes with a double of which it had written a part of the bytes; its derivative "
                 "is not known. Hand its derivatives over with jetplane.register_native, or take jetplane.blackbox"
@@ -341,6 +354,19 @@ class Compiled(Function):
         return values, table[:, places[0]].mT.contiguous(), table[:, places[1]].mT.contiguous()
 
     # --- checked ------------------------------------------------------------------------------------------
+
+    def _due(self, k: int, structure: PairStructure | None, x: Inputs) -> str | None:
+        """Under which name a call is to be checked, if it is."""
+        if self._check == "never":
+            return None
+        pairs = f", {structure.count} second coefficients" if structure is not None and k else ""
+        whole = [(p.name or p.kind, v) for p, v in zip(self._signature.parameters, x.values, strict=True)]
+        given = "".join(f", {name} = {v}" for name, v in whole if isinstance(v, int))
+        sizes = "".join(f", {name}[{v.numel()}]" for name, v in whole if isinstance(v, Tensor) and v.numel() > 1)
+        name = f"{k} directions{pairs}{given}{sizes}"
+        if self._check == "always" or name not in self._verdicts and len(self._verdicts) < MOST_CHECKS:
+            return name
+        return None
 
     def _compared(self, values: list[Tensor], native: list[Tensor], x: Inputs) -> None:
         for n, (ours, own) in enumerate(zip(values, native, strict=True)):
@@ -351,7 +377,7 @@ class Compiled(Function):
             if bool(same.all()):
                 continue
             again = self._plain(x)[n]
-            label = "what it returns" if self._outputs()[n] < 0 else f"the parameter {self._label(self._outputs()[n])}"
+            label = self._output(n)
             if not bool(((again == own) | (again.isnan() & own.isnan())).all()):
                 raise NativeCodeError(
                     f"{self.__name__} gives another {label} each time it is called; expected a pure function"
@@ -363,80 +389,46 @@ class Compiled(Function):
                 "please report it with the library. jetplane.register_native or jetplane.blackbox do without lifting"
             )
 
+    def _output(self, n: int) -> str:
+        at = self._outputs()[n]
+        return "what it returns" if at < 0 else f"the parameter {self._label(at)}"
+
     def _differences(
         self,
-        layout: Layout,
         x: Inputs,
         first: list[Rows],
         second: list[Rows],
-        found: tuple[list[Tensor], Tensor, Tensor],
-        native: list[Tensor],
+        structure: PairStructure | None,
+        found: tuple[Tensor | None, Tensor | None],
     ) -> str:
-        """Hold the slope and the curvature along the longest direction against differences of the function itself."""
-        lengths = sum(c.square().sum(1) for c in first if c is not None)
-        if not isinstance(lengths, Tensor) or not float(lengths.max()) > 0:
-            return "nothing moves"
-        i = int(lengths.argmax())
-        moving = [n for n, c in enumerate(first) if c is not None]
-        size = sum(x.values[n].numel() for n in moving)
-        scale = math.sqrt(sum(float(x.values[n].square().sum()) for n in moving) / size)
-        unit = (1 + scale) / math.sqrt(float(lengths[i]) / size)
+        """Hold slopes and curvatures against differences of the function itself."""
+        assert x.native is not None
 
-        def at(h: float) -> Tensor:
-            moved = [v + h * first[n][i] if n in moving else v for n, v in enumerate(x.values)]  # type: ignore[index]
+        def value(moves: list[Rows]) -> Tensor:
+            moved = [v if m is None else v + m for v, m in zip(x.values, moves, strict=True)]
             return _flat(self._plain(Inputs(moved, x.sizes, x.dtype, x.device)))
 
-        center = _flat(native)
-        steps = [unit * 10.0**-e for e in (2, 3, 4, 5, 6)]
-        ends = [(at(h), at(-h)) for h in steps]
-        slopes = [(p - m) / (2 * h) for h, (p, m) in zip(steps, ends, strict=True)]
-        rounding = 4 * torch.finfo(torch.float64).eps * float(center.norm())
-        verdict = [_verdict(found[1][i], slopes, [rounding / h for h in steps], 1e-3)]
-        own = [g for g, group in enumerate(layout.groups) if group.weights is None]
-        place = next((n for n, (g, p) in enumerate(layout.places) if g in own and
-                      (layout.groups[g].left[p], layout.groups[g].right[p]) == (i, i)), None)  # fmt: skip
-        if place is not None and all(c is None for c in second):
-            bends = [(p - 2 * center + m) / h**2 for h, (p, m) in zip(steps, ends, strict=True)]
-            verdict.append(_verdict(found[2][place], bends, [rounding / h**2 for h in steps], 0.05))
-        for what, each in zip(("slope", "curvature"), verdict, strict=False):
-            if each.startswith("differs"):
-                raise NativeCodeError(
-                    f"the {what} of {self.__name__} {each}. The code may branch where an argument "
-                    "equals a special value, keep values between calls, or change bits of doubles in a way that is not "
-                    "seen. Hand its derivatives over with jetplane.register_native, or take "
-                    'jetplane.blackbox; check="never" accepts it'
-                )
-        return ", ".join(f"{w} {v}" for w, v in zip(("slope", "curvature"), verdict, strict=False))
+        verdicts = held(value, _flat(x.native), x.values, first, second, structure, found)
+        for each in verdicts:
+            if each.wrong is None:
+                continue
+            at, away, spread = each.wrong
+            sizes = [0 if not v.is_floating_point() else v.numel() for v in x.native]
+            n = next(n for n in range(len(sizes)) if at < sum(sizes[: n + 1]))
+            label = self._output(n) + (f"[{at - sum(sizes[:n])}]" if sizes[n] > 1 else "")
+            raise NativeCodeError(
+                f"the {each.what} of {self.__name__} differs from differences by {away:.1e} of its size ({label}); "
+                f"they agree to {spread:.1e}. The code may branch where an argument equals a special value, keep "
+                "values between calls, or change bits of doubles in a way that is not seen. Hand its derivatives over "
+                'with jetplane.register_native, or take jetplane.blackbox; check="never" accepts it'
+            )
+        return ", ".join(f"{v.what} {v.text}" for v in verdicts)
 
     def report(self) -> CompiledReport:
         """What was lifted, entered and checked, for each number of directions that was used."""
         return CompiledReport(
             self.__name__, {layout: code.report for layout, code in self._codes.items()}, dict(self._verdicts)
         )
-
-
-def _verdict(ours: Tensor, rows: list[Tensor], noise: list[float], tolerance: float) -> str:
-    """What differences at shrinking steps say.
-
-    Three in a row that agree, ten times better than with ours, convict it, if they are the shortest ones that rounding
-    does not blur: over longer steps a function with many kinks has another curvature.
-    """
-    clear = [
-        r for r, e in zip(rows, noise, strict=True) if e <= 0.1 * tolerance * max(float(r.norm()), float(ours.norm()))
-    ]
-    if len(clear) < 3 or not all(bool(r.isfinite().all()) for r in [ours, *clear]):
-        return "unclear"
-    agrees, away, spread, size = False, 0.0, 0.0, 1.0
-    for a, b, c in zip(clear, clear[1:], clear[2:], strict=False):
-        size = max(float(b.norm()), float(ours.norm()), 1e-300)
-        spread = max(float((a - b).norm()), float((b - c).norm()))
-        away = min(float((r - ours).norm()) for r in (a, b, c))
-        agrees |= away <= max(10 * spread, 1e-9 * size) and spread <= tolerance * size
-    if agrees:
-        return "agrees with differences"
-    if spread <= tolerance * size and away > 10 * spread and away > tolerance * size:
-        return f"differs from differences by {away / size:.1e} of its size; they agree to {spread / size:.1e}"
-    return "unclear"
 
 
 def _flat(values: list[Tensor]) -> Tensor:
@@ -468,12 +460,12 @@ class CompiledReport:
     Attributes:
         name: of the function.
         layouts: for each layout of coefficients what was lifted.
-        checks: for each layout what the comparison with differences said.
+        checks: for each kind of call that was checked (directions, integers, sizes), what the differences said.
     """
 
     name: str
     layouts: dict[Layout, Report]
-    checks: dict[Layout, str]
+    checks: dict[str, str]
 
     def __str__(self) -> str:
         lines = [self.name]
@@ -484,8 +476,8 @@ class CompiledReport:
                 f"    {'from disk' if r.cached else 'lifted'} in {r.lift_s + r.compile_s:.2f} s, {r.rounds} rounds",
                 f"    rules: {', '.join(r.rules) or 'none'}",
                 f"    not carried, and not reached: {'; '.join(r.refused) or 'nothing'}",
-                f"    check: {self.checks.get(layout, 'none')}",
             ]
+        lines += [f"  check with {name}: {said}" for name, said in self.checks.items()]
         return "\n".join(lines)
 
 
@@ -514,16 +506,22 @@ def _on_jets(space: Space, f: Compiled, *args: Any) -> Any:
                 )
             rows[order].append(_rows(c, primal) if some and c is not None and primal is not None else None)
     values, first, second = f.coefficients(x, rows[0], rows[1], space.structure if space.order == 2 else None)
+    held = [t for a in args for t in graph_inputs(a, space)] if space.recorded else []
+    why = BACKWARD.format(f.__name__, "forward passes through compiled code")
     made, at = [], 0
     for v in values:
         value = v.to(x.device, x.dtype if v.is_floating_point() else v.dtype)
+        if v.is_floating_point():
+            value = graphless(value, held, why)
         if not v.is_floating_point():
             made.append(value)
             continue
         n = v.numel()
         both = [
             absent(space, order) if c is None
-            else Coefficients(space, order, c[:, at : at + n].to(x.device, x.dtype).reshape(-1, *v.shape))
+            else Coefficients(
+                space, order, graphless(c[:, at : at + n].to(x.device, x.dtype).reshape(-1, *v.shape), held, why)
+            )
             for order, c in ((1, first), (2, second))
         ]  # fmt: skip
         made.append(make(value, both[0], both[1], space))
@@ -566,7 +564,8 @@ class _Reverse(torch.autograd.Function):
             own = rows[n] = torch.zeros(total, count, dtype=torch.float64)
             own[start : start + count] = torch.eye(count, dtype=torch.float64)
             start += count
-        _, jacobian = f._first(x, rows, total)
+        _, jacobian, _ = f.coefficients(x, rows, [None] * len(rows), None)
+        assert jacobian is not None
         weights = torch.cat(
             [c.detach().cpu().double().reshape(-1) for c in cotangents if c is not None and c.is_floating_point()]
         )

@@ -148,7 +148,7 @@ def read(t: Translator, v: Any) -> Number:
 def _part(t: Translator, whole: Number, offset: int, n: int) -> Number:
     if n == whole.size:
         return whole
-    text = _bits(t, whole)
+    text = _bits(t, whole, ((1 << n) - 1) << offset)
     if offset:
         text = t.a.op(f"lshr {whole.type} {text}, {8 * offset}")
     return Number(t.a.op(f"trunc {whole.type} {text} to i{8 * n}"), n)
@@ -199,10 +199,10 @@ def _store(t: Translator, address: str, x: Number) -> None:
         raise Refused(f"no rule for the instruction {t.instruction}")
 
 
-def _bits(t: Translator, x: Number) -> str:
-    """An integer, which may not be an active double."""
+def _bits(t: Translator, x: Number, part: int = 255) -> str:
+    """An integer, of which the bytes that are used (a set) may not be those of an active double."""
     if x.jet is not None and not t.only_flags:
-        t.guard(x.jet, "computes with the bits of a value that carries derivatives")
+        t.guard(x.jet, "computes with the bits of a value that carries derivatives", part)
     return x.text
 
 
@@ -390,13 +390,14 @@ def _string(t: Translator, i: Instruction) -> bool:
         a.lines.append(f"  {at}.next = add i64 {at}, {size}")
         a.go(head)
         a.begin(end)
-        a.do(f"call void @jp_clear(i64 {to}, i64 {n})")
+        a.do(f"call void @jp_clear(i64 {to}, i64 {n}, i64 {t.site(FILLS)})")
     t.put("rdi", Lane(t.a.op(f"add i64 {to}, {n}")))
     t.put("rcx", Lane("0"))
     return True
 
 
 PIECES = "copies parts of values that carry derivatives, or to where they are not followed"
+FILLS = "fills memory that is followed in part"
 _BY_HAND = {
     **dict.fromkeys("TZCNT LZCNT BSF BSR".split(), _counted),
     **dict.fromkeys(("DIV", "IDIV"), _divided),

@@ -18,7 +18,8 @@ from .process import Maps
 from .translate import Lane, Translator
 
 LIBRARIES = ("libm.so.6", "libc.so.6", "libmvec.so.1", "libstdc++.so.6", "libgomp.so.1", "libgcc_s.so.1")
-SYSTEM = re.compile(r"(libm|libc|libmvec|ld-linux.*|libpthread|librt|libdl)[-.]")
+SYSTEM = re.compile(r"(libm|libc|libmvec|ld-linux.*|libpthread|librt|libdl|libffi|libpython.*)[-.]|python[\d.]*$")
+LIFTED = ("qsort", "qsort_r", "bsearch")  # of libc: they move what they are given, and call back
 LEAVING = re.compile(r"(__cxa_(?:throw|rethrow|allocate_exception|begin_catch)|_Unwind_)|_*(?:sig)?(?:long|set)jmp")
 Derivatives = tuple[str, str | None]
 Unary = Callable[["Writer", str, str], Derivatives]  # of x and f(x): f' and f''
@@ -239,6 +240,16 @@ def _moving(t: Translator, x: Lane, d: Derivatives) -> Derivatives:
     )
 
 
+def _of_two(t: Translator, value: str, x: Lane, y: Lane, g: tuple[str, str], h: tuple[str, str, str]) -> None:
+    """f(x, y) with gradient g and second derivatives h, which count where x or y moves."""
+    moves = "false"
+    for lane in (x, y):
+        if lane.jet is not None:
+            moves = t.a.op(f"or i1 {moves}, {t.c.active(lane.jet)}")
+    kept = [t.a.op(f"select i1 {moves}, double {d}, double 0.0") for d in (*g, *h)]
+    _give(t, value, t.c.chain2(x.jet, y.jet, (kept[0], kept[1]), (kept[2], kept[3], kept[4])))
+
+
 def _argument(t: Translator, n: int) -> Lane:
     return t.lane(f"x{n}.0")
 
@@ -307,8 +318,7 @@ def _pow(t: Translator) -> None:
     l = t.a.op(f"select i1 {positive}, double {l}, double {off}")  # noqa: E741
     gy = w("mul", z, l)
     hxy = w("add", p1, w("mul", gx, l))
-    jet = t.c.chain2(x.jet, y.jet, (gx, gy), (hxx, hxy, w("mul", gy, l)))
-    return _give(t, z, jet)
+    return _of_two(t, z, x, y, (gx, gy), (hxx, hxy, w("mul", gy, l)))
 
 
 def _atan2(t: Translator) -> None:
@@ -319,7 +329,7 @@ def _atan2(t: Translator) -> None:
     gy, gx = w("mul", u, r), w("neg", w("mul", v, r))
     hyy = w("mul", w("mul", TWO, gx), gy)
     hxy = w("sub", w("mul", gx, gx), w("mul", gy, gy))
-    _give(t, z, t.c.chain2(y.jet, x.jet, (gy, gx), (hyy, hxy, w("neg", hyy))))
+    _of_two(t, z, y, x, (gy, gx), (hyy, hxy, w("neg", hyy)))
 
 
 def _hypot(t: Translator) -> None:
@@ -329,7 +339,7 @@ def _hypot(t: Translator) -> None:
     r = _inverse(w, z)
     gx, gy = w("mul", u, r), w("mul", v, r)
     hxx, hyy = w("mul", w("mul", gy, gy), r), w("mul", w("mul", gx, gx), r)
-    _give(t, z, t.c.chain2(x.jet, y.jet, (gx, gy), (hxx, w("neg", w("mul", w("mul", gx, gy), r)), hyy)))
+    _of_two(t, z, x, y, (gx, gy), (hxx, w("neg", w("mul", w("mul", gx, gy), r)), hyy))
 
 
 def _extreme(name: str) -> Callable[[Translator], None]:
@@ -394,11 +404,54 @@ def _frexp(t: Translator) -> None:
 
 
 def _modf(t: Translator) -> None:
+    from .integers import FILLS
+
     x, to = _argument(t, 0), t.bits(t.lane("rdi"))
     p = t.a.op(f"inttoptr i64 {to} to ptr")
     z = t.a.op(f"call double {t.module.external('modf')}(double {t.double(x)}, ptr {p})")
-    t.a.do(f"call void @jp_clear(i64 {to}, i64 8)")
+    t.a.do(f"call void @jp_clear(i64 {to}, i64 8, i64 {t.site(FILLS)})")
     _give(t, z, x.jet)
+
+
+def _remquo(t: Translator) -> None:
+    to = t.bits(t.lane("rdi"))
+    u, v = t.double(_argument(t, 0)), t.double(_argument(t, 1))
+    p = t.a.op(f"inttoptr i64 {to} to ptr")
+    _remainder("remainder")(t)
+    t.a.op(f"call double {t.module.external('remquo')}(double {u}, double {v}, ptr {p})")
+    t.a.do(f"call void @jp_mark(i64 {to}, i64 4)")
+
+
+def _lgamma_r(t: Translator) -> None:
+    to = t.bits(t.lane("rdi"))
+    u, p = t.double(_argument(t, 0)), t.a.op(f"inttoptr i64 {to} to ptr")
+    t.a.op(f"call double {t.module.external('lgamma_r')}(double {u}, ptr {p})")
+    t.a.do(f"call void @jp_mark(i64 {to}, i64 4)")
+    _unary("lgamma", UNARY["lgamma"])(t)
+
+
+def _nextafter(t: Translator) -> None:
+    x = _argument(t, 0)
+    _give(t, called(t, "nextafter", t.double(x), t.double(_argument(t, 1))), x.jet)
+
+
+def _bessel_of(name: str) -> Callable[[Translator], None]:
+    """Of order n: ``f' = (f_{n-1} - f_{n+1}) / 2``, and the same again."""
+
+    def emit(t: Translator) -> None:
+        x, w = _argument(t, 0), Writer(t)
+        n, u = t.a.op(f"trunc i64 {t.inactive(t.lane('rdi'))} to i32"), t.double(x)
+
+        def order(k: int) -> str:
+            m = t.a.op(f"add i32 {n}, {k}")
+            return t.a.op(f"call double {t.module.external(name)}(i32 {m}, double {u})")
+
+        y, far = order(0), w("add", order(-2), order(2))
+        d = w("mul", HALF, w("sub", order(-1), order(1)))
+        e = w("mul", "0.25", w("sub", far, w("mul", TWO, y)))
+        _give(t, y, None if x.jet is None else t.c.chain(x.jet, *_moving(t, x, (d, e))))
+
+    return emit
 
 
 def _sincos(t: Translator) -> None:
@@ -444,8 +497,98 @@ def _vector(name: str, scalar: str, n: int, arguments: int) -> Callable[[Transla
     return emit
 
 
+# --- complex functions: a number's parts are in two registers, and so are those of the result --------------------
+
+Complex = tuple[str, str]
+
+
+def _times(w: Writer, x: Complex, y: Complex) -> Complex:
+    real = w("sub", w("mul", x[0], y[0]), w("mul", x[1], y[1]))
+    return real, w("add", w("mul", x[0], y[1]), w("mul", x[1], y[0]))
+
+
+def _scaled_by(w: Writer, f: str, x: Complex) -> Complex:
+    return w("mul", f, x[0]), w("mul", f, x[1])
+
+
+def _reciprocal(w: Writer, x: Complex) -> Complex:
+    r = _inverse(w, w("add", w("mul", x[0], x[0]), w("mul", x[1], x[1])))
+    return w("mul", x[0], r), w("neg", w("mul", x[1], r))
+
+
+def _of_complex(t: Translator, name: str, *args: str) -> Complex:
+    given = ", ".join(f"double {x}" for x in args)
+    r = t.a.op(f"call {{ double, double }} {t.module.external(name)}({given})")
+    return t.a.op(f"extractvalue {{ double, double }} {r}, 0"), t.a.op(f"extractvalue {{ double, double }} {r}, 1")
+
+
+def _holomorphic(t: Translator, z: tuple[Lane, Lane], y: Complex, d: Complex, e: Complex) -> tuple[Lane, Lane]:
+    """The two parts of f(z) = y with f' = d and f'' = e, by the equations of Cauchy and Riemann."""
+    minus = [t.a.op(f"fneg double {x}") for x in (d[1], e[0], e[1])]
+    real = t.c.chain2(z[0].jet, z[1].jet, (d[0], minus[0]), (e[0], minus[2], minus[1]))
+    imaginary = t.c.chain2(z[0].jet, z[1].jet, (d[1], d[0]), (e[1], e[0], minus[2]))
+    return Lane(None, real, y[0]), Lane(None, imaginary, y[1])
+
+
+def _complex_derivatives(t: Translator, name: str, z: Complex, y: Complex) -> tuple[Complex, Complex]:
+    w, minus = Writer(t), "-1.0"
+    if name == "exp":
+        return y, y
+    if name == "log":
+        r = _reciprocal(w, z)
+        return r, _scaled_by(w, minus, _times(w, r, r))
+    if name == "sqrt":
+        d = _scaled_by(w, HALF, _reciprocal(w, y))
+        return d, _scaled_by(w, "-0.5", _times(w, d, _reciprocal(w, z)))
+    if name in ("tan", "tanh"):
+        sign = "1.0" if name == "tan" else minus
+        square = _scaled_by(w, sign, _times(w, y, y))
+        d = w("add", ONE, square[0]), square[1]
+        return d, _scaled_by(w, "2.0" if name == "tan" else "-2.0", _times(w, y, d))
+    other = {"sin": "ccos", "cos": "csin", "sinh": "ccosh", "cosh": "csinh"}[name]
+    d = _of_complex(t, other, *z)
+    return (_scaled_by(w, minus, d) if name == "cos" else d), (y if "h" in name else _scaled_by(w, minus, y))
+
+
+def _complex_lanes(t: Translator, name: str, z: tuple[Lane, Lane]) -> tuple[Lane, Lane]:
+    parts = t.double(z[0]), t.double(z[1])
+    y = _of_complex(t, f"c{name}", *parts)
+    return _holomorphic(t, z, y, *_complex_derivatives(t, name, parts, y))
+
+
+def _complex(name: str) -> Callable[[Translator], None]:
+    def emit(t: Translator) -> None:
+        for n, lane in enumerate(_complex_lanes(t, name, (_argument(t, 0), _argument(t, 1)))):
+            t.put(f"x{n}.0", lane)
+
+    return emit
+
+
+def _complex_power(t: Translator) -> None:
+    """``z^w = exp(w log z)``."""
+    from .vectors import arithmetic
+
+    z, w = (_argument(t, 0), _argument(t, 1)), (_argument(t, 2), _argument(t, 3))
+    y = _of_complex(t, "cpow", *(t.double(x) for x in (*z, *w)))
+    a, b = _complex_lanes(t, "log", z)
+    c, d = w
+    real = arithmetic(t, "SUB", arithmetic(t, "MUL", a, c), arithmetic(t, "MUL", b, d))
+    imaginary = arithmetic(t, "ADD", arithmetic(t, "MUL", a, d), arithmetic(t, "MUL", b, c))
+    for n, lane in enumerate(_holomorphic(t, (real, imaginary), y, y, y)):
+        t.put(f"x{n}.0", lane)
+
+
+def _argument_of(t: Translator) -> None:
+    x, y = _argument(t, 0), _argument(t, 1)
+    t.put("x0.0", y)
+    t.put("x1.0", x)
+    _atan2(t)
+
+
 BINARY: dict[str, Callable[[Translator], None]] = {
-    "pow": _pow, "atan2": _atan2, "hypot": _hypot, "cabs": _hypot,
+    "pow": _pow, "atan2": _atan2, "hypot": _hypot, "cabs": _hypot, "carg": _argument_of, "cpow": _complex_power,
+    **{f"c{n}": _complex(n) for n in "exp log sqrt sin cos sinh cosh tan tanh".split()},
+    "remquo": _remquo, "lgamma_r": _lgamma_r, "nextafter": _nextafter, "jn": _bessel_of("jn"), "yn": _bessel_of("yn"),
     "copysign": _copysign, "fma": _fma, "frexp": _frexp, "modf": _modf,
     "sincos": _sincos, "sqrt": _sqrt, "fabs": _fabs,
     **{n: _extreme(n) for n in ("fmax", "fmin", "fdim")},
@@ -487,9 +630,11 @@ def _memcpy(t: Translator) -> None:
 
 
 def _memset(t: Translator) -> None:
+    from .integers import FILLS
+
     d, n = t.bits(t.lane("rdi")), t.bits(t.lane("rdx"))
     value = t.a.op(f"trunc i64 {t.bits(t.lane('rsi'))} to i8")
-    t.a.do(f"call void @jp_set(i64 {d}, i8 {value}, i64 {n})")
+    t.a.do(f"call void @jp_set(i64 {d}, i8 {value}, i64 {n}, i64 {t.site(FILLS)})")
     t.put("rax", Lane(d))
 
 
@@ -532,6 +677,21 @@ def constant(name: str, at: int | None = None) -> Callable[[Translator], None]:
     return emit
 
 
+def _text(name: str) -> Callable[[Translator], None]:
+    """A function that writes text to where its first argument points."""
+
+    def emit(t: Translator) -> None:
+        from .integers import FILLS
+
+        to, n = t.bits(t.lane("rdi")), t.bits(t.lane("rdx"))
+        constant(name)(t)
+        length = t.a.op(f"call i64 {t.module.external('strlen')}(ptr {t.a.op(f'inttoptr i64 {to} to ptr')})")
+        written = n if name == "strncpy" else t.a.op(f"add i64 {length}, 1")
+        t.a.do(f"call void @jp_clear(i64 {to}, i64 {written}, i64 {t.site(FILLS)})")
+
+    return emit
+
+
 PLAIN: dict[str, Callable[[Translator], None]] = {
     **dict.fromkeys(("malloc", "_Znwm", "_Znam", "_ZnwmRKSt9nothrow_t", "_ZnamRKSt9nothrow_t"), _allocate),
     **dict.fromkeys(("free", "cfree", "_ZdlPv", "_ZdaPv", "_ZdlPvm", "_ZdaPvm"), _free),
@@ -544,7 +704,17 @@ PLAIN: dict[str, Callable[[Translator], None]] = {
                      "omp_get_thread_num", "omp_in_parallel", "pthread_mutex_lock", "pthread_mutex_unlock",
                      "pthread_mutex_trylock"), _nothing),
     **dict.fromkeys(("omp_get_num_threads", "omp_get_max_threads"), _one),
-    **{n: constant(n) for n in ("strlen", "strcmp", "strncmp", "memcmp", "abs", "labs", "__tls_get_addr")},
+    # Text, integers and what the system is asked have no derivatives. printf and what writes text are not among them:
+    # the text of an active value may be read again.
+    **{n: constant(n) for n in (
+        "strlen strnlen strcmp strncmp strcasecmp strncasecmp strchr strrchr strstr memcmp memchr bcmp atoi atol atof "
+        "strtol strtoul strtod abs labs __tls_get_addr __errno_location __ctype_b_loc __ctype_tolower_loc "
+        "__ctype_toupper_loc tolower toupper sysconf getenv rand srand random srandom drand48 srand48 clock puts "
+        "putchar fputs fputc fflush omp_get_wtime").split()},
+    # Single precision: nothing active reaches it.
+    **{n: constant(n) for n in [f"{name}f" for name in (*UNARY, *STEPS, "pow", "sqrt", "fabs", "atan2", "hypot", "fmod",
+                                                        "fmax", "fmin", "copysign") if name not in ("exp10", "logb")]},
+    **{n: _text(n) for n in ("strcpy", "strncpy", "strcat", "strncat")},
 }  # fmt: skip
 
 

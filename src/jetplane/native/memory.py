@@ -5,8 +5,9 @@ at ``shadow + 8 stride i``. One rotation and one comparison of ``address - arena
 arena and aligned. Libraries' own data, and memory that they have allocated before, have shadows as well, found more
 slowly; elsewhere nothing is active.
 
-A store of less than a whole double leaves a mark, a NaN of its own as the first coefficient. The bytes may be read as
-integers; read as a double they give NaN, never a silent zero.
+A store of less than a whole double leaves a mark, a NaN of its own as the first coefficient, whose last 8 bits tell
+which bytes still belong to an active double. The other bytes may be read as integers; read as a double they give NaN,
+never a silent zero.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import mmap
 
 from .coefficients import Layout
 
-MARK = 0x7FF86A6574706C61  # a quiet NaN
+MARK = 0x7FF86A6574706C00  # a quiet NaN; the last byte is a set of bytes
 NORESERVE = 0x4000
 SIZE = 1 << 30
 STACK = 1 << 26
@@ -75,11 +76,13 @@ def functions(layout: Layout, size: int) -> str:
         "@jp_state = external global i8",
         f"@jp_zero = internal constant [{layout.stride + 8} x i64] zeroinitializer, align 64",
         f"@jp_spoiled = internal constant [{layout.stride + 8} x i64] ["
-        + ", ".join(f"i64 {MARK}" for _ in range(layout.stride + 8))
+        + ", ".join(f"i64 {MARK | 255}" for _ in range(layout.stride + 8))
         + "], align 64",
         "declare i64 @llvm.fshr.i64(i64, i64, i64)",
         "declare i64 @llvm.ctlz.i64(i64, i1)",
         "declare i64 @llvm.umax.i64(i64, i64)",
+        "declare i64 @llvm.umin.i64(i64, i64)",
+        "declare i64 @llvm.usub.sat.i64(i64, i64)",
         "declare ptr @memmove(ptr, ptr, i64)",
         "declare ptr @memset(ptr, i32, i64)",
     ]
@@ -156,8 +159,10 @@ look:
   %p2 = getelementptr i8, ptr %p, i64 16
   %sh = load i64, ptr %p2
   %d = sub i64 %a, %start
-  %last = sub i64 %len, %size
-  %in = icmp ule i64 %d, %last
+  %last = call i64 @llvm.usub.sat.i64(i64 %len, i64 %size)
+  %fits = icmp ule i64 %size, %len
+  %inside = icmp ule i64 %d, %last
+  %in = and i1 %fits, %inside
   %i1 = add i64 %i, 1
   br i1 %in, label %found, label %next
 next:
@@ -184,6 +189,47 @@ here:
 there:
   %q = call ptr @jp_in_region(i64 %a, i64 %size)
   ret ptr %q
+}}
+define internal i1 @jp_in_part(i64 %a, i64 %size) noinline cold memory(read) nounwind willreturn {{
+  ; whether [a, a + size) lies in a region that is followed, but not as a whole
+entry:
+  %np = getelementptr i8, ptr @jp_state, i64 {8 * REGIONS}
+  %n = load i64, ptr %np
+  %end = add i64 %a, %size
+  br label %loop
+loop:
+  %i = phi i64 [0, %entry], [%i1, %look]
+  %over = icmp uge i64 %i, %n
+  br i1 %over, label %no, label %look
+look:
+  %at = mul i64 %i, 24
+  %off = add i64 %at, {8 * TABLE}
+  %p = getelementptr i8, ptr @jp_state, i64 %off
+  %start = load i64, ptr %p
+  %p1 = getelementptr i8, ptr %p, i64 8
+  %len = load i64, ptr %p1
+  %stop = add i64 %start, %len
+  %before = icmp ult i64 %a, %stop
+  %behind = icmp ult i64 %start, %end
+  %both = and i1 %before, %behind
+  %i1 = add i64 %i, 1
+  br i1 %both, label %yes, label %loop
+yes:
+  %g = call ptr @jp_in_region(i64 %a, i64 %size)
+  %r = icmp eq ptr %g, null
+  ret i1 %r
+no:
+  ret i1 false
+}}
+define internal void @jp_whole(i64 %a, i64 %size, i64 %site) noinline cold nounwind {{
+  ; of a block of memory all or nothing may be followed
+  %part = call i1 @jp_in_part(i64 %a, i64 %size)
+  br i1 %part, label %bad, label %end
+bad:
+  call void @jp_leave(i64 {REFUSED}, i64 %site, i64 0)
+  ret void
+end:
+  ret void
 }}
 define internal i1 @jp_any(ptr %p, i64 %n) noinline memory(read) nounwind willreturn mustprogress {{
   ; whether any of n doubles is active
@@ -279,9 +325,7 @@ whole:
 {_stores(types, offsets, "%p")}
   ret void
 across:
-  %z = getelementptr i8, ptr %p, i64 {stride}
-  store i64 {MARK}, ptr %p
-  store i64 {MARK}, ptr %z
+  call void @jp_mark_elsewhere(i64 %a, i64 8)
   br i1 %act, label %bad, label %end
 outside:
   br i1 %act, label %unfollowed, label %end
@@ -310,9 +354,22 @@ there:
 end:
   ret void
 }}
-define internal void @jp_guard(i64 %site, {arguments}) alwaysinline nounwind {{
-  ; a double that is used as an integer must not be active
+define internal i64 @jp_bytes({arguments}) alwaysinline memory(none) nounwind willreturn {{
+  ; which bytes belong to an active double
+{first}
+  %family = and i64 %first, -256
+  %marked = icmp eq i64 %family, {MARK}
+  %left = and i64 %first, 255
   %act = call i1 @jp_active({passed})
+  %all = select i1 %act, i64 255, i64 0
+  %r = select i1 %marked, i64 %left, i64 %all
+  ret i64 %r
+}}
+define internal void @jp_guard(i64 %site, i64 %bytes, {arguments}) alwaysinline nounwind {{
+  ; a double of which these bytes are used as an integer must not be active
+  %active = call i64 @jp_bytes({passed})
+  %both = and i64 %active, %bytes
+  %act = icmp ne i64 %both, 0
   br i1 %act, label %bad, label %end, !prof !0
 bad:
   call void @jp_trap(i64 %site)
@@ -334,7 +391,10 @@ here:
   %o = mul i64 %g, {stride}
   %p = getelementptr i8, ptr @jp_shadow, i64 %o
 {loads}
-  call void @jp_guard(i64 %site, {passed})
+  %ones = shl i64 1, %size
+  %mask = sub i64 %ones, 1
+  %bytes = shl i64 %mask, %low
+  call void @jp_guard(i64 %site, i64 %bytes, {passed})
   br label %end
 there:
   call void @jp_check_slowly(i64 %a, i64 %size, i64 %site)
@@ -356,17 +416,46 @@ bad:
 end:
   ret void
 }}
+define internal void @jp_overwrite(ptr %p, i64 %bytes) alwaysinline nounwind {{
+  ; these bytes of a double hold something else now
+  %first = load i64, ptr %p, align 8, !tbaa !3
+  %family = and i64 %first, -256
+  %marked = icmp eq i64 %family, {MARK}
+  br i1 %marked, label %again, label %whole, !prof !1
+whole:
+  %act = call i1 @jp_any(ptr %p, i64 1)
+  %all = select i1 %act, i64 255, i64 0
+  br label %again
+again:
+  %old = phi i64 [%first, %0], [%all, %whole]
+  %written = xor i64 %bytes, -1
+  %kept = and i64 %old, 255
+  %left = and i64 %kept, %written
+  %new = or i64 %left, {MARK}
+  store i64 %new, ptr %p, align 8, !tbaa !3
+  ret void
+}}
 define internal void @jp_mark_elsewhere(i64 %a, i64 %size) noinline cold nounwind {{
 entry:
   %p = call ptr @jp_granules(i64 %a, i64 %size)
   %null = icmp eq ptr %p, null
   %n = call i64 @jp_covered(i64 %a, i64 %size)
+  %low = and i64 %a, 7
+  %end8 = add i64 %low, %size
   br i1 %null, label %end, label %loop
 loop:
   %i = phi i64 [0, %entry], [%i1, %loop]
   %o = mul i64 %i, {stride}
   %q = getelementptr i8, ptr %p, i64 %o
-  store i64 {MARK}, ptr %q
+  ; bytes [max(low - 8 i, 0), min(low + size - 8 i, 8)) of the double i
+  %at = shl i64 %i, 3
+  %from_ = call i64 @llvm.usub.sat.i64(i64 %low, i64 %at)
+  %to_ = sub i64 %end8, %at
+  %to = call i64 @llvm.umin.i64(i64 %to_, i64 8)
+  %upto = shl i64 1, %to
+  %below = shl i64 1, %from_
+  %bytes = sub i64 %upto, %below
+  call void @jp_overwrite(ptr %q, i64 %bytes)
   %i1 = add i64 %i, 1
   %more = icmp ult i64 %i1, %n
   br i1 %more, label %loop, label %end
@@ -386,7 +475,10 @@ here:
   %g = lshr i64 %off, 3
   %o = mul i64 %g, {stride}
   %p = getelementptr i8, ptr @jp_shadow, i64 %o
-  store i64 {MARK}, ptr %p
+  %ones = shl i64 1, %size
+  %mask = sub i64 %ones, 1
+  %bytes = shl i64 %mask, %low
+  call void @jp_overwrite(ptr %p, i64 %bytes)
   br label %end
 there:
   call void @jp_mark_elsewhere(i64 %a, i64 %size)
@@ -397,14 +489,17 @@ end:
     )
     # --- blocks of memory
     out.append(
-        f"""define internal void @jp_clear(i64 %a, i64 %n) noinline nounwind {{
+        f"""define internal void @jp_clear(i64 %a, i64 %n, i64 %site) noinline nounwind {{
   ; [a, a + n) holds constants now
   %some = icmp ne i64 %n, 0
   br i1 %some, label %go, label %end
 go:
   %p = call ptr @jp_granules(i64 %a, i64 %n)
   %null = icmp eq ptr %p, null
-  br i1 %null, label %end, label %fill
+  br i1 %null, label %out, label %fill
+out:
+  call void @jp_whole(i64 %a, i64 %n, i64 %site)
+  ret void
 fill:
   %low = and i64 %a, 7
   %head = sub i64 8, %low
@@ -439,11 +534,11 @@ marktail:
 end:
   ret void
 }}
-define internal void @jp_set(i64 %a, i8 %value, i64 %n) noinline nounwind {{
+define internal void @jp_set(i64 %a, i8 %value, i64 %n, i64 %site) noinline nounwind {{
   %p = inttoptr i64 %a to ptr
   %v = zext i8 %value to i32
   %r = call ptr @memset(ptr %p, i32 %v, i64 %n)
-  call void @jp_clear(i64 %a, i64 %n)
+  call void @jp_clear(i64 %a, i64 %n, i64 %site)
   ret void
 }}
 define internal void @jp_copy(i64 %d, i64 %s, i64 %n, i64 %site) noinline nounwind {{
@@ -457,7 +552,8 @@ go:
   %none = icmp eq ptr %ps, null
   br i1 %none, label %constant, label %carried
 constant:
-  call void @jp_clear(i64 %d, i64 %n)
+  call void @jp_whole(i64 %s, i64 %n, i64 %site)
+  call void @jp_clear(i64 %d, i64 %n, i64 %site)
   ret void
 carried:
   %pd = call ptr @jp_granules(i64 %d, i64 %n)
@@ -470,7 +566,7 @@ carried:
 pieces:
   ; not whole doubles: allowed where none of them is active
   call void @jp_check(i64 %s, i64 %n, i64 %site)
-  call void @jp_clear(i64 %d, i64 %n)
+  call void @jp_clear(i64 %d, i64 %n, i64 %site)
   ret void
 fast:
   %whole = lshr i64 %n, 3
@@ -551,7 +647,7 @@ define internal i64 @jp_zeroed(i64 %n) noinline nounwind {{
   %ok = icmp ne i64 %a, 0
   br i1 %ok, label %fill, label %end
 fill:
-  call void @jp_set(i64 %a, i8 0, i64 %n)
+  call void @jp_set(i64 %a, i8 0, i64 %n, i64 0)
   ret i64 %a
 end:
   ret i64 0

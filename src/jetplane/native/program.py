@@ -157,9 +157,12 @@ class Program:
             return f"calls {symbol.name}: {what}, which are not carried"
         if module is not None and library.SYSTEM.match(module.name):
             name = symbol.name if symbol else f"{target - module.base:#x}"
+            if module.name.startswith("libc.") and (name in library.LIFTED or module is own and symbol is None):
+                return None
             return (
-                f"calls {name} of {module.name}, which has no rule. Give one, rules={{{name!r}: (f1, f2)}} with its "
-                f"first and second derivative, or say that its result is constant: constant=[{name!r}]"
+                f"calls {name} of {module.name}, which has no rule. If its result does not depend on what carries "
+                f"derivatives: constant=[{name!r}]. If it is a function of one double, give its first and second "
+                f"derivative: rules={{{name!r}: (f1, f2)}}"
             )
         return None if module is own or target in self.opened else ""
 
@@ -482,6 +485,7 @@ class Code:
         self.report = Report()
         self._words = (ctypes.c_uint64 * (WORDS + 8 * (1 + layout.stride)))()
         self._shadows: list[tuple[int, int, mmap.mmap]] = []
+        self._own: list[tuple[int, int]] = []  # the data of libraries that were lifted
         self.sites: list[tuple[int, str]] = []
         self._entered: set[Library] = set()
         if build:
@@ -540,11 +544,11 @@ class Code:
     def _follow(self) -> None:
         """Shadows of the data of the libraries whose code was lifted, and of what running has found."""
         self._shadows = []
-        places = set(self.program.followed)
+        self._own = []
         for module in self._entered:
             if not library.SYSTEM.match(module.name):
-                places.update(self.program.decoder.maps.writable(module))
-        for start, end in sorted(places)[:MOST_REGIONS]:
+                self._own += self.program.decoder.maps.writable(module)
+        for start, end in _joined([*self._own, *self.program.followed])[:MOST_REGIONS]:
             size = (end - start) * self.layout.stride + 64
             shadow = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
             self._shadows.append((start, end, shadow))
@@ -635,11 +639,7 @@ class Code:
             heap, stack = prepare(self.arena)
             self._reset(heap)
             self._words[INTEGERS.index("rsp")] = stack
-            before = [
-                (start, read(start, end - start))
-                for start, end, _ in self._shadows
-                if end - start <= SAVED and (start, end) not in self.program.followed
-            ]
+            before = [(start, read(start, end - start)) for start, end in self._own if end - start <= SAVED]
             self._run(ctypes.addressof(self._words))
             state = self.arena.state
             if not state[EXIT]:
@@ -692,6 +692,17 @@ class Code:
             raise self.program.describe(text, address, self.name)
         if not self.program.learn(address, target):
             raise self.program.describe(f"goes to {target:#x}, which cannot be followed", address, self.name)
+
+
+def _joined(places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges of addresses, those that touch made one: an array of a library may lie in several mappings."""
+    made: list[tuple[int, int]] = []
+    for start, end in sorted(set(places)):
+        if made and start <= made[-1][1]:
+            made[-1] = made[-1][0], max(end, made[-1][1])
+        else:
+            made.append((start, end))
+    return made
 
 
 @functools.cache

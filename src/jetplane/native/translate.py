@@ -220,10 +220,10 @@ class Translator:
         """A number for this instruction in a message of this kind."""
         return self.module.site(self.instruction.address, why)
 
-    def guard(self, jet: Jet, why: str) -> None:
-        """An error where coefficients are not zero."""
+    def guard(self, jet: Jet, why: str, part: int = 255) -> None:
+        """An error where coefficients are not zero; ``part`` is the set of bytes that are used, as bits."""
         if jet is not None:
-            self.a.do(f"call void @jp_guard(i64 {self.site(why)}, {self.c.arguments(jet)})")
+            self.a.do(f"call void @jp_guard(i64 {self.site(why)}, i64 {part}, {self.c.arguments(jet)})")
 
     def inactive(self, lane: Lane, why: str = "computes with the bits of a value that carries derivatives") -> str:
         """The bits of a lane that may not be active."""

@@ -108,10 +108,10 @@ def _called(space: Space, box: _Box, *args: Any) -> Any:
     with DisableTorchFunction(), autograd():
         values, first, second = box.coefficients(space, args)
         outputs = values if isinstance(values, tuple) else (values,)
-        held = [t for a in args for t in _held(a, space)] if space.recorded else []
+        held = [t for a in args for t in graph_inputs(a, space)] if space.recorded else []
         made = tuple(
             make(
-                y if y.requires_grad else _graphless(y, held),
+                y if y.requires_grad else graphless(y, held),
                 _split(space, 1, first, outputs, n, held),
                 _split(space, 2, second, outputs, n, held),
                 space,
@@ -146,9 +146,7 @@ class _Box:
             return self.f(*args)
         held = [a for a in args if isinstance(a, Tensor) and a.requires_grad] if torch.is_grad_enabled() else []
         result = self.f(*map(self._handed, args))
-        made = tuple(
-            _graphless(_as_tensor(y, args), held) for y in (result if isinstance(result, tuple) else (result,))
-        )
+        made = tuple(graphless(_as_tensor(y, args), held) for y in (result if isinstance(result, tuple) else (result,)))
         return made if isinstance(result, tuple) else made[0]
 
     def _handed(self, x: Any) -> Any:
@@ -189,7 +187,7 @@ def _normal(x: Any) -> Any:
     return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
 
 
-def _held(x: Any, space: Space) -> list[Tensor]:
+def graph_inputs(x: Any, space: Space) -> list[Tensor]:
     """The tensors of an argument that are in a graph."""
     if not isinstance(x, Tensor):
         return []
@@ -201,19 +199,26 @@ class _Graphless(torch.autograd.Function):
     """The identity, in a graph in which nothing goes back."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, *held: Tensor) -> Tensor:
+    def forward(ctx: Any, why: str, y: Tensor, *held: Tensor) -> Tensor:
+        ctx.why = why
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise DerivativeError(
-            "backward() through a jetplane.blackbox: its derivatives are differences, which have no graph. Train "
-            "forward only (jetplane.optim), or detach() its result if it is meant as a constant"
-        )
+        raise DerivativeError(ctx.why)
 
 
-def _graphless(y: Tensor, held: Sequence[Tensor]) -> Tensor:
-    return _Graphless.apply(y.detach(), *held) if held else y  # type: ignore[return-value]
+BACKWARD = (
+    "backward() through {}: its derivatives are {}, which have no graph. Train forward only (jetplane.optim), or "
+    "detach() its result if it is meant as a constant"
+)
+
+
+def graphless(
+    y: Tensor, held: Sequence[Tensor], why: str = BACKWARD.format("a jetplane.blackbox", "differences")
+) -> Tensor:
+    """A tensor that depends on others by no graph: going back through it is an error, not a derivative of zero."""
+    return _Graphless.apply(why, y.detach(), *held) if held else y  # type: ignore[return-value]
 
 
 def _split(
@@ -224,7 +229,7 @@ def _split(
         return absent(space, order)
     start, y = sum(y.numel() for y in outputs[:n]), outputs[n]
     own = torch.stack([row[start : start + y.numel()] for row in rows])
-    return Coefficients(space, order, _graphless(own.to(y.device).reshape(-1, *y.shape), held))
+    return Coefficients(space, order, graphless(own.to(y.device).reshape(-1, *y.shape), held))
 
 
 class _Differences:
