@@ -1,4 +1,4 @@
-"""The command line: ``jetplane train``, ``compare``, ``report``, ``sweep``, ``demo``, ``finetune``, ``adapt`` and so on.
+"""The command line: ``jetplane train``, ``compare``, ``report``, ``sweep``, ``demo``, ``finetune``, ``adapt``, …
 
 What a command needs is imported when it runs: help and errors of the options come without torch.
 """
