@@ -55,7 +55,10 @@ def library(tmp_path_factory):
             pytest.skip("this processor has no AVX2")
         file = folder / f"{len(list(folder.iterdir()))}.so"
         subprocess.run(
-            [compiler, *flags.split(), "-shared", "-fPIC", "-o", file, SOURCES / source, "-lm"], check=True, timeout=120
+            [compiler, *flags.split(), "-shared", "-fPIC", "-o", file, SOURCES / source, "-lm"],
+            check=True,
+            timeout=120,
+            cwd=folder,  # where Fortran writes its modules
         )
         return ctypes.CDLL(str(file))
 
