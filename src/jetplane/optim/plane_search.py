@@ -328,8 +328,8 @@ class PlaneSearch(PlaneOptimizer):
                 kappa, tried = asked.kappa, None
                 changes, shortened = self._changes(moving, span.directions, plane, kappa)
             if isinstance(asked, Decision):
-                known = outcome is not None and tried == asked.rate
-                return asked, [(i, asked.rate * change) for i, change in changes], outcome.loss if known else None
+                after = outcome.loss if outcome is not None and tried == asked.rate else None
+                return asked, [(i, asked.rate * change) for i, change in changes], after
             with _moved(asked.rate, params, changes):
                 outcome, tried = Outcome(self._loss(shard, params, plane), factor * shortened), asked.rate
 
