@@ -1,4 +1,4 @@
-"""Adaptation at test time on corrupted Fashion-MNIST, by six methods: `python -m benchmarks.adapt`.
+"""Adaptation at test time on corrupted Fashion-MNIST, by seven ways: `python -m benchmarks.adapt`.
 
 Trains a small vision transformer and a CNN (two minutes of one core each), makes them 8-bit, and gives each method the
 same batches of 64 test images under fifteen corruptions at severity 5, for three seeds of images, corruptions and
