@@ -342,7 +342,9 @@ def main() -> None:
         if args.out:
             args.out.write_text(text)
         if args.json:
-            command = f"python -m benchmarks.memory --sections {' '.join(args.sections)} --runs {args.runs}"
+            lengths, sections = (" ".join(map(str, words)) for words in (args.lengths, args.sections))
+            command = f"python -m benchmarks.memory --sections {sections} --lengths {lengths} --k {args.k}"
+            command += f" --threads {args.threads} --runs {args.runs}"
             found = {"command": command, "machine": machine(args.threads), "rows": args.rows}
             args.json.write_text(json.dumps(found, indent=1) + "\n")
     print(text)

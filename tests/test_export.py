@@ -123,6 +123,21 @@ def test_derivatives_of_functions(kind: str, tmp_path: Path) -> None:
         assert (a - torch.from_numpy(b)).abs().max() <= 5e-6 * a.abs().max()
 
 
+def test_double_precision_is_equal_to_rounding() -> None:
+    labels = torch.tensor([0, 2])
+
+    def f(w: Tensor, v: Tensor, x: Tensor) -> Any:
+        found = jp.evaluate(lambda: F.cross_entropy(torch.tanh(x @ w), labels), [w], [v])
+        return found.value, found.slope, found.curvature
+
+    def args() -> list[Tensor]:
+        return [torch.randn(s).double() for s in ((5, 3), (2, 5, 3), (2, 5))]
+
+    program, others = jp.export(f, args()).module(), args()
+    for a, b in zip(f(*others), program(*others), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-14, atol=1e-14)
+
+
 def test_other_shapes_are_refused() -> None:
     program = jp.export(lambda w, v: jp.jvp(torch.sin, w, v), (torch.ones(3), torch.ones(3)))
     with pytest.raises((RuntimeError, AssertionError), match="shape|size"):

@@ -114,7 +114,7 @@ def _captured(f: Callable[..., Any], args: Sequence[Any], leaves: Sequence[Tenso
             compiled(*args)
     finally:
         forget(f)  # an f may be exported any number of times
-    for constant, before in zip(constants, found[0].buffers(), strict=True):
+    for constant, before in zip(constants, found[0].buffers(recurse=False), strict=True):
         constant.detach().copy_(before)  # such as running statistics
     return found[0]
 
