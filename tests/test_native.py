@@ -276,17 +276,17 @@ class TestCorpus:
         x = random(11)
         same_derivatives(lambda x: f(n, x[:1], x[1:6], x[6:]), lambda x: x[6:] + x[0] * x[1:6], x)
 
+    @pytest.mark.parametrize("name", ["common", pytest.param("logistic", marks=pytest.mark.long)])
     @pytest.mark.parametrize(
-        "flags",
-        ["-O2", pytest.param("-O0", marks=pytest.mark.long), pytest.param("-O3 -mavx2", marks=pytest.mark.long)],
+        "flags", ["-O2", *(pytest.param(f, marks=pytest.mark.long) for f in ("-O0", "-O3 -mavx2"))]
     )
-    def test_fortran(self, library, flags):
+    def test_fortran(self, library, flags, name):
         x, c = torch.tensor([0.37, 0.83, 0.41, 0.22], dtype=D), library(flags, "corpus.f90")  # no kink is near
         f = jp.compiled(c.logistic, "void(int n, const double[n] in, double[n] out)")
         g = jp.compiled(c.common_, args=[jp.In(1, "int", name="n"), jp.In("n"), jp.Out("n")])
+        at = f if name == "logistic" else lambda n, x: g(torch.tensor([n]), x)
         for k in (0, 3):
-            same_as_differences(lambda x, n, k=k: f(n, x)[k], x)
-            same_as_differences(lambda x, n, k=k: g(torch.tensor([n]), x)[k], x)
+            same_as_differences(lambda x, n, k=k: at(n, x)[k], x)
 
     def test_memory_of_the_librarys(self, library):
         c = library()

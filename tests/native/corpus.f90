@@ -17,7 +17,8 @@ subroutine logistic(n, p, out) bind(c)
   end do
   b = matmul(a, p)
   out = b*dot_product(p,p) + sum(a, dim=1) + maxval(p)*minval(b) + p**3 + abs(b)**1.5d0 + sign(p, b) + mod(b, 0.7d0) &
-      + norm2(p) + erf(p) + bessel_j0(p) + gamma(1+p*p) + hypot(p, b) + atan2(p, b) + anint(p*10) + nint(p*3)*p
+      + norm2(p) + erf(p) + bessel_j0(p) + gamma(1+p*p) + hypot(p, b) + atan2(p, b) + anint(p*10) + nint(p*3)*p &
+      + reshape(transpose(spread(p,2,2)), [n])
   deallocate(a, b)
 end subroutine
 subroutine common(n, p, out)
@@ -39,5 +40,5 @@ subroutine common(n, p, out)
   do i = 2, n
     w(i) = w(i) + 0.5*w(i-1)
   end do
-  out = w*dble(z) + aimag(z) + reshape(transpose(spread(p,2,2)), [n])
+  out = w*dble(z) + aimag(z)
 end subroutine

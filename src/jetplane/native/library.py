@@ -19,6 +19,9 @@ from .translate import Lane, Translator
 
 LIBRARIES = ("libm.so.6", "libc.so.6", "libmvec.so.1", "libstdc++.so.6", "libgomp.so.1", "libgcc_s.so.1")
 SYSTEM = re.compile(r"(libm|libc|libmvec|ld-linux.*|libpthread|librt|libdl|libffi|libpython.*)[-.]|python[\d.]*$")
+ENDING = re.compile(
+    r"_gfortran_(runtime_error|os_error|stop|error_stop|generate_error).*|(_*exit|abort|__assert_fail|__stack_chk_fail)$"
+)
 LIFTED = ("qsort", "qsort_r", "bsearch")  # of libc: they move what they are given, and call back
 LEAVING = re.compile(r"(__cxa_(?:throw|rethrow|allocate_exception|begin_catch)|_Unwind_)|_*(?:sig)?(?:long|set)jmp")
 Derivatives = tuple[str, str | None]

@@ -155,6 +155,8 @@ class Program:
         if symbol is not None and (kind := library.LEAVING.match(symbol.name)):
             what = "C++ exceptions" if kind[1] else "jumps out of functions"
             return f"calls {symbol.name}: {what}, which are not carried"
+        if symbol is not None and symbol.start == target and library.ENDING.match(symbol.name):
+            return f"calls {symbol.name}, which ends the program"
         if module is not None and library.SYSTEM.match(module.name):
             name = symbol.name if symbol else f"{target - module.base:#x}"
             if module.name.startswith("libc.") and (name in library.LIFTED or module is own and symbol is None):
