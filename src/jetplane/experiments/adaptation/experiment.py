@@ -183,12 +183,14 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
             lines.plot(values, style, color=color if method == "Adapter" else f"C{n + 4}", label=method, linewidth=1)
         bars.set_yticks(range(len(methods)), methods)
         bars.invert_yaxis()
+        bars.set_xlim(0, 1.15 * bars.get_xlim()[1])
         bars.set_xlabel("mean accuracy, %")
         bars.set_title(name, loc="left")
         lines.set_xticks(
             range(len(runs[0][methods[0]]["accuracy"])), list(runs[0][methods[0]]["accuracy"]), rotation=90
         )
         lines.set_ylabel("accuracy, %")
-    axes[1][0].legend(frameon=False, fontsize=7)
+    handles, labels = axes[1][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
