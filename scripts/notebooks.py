@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # They start processes, read files beside them, or are called with an argument: programs, not notebooks.
-PROGRAMS = {"calibrate_c", "export_to_onnx", "many_processes"}
+PROGRAMS = {"calibrate_c", "export_to_onnx", "glider_c", "many_processes"}
 
 
 def sources() -> dict[str, Path]:

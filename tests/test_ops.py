@@ -1,5 +1,6 @@
 """Rules against reverse over reverse on torch's own operator samples, which no one here wrote."""
 
+import re
 import warnings
 from pathlib import Path
 
@@ -276,6 +277,7 @@ def test_every_rule_is_reached_by_a_sample(monkeypatch):
                     except (jp.JetplaneError, RuntimeError, TypeError, AttributeError, AssertionError):
                         pass
     own = {op for op in RULES if op.namespace == "aten"}  # other tests register rules of their own
+    own -= {op for op in own if re.search("fake_quant|obs_fq|pack_mm", str(op))}  # tests/test_quantized.py
     missing = own - reached - {operator(name) for name in BY_HAND | FLAT}
     assert not missing, " ".join(sorted(map(str, missing)))
 

@@ -65,7 +65,7 @@ class UndoLog(TorchDispatchMode):
         if not any(r.alias_info for r in schema.returns) or schema.name == "aten::lift_fresh":
             # Composite operators (dropout, flatten_dense_tensors) may return what they were given without saying so.
             made, given = ({memory_of(t) for t in tree_leaves(x) if _has_memory(t)} for x in (result, (args, kwargs)))
-            self._fresh |= made - given
+            self._fresh |= made if schema.name == "aten::lift_fresh" else made - given
         return result
 
     def save(self, value: Any, moves: bool = False) -> None:

@@ -155,7 +155,7 @@ def fashion_mnist(folder: Path | None = None) -> tuple[Tensor, Tensor, Tensor, T
         folder = FASHION_FOLDER
     hint = "Debian has it: apt install dataset-fashion-mnist"
     folder = _named(folder, "Fashion-MNIST", FASHION_VARIABLE, hint)
-    raw = [_read(folder, name, FASHION_FILES) for name in FASHION_FILES]
+    raw = [_read(folder, name, "Fashion-MNIST") for name in FASHION_FILES]
     images = [torch.from_numpy(raw[i].reshape(-1, 28, 28).copy()).float() / 255 for i in (0, 2)]
     labels = [torch.from_numpy(raw[i].copy()).long() for i in (1, 3)]
     return images[0], labels[0], images[1], labels[1]
@@ -249,10 +249,10 @@ def _unpickled(folder: Path, name: str) -> tuple[Tensor, Tensor]:
         raise DataError(f"{path}: not a batch of CIFAR-10 ({error})") from error
 
 
-def _read(folder: Path, name: str, files: dict[str, tuple[str, int]] = MNIST_FILES) -> np.ndarray:
+def _read(folder: Path, name: str, what: str = "MNIST") -> np.ndarray:
     """The content of an IDX file without its header, after its checksum is verified."""
-    expected, header = files[name]
-    path = _found(folder, "MNIST" if files is MNIST_FILES else "Fashion-MNIST", name, f"{name}.gz")
+    expected, header = (MNIST_FILES if what == "MNIST" else FASHION_FILES)[name]
+    path = _found(folder, what, name, f"{name}.gz")
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
