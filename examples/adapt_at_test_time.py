@@ -1,4 +1,4 @@
-"""An 8-bit model meets data of another kind, and adapts without labels and without a backward pass.
+"""An 8-bit model adapts to shifted data without labels and without a backward pass.
 
     python examples/adapt_at_test_time.py
 

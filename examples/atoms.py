@@ -4,16 +4,15 @@ The energy of a trial function psi is the mean, over positions drawn from psi²,
 
     E(x) = -1/2 (lap log psi + |grad log psi|²) - sum_i Z / r_i + sum_{i<j} 1 / r_ij     (Hartree, Bohr)
 
-and never below the ground state's. Its Laplacian and gradient come from one forward pass,
+and it is never below the ground state's energy. Its Laplacian and gradient come from one forward pass,
 `jetplane.value_and_laplacian`; the parameters move against the natural gradient, ``2 E[(E(x) - E) grad log psi]`` in
-the metric of ``grad log psi`` (Sorella, Phys. Rev. Lett. 80 (1998)), in which the Laplacian is not
-differentiated.
+the metric of ``grad log psi`` (Sorella, Phys. Rev. Lett. 80 (1998)), so the Laplacian need not be differentiated.
 
     python examples/atoms.py                        # helium, about half a minute
     python examples/atoms.py --steps 2000 --walkers 2048 --samples 1000 --json helium.json
     python examples/atoms.py --atom lithium
 
-The function: for each spin a determinant of orbitals, in which each electron's features depend on where the others are
+The trial function has for each spin a determinant of orbitals, whose features depend on the positions of all electrons
 (as in FermiNet, Pfau et al., arXiv 1909.02487, in small), times ``exp(sum c r_ij / (1 + r_ij))``, whose slope at ``r_ij
 = 0`` cancels the repulsion's pole: c is 1/2 for electrons of opposite spins, 1/4 for equal ones. Positions are drawn by
 Metropolis' method.

@@ -3,8 +3,8 @@
     pip install '.[native]'  &&  python examples/calibrate_c.py     # Linux on x86-64, with gcc
 
 A damped pendulum is integrated by C code (`pendulum.c`). Its damping, frequency and initial angle are found from noisy
-measurements: three directions span all of the parameters, so that each step of FoMoH-KD is one of Newton's method, with
-the exact slope and curvature through the compiled code.
+measurements: three directions span all parameters, so each step of FoMoH-KD is a step of Newton's method, with the
+exact slope and curvature through the compiled code.
 """
 
 import ctypes

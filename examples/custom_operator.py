@@ -2,7 +2,7 @@
 # # A custom operator with a rule of its own
 #
 # Derivatives pass through torch's own operators. An operator that you have registered yourself, in C++, CUDA, Triton
-# or, as here, NumPy, is opaque: without a rule it raises `MissingRuleError`, and never counts as a constant.
+# or, as here, NumPy, is opaque: without a rule it raises `MissingRuleError`, rather than counting as a constant.
 
 # %%
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Train on a runtime that only infers: steps of forward gradients by ONNX Runtime and NumPy, without torch.
+"""Train in an inference runtime: forward gradient descent by ONNX Runtime and NumPy, without torch.
 
     python examples/export_to_onnx.py export plane.onnx     # with torch: loss and slopes of an MLP as a program
     python examples/export_to_onnx.py train plane.onnx      # without: 300 steps
 
-Needs ``pip install 'jetplane[export]'``. The task is to tell whether a point lies inside of a circle.
+Needs ``pip install 'jetplane[export]'``. The task is to tell whether a point lies inside a circle.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Fine-tune a language model on labelled texts without a backward pass: the parts of `jetplane finetune` in a program.
 
-The blocks that do not train run once for each text, and what they put out is kept on disk. PlaneSearch trains adapters
+The blocks that do not train run once for each text, and their outputs are cached on disk. PlaneSearch trains adapters
 (LoRA) in the last block: no rate, no gradients, no graph.
 
     python examples/finetune.py --model FOLDER --data own.csv

@@ -2,8 +2,8 @@
 
     python examples/fit_epidemic.py
 
-Data: boys in bed of 763, day by day, 22 January to 4 February 1978 (British Medical Journal 1, 587, 1978). Bounds keep
-the rates positive.
+Data: the number of boys in bed, of 763, for each day from 22 January to 4 February 1978 (British Medical Journal 1,
+587, 1978). Bounds keep the rates positive.
 """
 
 import torch

@@ -3,7 +3,7 @@
     python examples/fit_lotka_volterra.py
 
 Data: thousands of pelts that the Hudson's Bay Company traded in 1900 to 1920 (C. G. Hewitt, The Conservation of the
-Wild Life of Canada, 1921). Errors are taken to be relative ones, so residuals are differences of logarithms.
+Wild Life of Canada, 1921). Errors are assumed to be relative, so residuals are differences of logarithms.
 """
 
 import torch

@@ -1,13 +1,13 @@
 """A continuous normalizing flow with the exact divergence.
 
-Points of the data move along ``dx/dt = v(t, x)`` to where they are distributed normally. On the way the logarithm of
-their density changes by ``-div v``, which is usually estimated (FFJORD, Grathwohl et al., arXiv 1810.01367) since
-reverse mode takes a pass for each dimension. `jetplane.divergence` gives it exactly by one pass of 1 + D channels, with
-a graph to train through.
+The flow ``dx/dt = v(t, x)`` transports the data to a normal distribution. Along the flow the logarithm of their density
+changes by ``-div v``, which is usually estimated (FFJORD, Grathwohl et al., arXiv 1810.01367) since reverse mode needs
+a pass for each dimension. `jetplane.divergence` gives it exactly by one pass of 1 + D channels, with a graph to train
+through.
 
     python examples/flow.py --picture flow.png
 
-The integrator is Runge and Kutta's of fourth order, with a few equal steps. The data are two half circles.
+The integrator is the fourth-order Runge-Kutta method with a few equal steps. The data are two half circles.
 """
 
 import argparse

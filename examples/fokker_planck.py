@@ -6,8 +6,8 @@ p), and so l = log p
     l_t = tr A + (A x) . grad l + 1/2 tr(sigma sigmaᵀ Hess l) + 1/2 |sigmaᵀ grad l|²
 
 Of z = (t, x), the terms linear in l are one `jetplane.weighted_laplacian`: the columns of sigma are its directions, and
-``(-1, A x)`` is its drift, which costs nothing. The gradient is one `jetplane.jacobian`. Both have a graph: Adam trains
-the network on paths of the particle. The process is linear so that the solution is known: a Gaussian, with a covariance
+``(-1, A x)`` is its drift, at no extra cost. The gradient is one `jetplane.jacobian`. Both have a graph: Adam trains
+the network on paths of the particle. The process is linear, so the solution is known: a Gaussian, with a covariance
 from an ordinary differential equation, against which log p is compared.
 
     python examples/fokker_planck.py --picture fokker_planck.png

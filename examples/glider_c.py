@@ -1,4 +1,4 @@
-"""Optimal control of dynamics in C: how far a hang glider gets through an updraft.
+"""Optimal control of dynamics in C: the greatest range of a hang glider through an updraft.
 
     pip install '.[native,control]'  &&  python examples/glider_c.py     # Linux on x86-64, with gcc
 

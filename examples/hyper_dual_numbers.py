@@ -6,8 +6,8 @@
 #
 # f(x) = f(a) + f'(a) b ε₁ + f'(a) c ε₂ + (f'(a) d + f''(a) b c) ε₁ε₂,
 #
-# and a product multiplies out. That is the whole of second-order forward mode. Here it is in 20 lines for scalars, and
-# then by `jetplane`, which does the same for tensors, all operators of torch and K directions at once.
+# and a product multiplies out. That is all of second-order forward mode. Here it is in 20 lines for scalars, and then
+# by `jetplane`, which does the same for tensors, all operators of torch and K directions at once.
 
 # %%
 from __future__ import annotations

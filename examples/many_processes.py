@@ -3,8 +3,8 @@
     python examples/many_processes.py --ranks 2
 
 Each rank holds a share of the batch and draws the same plane from the seed. They add up loss, slope and curvature, a
-few hundred bytes, and each moves its own copy of the parameters by the same bits. DistributedDataParallel would send
-4 bytes a parameter.
+few hundred bytes, and each makes the same update to its own copy of the parameters, bit for bit.
+DistributedDataParallel would send 4 bytes a parameter.
 """
 
 from __future__ import annotations

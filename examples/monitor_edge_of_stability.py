@@ -1,9 +1,9 @@
-"""Watch gradient descent come to the edge of stability: curvature along its steps rises to 2 over the rate.
+"""Watch gradient descent reach the edge of stability: curvature along its steps rises to 2 over the rate.
 
     python examples/monitor_edge_of_stability.py [--steps 400] [--rate 0.3] [--picture edge.png] [--logdir runs/edge]
 
-A plain loop. Data: 300 of the handwritten digits that scikit-learn includes, all of them in each step. With
-``--logdir`` the readings go to TensorBoard too (``tensorboard --logdir runs/edge``).
+A plain loop on 300 of the handwritten digits that scikit-learn includes, all of them in each step. With ``--logdir``
+the readings go to TensorBoard too (``tensorboard --logdir runs/edge``).
 """
 
 import argparse

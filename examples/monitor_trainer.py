@@ -2,8 +2,8 @@
 
     python examples/monitor_trainer.py [--steps 150] [--logdir runs/trainer] [--picture trainer.png]
 
-It is trained by AdamW on characters of Python's own documentation, which its standard library includes. Readings are of
-one held batch, and go to TensorBoard where ``--logdir`` is given. Needs
+It is trained by AdamW on characters of Python's own documentation, which its standard library includes. Readings use
+one fixed batch, and go to TensorBoard where ``--logdir`` is given. Needs
 ``pip install 'jetplane[experiments,frameworks]'``.
 """
 

@@ -1,6 +1,6 @@
 """Physics-informed networks for Poisson's, Burgers' and the Allen-Cahn equation, by backpropagation and without it.
 
-A network u is trained until it fulfils an equation at random points: the mean square of what is left over. The
+A network u is trained to satisfy an equation at random points: the loss is the mean square of the residual. The
 Laplacian in it is `jetplane.laplacian`, one forward pass of 1 + D + 1 channels; its result has a graph, so that Adam
 trains through it. The same loss can be trained forward only, by `jetplane.optim.PlaneSearch`, with the Laplacian
 inside: nothing is stored for a backward pass.
@@ -11,8 +11,8 @@ inside: nothing is stored for a backward pass.
 Boundary and initial values are built into u, so that the loss has one term.
 
     poisson      lap u = f on the square [0, 1]², u = 0 on its boundary; the solution is sin(pi x) sin(pi y)
-    burgers      u_t + u u_x = 0.05 u_xx, u(0, x) = -sin(pi x), u(t, ±1) = 0; compared with Cole and Hopf's formula
-    allen-cahn   u_t = 0.01 u_xx + u - u³, u(0, x) = 0.5 sin(pi x), u(t, ±1) = 0; compared with differences on a grid
+    burgers      u_t + u u_x = 0.05 u_xx, u(0, x) = -sin(pi x), u(t, ±1) = 0; compared with the Cole-Hopf formula
+    allen-cahn   u_t = 0.01 u_xx + u - u³, u(0, x) = 0.5 sin(pi x), u(t, ±1) = 0; compared with a finite-difference solution
 """
 
 import argparse

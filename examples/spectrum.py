@@ -1,9 +1,8 @@
 """The spectrum of a small network's Hessian, before and after training.
 
-All parameters are one argument of a function of a dict: `jetplane.hessian` gives blocks within blocks of the same
-names, which are put together into the matrix. ``mode="auto"`` takes Hessian-vector products where they are cheaper.
-`jetplane.evaluate` gives the Gauss-Newton matrix along all coordinates, which is what is left of the Hessian once the
-network fits.
+The loss is a function of one dict of parameters: `jetplane.hessian` returns a dict of dicts of blocks, which are
+assembled into the matrix. ``mode="auto"`` takes Hessian-vector products where they are cheaper. `jetplane.evaluate`
+gives the Gauss-Newton matrix along all coordinates, to which the Hessian reduces once the network fits.
 
     python examples/spectrum.py --picture spectrum.png
 

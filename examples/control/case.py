@@ -1,4 +1,4 @@
-"""A problem with what is known about its solution."""
+"""A problem and the known facts about its solution."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Test problems of the literature, with their optima."""
+"""Test problems from the literature, with their optima."""
 
 from __future__ import annotations
 

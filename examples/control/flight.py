@@ -1,4 +1,4 @@
-"""Flight problems: a shuttle, and three of Zou and Jiang (arXiv 2506.11537) as the examples of pockit have them."""
+"""Flight problems: a shuttle, and three of Zou and Jiang (arXiv 2506.11537) as in pockit's examples."""
 
 from __future__ import annotations
 

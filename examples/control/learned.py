@@ -1,4 +1,4 @@
-"""A pendulum that is known by its data alone: a network is fitted to simulated rates, then swung up."""
+"""A pendulum known only from data: a network is fitted to simulated rates, and its model is swung up."""
 
 from __future__ import annotations
 
