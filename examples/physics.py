@@ -12,7 +12,7 @@ Boundary and initial values are built into u, so that the loss has one term.
 
     poisson      lap u = f on the square [0, 1]², u = 0 on its boundary; the solution is sin(pi x) sin(pi y)
     burgers      u_t + u u_x = 0.05 u_xx, u(0, x) = -sin(pi x), u(t, ±1) = 0; compared with the Cole-Hopf formula
-    allen-cahn   u_t = 0.01 u_xx + u - u³, u(0, x) = 0.5 sin(pi x), u(t, ±1) = 0; compared with a finite-difference solution
+    allen-cahn   u_t = 0.01 u_xx + u - u³, u(0, x) = 0.5 sin(pi x), u(t, ±1) = 0; compared with finite differences
 """
 
 import argparse
