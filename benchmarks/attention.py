@@ -2,8 +2,8 @@
 
     python -m benchmarks.attention --lengths 2048 4096 --json docs/results/attention.json
 
-8 heads of 64, float32, one thread, processor time, medians of rounds after one that warms up. Memory, in processes of its
-own: `python -m benchmarks.memory --sections attention`.
+8 heads of 64, float32, one thread, processor time, medians of rounds after one that warms up. Memory, in new processes:
+`python -m benchmarks.memory --sections attention`.
 """
 
 from __future__ import annotations
