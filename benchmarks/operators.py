@@ -176,7 +176,12 @@ def laplacians(d: int, b: int) -> dict[str, Callable[[], Way]]:
 
         return build
 
-    ways = {name: way(f) for name, f in BUILT.items()}
+    def compiled(net: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+        f = torch.compile(lambda x: jp.laplacian(net, x, batch_dim=0), fullgraph=True)
+        return lambda: f(x)
+
+    ways = {"jetplane": way(BUILT["jetplane"]), "jetplane, compiled": way(compiled)}
+    ways |= {name: way(f) for name, f in BUILT.items() if name != "jetplane"}
     return ways | {"folx": lambda: folx_laplacian(network(d), points(b, d))}
 
 

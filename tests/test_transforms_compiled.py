@@ -173,3 +173,13 @@ def test_options_that_cannot_be_compiled():
         }.items():
             with pytest.raises(torch._dynamo.exc.Unsupported, match=match):
                 torch.compile(f, fullgraph=True, backend="eager")()
+
+
+def test_other_shapes_in_one_process():
+    """The second shape makes the compiler take sizes for symbols."""
+    of = lambda x: jp.laplacian(lambda z: z.sin().prod(-1), x, batch_dim=0)  # noqa: E731
+    f = torch.compile(of, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for shape in ((3, 4), (5, 4), (5, 6), (2, 7)):
+            x = torch.rand(shape, dtype=torch.float64)
+            torch.testing.assert_close(f(x), -shape[1] * x.sin().prod(-1))

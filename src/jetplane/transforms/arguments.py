@@ -61,7 +61,10 @@ class Call:
     @property
     def size(self) -> int:
         """D: how many numbers move at one point."""
-        return sum(self.sizes)
+        size = sum(self.sizes)
+        if torch.compiler.is_compiling():  # a number where shapes are symbols: directions are part of the program
+            size = sum(1 for _ in range(size))
+        return size
 
     @property
     def points(self) -> int | None:
