@@ -41,7 +41,7 @@ def derivatives(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.T
 jp.register_rule(softsign, elementwise=derivatives)
 
 # %% [markdown]
-# The rule is held against central differences of the operator, on inputs you give:
+# The rule is checked against central differences of the operator, on inputs you give:
 
 # %%
 jp.testing.check_rule(softsign, x)
