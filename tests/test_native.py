@@ -480,12 +480,12 @@ class TestRefusals:
         ("x", "n", "message"),
         [
             (None, 3, "made of numbers, got None"),
-            ("abc", 3, "made of numbers, got 'abc'"),
+            ("abc", 3, "consist of numbers, got 'abc'"),
             (torch.ones(3, dtype=torch.complex128), 3, "takes real numbers"),
             (torch.ones(3, device="meta"), 3, "got one without data"),
             (torch.ones(3).to_sparse(), 3, "of layout torch.sparse_coo"),
             (torch.ones(3), 1 << 40, "is of type int, which has no 1099511627776"),
-            (torch.ones(3), 3.0, "is an integer, got 3.0"),
+            (torch.ones(3), 3.0, "must be an integer, got 3.0"),
         ],
     )
     def test_arguments(self, library, x, n, message):
@@ -844,7 +844,7 @@ class TestRegistered:
             same_derivatives(lambda x, f=f: f(x, 5), energy, random(5), second=1e-10 if second else 1e-7)
 
     def test_arguments(self):
-        with pytest.raises(jp.ArgumentError, match="jvp must be a compiled function"):
+        with pytest.raises(jp.ArgumentError, match="expected jvp=, a compiled function"):
             jp.register_native(ctypes.CFUNCTYPE(ctypes.c_double, ctypes.c_double)(abs), "double(double)", jvp=None)
 
 
@@ -886,7 +886,7 @@ class TestSignatures:
             f(random(3), 4)
         with pytest.raises(jp.ArgumentError, match="takes 2 arguments"):
             f(random(3))
-        with pytest.raises(jp.ArgumentError, match="is an integer, got 3.5"):
+        with pytest.raises(jp.ArgumentError, match="must be an integer, got 3.5"):
             f(random(3), 3.5)
 
 

@@ -93,9 +93,13 @@ class Adapter:
         self.k, self.entropy_weight = k, entropy_weight
         self.derivative: Rounding = derivative
         if not self.layers:
-            raise ArgumentError("the model has no normalization layers; expected some, or layers=[...] of your own")
+            raise ArgumentError(
+                "expected a model with normalization layers, found none; name the layers to adapt with layers=[...]"
+            )
         if k < 2:
-            raise ArgumentError(f"k must be at least 2: a piece of the Gauss-Newton step, and the step before; got {k}")
+            raise ArgumentError(
+                f"k must be at least 2, for a part of the Gauss-Newton step and the previous step; got {k}"
+            )
         with torch.no_grad():
             self._targets = self._outputs(source)
             self._sizes = [len(mean) for mean, _ in self._targets for _ in range(2)]

@@ -244,9 +244,7 @@ def finetune(
     text_column: Annotated[str | None, typer.Option(help="Name of the text column.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Name of the class column.")] = None,
     train: Annotated[int, typer.Option(help="Number of training texts.")] = finetuning.Source.sizes[0],
-    dev: Annotated[int, typer.Option(help="Texts that select weights and rates.")] = finetuning.Source.sizes[
-        1
-    ],
+    dev: Annotated[int, typer.Option(help="Texts that select weights and rates.")] = finetuning.Source.sizes[1],
     test: Annotated[int, typer.Option(help="Number of test texts.")] = finetuning.Source.sizes[2],
     prompt: Annotated[
         str | None, typer.Option(help="Prompt with {text} [default for causal models: '{text}\\nTopic:'].")

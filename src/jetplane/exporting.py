@@ -132,8 +132,8 @@ def _check_same(expected: Sequence[Any], found: Sequence[Tensor]) -> None:
         size = max(a.abs().max().item(), 1e-30) if a.numel() else 1.0
         if a.shape != b.shape or not bool(((a - b).abs() <= _CLOSE * size).all()):
             raise DerivativeError(
-                f"result {n} of the program is not that of the function: expected {_shown(a)}, got {_shown(b)}. Does "
-                "the function depend on the numbers of its arguments by Python's if, or on anything that changes?"
+                f"result {n} of the program is not that of f: expected {_shown(a)}, got {_shown(b)}. Does "
+                "the function branch on values of its arguments (Python's if), or depend on anything that changes?"
             )
 
 

@@ -198,7 +198,9 @@ class CurvatureMonitor:
         names = tuple(directions)
         if isinstance(directions, str) or names[:1] != ("step",) or len(set(names)) < len(names) \
                 or not set(names) <= set(DIRECTIONS):  # fmt: skip
-            raise ArgumentError(f"directions must be 'step' and then others of {DIRECTIONS}, got {directions!r}")
+            raise ArgumentError(
+                f"directions must start with 'step'; the others must be among {DIRECTIONS}; got {directions!r}"
+            )
         if curvature not in ("hessian", "ggn", "both"):
             raise ArgumentError(f"curvature must be 'hessian', 'ggn' or 'both', got {curvature!r}")
         if audit not in ("first", "never"):
@@ -344,7 +346,9 @@ class CurvatureMonitor:
         """
         shown = [r for r in self.readings if r.rate is not None]
         if not shown:
-            raise ArgumentError("nothing to draw: expected a reading of an optimizer with a rate, got none")
+            raise ArgumentError(
+                "nothing to plot: expected at least one reading of an optimizer with a learning rate, got none"
+            )
         steps = [r.step for r in shown]
         critical = [r.critical_rate if 0 < r.critical_rate < math.inf else math.nan for r in shown]
         axes.plot(steps, critical, ".-", label="2 / curvature along the step", color="C0")

@@ -176,7 +176,7 @@ def check_rule(f: Callable[..., Any], *inputs: Any, k: int = 2, seed: int = 0, t
     """
     loss, leaves = scalar_loss(f, inputs)
     if not leaves:
-        raise DerivativeError("check_rule needs at least one floating tensor among the inputs")
+        raise DerivativeError("check_rule needs at least one real floating-point tensor among the inputs, got none")
     generator = torch.Generator().manual_seed(seed)
     tangents = [torch.randn(k, *x.shape, dtype=x.dtype, generator=generator) for x in leaves]
     check_plane(loss, leaves, tangents, tolerance)

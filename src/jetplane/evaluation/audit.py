@@ -108,16 +108,16 @@ class AuditReport:
         if self.verdict == "differs":
             raise AuditError(
                 f"the slope of this closure is not that of its loss: along a random direction it is {self.slope:.6g}, "
-                f"and the loss changes by {self.difference:.6g}. The use of {', '.join(self.parameters)} is not seen: "
-                "it may leave torch (NumPy, data_ptr in an extension, a thread of its own) or go through copies of "
-                "the parameter that were made outside of the closure. Use the parameters by torch functions inside "
-                "of the closure; if the closure is right as it is, audit='never' switches this check off",
+                f"and the loss changes by {self.difference:.6g}. Some use of {', '.join(self.parameters)} is missed: "
+                "it may leave torch (NumPy, data_ptr in an extension, another thread) or go through copies of "
+                "the parameter made outside the closure. Use the parameters only in torch functions inside "
+                "the closure; if the closure is correct, audit='never' switches this check off",
                 self.parameters,
             )
         if self.suspicious:
             warnings.warn(
                 f"the slope of this closure may not be that of its loss: {self}. jetplane.audit in double precision "
-                "can tell",
+                "can decide",
                 AuditWarning,
                 stacklevel=2,
             )
@@ -163,7 +163,9 @@ def audit(
     params = list(params)
     check_parameters(params)
     if any(_sharding.is_sharded(p) for p in params):
-        raise ArgumentError("parameters are sharded: audit the closure in one process, with a small model")
+        raise ArgumentError(
+            "sharded parameters cannot be audited: audit the closure in one process, with a small model"
+        )
     named = [f"parameter {i} of shape {tuple(p.shape)}" for i, p in enumerate(params)] if names is None else names
     if len(named) != len(params):
         raise ArgumentError(f"expected a name for each of {len(params)} parameters, got {len(named)}")

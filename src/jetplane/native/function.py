@@ -379,9 +379,7 @@ class Compiled(Function):
             again = self._plain(x)[n]
             label = self._output(n)
             if not bool(((again == own) | (again.isnan() & own.isnan())).all()):
-                raise NativeCodeError(
-                    f"{self.__name__} gives another {label} each time it is called; expected a pure function"
-                )
+                raise NativeCodeError(f"{self.__name__} gives another {label} in each call; expected a pure function")
             worst = (ours.double() - own.double()).abs().max()
             raise NativeCodeError(
                 f"values of {self.__name__} are not those of the function: {label} is off by {float(worst):.0e}. "
@@ -447,7 +445,7 @@ def _terms(structure: PairStructure) -> list[tuple[int, int, int, float]]:
 def _name(program: Program) -> str:
     maps = program.decoder.maps
     if not maps.executable(program.entry):
-        raise ArgumentError(f"there is no code at {program.entry:#x}")
+        raise ArgumentError(f"expected the address of a compiled function, found no code at {program.entry:#x}")
     module = maps.module(program.entry)
     symbol = module.symbol(program.entry) if module else None
     return symbol.name if symbol else described(maps, program.entry)[0]
@@ -489,8 +487,8 @@ CALL = Call("compiled", "a jetplane.compiled function")
 def _on_jets(space: Space, f: Compiled, *args: Any) -> Any:
     if not all_plain(space, args, {}):
         raise DerivativeError(
-            f"{f.__name__} is inside derivatives of derivatives (jetplane.jet in a closure), which are not carried; "
-            "take it out of them"
+            f"{f.__name__} is inside nested derivatives (jetplane.jet in a closure), which are not supported; "
+            "move it out of them"
         )
     of = [parts(a, space) for a in args]
     x = f._inputs([p for p, _, _ in of])

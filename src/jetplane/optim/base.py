@@ -62,7 +62,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             _check_rate(name, value)
         if clip is not None and not clip > 0:
-            raise ArgumentError(f"clip must be positive or None, got {clip}")
+            raise ArgumentError(f"clip, the largest norm of a step, must be positive or None, got {clip}")
         if isinstance(planes, bool) or not isinstance(planes, int) or planes < 1:
             raise ArgumentError(f"planes must be an integer of at least 1, got {planes!r}")
         Directions(k, law, tangents, rank=rank, density=density)  # checks them
@@ -90,7 +90,9 @@ class PlaneOptimizer(torch.optim.Optimizer):
         self.plane: PlaneModel | None = None
         self.ranks = None if process_group is None else Ranks(process_group)
         if compile and self.ranks is not None and self.ranks.parts > 1:
-            raise ArgumentError("compile=True cannot be had where ranks share directions; use it with shards of data")
+            raise ArgumentError(
+                "compile=True is not supported where ranks share directions; use it with ranks that share only the data"
+            )
         self._record({"seed": seed, "step": 0})
         self._check_size(self._moving())
         self._check_sharding(p for p, _, _ in self._moving())
@@ -194,7 +196,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
     def _started(self, closure: Closure | None) -> tuple[RepeatedClosure, Moving]:
         """The closure and the parameters of a step, checked; the closure's losses will be held against each other."""
         if closure is None:
-            raise ArgumentError("step() needs a closure that returns the loss: there are no gradients to use")
+            raise ArgumentError("step() needs a closure that returns the loss: this optimizer does not read gradients")
         if not callable(closure):
             raise ArgumentError(
                 f"step() needs a closure, a function that computes the loss, got {type(closure).__name__}: write "
@@ -202,7 +204,9 @@ class PlaneOptimizer(torch.optim.Optimizer):
             )
         moving = self._moving()
         if not moving:
-            raise ArgumentError("no parameter requires gradients, so none may move; unfreeze some of them")
+            raise ArgumentError(
+                "no parameter requires gradients, so the optimizer cannot move any; unfreeze some of them"
+            )
         params = [p for p, _, _ in moving]
         self._check_moving(params)
         self._check_size(moving)
@@ -368,7 +372,9 @@ class PlaneOptimizer(torch.optim.Optimizer):
             NonFiniteError: NaN or infinity in the coefficients.
         """
         if not bool(torch.isfinite(kappa.float()).all()):
-            raise NonFiniteError(f"the step is not finite: slope {plane.slope}, curvature {plane.curvature}")
+            raise NonFiniteError(
+                f"the step is not finite, with slope {plane.slope} and curvature {plane.curvature}; try a smaller lr"
+            )
         used = sorted(directions.used) if isinstance(directions, CachedDirections) else range(len(moving))
         return ((i, directions.combine(i, moving[i][0], moving[i][1]["lr"] * kappa)) for i in used)
 
@@ -417,13 +423,13 @@ class PlaneOptimizer(torch.optim.Optimizer):
         before = state.pop(STATE, None)  # where it lay at first
         own = next((group[STATE] for group in groups if group.get(STATE)), before)
         if own is None:
-            raise ShapeError("this state does not come from a Jetplane optimizer")
+            raise ShapeError("expected the state_dict of a Jetplane optimizer, got another state")
         own = dict(own)
         lost = set(own.pop("kept", ())) - {name for of_parameter in state.values() for name in of_parameter}
         if lost:
             raise ShapeError(
-                f"this state has lost what the optimizer kept of each parameter: {', '.join(sorted(lost))}. Flattened "
-                "state dicts do so; save with flatten_optimizer_state_dict=False"
+                f"this state lacks per-parameter entries of the optimizer: {', '.join(sorted(lost))}. Flattened "
+                "state dicts lose them; save with flatten_optimizer_state_dict=False"
             )
         plain = [{name: value for name, value in group.items() if name != STATE} for group in groups]
         try:

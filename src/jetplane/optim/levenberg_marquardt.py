@@ -273,11 +273,11 @@ class _Problem:
             raise ArgumentError(f"bounds must be (lower, upper), got {type(given).__name__}")
         lower, upper = (self.numbers(g, name) for g, name in zip(given, ("lower bounds", "upper bounds"), strict=True))
         if not bool((lower <= upper).all()):
-            raise ArgumentError("bounds: expected lower bounds of at most the upper ones")
+            raise ArgumentError("bounds: expected lower bounds of at most the upper bounds")
         outside = (self.start < lower) | (self.start > upper)
         if bool(outside.any()):
             raise ArgumentError(
-                f"the start is outside of the bounds in {int(outside.sum())} of {self.n} numbers, at flat index "
+                f"the start lies outside the bounds in {int(outside.sum())} of {self.n} entries, at flat indices "
                 f"{outside.nonzero().flatten().tolist()[:5]}"
             )
         return lower, upper
@@ -317,7 +317,9 @@ class _Problem:
             pass
         if self.chunk < self.n:
             if len({tuple(y.shape for y, _ in column) for column in columns}) > 1:
-                raise ShapeError("chunk= runs the function more than once, and it gave residuals of other shapes then")
+                raise ShapeError(
+                    "chunk= runs the function more than once, and a later run gave residuals of other shapes"
+                )
             for parts in zip(*columns, strict=True):
                 sums.add(parts[-1][0], torch.cat([first for _, first in parts]))
         fun = tree_unflatten(returned["leaves"], returned["spec"]) if returned else None
@@ -419,7 +421,9 @@ def _minimized(
         leaves, x = problem.leaves(goal, lower, upper)
         there = problem.evaluated(x, leaves)
         if there.count != here.count:
-            raise ShapeError(f"residuals: there were {here.count} of them at first, and {there.count} now")
+            raise ShapeError(
+                f"residuals: expected as many in each evaluation, got {here.count} at first and {there.count} now"
+            )
         history.append(there.cost)
         promised, decrease = here.model.decrease(p), here.cost - there.cost
         if 0.25 * promised < decrease <= tolerances[0] * here.cost:

@@ -162,7 +162,9 @@ class PlaneSearch(PlaneOptimizer):
         exact = plan.curvature == "hessian"
         solver = (SaddleFree(None) if exact else Damped(scaled=True)) if descent is None else named(descent)
         if not isinstance(solver, Spectral):
-            raise ArgumentError(f"descent must solve a plane as a whole, which {type(solver).__name__} does not")
+            raise ArgumentError(
+                f"descent must use the whole curvature matrix of a plane, which {type(solver).__name__} does not"
+            )
         for name, value, kind in (("gradient", gradient, Estimator), ("search", search, Search)):
             if value is not None and not isinstance(value, kind):
                 raise ArgumentError(f"{name} must be an instance of {kind.__name__} or None, got {value!r}")
@@ -201,13 +203,13 @@ class PlaneSearch(PlaneOptimizer):
             )
         if self.every > 1 and not any(source.learns for source in sources):
             raise ArgumentError(
-                f"every = {self.every} leaves steps without a plane, and no source learns anything in them"
+                f"every = {self.every} leaves steps without a plane, and no source learns in those steps; take every=1"
             )
         drawless = all(isinstance(source, (Averages, PreviousStep)) for source in sources)
         if isinstance(self.gradient, ForwardGradients) and drawless:
             raise ArgumentError(
-                "forward gradients come from drawn directions, and the subspace has none: put jetplane.sources.Drawn() "
-                "into it, or give a model"
+                "forward gradients need drawn directions, and the subspace has none: add jetplane.sources.Drawn() "
+                "to it, or give a model"
             )
 
     @property

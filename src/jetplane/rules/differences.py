@@ -102,8 +102,8 @@ CALL = Call("blackbox", "a jetplane.blackbox")
 def _called(space: Space, box: _Box, *args: Any) -> Any:
     if not all_plain(space, args, {}):
         raise DerivativeError(
-            "a jetplane.blackbox inside derivatives of derivatives (jetplane.jet in a closure), which its differences "
-            "cannot give; take it out of them"
+            "a jetplane.blackbox is inside nested derivatives (jetplane.jet in a closure), which its differences "
+            "cannot give; move it out of them"
         )
     with DisableTorchFunction(), autograd():
         values, first, second = box.coefficients(space, args)

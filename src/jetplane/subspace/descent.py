@@ -71,7 +71,7 @@ class CurvatureScaled(Descent):
         """
         h = _matching(slope, curvature, slope.shape).abs() + self.eps
         if not bool((h > 0).all()):
-            raise SingularPlaneError("a line has no curvature, and eps is 0")
+            raise SingularPlaneError("the curvature along a direction is zero, and so is eps; expected eps > 0")
         return -slope.double() / h / slope.numel()
 
 
@@ -128,8 +128,8 @@ class Spectral(Descent):
         largest = values.abs().amax(-1, keepdim=True)
         if not bool((largest > 0).all()):
             raise SingularPlaneError(
-                f"the curvature of a plane of {values.shape[-1]} directions is zero: no length of a step "
-                "follows from it"
+                f"the curvature of a plane of {values.shape[-1]} directions is zero, which leaves the length of a step "
+                "undetermined"
             )
         return Solution(basis, values, f, self._inverse(values, largest, curvature.dtype))
 

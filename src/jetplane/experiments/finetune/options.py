@@ -112,7 +112,7 @@ class Comparison:
     def __post_init__(self) -> None:
         for name in (*self.methods, *self.rates):
             if name not in METHODS:
-                raise ArgumentError(f"there is no method {name!r}; there are {', '.join(METHODS)}")
+                raise ArgumentError(f"unknown method {name!r}; expected one of {', '.join(METHODS)}")
 
 
 def pairs(given: Sequence[str], option: str) -> dict[str, str]:
