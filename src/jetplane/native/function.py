@@ -50,9 +50,9 @@ def compiled(
 ) -> Compiled:
     """A function of compiled code, in C, C++, Fortran, Cython or numba, as a torch function with exact derivatives.
 
-    Its machine code, and that of the functions it calls, is decoded and compiled again with first and second
+    Its machine code, and that of the functions it calls, is decoded and recompiled with first and second
     coefficients of all directions beside every double. Values have the same bits as those of the function itself;
-    derivatives are exact to rounding, as those of the same formulas in torch.
+    derivatives are exact to rounding, like those of the same formulas in torch.
 
     Args:
         f: a function of ctypes or cffi, a ``numba.cfunc``, a ``scipy.LowLevelCallable``, a Cython capsule or
@@ -76,10 +76,10 @@ def compiled(
         second derivatives of 8. Reverse mode takes a forward pass for 16 elements of the inputs.
 
     Raises:
-        ArgumentError: the signature cannot be read, or f is no compiled function.
+        ArgumentError: the signature cannot be read, or f is not a compiled function.
         MissingPackageError: pypcode or llvmlite is not installed.
-        NativeCodeError: the code does something that is not carried; says what, where, and what to do.
-        DeviceError: this is not Linux on x86-64.
+        NativeCodeError: the code does something that is not supported; the message says what, where, and the remedy.
+        DeviceError: the system is not Linux on x86-64.
 
     Method: Aehle, Blühdorn, Sagebaum and Gauger, "Forward-Mode Automatic Differentiation of Compiled Programs", arXiv
     2209.01895, with a compiler in place of an emulator and second derivatives.

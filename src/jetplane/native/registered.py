@@ -51,7 +51,7 @@ def register_native(
     (tensor(8., dtype=torch.float64), tensor(12., dtype=torch.float64))
 
     Raises:
-        ArgumentError: a signature cannot be read, or something is no compiled function.
+        ArgumentError: a signature cannot be read, or an argument is not a compiled function.
     """
     address, own, kept = located(f)
     text = c_signature or (own if args is None else None)
