@@ -271,7 +271,7 @@ class TestTracing:
             (lambda z, p: z.flip(0), "depends on other nodes"),
             (lambda z, p: z * torch.rand(z.shape[0], 1), "random numbers"),
             (lambda z, p: torch.nn.functional.dropout(z), "random numbers"),
-            (lambda z, p: z * torch.arange(z.shape[0])[:, None].double(), "another function at each node"),
+            (lambda z, p: z * torch.arange(z.shape[0])[:, None].double(), "not the same function at each node"),
             (lambda z, p: torch.nn.functional.batch_norm(z, None, None, training=True), "different nodes"),
             (lambda z, p: torch.softmax(z, 0), "different nodes"),
         ],
@@ -310,7 +310,7 @@ class TestTracing:
             assert (slopes[n] - torch.func.jacrev(whole)(row)).abs().max() < 1e-12
             expected = torch.func.hessian(lambda z, w=weights[n]: whole(z) @ w)(row)
             assert (bends[n] - expected).abs().max() < 1e-6  # second derivatives are differences of first ones
-        with pytest.raises(jp.errors.ShapeError, match="was to give .*3.* numbers, and gave"):
+        with pytest.raises(jp.errors.ShapeError, match="must give shape .*3.*, got"):
             jp.control.per_node(seen, outputs=3, batched=batched)(z)
         with pytest.raises(jp.errors.ShapeError, match=r"shape \(nodes, k\), got \[3\]"):
             f(z[0])
@@ -321,7 +321,7 @@ class TestTracing:
     def test_values_do_not_outlive_their_trace(self):
         kept = []
         trace(lambda z, p: [("f", kept.append(z) or z, None)], 2, 0, 2)
-        with pytest.raises(jp.TraceError, match="outside of it"):
+        with pytest.raises(jp.TraceError, match="outside it"):
             kept[0] + 1
 
     def test_writes_outside_are_refused(self):
@@ -331,7 +331,7 @@ class TestTracing:
             outside.copy_(z)
             return outside
 
-        with pytest.raises(jp.TraceError, match="from outside"):
+        with pytest.raises(jp.TraceError, match="made outside it"):
             trace(lambda z, p: [("f", f(z, p), None)], 3, 0, 2)
 
 
@@ -696,7 +696,7 @@ class TestBadInput:
             self.problem(dynamics=lambda x, u, t, p: {"x": x.v}).nlp()
         with pytest.raises(jp.errors.ArgumentError, match="no dynamics: states x, v"):
             self.problem(dynamics=None).nlp()
-        with pytest.raises(jp.errors.ArgumentError, match="define w, which are no states"):
+        with pytest.raises(jp.errors.ArgumentError, match="define w, which are not states"):
             self.problem(dynamics=lambda x, u, t, p: {"x": x.v, "v": u.a, "w": u.a}).nlp()
 
     @pytest.mark.parametrize(
@@ -723,7 +723,7 @@ class TestBadInput:
     def test_constraint_that_no_variable_enters(self):
         ocp = self.problem()
         ocp.phases["move"].path["p"] = (lambda x, u, t, p: x.v * 0 + 1, 0.0, 2.0)
-        with pytest.raises(jp.errors.ArgumentError, match="no variable enters constraint 'p'"):
+        with pytest.raises(jp.errors.ArgumentError, match="constraint 'p'.* does not depend on any variable"):
             ocp.nlp()
 
     def test_phase_that_is_not_linked(self):
@@ -743,7 +743,7 @@ class TestBadInput:
             ocp.link("a", "b")
 
     def test_solver_that_is_not_there(self, monkeypatch, tmp_path):
-        with pytest.raises(jp.MissingPackageError, match="no library with IPOPT's C interface"):
+        with pytest.raises(jp.MissingPackageError, match="not a library with IPOPT's C interface"):
             double_integrator().solve(solver=str(tmp_path / "libipopt.so"))
         monkeypatch.setattr(ipopt, "library_path", lambda path=None: None)
         with pytest.raises(jp.MissingPackageError, match=r"pip install 'jetplane\[control\]'"):
@@ -756,9 +756,9 @@ class TestBadInput:
         ocp = double_integrator()
         with pytest.raises(jp.errors.ArgumentError, match=r"have no 'w'; they are x, v"):
             ocp.phases["move"].start(w=0.0)
-        with pytest.raises(jp.errors.ArgumentError, match="outside of its bounds"):
+        with pytest.raises(jp.errors.ArgumentError, match="outside its bounds"):
             ocp.phase("b", states={"x": (1, 0, 1)}, t0=0, tf=1).start(x=2.0)
-        with pytest.raises(jp.errors.ArgumentError, match="name of the whole vector"):
+        with pytest.raises(jp.errors.ArgumentError, match="reserved for the whole vector"):
             jp.control.Problem().phase("b", states={"all": 1}, t0=0, tf=1)
         with pytest.raises(jp.errors.ArgumentError, match="no phase 'c'"):
             ocp.link("move", "c")

@@ -709,7 +709,7 @@ def test_every_number_is_counted_once(spec, parts):
 
 @pytest.mark.parametrize(("curvature", "pairs"), [("none", "all"), ("hessian", "diagonal"), ("hessian", 3)])
 def test_moments_without_all_pairs_are_refused(curvature, pairs):
-    with pytest.raises(jp.ArgumentError, match="curvature of all pairs only"):
+    with pytest.raises(jp.ArgumentError, match="the curvature of all pairs"):
         PlaneMessage(PlaneSpec(6, curvature, pairs, examples=True))
 
 

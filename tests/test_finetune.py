@@ -121,7 +121,7 @@ class TestTexts:
             ("a.csv", "", "is empty"),
             ("a.csv", "label,words\na,b\n", "no column text.*it has label, words.*--text-column"),
             ("a.csv", "text,kind\na,b\n", "no column label.*--label-column"),
-            ("a.csv", "label,text\n,b\n", "no text that has a label"),
+            ("a.csv", "label,text\n,b\n", "expected texts with labels"),
             ("a.jsonl", "{", "not JSON"),
             ("a.jsonl", "[1]", "JSON object in each line"),
         ],

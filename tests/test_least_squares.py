@@ -358,7 +358,7 @@ class TestRefusals:
         self.refused(jp.ArgumentError, "chunk", chunk=0)
         self.refused(jp.ArgumentError, "bounds must be", bounds=3)
         self.refused(jp.ArgumentError, "at most the upper", bounds=(1, -1))
-        self.refused(jp.ArgumentError, "flat index .1.", bounds=(0, 1.5))
+        self.refused(jp.ArgumentError, "flat indices .1.", bounds=(0, 1.5))
         self.refused(jp.ShapeError, "lower bounds of parameter 0", bounds=(torch.zeros(3), 9))
         self.refused(jp.ShapeError, "structure", bounds=({"a": 0}, 9))
         self.refused(jp.DTypeError, "floating", x=torch.tensor([1, 2]))
@@ -371,7 +371,7 @@ class TestRefusals:
         self.refused(jp.DTypeError, "floating-point", lambda x: 3)
         self.refused(jp.DerivativeError, "numpy", lambda x: torch.from_numpy(np.sin(x.numpy())))
         counts = iter((2, 1, 1, 1))
-        self.refused(jp.ShapeError, "there were 2", lambda x: rosenbrock(x)[: next(counts)])
+        self.refused(jp.ShapeError, "got 2 at first", lambda x: rosenbrock(x)[: next(counts)])
 
 
 def test_row_factor_takes_any_split() -> None:

@@ -305,7 +305,7 @@ def test_refusals() -> None:
         "curvature must": lambda: jp.CurvatureMonitor(optimizer, loss, curvature="exact"),
         "writer must": lambda: jp.CurvatureMonitor(optimizer, loss, writer=3),
         "audit must": lambda: jp.CurvatureMonitor(optimizer, loss, audit="always"),
-        "nothing to draw": lambda: jp.CurvatureMonitor(optimizer, loss).plot(None),
+        "nothing to plot": lambda: jp.CurvatureMonitor(optimizer, loss).plot(None),
     }.items():
         with pytest.raises(jp.ArgumentError, match=match):
             make()

@@ -539,7 +539,7 @@ def test_models_that_can_hardly_be_perturbed_have_directions_drawn():
 W = [nn.Parameter(torch.ones(3))]
 BAD = {
     "nothing to learn from": (
-        lambda: jp.optim.PlaneSearch(W, subspace=REMEMBERED), jp.ArgumentError, "has none: put jetplane.sources.Drawn"
+        lambda: jp.optim.PlaneSearch(W, subspace=REMEMBERED), jp.ArgumentError, "has none: add jetplane.sources.Drawn"
     ),
     "no source": (lambda: Subspace([]), jp.ArgumentError, "at least one Source"),
     "no sources": (lambda: jp.optim.PlaneSearch(W, subspace=[3]), jp.ArgumentError, "at least one Source"),

@@ -514,7 +514,7 @@ def around_the_root(rank, how):
 
 @pytest.mark.parametrize(
     ("how", "said"),
-    [("method", "FSDP2 gathered parameters in another way"), ("left", "got mixed torch.Tensor and DTensor")],
+    [("method", "FSDP2 gathered parameters without a call"), ("left", "got mixed torch.Tensor and DTensor")],
 )
 def test_copies_are_not_taken_for_constants(two, how, said):
     for error in raised(two.run(around_the_root, how)):

@@ -293,7 +293,7 @@ def test_a_closure_that_changes_between_chunks_is_told():
         runs.append(0)
         return F.mse_loss((x @ w)[: len(runs) + 1], torch.zeros(len(runs) + 1, dtype=torch.float64))
 
-    with pytest.raises(jp.DerivativeError, match="expected a closure that does the same each time"):
+    with pytest.raises(jp.DerivativeError, match="expected a closure that computes the same in each run"):
         jp.evaluate(loss, [w], [torch.eye(3, dtype=torch.float64)], "ggn", chunk=1)
 
 

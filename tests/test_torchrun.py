@@ -193,5 +193,5 @@ def test_nan_on_one_rank_names_rank_and_batch_on_all(two, tmp_path):
 @pytest.mark.parametrize("method", ["sgd", "fomoh-bp"])
 def test_methods_with_gradients_run_alone(method, monkeypatch):
     monkeypatch.setattr(launch, "group", object)
-    with pytest.raises(jp.ArgumentError, match="gradients to send"):
+    with pytest.raises(jp.ArgumentError, match="have to send gradients"):
         train.optimizer(Config(method=method), torch.nn.Linear(1, 1))

@@ -1,4 +1,4 @@
-"""``python -m jetplane``: the command line, or word of what it needs."""
+"""``python -m jetplane``: the command line, or an error that names the package it lacks."""
 
 from __future__ import annotations
 

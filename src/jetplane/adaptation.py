@@ -1,22 +1,22 @@
-"""Adaptation at test time: a frozen model fitted to the data that it meets, without labels and without a backward pass.
+"""Test-time adaptation: a frozen model is fitted to new data, without labels and without a backward pass.
 
-What moves are a scale and a shift for each channel of each normalization layer, held beside the model: its weights may
-be int8. For each batch:
+The adapted numbers are a scale and a shift for each channel of each normalization layer. They are stored beside the
+model, whose weights may be int8. For each batch:
 
 1. Each normalization layer is given back the mean and the standard deviation that its output had on source data,
-   channel by channel: what statistics of the batch do for BatchNorm, for any normalization, within the same pass.
-2. What is left is measured at the inputs of the layers with weights and at the logits, in standard deviations of the
-   source, as moments of the batch less those of the source, divided by the root of the number of channels: r. The loss
-   is that of FOA (Niu et al., arXiv 2404.01650, equation 5), in these units:
+   channel by channel. Batch statistics do this for BatchNorm; here it works for any normalization, in the same pass.
+2. The remaining shift r is measured at the inputs of the layers with weights and at the logits: moments of the batch
+   minus those of the source, in standard deviations of the source, divided by the root of the number of channels. The
+   loss is that of FOA (Niu et al., arXiv 2404.01650, equation 5), in these units:
 
        L = entropy_weight * mean entropy of the predictions + |r|^2
 
-3. Gauss-Newton steps with the Jacobian J of r that was measured once, on source data, ``v = -(J^T J + mu I)^-1 J^T r``
-   with r of the batch before, are taken apart by layers. Those pieces and the step before are directions, along which
-   one evaluation (`jetplane.evaluate`) gives the slope and the Gauss-Newton curvature of L as it is now: so much of
-   each is taken.
+3. A Gauss-Newton step ``v = -(J^T J + mu I)^-1 J^T r`` is computed from the Jacobian J of r, measured once on source
+   data, and from r of the previous batch. It is split by layers. The parts and the previous step are the directions of
+   a plane. One evaluation (`jetplane.evaluate`) gives the slope and the Gauss-Newton curvature of the current L along
+   them, and these determine the coefficient of each direction.
 
-With K directions a step costs 1 + K forward passes for the plane, by the number of its products, and one that predicts.
+With K directions a step costs as many products as 1 + K forward passes for the plane, and one pass that predicts.
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ Moments = tuple[Tensor, Tensor]  # mean and standard deviation of each channel
 
 @final
 class Adapter:
-    """A model that adapts to each batch that it is given, and predicts it: see `jetplane.adaptation` for the method.
+    """A model that adapts to each batch it is given and predicts it. `jetplane.adaptation` describes the method.
 
     Args:
         model: gives logits (N, classes) for a batch of N examples. It is not modified. Outputs of normalization layers
             are (N, C, H, W) or (N, ..., C).
-        source: a batch like those that it was trained on, without labels, of some hundred examples: one tensor.
+        source: a batch of a few hundred examples like those the model was trained on, without labels: one tensor.
         layers: the normalization layers whose scales and shifts move; by default all of `torch.nn`'s.
         watched: modules whose inputs are compared with those of source data; by default all with a ``weight`` that are
             not normalization layers.
-        k: the most directions of a plane.
-        entropy_weight: of the entropy of the predictions.
+        k: the largest number of directions of a plane.
+        entropy_weight: weight of the entropy of the predictions.
         damping: mu, in units of the mean of the diagonal of J^T J.
-        derivative: that of quantized activations: see `jetplane.quantization`.
+        derivative: the derivative of quantized activations: see `jetplane.quantization`.
 
-    Batches should have some ten examples or more: their moments are what is compared.
+    Batches should have about ten examples or more, since their moments are compared.
 
     Raises:
         ArgumentError: no normalization layers, or k < 2.
@@ -93,9 +93,13 @@ class Adapter:
         self.k, self.entropy_weight = k, entropy_weight
         self.derivative: Rounding = derivative
         if not self.layers:
-            raise ArgumentError("the model has no normalization layers; expected some, or layers=[...] of your own")
+            raise ArgumentError(
+                "expected a model with normalization layers, found none; name the layers to adapt with layers=[...]"
+            )
         if k < 2:
-            raise ArgumentError(f"k must be at least 2: a piece of the Gauss-Newton step, and the step before; got {k}")
+            raise ArgumentError(
+                f"k must be at least 2, for a part of the Gauss-Newton step and the previous step; got {k}"
+            )
         with torch.no_grad():
             self._targets = self._outputs(source)
             self._sizes = [len(mean) for mean, _ in self._targets for _ in range(2)]
@@ -112,13 +116,13 @@ class Adapter:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was adapted."""
+        """Undo the adaptation."""
         self.scales_and_shifts = torch.zeros_like(self.scales_and_shifts)
         self._last: Tensor | None = None  # r of the batch before
         self._step: Tensor | None = None  # the step before
 
     def restarted(self) -> Adapter:
-        """Another one of the same model and source, which has not adapted yet."""
+        """A new adapter for the same model and source, which has not adapted yet."""
         other = copy.copy(self)
         other.reset()
         return other
@@ -151,7 +155,7 @@ class Adapter:
 
     @torch.no_grad()
     def predicted(self, batch: Any) -> Tensor:
-        """The logits of a batch with what was adapted so far, which stays as it is."""
+        """The logits of a batch under the current adaptation, which does not change."""
         return self._observed(self.scales_and_shifts, batch)[0]
 
     def _directions(self, newton: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The command line: ``jetplane train``, ``compare``, ``report``, ``sweep``, ``demo``, ``finetune``, ``adapt``...
 
-What a command needs is imported when it runs: help and errors of the options come without torch.
+Each command imports what it needs when it runs. Help texts and option errors therefore do not import torch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .experiments.methods import METHODS, DescentName, MethodName
 if TYPE_CHECKING:
     from .experiments.report import Finished
 
-DATA_HELP = "Folder of the data [or JETPLANE_MNIST, JETPLANE_CIFAR10]."
+DATA_HELP = "Data folder [or set JETPLANE_MNIST or JETPLANE_CIFAR10]."
 K_HELP = ", ".join(f"{name} {method.k}" for name, method in METHODS.items() if method.takes_k)
 CLIP_HELP = ", ".join(f"{name} {method.clip:g}" for name, method in METHODS.items() if method.clip)
 
@@ -49,13 +49,13 @@ app = typer.Typer(
 )  # fmt: skip
 console = Console()
 # Options of several commands. Their defaults are those of `Config`.
-Schedule = Annotated[ScheduleName, typer.Option(help="Schedule of the rate.")]
-Descent = Annotated[DescentName, typer.Option(help="How fomoh-kd solves its plane.")]
-BatchSize = Annotated[int, typer.Option(help="Examples of one step.")]
+Schedule = Annotated[ScheduleName, typer.Option(help="Learning rate schedule.")]
+Descent = Annotated[DescentName, typer.Option(help="How fomoh-kd solves for the step in its plane.")]
+BatchSize = Annotated[int, typer.Option(help="Examples per step.")]
 WeightDecay = Annotated[float, typer.Option(help="Decoupled weight decay.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+Device = Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1, …")]
 DataDir = Annotated[Path | None, typer.Option(help=DATA_HELP)]
-ConfigFile = typer.Option("--config", help="JSON file of settings, such as a sweep's best.json; options override it.")
+ConfigFile = typer.Option("--config", help="JSON file of settings, such as best.json of a sweep; options override it.")
 
 
 @contextmanager
@@ -75,28 +75,28 @@ def train(
     model: Annotated[ModelName, typer.Option(help="Model.")] = Config.model,
     method: Annotated[MethodName, typer.Option(help="Optimizer.")] = Config.method,
     k: Annotated[int | None, typer.Option(help=f"Directions drawn per step [default: {K_HELP}].")] = Config.k,
-    lr: Annotated[float | None, typer.Option(help="Rate [default: by data, model and method].")] = Config.lr,
+    lr: Annotated[float | None, typer.Option(help="Learning rate [default: by data, model and method].")] = Config.lr,
     schedule: Schedule = Config.schedule,
     descent: Descent = Config.descent,
     batch_size: BatchSize = Config.batch_size,
     epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = Config.epochs,
-    seed: Annotated[int, typer.Option(help="Seed of weights, batches and directions.")] = Config.seed,
+    seed: Annotated[int, typer.Option(help="Seed for weights, batches and directions.")] = Config.seed,
     clip: Annotated[
-        float | None, typer.Option(help=f"Largest norm of a step, 0: none [default: {CLIP_HELP}, others none].")
+        float | None, typer.Option(help=f"Largest norm of a step; 0 for no limit [default: {CLIP_HELP}, others 0].")
     ] = Config.clip,
     weight_decay: WeightDecay = Config.weight_decay,
     device: Device = Config.device,
     data_dir: DataDir = None,
     out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/DATA-MODEL-METHOD-SEED].")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Continue this run; its settings cannot change.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Folder of a run to continue with its own settings.")] = None,
     configuration: Annotated[Path | None, ConfigFile] = None,
 ) -> None:
-    """Train a model and keep everything about the run in a folder. Under torchrun: on several ranks."""
+    """Train a model and save the run in a folder. Start it with torchrun to train on several ranks."""
     from .experiments import launch, report
     from .experiments.train import Run
 
     if resume is not None and configuration is not None:
-        raise ArgumentError("a resumed run has its own configuration; expected --resume or --config, got both")
+        raise ArgumentError("expected --resume or --config, got both: a resumed run keeps its own configuration")
     launch.start()
     console.quiet = launch.rank() > 0
     config = _configured(context, configuration)
@@ -167,7 +167,7 @@ def compare(
     folders: Annotated[list[Path], typer.Argument(help="Run folders.")],
     out: Annotated[Path, typer.Option(help="Image to write.")] = Path("compare.png"),
 ) -> None:
-    """Plot several runs in one figure, over epochs and over seconds; runs that differ in the seed alone as one."""
+    """Plot several runs in one figure, against epochs and seconds. Runs that differ only in the seed share a curve."""
     from .experiments import report
 
     runs = [report.Finished.read(folder) for folder in folders]
@@ -178,8 +178,8 @@ def compare(
 
 @app.command()
 def demo(
-    out: Annotated[Path | None, typer.Option(help="Folder of the runs [default: runs/demo-TIME].")] = None,
-    seed: Annotated[int, typer.Option(help="First seed of weights, batches and directions.")] = Config.seed,
+    out: Annotated[Path | None, typer.Option(help="Folder for the runs [default: runs/demo-TIME].")] = None,
+    seed: Annotated[int, typer.Option(help="First seed for weights, batches and directions.")] = Config.seed,
     seeds: Annotated[int, typer.Option(help="Number of seeds.", min=1)] = demonstration.SEEDS,
 ) -> None:
     """Train logistic regression and a CNN on handwritten digits with several methods, and compare them."""
@@ -217,45 +217,45 @@ def demo(
 @app.command()
 def finetune(
     model: Annotated[Path, typer.Option(help="Folder of a transformers model, or a .gguf file.")],
-    data: Annotated[Path, typer.Option(help="Labelled texts: .csv, .tsv, .tab, .jsonl, or a folder for each class.")],
+    data: Annotated[Path, typer.Option(help="Labelled texts: .csv, .tsv, .tab, .jsonl, or one folder per class.")],
     parameters: Annotated[
-        finetuning.ParametersName, typer.Option(help="What trains.")
+        finetuning.ParametersName, typer.Option(help="Which parameters to train.")
     ] = finetuning.Settings.parameters,
     method: Annotated[list[str], typer.Option(help=finetuning.METHODS_HELP)] = finetuning.DEFAULT,
     seconds: Annotated[
-        float, typer.Option(help="Seconds of training for each method and seed.")
+        float, typer.Option(help="Seconds of training per method and seed.")
     ] = finetuning.Settings.seconds,
     seeds: Annotated[int, typer.Option(help="Number of seeds.", min=1)] = 1,
     trials: Annotated[
-        int, typer.Option(help="Trials of a search for each rival's rate; 0: published ones.", min=0)
+        int, typer.Option(help="Trials to search the rate of each other method; 0: published rates.", min=0)
     ] = 0,
-    rate: Annotated[list[str] | None, typer.Option(help="METHOD=RATE in place of the published one.")] = None,
+    rate: Annotated[list[str] | None, typer.Option(help="METHOD=RATE, to replace a published rate.")] = None,
     blocks: Annotated[
-        int, typer.Option(help="How many of the last blocks train, or hold what trains.")
+        int, typer.Option(help="Number of last blocks that hold the trained parameters.")
     ] = finetuning.Source.blocks,
-    batch: Annotated[int, typer.Option(help="Texts in a step.")] = finetuning.Settings.batch,
+    batch: Annotated[int, typer.Option(help="Texts per step.")] = finetuning.Settings.batch,
     micro_batch: Annotated[
-        int, typer.Option(help="Texts at a time, jets and adam-checkpointed.")
+        int, typer.Option(help="Texts at a time, for jets and adam-checkpointed.")
     ] = finetuning.Settings.micro_batch,
-    rank: Annotated[int, typer.Option(help="Rank of adapters, lora.")] = finetuning.Settings.rank,
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA adapters.")] = finetuning.Settings.rank,
     target: Annotated[list[str] | None, typer.Option(help=finetuning.TARGETS_HELP)] = None,
-    prefix: Annotated[int, typer.Option(help="Number of vectors, prefix.")] = finetuning.Settings.prefix,
-    test_data: Annotated[Path | None, typer.Option(help="Texts to test on [default: a part of --data].")] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column of the texts.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of the classes.")] = None,
-    train: Annotated[int, typer.Option(help="Texts to train on.")] = finetuning.Source.sizes[0],
-    dev: Annotated[int, typer.Option(help="Texts that choose.")] = finetuning.Source.sizes[1],
-    test: Annotated[int, typer.Option(help="Texts to test on.")] = finetuning.Source.sizes[2],
+    prefix: Annotated[int, typer.Option(help="Number of prefix vectors.")] = finetuning.Settings.prefix,
+    test_data: Annotated[Path | None, typer.Option(help="Test texts [default: a part of --data].")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Name of the text column.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Name of the class column.")] = None,
+    train: Annotated[int, typer.Option(help="Number of training texts.")] = finetuning.Source.sizes[0],
+    dev: Annotated[int, typer.Option(help="Texts that select weights and rates.")] = finetuning.Source.sizes[1],
+    test: Annotated[int, typer.Option(help="Number of test texts.")] = finetuning.Source.sizes[2],
     prompt: Annotated[
-        str | None, typer.Option(help="Prompt, with {text} [default: a causal model's is '{text}\\nTopic:'].")
+        str | None, typer.Option(help="Prompt with {text} [default for causal models: '{text}\\nTopic:'].")
     ] = None,
-    word: Annotated[list[str] | None, typer.Option(help="CLASS=WORD that a causal model is to say.")] = None,
-    tokens: Annotated[int, typer.Option(help="Most tokens of a text with its prompt.")] = finetuning.Source.tokens,
-    clock: Annotated[finetuning.Clock, typer.Option(help="What seconds are of.")] = finetuning.Settings.clock,
-    cache: Annotated[Path, typer.Option(help="Folder for what the frozen blocks put out.")] = finetuning.Source.cache,
-    out: Annotated[Path | None, typer.Option(help="Folder of the result [default: runs/finetune-TIME].")] = None,
+    word: Annotated[list[str] | None, typer.Option(help="CLASS=WORD, the word a causal model predicts.")] = None,
+    tokens: Annotated[int, typer.Option(help="Largest number of tokens, prompt included.")] = finetuning.Source.tokens,
+    clock: Annotated[finetuning.Clock, typer.Option(help="Clock that measures --seconds.")] = finetuning.Settings.clock,
+    cache: Annotated[Path, typer.Option(help="Folder for outputs of the frozen blocks.")] = finetuning.Source.cache,
+    out: Annotated[Path | None, typer.Option(help="Result folder [default: runs/finetune-TIME].")] = None,
 ) -> None:
-    """Fine-tune a language model on labelled texts, without a backward pass and by its rivals."""
+    """Fine-tune a language model on labelled texts, and compare methods with and without a backward pass."""
     from .experiments.finetune import command
 
     folder = out or Path("runs") / time.strftime("finetune-%Y%m%d-%H%M%S")
@@ -281,13 +281,13 @@ def finetune(
 @app.command()
 def reproduce(
     name: Annotated[ExperimentName, typer.Argument(help="Experiment.")],
-    budget: Annotated[Budget, typer.Option(help="smoke: seconds; hour: on 2 cores; paper: all of it.")] = "hour",
+    budget: Annotated[Budget, typer.Option(help="smoke: seconds; hour: an hour on 2 cores; paper: in full.")] = "hour",
     out: Annotated[Path | None, typer.Option(help="Results folder [default: results/NAME-BUDGET].")] = None,
     data_dir: DataDir = None,
     device: Device = Config.device,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of logreg, cnn and cifar [default: the budget's].")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs for logreg, cnn, cifar [default: by budget].")] = None,
 ) -> None:
-    """Run an experiment of the paper. The same command again continues an interrupted one."""
+    """Run an experiment of the paper. Repeat the command to continue after an interruption."""
     from .experiments.reproduce import experiment, run_experiment
 
     folder = out or Path("results") / f"{name}-{budget}"
@@ -302,7 +302,7 @@ def reproduce(
             run_experiment(experiment(name, budget, data_dir, device, epochs), folder, observe)
         except KeyboardInterrupt:
             progress.stop()
-            console.print(f"stopped; the same command continues it: what {folder} holds is kept", soft_wrap=True)
+            console.print(f"stopped; repeat the command to continue from the results in {folder}", soft_wrap=True)
             raise typer.Exit(130) from None
     console.print(Markdown((folder / "results.md").read_text()))
     console.print(f"results  {folder}", soft_wrap=True)
@@ -311,15 +311,15 @@ def reproduce(
 @app.command()
 def adapt(
     data: Annotated[
-        Literal["fashion-mnist", "drawn"], typer.Option(help="Fashion-MNIST, or drawn patterns that need no files.")
+        Literal["fashion-mnist", "drawn"], typer.Option(help="Fashion-MNIST, or generated patterns that need no files.")
     ] = "fashion-mnist",
     model: Annotated[Literal["vit", "cnn", "both"], typer.Option(help="Model.")] = "both",
-    examples: Annotated[int, typer.Option(help="Test images under each corruption.", min=1)] = 192,
-    seeds: Annotated[int, typer.Option(help="Seeds of images, corruptions and draws.", min=1)] = 1,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of Fashion-MNIST [or JETPLANE_FASHION_MNIST].")] = None,
+    examples: Annotated[int, typer.Option(help="Test images per corruption.", min=1)] = 192,
+    seeds: Annotated[int, typer.Option(help="Number of seeds for images, corruptions and draws.", min=1)] = 1,
+    data_dir: Annotated[Path | None, typer.Option(help="Fashion-MNIST folder [or JETPLANE_FASHION_MNIST].")] = None,
     out: Annotated[Path | None, typer.Option(help="Results folder [default: runs/adapt-DATA].")] = None,
 ) -> None:
-    """Train 8-bit models, corrupt their test images in fifteen ways, and compare ways of adaptation at test time."""
+    """Train 8-bit models, corrupt their test images in fifteen ways, and compare methods of test-time adaptation."""
     from .experiments.adaptation import experiment
 
     folder = out or Path("runs") / f"adapt-{data}"
@@ -346,13 +346,13 @@ def adapt(
     for part in tables:
         console.print(Markdown(part))
     if len(methods) < len(experiment.METHODS):
-        console.print("FOA is left out: it needs cma, pip install 'jetplane[adapt]'", markup=False)
+        console.print("FOA is left out because cma is not installed: pip install 'jetplane[adapt]'", markup=False)
     console.print(f"results  {folder}\npicture  {folder / 'adaptation.png'}", soft_wrap=True)
 
 
 @app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help="mnist or cifar10")],
+    name: Annotated[str, typer.Argument(help="Data set: mnist or cifar10.")],
     folder: Annotated[Path, typer.Argument(help="Folder for the files.")],
 ) -> None:
     """Download a data set and verify its checksums."""
@@ -360,17 +360,17 @@ def fetch(
 
     fetches = {"mnist": datasets.fetch_mnist, "cifar10": datasets.fetch_cifar10}
     if name not in fetches:
-        raise ArgumentError(f"only {' and '.join(fetches)} can be fetched, got {name!r}")
+        raise ArgumentError(f"expected a data set that can be fetched ({' or '.join(fetches)}), got {name!r}")
     fetches[name](folder)
     console.print(f"{name} is in {folder}: use it with --data {name} --data-dir {folder}", soft_wrap=True)
 
 
 @app.command("report")
 def write_report(
-    folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders that contain some.")],
-    out: Annotated[Path, typer.Option(help="Page to write.")] = Path("report.html"),
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders that contain run folders.")],
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
 ) -> None:
-    """Make one HTML page of runs: interactive curves, results, configuration and environment."""
+    """Write one HTML page about runs: interactive curves, results, configuration and environment."""
     from .experiments import page
 
     runs = page.find(folders)
@@ -386,26 +386,26 @@ def run_sweep(
     method: Annotated[MethodName, typer.Option(help="Optimizer.")] = Config.method,
     lr_range: Annotated[
         tuple[float, float] | None,
-        typer.Option(help=f"Lowest and highest rate [default: the method's, divided and times {SWEEP_SPREAD:g}]."),
+        typer.Option(help=f"Lowest and highest rate [default: {SWEEP_SPREAD:g} times below and above the method's]."),
     ] = None,
-    k_range: Annotated[tuple[int, int] | None, typer.Option(help="Range of directions per step.")] = None,
-    clip_range: Annotated[tuple[float, float] | None, typer.Option(help="Range of the largest norm.")] = None,
-    k: Annotated[int | None, typer.Option(help="Directions per step, if fixed.")] = Config.k,
-    clip: Annotated[float | None, typer.Option(help="Largest norm of a step, if fixed; 0: none.")] = Config.clip,
+    k_range: Annotated[tuple[int, int] | None, typer.Option(help="Fewest and most directions per step.")] = None,
+    clip_range: Annotated[tuple[float, float] | None, typer.Option(help="Range of --clip.")] = None,
+    k: Annotated[int | None, typer.Option(help="Fixed number of directions per step.")] = Config.k,
+    clip: Annotated[float | None, typer.Option(help="Fixed largest norm of a step; 0: none.")] = Config.clip,
     schedule: Schedule = Config.schedule,
     descent: Descent = Config.descent,
     batch_size: BatchSize = Config.batch_size,
     weight_decay: WeightDecay = Config.weight_decay,
     epochs: Annotated[int, typer.Option(help="Epochs of a trial that is not pruned.")] = SWEEP_EPOCHS,
-    trials: Annotated[int, typer.Option(help="Trials in all, those of earlier calls included.")] = SWEEP_TRIALS,
-    seed: Annotated[int, typer.Option(help="Seed of runs and proposals.")] = Config.seed,
+    trials: Annotated[int, typer.Option(help="Number of trials, earlier calls included.")] = SWEEP_TRIALS,
+    seed: Annotated[int, typer.Option(help="Seed for runs and for the search.")] = Config.seed,
     device: Device = Config.device,
     data_dir: DataDir = None,
     out: Annotated[Path | None, typer.Option(help="Sweep folder [default: runs/sweep-DATA-MODEL-METHOD].")] = None,
-    storage: Annotated[str | None, typer.Option(help="URL for Optuna [default: a SQLite file in the folder].")] = None,
+    storage: Annotated[str | None, typer.Option(help="Optuna storage URL [default: SQLite file in folder].")] = None,
     configuration: Annotated[Path | None, ConfigFile] = None,
 ) -> None:
-    """Search the rate of a method, and optionally k and clip. The same command again continues the search."""
+    """Search the learning rate of a method, and optionally k and clip. Repeat the command to continue the search."""
     import optuna
 
     from .experiments import sweep
@@ -426,14 +426,14 @@ def run_sweep(
         except KeyboardInterrupt:
             progress.stop()
             ended = len(study.outcomes())
-            console.print(f"stopped after {ended} of {trials} trials; the same command continues", soft_wrap=True)
+            console.print(f"stopped after {ended} of {trials} trials; repeat the command to continue", soft_wrap=True)
             raise typer.Exit(130) from None
         progress.update(task, completed=trials)
     study.write()
     _print(study.table(), left=("status",))
     best = study.best()
     if best is None:
-        raise ArgumentError(f"{folder}: no trial finished, all diverged; try a lower --lr-range in another folder")
+        raise ArgumentError(f"{folder}: all trials diverged; try a lower --lr-range in another folder")
     console.print(f"figure  {folder / 'sweep.png'}\ntable   {folder / 'table.md'}", soft_wrap=True)
     console.print(f"best    jetplane train --config {folder / 'best.json'}", soft_wrap=True)
 

@@ -18,15 +18,15 @@ class ArgumentError(JetplaneError, ValueError):
 
 
 class ShapeError(JetplaneError, ValueError):
-    """A tensor does not have the shape that it must have."""
+    """A tensor has the wrong shape."""
 
 
 class DTypeError(JetplaneError, TypeError):
-    """A tensor has a dtype that cannot be differentiated, or one that differs from its partner's."""
+    """A tensor has a dtype that cannot be differentiated, or that differs from the dtype it must match."""
 
 
 class DeviceError(JetplaneError, ValueError):
-    """Tensors that must meet live on different devices."""
+    """Tensors that must be on the same device are on different devices, or a device is not supported."""
 
 
 class LossError(JetplaneError, ValueError):
@@ -46,11 +46,11 @@ class UnusedParametersError(JetplaneError, RuntimeError):
 
 
 class DerivativeError(JetplaneError, RuntimeError):
-    """Going on would lose a derivative, or the derivative does not exist."""
+    """A derivative would be lost, or does not exist."""
 
 
 class AuditError(DerivativeError):
-    """The slope of a closure is not that of its loss: a parameter is used in a way that the evaluation does not see.
+    """The slope of a closure is not the slope of its loss: the evaluation misses some use of a parameter.
 
     Attributes:
         parameters: the names of the parameters concerned.
@@ -62,11 +62,11 @@ class AuditError(DerivativeError):
 
 
 class MissingRuleError(DerivativeError, NotImplementedError):
-    """No rule says how jets pass through an operator."""
+    """An operator has no rule for jets."""
 
 
 class NativeCodeError(DerivativeError):
-    """Compiled code does something that `jetplane.compiled` does not carry.
+    """Compiled code does something that `jetplane.compiled` cannot differentiate.
 
     Attributes:
         where: the function and the library.
@@ -82,7 +82,7 @@ class NativeCodeError(DerivativeError):
 
 
 def located(error: DerivativeError) -> None:
-    """Add to an error which line of the user's code it arose in, and in which module."""
+    """Add the line of the user's code, and the module, in which an error arose to its message."""
     if getattr(error, "_located", False):
         return
     error._located = True  # type: ignore[attr-defined]
@@ -101,11 +101,11 @@ def located(error: DerivativeError) -> None:
 
 
 class TraceError(JetplaneError, RuntimeError):
-    """A function of nodes cannot become a graph of scalars: it reads values, or combines nodes."""
+    """A function of nodes cannot be traced into a graph of scalars: it reads values, or combines nodes."""
 
 
 class SingularPlaneError(JetplaneError, ArithmeticError):
-    """The curvature of a plane is singular beyond the bounded rescue."""
+    """The curvature of a plane is so singular that no step can be computed from it."""
 
 
 class CheckpointError(JetplaneError, RuntimeError):
@@ -113,11 +113,11 @@ class CheckpointError(JetplaneError, RuntimeError):
 
 
 class DataError(JetplaneError, RuntimeError):
-    """A data file is missing, damaged, or not what its checksum says."""
+    """A data file is missing or damaged, or does not match its checksum."""
 
 
 class RunFolderError(JetplaneError, OSError):
-    """A run folder exists already, is missing, holds no whole run, or cannot be written."""
+    """A run folder already exists, is missing, holds no complete run, or cannot be written."""
 
 
 class TorchVersionError(JetplaneError, ImportError):
@@ -129,10 +129,10 @@ class MissingPackageError(JetplaneError, ImportError):
 
 
 class DistributedError(JetplaneError, RuntimeError):
-    """Base of what goes wrong between processes that train together.
+    """Base of the errors between processes that train together.
 
     Attributes:
-        ranks: those that the message is about, where they can be known.
+        ranks: the ranks that the message is about, where they are known.
     """
 
     def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
@@ -141,11 +141,11 @@ class DistributedError(JetplaneError, RuntimeError):
 
 
 class HandshakeError(DistributedError):
-    """Ranks that want to train together do not run the same training."""
+    """Ranks of a process group do not run the same training."""
 
 
 class RanksDifferError(DistributedError):
-    """Ranks differ in what must be the same on all of them: parameters, rates, or the batch they share."""
+    """Parameters, rates or the shared batch, which must be the same on all ranks, differ."""
 
 
 class LostRankError(DistributedError):
@@ -153,7 +153,7 @@ class LostRankError(DistributedError):
 
 
 class RemoteError(DistributedError):
-    """Another rank raised an error that is not one of Jetplane's."""
+    """Another rank raised an error that is not a `JetplaneError`."""
 
 
 class JetplaneWarning(UserWarning):
@@ -161,11 +161,11 @@ class JetplaneWarning(UserWarning):
 
 
 class FallbackWarning(JetplaneWarning):
-    """An operator without a rule is differentiated by reverse over reverse, locally and slowly."""
+    """An operator without a rule is differentiated by reverse over reverse: local to the operator, and slow."""
 
 
 class AuditWarning(JetplaneWarning):
-    """The slope of a closure may not be that of its loss; rounding does not let an audit tell."""
+    """The slope of a closure may not be the slope of its loss; because of rounding, the audit cannot decide."""
 
 
 class RescueWarning(JetplaneWarning):

@@ -34,21 +34,21 @@ class _Program(torch.nn.Module):
 
 
 def export(f: Callable[..., Any], args: Sequence[Any]) -> torch.export.ExportedProgram:
-    """A function that evaluates planes, or takes derivatives of functions, as a `torch.export.ExportedProgram`.
+    """Export a function that evaluates planes or takes derivatives as a `torch.export.ExportedProgram`.
 
-    The program is made of plain operators. It can be saved, and turned into other formats, such as ONNX by
-    ``torch.onnx.export``. It computes f's results from the arguments: weights, tangents and data, of the shapes that
-    they have here. What f uses beside its arguments becomes a constant of the program, copied; what it writes to
-    buffers is left out, here too. It does not check that its numbers are finite.
+    The program consists of plain operators. It can be saved and converted to other formats, such as ONNX with
+    ``torch.onnx.export``. It computes f's results from the arguments (weights, tangents and data) of the given shapes.
+    Other tensors that f uses are copied as constants of the program. Writes to buffers are left out, also in the call
+    to ``export`` itself. The program does not check that its numbers are finite.
 
     Args:
-        f: a function of tensors, or of lists and dicts of them, that returns a tensor or a tuple of tensors, and that
-            ``torch.compile(fullgraph=True)`` takes. The tensors that move are among its arguments.
-        args: of f. The program takes the tensors in them, one after the other. Their numbers serve to check the
-            program alone.
+        f: a function of tensors, or of lists and dicts of tensors, that returns a tensor or a tuple of tensors.
+            ``torch.compile(fullgraph=True)`` must accept it. The tensors that move are among its arguments.
+        args: the arguments of f. The program takes the tensors in them, one after the other. Their values are used
+            only to check the program.
 
     Returns:
-        The program. Its numbers were held against those of f, at the arguments and at others.
+        The program. Its results were compared with those of f, at these arguments and at others.
 
     Raises:
         ArgumentError: no tensors in the arguments, or two that share memory.
@@ -132,8 +132,8 @@ def _check_same(expected: Sequence[Any], found: Sequence[Tensor]) -> None:
         size = max(a.abs().max().item(), 1e-30) if a.numel() else 1.0
         if a.shape != b.shape or not bool(((a - b).abs() <= _CLOSE * size).all()):
             raise DerivativeError(
-                f"result {n} of the program is not that of the function: expected {_shown(a)}, got {_shown(b)}. Does "
-                "the function depend on the numbers of its arguments by Python's if, or on anything that changes?"
+                f"result {n} of the program is not that of f: expected {_shown(a)}, got {_shown(b)}. Does "
+                "the function branch on values of its arguments (Python's if), or depend on anything that changes?"
             )
 
 

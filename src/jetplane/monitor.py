@@ -25,19 +25,19 @@ DIRECTIONS: tuple[Direction, ...] = ("step", "previous", "gradient")
 
 @dataclass(frozen=True)
 class CurvatureReading:
-    """The loss to second order along a step that was taken, from where it was taken.
+    """The loss to second order along a step of the optimizer, at the parameters before the step.
 
     Attributes:
-        step: its number, from 1.
-        value: the loss before it, of the closure.
-        rate: the ``lr`` of the optimizer's first parameter group that has parameters; None if it has none. Where groups
-            have different ones, critical rates are multiples of this one: all of them are scaled alike.
-        directions: "step", and what else was asked for and is there: the step before, the gradient. K of them.
-        norms: their Euclidean lengths, (K,) in float64, as all below.
+        step: number of the step, from 1.
+        value: loss of the closure before the step.
+        rate: the ``lr`` of the optimizer's first parameter group that has parameters; None if it has none. If groups
+            have different rates, critical rates are multiples of this one: all rates are scaled alike.
+        directions: "step", and the other requested directions that are available: "previous", "gradient". K of them.
+        norms: their Euclidean norms, (K,), in float64 like all tensors below.
         slope: ``F_k = grad(L) . v_k``, (K,).
-        curvature: ``H_kl = v_k^T Hess(L) v_l``, (K, K); None where only "ggn" was asked for.
-        gauss_newton: ``v_k^T G v_l`` with the Gauss-Newton matrix G, (K, K); None where it was not asked for.
-        covariance: of the slope, as one of a random batch, (K, K); None where the loss has no examples that are known.
+        curvature: ``H_kl = v_k^T Hess(L) v_l``, (K, K); None if only "ggn" was requested.
+        gauss_newton: ``v_k^T G v_l`` with the Gauss-Newton matrix G, (K, K); None if it was not requested.
+        covariance: covariance of the slope of a random batch, (K, K); None if the examples' parts are not known.
     """
 
     step: int
@@ -59,34 +59,34 @@ class CurvatureReading:
 
     @property
     def sharpness(self) -> float:
-        """Curvature along the step for a length of one, ``v^T Hess(L) v / |v|^2``: of G where that alone is there."""
+        """Curvature along the normalized step, ``v^T Hess(L) v / |v|^2``; that of G if only G was requested."""
         return _ratio(self._model[0, 0].item(), self.norms[0].item() ** 2)
 
     @property
     def best_factor(self) -> float:
-        """How many times the step the minimum along it is, in the quadratic model; infinite without curvature."""
+        """Minimum along the step in the quadratic model, in multiples of the step; infinite without curvature."""
         bend = self._model[0, 0].item()
         return -self.slope[0].item() / bend if bend > 0 else math.inf
 
     @property
     def critical_factor(self) -> float:
-        """How many times the step the loss would no longer fall, in the quadratic model: 2 `best_factor`."""
+        """Multiple of the step beyond which the loss rises in the quadratic model: 2 `best_factor`."""
         return 2 * self.best_factor
 
     @property
     def critical_rate(self) -> float:
         """The rate beyond which the loss rises along this direction, in the quadratic model.
 
-        For gradient descent it is ``2 / curvature`` along the normalized gradient: a rate at it is at the edge of
-        stability. For others, 2 over the curvature along the direction that they scale by their rate.
+        For gradient descent it is ``2 / curvature`` along the normalized gradient: training at this rate is at the
+        edge of stability. For other optimizers it is 2 over the curvature along the direction that the rate scales.
         """
         return math.nan if self.rate is None else self.rate * self.critical_factor
 
     @property
     def noise_share(self) -> float:
-        """Which part of the squared slope along the step is expected of a batch's noise alone; at most 1.
+        """Expected share of the noise of the batch in the squared slope along the step; at most 1.
 
-        NaN where the examples' parts are not known.
+        NaN if the examples' parts are not known.
         """
         if self.covariance is None:
             return math.nan
@@ -94,9 +94,9 @@ class CurvatureReading:
 
     @property
     def plane_step(self) -> Tensor:
-        """Coefficients (K,) of the step that the plane would take, in the directions as they are: ``-|H|^-1 F``.
+        """Coefficients (K,) of the Newton step in the plane of the unscaled directions: ``-|H|^-1 F``.
 
-        With one direction it is `best_factor`, of the absolute curvature.
+        With one direction it is `best_factor` for the absolute curvature.
 
         Raises:
             SingularPlaneError: there is no curvature at all.
@@ -106,7 +106,7 @@ class CurvatureReading:
         return SaddleFree()(self.slope / lengths, h) / lengths
 
     def scalars(self) -> dict[str, float]:
-        """Its numbers by name, for TensorBoard and other trackers."""
+        """The numbers of the reading by name, for TensorBoard and other trackers."""
         found = {
             "loss": self.value, "slope": self.slope[0].item(), "sharpness": self.sharpness,
             "step_length": self.norms[0].item(), "best_factor": self.best_factor,
@@ -131,40 +131,41 @@ def _ratio(a: float, b: float) -> float:
 class CurvatureMonitor:
     """Measure slope and curvature along every n-th step of an optimizer, without disturbing the training.
 
-    Any `torch.optim.Optimizer` may take the step. One evaluation at the parameters before it gives, along the step v,
-    ``F = grad(L) . v``, ``H = v^T Hess(L) v``, and how much of F is noise: some three forward passes of an MLP or CNN
-    and five of a transformer, at the memory of inference plus two copies of the parameters. Parameters, their
-    gradients, buffers, random states and the optimizer's state are afterwards what they would be without it, bit for
-    bit.
+    Any `torch.optim.Optimizer` may take the step. One evaluation at the parameters before the step v gives
+    ``F = grad(L) . v``, ``H = v^T Hess(L) v``, and how much of F is noise. It costs about three forward passes for an
+    MLP or CNN and five for a transformer, and needs the memory of inference plus two copies of the parameters.
+    Afterwards parameters, gradients, buffers, random states and the optimizer's state are the same, bit for bit, as
+    without the monitor.
 
-    What it is not for: choosing the rate of each step. The rate that is best on a step's own batch is greedy: an MLP on
-    MNIST along Adam's direction has 85.9 % after 15 s with it, where Adam has 97.9 %.
+    Do not use it to choose the rate of each step. The rate that is best on a step's own batch is greedy: with it, an
+    MLP on MNIST along Adam's direction has 85.9 % after 15 s, where Adam has 97.9 %.
 
     Args:
-        optimizer: whose steps are looked at. It is not changed but for two hooks, which `close` removes.
-        closure: returns the scalar loss, without calling ``backward``: of the batch of the step, or always the same
-            one. It is called within ``optimizer.step()``, so it may refer to variables of a training loop.
-        every: measure the first step and every so many of them.
-        directions: "step", and beside it "previous" (the step before it) and "gradient" (the parameters' ``grad`` after
-            the step). K of them cost (K + 1)^2 forward passes with exact curvature, 1 + 2 K with "ggn", and as many
-            copies.
-        curvature: "hessian", the exact one; "ggn", the Gauss-Newton one, which needs one of torch's losses; or "both",
-            at the sum of their costs.
-        writer: with ``add_scalar(name, value, step)``, such as a `torch.utils.tensorboard.SummaryWriter`.
+        optimizer: the optimizer whose steps are measured. It gets two hooks, which `close` removes; nothing else of it
+            changes.
+        closure: returns the scalar loss, of the batch of the step or of a fixed batch, without calling ``backward``.
+            It is called within ``optimizer.step()``, so it may refer to variables of a training loop.
+        every: measure the first step and then one step in every ``every``.
+        directions: "step", and optionally "previous" (the step before it) and "gradient" (the parameters' ``grad``
+            after the step). K of them cost (K + 1)^2 forward passes with exact curvature, 1 + 2 K with "ggn", and as
+            many copies.
+        curvature: "hessian" for exact curvature; "ggn" for Gauss-Newton curvature, which needs one of torch's losses;
+            or "both", at the sum of their costs.
+        writer: an object with ``add_scalar(name, value, step)``, such as `torch.utils.tensorboard.SummaryWriter`.
         report: called with each `CurvatureReading`.
-        prefix: of the names that the writer gets.
+        prefix: prefix of the names that the writer gets.
         chunk: directions carried at a time; see `jetplane.evaluate`.
-        audit: "first" holds the slope of the closure against differences of its loss before the first reading, five to
-            nine forward passes; "never" does not. See `jetplane.audit`.
-        generators: of random numbers that the closure draws from besides torch's own; see `jetplane.evaluate`.
+        audit: "first" compares the slope of the closure with differences of its loss before the first reading, at the
+            cost of five to nine forward passes; "never" does not. See `jetplane.audit`.
+        generators: random generators that the closure uses besides torch's own; see `jetplane.evaluate`.
 
     Attributes:
         readings: all `CurvatureReading`s so far.
         steps: how many steps the optimizer has taken.
 
     Raises:
-        ArgumentError: something that is no optimizer, every < 1, an unknown word, "step" not the first direction.
-        As `jetplane.evaluate`, from within ``optimizer.step()``, which has moved the parameters by then.
+        ArgumentError: not an optimizer, every < 1, an unknown word, or "step" is not the first direction.
+        Others: as `jetplane.evaluate`, from within ``optimizer.step()``, which has then already moved the parameters.
 
     >>> import torch, jetplane as jp
     >>> x = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
@@ -198,7 +199,9 @@ class CurvatureMonitor:
         names = tuple(directions)
         if isinstance(directions, str) or names[:1] != ("step",) or len(set(names)) < len(names) \
                 or not set(names) <= set(DIRECTIONS):  # fmt: skip
-            raise ArgumentError(f"directions must be 'step' and then others of {DIRECTIONS}, got {directions!r}")
+            raise ArgumentError(
+                f"directions must start with 'step'; the others must be among {DIRECTIONS}; got {directions!r}"
+            )
         if curvature not in ("hessian", "ggn", "both"):
             raise ArgumentError(f"curvature must be 'hessian', 'ggn' or 'both', got {curvature!r}")
         if audit not in ("first", "never"):
@@ -332,19 +335,22 @@ class CurvatureMonitor:
     # --- what is seen -----------------------------------------------------------------------------------------
 
     def plot(self, axes: Any) -> None:
-        """Draw the edge of stability: the rate, and the critical rate beside it, over steps.
+        """Plot the edge of stability: the rate and the critical rate over steps.
 
-        Readings without a critical rate are left out: steps uphill, and such along which the curvature is not positive.
+        Readings without a critical rate are left out: uphill steps, and steps along which the curvature is not
+        positive.
 
         Args:
-            axes: of matplotlib.
+            axes: matplotlib axes.
 
         Raises:
             ArgumentError: there is no reading yet, or the optimizer has no rate.
         """
         shown = [r for r in self.readings if r.rate is not None]
         if not shown:
-            raise ArgumentError("nothing to draw: expected a reading of an optimizer with a rate, got none")
+            raise ArgumentError(
+                "nothing to plot: expected at least one reading of an optimizer with a learning rate, got none"
+            )
         steps = [r.step for r in shown]
         critical = [r.critical_rate if 0 < r.critical_rate < math.inf else math.nan for r in shown]
         axes.plot(steps, critical, ".-", label="2 / curvature along the step", color="C0")

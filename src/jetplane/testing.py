@@ -24,7 +24,7 @@ SETTLED = 1e-5  # relative error up to which central differences are trusted
 
 
 def grad_of_grad(closure: Callable[[], Tensor], params: Sequence[Tensor], tangents: Sequence[Tensor]) -> PlaneModel:
-    """Loss, slope and curvature on a plane by reverse over reverse: the oracle, not the method.
+    """Loss, slope and curvature on a plane by reverse over reverse: the reference to which results are compared.
 
     Args:
         closure: the scalar loss.
@@ -59,7 +59,7 @@ def _dot(gradient: Sequence[Tensor | None], tangents: Sequence[Tensor], i: int, 
 def central_differences(
     closure: Callable[[], Tensor], params: Sequence[Tensor], tangents: Sequence[Tensor], step: float = 5e-4
 ) -> PlaneModel:
-    """The same by central differences of the loss, to about 1e-7: the judge where formulas disagree.
+    """The same by central differences of the loss, to about 1e-7: decides where formulas disagree.
 
     Two steps are extrapolated, so that the error is of fourth order in ``step``.
     """
@@ -105,7 +105,7 @@ def check_plane(
     tangents: Sequence[Tensor],
     tolerance: float = 1e-9,
 ) -> PlaneModel:
-    """Evaluate a plane with jets and compare it with the oracle.
+    """Evaluate a plane with jets and compare it with `grad_of_grad`.
 
     Args:
         closure: the scalar loss.
@@ -117,8 +117,8 @@ def check_plane(
         The jets' plane model.
 
     Raises:
-        AssertionError: slope or curvature disagree with reverse mode, and with central differences too where
-            these refute reverse mode or torch has no second derivative.
+        AssertionError: slope or curvature disagree with reverse mode; or with central differences, if these
+            contradict reverse mode or torch has no second derivative.
 
     >>> import torch
     >>> w = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
@@ -176,7 +176,7 @@ def check_rule(f: Callable[..., Any], *inputs: Any, k: int = 2, seed: int = 0, t
     """
     loss, leaves = scalar_loss(f, inputs)
     if not leaves:
-        raise DerivativeError("check_rule needs at least one floating tensor among the inputs")
+        raise DerivativeError("check_rule needs at least one real floating-point tensor among the inputs, got none")
     generator = torch.Generator().manual_seed(seed)
     tangents = [torch.randn(k, *x.shape, dtype=x.dtype, generator=generator) for x in leaves]
     check_plane(loss, leaves, tangents, tolerance)

@@ -313,7 +313,7 @@ class Recording:
         """Two recordings that meet are one function of the arguments of both."""
         if other is not self:
             raise TraceError(
-                "values of two tensor functions meet in one that is computed outside of the graph: apply it to plain "
+                "a function computed outside the graph combines values of two tensor functions: apply it to plain "
                 f"values, or compute both in one torch.nn.Module\n  at {self.line}"
             )
 

@@ -60,7 +60,7 @@ class _NodeFunction(OutsideFunction):
         y, expected = self.f(x), (*x.shape[:-1], self.outputs)
         if y.numel() != math.prod(expected):
             raise ShapeError(
-                f"a function of nodes was to give {list(expected)} numbers, and gave {list(y.shape)}\n  at {self.line}"
+                f"a function of nodes must give shape {list(expected)}, got {list(y.shape)}\n  at {self.line}"
             )
         return y.reshape(expected)
 

@@ -121,13 +121,17 @@ def start(nlp: NLP, guess: Solution | None) -> Outcome:
 
 def _require_same(nlp: NLP, guess: Solution) -> None:
     if set(guess.phases) != set(nlp.model.phases):
-        raise ArgumentError(f"the guess has phases {sorted(guess.phases)}, the problem {sorted(nlp.model.phases)}")
+        raise ArgumentError(
+            f"the guess has phases {sorted(guess.phases)}, but the problem has {sorted(nlp.model.phases)}"
+        )
     for name, model in nlp.model.phases.items():
         old, ph = guess[name], model.phase
         if old.x.all.shape[1] != ph.states.size or old.u.all.shape[1] != ph.controls.size:
-            raise ArgumentError(f"the guess has other states or controls in phase {name!r}")
+            raise ArgumentError(f"in phase {name!r}, the guess has other states or controls than the problem")
     if guess.p.all.size != nlp.model.parameters.size:
-        raise ArgumentError(f"the guess has {guess.p.all.size} parameters, the problem {nlp.model.parameters.size}")
+        raise ArgumentError(
+            f"the guess has {guess.p.all.size} parameters, but the problem has {nlp.model.parameters.size}"
+        )
 
 
 def _multipliers(nlp: NLP, guess: Solution, first: Outcome) -> None:

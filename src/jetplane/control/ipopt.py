@@ -80,7 +80,7 @@ def _load(path: str) -> ctypes.CDLL:
         library = ctypes.CDLL(path)
         library.CreateIpoptProblem.restype = DATA
     except (OSError, AttributeError) as error:
-        raise MissingPackageError(f"{path} is no library with IPOPT's C interface: {error}") from error
+        raise MissingPackageError(f"{path} is not a library with IPOPT's C interface: {error}") from error
     library.IpoptSolve.restype = INDEX
     for name in ("AddIpoptStrOption", "AddIpoptNumOption", "AddIpoptIntOption", "SetIpoptProblemScaling"):
         getattr(library, name).restype = BOOL
@@ -96,8 +96,8 @@ def library(path: str | None = None) -> ctypes.CDLL:
     found = library_path(path)
     if found is None:
         raise MissingPackageError(
-            "IPOPT was not found. pip install 'jetplane[control]' brings it (in CasADi's wheel); or name a libipopt by "
-            "JETPLANE_IPOPT=/path/to/libipopt.so, or install the system's (apt-get install coinor-libipopt-dev); "
+            "IPOPT was not found. pip install 'jetplane[control]' brings it (in CasADi's wheel); or set "
+            "JETPLANE_IPOPT=/path/to/libipopt.so, or install it on the system (apt-get install coinor-libipopt-dev); "
             "solver='trust-constr' needs SciPy alone"
         )
     return _load(found)
@@ -230,7 +230,7 @@ def solve(
         )
     )  # fmt: skip
     if not problem.value:
-        raise ArgumentError("IPOPT refuses the problem's sizes")
+        raise ArgumentError("IPOPT rejects the problem: its numbers of variables, constraints or nonzeros are invalid")
     y = np.clip(start.y, nlp.lower, nlp.upper).astype(float)
     g, objective_value = np.zeros(max(nlp.m, 1)), NUMBER(0.0)
 
@@ -284,7 +284,9 @@ def solve(
             else:
                 accepted = ipopt.AddIpoptNumOption(problem, key, NUMBER(value))
             if not accepted:
-                raise ArgumentError(f"IPOPT does not take option {name}={value!r}")
+                raise ArgumentError(
+                    f"IPOPT rejects the option {name}={value!r}: unknown name, or a value of the wrong type or range"
+                )
         with interrupts(stop):
             code = ipopt.IpoptSolve(
                 problem, pointer(y), pointer(g), ctypes.byref(objective_value),

@@ -59,7 +59,7 @@ class Model:
         if not problem.phases:
             raise ArgumentError("the problem has no phases")
         if problem.final is None and not problem.running:
-            raise ArgumentError("the problem has no cost: ocp.minimize(final=..., running=...)")
+            raise ArgumentError("the problem has no cost: call ocp.minimize(final=..., running=...)")
         self.problem = problem
         self.parameters = problem.parameters
         self.phases = {name: self._phase(ph, backend) for name, ph in problem.phases.items()}
@@ -127,7 +127,7 @@ class Model:
         used = {row for row, _ in program.jacobian_keys}
         for row in rows:
             if row not in used:
-                raise ArgumentError(f"no variable enters constraint {names[row]!r} {where}")
+                raise ArgumentError(f"constraint {names[row]!r} {where} does not depend on any variable")
 
     def _ends(self, backend: str) -> None:
         problem = self.problem
@@ -206,8 +206,8 @@ class Model:
         apart = [name for name in self.phases if name not in reached]
         if apart:
             raise ArgumentError(
-                f"nothing links phase {apart[0]!r} to the others: ocp.link(before, after), or a boundary constraint "
-                f"of both"
+                f"nothing links phase {apart[0]!r} to the others: call ocp.link(before, after), or add a boundary "
+                f"constraint on both"
             )
 
 
@@ -221,7 +221,7 @@ def dynamics_parts(ph: Phase, value: Any) -> list[tuple[str, Any, int | None]]:
         raise ArgumentError(f"{what} do not define {', '.join(missing)}")
     if unknown:
         raise ArgumentError(
-            f"{what} define {', '.join(unknown)}, which are no states; they are {', '.join(ph.states.parts)}"
+            f"{what} define {', '.join(unknown)}, which are not states; the states are {', '.join(ph.states.parts)}"
         )
     return [
         (f"rate of {name!r} in phase {ph.name!r}", value[name], part.stop - part.start)

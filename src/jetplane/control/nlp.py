@@ -84,7 +84,7 @@ class NLP:
     def __init__(self, model: Model, meshes: Mapping[str, Mesh]) -> None:
         self.model, self.meshes = model, dict(meshes)
         if set(meshes) != set(model.phases):
-            raise ArgumentError(f"meshes are needed for {sorted(model.phases)}, got {sorted(meshes)}")
+            raise ArgumentError(f"expected a mesh for each of the phases {sorted(model.phases)}, got {sorted(meshes)}")
         self._lay_out()
         self.phases = {name: _PhaseArrays(self, name) for name in model.phases}
         self._ends = model.ends.at(1)

@@ -26,7 +26,7 @@ def plot(solution: Solution, path: str | Path | None = None) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingPackageError("pictures need matplotlib: pip install matplotlib") from error
+        raise MissingPackageError("plots need matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     axes = figure.subplots(2, 2)
     for ph in solution.phases.values():

@@ -38,14 +38,14 @@ class Layout:
     def add(self, name: str, spec: Any) -> None:
         """A part: its size, or (size, lower, upper)."""
         if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
-            raise ArgumentError(f"a name in {self.what} must be an identifier of Python, got {name!r}")
+            raise ArgumentError(f"a name in {self.what} must be a Python identifier, got {name!r}")
         if name == "all":
-            raise ArgumentError(f"{self.what}: 'all' is the name of the whole vector")
+            raise ArgumentError(f"{self.what}: the name 'all' is reserved for the whole vector; choose another")
         if name in self.parts:
             raise ArgumentError(f"{self.what} have two parts called {name!r}")
         size, low, high = spec if isinstance(spec, tuple) and len(spec) == 3 else (spec, None, None)
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ArgumentError(f"{self.what}: {name!r} is given as a size or (size, lower, upper); got {spec!r}")
+            raise ArgumentError(f"{self.what}: {name!r} must be a size or (size, lower, upper), got {spec!r}")
         lower, upper = bounds(f"{self.what}: {name!r}", size, low, high)
         self.parts[name] = slice(self.size, self.size + size)
         self.lower, self.upper = np.append(self.lower, lower), np.append(self.upper, upper)
@@ -88,7 +88,7 @@ def vector(what: str, size: int, value: Any) -> np.ndarray:
     if array.shape not in ((), (1,), (size,)):
         raise ShapeError(f"{what}: expected a number or {size} of them, got shape {array.shape}")
     if np.isnan(array).any():
-        raise ArgumentError(f"{what}: NaN")
+        raise ArgumentError(f"{what}: expected numbers, got NaN")
     return np.broadcast_to(array, (size,)).copy()
 
 
@@ -137,9 +137,9 @@ class Constraints(dict[str, Any]):
 
     def __setitem__(self, name: str, value: Any) -> None:
         if not (isinstance(value, tuple) and len(value) == 3 and callable(value[0])):
-            raise ArgumentError(f"{self._what} {name!r} is given as (function, lower, upper); got {value!r}")
+            raise ArgumentError(f"{self._what} {name!r} must be (function, lower, upper), got {value!r}")
         if not isinstance(name, str) or not name.isidentifier():
-            raise ArgumentError(f"a name of {self._what} must be an identifier of Python, got {name!r}")
+            raise ArgumentError(f"a name of {self._what} must be a Python identifier, got {name!r}")
         super().__setitem__(name, Constraint(*value))
 
 
@@ -162,7 +162,7 @@ class Phase:
             raise ArgumentError(f"phase {name!r} has no states")
         shared = set(self.states.parts) & set(self.controls.parts)
         if shared:
-            raise ArgumentError(f"phase {name!r}: {sorted(shared)} are states and controls")
+            raise ArgumentError(f"phase {name!r}: {sorted(shared)} are both states and controls; rename one of them")
         self.t0, self.tf = (self._time(which, value) for which, value in (("t0", t0), ("tf", tf)))
         if self.t0[0] > self.tf[1]:
             raise ArgumentError(f"phase {name!r} ends before it starts: t0 in {self.t0}, tf in {self.tf}")
@@ -196,9 +196,9 @@ class Phase:
             if outside.any():
                 n = part.start + int(np.argmax(outside))
                 raise ArgumentError(
-                    f"{what}: {self.states.entry(n)} is to be in [{lower[n - part.start]:g}, "
+                    f"{what}: {self.states.entry(n)} must be in [{lower[n - part.start]:g}, "
                     f"{upper[n - part.start]:g}], "
-                    f"outside of its bounds [{self.states.lower[n]:g}, {self.states.upper[n]:g}]"
+                    f"which is outside its bounds [{self.states.lower[n]:g}, {self.states.upper[n]:g}]"
                 )
             target[0][part], target[1][part] = (
                 np.maximum(lower, self.states.lower[part]),
@@ -305,7 +305,7 @@ class Problem:
     def minimize(self, *, final: Callable[[Any], Any] | None = None, running: Any = None) -> None:
         """The cost: `final` of the ends, `running` of (x, u, t, p); a dict by phases if there are several."""
         if final is None and running is None:
-            raise ArgumentError("minimize needs final= or running=")
+            raise ArgumentError("minimize needs final=, running= or both, got neither")
         if callable(running):
             if len(self.phases) != 1:
                 raise ArgumentError(

@@ -239,7 +239,7 @@ def trace(
                     a for a, b in zip(wanted, zip(new, results[number], strict=True), strict=True) if b[0] != b[1]
                 )
                 raise TraceError(
-                    f"{name} is another function at each node: it must depend on its arguments alone (time is t), "
+                    f"{name} is not the same function at each node: it must depend on its arguments alone (time is t), "
                     f"not on a "
                     f"node's number or on random numbers\n  at {tracer.graph.lines[differing] or tracer.graph.line}"
                 )

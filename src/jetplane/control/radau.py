@@ -90,19 +90,19 @@ class Mesh:
     def __post_init__(self) -> None:
         if not self.degrees or len(self.degrees) != len(self.fractions):
             raise ArgumentError(
-                f"a mesh has as many degrees as intervals, one or more; got {len(self.degrees)} and "
+                f"a mesh needs as many degrees as intervals, at least one; got {len(self.degrees)} and "
                 f"{len(self.fractions)}"
             )
         if min(self.fractions) <= 0 or abs(sum(self.fractions) - 1) > 1e-9:
-            raise ArgumentError("lengths of intervals must be positive and sum to 1")
+            raise ArgumentError("the lengths of the intervals must be positive and sum to 1")
         if min(self.degrees) < 2:
-            raise ArgumentError(f"an interval needs 2 points or more, got {min(self.degrees)}")
+            raise ArgumentError(f"an interval needs at least 2 points, got {min(self.degrees)}")
 
     @classmethod
     def uniform(cls, intervals: int, degree: int) -> Mesh:
         """Equal intervals with `degree` points each."""
         if intervals < 1:
-            raise ArgumentError(f"a mesh needs an interval, got {intervals}")
+            raise ArgumentError(f"a mesh needs at least one interval, got {intervals}")
         return cls((1.0 / intervals,) * intervals, (degree,) * intervals)
 
     @property
@@ -175,4 +175,4 @@ def as_mesh(value: object) -> Mesh:
         return value
     if isinstance(value, Sequence) and len(value) == 2 and all(isinstance(v, int) for v in value):
         return Mesh.uniform(*value)
-    raise ArgumentError(f"a mesh is a jp.control.Mesh, (intervals, degree) or 'refine'; got {value!r}")
+    raise ArgumentError(f"a mesh must be a jp.control.Mesh, (intervals, degree) or 'refine'; got {value!r}")

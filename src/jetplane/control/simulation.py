@@ -95,7 +95,7 @@ def _phase(ph: Phase, found: PhaseSolution, p: Parts, rtol: float) -> np.ndarray
 def simulate_guess(ph: Phase, tf: float | None, steps: int, controls: Mapping[str, Any]) -> None:
     """Guess a phase's states by simulation from its start."""
     if ph.dynamics is None:
-        raise ArgumentError(f"phase {ph.name!r} has no dynamics")
+        raise ArgumentError(f"phase {ph.name!r} has no dynamics, so it cannot be simulated")
     if tf is not None:
         ph.guess(tf=tf)
     ph.guess(**controls)

@@ -95,7 +95,7 @@ class Solution:
             if len(self.phases) == 1:
                 return getattr(next(iter(self.phases.values())), name)
             raise AttributeError(
-                f"there are {len(self.phases)} phases: sol[name].{name}, name one of {', '.join(self.phases)}"
+                f"there are {len(self.phases)} phases: use sol[name].{name} with one of {', '.join(self.phases)}"
             )
         raise AttributeError(name)
 
@@ -183,7 +183,7 @@ def load(path: str | Path, problem: Problem) -> Solution:
     }
     found = {name: {k: v for k, v in ph.items() if k != "costates"} for name, ph in description["phases"].items()}
     if expected != found or _sizes(problem.parameters) != description["parameters"]:
-        raise CheckpointError(f"{path} is of another problem: it has {found}, the problem {expected}")
+        raise CheckpointError(f"{path} belongs to another problem: it has {found}, this problem has {expected}")
     phases = {}
     for name, parts in description["phases"].items():
         made = {key: Parts(data[f"{name}.{key}"], layout(f"{key} of {name!r}", sizes)) for key, sizes in parts.items()}

@@ -27,7 +27,7 @@ def meshes_of(problem: Problem, mesh: Any) -> dict[str, Mesh]:
     if isinstance(mesh, dict):
         unknown = set(mesh) ^ set(problem.phases)
         if unknown:
-            raise ArgumentError(f"meshes are needed for {sorted(problem.phases)}, got {sorted(mesh)}")
+            raise ArgumentError(f"expected a mesh for each of the phases {sorted(problem.phases)}, got {sorted(mesh)}")
         return {name: as_mesh(mesh[name]) for name in problem.phases}
     return {name: as_mesh(mesh) for name in problem.phases}
 
@@ -171,7 +171,7 @@ def scaling_of(nlp: NLP, y: np.ndarray, scaling: Any) -> ipopt.Scaling | None:
     if isinstance(scaling, str) and scaling == "none":
         return None
     if not isinstance(scaling, dict) and scaling != "auto":
-        raise ArgumentError(f"scaling is 'auto', 'none' or a dict of magnitudes, got {scaling!r}")
+        raise ArgumentError(f"scaling must be 'auto', 'none' or a dict of magnitudes, got {scaling!r}")
     given = scaling if isinstance(scaling, dict) else {}
     sizes = np.ones(nlp.n)
     rows = np.ones(nlp.m)
@@ -208,7 +208,7 @@ def scaling_of(nlp: NLP, y: np.ndarray, scaling: Any) -> ipopt.Scaling | None:
     sizes[nlp.parameters] = parameters
     unknown = sorted(set(given) - used)
     if unknown:
-        raise ArgumentError(f"scaling names {unknown}, which are no states, controls or parameters")
+        raise ArgumentError(f"scaling names {unknown}, which are not states, controls or parameters of the problem")
     # Path and boundary rows: slopes of the scaled variables of at most 1.
     slopes = np.zeros(nlp.m)
     row, column = nlp.jacobian_structure

@@ -49,7 +49,7 @@ class Symbolic(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         """Refuse: the tracer's mode handles all operators while it is on."""
         raise TraceError(
-            f"a value of a traced function is used outside of it, by {func}: keep no tensors from one call to another"
+            f"a value of a traced function is used outside it, by {func}: keep no tensors from one call to another"
         )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -57,14 +57,14 @@ class Symbolic(Tensor):
 
     def __bool__(self) -> bool:
         raise TraceError(
-            "Python branches on a value of a traced function (if, and, max, …), which has no number yet; choose by "
+            "Python branches on a value of a traced function (if, and, max, …), which has no number yet; choose with "
             f"torch.where, torch.maximum, …\n  at {user_line()}"
         )
 
     def numpy(self, **_: Any) -> Any:  # type: ignore[override]
         """Refuse: there are no numbers."""
         raise TraceError(
-            "a value of a traced function goes to NumPy, out of torch's sight; compute with torch, or let "
+            "a value of a traced function is passed to NumPy, where torch cannot follow it; compute with torch, or let "
             f"jetplane.control.per_node call what torch cannot see\n  at {user_line()}"
         )
 
@@ -300,8 +300,8 @@ class Tracer(TorchDispatchMode):
         symbolic = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Symbolic)]
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise TraceError(
-                f"random numbers ({name}) in a traced function would be the same at all nodes and for ever; draw them "
-                f"outside, and set modules with dropout to eval()\n  at {user_line()}"
+                f"random numbers ({name}) in a traced function would be the same at all nodes and in all calls; draw "
+                f"them outside, and set modules with dropout to eval()\n  at {user_line()}"
             )
         if func.namespace == "prims" and symbolic:
             raise _Primitive
@@ -322,7 +322,7 @@ class Tracer(TorchDispatchMode):
     def _apply(self, func, name: str, args: tuple, kwargs: dict):
         if name in READS:
             raise TraceError(
-                f"a value is read ({name}), so that the function depends on numbers it has not yet; use torch.where "
+                f"a value is read ({name}), but a traced function has no numbers yet; use torch.where "
                 f"for a "
                 f"choice by value, and keep the value a tensor\n  at {self.graph.line}"
             )
@@ -434,7 +434,7 @@ class Tracer(TorchDispatchMode):
         target = args[0]
         if not isinstance(target, Scalars):
             raise TraceError(
-                "a value of the traced function is written into a tensor from outside of it; make the tensor inside "
+                "a value of the traced function is written into a tensor made outside it; make the tensor inside "
                 "the "
                 f"function (torch.zeros, torch.stack)\n  at {self.graph.line}"
             )

@@ -14,13 +14,13 @@ from ..jets import Deferred, Tangents
 
 
 class AbstractDirections(ABC):
-    """K directions in the space of all parameters: what a plane is spanned by.
+    """K directions in the space of all parameters, which span a plane.
 
-    Of a parameter that is a `DTensor` they have the part that this rank holds: read "this rank's part of the parameter"
-    for "parameter" wherever its shape or elements are meant.
+    For a parameter that is a `DTensor`, directions hold the part of this rank: wherever shapes or elements are meant,
+    "parameter" stands for "this rank's part of the parameter".
 
     Attributes:
-        k: how many.
+        k: number of directions.
         isotropic: whether ``E[v v^T] = I`` for each of them: forward gradients ``mean_k (F_k v_k)`` are then unbiased.
         cacheable: whether drawing them again costs more than keeping them.
     """
@@ -43,12 +43,12 @@ class AbstractDirections(ABC):
         """Called before one step's draws with all its parameters, and their indices if not 0, 1, 2, ..."""
 
     def forget(self) -> None:  # noqa: B027 (most keep nothing)
-        """Keep nothing of what was drawn so far."""
+        """Discard the tangents drawn so far."""
 
     def structured(self, index: int, param: Tensor) -> Tensor | Tangents | None:
-        """The same as `draw`, not materialized yet where that can wait.
+        """The same as `draw`, but in structured form where possible, not yet materialized.
 
-        `jetplane.jets.structured.Partial` says which of the directions move the parameter; None that none of them does.
+        `jetplane.jets.structured.Partial` says which of the directions move the parameter; None: none of them does.
         """
         return Deferred(lambda run: self.draw(index, param, run), local(param), self.k)
 

@@ -57,11 +57,11 @@ def _joined(pieces: list[Tensor | Tangents], param: Tensor) -> Tensor | Tangents
 
 @final
 class StoredDirections(AbstractDirections):
-    """Directions that are given: a gradient, previous steps.
+    """Given directions, such as a gradient or previous steps.
 
     Args:
         tangents: for each parameter one tensor (K, *param.shape), or `jetplane.LowRank`: in their order, or by
-            their indices. Directions do not move a parameter whose index is left out.
+            their indices. A parameter whose index is left out does not move.
     """
 
     cacheable = False
@@ -104,7 +104,7 @@ class StoredDirections(AbstractDirections):
 
 @final
 class ConcatenatedDirections(AbstractDirections):
-    """The directions of several sources, one behind the other: say, previous steps beside drawn ones.
+    """The directions of several sources, one after the other: for example previous steps, then drawn directions.
 
     Args:
         sources: at least one.

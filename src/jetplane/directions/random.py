@@ -34,14 +34,14 @@ def step_scale(law: str, size: int, k: int = 1) -> float:
         |g|^2 / E|G|^2,    G = mean_k (g . v_k) v_k,    E|G|^2 = (size + kurtosis + k - 2) / k |g|^2
 
     With a loss whose gradient is L-Lipschitz, `jetplane.optim.FGD` at the rate ``step_scale / L`` lowers the expected
-    loss by ``step_scale |g|^2 / (2 L)`` a step, and no rate promises more. For k = 1 this is the variance
-    ``1 / (d + kappa_4 - 1)`` of the tangents of which the source has the same step; tangents here have variance one.
+    loss by ``step_scale |g|^2 / (2 L)`` per step, and no other rate guarantees more. For k = 1 this equals the variance
+    ``1 / (d + kappa_4 - 1)`` that the source chooses for its tangents; tangents here have variance one.
 
     Args:
-        law: of the tangents; see `Directions`. On the "sphere" E|G|^2 is ``(size + k - 1) / k |g|^2``: its entries
-            depend on each other.
-        size: of the gradient: the number of parameters that move.
-        k: directions of a step.
+        law: distribution of the tangents; see `Directions`. On the "sphere" E|G|^2 is ``(size + k - 1) / k |g|^2``,
+            since its entries depend on each other.
+        size: size of the gradient: the number of parameters that move.
+        k: number of directions per step.
 
     Raises:
         ArgumentError: an unknown law, size or k < 1.
@@ -72,20 +72,20 @@ class Directions(AbstractDirections):
             "dense": every entry drawn from the law.
             "rank-one": the tangent of a parameter with two or more dimensions, read as a matrix (shape[0],
             everything else), is ``a b^T``, with the entries of a and b drawn from the law; vectors stay dense.
-            Products use the factors, so such tangents cost nearly nothing beside the plain forward.
+            Products use the factors, so such tangents cost little more than the plain forward pass.
             "low-rank": ``(a_1 b_1^T + ... + a_r b_r^T) / sqrt(r)``.
-            "sparse": entries are kept with probability ``density``, and those divided by its root.
+            "sparse": entries are kept with probability ``density`` and divided by its root.
         rank: r of "low-rank".
-        density: of "sparse".
+        density: probability of "sparse".
         seed: any integer of 64 bits.
 
     Attributes:
-        step: which draw this is. Whoever owns the directions moves it on; equal steps give equal numbers.
+        step: number of the draw. The owner of the directions increments it; equal steps give equal numbers.
 
-    A complex parameter has the tangents of the real one (*shape, 2) that its parts are: they are drawn independently.
+    The real and imaginary parts of a complex parameter, as a real one of shape (*shape, 2), are drawn independently.
 
     The numbers do not depend on torch's generators, on the device (up to the rounding of log, sin and cos),
-    on the dtype (they are drawn in float32 and cast), nor on which part is asked for. They do
+    on the dtype (they are drawn in float32 and cast), or on which part of them is requested. They do
     depend on the parameter's number of elements.
 
     >>> import torch, jetplane as jp
@@ -140,8 +140,8 @@ class Directions(AbstractDirections):
         """The tangents of one parameter.
 
         Args:
-            index: the parameter's place among all parameters.
-            param: gives shape, dtype and device; its values are not looked at.
+            index: the parameter's index among all parameters.
+            param: gives shape, dtype and device; its values are not used.
             directions: which of the K; all by default.
 
         Returns:

@@ -42,44 +42,44 @@ def evaluate(
 
     Args:
         closure: returns a scalar loss, computed by torch functions of the parameters.
-        params: the tensors that move; others are constants. A complex one moves along complex tangents, as the two
-            real ones that its parts are.
+        params: the tensors that move; others are constants. A complex tensor moves along complex tangents, like its
+            real and imaginary parts as two real tensors.
         directions: `jetplane.Directions`, or for each parameter one tensor of shape (K, *param.shape) or
             `jetplane.LowRank`.
-        curvature: "hessian" for the exact one; "ggn" for the Gauss-Newton one, ``J^T Hess(l) J`` with J
-            the model's Jacobian and l the loss function, which costs linearly many products in K; "none"
+        curvature: "hessian" for exact curvature; "ggn" for Gauss-Newton curvature, ``J^T Hess(l) J`` with J
+            the model's Jacobian and l the loss function, whose number of products is linear in K; "none"
             for the slope alone.
         pairs: "all" K(K+1)/2 pairs, "diagonal", or an int b for independent planes of b consecutive
             directions each.
         examples: also give each example's part of the slope, ``examples[n, i] = grad(L_n) . v_i`` with
-            ``L = sum_n L_n``, at next to no cost. Examples are counted along the first axis of what the loss
-            function takes, and their parts are known for torch's own losses, times constants, in sums, and,
-            with "ggn", beside regularizers and for losses marked with `jetplane.loss`. Else None.
+            ``L = sum_n L_n``, at next to no cost. Examples are counted along the first axis of the input of the loss
+            function. Their parts are known for torch's own losses, times constants and in sums; with "ggn" also
+            beside regularizers and for losses marked with `jetplane.loss`. Otherwise None.
         chunk: directions to carry at a time; all by default. The closure then runs once for each chunk, and
-            where all pairs of exact curvature are wanted once for each two halves of chunks: the same numbers for
-            less memory. With "ggn" parameters and losses have all directions at once, and the model a chunk of
-            them. All runs but the last are without side effects: random numbers are drawn again, and buffers set
-            back. "auto" takes the largest chunk that ``memory`` allows, by the activations that one plain run keeps
-            alive.
-        memory: bytes for "auto"; half of what is free by default.
-        generators: of random numbers that the closure draws from besides torch's own and the global ones of NumPy and
+            for all pairs of exact curvature once for each two halves of chunks: the same numbers with less
+            memory. With "ggn", parameters and losses carry all directions at once, and the model a chunk of
+            them. All runs but the last have no side effects: random numbers are drawn again, and buffers are
+            restored. "auto" takes the largest chunk that ``memory`` allows, judged by the activations that one plain
+            run keeps alive.
+        memory: bytes for "auto"; by default half of the free memory.
+        generators: random generators that the closure uses besides torch's own and the global ones of NumPy and
             `random`: `torch.Generator`, `numpy.random.Generator`, `numpy.random.RandomState`, `random.Random`. They are
-            set back between runs.
+            reset between runs.
 
     Returns:
         A `PlaneModel` of detached tensors, float32 at least.
 
     Raises:
-        ArgumentError: no parameters, k < 1, pairs that do not divide k, a chunk below 1 (or 2 for all pairs, or
-            that planes do not fill), an unknown word.
+        ArgumentError: no parameters, k < 1, pairs that do not divide k, an unknown word, or a chunk below 1 (below 2
+            for all pairs) or not a multiple of the size of a plane.
         ShapeError, DTypeError, DeviceError: directions that do not match their parameter.
         LossError: the closure did not return a scalar floating-point tensor.
-        RandomClosureError: it gave different losses in several runs.
+        RandomClosureError: the closure gave different losses in several runs.
         UnusedParametersError: the loss depends on none of the parameters.
         NonFiniteError: NaN or infinity in the loss, slope or curvature.
         DerivativeError: the closure leaves torch, calls autograd, or writes to a parameter.
 
-    Parameters are never modified, whatever is raised.
+    Parameters are never modified, even if an error is raised.
 
     >>> import torch, jetplane as jp
     >>> w = torch.tensor([1.0, 2.0])

@@ -63,18 +63,18 @@ MOST_RUNS = 200  # of the closure, to tell which parameters are concerned
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What an audit has found.
+    """The result of an audit.
 
     Attributes:
-        verdict: "agrees" where the slope is that of the loss; "differs"; "random" where runs at the same place give
-            different losses; "unclear" where rounding, kinks or discontinuities do not let it tell.
-        slope: of the evaluation, along the direction of the audit.
-        difference: the symmetric difference of the loss along it, at the step of the closest agreement.
-        losses: of two runs at the same place; of the evaluation alone where the first difference agrees with it.
-        parameters: the names of those whose part of the slope is not that of the loss.
-        suspicious: whether an unclear audit came near to a conviction.
-        reason: why it is unclear.
-        runs: how often the closure was run.
+        verdict: "agrees" if the slope is that of the loss; "differs" if not; "random" if runs at the same parameters
+            give different losses; "unclear" if rounding, kinks or discontinuities prevent a verdict.
+        slope: slope of the evaluation along the direction of the audit.
+        difference: symmetric difference of the loss along it, at the step of the closest agreement.
+        losses: losses of two runs at the same parameters, or of the evaluation alone if the first difference agrees.
+        parameters: names of the parameters whose part of the slope is not that of the loss.
+        suspicious: whether an unclear audit was close to "differs".
+        reason: why the verdict is unclear.
+        runs: number of runs of the closure.
     """
 
     verdict: Literal["agrees", "differs", "random", "unclear"]
@@ -97,27 +97,27 @@ class AuditReport:
         return f"differs: {numbers}, because of {', '.join(self.parameters)} ({self.runs} runs)"
 
     def check(self) -> None:
-        """Raise, or warn, if the evaluation is not to be trusted.
+        """Raise an error or warn if the evaluation cannot be trusted.
 
         Raises:
             AuditError: the slope is not that of the loss.
-            RandomClosureError: the closure gives different losses at the same place.
+            RandomClosureError: the closure gives different losses at the same parameters.
         """
         if self.verdict == "random":
             raise RandomClosureError(f"{str(self).removeprefix('random: ')}. {ADVICE}")
         if self.verdict == "differs":
             raise AuditError(
                 f"the slope of this closure is not that of its loss: along a random direction it is {self.slope:.6g}, "
-                f"and the loss changes by {self.difference:.6g}. The use of {', '.join(self.parameters)} is not seen: "
-                "it may leave torch (NumPy, data_ptr in an extension, a thread of its own) or go through copies of "
-                "the parameter that were made outside of the closure. Use the parameters by torch functions inside "
-                "of the closure; if the closure is right as it is, audit='never' switches this check off",
+                f"and the loss changes by {self.difference:.6g}. Some use of {', '.join(self.parameters)} is missed: "
+                "it may leave torch (NumPy, data_ptr in an extension, another thread) or go through copies of "
+                "the parameter made outside the closure. Use the parameters only in torch functions inside "
+                "the closure; if the closure is correct, audit='never' switches this check off",
                 self.parameters,
             )
         if self.suspicious:
             warnings.warn(
                 f"the slope of this closure may not be that of its loss: {self}. jetplane.audit in double precision "
-                "can tell",
+                "can decide",
                 AuditWarning,
                 stacklevel=2,
             )
@@ -131,22 +131,23 @@ def audit(
     generators: Sequence[Any] = (),
     seed: int = 0,
 ) -> AuditReport:
-    """Hold the slope of a closure, along a direction that moves all parameters, against differences of its loss.
+    """Compare the slope of a closure, along a direction that moves all parameters, with differences of its loss.
 
-    The optimizers do so before their first step; see their ``audit``. As a rule it costs one evaluation of a slope
-    along a dense direction and two plain runs: 5 to 9 forward passes on an MLP, a CNN and a GPT. Where rounding,
-    kinks or stopped derivatives leave doubt, it costs some more. Closures that are convicted cost some dozens of
-    runs, to find the parameters concerned. It holds two copies of the parameters.
+    The optimizers do so before their first step; see their ``audit``. It usually costs one evaluation of a slope
+    along a dense direction and two plain runs: 5 to 9 forward passes on an MLP, a CNN and a GPT. If rounding,
+    kinks or stopped derivatives leave doubt, it costs a few more. If the slope is wrong, it takes some dozens of
+    runs to find the parameters concerned. The audit holds two copies of the parameters.
 
     Args:
         closure: as in `jetplane.evaluate`.
-        params: the parameters, which are set back afterwards, whatever is raised. So are buffers and random states.
-        names: of the parameters, for the report; by default their places and shapes.
+        params: the parameters. They are restored afterwards, even if an error is raised; so are buffers and random
+            states.
+        names: names of the parameters for the report; by default their indices and shapes.
         generators: as in `jetplane.evaluate`.
-        seed: of the direction.
+        seed: seed of the direction.
 
     Returns:
-        An `AuditReport`, to be printed, or raised by its `check`.
+        An `AuditReport`. Print it, or call its `check` to raise an error.
 
     Raises:
         ArgumentError: parameters are sharded.
@@ -163,7 +164,9 @@ def audit(
     params = list(params)
     check_parameters(params)
     if any(_sharding.is_sharded(p) for p in params):
-        raise ArgumentError("parameters are sharded: audit the closure in one process, with a small model")
+        raise ArgumentError(
+            "sharded parameters cannot be audited: audit the closure in one process, with a small model"
+        )
     named = [f"parameter {i} of shape {tuple(p.shape)}" for i, p in enumerate(params)] if names is None else names
     if len(named) != len(params):
         raise ArgumentError(f"expected a name for each of {len(params)} parameters, got {len(named)}")

@@ -26,8 +26,8 @@ from .plane import PlaneModel
 
 CACHED_BYTES = 1 << 26  # of drawn tangents, kept for the next operator, or the update, that asks for them
 NO_LOSS = (
-    "curvature='ggn' met no loss function: it needs one of torch.nn.functional's losses on the way to the result, or "
-    "your own marked with jetplane.loss(), as a decorator or in a with statement"
+    "curvature='ggn' found no loss function: the result must come from a loss of torch.nn.functional, or from your "
+    "own loss, marked with jetplane.loss() as a decorator or in a with statement"
 )
 
 
@@ -76,9 +76,9 @@ def as_directions(
         if tuple(t.shape) != (k, *p.shape):
             raise ShapeError(f"tangents {i}: expected shape {(k, *p.shape)}, got {tuple(t.shape)}")
         if t.dtype != p.dtype:
-            raise DTypeError(f"tangents {i}: expected {p.dtype} as its parameter, got {t.dtype}")
+            raise DTypeError(f"tangents {i}: expected {p.dtype}, the dtype of the parameter, got {t.dtype}")
         if t.device != p.device:
-            raise DeviceError(f"tangents {i}: expected device {p.device} as its parameter, got {t.device}")
+            raise DeviceError(f"tangents {i}: expected device {p.device}, that of the parameter, got {t.device}")
     return StoredDirections([t.detach() if isinstance(t, Tensor) else t for t in directions])
 
 

@@ -25,9 +25,9 @@ from .plane import PlaneModel
 from .specification import PlaneSpec
 
 PASSED_BY = (
-    "in compiled code a tensor in a graph for reverse mode was met, and it may be made of a parameter by what a "
-    "compiler does not show: .T, .mT, .H, iteration, vmap, autograd functions. Expected functions (p.t(), "
-    "p.transpose(-1, -2), p.unbind()); detach() what comes from elsewhere, or evaluate without torch.compile"
+    "compiled code holds a tensor with an autograd graph, which may come from a parameter by a step that the compiler "
+    "does not show: .T, .mT, .H, iteration, vmap, autograd functions. Use functions instead (p.t(), "
+    "p.transpose(-1, -2), p.unbind()); detach() tensors from elsewhere, or evaluate without torch.compile"
 )
 
 
@@ -104,7 +104,9 @@ def jets_of_parameters(
     if spec.chunk is not None:
         raise ArgumentError("chunk= cannot be compiled; compile the evaluation of one chunk")
     if not all(p.requires_grad for p in params) and not getattr(_verified, "outside", False):
-        raise ArgumentError("in compiled code expected parameters that require grad; requires_grad_() those that move")
+        raise ArgumentError(
+            "compiled code needs parameters that require grad; call requires_grad_() on those that move"
+        )
     space = Space(structure, spec.order, nested() + 1, spec.gauss_newton, spec.examples)
     jets = {}
     with torch.no_grad():

@@ -37,8 +37,8 @@ def expansion(
     """
     if symbolically_traced():
         raise DerivativeError(
-            "make_fx and exporters do not see the operators of jets: their graph would hold this result as a constant, "
-            "whatever its inputs are. Use jetplane.export"
+            "make_fx and exporters do not see the operators of jets: their graph would hold this result as a constant "
+            "that does not depend on the inputs. Use jetplane.export"
         )
     with compilers.eager():
         depth = nested() + 1

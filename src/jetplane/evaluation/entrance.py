@@ -81,7 +81,7 @@ class LastEntrance(Entrance):
         if any(c.shape[1:] != known[0].shape[1:] for c in known) or len(known) not in (0, len(before) + 1):
             raise DerivativeError(
                 f"chunk= runs the closure more than once, and in its last run another output of the model, of shape "
-                f"{tuple(x.shape)}, entered a loss than before; expected a closure that does the same each time"
+                f"{tuple(x.shape)}, entered a loss than before; expected a closure that computes the same in each run"
             )
         return Jet(x.primal, torch.cat(known) if known else None, None, space, kind=LOSS)
 

@@ -44,7 +44,7 @@ def announce(params: Sequence[Tensor]) -> None:
     shapes = ", ".join(str(tuple(p.shape)) for p in new[:3]) + (", ..." if len(new) > 3 else "")
     warnings.warn(
         f"gradient hooks do not run in forward mode, and {len(new)} parameter(s) have some, of shape {shapes}. Where a "
-        "hook changes the gradient, say so in the closure: w * mask + w.detach() * (1 - mask) holds entries fast",
+        "hook changes the gradient, do so in the closure: w * mask + w.detach() * (1 - mask) freezes entries",
         JetplaneWarning,
         stacklevel=2,
     )

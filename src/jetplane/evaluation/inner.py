@@ -111,7 +111,7 @@ def _differentiating(args: Any, kwargs: dict[str, Any], lost: str) -> Any:
 def _refuse(what: str, more: str = "") -> None:
     raise DerivativeError(
         f"{what} inside a forward-only evaluation. A closure returns its loss and calls no backward(); for "
-        "derivatives inside of it use torch.func.grad and its like (with torch.func.functional_call, in parameters), "
+        "derivatives inside it use torch.func.grad and its like (in parameters: with torch.func.functional_call), "
         f"or jetplane.jet, jetplane.hvp or jetplane.laplacian{more}"
     )
 

@@ -224,8 +224,8 @@ class Interception(TorchFunctionMode):
                 return func(innermost(args[0]), *args[1:], **kwargs)
             raise DerivativeError(
                 f"{_EXITS[func]} on a tensor of shape {tuple(args[0].shape)} that depends on the "
-                "parameters: its derivatives would be lost. Stay in torch, or detach() the tensor first "
-                "if they are not wanted"
+                "parameters: its derivatives would be lost. Use torch functions, or detach() the tensor first "
+                "if they are not needed"
             )
         if func in DETACHING:
             with detaching():
@@ -255,8 +255,8 @@ class Interception(TorchFunctionMode):
         except MissingRuleError as error:
             if transform_level() is not None:
                 raise DerivativeError(
-                    f"{error}. This is inside a transform of torch.func: torch.func.grad, vjp, jacrev and vmap can be "
-                    "carried, and mostly jvp, jacfwd and hessian cannot; for second derivatives use jetplane.jet, "
+                    f"{error}. This is inside a transform of torch.func: torch.func.grad, vjp, jacrev and vmap are "
+                    "supported; jvp, jacfwd and hessian mostly are not. For second derivatives use jetplane.jet, "
                     "jetplane.hessian or jetplane.laplacian"
                 ) from error
             raise
@@ -281,8 +281,8 @@ class Interception(TorchFunctionMode):
         """The arguments of ``target.data = value``, which stops derivatives."""
         if isinstance(target, Jet):
             raise DerivativeError(
-                "the data of a parameter, or of a tensor that depends on one, are replaced inside the closure: "
-                "expected a closure that leaves them as they are. Replace them before, or compute another tensor"
+                "the data of a parameter, or of a tensor that depends on one, is replaced inside the closure; "
+                "expected a closure that does not replace it. Replace it before, or compute another tensor"
             )
         return target, innermost(value)
 
@@ -345,25 +345,26 @@ def _translated(error: BaseException) -> DerivativeError | None:
     text = str(error)
     if isinstance(error, TypeError) and any(words in text for words in NOBODY):
         refused = DerivativeError(
-            "a tensor of a class of its own met one that depends on the parameters, and its class does not "
-            f"take it: {text.splitlines()[0]}. Take the plain tensor out of it, or detach() the other"
+            "a tensor subclass was combined with a tensor that depends on the parameters, and the subclass does not "
+            f"accept it: {text.splitlines()[0]}. Use the plain tensor inside the subclass, or detach() the other"
         )
     elif any(words in text for words in NO_MEMORY):
         refused = DerivativeError(
-            "code that is not made of torch functions, or makes a tensor or a parameter out of the numbers of others, "
-            "took a tensor that depends on the parameters: its derivatives would be lost. Use torch.stack instead of "
-            "a constructor, stay in torch, or detach() the tensor first if they are not wanted"
+            "code outside torch, or a constructor that copies the values of tensors into a new tensor or parameter, "
+            "received a tensor that depends on the parameters: its derivatives would be lost. Use torch.stack instead "
+            "of a constructor, use torch functions, or detach() the tensor first if they are not needed"
         )
     elif RECOMPUTED in text:
         refused = DerivativeError(
-            "torch.autograd.grad inside a forward-only evaluation goes through torch.utils.checkpoint, which computes "
-            "anew without it: call the function itself. An evaluation stores nothing for a backward pass anyway"
+            "torch.autograd.grad inside a forward-only evaluation goes through torch.utils.checkpoint, which "
+            "recomputes outside the evaluation: call the function without checkpoint. An evaluation stores nothing for "
+            "a backward pass"
         )
     elif any(words in text for words in INTERNAL):
         refused = DerivativeError(
-            f"torch failed inside of an operator that a tensor with derivatives entered: {text.splitlines()[0]} Nested "
-            "tensors are carried with layout=torch.jagged; make them of a tensor that depends on the parameters by "
-            "torch.nested.nested_tensor_from_jagged(values, offsets)"
+            f"torch failed inside an operator on a tensor with derivatives: {text.splitlines()[0]} Nested "
+            "tensors are supported with layout=torch.jagged; make them from a tensor that depends on the parameters "
+            "with torch.nested.nested_tensor_from_jagged(values, offsets)"
         )
     else:
         return None

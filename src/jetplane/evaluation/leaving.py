@@ -125,7 +125,7 @@ def plain_result(t: Tensor) -> Tensor:
     """
     if isinstance(t, Jet):
         raise DerivativeError(
-            "a tensor of an evaluation that is under way in another thread entered this one; detach() it there"
+            "a tensor of an evaluation that still runs in another thread entered this one; detach() it in that thread"
         )
     return t
 
@@ -194,9 +194,9 @@ def _check(x: Any) -> None:
     if isinstance(x, Tensor):
         if x in earlier:
             raise DerivativeError(
-                f"a tensor of shape {tuple(x.shape)} was made by an earlier evaluation, from its parameters: it would "
-                "be taken for a constant here, where reverse mode would go back through a graph that is gone. If that "
-                "is meant (a hidden state, a running average), detach() it, and keep the result; else compute it anew"
+                f"a tensor of shape {tuple(x.shape)} was made from parameters by an earlier evaluation: here it "
+                "would count as a constant, and in reverse mode its graph would be gone. If a constant is meant (a "
+                "hidden state, a running average), detach() it and keep the result; otherwise compute it again"
             )
     elif isinstance(x, (list, tuple)):
         for item in x:

@@ -50,11 +50,11 @@ class PlaneModel:
         value: the loss, shape ().
         slope: directional derivatives, shape (K,).
         curvature: (K, K), or (K,) for the diagonal alone, or (planes, b, b) for independent planes
-            of b directions, or None where it was not asked for.
-        examples: each example's part of the slope, (N, K); they add up to it. None where it was not asked
-            for or is not known.
-        materialized: which operators materialized low-rank tangents, whose factors they could not use, and how often.
-        pooled: the moments of the slope over the examples of all ranks, where several evaluated shards of a batch.
+            of b directions; None if it was not requested.
+        examples: each example's part of the slope, (N, K); the parts sum to the slope. None if they were not
+            requested or are not known.
+        materialized: operators that materialized low-rank tangents for want of a rule for factors, and how often.
+        pooled: moments of the slope over the examples of all ranks, if several ranks evaluated shards of a batch.
     """
 
     value: Tensor

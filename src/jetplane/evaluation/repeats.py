@@ -17,8 +17,8 @@ from .side_effects import RandomState, without_side_effects
 
 RELATIVE = 1e-4  # how far two losses may differ by rounding alone, in single precision
 ADVICE = (
-    "Every run must compute the same: fetch the batch outside of the closure, begin each run from the same hidden "
-    "state, and give generators of your own as generators=[...], to be set back between runs as torch's are"
+    "Every run must compute the same loss: fetch the batch outside the closure, start each run from the same hidden "
+    "state, and pass your own random generators as generators=[...], which are then reset between runs like torch's"
 )
 
 

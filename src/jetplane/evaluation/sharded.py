@@ -80,8 +80,8 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "fsdp":
             raise DerivativeError(
-                "FSDP2 gathered parameters in another way than by calling a module, as methods of "
-                "register_fsdp_forward_method do: their copies would be taken for constants. Call the module itself"
+                "FSDP2 gathered parameters without a call of the module, as methods of "
+                "register_fsdp_forward_method do: their copies would count as constants. Call the module itself"
             )
         if any(t.__name__ == "DTensor" for t in types) and is_composite(func):
             with self:

@@ -94,7 +94,7 @@ def on_first_rank(work: Callable[[], T]) -> T:
     try:
         dist.broadcast_object_list(said, 0)
     except RuntimeError as error:
-        raise LostRankError(f"a rank is lost before the run began: {error}") from error
+        raise LostRankError(f"a rank was lost before the run began: {error}") from error
     if isinstance(said[0], JetplaneError):
         raise said[0]
     return said[0]

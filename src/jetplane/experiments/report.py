@@ -46,7 +46,7 @@ class Finished:
             RunFolderError: it is missing, its files are damaged, or no epoch was finished and the run did not diverge.
         """
         if not folder.is_dir():
-            raise RunFolderError(f"{folder}: there is no such folder")
+            raise RunFolderError(f"{folder}: no such folder")
         config = Config.load(folder / "config.json")
         try:
             rows = store.read_rows(folder / "metrics.jsonl")
@@ -57,7 +57,7 @@ class Finished:
         if not isinstance(result, dict) or not all(map(_is_row, rows)):
             raise RunFolderError(f"{folder}: expected rows with {', '.join(COLUMNS)} and a result, found other content")
         if not rows and result.get("status") != "diverged":
-            raise RunFolderError(f"{folder}: no epoch of this run was finished, so there is nothing to show")
+            raise RunFolderError(f"{folder}: this run has not finished an epoch, so there is nothing to show")
         return Finished(folder, config, rows, result)
 
     @property

@@ -156,7 +156,9 @@ class Sweep:
         try:
             self.lock.acquire()
         except filelock.Timeout:
-            raise RunFolderError(f"{self.folder}: another process is at work on this sweep") from None
+            raise RunFolderError(
+                f"{self.folder}: another process is working on this sweep; wait for it to end"
+            ) from None
         try:
             yield
         finally:

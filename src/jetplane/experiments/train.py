@@ -33,7 +33,7 @@ def optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     method = METHODS[config.method]
     group = launch.group()
     if group is not None and not method.many_processes:
-        raise ArgumentError(f"the method {config.method} has gradients to send: it runs in one process alone")
+        raise ArgumentError(f"the method {config.method} would have to send gradients; train it in one process")
     assert config.lr is not None and config.k is not None
     settings = Settings(
         config.lr, config.k, clip=config.clip or None, weight_decay=config.weight_decay, seed=config.seed,
@@ -112,7 +112,9 @@ class Run:
 
     def _begin(self) -> None:
         if self.folder.exists() and any(self.folder.iterdir()):
-            raise RunFolderError(f"{self.folder} exists; name another folder, or go on with --resume {self.folder}")
+            raise RunFolderError(
+                f"{self.folder} exists; name another folder with --out, or continue with --resume {self.folder}"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         self.config.save(self.folder / "config.json")
 
@@ -124,7 +126,7 @@ class Run:
             CheckpointError: the folder does not exist, holds no configuration, or its checkpoint does not fit.
         """
         if launch.rank() == 0 and not folder.is_dir():
-            raise CheckpointError(f"{folder}: there is no such run folder")
+            raise CheckpointError(f"{folder}: no such run folder")
         config = launch.on_first_rank(lambda: Config.load(folder / "config.json"))
         return Run(config, folder, True, data_dir, dataset)
 

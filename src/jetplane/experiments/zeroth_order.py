@@ -94,7 +94,7 @@ class ZerothOrder(torch.optim.Optimizer):
         loss = float(closure())
         if loss - loss != 0:
             self._move(undo, sample)
-            raise NonFiniteError(f"the loss is not finite: {loss}; expected a finite one. Try a smaller rate")
+            raise NonFiniteError(f"the loss is not finite: {loss}; try a smaller rate")
         return loss
 
     def _both_sides(self, closure: Closure) -> tuple[float, float]:
@@ -153,7 +153,7 @@ class FZOO(ZerothOrder):
     def __init__(self, params: Iterable[Tensor], lr: float, eps: float = 1e-3, seed: int = 0, samples: int = 8) -> None:
         super().__init__(params, lr, eps, seed)
         if samples < 2:
-            raise ArgumentError(f"samples must be at least 2, for they have a deviation, got {samples}")
+            raise ArgumentError(f"samples must be at least 2, to have a standard deviation, got {samples}")
         self.samples = samples
 
     def _draw(self, index: int, p: Tensor, generator: torch.Generator) -> Tensor:

@@ -30,7 +30,7 @@ State = dict[str, Any]  # plain values, {} at first
 
 @dataclass(frozen=True)
 class Batch:
-    """What an estimator sees: the plane that was just evaluated, and this process's shard of the batch.
+    """The input of an estimator: the plane just evaluated, and this process's shard of the batch.
 
     Attributes:
         closure: returns the loss of the shard. Run it under `without_side_effects` of `jetplane.gradients`, so that
@@ -41,11 +41,11 @@ class Batch:
             `Estimator.alone`.
         plane: its loss, slope and curvature, of the whole batch; None between planes.
         drawn: which of its directions v have ``E[v v^T] = I``.
-        used: the places of the parameters that the loss makes use of.
-        seed: another one in each step.
-        before: how many times the shard's examples come before it in the whole batch.
-        part: of the whole batch that the shard is; 0 for an empty one.
-        chunk: how many directions the plane's evaluation has carried at a time, or None.
+        used: the places of the parameters that the loss uses.
+        seed: a seed that differs in each step.
+        before: number of examples before the shard in the whole batch, in multiples of the shard's size.
+        part: the fraction of the whole batch that the shard is; 0 for an empty one.
+        chunk: how many directions the plane's evaluation carried at a time, or None.
     """
 
     closure: Callable[[], Any]
@@ -63,7 +63,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What an estimator has found.
+    """The result of an estimator.
 
     Attributes:
         gradient: an estimate of the gradient, one tensor for each parameter.
@@ -77,12 +77,12 @@ class Estimate:
 
 
 class Estimator(ABC):
-    """What estimates the gradient on a batch.
+    """An estimator of the gradient on a batch.
 
     Attributes:
-        measures: whether it looks at the batch again. If not, `measure` is not called.
-        alone: whether it can do without a plane (`jetplane.sources.Subspace`). `measure` then runs the closure
-            once with all of its side effects where the batch's ``plane`` is None, and the estimate tells the loss.
+        measures: whether the estimator evaluates the batch again. If not, `measure` is not called.
+        alone: whether it works without a plane (`jetplane.sources.Subspace`). If the batch's ``plane`` is None,
+            `measure` then runs the closure once with all of its side effects, and the estimate contains the loss.
     """
 
     measures: bool = True
@@ -90,29 +90,29 @@ class Estimator(ABC):
 
     @abstractmethod
     def measure(self, batch: Batch, state: State) -> Sequence[Tensor]:
-        """What is measured on the shard, such that the weighted mean over shards is that of the whole batch."""
+        """Measure on the shard; the weighted mean over shards must be the measurement of the whole batch."""
 
     @abstractmethod
     def estimate(self, batch: Batch, means: Sequence[Tensor], state: State) -> Estimate:
-        """The estimate, from what was measured on the whole batch, and the new state; the old one is left as it is."""
+        """The estimate from the measurement of the whole batch, and the new state. The old state is not modified."""
 
     def shapes(self, batch: Batch, state: State) -> Sequence[torch.Size]:
         """The shapes of what `measure` returns: by default one tensor for each parameter."""
         return [p.shape for p in batch.params]
 
     def signature(self, params: Sequence[Tensor], model: nn.Module | None) -> str:
-        """What `prepare` depends on: it is called in the first step, and where this changes."""
+        """A value on which `prepare` depends: it is called in the first step, and whenever this value changes."""
         return ""
 
     def prepare(self, batch: Batch, state: State) -> State:
-        """Decide what is decided once for many steps, by one process for all: the new state."""
+        """Make the choices that hold for many steps, in one process for all; returns the new state."""
         return state
 
 
 @final
 @dataclass(frozen=True)
 class ForwardGradients(Estimator):
-    """``mean_k (F_k v_k)`` over the plane's drawn directions, without a pass of its own (arXiv 2202.08587)."""
+    """``mean_k (F_k v_k)`` over the plane's drawn directions, without an extra pass (arXiv 2202.08587)."""
 
     measures = False
 
@@ -137,8 +137,8 @@ class ActivityPerturbation(Estimator):
     """Noise on the outputs of the model's layers: see `jetplane.gradients.perturbation`.
 
     Attributes:
-        passes: about how many forward passes an estimate costs.
-        feedback: whether to predict gradients at layers' outputs by what their noise has taught.
+        passes: approximate number of forward passes of an estimate.
+        feedback: whether to predict gradients at layers' outputs from the noise of earlier steps.
 
     Raises:
         ArgumentError: passes that are not positive and finite.

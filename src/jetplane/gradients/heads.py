@@ -54,14 +54,13 @@ class LocalHeads(Estimator):
     layers that `register_layer` knows. Parameters of other modules have no estimate, which a warning says once.
 
     Attributes:
-        rate: of Adam's steps of the heads.
-        recompute: find the targets by a pass of its own, so that each layer is done with before the next one runs, and
-            no layer's input is kept. By default the inputs of all layers are kept until the loss is met, as in
-            reverse mode, and the pass is spared.
+        rate: learning rate of Adam's steps of the heads.
+        recompute: find the targets in an extra pass, so that each layer is finished before the next one runs and
+            no layer's input is kept. By default the extra pass is saved, and the inputs of all layers are kept until
+            the loss is computed, as in reverse mode.
 
     Raises:
-        ArgumentError: a rate that is not positive; (in a step) a closure without a loss function that is known, or with
-            several.
+        ArgumentError: a rate that is not positive; (in a step) a closure with no known loss function, or with several.
 
     >>> import torch, jetplane as jp
     >>> from torch.nn import functional as F

@@ -414,7 +414,7 @@ def perturbed(name: str, module: nn.Module, plan: LayerPlan, stream: Any, offset
     """
     layer = layer_of(module)
     if layer is None:
-        raise ArgumentError(f"module {name!r}, a {type(module).__name__}, is of no class that can be perturbed")
+        raise ArgumentError(f"module {name!r} cannot be perturbed: its class {type(module).__name__} is not registered")
     return _MODES[plan.mode](name, module, layer, parameters_of(module, layer), plan, stream, offset)
 
 

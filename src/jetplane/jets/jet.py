@@ -47,8 +47,8 @@ from .space import MODEL, Key, Space
 from .structured import LowRank, Tangents
 
 WRITTEN = (
-    "a parameter was written to in place inside the closure; expected a closure that leaves the "
-    "parameters of the evaluation as they are. Write to a copy (parameter.clone()), or outside of it"
+    "a parameter was written to in place inside the closure; expected a closure that does not change the "
+    "parameters of the evaluation. Write to a copy (parameter.clone()), or outside the closure"
 )
 
 LOST = torch.empty(0)  # the examples of a jet that stands for a sum over them, but no longer tells which

@@ -101,7 +101,9 @@ class LowRank(Tangents):
     def __init__(self, left: Tensor, right: Tensor, shape: torch.Size | tuple[int, ...]) -> None:
         shape = torch.Size(shape)
         if len(shape) < 2:
-            raise ShapeError(f"low-rank tangents are of parameters with two dimensions or more, got {tuple(shape)}")
+            raise ShapeError(
+                f"low-rank tangents need a parameter with two dimensions or more, got shape {tuple(shape)}"
+            )
         rows, columns = shape[0], math.prod(shape[1:])
         k, r = left.shape[:2] if left.dim() == 3 else (-1, -1)
         if left.shape != (k, r, rows) or right.shape != (k, r, columns):

@@ -133,7 +133,7 @@ class Kernel:
     def __init__(self, graph: Graph, functions: Mapping[str, Sequence[int]], *, keep: bool = True) -> None:
         for name in functions:
             if not name.isidentifier() or not name.isascii():
-                raise ArgumentError(f"a function's name is letters, digits and underscores; got {name!r}")
+                raise ArgumentError(f"a function's name must consist of letters, digits and underscores; got {name!r}")
         names = {name: f"jetplane_{name}" for name in functions}
         text = _module(graph, {names[name]: outputs for name, outputs in functions.items()})
         code = _object(text, keep)

@@ -124,7 +124,7 @@ class Function:
             elif hasattr(given, "__index__") and not isinstance(given, Tensor):  # NumPy's as well
                 given = int(given)
             if not isinstance(given, int):
-                raise ArgumentError(f"the parameter {what} is an integer, got {given!r}")
+                raise ArgumentError(f"the parameter {what} must be an integer, got {given!r}")
             self._fits(p, given, given, what)
             return given
         if given is None and not p.reads:
@@ -134,15 +134,15 @@ class Function:
                 given, dtype=None if isinstance(given, Tensor) or p.kind != "double" else torch.float64
             )
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ArgumentError(f"the parameter {what} is made of numbers, got {given!r}") from error
+            raise ArgumentError(f"the parameter {what} must consist of numbers, got {given!r}") from error
         if made.is_complex():
             raise ArgumentError(f"{self.__name__} takes real numbers; hand in torch.view_as_real of them")
         if made.layout != torch.strided or made.device.type == "meta":
             kind = "without data" if made.device.type == "meta" else f"of layout {made.layout}"
-            raise ArgumentError(f"the parameter {what} is a dense tensor, got one {kind}")
+            raise ArgumentError(f"the parameter {what} must be a dense tensor, got one {kind}")
         if p.kind != "double":
             if made.is_floating_point():
-                raise ArgumentError(f"the parameter {what} is made of integers, got a tensor of {made.dtype}")
+                raise ArgumentError(f"the parameter {what} must consist of integers, got a tensor of {made.dtype}")
             if made.numel():
                 self._fits(p, int(made.min()), int(made.max()), what)
         # Detached, moved and converted: a fresh copy, which the function may write to.
@@ -153,7 +153,9 @@ class Function:
                 "jetplane.control wrap it by jetplane.control.per_node"
             )
         if p.shape is None and made.numel() != 1:
-            raise ShapeError(f"the parameter {p.name or p.kind} of {self.__name__} is a number, got {list(made.shape)}")
+            raise ShapeError(
+                f"the parameter {p.name or p.kind} of {self.__name__} must be a number, got shape {list(made.shape)}"
+            )
         return made
 
     def _outputs(self) -> list[int]:

@@ -50,9 +50,9 @@ def compiled(
 ) -> Compiled:
     """A function of compiled code, in C, C++, Fortran, Cython or numba, as a torch function with exact derivatives.
 
-    Its machine code, and that of the functions it calls, is decoded and compiled again with first and second
+    Its machine code, and that of the functions it calls, is decoded and recompiled with first and second
     coefficients of all directions beside every double. Values have the same bits as those of the function itself;
-    derivatives are exact to rounding, as those of the same formulas in torch.
+    derivatives are exact to rounding, like those of the same formulas in torch.
 
     Args:
         f: a function of ctypes or cffi, a ``numba.cfunc``, a ``scipy.LowLevelCallable``, a Cython capsule or
@@ -76,10 +76,10 @@ def compiled(
         second derivatives of 8. Reverse mode takes a forward pass for 16 elements of the inputs.
 
     Raises:
-        ArgumentError: the signature cannot be read, or f is no compiled function.
+        ArgumentError: the signature cannot be read, or f is not a compiled function.
         MissingPackageError: pypcode or llvmlite is not installed.
-        NativeCodeError: the code does something that is not carried; says what, where, and what to do.
-        DeviceError: this is not Linux on x86-64.
+        NativeCodeError: the code does something that is not supported; the message says what, where, and the remedy.
+        DeviceError: the system is not Linux on x86-64.
 
     Method: Aehle, Blühdorn, Sagebaum and Gauger, "Forward-Mode Automatic Differentiation of Compiled Programs", arXiv
     2209.01895, with a compiler in place of an emulator and second derivatives.
@@ -379,9 +379,7 @@ class Compiled(Function):
             again = self._plain(x)[n]
             label = self._output(n)
             if not bool(((again == own) | (again.isnan() & own.isnan())).all()):
-                raise NativeCodeError(
-                    f"{self.__name__} gives another {label} each time it is called; expected a pure function"
-                )
+                raise NativeCodeError(f"{self.__name__} gives another {label} in each call; expected a pure function")
             worst = (ours.double() - own.double()).abs().max()
             raise NativeCodeError(
                 f"values of {self.__name__} are not those of the function: {label} is off by {float(worst):.0e}. "
@@ -447,7 +445,7 @@ def _terms(structure: PairStructure) -> list[tuple[int, int, int, float]]:
 def _name(program: Program) -> str:
     maps = program.decoder.maps
     if not maps.executable(program.entry):
-        raise ArgumentError(f"there is no code at {program.entry:#x}")
+        raise ArgumentError(f"expected the address of a compiled function, found no code at {program.entry:#x}")
     module = maps.module(program.entry)
     symbol = module.symbol(program.entry) if module else None
     return symbol.name if symbol else described(maps, program.entry)[0]
@@ -489,8 +487,8 @@ CALL = Call("compiled", "a jetplane.compiled function")
 def _on_jets(space: Space, f: Compiled, *args: Any) -> Any:
     if not all_plain(space, args, {}):
         raise DerivativeError(
-            f"{f.__name__} is inside derivatives of derivatives (jetplane.jet in a closure), which are not carried; "
-            "take it out of them"
+            f"{f.__name__} is inside nested derivatives (jetplane.jet in a closure), which are not supported; "
+            "move it out of them"
         )
     of = [parts(a, space) for a in args]
     x = f._inputs([p for p, _, _ in of])

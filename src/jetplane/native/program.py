@@ -658,7 +658,7 @@ class Code:
             self._build()
             self.report.rounds = rounds + 1
         else:
-            raise NativeCodeError(f"{self.name} goes to more than {ROUNDS} places that only running finds")
+            raise NativeCodeError(f"{self.name} jumps to more than {ROUNDS} addresses that are known only at run time")
         if self.arena.state[TRAP]:
             address, why = self.sites[self.arena.state[TRAP] - 1]
             raise self.program.describe(why, address, self.name)

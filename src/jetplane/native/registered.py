@@ -51,7 +51,7 @@ def register_native(
     (tensor(8., dtype=torch.float64), tensor(12., dtype=torch.float64))
 
     Raises:
-        ArgumentError: a signature cannot be read, or something is no compiled function.
+        ArgumentError: a signature cannot be read, or an argument is not a compiled function.
     """
     address, own, kept = located(f)
     text = c_signature or (own if args is None else None)
@@ -60,7 +60,7 @@ def register_native(
     plain = Function(address, whole, str(name), kept)
     made = [_with_tangents(g, whole, n, f"{what} of {name}") for g, n, what in ((jvp, 1, "jvp"), (second, 2, "second"))]
     if made[0] is None:
-        raise ArgumentError("jvp must be a compiled function")
+        raise ArgumentError("expected jvp=, a compiled function, got none")
 
     def derivative(inputs: tuple[Any, ...], *tangents: tuple[Any, ...]) -> Any:
         given: list[Any] = []

@@ -62,7 +62,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             _check_rate(name, value)
         if clip is not None and not clip > 0:
-            raise ArgumentError(f"clip must be positive or None, got {clip}")
+            raise ArgumentError(f"clip, the largest norm of a step, must be positive or None, got {clip}")
         if isinstance(planes, bool) or not isinstance(planes, int) or planes < 1:
             raise ArgumentError(f"planes must be an integer of at least 1, got {planes!r}")
         Directions(k, law, tangents, rank=rank, density=density)  # checks them
@@ -90,7 +90,9 @@ class PlaneOptimizer(torch.optim.Optimizer):
         self.plane: PlaneModel | None = None
         self.ranks = None if process_group is None else Ranks(process_group)
         if compile and self.ranks is not None and self.ranks.parts > 1:
-            raise ArgumentError("compile=True cannot be had where ranks share directions; use it with shards of data")
+            raise ArgumentError(
+                "compile=True is not supported where ranks share directions; use it with ranks that share only the data"
+            )
         self._record({"seed": seed, "step": 0})
         self._check_size(self._moving())
         self._check_sharding(p for p, _, _ in self._moving())
@@ -105,7 +107,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
     @property
     @abstractmethod
     def descent(self) -> Descent:
-        """What turns the plane model into a step."""
+        """The rule that turns the plane model into a step."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, as `torch.optim.Optimizer` does.
@@ -114,7 +116,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
             DTypeError: a parameter that may move is of a complex dtype, which this optimizer does not take, or none of
                 the group is of a dtype that can move.
             DeviceError: parameters that may move lie on different devices. Frozen ones may lie anywhere.
-            ArgumentError: a rate of the group is negative, parameters are sharded in a way that cannot be had, or were
+            ArgumentError: a rate of the group is negative, or parameters are sharded in an unsupported way, were
                 made under `torch.inference_mode`, or have no shape yet.
         """
         super().add_param_group(param_group)
@@ -161,10 +163,10 @@ class PlaneOptimizer(torch.optim.Optimizer):
         """Evaluate the closure once on a fresh plane and move the parameters.
 
         Args:
-            closure: computes and returns the scalar loss. It need not call ``backward``, and must not.
-            weight: with a process group: of this rank's loss in the mean over ranks, so the number of its
-                examples, where the loss is a mean over them. It may be left out if all ranks have as many. A rank
-                without any gives 0; its closure is not called.
+            closure: computes and returns the scalar loss. It must not call ``backward``.
+            weight: with a process group: the weight of this rank's loss in the mean over ranks, that is the number
+                of its examples if the loss is a mean over them. It may be left out if all ranks have the same number
+                of examples. A rank without examples gives 0; its closure is not called.
 
         Returns:
             The loss before the step, a plain tensor of shape (). With a process group, that of the whole batch.
@@ -173,12 +175,12 @@ class PlaneOptimizer(torch.optim.Optimizer):
             ArgumentError: no closure, or no parameter that requires gradients.
             LossError, UnusedParametersError, NonFiniteError, DerivativeError: as `jetplane.evaluate`.
             AuditError: the slope is not that of the loss; see `jetplane.audit`.
-            RandomClosureError: several runs of the closure give different losses at the same place.
-            SingularPlaneError: the plane gives no step.
+            RandomClosureError: several runs of the closure give different losses at the same parameters.
+            SingularPlaneError: the curvature of the plane determines no step.
             HandshakeError, RanksDifferError, LostRankError, RemoteError: with a process group; see
                 `jetplane.parallel.ranks.Ranks.evaluate`. An error of one rank is raised on all of them.
 
-        Whatever is raised, parameters and the optimizer's state are as they were.
+        If an error is raised, the parameters and the optimizer's state do not change.
         """
         repeated, moving = self._started(closure)
         with torch.no_grad(), setting_back(self.generators):
@@ -194,7 +196,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
     def _started(self, closure: Closure | None) -> tuple[RepeatedClosure, Moving]:
         """The closure and the parameters of a step, checked; the closure's losses will be held against each other."""
         if closure is None:
-            raise ArgumentError("step() needs a closure that returns the loss: there are no gradients to use")
+            raise ArgumentError("step() needs a closure that returns the loss: this optimizer does not read gradients")
         if not callable(closure):
             raise ArgumentError(
                 f"step() needs a closure, a function that computes the loss, got {type(closure).__name__}: write "
@@ -202,7 +204,9 @@ class PlaneOptimizer(torch.optim.Optimizer):
             )
         moving = self._moving()
         if not moving:
-            raise ArgumentError("no parameter requires gradients, so none may move; unfreeze some of them")
+            raise ArgumentError(
+                "no parameter requires gradients, so the optimizer cannot move any; unfreeze some of them"
+            )
         params = [p for p, _, _ in moving]
         self._check_moving(params)
         self._check_size(moving)
@@ -368,7 +372,9 @@ class PlaneOptimizer(torch.optim.Optimizer):
             NonFiniteError: NaN or infinity in the coefficients.
         """
         if not bool(torch.isfinite(kappa.float()).all()):
-            raise NonFiniteError(f"the step is not finite: slope {plane.slope}, curvature {plane.curvature}")
+            raise NonFiniteError(
+                f"the step is not finite, with slope {plane.slope} and curvature {plane.curvature}; try a smaller lr"
+            )
         used = sorted(directions.used) if isinstance(directions, CachedDirections) else range(len(moving))
         return ((i, directions.combine(i, moving[i][0], moving[i][1]["lr"] * kappa)) for i in used)
 
@@ -396,10 +402,10 @@ class PlaneOptimizer(torch.optim.Optimizer):
         self.param_groups[0][STATE] = None  # where state_dict() has it, for whoever looks up what groups have
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, as of any torch optimizer; seed, step counter and the like lie in the first group.
+        """The state, as of any torch optimizer; the first group also holds the seed, the step counter and the like.
 
-        There `torch.distributed.checkpoint.state_dict.get_optimizer_state_dict` takes them along, which knows no state
-        but that of parameters.
+        `torch.distributed.checkpoint.state_dict.get_optimizer_state_dict` keeps what is in a group, but drops any
+        other state that does not belong to a parameter.
         """
         found = super().state_dict()
         state, groups = dict(found["state"]), [dict(group) for group in found["param_groups"]]
@@ -408,22 +414,22 @@ class PlaneOptimizer(torch.optim.Optimizer):
         return found | {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state, seed and step counter included, so that training goes on bit for bit.
+        """Load a state, including seed and step counter, so that training continues bit for bit.
 
         Raises:
-            ShapeError: the state belongs to other parameter groups, or to another optimizer, or is not whole.
+            ShapeError: the state belongs to other parameter groups or to another optimizer, or is incomplete.
         """
         groups, state = state_dict.get("param_groups", []), dict(state_dict.get("state", {}))
         before = state.pop(STATE, None)  # where it lay at first
         own = next((group[STATE] for group in groups if group.get(STATE)), before)
         if own is None:
-            raise ShapeError("this state does not come from a Jetplane optimizer")
+            raise ShapeError("expected the state_dict of a Jetplane optimizer, got another state")
         own = dict(own)
         lost = set(own.pop("kept", ())) - {name for of_parameter in state.values() for name in of_parameter}
         if lost:
             raise ShapeError(
-                f"this state has lost what the optimizer kept of each parameter: {', '.join(sorted(lost))}. Flattened "
-                "state dicts do so; save with flatten_optimizer_state_dict=False"
+                f"this state lacks per-parameter entries of the optimizer: {', '.join(sorted(lost))}. Flattened "
+                "state dicts lose them; save with flatten_optimizer_state_dict=False"
             )
         plain = [{name: value for name, value in group.items() if name != STATE} for group in groups]
         try:

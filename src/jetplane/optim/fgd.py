@@ -21,34 +21,34 @@ if TYPE_CHECKING:
 class FGD(PlaneOptimizer):
     """Forward gradient descent: ``theta <- theta - lr * mean_k (F_k v_k)``, with ``F_k = grad(L) . v_k``.
 
-    Unbiased, since E[v v^T] = I, and noisy: its variance grows with the number of parameters, and the rate must shrink
-    with it (`jetplane.step_scale`). With momentum this is the heavy ball: each step adds ``momentum`` times the step
-    before, ``theta_t - theta_{t-1}``.
+    The estimate is unbiased, since E[v v^T] = I, and noisy: its variance grows with the number of parameters, so the
+    rate must shrink with that number (`jetplane.step_scale`). Momentum is that of the heavy ball: each step adds
+    ``momentum`` times the previous step, ``theta_t - theta_{t-1}``.
 
     Args:
         params: parameters or groups of them, as for any torch optimizer. Groups may set ``lr``, ``momentum`` and
             ``weight_decay``. Frozen parameters are left alone.
-        lr: the rate.
-        k: directions per step.
-        momentum: of the heavy ball, in [0, 1).
-        law: of the tangents; see `jetplane.Directions`.
+        lr: the learning rate.
+        k: number of directions per step.
+        momentum: factor of the heavy ball, in [0, 1).
+        law: distribution of the tangents; see `jetplane.Directions`.
         tangents: "dense" or "rank-one" (nearly free beside the plain forward); see `jetplane.Directions`.
-        planes: multiplies the number of directions; they are averaged.
+        planes: multiplies the number of directions; the results are averaged.
         clip: largest Euclidean norm of a step over all parameters, or None.
-        weight_decay: decoupled: ``theta <- theta - lr * weight_decay * theta`` beside the step.
-        seed: of the directions. Seed and step counter are part of ``state_dict()``.
+        weight_decay: decoupled weight decay: ``theta <- theta - lr * weight_decay * theta`` beside the step.
+        seed: seed of the directions. Seed and step counter are part of ``state_dict()``.
         chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`.
         compile: run every step but the first as one compiled graph (`torch.compile`, ``fullgraph=True``).
-        audit: "first" holds the slope of a closure against differences of its loss before its first step, and again
-            where its code, the parameters that move or the mode of its modules change: five to nine forward passes, see
-            `jetplane.audit`; "always" does so before every step, "never" not at all.
-        generators: of random numbers that the closure draws from besides torch's own; see `jetplane.evaluate`.
-        process_group: of `torch.distributed`, whose ranks have a shard of each batch each, or a `DeviceMesh` with
-            the dimensions "data" and "direction"; see `jetplane.parallel.ranks`. None, which is also what
-            ``torch.distributed.group.WORLD`` is before ``init_process_group()``: this process is alone.
+        audit: "first" compares the slope of a closure with differences of its loss before its first step, and again
+            when its code, the parameters that move or the mode of its modules change. This costs five to nine forward
+            passes; see `jetplane.audit`. "always" does so before every step, "never" not at all.
+        generators: random generators that the closure uses besides torch's own; see `jetplane.evaluate`.
+        process_group: a process group of `torch.distributed`, each rank of which has one shard of each batch, or a
+            `DeviceMesh` with the dimensions "data" and "direction"; see `jetplane.parallel.ranks`. None: this process
+            trains alone. ``torch.distributed.group.WORLD`` is None before ``init_process_group()``.
 
     Raises:
-        ArgumentError, DTypeError, DeviceError: settings or parameters that cannot be.
+        ArgumentError, DTypeError, DeviceError: settings or parameters that are not valid.
 
     >>> import torch, jetplane as jp
     >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))

@@ -31,27 +31,27 @@ class FoMoH(PlaneOptimizer):
     Args:
         params: parameters or groups of them, as for any torch optimizer. Groups may set ``lr`` and
             ``weight_decay``. Frozen parameters are left alone.
-        lr: the rate. The paper's rates: 0.1362 (logistic regression), 0.544 (CNN).
-        k: directions per step, each on its own line.
+        lr: the learning rate. The paper's rates: 0.1362 (logistic regression), 0.544 (CNN).
+        k: number of directions per step, each on its own line.
         eps: added to the curvature.
-        law: of the tangents; see `jetplane.Directions`.
+        law: distribution of the tangents; see `jetplane.Directions`.
         tangents: "dense" or "rank-one" (nearly free beside the plain forward); see `jetplane.Directions`.
-        planes: multiplies the number of directions; they are averaged.
+        planes: multiplies the number of directions; the results are averaged.
         clip: largest Euclidean norm of a step over all parameters, or None.
-        weight_decay: decoupled: ``theta <- theta - lr * weight_decay * theta`` beside the step.
-        seed: of the directions. Seed and step counter are part of ``state_dict()``.
+        weight_decay: decoupled weight decay: ``theta <- theta - lr * weight_decay * theta`` beside the step.
+        seed: seed of the directions. Seed and step counter are part of ``state_dict()``.
         chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`.
         compile: run every step but the first as one compiled graph (`torch.compile`, ``fullgraph=True``).
-        audit: "first" holds the slope of a closure against differences of its loss before its first step, and again
-            where its code, the parameters that move or the mode of its modules change: five to nine forward passes, see
-            `jetplane.audit`; "always" does so before every step, "never" not at all.
-        generators: of random numbers that the closure draws from besides torch's own; see `jetplane.evaluate`.
-        process_group: of `torch.distributed`, whose ranks have a shard of each batch each, or a `DeviceMesh` with
-            the dimensions "data" and "direction"; see `jetplane.parallel.ranks`. None, which is also what
-            ``torch.distributed.group.WORLD`` is before ``init_process_group()``: this process is alone.
+        audit: "first" compares the slope of a closure with differences of its loss before its first step, and again
+            when its code, the parameters that move or the mode of its modules change. This costs five to nine forward
+            passes; see `jetplane.audit`. "always" does so before every step, "never" not at all.
+        generators: random generators that the closure uses besides torch's own; see `jetplane.evaluate`.
+        process_group: a process group of `torch.distributed`, each rank of which has one shard of each batch, or a
+            `DeviceMesh` with the dimensions "data" and "direction"; see `jetplane.parallel.ranks`. None: this process
+            trains alone. ``torch.distributed.group.WORLD`` is None before ``init_process_group()``.
 
     Raises:
-        ArgumentError, DTypeError, DeviceError: settings or parameters that cannot be.
+        ArgumentError, DTypeError, DeviceError: settings or parameters that are not valid.
 
     >>> import torch, jetplane as jp
     >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -79,7 +79,7 @@ class FoMoH(PlaneOptimizer):
 
     @property
     def descent(self) -> Descent:
-        """Each slope over the curvature of its line."""
+        """The step that divides each slope by the curvature along its direction."""
         return self._descent
 
 
@@ -89,14 +89,14 @@ class FoMoHBP(PlaneOptimizer):
 
         theta <- theta - lr * (g.g) / (|g^T Hess(L) g| + eps) * g
 
-    The only optimizer here that uses reverse mode. The closure runs twice, once for each mode, with the
-    same random numbers, and buffers such as BatchNorm's running statistics move once.
+    It is the only optimizer here that uses reverse mode. The closure runs twice, once for each mode, with the
+    same random numbers. Buffers such as BatchNorm's running statistics are updated once.
 
     Args:
         params, lr, eps, clip, weight_decay, audit, generators: as for `FoMoH`.
 
     Raises:
-        ArgumentError, DTypeError, DeviceError: settings or parameters that cannot be.
+        ArgumentError, DTypeError, DeviceError: settings or parameters that are not valid.
 
     >>> import torch, jetplane as jp
     >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -120,7 +120,7 @@ class FoMoHBP(PlaneOptimizer):
 
     @property
     def descent(self) -> Descent:
-        """The slope over the curvature along the gradient."""
+        """The step that divides the slope by the curvature along the gradient."""
         return self._descent
 
     def _directions(self, moving: Moving, closure: Closure) -> StoredDirections:

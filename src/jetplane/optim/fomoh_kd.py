@@ -22,33 +22,33 @@ class FoMoHKD(PlaneOptimizer):
         kappa = -H^-1 F,    theta <- theta + lr * sum_k kappa_k v_k
 
     with ``F_i = grad(L) . v_i`` and ``H_ij = v_i^T Hess(L) v_j``, both exact and from one
-    forward pass. Where K is the number of parameters this is Newton's method itself.
+    forward pass. If K is the number of parameters, this is Newton's method itself.
 
     Args:
         params: parameters or groups of them, as for any torch optimizer. Groups may set ``lr`` and
             ``weight_decay``. Frozen parameters are left alone.
-        lr: the rate; 1 is the plain Newton step in the plane.
-        k: directions of a plane, at most the number of parameters.
+        lr: the learning rate; 1 is the plain Newton step in the plane.
+        k: number of directions of a plane, at most the number of parameters.
         descent: "newton" as above, "saddle-free" (eigenvalues of H by absolute value and bounded away from
             zero), "damped", or a `jetplane.subspace.descent.Descent`.
-        law: of the tangents; see `jetplane.Directions`.
+        law: distribution of the tangents; see `jetplane.Directions`.
         tangents: "dense" or "rank-one" (nearly free beside the plain forward); see `jetplane.Directions`.
         planes: independent planes of one evaluation, whose steps are averaged.
         clip: largest Euclidean norm of a step over all parameters, or None.
-        weight_decay: decoupled: ``theta <- theta - lr * weight_decay * theta`` beside the step.
-        seed: of the directions. Seed and step counter are part of ``state_dict()``.
+        weight_decay: decoupled weight decay: ``theta <- theta - lr * weight_decay * theta`` beside the step.
+        seed: seed of the directions. Seed and step counter are part of ``state_dict()``.
         chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`.
         compile: run every step but the first as one compiled graph (`torch.compile`, ``fullgraph=True``).
-        audit: "first" holds the slope of a closure against differences of its loss before its first step, and again
-            where its code, the parameters that move or the mode of its modules change: five to nine forward passes, see
-            `jetplane.audit`; "always" does so before every step, "never" not at all.
-        generators: of random numbers that the closure draws from besides torch's own; see `jetplane.evaluate`.
-        process_group: of `torch.distributed`, whose ranks have a shard of each batch each, or a `DeviceMesh` with
-            the dimensions "data" and "direction"; see `jetplane.parallel.ranks`. None, which is also what
-            ``torch.distributed.group.WORLD`` is before ``init_process_group()``: this process is alone.
+        audit: "first" compares the slope of a closure with differences of its loss before its first step, and again
+            when its code, the parameters that move or the mode of its modules change. This costs five to nine forward
+            passes; see `jetplane.audit`. "always" does so before every step, "never" not at all.
+        generators: random generators that the closure uses besides torch's own; see `jetplane.evaluate`.
+        process_group: a process group of `torch.distributed`, each rank of which has one shard of each batch, or a
+            `DeviceMesh` with the dimensions "data" and "direction"; see `jetplane.parallel.ranks`. None: this process
+            trains alone. ``torch.distributed.group.WORLD`` is None before ``init_process_group()``.
 
     Raises:
-        ArgumentError, DTypeError, DeviceError: settings or parameters that cannot be.
+        ArgumentError, DTypeError, DeviceError: settings or parameters that are not valid.
 
     >>> import torch, jetplane as jp
     >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
@@ -75,5 +75,5 @@ class FoMoHKD(PlaneOptimizer):
 
     @property
     def descent(self) -> Descent:
-        """What solves the plane."""
+        """The rule that solves for the step in the plane."""
         return self._descent

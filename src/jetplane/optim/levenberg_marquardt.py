@@ -37,22 +37,23 @@ _FIRST_RADIUS = 100.0  # the first step's most, in parts of the scaled parameter
 
 @dataclass(frozen=True)
 class LeastSquaresResult:
-    """What `least_squares` found.
+    """The result of `least_squares`.
 
     Attributes:
-        params: the parameters, in the structure that they were given in.
+        params: the parameters found, in the structure in which they were given.
         cost: half the sum of squares, or of the robust loss.
-        fun: the residuals there, as the function returned them; None where it yields them.
-        gradient: of the cost, in the structure of the parameters.
-        covariance: of the parameters, all flattened one after the other, (n, n) in float64. See `least_squares`.
-        standard_errors: the roots of its diagonal, in the structure of the parameters.
-        active_mask: -1 where a parameter is at its lower bound and the cost falls beyond, 1 at the upper one, else 0;
-            in the structure of the parameters.
-        residuals: m, how many there are.
-        nfev: evaluations of the residuals, each with all derivatives.
-        iterations: steps that were taken.
+        fun: the residuals at ``params``, as the function returned them; None if it yields them.
+        gradient: gradient of the cost, in the structure of the parameters.
+        covariance: covariance of the parameters, flattened one after the other, (n, n) in float64. See
+            `least_squares`.
+        standard_errors: the roots of the diagonal of the covariance, in the structure of the parameters.
+        active_mask: -1 where a parameter is at its lower bound and the cost falls beyond it, 1 likewise at the upper
+            bound, otherwise 0; in the structure of the parameters.
+        residuals: m, the number of residuals.
+        nfev: number of evaluations of the residuals, each with all derivatives.
+        iterations: number of steps taken.
         history: the cost of each evaluation; infinite where residuals were not finite.
-        status: why it ended: "gtol", "ftol", "xtol" are convergence, "stalled" and "limit" are not.
+        status: why the search ended: "gtol", "ftol" and "xtol" mean convergence, "stalled" and "limit" do not.
     """
 
     params: Any
@@ -70,7 +71,7 @@ class LeastSquaresResult:
 
     @property
     def success(self) -> bool:
-        """Whether it converged."""
+        """Whether the search converged."""
         return self.status in ("gtol", "ftol", "xtol")
 
     @property
@@ -84,31 +85,33 @@ def least_squares(
     f_scale: float = 1.0, x_scale: Any = "jac", ftol: float | None = None, xtol: float | None = None,
     gtol: float | None = None, max_nfev: int | None = None, absolute_sigma: bool = False, chunk: int | None = None,
 ) -> LeastSquaresResult:  # fmt: skip
-    """Minimize ``sum_i rho(r_i(theta)^2) / 2`` by Levenberg's and Marquardt's method, one forward pass an evaluation.
+    """Minimize ``sum_i rho(r_i(theta)^2) / 2`` by the Levenberg-Marquardt method, one forward pass per evaluation.
 
-    The pass carries the derivatives along all n coordinates, 1 + n numbers for each that the function computes, and no
-    tape. Of residuals and Jacobian only a triangular factor of (n + 1)^2 numbers is kept. A function that *yields* its
-    residuals, in blocks as it computes them, therefore takes the same memory for ten steps of a simulation and for 1e5.
+    The pass carries the derivatives along all n coordinates: 1 + n numbers for each number that the function computes,
+    and no tape. Only a triangular factor of (n + 1)^2 numbers is kept of residuals and Jacobian. A function that
+    *yields* its residuals in blocks as it computes them therefore needs the same memory for ten steps of a simulation
+    as for 1e5.
 
-    Each step minimizes the linearized problem exactly within the bounds and a trust region, whose shape follows from
-    the largest norm so far of each column of the Jacobian, so that units of parameters and residuals do not matter.
+    Each step minimizes the linearized problem exactly within the bounds and a trust region. The shape of the region
+    follows from the largest norm so far of each column of the Jacobian, so units of parameters and residuals do not
+    matter.
 
     Args:
         residuals: a function of the parameters that returns a tensor of residuals, or a tree of tensors, or a generator
             that yields them. It must compute the same residuals each time.
-        params: where to start: a tensor, or a list, tuple or dict of tensors. They are not written to.
+        params: the starting point: a tensor, or a list, tuple or dict of tensors. They are not written to.
         bounds: ``(lower, upper)``, each a number for all, or of the structure of the parameters with numbers or tensors
             for leaves; None for no bounds, as are infinite ones.
         loss: "linear" (squares), "soft_l1", "huber", "cauchy", "arctan", or a function of ``z = (r / f_scale)^2`` that
             returns rho(z), rho'(z) and rho''(z) as one tensor (3, *z.shape).
         f_scale: C: residuals below it count as inliers. The cost is ``sum_i C^2 rho((r_i / C)^2) / 2``.
-        x_scale: "jac" as above, or a number, or numbers or tensors in the structure of the parameters: what change of a
-            parameter counts as one.
-        ftol: stop where the step to the minimum of the linearized problem would lower the cost by at most this part.
-        xtol: stop where that step is shorter than this part of the parameters (of their scaled length).
-        gtol: stop where the cosine between the residuals and each column of the Jacobian is at most this.
-            All three are 1e-8 by default, 1e-5 where a parameter is of single precision or less.
-        max_nfev: the most evaluations; 100 n by default.
+        x_scale: "jac" as above, or a number, or numbers or tensors in the structure of the parameters: the change of a
+            parameter that counts as one.
+        ftol: stop if the step to the minimum of the linearized problem would lower the cost by at most this fraction.
+        xtol: stop if that step is shorter than this fraction of the parameters (in scaled length).
+        gtol: stop if the cosine between the residuals and each column of the Jacobian is at most this.
+            All three are 1e-8 by default, 1e-5 if a parameter is of single precision or less.
+        max_nfev: the largest number of evaluations; 100 n by default.
         absolute_sigma: whether residuals were divided by known standard deviations, as in `scipy.optimize.curve_fit`.
         chunk: coordinates to carry at a time: n / chunk passes an evaluation, and the whole Jacobian is kept.
 
@@ -116,8 +119,8 @@ def least_squares(
         A `LeastSquaresResult`. Its covariance is ``s^2 (J^T J)^-1`` with ``s^2 = 2 cost / (m - n)``, or s = 1 with
         ``absolute_sigma``; for robust losses that of M-estimates, ``A^-1 B A^-1 m / (m - n)`` with A the second
         derivative of the cost for linear residuals, and B the sum of squares of its gradient's parts. Parameters that
-        the residuals do not determine have an infinite variance, and so have all where m <= n and s is not known. For
-        parameters held by a bound it is NaN; that of the others takes them for known.
+        the residuals do not determine have an infinite variance; so do all parameters if m <= n and s is not known.
+        For parameters at an active bound it is NaN; the covariance of the others treats these as known.
 
     Raises:
         ArgumentError: no parameters, bounds that cross or that the start is outside of, an unknown word, numbers
@@ -126,7 +129,7 @@ def least_squares(
             changes.
         DTypeError: parameters or residuals that are not real floating-point tensors.
         DeviceError: parameters on several devices.
-        NonFiniteError: residuals or derivatives that are not finite at the start. Later on the step is shortened.
+        NonFiniteError: residuals or derivatives that are not finite at the start. Later, the step is shortened instead.
         UnusedParametersError: the residuals depend on none of the parameters.
         DerivativeError: the function leaves torch, or an operator cannot be carried.
 
@@ -273,11 +276,11 @@ class _Problem:
             raise ArgumentError(f"bounds must be (lower, upper), got {type(given).__name__}")
         lower, upper = (self.numbers(g, name) for g, name in zip(given, ("lower bounds", "upper bounds"), strict=True))
         if not bool((lower <= upper).all()):
-            raise ArgumentError("bounds: expected lower bounds of at most the upper ones")
+            raise ArgumentError("bounds: expected lower bounds of at most the upper bounds")
         outside = (self.start < lower) | (self.start > upper)
         if bool(outside.any()):
             raise ArgumentError(
-                f"the start is outside of the bounds in {int(outside.sum())} of {self.n} numbers, at flat index "
+                f"the start lies outside the bounds in {int(outside.sum())} of {self.n} entries, at flat indices "
                 f"{outside.nonzero().flatten().tolist()[:5]}"
             )
         return lower, upper
@@ -317,7 +320,9 @@ class _Problem:
             pass
         if self.chunk < self.n:
             if len({tuple(y.shape for y, _ in column) for column in columns}) > 1:
-                raise ShapeError("chunk= runs the function more than once, and it gave residuals of other shapes then")
+                raise ShapeError(
+                    "chunk= runs the function more than once, and a later run gave residuals of other shapes"
+                )
             for parts in zip(*columns, strict=True):
                 sums.add(parts[-1][0], torch.cat([first for _, first in parts]))
         fun = tree_unflatten(returned["leaves"], returned["spec"]) if returned else None
@@ -419,7 +424,9 @@ def _minimized(
         leaves, x = problem.leaves(goal, lower, upper)
         there = problem.evaluated(x, leaves)
         if there.count != here.count:
-            raise ShapeError(f"residuals: there were {here.count} of them at first, and {there.count} now")
+            raise ShapeError(
+                f"residuals: expected as many in each evaluation, got {here.count} at first and {there.count} now"
+            )
         history.append(there.cost)
         promised, decrease = here.model.decrease(p), here.cost - there.cost
         if 0.25 * promised < decrease <= tolerances[0] * here.cost:

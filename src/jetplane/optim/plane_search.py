@@ -76,57 +76,58 @@ class PlaneSearch(PlaneOptimizer):
 
         kappa = -M F,    theta <- theta + lr * rate * sum_k kappa_k v_k
 
-    with F the slope and M the damped inverse of the Gauss-Newton matrix of the plane, both of this batch. It is made
-    of four parts:
+    with F the slope and M the damped inverse of the Gauss-Newton matrix of the plane, both of this batch. It has four
+    parts:
 
-    - ``subspace``, what the plane is spanned by. By default running averages of gradient estimates from earlier
-      batches, the same over the root mean square of each entry, as Adam's steps are, and the previous step
-      (`jetplane.sources.Averages`, `jetplane.sources.PreviousStep`); before them 64 directions drawn anew
-      (`jetplane.sources.Drawn`), but not with a model whose layers that can be perturbed own half of the parameters or
-      more. A plane of which nothing is known yet has one drawn direction.
-    - ``gradient``, how estimates are made: with a model by noise on its layers' outputs
-      (`jetplane.gradients.ActivityPerturbation`), else as the forward gradients ``mean_k (F_k v_k)`` of the drawn
-      directions (`jetplane.gradients.ForwardGradients`). `jetplane.gradients.LocalHeads` makes them of losses of each
-      layer's own, at a twentieth of the cost; the subspace is then that of `jetplane.sources.FastWeights` by default,
-      and a plane is evaluated in every 16th step. Estimates enter the plane one step after the batch that they
-      come from: in a plane of directions that were fitted to the very batch that judges them, the slope would be
-      biased, and its noise taken for signal.
-    - ``descent``, what solves the plane: `jetplane.descent.Damped` on directions of unit curvature, and with
-      exact curvature `jetplane.descent.SaddleFree`.
-    - ``search``, how far to go: by default what of the step is not noise, by the spread of the examples' slopes, and
-      with damping where this batch's loss does not fall as the plane promises (`jetplane.search.NoiseAware`).
-      Without drawn directions the rate is at least a tenth: the best rate for one step is less than the best for
-      many (Wu et al., arXiv 1803.02021). Where the loss does not tell its examples apart, the step is halved until the
-      loss falls, or with exact curvature the loss is minimized along it, by more passes.
+    - ``subspace``: the directions that span the plane. By default these are running averages of gradient estimates
+      from earlier batches, the same averages divided by the root mean square of each entry, as in Adam's steps, and
+      the previous step (`jetplane.sources.Averages`, `jetplane.sources.PreviousStep`). 64 freshly drawn directions
+      come first (`jetplane.sources.Drawn`), unless half of the parameters or more belong to layers of a model that can
+      be perturbed. If nothing has been remembered yet, the plane has one drawn direction.
+    - ``gradient``: how gradients are estimated. With a model, by noise on the outputs of its layers
+      (`jetplane.gradients.ActivityPerturbation`); otherwise as the forward gradients ``mean_k (F_k v_k)`` of the drawn
+      directions (`jetplane.gradients.ForwardGradients`). `jetplane.gradients.LocalHeads` uses a local loss for each
+      layer, at a twentieth of the cost; the default subspace is then that of `jetplane.sources.FastWeights`, and a
+      plane is evaluated in every 16th step. Estimates enter the plane one step after their batch: if directions were
+      fitted to the same batch that judges them, the slope would be biased, and its noise mistaken for signal.
+    - ``descent``: how the step in the plane is solved for: `jetplane.descent.Damped` on directions of unit curvature,
+      with exact curvature `jetplane.descent.SaddleFree`.
+    - ``search``: how far to go. By default the noise in the step is estimated from the spread of the examples' slopes
+      and the step is shortened by it; the plane is damped if the loss of this batch falls by less than the plane
+      predicts (`jetplane.search.NoiseAware`). Without drawn directions the rate is at least a tenth: the best rate for
+      one step is less than the best for many (Wu et al., arXiv 1803.02021). If the examples' parts of the slope are
+      not known, the step is halved until the loss falls; with exact curvature, the loss is minimized along the step by
+      more passes.
 
     With as many drawn directions as parameters the plane is the whole space, and this is (Gauss-)Newton's method.
-    Sources, estimators and searches of your own are small classes: docs/extending.md.
+    Your own sources, estimators and searches are small classes: docs/extending.md.
 
     Args:
-        params: parameters or groups of them, as for any torch optimizer. Groups may set ``lr`` (with unlike ones the
-            step is not the plane's solution, and may be refused) and ``weight_decay``. Frozen parameters stay.
-        model: holds the layers to perturb, and tells layers apart. The closure is called several times a step and must
-            compute the same each time; what it writes to buffers, and torch's random numbers, move once.
+        params: parameters or groups of them, as for any torch optimizer. Groups may set ``lr`` (if the rates differ,
+            the step is not the plane's solution and may be rejected) and ``weight_decay``. Frozen parameters do not
+            change.
+        model: holds the layers to perturb, and tells layers apart. The closure is called several times per step and
+            must compute the same each time; buffers and torch's random state advance once.
         lr: a factor on the step, which schedulers may change.
-        weight_decay: decoupled: ``theta <- theta - lr * weight_decay * theta`` before the step is added.
+        weight_decay: decoupled weight decay: ``theta <- theta - lr * weight_decay * theta`` before the step is added.
         clip: largest Euclidean norm of ``lr * sum_k kappa_k v_k`` over all parameters, or None.
-        seed: of the directions and the noise. With what sources remember it is part of ``state_dict()``, so that
-            training resumes bit for bit.
+        seed: seed of the directions and the noise. The seed and the state of the sources are part of
+            ``state_dict()``, so that training resumes bit for bit.
         subspace: a list of `jetplane.sources.Source`, or a `jetplane.sources.Subspace` of them, which also says
             what curvature is evaluated and how many directions at a time.
         gradient: a `jetplane.gradients.Estimator`.
         descent: a `jetplane.descent.Spectral` or its name: "damped", "saddle-free", "newton".
         search: a `jetplane.search.Search`.
-        audit: "first" holds the slope of a closure against differences of its loss before its first step, and again
-            where its code, the parameters that move or the mode of its modules change: five to nine forward passes, see
-            `jetplane.audit`; "always" does so before every step, "never" not at all.
-        generators: of random numbers that the closure draws from besides torch's own; see `jetplane.evaluate`.
+        audit: "first" compares the slope of a closure with differences of its loss before its first step, and again
+            when its code, the parameters that move or the mode of its modules change. This costs five to nine forward
+            passes; see `jetplane.audit`. "always" does so before every step, "never" not at all.
+        generators: random generators that the closure uses besides torch's own; see `jetplane.evaluate`.
         process_group: processes that step together, each with its shard of the batch, or a `DeviceMesh`; see
             `jetplane.distributed`. A step sends a few numbers for each pair of the plane's directions and, with
-            ``model``, the estimate of the gradient as well: 4 bytes a parameter.
+            ``model``, also the estimate of the gradient: 4 bytes per parameter.
 
     Raises:
-        ArgumentError, DTypeError, DeviceError: settings or parameters that cannot be.
+        ArgumentError, DTypeError, DeviceError: settings or parameters that are not valid.
 
     >>> import torch, jetplane as jp
     >>> from torch.nn import functional as F
@@ -162,7 +163,9 @@ class PlaneSearch(PlaneOptimizer):
         exact = plan.curvature == "hessian"
         solver = (SaddleFree(None) if exact else Damped(scaled=True)) if descent is None else named(descent)
         if not isinstance(solver, Spectral):
-            raise ArgumentError(f"descent must solve a plane as a whole, which {type(solver).__name__} does not")
+            raise ArgumentError(
+                f"descent must use the whole curvature matrix of a plane, which {type(solver).__name__} does not"
+            )
         for name, value, kind in (("gradient", gradient, Estimator), ("search", search, Search)):
             if value is not None and not isinstance(value, kind):
                 raise ArgumentError(f"{name} must be an instance of {kind.__name__} or None, got {value!r}")
@@ -201,18 +204,18 @@ class PlaneSearch(PlaneOptimizer):
             )
         if self.every > 1 and not any(source.learns for source in sources):
             raise ArgumentError(
-                f"every = {self.every} leaves steps without a plane, and no source learns anything in them"
+                f"every = {self.every} leaves steps without a plane, and no source learns in those steps; take every=1"
             )
         drawless = all(isinstance(source, (Averages, PreviousStep)) for source in sources)
         if isinstance(self.gradient, ForwardGradients) and drawless:
             raise ArgumentError(
-                "forward gradients come from drawn directions, and the subspace has none: put jetplane.sources.Drawn() "
-                "into it, or give a model"
+                "forward gradients need drawn directions, and the subspace has none: add jetplane.sources.Drawn() "
+                "to it, or give a model"
             )
 
     @property
     def descent(self) -> Spectral:
-        """What solves the plane."""
+        """The rule that solves for the step in the plane."""
         return self._descent
 
     # --- one step, from top to bottom ---------------------------------------------------------------------
@@ -220,16 +223,16 @@ class PlaneSearch(PlaneOptimizer):
     def step(self, closure: Closure | None = None, *, weight: float = 1.0) -> Tensor:  # type: ignore[override]
         """Span a plane, evaluate it, decide how far to step in it, estimate the gradient for later planes, and move.
 
-        Where a plane is evaluated in every n-th step alone (`jetplane.sources.Subspace.every`), the others estimate the
-        gradient and remember; parameters stay.
+        If a plane is evaluated only in every n-th step (`jetplane.sources.Subspace.every`), the other steps estimate
+        the gradient and update the sources; parameters do not change.
 
         Args:
-            closure: computes and returns the scalar loss. It need not call ``backward``, and must not.
-            weight: with a process group: of this rank's loss in the mean over ranks; see `PlaneOptimizer.step`.
+            closure: computes and returns the scalar loss. It must not call ``backward``.
+            weight: with a process group: the weight of this rank's loss in the mean; see `PlaneOptimizer.step`.
 
         Returns:
             The loss before the step, a plain tensor of shape (). With a process group, that of the whole batch. In a
-            step without a plane it is that where the gradient was estimated.
+            step without a plane it is the loss where the gradient was estimated.
 
         Raises:
             JetplaneError: as `PlaneOptimizer.step`. Parameters and the optimizer's state are then as they were.

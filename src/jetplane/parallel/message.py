@@ -33,7 +33,7 @@ class PlaneMessage:
 
     def __post_init__(self) -> None:
         if self.spec.examples and not self.spec.crossed:
-            raise ArgumentError(f"moments over examples come with a curvature of all pairs only, got {self.spec}")
+            raise ArgumentError(f"moments over examples need the curvature of all pairs, got {self.spec}")
 
     @property
     def length(self) -> int:

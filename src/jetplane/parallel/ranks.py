@@ -141,8 +141,8 @@ class Ranks:
     """The processes that take one step together.
 
     Args:
-        where: a process group, whose ranks have a shard of each batch each, or a `DeviceMesh` with the dimensions
-            "data", "direction" or both. The ranks of one row along "direction" have one shard.
+        where: a process group, each rank of which has one shard of each batch, or a `DeviceMesh` with the dimensions
+            "data", "direction" or both. The ranks of one row along "direction" share one shard.
 
     Attributes:
         size: number of ranks.
@@ -206,7 +206,7 @@ class Ranks:
             HandshakeError: before the first evaluation, ranks differ.
             RanksDifferError: parameters or state differ, or ranks that share a batch have different ones.
             LostRankError: a rank does not answer.
-            RemoteError: another rank raised; if that was one of Jetplane's errors, its own type.
+            RemoteError: another rank raised an error; a `JetplaneError` is raised here with its own type.
             ArgumentError: no rank has an example.
         """
         self.greet(facts)

@@ -32,8 +32,8 @@ def register_rule(
         linear: the operator is linear in its first argument; ``linear(stack, *others)`` applies it to a
             stack of n tensors, shape (n, *S), at once.
         elementwise: ``elementwise(x, y, *others)`` returns (f', f'') at the input x and result y; None
-            is a derivative that is zero everywhere.
-        composed: the same function written in torch operators that have rules; called with jets.
+            stands for a derivative that is zero everywhere.
+        composed: the same function, written in torch operators that have rules; it is called with jets.
         constant: the result does not depend differentiably on the inputs.
 
     Raises:

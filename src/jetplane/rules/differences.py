@@ -48,31 +48,31 @@ def blackbox(
     """A function that torch cannot see, such as NumPy code or a simulator, with directional derivatives.
 
     Args:
-        f: takes tensors and other values; returns a tensor, a number or a tuple of them. It should be smooth, and give
-            the same result each time; torch's random numbers are the same in all calls.
+        f: takes tensors and other values; returns a tensor, a number or a tuple of them. It should be smooth and give
+            the same result in each call. Torch's random numbers are the same in all calls.
         derivative: ``derivative(inputs, tangents)`` gives ``d f(x + t v) / dt`` of f's shape, where inputs and tangents
-            are tuples with one entry for each argument: zeros for a tensor that does not move, None for what is no
-            tensor. By default central differences of f.
+            are tuples with one entry for each argument: zeros for a tensor that does not move, None for an argument
+            that is not a tensor. By default central differences of f.
         second: ``second(inputs, tangents, others)`` gives ``d² f(x + s v + t w) / ds dt``; needs ``derivative``. By
             default differences of the derivative, or second differences of f.
-        numpy: hand arrays instead of tensors to all three functions.
-        noise: relative error of f, to which its results are reproducible under changes of the inputs by rounding. By
-            default measured at the first use, in 7 calls, or up to 28.
+        numpy: pass NumPy arrays instead of tensors to all three functions.
+        noise: relative error of f: how far its results change if the inputs change by rounding. By default it is
+            measured at the first use, in 7 to 28 calls.
         scale: the length on which f changes by as much as its size, in units of ``1 + rms(x)``.
-        dtype: of the inputs for differences.
+        dtype: dtype of the inputs for differences.
 
     Returns:
         A function of f's arguments. Inputs that do not depend on parameters just call f.
 
-    For K directions it takes 2 K calls of f beside the first one; for curvature 2 K + 1 more, and 2 for each of the
+    For K directions it takes 2 K calls of f after the first one; for curvature 2 K + 1 more, and 2 for each of the
     K(K-1)/2 mixed pairs. With relative noise e, slopes are good to about ``e**(2/3)`` and second derivatives to about
     ``e**(1/2)``, relative to f's size and scale: 4e-11 and 1e-8 for f in double precision, 2e-5 and 3e-4 for f in
     single precision. A ``derivative`` takes K calls and 2 for each pair, and gives slopes as good as it is.
 
     Raises:
         ArgumentError: ``second`` without ``derivative``, or a noise or scale that is not positive.
-        DerivativeError: inside of derivatives of derivatives, for complex numbers, or where f uses a parameter that is
-            not an argument.
+        DerivativeError: inside nested derivatives, for complex numbers, or if f uses a parameter that is not an
+            argument.
 
     >>> import numpy, torch, jetplane as jp
     >>> f = jp.blackbox(lambda x: numpy.sin(x), numpy=True)
@@ -102,8 +102,8 @@ CALL = Call("blackbox", "a jetplane.blackbox")
 def _called(space: Space, box: _Box, *args: Any) -> Any:
     if not all_plain(space, args, {}):
         raise DerivativeError(
-            "a jetplane.blackbox inside derivatives of derivatives (jetplane.jet in a closure), which its differences "
-            "cannot give; take it out of them"
+            "a jetplane.blackbox is inside nested derivatives (jetplane.jet in a closure), which its differences "
+            "cannot give; move it out of them"
         )
     with DisableTorchFunction(), autograd():
         values, first, second = box.coefficients(space, args)

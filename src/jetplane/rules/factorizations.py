@@ -185,8 +185,8 @@ class _Gaps:
         if bool((distances <= least).any()):
             raise DerivativeError(
                 f"{what} of a matrix with values that are equal up to rounding{', or zero' if positive else ''}: "
-                "vectors, and second derivatives of the values, do not exist there. Write the loss in functions of the "
-                "matrix that do not choose among values (a trace, a power, matrix_exp), or separate them"
+                "derivatives of vectors, and second ones of values, do not exist there. Write the loss in functions of "
+                "the matrix that single out no value (a trace, a power, matrix_exp), or separate the values"
             )
 
     def divide(self, x: Any) -> Any:

@@ -23,26 +23,27 @@ QUANTIZED = {torch.int8, torch.uint8, torch.qint8, torch.quint8, torch.qint32, t
 def quantization(derivative: Rounding) -> Iterator[None]:
     """Choose the derivative of values that are quantized; a context manager and a decorator.
 
-    Quantized values are rounded ones. With scale s, zero point z and bounds a and b a value x becomes
+    Quantization rounds values. With scale s, zero point z and bounds a and b, a value x becomes
 
         q(x) = s (n - z),    n = clamp(round(x / s) + z, a, b)
 
     Args:
-        derivative: "straight-through": rounding has the derivative one. Within the bounds x passes as it is, outside of
-            them not at all, and of a scale that moves ``dq/ds = n - z - x/s``, or ``n - z`` outside (Bengio et al.,
-            arXiv 1308.3432; Esser et al., arXiv 1902.08153, equation 3). Where an operator takes scale and zero point
-            from x itself, dynamic quantization, q(x) moves as x does. `torch.round` passes straight through too.
-            "exact": rounding has the derivative zero, which is that of what is computed, almost everywhere:
-            ``dq/ds = n - z`` is left. Dynamic quantization has a scale proportional to the range of x: q(x) moves in
-            proportion to itself, as the range does.
+        derivative: "straight-through": rounding has the derivative one. ``dq/dx`` is one within the bounds and zero
+            outside. For a scale that moves, ``dq/ds = n - z - x/s`` within the bounds and ``n - z`` outside (Bengio et
+            al., arXiv 1308.3432; Esser et al., arXiv 1902.08153, equation 3). In dynamic quantization, where an
+            operator computes scale and zero point from x itself, the derivative of q(x) is that of x. `torch.round`
+            has the derivative one too.
+            "exact": rounding has the derivative zero, which is the true derivative almost everywhere; only
+            ``dq/ds = n - z`` remains. In dynamic quantization the scale is proportional to the range of x, so q(x)
+            changes in proportion to itself, as the range does.
 
     Without a choice, quantizing a value that depends on the parameters raises `DerivativeError`: fake quantization,
     layers with dynamically quantized activations, and casts to 8-bit integers. Quantized weights need no choice: they
-    are constants. Checks of a closure against differences (`jetplane.audit`) give no verdict where a choice is made,
-    and steps are judged by the loss as it is.
+    are constants. Under a choice, comparisons of a closure with differences (`jetplane.audit`) give no verdict, and
+    steps are judged by the actual loss.
 
     Raises:
-        ArgumentError: another word.
+        ArgumentError: another value of ``derivative``.
 
     >>> import torch, jetplane as jp
     >>> w, x = torch.tensor([2.0]), torch.tensor([3.3])

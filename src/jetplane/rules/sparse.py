@@ -64,7 +64,7 @@ def carry(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) 
         layouts = [str(a.layout) for a in args if is_sparse(a)]
         what = f"takes a tensor of layout {layouts[0]}" if layouts else "makes a sparse tensor"
         raise DerivativeError(
-            f"{func} {what} where values depend on the parameters; sparse matrices are carried as constants, in "
+            f"{func} {what} where values depend on the parameters; sparse matrices are supported as constants, in "
             f"{CARRIED}. Where values of the matrix itself depend on parameters, write the product by its indices, "
             "torch.zeros(rows, n).index_add(0, row, values[:, None] * x[column]), or use a dense matrix"
         )

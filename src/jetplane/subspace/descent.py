@@ -18,7 +18,7 @@ from ..errors import ArgumentError, RescueWarning, ShapeError, SingularPlaneErro
 
 
 class Descent(ABC):
-    """What turns a plane model into a step.
+    """A rule that turns a plane model into a step.
 
     Attributes:
         needs: the curvature to evaluate: "none", "diagonal" or "all".
@@ -71,7 +71,7 @@ class CurvatureScaled(Descent):
         """
         h = _matching(slope, curvature, slope.shape).abs() + self.eps
         if not bool((h > 0).all()):
-            raise SingularPlaneError("a line has no curvature, and eps is 0")
+            raise SingularPlaneError("the curvature along a direction is zero, and so is eps; expected eps > 0")
         return -slope.double() / h / slope.numel()
 
 
@@ -83,7 +83,7 @@ class Solution:
         basis: B with ``B^T H B = diag(values)``; its columns are directions' coefficients: (K, K) or (planes, K, K).
         values: the curvature of each coordinate: (K,) or (planes, K), and so are all below.
         slope: f, the slope along each coordinate, ``B^T F``.
-        weights: m, what stands for the inverse of the values.
+        weights: m, the regularized inverse of the values.
     """
 
     basis: Tensor
@@ -98,7 +98,7 @@ class Solution:
 
     @property
     def inverse(self) -> Tensor:
-        """M, what stands for the inverse of the curvature: ``B diag(m) B^T``, in float64."""
+        """M, the regularized inverse of the curvature: ``B diag(m) B^T``, in float64."""
         return self.basis * self.weights.unsqueeze(-2) @ self.basis.mT
 
 
@@ -128,8 +128,8 @@ class Spectral(Descent):
         largest = values.abs().amax(-1, keepdim=True)
         if not bool((largest > 0).all()):
             raise SingularPlaneError(
-                f"the curvature of a plane of {values.shape[-1]} directions is zero: no length of a step "
-                "follows from it"
+                f"the curvature of a plane of {values.shape[-1]} directions is zero, which leaves the length of a step "
+                "undetermined"
             )
         return Solution(basis, values, f, self._inverse(values, largest, curvature.dtype))
 
@@ -144,11 +144,11 @@ class Spectral(Descent):
 
 @dataclass(frozen=True)
 class Newton(Spectral):
-    """``kappa = -H^-1 F``: FoMoH-KD as the paper has it, Newton's method where K is the number of parameters.
+    """``kappa = -H^-1 F``: FoMoH-KD as in the paper; Newton's method if K is the number of parameters.
 
-    A singular plane is rescued: eigenvectors whose eigenvalue is rounding, below ``tolerance`` times the
-    largest, are left out of the step. An indefinite plane is not changed: the step goes to its saddle point,
-    uphill along negative curvature. Both are announced by a `RescueWarning`; `SaddleFree` never goes uphill.
+    In a singular plane, eigenvectors whose eigenvalue is a rounding error (below ``tolerance`` times the largest)
+    are left out of the step. An indefinite plane is not changed: the step goes to its saddle point, uphill along
+    negative curvature. Both cases issue a `RescueWarning`. `SaddleFree` never goes uphill.
 
     Attributes:
         tolerance: None takes 10 K times the rounding of the curvature's dtype.
@@ -209,8 +209,8 @@ class Damped(Spectral):
 
     Attributes:
         damping: relative to the largest eigenvalue.
-        scaled: first scale the directions to unit curvature each, so that their lengths do not matter: for
-            planes of unlike directions.
+        scaled: first scale each direction to unit curvature, so that lengths do not matter: for planes of
+            directions of different kinds.
 
     >>> import torch
     >>> Damped(damping=1.0)(torch.tensor([2.0, 4.0]), torch.eye(2))

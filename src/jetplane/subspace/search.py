@@ -36,15 +36,15 @@ class Proposal:
     """A step that a descent proposes along a plane of K directions.
 
     Attributes:
-        value: the loss before it.
+        value: the loss before the step.
         slope: F, shape (K,).
         curvature: H, shape (K, K).
-        descent: what solves the plane.
-        solution: the plane as it solves it: see `jetplane.subspace.descent.Solution`.
+        descent: the rule that solves for the step.
+        solution: its solution: see `jetplane.subspace.descent.Solution`.
         squared_norms: ``|v_k|^2`` of the directions over all parameters, (K,) in float64.
-        covariance: C, that of the slope as one of a random batch, (K, K) in float64, or None where it is not known;
-            see `jetplane.evaluation.plane.SlopeMoments`.
-        rounding: the error of the loss as a number.
+        covariance: C, the covariance of the slope of a random batch, (K, K) in float64; None if it is not known.
+            See `jetplane.evaluation.plane.SlopeMoments`.
+        rounding: the rounding error of the loss.
     """
 
     value: float
@@ -77,7 +77,7 @@ class Proposal:
 
     @property
     def largest_curvature(self) -> float:
-        """Of a direction for its squared norm: ``max_k H_kk / |v_k|^2``."""
+        """The largest curvature of a direction over its squared norm: ``max_k H_kk / |v_k|^2``."""
         return (self.curvature.diagonal() / self.squared_norms).max().item()
 
     @property
@@ -87,12 +87,12 @@ class Proposal:
 
     @property
     def signal(self) -> float:
-        """``F^T M F``: how fast the loss falls along the step, twice what a quadratic model promises."""
+        """``F^T M F``: how fast the loss falls along the step, twice the decrease that a quadratic model predicts."""
         return (self.solution.weights @ self.solution.slope.square()).item()
 
     @property
     def noise(self) -> float | None:
-        """``tr(M C)``, C the covariance of the slope: what `signal` would be on average without a gradient."""
+        """``tr(M C)``, C the covariance of the slope: the mean of `signal` if the true gradient were zero."""
         if self.covariance is None:
             return None
         basis = self.solution.basis
@@ -106,7 +106,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Trial:
-    """A question: what is the loss after ``rate`` times the step with these coefficients?"""
+    """A request for the loss after ``rate`` times the step with these coefficients."""
 
     kappa: Tensor
     rate: float
@@ -114,12 +114,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The answer.
+    """The result of a `Trial`.
 
     Attributes:
-        loss: after the step.
-        scale: how long the step is in parts of ``rate * sum_k kappa_k v_k``: less than 1 by the rates of parameter
-            groups and by clipping.
+        loss: the loss after the step.
+        scale: length of the step in units of ``rate * sum_k kappa_k v_k``; the rates of parameter groups and clipping
+            may make it less than 1.
     """
 
     loss: float
@@ -128,17 +128,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class NoState:
-    """Of a search that remembers nothing."""
+    """The state of a search that remembers nothing."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is done.
+    """The decision of a search.
 
     Attributes:
         kappa: coefficients of the step.
-        rate: how much of it to go; 0: stay.
-        state: what the search wants to know in the next step.
+        rate: the fraction of the step to take; 0: do not move.
+        state: state of the search for the next step.
     """
 
     kappa: Tensor
@@ -167,11 +167,11 @@ def decided(search: Search, proposal: Proposal, state: Any, outcome: Callable[[T
 
 
 class Search(ABC):
-    """What decides how much of a proposed step is taken.
+    """A rule that decides how much of a proposed step is taken.
 
     Attributes:
-        examples: whether it makes use of the slope's covariance, by the examples' parts of it.
-        start: its state before the first step, a frozen dataclass of numbers.
+        examples: whether the search uses the covariance of the slope, computed from the examples' parts.
+        start: the state before the first step, a frozen dataclass of numbers.
     """
 
     examples: bool = False
@@ -184,7 +184,7 @@ class Search(ABC):
 
 @dataclass(frozen=True)
 class FullStep(Search):
-    """The whole step: its length is the rate's business. Without trials."""
+    """Take the whole step, without trials; only the learning rate sets its length."""
 
     def decide(self, proposal: Proposal, state: Any) -> Trials:
         """See `Search`."""
@@ -194,13 +194,13 @@ class FullStep(Search):
 
 @dataclass(frozen=True)
 class Backtracking(Search):
-    """Halve the step until the loss falls by a part of what its slope promises (Armijo).
+    """Halve the step until the loss falls by a fraction of the decrease that its slope predicts (Armijo).
 
-    The loss never rises: where no length will do, the step is not taken. For losses without noise.
+    The loss never rises: if no length satisfies the condition, the step is not taken. For losses without noise.
 
     Attributes:
-        part: the part, ``L(rate) <= L(0) - part * rate * signal``.
-        halvings: how often at most.
+        part: the fraction in ``L(rate) <= L(0) - part * rate * signal``.
+        halvings: the largest number of halvings.
     """
 
     part: float = 1e-4
@@ -228,15 +228,15 @@ class Backtracking(Search):
 
 @dataclass(frozen=True)
 class ExactLine(Search):
-    """The least loss along the step, by parabolas and golden sections through what a few passes have found.
+    """Minimize the loss along the step by parabolas and golden sections, in a few passes.
 
-    The first pass is at the whole step. While the loss falls the next is twice as far; then it is the least point of
-    the parabola through the best point and its neighbours (the first one has the known slope in place of a third
-    value), and where there is none or it moves by less than a hundredth, a golden section. The loss never rises:
-    without a lower point the step is not taken. For losses without noise.
+    The first pass is at the whole step. While the loss falls, the next pass is twice as far. After that it is at the
+    minimum of the parabola through the best point and its neighbours (the first parabola uses the known slope in place
+    of a third value). If there is no such minimum, or it moves by less than a hundredth, a golden section is used. The
+    loss never rises: if no lower point is found, the step is not taken. For losses without noise.
 
     Attributes:
-        passes: how many points of the line are looked at.
+        passes: the number of points to evaluate.
 
     >>> import torch, jetplane as jp
     >>> proposal = Proposal.of(1.6, torch.tensor([2.0]), torch.tensor([[1.0]]), jp.descent.Newton())
@@ -298,12 +298,12 @@ def _least_between(below: tuple[float, float], best: tuple[float, float], above:
 
 @dataclass(frozen=True)
 class NoiseState:
-    """What `NoiseAware` remembers.
+    """The state of `NoiseAware`.
 
     Attributes:
         noise: running average of ``tr(M C)``.
         signal: running average of ``F^T M F``.
-        damping: what is added to the curvature of a direction of norm one.
+        damping: the number added to the curvature of a direction of norm one.
     """
 
     noise: float = 0.0
@@ -313,23 +313,23 @@ class NoiseState:
 
 @dataclass(frozen=True)
 class NoiseAware(Search):
-    """Shrink the step by what of it is noise: ``1 - tr(M C) / (F^T M F)``, both averaged over steps.
+    """Shrink the step by its share of noise, to the rate ``1 - tr(M C) / (F^T M F)``, both averaged over steps.
 
-    With the true slope G, ``F = G + noise`` and noise of covariance C, the loss of a quadratic model after ``rate``
-    times the step ``-M F`` falls most, on average, for this rate: ``E[F^T M F] = G^T M G + tr(M C)``, of which the
-    first term is worth going for. C comes from the examples' parts of the slope, at no cost. It is unbiased where
-    the directions do not depend on the batch: see `jetplane.gradients.perturbation`.
+    Let G be the true slope and ``F = G + noise``, with noise of covariance C. On average, the loss of a quadratic model
+    after ``rate`` times the step ``-M F`` falls most at this rate: in ``E[F^T M F] = G^T M G + tr(M C)`` only the first
+    term is signal. C comes from the examples' parts of the slope, at no cost. It is unbiased if the directions do not
+    depend on the batch: see `jetplane.gradients.perturbation`.
 
-    The model of the plane may be wrong where the step leads, above all where directions that are mostly noise, and so
-    hardly curve, are gone far along. If the loss of the same batch falls by less than three quarters of what the model
-    promises, the plane is solved again with ``damping`` times the squared length of the step added to it (Levenberg,
-    Marquardt), ten times as much for each attempt. What was needed is remembered, and a third of it after each good
-    step. If nothing helps the step is halved until the loss falls.
+    The model of the plane may be wrong at the end of the step, above all after a long step along directions that are
+    mostly noise and so hardly curve. If the loss of the same batch falls by less than three quarters of the decrease
+    that the model predicts, the plane is solved again with ``damping`` times the squared length of the step added to
+    it (Levenberg, Marquardt), ten times as much for each attempt. The damping that was needed is kept, and reduced to
+    a third after each good step. If damping does not help, the step is halved until the loss falls.
 
     Attributes:
-        memory: how much of the averages is kept from step to step.
-        floor: the least that is taken of a step, unless the loss rises.
-        otherwise: a search without a state, for losses that do not tell their examples apart.
+        memory: the fraction of the averages that is kept from step to step.
+        floor: the smallest rate, unless the loss rises.
+        otherwise: a search without a state, for losses whose examples' parts are not known.
 
     >>> import torch, jetplane as jp
     >>> slope, curvature = torch.tensor([4.0]), torch.tensor([[1.0]])

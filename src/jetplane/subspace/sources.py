@@ -39,15 +39,15 @@ SQUARE_DECAY = 0.99  # how much of the average of squares is kept from step to s
 
 @dataclass(frozen=True)
 class Context:
-    """What a source sees of a step before it is made.
+    """The information that a source gets before a step.
 
     Attributes:
         params: the tensors that may move.
-        places: the index of each among all parameters of the optimizer, by which directions know them.
-        state: for each of them what this source remembers.
-        step: how many steps were made before.
-        seed: of the optimizer.
-        model: that of the optimizer, or None.
+        places: the index of each among all parameters of the optimizer, as directions use it.
+        state: the state of this source for each of them.
+        step: number of earlier steps.
+        seed: seed of the optimizer.
+        model: model of the optimizer, or None.
     """
 
     params: Sequence[Tensor]
@@ -65,12 +65,12 @@ class Context:
 
 @dataclass(frozen=True)
 class Result:
-    """What a step has brought.
+    """The result of a step.
 
     Attributes:
         gradient: an estimate of the gradient on this step's batch before the step, one tensor for each parameter; empty
-            where no source `learns`.
-        steps: what was added to each parameter; None where the loss makes no use of it.
+            if no source `learns`.
+        steps: the change of each parameter; None for parameters that the loss does not use.
     """
 
     gradient: Sequence[Tensor]
@@ -78,51 +78,51 @@ class Result:
 
 
 class Source(ABC):
-    """What adds directions to a plane.
+    """A source of directions for a plane.
 
     Attributes:
-        learns: whether it makes use of estimates of the gradient, which cost passes of their own.
-        compared: whether processes that step together compare its directions bit by bit. Those that follow from the
-            state and the seed alone, which are compared anyway, need not be.
+        learns: whether the source uses estimates of the gradient, which cost extra passes.
+        compared: whether processes that step together compare its directions bit by bit. This is not needed for
+            directions that follow from the state and the seed alone, since these are compared anyway.
     """
 
     learns: bool = True
     compared: bool = True
 
     def weights(self, context: Context) -> Sequence[Tensor] | None:
-        """Where it wants the gradient to be estimated, one tensor for each parameter; None for where these are.
+        """The point at which to estimate the gradient, one tensor for each parameter; None for the current parameters.
 
-        If the loss of a plane's batch is less than half as large there as after the plane's step, parameters go there
-        instead.
+        If the loss of a plane's batch is less than half as large at this point as after the plane's step, the
+        parameters move to this point instead.
         """
         return None
 
     @abstractmethod
     def directions(self, context: Context) -> AbstractDirections | None:
-        """Its directions in this step's plane, of finite tensors that do not depend on this step's batch; or None."""
+        """The directions for this step's plane: finite tensors that do not depend on this step's batch; or None."""
 
     @abstractmethod
     def remember(self, context: Context, result: Result) -> Sequence[State]:
-        """Its new state, one dictionary for each of the context's parameters. What it was given is left as it is."""
+        """The new state, one dictionary for each of the context's parameters. The old state is not modified."""
 
 
 @final
 @dataclass(frozen=True)
 class Averages(Source):
-    """Running averages of gradient estimates, of norm one, and the same over the root mean square of each entry.
+    """Normalized running averages of gradient estimates, and the same divided by the root mean square of each entry.
 
         m_t = sum_i w_i g_i,   w_i in proportion to decay^(t - i);    m_t,    m_t / sqrt(mean of g_i^2)
 
-    The second are Adam's steps. The first of them is cut into ``groups``, directions of their own: the first layer,
-    the last one, and runs of those in between, whose right lengths differ. At each parameter an average counts by what
-    of its square is signal (`signal_fraction`), in full from a quarter on.
+    The second kind are Adam's steps. The first of these is split into ``groups``, each a direction of its own: the
+    first layer, the last layer, and runs of the layers in between, since their best step lengths differ. At each
+    parameter an average is weighted by the share of signal in its square (`signal_fraction`), in full from 1/4 on.
 
-    It remembers an average for each decay, one mean square and, for each average, one number.
+    The state is an average for each decay, one mean square and, for each average, one number.
 
     Attributes:
-        decays: how much of each average is kept from step to step.
-        scaled: whether the averages over the root mean square are there.
-        groups: into how many groups of layers the first scaled average is cut, where there is a model; 1 for none.
+        decays: the fraction of each average that is kept from step to step.
+        scaled: whether to include the averages divided by the root mean square.
+        groups: number of groups of layers of a model into which the first scaled average is split; 1: no split.
 
     Raises:
         ArgumentError: no decay, one outside of [0, 1), or fewer than one group.
@@ -176,21 +176,21 @@ class Averages(Source):
 @final
 @dataclass(frozen=True)
 class FastWeights(Source):
-    """The directions to weights z that go their own way by Adam's steps, and to their running average.
+    """The directions to weights z that follow Adam's steps on their own, and to the running average of z.
 
         z <- z - rate * m / (sqrt(s) + 1e-8),    v_1 = z - theta,    v_2 = mean(z) - theta
 
-    with the bias-corrected running averages m and s of estimates g of the gradient at z, and of g^2. The plane finds
-    the point between theta and them at which the loss of its batch is lowest, and theta goes there; z goes on from
-    where it is. So z explores at the cost of an estimate, and theta takes what of it lowers the loss. Where the
-    estimates are of no use to the loss, theta stays; where z has left it far behind, theta goes to z.
+    with the bias-corrected running averages m and s of estimates g of the gradient at z, and of g^2. In the plane of
+    these directions theta moves to the point at which the loss of the batch is lowest; z continues from where it is.
+    So z explores at the cost of an estimate, and theta follows it as far as the loss falls. If the estimates do not
+    lower the loss, theta stays; if the loss at z is much lower, theta moves to z.
 
-    It remembers four tensors of each parameter's size.
+    The state is four tensors of each parameter's size.
 
     Attributes:
-        rate: of Adam's steps. It may be larger than is usual, since averages go into theta, not z.
-        decays: of m and s.
-        average: how much of the average of z is kept from step to step.
+        rate: learning rate of Adam's steps. It may be larger than usual, since theta takes averages, not z.
+        decays: decays of m and s.
+        average: the fraction of the average of z that is kept from step to step.
 
     Raises:
         ArgumentError: a rate that is not positive, or a decay outside of [0, 1).
@@ -240,7 +240,7 @@ class FastWeights(Source):
 @final
 @dataclass(frozen=True)
 class PreviousStep(Source):
-    """The last step that was not zero, of norm one (SEBOOST, arXiv 1609.00629; arXiv 2406.17954)."""
+    """The last nonzero step, normalized (SEBOOST, arXiv 1609.00629; arXiv 2406.17954)."""
 
     learns = False
     compared = False
@@ -261,17 +261,17 @@ class PreviousStep(Source):
 @final
 @dataclass(frozen=True)
 class Drawn(Source):
-    """Directions drawn anew in each step: `jetplane.Directions`; as many as parameters are the coordinates instead.
+    """Directions drawn again in each step: `jetplane.Directions`; the coordinates if there are as many as parameters.
 
     Attributes:
-        k: how many; None for 64, or as many as there are parameters if those are fewer.
-        law: see `jetplane.Directions`, and so are the following.
-        tangents: their structure.
-        rank: of "low-rank" ones.
-        density: of "sparse" ones.
+        k: number of directions; None for 64, or for the number of parameters if that is smaller.
+        law: see `jetplane.Directions`, also for the following.
+        tangents: structure of the tangents.
+        rank: rank of "low-rank" tangents.
+        density: density of "sparse" tangents.
 
     Raises:
-        ArgumentError: settings that cannot be, or (of `directions`) more directions than parameters.
+        ArgumentError: invalid settings, or (by `directions`) more directions than parameters.
     """
 
     k: int | None = None
@@ -307,16 +307,16 @@ class Drawn(Source):
 
 @dataclass(frozen=True)
 class Subspace:
-    """What the plane of a step is, and how it is evaluated.
+    """The sources of the plane of a step, and how the plane is evaluated.
 
     Attributes:
-        sources: of its directions, in this order and at most as many as there are parameters. None for the default: see
-            `jetplane.optim.PlaneSearch`.
-        curvature: "ggn", the Gauss-Newton one, which needs a loss function, or "hessian"; see `jetplane.evaluate`.
-        chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`. None for all of them, but
-            one with "ggn" where less than a tenth of the model moves, as in adapters: memory is what is scarce there.
-        every: a plane is evaluated, and parameters move, in every so many-th step. The others only estimate the
-            gradient and remember, which takes an estimator that is ``alone`` (`jetplane.gradients.Estimator`).
+        sources: sources of its directions, in this order, for at most as many directions as there are parameters. None
+            for the default: see `jetplane.optim.PlaneSearch`.
+        curvature: "ggn" for Gauss-Newton curvature, which needs a loss function, or "hessian"; see `jetplane.evaluate`.
+        chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`. None for all of them, or,
+            to save memory, for one at a time with "ggn" if less than a tenth of the model moves, as with adapters.
+        every: a plane is evaluated, and parameters move, in one step of ``every``. The other steps only estimate the
+            gradient and update the sources; this needs an estimator that is ``alone`` (`jetplane.gradients.Estimator`).
 
     Raises:
         ArgumentError: no source, another curvature, or ``every`` less than 1.

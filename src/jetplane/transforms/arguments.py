@@ -114,8 +114,8 @@ class Call:
             if not isinstance(y, Tensor) or not (y.dtype.is_floating_point or y.dtype.is_complex):
                 kind = str(y.dtype) if isinstance(y, Tensor) else type(y).__name__
                 raise DTypeError(
-                    f"f: expected floating-point tensors as results, got {kind} in {_shown(result)}. Return what is "
-                    "not to be differentiated beside the result, (result, aux), with has_aux=True"
+                    f"f: expected floating-point tensors as results, got {kind} in {_shown(result)}. Return what "
+                    "needs no derivative as (result, aux), with has_aux=True"
                 )
             if self.points is not None and self.points not in y.shape:
                 raise ShapeError(
@@ -265,9 +265,9 @@ class Call:
             else:
                 raise ShapeError(f"{what} {i}: expected shape {(many, *x.shape)}, got {tuple(v.shape)}")
             if v.dtype != x.dtype:
-                raise DTypeError(f"{what} {i}: expected {x.dtype} as its primal, got {v.dtype}")
+                raise DTypeError(f"{what} {i}: expected {x.dtype}, the dtype of its primal, got {v.dtype}")
             if v.device != x.device:
-                raise DeviceError(f"{what} {i}: expected {x.device} as its primal, got {v.device}")
+                raise DeviceError(f"{what} {i}: expected {x.device}, the device of its primal, got {v.device}")
             found.append(whole)
         return found, found[0].shape[0]
 
@@ -335,7 +335,7 @@ def _check_leaf(i: int, x: Any, real: bool) -> None:
         kind = "a nested tensor" if x.is_nested else str(x.layout)
         raise ArgumentError(f"primal {i}: expected a dense tensor, got {kind}; differentiate in its values")
     if x.device.type == "meta":
-        raise DeviceError(f"primal {i}: expected a tensor with numbers, got one on the meta device, which has none")
+        raise DeviceError(f"primal {i}: expected a tensor with values, got one on the meta device, which has none")
     if not (x.dtype.is_floating_point or x.dtype.is_complex):
         raise DTypeError(
             f"primal {i}: expected a floating dtype, got {x.dtype}. Name the arguments to differentiate by argnums="

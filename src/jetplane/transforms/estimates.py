@@ -70,6 +70,6 @@ def sampled(call: Call, estimate: Estimate, samples: int | None, generator: torc
     if estimate == "hutchinson":
         return Sample(call, samples, 1 / samples, None, generator)
     if samples > call.size:
-        raise ArgumentError(f"samples: expected at most the {call.size} coordinates that there are, got {samples}")
+        raise ArgumentError(f"samples: expected at most {call.size}, the number of coordinates, got {samples}")
     drawn = torch.randperm(call.size, generator=generator)[:samples]
     return Sample(call, samples, call.size / samples, drawn, None)

@@ -64,8 +64,8 @@ def estimate_hessian(
     """The Hessian H from quadratic forms ``s = v^T H v`` of Gaussian directions v, without bias.
 
     ``E[s v v^T] = 2 H + tr(H) I`` and ``E[s] = tr(H)``, so that each direction gives an unbiased estimate
-    ``s (v v^T - I) / 2``. Its variance is smallest for a Hessian without trace. The control variate makes it one:
-    with the matrix ``c I`` taken out before and put back after,
+    ``s (v v^T - I) / 2``. Its variance is smallest for a Hessian of trace zero. The control variate makes the trace
+    zero: with the matrix ``c I`` subtracted before and added again after,
 
         H  ~  mean_k [ c I + (s_k - c |v_k|^2) (v_k v_k^T - I) / 2 ]
 
@@ -207,16 +207,16 @@ def _moments(total: Tensor, squares: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class NewtonSolution:
-    """What conjugate gradients made of ``(H + damping I) x = g``.
+    """The solution of ``(H + damping I) x = g`` by conjugate gradients.
 
     Attributes:
         value: the loss, shape ().
         gradient: g, one tensor of each parameter's shape, exact.
         solution: x, likewise; ``theta - x`` is Newton's step.
         residual: ``|(H + damping I) x - g| / |g|``.
-        iterations: products with H that it took.
+        iterations: number of products with H.
         status: "converged"; "limit", if the iterations were not enough; "indefinite", if a direction without positive
-            curvature turned up: x is then the iterate before it, or g where that was the first.
+            curvature was found: x is then the iterate before it, or g if it was the first direction.
     """
 
     value: Tensor
@@ -242,7 +242,7 @@ def solve_newton(
         params: the tensors that move, D numbers in all.
         damping: added to H's diagonal, at least 0.
         tolerance: stop where the residual is at most this, relative to the gradient.
-        iterations: stop after so many products; D by default, enough in exact arithmetic.
+        iterations: the largest number of products; D by default, enough in exact arithmetic.
         chunk: coordinates of one evaluation.
 
     Returns:

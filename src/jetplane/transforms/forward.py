@@ -308,7 +308,7 @@ def jvp(
 
     Args:
         f: a function of tensors that returns a tensor, or a tree of tensors.
-        primals: where; a tensor, or a tuple of arguments. They may be complex.
+        primals: the point: a tensor, or a tuple of arguments. They may be complex.
         tangents: the direction v, of the structure and shapes of the primals (of those of ``argnums``).
         argnums: which arguments move.
         has_aux: whether f returns ``(result, aux)``.
@@ -340,7 +340,7 @@ def linearize(
 
     The map takes one direction in the structure of the primals, or K of them, (K, *primal.shape), at once. Nothing is
     stored: each call runs f again with its directions, which costs 1 + K evaluations. Arguments are those of
-    `jacobian`; ``chunk`` is of the map's directions.
+    `jacobian`; ``chunk`` counts directions of the map.
 
     Returns:
         ``(value, map)``, and aux as a third with ``has_aux``.
@@ -385,10 +385,10 @@ def jacobian(
         argnums: which arguments move: an int, or several; all by default.
         has_aux: whether f returns ``(result, aux)``.
         batch_dim: the axis of points in the primals. f is called once with all points, and its result at each must
-            depend on that point alone (no batch normalization in training): D directions are carried then, and not one
+            depend on that point alone (no batch normalization in training). D directions then suffice, instead of one
             for each number of each point.
-        chunk: directions at a time; "auto" carries all where they are sure to fit into half of the free memory, None
-            always.
+        chunk: directions at a time; "auto" carries all if they surely fit into half of the free memory; None always
+            carries all.
 
     Returns:
         For a result of shape S and a primal of shape X (at one point): (*S, *X), as `torch.func.jacfwd`, in the

@@ -42,7 +42,7 @@ def hvp(
     - ``mode="forward"``: component d is ``e_d^T Hess(f) v``, D + 1 first coefficients and the D second ones of pairs
       with v; no graph, and memory of ``chunk`` directions.
     - ``mode="forward-over-reverse"``: two passes of reverse mode: the time of some evaluations
-      whatever D is, and the memory of a backward pass.
+      for any D, and the memory of a backward pass.
     - ``mode="auto"``: the cheaper one that is allowed; the log of ``jetplane.transforms`` says which.
 
     Other arguments are those of `jetplane.jacobian`.
@@ -99,10 +99,9 @@ def vhv(
     f: Callable[..., Any], primals: Any, v: Any, *,
     argnums: Argnums = None, has_aux: bool = False, batch_dim: int | None = None,
 ) -> Any:  # fmt: skip
-    """``v^T Hess(f) v``, of the shape of f's result: three channels, whatever the number of coordinates is.
+    """``v^T Hess(f) v``, of the shape of f's result: three channels for any number of coordinates.
 
-    The form of one vector: there is nothing to divide into chunks. `quadratic_form` takes several. Other arguments are
-    those of `jetplane.jacobian`.
+    For one vector, without chunks; `quadratic_form` takes several. Other arguments are those of `jetplane.jacobian`.
 
     Args:
         f: a function of tensors that returns a tensor, or a tree of tensors.

@@ -33,7 +33,7 @@ ESTIMATE = "estimate= with samples=, or chunk="
 
 
 class ValueAndLaplacian(NamedTuple):
-    """What one pass gives.
+    """The results of one pass.
 
     Attributes:
         value: f's result, of shape S.
@@ -156,8 +156,8 @@ def weighted_laplacian(
         f: a function of tensors that returns a tensor, or a tree of tensors.
         primals: where; a tensor, or a tuple of arguments, each of them a tensor or a tree of tensors.
         sigma: r columns, (*X, r) for a primal of shape X at one point, in the structure of the primals; with
-            ``batch_dim`` also a matrix for each point, (*primal.shape, r). Or a function of the primals that gives it:
-            sigma of the point. It is not differentiated, as the formula says.
+            ``batch_dim`` also a matrix for each point, (*primal.shape, r). Or a function of the primals that returns
+            it. As in the formula, sigma is not differentiated.
         drift: b, of the structure and shapes of the primals, (*X) or one for each point; or a function of the primals.
             None for no drift.
         argnums: which arguments move.

@@ -19,7 +19,7 @@ Parameters = dict[str, Tensor]
 
 
 def functional(model: nn.Module) -> tuple[Functional, Parameters]:
-    """A module as a function of its parameters, ``f(params, *args, **kwargs)``, and the parameters that it has now.
+    """A module as a function of its parameters, ``f(params, *args, **kwargs)``, and its current parameters.
 
     ``f`` is differentiated in its parameters, its arguments or both, along one direction or K together:
     ``jp.jvp(f, (params, x), (tangents, dx))``, ``jp.linearize(lambda p: f(p, x), params)``. The module itself runs,

@@ -57,7 +57,7 @@ class States:
                 file.seek(text * size)
                 if file.readinto(memoryview(numbers[n]).cast("B")) != numbers[n].nbytes:  # type: ignore[arg-type]
                     raise DataError(
-                        f"{self.path}: too short for text {text} of {len(self.mask)}; delete it and start anew"
+                        f"{self.path}: too short for text {text} of {len(self.mask)}; delete it and run again"
                     )
         return torch.from_numpy(numbers), mask[:, :longest]
 

@@ -78,12 +78,12 @@ def load(path: Path) -> LanguageModel:
     transformers = _transformers()
     if not path.exists():
         raise DataError(
-            f"{path}: there is no such model; expected a folder with config.json, a tokenizer and weights, as "
+            f"{path}: no such model; expected a folder with config.json, a tokenizer and weights, as "
             "save_pretrained writes it, or a .gguf file"
         )
     gguf = path.suffix == ".gguf"
     if gguf and importlib.util.find_spec("gguf") is None:
-        raise MissingPackageError("transformers reads GGUF files by the package gguf: pip install gguf")
+        raise MissingPackageError("transformers needs the package gguf to read GGUF files: pip install gguf")
     where: dict[str, Any] = {"gguf_file": path.name} if gguf else {}
     source = str(path.parent if gguf else path)
     try:
@@ -169,7 +169,7 @@ def _plain(tokenizer: Any, text: str) -> list[int]:
 def _blocks(base: nn.Module) -> nn.ModuleList:
     lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
-        raise ArgumentError(f"{type(base).__name__} has no list of blocks (torch.nn.ModuleList) that could be cut")
+        raise ArgumentError(f"{type(base).__name__} has no list of blocks (torch.nn.ModuleList) to split at")
     return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
 
 

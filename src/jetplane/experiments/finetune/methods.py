@@ -125,7 +125,7 @@ def _backprop(model: TextClassifier, rate: float, micro_batch: int | None) -> St
             loss = loss_of(model, part) * (len(part.labels) / size)
             total += loss.item()
             if total - total != 0:
-                raise NonFiniteError(f"the loss is not finite: {total}; expected a finite one. Try a smaller rate")
+                raise NonFiniteError(f"the loss is not finite: {total}; try a smaller rate")
             loss.backward()
         opt.step()
         return total
@@ -161,5 +161,5 @@ def method_of(name: str) -> Method:
         ArgumentError: there is none.
     """
     if name not in METHODS:
-        raise ArgumentError(f"there is no method {name!r}; there are {', '.join(METHODS)}")
+        raise ArgumentError(f"unknown method {name!r}; expected one of {', '.join(METHODS)}")
     return METHODS[name]

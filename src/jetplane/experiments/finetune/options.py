@@ -17,8 +17,8 @@ Clock = Literal["wall", "processor"]
 SIZES = (1000, 500, 1000)  # MeZO's: training, dev, test
 RANK, PREFIX = 8, 5  # of adapters, as in MeZO; vectors, likewise
 TARGETS = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "query_key_value", "qkv_proj", "Wqkv")
-METHODS_HELP = f"Method; again for more: {', '.join(METHODS)}."
-TARGETS_HELP = f"Name of layers that get adapters, lora; again for more [default: {', '.join(TARGETS)}]."
+METHODS_HELP = f"Method; repeat for several: {', '.join(METHODS)}."
+TARGETS_HELP = f"Name of the layers that get LoRA adapters; repeat for several [default: {', '.join(TARGETS)}]."
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Comparison:
     def __post_init__(self) -> None:
         for name in (*self.methods, *self.rates):
             if name not in METHODS:
-                raise ArgumentError(f"there is no method {name!r}; there are {', '.join(METHODS)}")
+                raise ArgumentError(f"unknown method {name!r}; expected one of {', '.join(METHODS)}")
 
 
 def pairs(given: Sequence[str], option: str) -> dict[str, str]:

@@ -88,7 +88,7 @@ def _add_adapters(model: TextClassifier, rank: int, targets: Sequence[str], gene
     if not found:
         linear = sorted({n.rpartition(".")[2] for n, m in model.blocks.named_modules() if isinstance(m, nn.Linear)})
         raise ArgumentError(
-            f"no linear layer of the blocks is named {', '.join(targets)}; theirs are "
+            f"no linear layer of the blocks is named {', '.join(targets)}; the linear layers are "
             f"{', '.join(linear) or 'none'}: name some with --target"
         )
     for parent, name, layer in found:

@@ -77,7 +77,7 @@ def read(path: Path, text_column: str | None = None, label_column: str | None = 
     if path.is_dir():
         found = _read_folder(path)
     elif not path.exists():
-        raise DataError(f"{path}: there is no such file or folder of labelled texts")
+        raise DataError(f"{path}: no such file or folder of labelled texts")
     elif path.suffix in DELIMITERS:
         found = _read_table(path, text_column, label_column)
     elif path.suffix == ".jsonl":
@@ -89,7 +89,7 @@ def read(path: Path, text_column: str | None = None, label_column: str | None = 
         )
     kept = [example for example in found if example.label and example.text.strip()]
     if not kept:
-        raise DataError(f"{path}: holds no text that has a label")
+        raise DataError(f"{path}: expected texts with labels, found none")
     return kept
 
 

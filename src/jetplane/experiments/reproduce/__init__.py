@@ -35,6 +35,6 @@ def experiment(
     """
     if name in ("rosenbrock", "laws"):
         if epochs is not None:
-            raise ArgumentError(f"{name} has iterations of its own and takes no epochs; got {epochs}")
+            raise ArgumentError(f"{name} counts iterations and takes no --epochs; got {epochs}")
         return Rosenbrock(budget) if name == "rosenbrock" else Laws(budget)
     return Networks(name, budget, data_dir, device, epochs)

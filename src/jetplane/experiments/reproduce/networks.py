@@ -176,7 +176,7 @@ class Networks(Experiment):
         if (folder / "config.json").exists():
             run = Run.resume(folder, dataset=self._dataset)
             if run.config != config:
-                raise RunFolderError(f"{folder}: belongs to another configuration; delete it to train it anew")
+                raise RunFolderError(f"{folder}: belongs to another configuration; delete it to train again")
         else:
             run = Run(config, folder, dataset=self._dataset)
         result = run.train(lambda done, total, loss: progress(done / total, loss))

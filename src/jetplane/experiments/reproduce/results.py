@@ -63,7 +63,7 @@ class Results:
             return json.loads(self._path(name).read_text())
         except (OSError, ValueError) as error:
             raise RunFolderError(
-                f"{self._path(name)}: cannot be read ({error}); delete it to compute it anew"
+                f"{self._path(name)}: cannot be read ({error}); delete it to compute it again"
             ) from error
 
     def figure(self, name: str, figure: Figure) -> None:
