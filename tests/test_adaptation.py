@@ -78,7 +78,7 @@ class TestAdapter:
         assert (adapter(x).argmax(1) == plain.argmax(1)).float().mean() > 0.5
 
     def test_what_is_refused(self):
-        with pytest.raises(jp.ArgumentError, match="no normalization layers"):
+        with pytest.raises(jp.ArgumentError, match="normalization layers, found none"):
             jp.Adapter(nn.Linear(4, 3), torch.randn(8, 4))
         model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3))
         with pytest.raises(jp.ArgumentError, match="k must be at least 2"):

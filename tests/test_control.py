@@ -632,7 +632,7 @@ class TestSolving:
         np.testing.assert_array_equal(again.x.v, sol.x.v)
         assert again.status is sol.status and again.objective == sol.objective and again.history == sol.history
         assert ocp.solve(mesh=(3, 3), guess=again).iterations <= sol.iterations
-        with pytest.raises(jp.errors.CheckpointError, match="of another problem"):
+        with pytest.raises(jp.errors.CheckpointError, match="another problem"):
             jp.control.load(tmp_path / "a.npz", CASES["goddard"]().problem)
         (tmp_path / "b.npz").write_bytes(b"no")
         with pytest.raises(jp.errors.CheckpointError, match="cannot be read"):

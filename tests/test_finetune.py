@@ -292,7 +292,7 @@ class TestParameters:
         task = prepared(folder).task
         model = task.prepared(Settings("lora", targets=("up_proj",), rank=2), 0)
         assert sum(p.numel() for p in model.trained) == 2 * (32 + 48)
-        with pytest.raises(ArgumentError, match="is named c_attn; theirs are .*q_proj.*--target"):
+        with pytest.raises(ArgumentError, match="is named c_attn; the linear layers are .*q_proj.*--target"):
             parameters.choose(model, "lora", 0, targets=("c_attn",))
         with pytest.raises(ArgumentError, match="at least 1"):
             parameters.choose(model, "lora", 0, rank=0)
@@ -421,11 +421,11 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("option", "value", "message"),
         [
-            ("--method", "sgd", "no method 'sgd'"),
+            ("--method", "sgd", "unknown method 'sgd'"),
             ("--rate", "mezo", "NAME=VALUE after --rate"),
             ("--rate", "mezo=fast", "a number"),
             ("--rate", "mezo=-1", "positive"),
-            ("--rate", "sgd=1", "no method 'sgd'"),
+            ("--rate", "sgd=1", "unknown method 'sgd'"),
             ("--word", "=x", "NAME=VALUE after --word"),
         ],
     )
