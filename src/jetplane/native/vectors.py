@@ -33,9 +33,10 @@ def translate(t: Translator, i: Instruction) -> bool:
         raise Refused(
             f"uses AVX-512, which is not carried ({i}); build it for AVX2: -march=x86-64-v3, NUMBA_CPU_NAME=x86-64-v3"
         )
-    if operands is None or not any(isinstance(o, Vector) for o in operands):
-        return False
     short = name[1:] if name.startswith("V") else name
+    # A double that is read from memory and becomes an integer meets no vector register.
+    if operands is None or not (short in ("CVTTSD2SI", "CVTSD2SI") or any(isinstance(o, Vector) for o in operands)):
+        return False
     rule = RULES.get(short)
     if rule is None:
         short, operands = _comparison(short, operands)
