@@ -46,7 +46,7 @@ class TestAdapter:
         adapter, x = setting.adapter.restarted(), damaged(images)
         state = setting.quantized.state_dict()
         before = {n: v.clone() for n, v in state.items() if isinstance(v, torch.Tensor) and not v.is_quantized}
-        start = adapter._residuals(adapter._observed(adapter.scales_and_shifts, x)[1]).square().sum()
+        start = adapter._residuals(adapter._run(adapter.offsets, x)[1]).square().sum()
         for _ in range(3):
             logits = adapter(x)
         assert logits.shape == (64, 10) and torch.isfinite(logits).all()
@@ -67,7 +67,7 @@ class TestAdapter:
     def test_directions_are_as_many_as_a_step_of_twelve_passes_allows(self, setting, images):
         adapter, x = setting.adapter.restarted(), damaged(images)
         adapter(x)
-        found = adapter._directions(torch.randn(len(adapter.scales_and_shifts)))
+        found = adapter._directions(torch.randn(len(adapter.offsets)))
         assert 1 + len(found) + 1 <= methods.PASSES
         torch.testing.assert_close(found.norm(dim=1), torch.ones(len(found)))
 
@@ -93,9 +93,10 @@ class TestAdapter:
             seen: list = []
             with torch.no_grad():
                 hook = model[2].register_forward_pre_hook(lambda m, a, seen=seen: seen.append(moments(norm, a[0])))  # noqa: B023
-                adapter._observed(adapter.scales_and_shifts, y)
+                adapter._run(adapter.offsets, y)
                 hook.remove()
-            for found, wanted in zip(seen[0], adapter._targets[0], strict=True):
+            target = adapter._targets[0]
+            for found, wanted in zip(seen[0], (target.mean, target.deviation), strict=True):
                 torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
