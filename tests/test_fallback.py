@@ -69,3 +69,26 @@ def test_what_is_not_linear_is_said_with_numbers(dtype):
     x = torch.randn(5, dtype=dtype, generator=torch.Generator().manual_seed(0))
     with pytest.raises(jp.DerivativeError, match=r"along a random one it gives .*, which is the first coefficient 0"):
         jp.evaluate(lambda: Squared.apply(x * w).sum(), [w := torch.ones(5, dtype=dtype)], jp.Directions(k=2), "none")
+
+
+@pytest.mark.filterwarnings("ignore::jetplane.FallbackWarning")
+def test_coefficients_that_are_zero_keep_their_place_in_the_graph():
+    """A parameter at zero stops a direction, and a step of the parameter lets it go on."""
+    x = torch.linspace(0.5, 1.5, 60, dtype=torch.float64)
+    scale = torch.ones(60, dtype=torch.float64)
+    scale[::2] = 0
+    scale.requires_grad_()
+    weights = torch.linspace(-1, 1, 7 * 60, dtype=torch.float64).reshape(7, 60)
+
+    def value():
+        return (jp.jacobian(lambda x: scattered(x * scale), x) * weights).sum()
+
+    (slope,) = torch.autograd.grad(value(), scale)
+    expected = torch.zeros_like(slope)
+    with torch.no_grad():
+        for n in range(4):
+            for h in (1e-5, -1e-5):
+                scale[n] += h
+                expected[n] += value() / (2 * h)
+                scale[n] -= h
+    torch.testing.assert_close(slope[:4], expected[:4], rtol=1e-6, atol=1e-8)

@@ -228,3 +228,38 @@ def test_linear_cross_entropy_is_a_layer_and_a_loss(curvature, reduction):
     for options in (None, torch.nn.LinearCrossEntropyOptions()):
         got = found(options)
         torch.testing.assert_close((got.slope, got.curvature), (expected.slope, expected.curvature))
+
+
+def minors(x):
+    """The determinant by its definition."""
+    if x.shape[-1] == 1:
+        return x[..., 0, 0]
+    others = [torch.cat([x[..., 1:, :j], x[..., 1:, j + 1 :]], -1) for j in range(x.shape[-1])]
+    return sum((-1) ** j * x[..., 0, j] * minors(rest) for j, rest in enumerate(others))
+
+
+@pytest.mark.parametrize(
+    "spectrum", [(1.0, 0.7, 0.4), (1.0, 0.7, 0.0), (1.0, 0.0, 0.0), (0.0, 0.0, 0.0), (1.0, 1e-5, 1e-9)]
+)
+@pytest.mark.filterwarnings("error::jetplane.FallbackWarning")
+def test_derivatives_of_determinants_of_any_rank(spectrum):
+    """Also the third ones by a graph, and the fourth by nesting, unlike torch at singular matrices."""
+    torch.manual_seed(0)
+    u, v = (linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0] for _ in range(2))
+    x = torch.stack([u @ torch.diag(torch.tensor(spectrum, dtype=torch.float64)) @ v, v])
+    weights = [torch.randn(shape, dtype=torch.float64) for shape in [(2,), (2, 3, 3), (2, 3, 3, 3, 3), (3, 3)]]
+    found = []
+    for determinant in (minors, linalg.det):
+        z = x.clone().requires_grad_()
+        start = x.clone()
+
+        def f(z, determinant=determinant, start=start):
+            return determinant(z + 0.1 * (z - start) ** 2 * weights[3])
+
+        second, hessian = jp.value_and_laplacian(f, z, batch_dim=0), jp.hessian(f, z, batch_dim=0)
+        parts = zip((second.laplacian, second.gradient, hessian), weights, strict=False)
+        (slope,) = torch.autograd.grad(sum((part * w).sum() for part, w in parts), z)
+        with torch.no_grad():
+            fourth = jp.bilaplacian(f, x, batch_dim=0)
+        found.append([*second, hessian, slope, fourth])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-13)

@@ -20,6 +20,8 @@ def mlp(*sizes):
 
 
 PHI, RHO, PAIR, WIDE = mlp(D, 8, 8), mlp(8, 8), mlp(2 * D + 1, 8), mlp(N * 8, 4)
+WIDE_ONE = mlp(D, 8)
+MASK = torch.arange(N * 8).reshape(N, 8) % 3 == 0
 WEIGHT = torch.randn(5, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
@@ -82,7 +84,27 @@ FUNCTIONS = {
     "a part of the coordinates": lambda x: x[..., 4:10].sin().sum(-1),
     "negated, divided": lambda x: (-particles(x) / (2 + particles(x) ** 2)).sum((-1, -2)),
     "variance": lambda x: particles(x).var(-1).sum(-1),
+    "relu": lambda x: (PHI(particles(x)).relu() * particles(x)[..., :1]).sum((-1, -2)),
+    "clamped, masked": lambda x: PHI(particles(x)).clamp(-0.3, 0.2).masked_fill(MASK, 0.5).square().sum(-1),
+    "where of two": lambda x: torch.where(MASK, PHI(particles(x)), PHI(particles(x)).roll(1, -2)).sin().sum((-1, -2)),
+    "stacked particles": lambda x: torch.stack([PHI(r) for r in particles(x).unbind(-2)], -2).square().sum(-1),
+    "stacked beside": lambda x: torch.stack([PHI(particles(x)), PHI(particles(x)).flip(-2)], -1).prod(-1).sum(-1),
+    "groups of particles": lambda x: torch.cat([PHI(particles(x)[..., :4, :]), WIDE_ONE(particles(x)[..., 4:, :])], -2),
+    "a constant below": lambda x: torch.cat([particles(x), torch.ones_like(particles(x)[..., :1, :])], -2).sin(),
+    "products of pairs": lambda x: (
+        (PHI(particles(x)).unsqueeze(-2) * PHI(particles(x)).unsqueeze(-3)).tanh().sum((-1, -2, -3))
+    ),
+    "cross products": lambda x: torch.linalg.cross(particles(x), particles(x).roll(1, -2)).square().sum(-1),
+    "sorted features": lambda x: (PHI(particles(x)).sort(-1).values * torch.arange(8.0, dtype=x.dtype)).sum((-1, -2)),
+    "largest features": lambda x: PHI(particles(x)).topk(2, -1).values.prod(-1),
+    "repeated": lambda x: PHI(particles(x)).repeat_interleave(2, -2).square().sum(-1),
+    "an empty part": lambda x: torch.cat([PHI(particles(x)[..., :0, :]), PHI(particles(x))[..., 3:5, :]], -2).sum(-1),
+    "sums over nothing": lambda x: PHI(particles(x)[..., :0, :]).sum(-2) + PHI(particles(x)[..., 0, :]),
 }
+KEPT = [
+    "relu", "clamped, masked", "stacked particles", "stacked beside", "groups of particles", "cross products",
+    "sorted features", "largest features", "repeated", "where of two",
+]  # fmt: skip
 
 
 def one_by_one(f, x):
@@ -183,6 +205,14 @@ def test_few_rows_are_carried(monkeypatch):
     assert max(seen) == 2 * D
 
 
+@pytest.mark.parametrize("name", KEPT)
+def test_what_moves_or_picks_elements_keeps_few_rows(name, caplog):
+    x = torch.randn(2, N * D, dtype=torch.float64)
+    with caplog.at_level(logging.INFO, "jetplane.transforms"), torch.no_grad():
+        jp.value_and_laplacian(FUNCTIONS[name], x, batch_dim=0)
+    assert "dense" not in caplog.text
+
+
 def test_the_log_says_where_they_become_dense(caplog):
     with caplog.at_level(logging.INFO, "jetplane.transforms"):
         jp.laplacian(FUNCTIONS["attention"], torch.randn(2, N * D, dtype=torch.float64), batch_dim=0)
@@ -216,6 +246,8 @@ def test_arithmetic(seed):
         last = some[-1]
         dense = last.materialized()
         torch.testing.assert_close(last.inner(last), dense.square().sum(0, keepdim=True))
+        if b.shape == last.shape:
+            torch.testing.assert_close(last.inner(b), (dense * y).sum(0, keepdim=True))
         for dims in ([-1], [-2], [-3, -1]):
             if (gathered := last.gathered(dims)) is not None:
                 torch.testing.assert_close(gathered.materialized(), dense)
@@ -223,5 +255,8 @@ def test_arithmetic(seed):
             summed = last.summed(dims)
             summed = summed if isinstance(summed, torch.Tensor) else summed.materialized()
             torch.testing.assert_close(summed, dense.sum(dims, keepdim=True))
-        if (joined := Sparse.joined([last, 2, a], (2, 5, 10))) is not None:
-            torch.testing.assert_close(joined.materialized(), torch.cat([dense, dense.new_zeros(20, 2, 5, 2), x], -1))
+        for dim in (-1, -2):
+            shape = [2, 5, 4]
+            shape[dim] *= 3
+            if (joined := Sparse.joined([last, shape[dim] // 3, a], shape, dim)) is not None:
+                torch.testing.assert_close(joined.materialized(), torch.cat([dense, 0 * x, x], dim))

@@ -367,3 +367,32 @@ def test_torch_functions_in_python_may_take_parameters_apart():
 
     along, quotient = gradient_and_difference(f, w)
     close(along, quotient, rtol=1e-6, atol=1e-7)
+
+
+SPECIAL = {
+    "i0": torch.special.i0,
+    "i1": torch.special.i1,
+    "powers": lambda x: x ** torch.tensor([1.0, 2.0, 0.0, 3.0, 2.0], dtype=x.dtype),
+    "frexp": lambda x: torch.frexp(x + 0.7).mantissa ** 3,
+}
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_formulas_hold_at_zero_and_near_it_in_a_graph_and_nested(name):
+    """A branch that is not taken, with a division by zero, must not reach the third derivative."""
+    x = torch.tensor([0.0, 0.0, 0.0, 1e-8, -0.4], dtype=torch.float64, requires_grad=True)
+    f, h = SPECIAL[name], 1e-4
+
+    def second(z):
+        return jp.hessian_diagonal(lambda z: f(z).sum(), z)
+
+    expected = [(second(x.detach() + h) - second(x.detach() - h)) / (2 * h)]
+    torch.testing.assert_close(torch.autograd.grad(second(x).sum(), x)[0], expected[0], rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(jp.jacobian(second, x).diagonal(), expected[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_conjugate_under_vmap():
+    f = torch.vmap(lambda x: (torch.complex(x, x.sin()).conj() * (1 + 2j)).conj().real)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    torch.testing.assert_close(jp.jacobian(f, x, batch_dim=0), torch.diag_embed(1 + 2 * x.cos()))

@@ -313,6 +313,10 @@ class Coefficients:
         """
         return self._new(self.held.moved(f), False) if isinstance(self.held, Sparse) else self.map(f)
 
+    def local(self, f: Callable[[Tensor], Tensor]) -> Coefficients:
+        """A linear function of each element by itself, applied to each coefficient, in memory of its own."""
+        return self._new(self.held.with_rows(f(self.held.rows))) if isinstance(self.held, Sparse) else self.map(f, True)
+
     def cut(self, f: Callable[[Tensor], Sequence[Tensor]], count: int) -> list[Coefficients]:
         """Those of the ``count`` parts that f cuts a value into; f acts on a stack (m, *S), of integers too."""
         if self.held is None:
@@ -644,31 +648,41 @@ def jointly(
 
 
 def joined(
-    space: Space, several: Sequence[Coefficients], sizes: Sequence[int], shape: Sequence[int], dtype: torch.dtype
-) -> Coefficients | None:
-    """Coefficients of values side by side along their last axis, which has these sizes; None where they do not fit.
+    space: Space,
+    several: Sequence[Coefficients],
+    sizes: Sequence[int],
+    shape: Sequence[int],
+    dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Coefficients:
+    """Coefficients of values side by side along an axis (a negative number), which has these sizes in them.
 
     Args:
         space: of the evaluation.
         several: of each value.
-        sizes: of their last axes.
+        sizes: of the axis.
         shape: of the result.
-        dtype: of its coefficients.
+        dim: the axis.
+        dtype: of the result's coefficients.
+        device: of the result.
     """
     there = [c for c in several if c]
     if not there:
         return several[0]
     same = all(c.rows == there[0].rows and c.dtype == dtype for c in there)
     if same and all(c.sparse is not None for c in there):
-        found = Sparse.joined([c.sparse or size for c, size in zip(several, sizes, strict=True)], shape)
+        found = Sparse.joined([c.sparse or size for c, size in zip(several, sizes, strict=True)], shape, dim)
         if found is not None:
             return there[0]._new(found)
-    tensors = [c.tensor if c else None for c in several]
-    if not same or not plain(*tensors) or torch.compiler.is_compiling():
-        return None
-    return Coefficients(
-        space, there[0].order, _Joined(tuple(zip(tensors, sizes, strict=True)), tuple(shape)), there[0].rows
-    )
+    if same and dim == -1 and not torch.compiler.is_compiling():
+        tensors = [c.tensor if c else None for c in several]
+        if plain(*tensors):
+            pieces = tuple(zip(tensors, sizes, strict=True))
+            return Coefficients(space, there[0].order, _Joined(pieces, tuple(shape)), there[0].rows)
+    axis = len(shape) + dim
+    shapes = [(*shape[:axis], size, *shape[axis + 1 :]) for size in sizes]
+    return jointly(space, lambda *cs: torch.cat(cs, dim), several, shapes, dtype, device)
 
 
 # --- pairs ----------------------------------------------------------------------------------------------------
@@ -711,7 +725,7 @@ def symmetric(a: Coefficients, b: Coefficients) -> Coefficients:
 
 def _sparse_inner(a: Coefficients, b: Coefficients) -> Tensor | None:
     """The sum over all directions of ``a_k b_k``, where that is the second coefficient and each element has few."""
-    if a.sparse is None or b.sparse is None or not a.space.structure.is_trace or a.rows or b.rows:
+    if a.sparse is None or b.sparse is None or not a.space.structure.is_trace:
         return None
     return a.sparse.inner(b.sparse)
 

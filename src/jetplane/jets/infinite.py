@@ -48,7 +48,7 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
 
 def selected(condition: Tensor, c: Coefficients) -> Coefficients:
     """Coefficients where a condition holds, zero elsewhere, whatever they are there."""
-    return c.map(lambda t: torch.where(condition, expand(t, condition.shape), 0), True)
+    return c.local(lambda t: torch.where(condition, expand(t, condition.shape), 0))
 
 
 def select_into(c: Tensor, condition: Tensor, out: Tensor) -> Tensor:

@@ -38,6 +38,14 @@ def _constant(c: Tensor) -> Tensor:
     return c
 
 
+def _shared(directions: Tensor) -> Tensor:
+    """With size one along axes along which all numbers are the same: a copy is not seen to be expanded."""
+    for d in range(1, directions.dim()):
+        if directions.shape[d] > 1 and bool((directions == (one := directions.narrow(d, 0, 1))).all()):
+            directions = one
+    return directions
+
+
 @final
 class Sparse(Tangents):
     """K first coefficients of shape S, of which element e has ``rows[r, e]`` along direction ``directions[r, e]``.
@@ -103,12 +111,8 @@ class Sparse(Tangents):
     def moved(self, on_stack: Callable[[Tensor], Tensor]) -> Sparse:
         """A function that moves, repeats and picks elements of a stack (n, *S)."""
         rows = on_stack(self.rows)
-        directions = _constant(on_stack(_aligned(self.directions, self.rows.dim() - 1).expand(self.rows.shape)))
-        for d in range(1, directions.dim()):  # a copy is not seen to be constant, along the axis of points say
-            one = directions.narrow(d, 0, 1)
-            if directions.shape[d] > 1 and bool((directions == one).all()):
-                directions = one
-        return Sparse(rows, directions, self.k)
+        directions = on_stack(_aligned(self.directions, self.rows.dim() - 1).expand(self.rows.shape))
+        return Sparse(rows, _shared(_constant(directions)), self.k)
 
     def same(self, other: Sparse) -> bool:
         """Whether both have the same directions in the same rows."""
@@ -157,7 +161,7 @@ class Sparse(Tangents):
             ordered = candidates.sort(0).values
             new = ordered < self.k
             new[1:] &= ordered[1:] != ordered[:-1]
-            count = max(int(new.sum(0).max()), 1)
+            count = max(int(new.sum(0).max()), 1) if new.numel() else 1
             if count * WORTH > self.k:
                 return None
             place = (new.cumsum(0) - 1).where(ordered < self.k, count)  # of each direction among those of its element
@@ -190,38 +194,51 @@ class Sparse(Tangents):
         numbers = terms(directions).to(rows.device).expand(rows.shape)
         return rows.new_zeros(self.k + 1, *rows.shape[1:]).scatter_add(0, numbers, rows)[: self.k]
 
-    def inner(self, other: Sparse) -> Tensor | None:
-        """``sum_k a_k b_k`` at each element, (1, *S); None where the directions differ."""
-        if not self.same(other):
-            return None
+    def inner(self, other: Sparse) -> Tensor:
+        """``sum_k a_k b_k`` at each element, (1, *S)."""
         ndim = max(self.rows.dim(), other.rows.dim()) - 1
         a, b = _aligned(self.rows, ndim), _aligned(other.rows, ndim)
-        total = a[:1] * b[:1]
-        for n in range(1, len(a)):
-            total = torch.addcmul(total, a[n : n + 1], b[n : n + 1])
-        return total
+        total: Tensor | None = None
+        if self.same(other):
+            total = a[:1] * b[:1]
+            for n in range(1, len(a)):
+                total = torch.addcmul(total, a[n : n + 1], b[n : n + 1])
+            return total
+        of_a, of_b = _aligned(self.directions, ndim), _aligned(other.directions, ndim)
+        for n in range(len(a)):
+            for m in range(len(b)):
+                equal = (of_a[n : n + 1] == of_b[m : m + 1]) & (of_a[n : n + 1] < self.k)
+                if bool(equal.any()):
+                    term = a[n : n + 1] * b[m : m + 1] * equal.to(a.device)
+                    total = term if total is None else total + term
+        shape = torch.broadcast_shapes(a[:1].shape, b[:1].shape)
+        return a.new_zeros(()).expand(shape) if total is None else total.expand(shape)
 
     @staticmethod
-    def joined(parts: Sequence[Sparse | int], shape: Sequence[int]) -> Sparse | None:
-        """Values side by side along their last axis; None where that has too many rows to pay.
+    def joined(parts: Sequence[Sparse | int], shape: Sequence[int], dim: int = -1) -> Sparse | None:
+        """Values side by side along an axis; None where that has too many rows to pay.
 
         Args:
             parts: of each value, or its size along the axis where it has none.
             shape: of the result.
+            dim: the axis, counted from the last one: a negative number.
         """
         some = [part for part in parts if isinstance(part, Sparse)]
         k, count, one = some[0].k, max(len(part.rows) for part in some), some[0].rows
         if count * WORTH > k:
             return None
+        axis = len(shape) + dim
         none = torch.full([1] * one.dim(), k)
         rows, numbers = [], []
         for part in parts:
             if isinstance(part, int):
-                part = Sparse(one.new_zeros(()).expand(1, *shape[:-1], part), none, k)
+                part = Sparse(one.new_zeros(()).expand(1, *shape[:axis], part, *shape[axis + 1 :]), none, k)
             missing = count - len(part.rows)
             of = _aligned(part.directions, len(shape))
             rows.append(torch.cat([part.rows, part.rows.new_zeros(()).expand(missing, *part.rows.shape[1:])]))
             numbers.append(torch.cat([of, none.expand(missing, *of.shape[1:])]))
-        lead = torch.broadcast_shapes(*(of.shape[:-1] for of in numbers))
-        numbers = [of.expand(*lead, row.shape[-1]) for row, of in zip(rows, numbers, strict=True)]
-        return Sparse(torch.cat(rows, -1), torch.cat(numbers, -1), k)
+        lead = list(torch.broadcast_shapes(*((*of.shape[:dim], 1, *of.shape[axis + 2 :]) for of in numbers)))
+        for n, row in enumerate(rows):
+            lead[dim] = row.shape[dim]
+            numbers[n] = numbers[n].expand(lead)
+        return Sparse(torch.cat(rows, dim), _shared(torch.cat(numbers, dim)), k)

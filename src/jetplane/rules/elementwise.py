@@ -24,6 +24,7 @@ from ..jets import (
     elementwise,
     expand,
     jointly,
+    linear,
     make,
     multiply,
     parts,
@@ -193,21 +194,42 @@ def _digamma(x: Tensor, y: Tensor) -> Derivatives:
     return torch.polygamma(1, x), torch.polygamma(2, x)
 
 
+def _bessel(n: int, x: Tensor, y: Tensor, scaled: bool = False) -> Tensor:
+    """``I_n(x) / x`` for n = 1 or 2 and y the numerator; near zero a power series, which can be differentiated there.
+
+    ``I_n(x) = sum_k (x/2)^(2k + n) / (k! (k + n)!)``; after seven terms nothing is left at 0.1. ``scaled`` ones have
+    the factor ``exp(-|x|)``.
+    """
+    near = x.abs() < 0.1
+    small = torch.where(near, x, 0)
+    series: Any = 0.0
+    for k in reversed(range(7)):
+        series = series * (small * small / 4) + 1 / (math.factorial(k) * math.factorial(k + n))
+    series = series * (0.5 if n == 1 else small / 4)
+    return torch.where(near, series * torch.exp(-small.abs()) if scaled else series, y / torch.where(near, 1, x))
+
+
 def _i0(x: Tensor, y: Tensor) -> Derivatives:
     d = torch.special.i1(x)
-    return d, y - torch.where(x == 0, 0.5, d / x)
+    return d, y - _bessel(1, x, d)
 
 
 def _i0e(x: Tensor, y: Tensor) -> Derivatives:
     i1e, sign = torch.special.i1e(x), torch.sgn(x)
     d = i1e - sign * y
-    return d, (y - torch.where(x == 0, 0.5, i1e / x)) - sign * i1e - sign * d
+    return d, y - _bessel(1, x, i1e, True) - sign * (i1e + d)
 
 
 def _i1(x: Tensor, y: Tensor) -> Derivatives:
-    ratio = torch.where(x == 0, 0.5, y / x)
+    ratio = _bessel(1, x, y)
     d = torch.special.i0(x) - ratio
-    return d, y - torch.where(x == 0, 0.0, (d - ratio) / x)
+    return d, y - _bessel(2, x, d - ratio)
+
+
+def _i1e(x: Tensor, y: Tensor) -> Derivatives:
+    ratio, sign = _bessel(1, x, y, True), torch.sgn(x)
+    grown = torch.special.i0e(x) - ratio  # exp(-|x|) I_1'
+    return grown - sign * y, 2 * y - _bessel(2, x, grown - ratio, True) - 2 * sign * grown
 
 
 def _sinc(x: Tensor, y: Tensor) -> Derivatives:
@@ -354,6 +376,7 @@ DERIVATIVES: dict[str, Callable[..., Derivatives]] = {
     "i0": _i0,
     "special_i0e": _i0e,
     "special_i1": _i1,
+    "special_i1e": _i1e,
     "relu6": lambda x, y: _mask((x > 0) & (x < 6), x),
     "leaky_relu": _leaky_relu,
     "hardtanh": _hardtanh,
@@ -405,7 +428,7 @@ SINGULAR = {
     "log", "log1p", "log2", "log10", "sqrt", "rsqrt", "reciprocal", "square", "pow.Tensor_Scalar",
     "tan", "asin", "acos", "atan", "asinh", "acosh", "atanh", "sinc", "logit", "erf", "erfc", "erfinv",
     "special_erfcx", "special_entr", "special_ndtr", "special_ndtri", "special_log_ndtr",
-    "lgamma", "digamma", "i0", "special_i0e", "special_i1",
+    "lgamma", "digamma", "i0", "special_i0e", "special_i1", "special_i1e",
 }  # fmt: skip
 
 
@@ -450,7 +473,7 @@ def _(space: Space, z: Any) -> Tensor:
 @register("relu")
 def _(space: Space, x: Any) -> Tensor:
     p, x1, x2 = parts(x, space)
-    if p.dtype != carried(p.dtype):
+    if p.dtype != carried(p.dtype) or x1.sparse is not None:
         return chain(space, x, torch.relu(p), *_mask(p > 0, p))
 
     def kernel(c: Tensor, out: Tensor) -> Tensor:  # one pass, no mask in memory
@@ -579,8 +602,9 @@ def _(space: Space, a: Any, b: Any) -> Tensor:
     x, e = primal(a, space), primal(b, space)
     y = torch.pow(x, e)
     log = torch.where((x == 0) & (e >= 0), 0, torch.log(x)) if not y.is_complex() else torch.log(x)
-    x1 = torch.where(e == 0, 0, e * torch.pow(x, e - 1))
-    xx = torch.where((e == 0) | (e == 1), 0, e * (e - 1) * torch.pow(x, e - 2))
+    x1 = torch.where(e == 0, 0, e * torch.pow(x, torch.where(e == 0, 1, e) - 1))  # one branch must not spoil a graph
+    flat = (e == 0) | (e == 1)
+    xx = torch.where(flat, 0, e * (e - 1) * torch.pow(x, torch.where(flat, 2, e) - 2))
     mixed = torch.where(e == 0, torch.reciprocal(x), torch.pow(x, e - 1) * (1 + e * log))
     return chain_many(space, (a, b), y, (x1, y * log), {(0, 0): xx, (0, 1): mixed, (1, 1): y * log * log})
 
@@ -654,6 +678,12 @@ def _modulo(op: Any, rounding: str) -> None:
 
 _modulo(aten.fmod.Tensor, "trunc")
 _modulo(aten.remainder.Tensor, "floor")
+
+
+@register("frexp.Tensor")
+def _(space: Space, a: Any) -> Any:
+    mantissa, exponent = torch.frexp(primal(a, space))
+    return linear(space, a, lambda _: mantissa, lambda c: torch.ldexp(c, -exponent)), exponent
 
 
 @register("copysign.Tensor", "copysign.Scalar")
@@ -742,6 +772,9 @@ def _(space: Space, x: Any, weight: Any) -> Tensor:
 def _(space: Space, condition: Tensor, a: Any, b: Any) -> Tensor:
     condition = primal(condition, space)
     y = torch.where(condition, primal(a, space), primal(b, space))
+    if any(parts(t, space)[1].sparse is not None for t in (a, b)):
+        from_a = condition.expand(y.shape)
+        return add_jets(space, chain(space, a, y, from_a, None), chain(space, b, y, ~from_a, None), y)
 
     def chosen(ca: Tensor, cb: Tensor) -> Tensor:
         return torch.where(condition, expand(ca, y.shape), expand(cb, y.shape))

@@ -251,8 +251,28 @@ def _along(func: Any, space: Space, carried: Sequence[Any], spec: Any) -> tuple[
 
 def _combined(a: Tensor, c: Tensor) -> Tensor:
     """``sum_n a_n c_n``; what does not move, or is not finite, passes no gradient back, infinite ones neither."""
-    moves = (c != 0) & c.isfinite()
-    return torch.where(moves, a.to(c.dtype).reshape(-1, *[1] * (c.dim() - 1)) * c.clone(), 0).sum(0)
+    along = a.to(c.dtype).reshape(-1, *[1] * (c.dim() - 1))
+    finite = c.isfinite()
+    return _Along.apply(along, torch.where(finite, c, 0)).where(finite, 0).sum(0)  # type: ignore[union-attr]
+
+
+class _Along(torch.autograd.Function):
+    """The product of a number for each coefficient with the coefficients, ``(n, 1, ...) * (n, *S)``.
+
+    A coefficient that is zero takes nothing of an infinite gradient; of a finite one it keeps its place in the graph,
+    since what is zero at these parameters may move with them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, c: Tensor) -> Tensor:  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(a, c)
+        return a * c
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
+        a, c = ctx.saved_tensors
+        known = torch.where((c == 0) & ~g.isfinite(), 0, g)
+        return (known * c.conj()).sum_to_size(a.shape), g * a.conj()
 
 
 class _Moving:
@@ -287,7 +307,8 @@ class _Moving:
         def known(c: Coefficients, size: Tensor) -> Coefficients:
             def of(t: Tensor) -> Tensor:
                 sizes = size.to(t.device).reshape(-1, *[1] * (t.dim() - 1))
-                return torch.where(sizes == 0, 0, torch.where(sizes.isfinite(), t, torch.nan))
+                still = (sizes == 0) & ~t.isfinite()  # a zero that is finite keeps its place in the graph
+                return torch.where(still, 0, torch.where(sizes.isfinite(), t, torch.nan))
 
             return c.map(of, True)
 

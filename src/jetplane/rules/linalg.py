@@ -76,35 +76,53 @@ def _(space: Space, a: Any) -> Any:
 def _(space: Space, a: Any) -> Any:
     p = primal(a, space)
     inverse, _ = torch.linalg.inv_ex(p)
-    if _well_conditioned(innermost(p), innermost(inverse)):
+    if _well_conditioned(space, innermost(p), innermost(inverse)):
         change = _traces(space, a, inverse)
         return torch.linalg.det(p) * (1 + change + change * change / 2), *_factors(p)
-    if not plain(p) or not p.isfinite().all():
+    if not innermost(p).isfinite().all():
         return NotImplemented
-    return _singular_determinant(space, a), *_factors(p)
+    return _singular_determinant(a), *_factors(p)
 
 
-def _well_conditioned(p: Tensor, inverse: Tensor) -> bool:
-    norms = p.detach().abs().sum(-1).amax(-1) * inverse.detach().abs().sum(-1).amax(-1) if p.numel() else p
-    return bool((norms.real < torch.finfo(p.dtype).eps ** -0.5).all())
+def _well_conditioned(space: Space, p: Tensor, inverse: Tensor) -> bool:
+    """Whether products of the inverse, of as many factors as there are derivatives, cancel to enough digits.
 
-
-def _singular_determinant(space: Space, a: Any) -> Any:
-    """The determinant in the bases U and V of singular vectors, which are constants, so that ``U^H A V`` is S + D.
-
-        det(S + D) = P + sum_i P_i D_ii + sum_ij P_ij (D_ii D_jj - D_ij D_ji) / 2
-
-    P is the product of all entries of S, P_i of all but the i-th, P_ij of all but two.
+    Those of n factors err by ``eps cond^(n - 1)``. An evaluation around takes two derivatives more, a graph one.
     """
-    u, s, vh = torch.linalg.svd(primal(a, space).detach())
-    d = u.mH @ a @ vh.mH - torch.diag_embed(s).to(a.dtype)
-    eye = identity(s.unsqueeze(-2)).bool()
-    but_one = torch.where(eye, 1, s.unsqueeze(-2)).prod(-1)
-    but_two = torch.where(eye | eye.unsqueeze(-2), 1, s[..., None, None, :]).prod(-1) * ~eye
-    diagonal = d.diagonal(dim1=-2, dim2=-1)
-    minors = diagonal.unsqueeze(-1) * diagonal.unsqueeze(-2) - d * d.mT
-    value = s.prod(-1) + (but_one * diagonal).sum(-1) + (but_two * minors).sum((-2, -1)) / 2
-    return torch.linalg.det(u) * torch.linalg.det(vh) * value
+    norms = p.detach().abs().sum(-1).amax(-1) * inverse.detach().abs().sum(-1).amax(-1) if p.numel() else p
+    factors = 2 * space.level + (space.recorded and p.requires_grad)
+    return bool((norms.real < torch.finfo(p.dtype).eps ** (-1 / factors)).all())
+
+
+def _singular_determinant(a: Any) -> Any:
+    """The determinant in the bases U and V of singular vectors, constants that make the primal of ``U^H A V`` diagonal.
+
+    Elimination divides by the large singular values alone, and its multipliers have the primal zero. What is left is a
+    small block, whose determinant is formed as a polynomial. Each step is exact, whatever is differentiated how often.
+    """
+    p = innermost(a).detach()
+    u, s, vh = torch.linalg.svd(p)
+    m = (u.mH @ a @ vh.mH).reshape(-1, *p.shape[-2:])
+    ranks = (s > s[..., :1] * torch.finfo(s.dtype).eps ** 0.25).sum(-1).flatten()
+    found = torch.cat([_eliminated(m[ranks == rank], rank) for rank in ranks.unique().tolist()])
+    place = ranks.argsort(stable=True).argsort()
+    return torch.linalg.det(u) * torch.linalg.det(vh) * found[place].reshape(s.shape[:-1])
+
+
+def _eliminated(m: Any, rank: int) -> Any:
+    """The determinants of matrices (B, n, n) by elimination with the pivots that lie on the diagonal."""
+    value: Any = 1
+    for _ in range(rank):
+        pivot = m[:, :1, :1]
+        value = value * pivot[:, 0, 0]
+        m = m[:, 1:, 1:] - m[:, 1:, :1] * (m[:, :1, 1:] / pivot)
+    total: Any = identity(m).expand(m.shape)
+    coefficient: Any = None
+    for k in range(1, m.shape[-1] + 1):  # Faddeev and LeVerrier: divides by whole numbers alone
+        product = m @ total
+        coefficient = -trace(product) / k
+        total = product + coefficient[:, None, None] * identity(m)
+    return value if coefficient is None else value * coefficient * (-1) ** m.shape[-1]
 
 
 # --- linear systems -------------------------------------------------------------------------------------------

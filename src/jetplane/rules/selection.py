@@ -29,7 +29,7 @@ def _gathered(space: Space, x: Any, y: Tensor, index: Tensor, dim: int, keepdim:
         picked = c.gather(up(dim), at.expand(c.shape[0], *at.shape))
         return picked if keepdim else picked.squeeze(up(dim))
 
-    return make(y, x1.map(pick), x2.map(pick), space)
+    return make(y, x1.moved(pick), x2.moved(pick), space)
 
 
 def _by_index(op: Any) -> Rule:
@@ -94,6 +94,42 @@ def _middle(op: Any) -> Rule:
 
 
 declare("median nanmedian", _middle)
+
+
+# --- reductions by index -----------------------------------------------------------------------------
+
+
+@register("scatter_reduce.two")
+def _(
+    space: Space, x: Any, dim: int, index: Tensor, src: Any, reduce: str, *, include_self: bool = True
+) -> Any:  # fmt: skip
+    if reduce == "prod":
+        return NotImplemented
+    if not x.dim():
+        line, src = x.reshape(1), src.reshape(-1)
+        return torch.scatter_reduce(line, 0, index.reshape(-1), src, reduce, include_self=include_self).reshape(())
+    p, src = primal(x, space), src[tuple(slice(n) for n in index.shape)]
+    s = primal(src, space)
+    apart = torch.ones_like(p) if include_self else torch.ones_like(p).scatter(dim, index, 0)
+    if reduce in ("sum", "mean"):
+        total = (x * apart).scatter_add(dim, index, src)
+        return total if reduce == "sum" else total / apart.scatter_add(dim, index, torch.ones_like(s))
+    y = torch.scatter_reduce(p, dim, index, s, reduce, include_self=include_self)
+    own, won = (p == y) & (apart != 0), s == y.gather(dim, index)  # ties share the derivative, as in autograd
+    count = own.to(y.dtype).scatter_add(dim, index, won.to(y.dtype))
+    found = torch.where(own, x, 0).scatter_add(dim, index, torch.where(won, src, 0)) / count
+    return make(y, *parts(found, space)[1:], space)
+
+
+@register("index_reduce")
+def _(
+    space: Space, x: Any, dim: int, index: Tensor, source: Any, reduce: str, *, include_self: bool = True
+) -> Any:  # fmt: skip
+    shape = [1] * x.dim()
+    if shape:
+        shape[dim] = -1
+    at = index.reshape(shape).expand(source.shape)
+    return torch.scatter_reduce(x, dim, at, source, reduce, include_self=include_self)
 
 
 # --- pooling ----------------------------------------------------------------------------------------

@@ -208,7 +208,6 @@ LINEAR: dict[str, Callable[..., Any]] = {
         c, offset, dim1 if dim1 < 0 else dim1 + 1, dim2 if dim2 < 0 else dim2 + 1
     ),
     "trace": _trace,
-    "view_as_real": _as_real,
     "view_as_complex": torch.view_as_complex,
     "real": torch.real,
     "imag": torch.imag,
@@ -417,19 +416,23 @@ declare("to.dtype to.device to.other to.dtype_layout _to_copy type_as", _casting
 def _(space: Space, tensors: Sequence[Any], dim: int = 0) -> Any:
     tensors = [t for t in tensors if not (t.dim() == 1 and t.shape[0] == 0)] or list(tensors)
     y = torch.cat([primal(t, space) for t in tensors], dim)
-    if y.dim() and dim % y.dim() == y.dim() - 1:  # features side by side: mostly, a layer multiplies them next
-        every, sizes = [parts(t, space) for t in tensors], [t.shape[-1] for t in tensors]
-        dtype = carried(y.dtype)
-        first, second = (joined(space, [of[order] for of in every], sizes, y.shape, dtype) for order in (1, 2))
-        if first is not None and second is not None:
-            return make(y, first, second, space)
-    return jointly(space, tensors, y, lambda *cs: torch.cat(cs, up(dim)))
+    dim = dim % y.dim() - y.dim()
+    return _joined(space, [parts(t, space)[1:] for t in tensors], [t.shape[dim] for t in tensors], y, dim)
 
 
 @register("stack")
 def _(space: Space, tensors: Sequence[Any], dim: int = 0) -> Any:
     y = torch.stack([primal(t, space) for t in tensors], dim)
-    return jointly(space, tensors, y, lambda *cs: torch.stack(cs, up(dim)))
+    dim = dim % y.dim() - y.dim()
+    every = [[c.moved(lambda stack: stack.unsqueeze(dim)) for c in parts(t, space)[1:]] for t in tensors]
+    return _joined(space, every, [1] * len(tensors), y, dim)
+
+
+def _joined(space: Space, every: Sequence[Sequence[Coefficients]], sizes: Sequence[int], y: Tensor, dim: int) -> Tensor:
+    first, second = (
+        joined(space, [of[n] for of in every], sizes, y.shape, dim, carried(y.dtype), y.device) for n in (0, 1)
+    )
+    return make(y, first, second, space)
 
 
 def _several(space: Space, x: Any, cut: Callable[[Tensor, bool], Sequence[Tensor]]) -> list[Any]:
@@ -453,6 +456,12 @@ declare("split.Tensor split_with_sizes chunk unsafe_split.Tensor unsafe_split_wi
 @register("unbind.int")
 def _(space: Space, x: Any, dim: int = 0) -> Any:
     return _several(space, x, lambda t, stack: t.unbind(up(dim) if stack else dim))
+
+
+@register("view_as_real")
+def _(space: Space, x: Any) -> Any:
+    """Under vmap the jet does not know that its primal is a conjugate view, of which there is no real view."""
+    return linear(space, x, _as_real, _as_real)
 
 
 @register("as_strided")
@@ -536,6 +545,12 @@ def _(space: Space, x: Any, indices: Sequence[Tensor | None], values: Any, accum
     return jointly(space, (x, values), y, on_stacks)
 
 
+@register("put")
+def _(space: Space, x: Any, index: Tensor, source: Any, accumulate: bool = False) -> Any:
+    flat = torch.index_put(x.reshape(-1), (index.reshape(-1),), source.reshape(-1), accumulate)
+    return flat.reshape(x.shape)
+
+
 @register("masked_scatter")
 def _(space: Space, x: Any, mask: Tensor, source: Any) -> Any:
     y = torch.masked_scatter(primal(x, space), mask, primal(source, space))
@@ -585,7 +600,7 @@ def _(space: Space, x: Any, repeats: Any, dim: int | None = None, *, output_size
             return torch.repeat_interleave(c[:, None], repeats, 1)
         return torch.repeat_interleave(c, repeats, up(dim))
 
-    return linear(space, x, lambda p: torch.repeat_interleave(p, repeats, dim), on_stack)
+    return linear(space, x, lambda p: torch.repeat_interleave(p, repeats, dim), on_stack, moves=True)
 
 
 @register("copy")

@@ -101,6 +101,8 @@ def along(
         space.points = call.points is not None
         with Interception(space).running():
             returned = call.at(leaves)
+        if space.materialized and any(isinstance(v, Sparse) for v in tangents):
+            _log.info("%s: coefficients are dense from %s on", call.name, ", ".join(space.materialized))
         ys, spec, aux = call.outputs(returned)
         found: list[list[Tensor]] = [[], [], []]
         for y in ys:
@@ -111,8 +113,6 @@ def along(
             if order == 2:
                 found[2].append(second.full(p.shape, p.dtype, p.device))
         aux = _primals(aux, space)
-    if space.materialized and any(isinstance(v, Sparse) for v in tangents):
-        _log.info("%s: coefficients are dense from %s on", call.name, ", ".join(space.materialized))
     if space.level == 1:
         found = [[_released(t) for t in ts] for ts in found]
         aux = _map(_released, aux)
