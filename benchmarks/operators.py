@@ -446,6 +446,7 @@ TASKS: dict[str, tuple[str, Callable[[], dict[str, Callable[[], Way]]]]] = {
     "pinn2": ("PINN step, D 2, B 2048", lambda: pinn(2, 2048)),
     "pinn10": ("PINN step, D 10, B 256", lambda: pinn(10, 256)),
     "pinn100": ("PINN step, D 100, B 256", lambda: pinn(100, 256)),
+    "pinn50": ("PINN step, D 50, B 2048", lambda: pinn(50, 2048)),
     "stde": ("16 of 10,000 axes, B 100", lambda: sampled_axes(10_000, 100, 16)),
     "diffusion": ("Fokker-Planck, D 100, 50 columns, B 256", lambda: diffusion(100, 50, 256)),
     "biharmonic": ("Biharmonic, D 5, B 256", lambda: biharmonic(5, 256)),
