@@ -33,6 +33,7 @@ from .jet import (
     who_detaches,
     whole,
 )
+from .mirrored import Mirrored, mirrored, reflected
 from .pairs import AllPairs, Diagonal, PairStructure, Planes, Star, Sums, Term
 from .space import LOSS, MODEL, PARAMETER, Key, Space
 from .sparsity import WORTH, Sparse
@@ -67,6 +68,7 @@ __all__ = [
     "Jet",
     "Key",
     "LowRank",
+    "Mirrored",
     "PairStructure",
     "Partial",
     "Planes",
@@ -103,6 +105,7 @@ __all__ = [
     "linear",
     "make",
     "mark_view",
+    "mirrored",
     "multiply",
     "outer",
     "overwritten",
@@ -115,6 +118,7 @@ __all__ = [
     "promoted",
     "promotion_state",
     "promotions",
+    "reflected",
     "same_storage",
     "set_dispatcher",
     "symmetric",

@@ -29,11 +29,14 @@ from ..jets import (
     aligned,
     carried,
     is_jet,
+    linear,
     make,
+    mirrored,
     parts,
     plain,
     precise,
     primal,
+    reflected,
     writable,
 )
 from .forms import BATCHED, ROWS, Convolution, Form, InPlace
@@ -50,6 +53,12 @@ def bilinear(space: Space, form: Form, a: Any, b: Any, y: Tensor | None = None) 
     half = y.dtype != carried(y.dtype)
     pa, pb = precise(pa), precise(pb)
     structured = b1.structured if form.by_rows else None
+    if (held := mirrored(pa, a1)) is not None and plain(pb):
+        y2 = _left(space, form, a2, pb)
+        cross = None if held.cross is None else form.chosen(held.cross, pb).left(space, held.cross, pb)
+        y1 = reflected(space, held, y, y2, cross)
+        if y1 is not None:
+            return make(y, y1, y2, space)
     form = form.chosen(pa, pb, *(c.tensor for c in (a1, a2, b2) if c), b1.held)
     if isinstance(structured, LowRank):
         y1, y2 = _low_rank(space, form, pa, a1, pb, structured, b1.rows)
@@ -226,6 +235,8 @@ def _of_pieces(space: Space, x: Any, weight: Tensor, y: Tensor) -> Tensor:
 def _shaped(space: Space, x: Any, shape: Sequence[int]) -> Tensor:
     """Reshaped; nobody writes to what a rule makes for itself, so that it need not be known for a view."""
     p, x1, x2 = parts(x, space)
+    if mirrored(p, x1) is not None:
+        return linear(space, x, lambda p: p.reshape(shape), lambda c: c.reshape(c.shape[0], *shape))
     return make(p.reshape(shape), x1.reshaped(shape), x2.reshaped(shape), space)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._torch import transform_around, tree_flatten, tree_unflatten
 from ..errors import ArgumentError, DeviceError, DTypeError, ShapeError
-from ..jets import WORTH, Jet, Partial, Sparse, Tangents, plain
+from ..jets import WORTH, Jet, Mirrored, Partial, Sparse, Tangents, plain
 
 Argnums = int | Sequence[int] | None
 Directions = list[Tensor | Tangents | None]  # K tangents for each tensor that moves; None where no direction moves it
@@ -195,6 +195,14 @@ class Call:
             found.append(Sparse.axes(x, numbers if self.batch_dim is None else numbers.unsqueeze(self.batch_dim), k))
             start -= size
         return found
+
+    def axes_around(self, run: slice) -> Directions:
+        """`axes`, where the evaluation around this one moves the same tensors along all of them in the same order."""
+        outer = [x.space for x in self.leaves if isinstance(x, Jet) and x.space.level == 1]
+        apart = torch.compiler.is_compiling() or len(outer) < len(self.leaves)
+        if apart or any(space.k != run.stop - run.start or space.order == 1 for space in outer):
+            return self.axes(run)
+        return [Mirrored.seed(x) for x in self.leaves]
 
     def expanded(self, stack: Tensor) -> Tensor:
         """Directions (K, *shape at one point) that all points share, expanded over the points."""
