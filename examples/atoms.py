@@ -202,7 +202,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     print(f"{options.atom}: {energy:.5f} ± {error:.5f} Hartree; literature {atom.energy:.5f}")
     result = {
         "atom": options.atom, "seed": options.seed, "energy": energy, "error": error, "literature": atom.energy,
-        "steps": options.steps, "walkers": options.walkers, "samples": options.samples, "seconds": time.process_time() - begin,
+        "steps": options.steps, "walkers": options.walkers, "samples": options.samples,
+        "seconds": time.process_time() - begin,
     }  # fmt: skip
     if options.picture:
         draw(energies, atom, options.atom, options.picture)

@@ -1,6 +1,6 @@
 """Internal: tensors with derivatives, and their calculus."""
 
-from .calculus import Derivatives, add_jets, as_jet, chain, chain_many, elementwise, jointly, linear, multiply
+from .calculus import Derivatives, add_jets, as_jet, chain, chain_many, elementwise, jointly, linear, multiply, reshape
 from .coefficients import (
     Coefficients,
     absent,
@@ -119,6 +119,7 @@ __all__ = [
     "promotion_state",
     "promotions",
     "reflected",
+    "reshape",
     "same_storage",
     "set_dispatcher",
     "symmetric",

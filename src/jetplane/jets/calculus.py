@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import infinite
-from .coefficients import Coefficients, absent, condensed, outer, plain, symmetric, writable
+from .coefficients import Coefficients, absent, condensed, outer, plain, reshaped, symmetric, writable
 from .coefficients import jointly as jointly_coefficients
 from .jet import Jet, carried, innermost, is_jet, make, parts, precise
 from .mirrored import curved, mirrored, reflected, squared
@@ -48,6 +48,12 @@ def linear(
         if y1 is not None:
             return make(y, y1, y2, space)
     return make(y, x1.moved(on_stack) if moves else x1.map(on_stack), y2, space)
+
+
+def reshape(space: Space, x: Any, shape: Sequence[int]) -> Tensor:
+    """Reshaped; where that takes copies of coefficients, they are in the memory of the evaluation."""
+    y = parts(x, space)[0].reshape(shape)
+    return linear(space, x, lambda _: y, lambda c: reshaped(space, c, (c.shape[0], *y.shape)), moves=True)
 
 
 def jointly(space: Space, xs: Sequence[Any], y: Tensor, on_stacks: Callable[..., Tensor]) -> Tensor:

@@ -1,14 +1,14 @@
 """First coefficients that the evaluation around this one carries already, where both go along the same directions.
 
-In the Laplacian of a Laplacian two evaluations nest, and derivatives commute. With the outer coefficients of a value x in
-front of the bar, and p its primal and s the sum of its second coefficients in the inner evaluation:
+In the Laplacian of a Laplacian two evaluations nest, and derivatives commute. Of a value x whose inner second
+coefficient is s the outer evaluation carries
 
-    d_i x     = first coefficient i of p            d_j d_i x = d_i d_j x
-    sum_j d_j² d_i x = first coefficient i of s
+    d_j x,   sum_j d_j² x,   d_j s,   sum_j d_j² s
 
-So of an inner first coefficient nothing is new but d_i d_j x, once for each pair i <= j. Of (D + 2)² channels 2 (D + 2) +
-D (D + 1) / 2 are left: 29 of 49 for D = 5. Linear operators with constants and elementwise functions keep this form; any
-other operator gets the full coefficients.
+so that of the inner first coefficients ``d_i x`` nothing is new but ``d_j d_i x``, once for each pair i <= j: the outer
+first coefficients of s are ``d_j sum_i d_i² x = sum_i d_i² (d_j x)``. Of (D + 2)² channels 2 (D + 2) + D (D + 1) / 2 are
+left, 29 of 49 for D = 5. Linear operators with constants and elementwise functions keep this form; any other operator
+gets the full coefficients.
 """
 
 from __future__ import annotations

@@ -29,7 +29,6 @@ from ..jets import (
     aligned,
     carried,
     is_jet,
-    linear,
     make,
     mirrored,
     parts,
@@ -37,6 +36,7 @@ from ..jets import (
     precise,
     primal,
     reflected,
+    reshape,
     writable,
 )
 from .forms import BATCHED, ROWS, Convolution, Form, InPlace
@@ -214,10 +214,10 @@ def _(space: Space, x: Any, weight: Any, bias: Any = None) -> Tensor:
     if by_pieces and not (is_jet(weight, space) or is_jet(bias, space)):
         return _of_pieces(space, x, weight, F.linear(primal(x, space), weight, bias))
     lead = x.shape[:-1]
-    rows = x if x.dim() == 2 else _shaped(space, x, (lead.numel(), x.shape[-1]))
+    rows = x if x.dim() == 2 else reshape(space, x, (lead.numel(), x.shape[-1]))
     y = F.linear(primal(rows, space), primal(weight, space), primal(bias, space))
     product = bilinear(space, ROWS, rows, weight, y) if bias is None else _biased(space, rows, weight, bias, y)
-    return product if x.dim() == 2 else _shaped(space, product, (*lead, weight.shape[0]))
+    return product if x.dim() == 2 else reshape(space, product, (*lead, weight.shape[0]))
 
 
 def _of_pieces(space: Space, x: Any, weight: Tensor, y: Tensor) -> Tensor:
@@ -230,14 +230,6 @@ def _of_pieces(space: Space, x: Any, weight: Tensor, y: Tensor) -> Tensor:
 
     _, x1, x2 = parts(x, space)
     return make(y, x1.map_pieces(product), x2.map_pieces(product), space)
-
-
-def _shaped(space: Space, x: Any, shape: Sequence[int]) -> Tensor:
-    """Reshaped; nobody writes to what a rule makes for itself, so that it need not be known for a view."""
-    p, x1, x2 = parts(x, space)
-    if mirrored(p, x1) is not None:
-        return linear(space, x, lambda p: p.reshape(shape), lambda c: c.reshape(c.shape[0], *shape))
-    return make(p.reshape(shape), x1.reshaped(shape), x2.reshaped(shape), space)
 
 
 def _biased(space: Space, rows: Any, weight: Any, bias: Any, y: Tensor) -> Tensor:
