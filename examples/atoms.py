@@ -167,16 +167,21 @@ def measured(psi: WaveFunction, walkers: Metropolis, samples: int) -> tuple[floa
     return means.mean().item(), means.std().item() / math.sqrt(len(means))
 
 
-def draw(energies: list[float], atom: Atom, name: str, path: str) -> None:
+def draw(energies: list[float], energy: float, error: float, atom: Atom, name: str, path: str) -> None:
     import matplotlib.pyplot as plt
 
-    every = max(1, len(energies) // 200)
-    mean = [sum(energies[i : i + every]) / every for i in range(0, len(energies) - every + 1, every)]
+    steps, above = len(energies), [(e - atom.energy) * 1000 for e in energies]
+    mean = [sum(above[max(0, i - 9) : i + 1]) / len(above[max(0, i - 9) : i + 1]) for i in range(steps)]
     plt.figure(figsize=(6, 3.5))
-    plt.semilogy([i * every for i in range(len(mean))], [abs(e - atom.energy) * 1000 for e in mean], lw=1)
-    plt.axhline(1, color="gray", ls=":", label="1 mHa")
+    plt.plot(above, ".", ms=3, color="silver", label="mean over the walkers")
+    plt.plot(mean, lw=1, label="of ten steps")
+    plt.errorbar(
+        steps * 1.03, (energy - atom.energy) * 1000, error * 1000, fmt="o", ms=4, capsize=3, label="at the end"
+    )
+    plt.axhspan(-1, 1, color="gray", alpha=0.2, lw=0, label="1 mHa")
+    plt.ylim(-5, 15)
     plt.xlabel("step")
-    plt.ylabel("|energy - literature|, mHa")
+    plt.ylabel("energy - literature, mHa")
     plt.title(f"{name.capitalize()} by variational Monte Carlo")
     plt.legend()
     plt.tight_layout()
@@ -206,7 +211,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         "seconds": time.process_time() - begin,
     }  # fmt: skip
     if options.picture:
-        draw(energies, atom, options.atom, options.picture)
+        draw(energies, energy, error, atom, options.atom, options.picture)
     if options.json:
         with open(options.json, "w") as file:
             json.dump(result, file, indent=1)

@@ -51,7 +51,7 @@ from .storage import (
     same_storage,
     write,
 )
-from .structured import Deferred, LowRank, Partial, Stacked, Tangents
+from .structured import Axes, Deferred, LowRank, Partial, Stacked, Tangents
 
 __all__ = [
     "LOSS",
@@ -61,6 +61,7 @@ __all__ = [
     "WORTH",
     "WRITTEN",
     "AllPairs",
+    "Axes",
     "Coefficients",
     "Deferred",
     "Derivatives",

@@ -5,10 +5,10 @@ coefficient is s the outer evaluation carries
 
     d_j x,   sum_j d_j² x,   d_j s,   sum_j d_j² s
 
-so that of the inner first coefficients ``d_i x`` nothing is new but ``d_j d_i x``, once for each pair i <= j: the outer
-first coefficients of s are ``d_j sum_i d_i² x = sum_i d_i² (d_j x)``. Of (D + 2)² channels 2 (D + 2) + D (D + 1) / 2 are
-left, 29 of 49 for D = 5. Linear operators with constants and elementwise functions keep this form; any other operator
-gets the full coefficients.
+so that of the inner first coefficients ``d_i x`` nothing is new but ``d_j d_i x``, once for each pair i <= j: outer
+first coefficients of s are ``d_j sum_i d_i² x = sum_i d_i² (d_j x)``.
+Of (D + 2)² channels 2 (D + 2) + D (D + 1) / 2 are left, 29 of 49 for D = 5. Linear operators with constants and
+elementwise functions keep this form; any other operator gets the full coefficients.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..jets import (
+    Axes,
     Coefficients,
     LowRank,
     PairStructure,
@@ -59,6 +60,8 @@ def bilinear(space: Space, form: Form, a: Any, b: Any, y: Tensor | None = None) 
         y1 = reflected(space, held, y, y2, cross)
         if y1 is not None:
             return make(y, y1, y2, space)
+    if isinstance(a1.held, Axes) and form is ROWS and plain(pb) and not (a2 or b1 or b2):
+        return make(y, Coefficients(space, 1, a1.held.times(pb), a1.rows), absent(space, 2), space)
     form = form.chosen(pa, pb, *(c.tensor for c in (a1, a2, b2) if c), b1.held)
     if isinstance(structured, LowRank):
         y1, y2 = _low_rank(space, form, pa, a1, pb, structured, b1.rows)
