@@ -235,3 +235,29 @@ def test_shared_directions_meet_a_weight_and_a_bias_that_move():
         rows = zip((x[0], w, b), h, strict=True)
         whole = torch.cat([torch.cat([block.reshape(of.numel(), -1) for block in row], 1) for of, row in rows])
         close(second[:, n], torch.einsum("ki,ij,kj->k", flat, whole, flat))
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_sampled_axes_are_columns_of_a_layer_and_vectors_elsewhere(chunk):
+    generator = torch.Generator().manual_seed(4)
+    x, y, w = (torch.randn(n, 5, dtype=torch.float64, generator=generator) for n in (6, 6, 3))
+    drawn = torch.randperm(10, generator=torch.Generator().manual_seed(5))[:4]
+    functions = (
+        lambda x, y: torch.tanh(torch.nn.functional.linear(x, w) - y @ w.t()).prod(1),
+        lambda x, y: (x * y).sin().sum(1) + (x @ w.t()).exp().sum(1),
+        lambda x, y: x[:, 1].exp() * y.reshape(-1).sin().reshape(6, 5).sum(1),
+    )
+    for f in functions:
+        again = torch.Generator().manual_seed(5)
+        found = jp.laplacian(f, (x, y), batch_dim=0, estimate="axes", samples=4, generator=again, chunk=chunk)
+        each = [
+            torch.func.hessian(lambda z, f=f: f(z[None, :5].expand(6, 5), z[None, 5:].expand(6, 5))[0])(
+                torch.cat([a, b])
+            )
+            for a, b in zip(x, y, strict=True)
+        ]
+        close(found, torch.stack(each).diagonal(dim1=1, dim2=2)[:, drawn].sum(1) * 10 / 4)
+    field = jp.divergence(
+        lambda x: (x @ w.t()).tanh() @ w, x, batch_dim=0, estimate="axes", samples=5, generator=torch.Generator()
+    )
+    close(field, jp.divergence(lambda x: (x @ w.t()).tanh() @ w, x, batch_dim=0))

@@ -1,6 +1,6 @@
 """Internal: tensors with derivatives, and their calculus."""
 
-from .calculus import Derivatives, add_jets, as_jet, chain, chain_many, elementwise, jointly, linear, multiply
+from .calculus import Derivatives, add_jets, as_jet, chain, chain_many, elementwise, jointly, linear, multiply, reshape
 from .coefficients import (
     Coefficients,
     absent,
@@ -33,6 +33,7 @@ from .jet import (
     who_detaches,
     whole,
 )
+from .mirrored import Mirrored, mirrored, reflected
 from .pairs import AllPairs, Diagonal, PairStructure, Planes, Star, Sums, Term
 from .space import LOSS, MODEL, PARAMETER, Key, Space
 from .sparsity import WORTH, Sparse
@@ -50,7 +51,7 @@ from .storage import (
     same_storage,
     write,
 )
-from .structured import Deferred, LowRank, Partial, Stacked, Tangents
+from .structured import Axes, Deferred, LowRank, Partial, Stacked, Tangents
 
 __all__ = [
     "LOSS",
@@ -60,6 +61,7 @@ __all__ = [
     "WORTH",
     "WRITTEN",
     "AllPairs",
+    "Axes",
     "Coefficients",
     "Deferred",
     "Derivatives",
@@ -67,6 +69,7 @@ __all__ = [
     "Jet",
     "Key",
     "LowRank",
+    "Mirrored",
     "PairStructure",
     "Partial",
     "Planes",
@@ -103,6 +106,7 @@ __all__ = [
     "linear",
     "make",
     "mark_view",
+    "mirrored",
     "multiply",
     "outer",
     "overwritten",
@@ -115,6 +119,8 @@ __all__ = [
     "promoted",
     "promotion_state",
     "promotions",
+    "reflected",
+    "reshape",
     "same_storage",
     "set_dispatcher",
     "symmetric",

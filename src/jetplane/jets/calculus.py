@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from . import infinite
-from .coefficients import Coefficients, absent, condensed, outer, plain, symmetric, writable
+from .coefficients import Coefficients, absent, condensed, outer, plain, reshaped, symmetric, writable
 from .coefficients import jointly as jointly_coefficients
-from .jet import Jet, carried, is_jet, make, parts, precise
+from .jet import Jet, carried, innermost, is_jet, make, parts, precise
+from .mirrored import curved, mirrored, reflected, squared
 from .pairs import Sums
 from .recorded import TraceChain
 from .space import Space
@@ -41,7 +42,18 @@ def linear(
         moves: whether f moves, repeats and picks elements, and does nothing else.
     """
     p, x1, x2 = parts(x, space)
-    return make(f(p), x1.moved(on_stack) if moves else x1.map(on_stack), x2.map(on_stack), space)
+    y, y2 = f(p), x2.map(on_stack)
+    if (held := mirrored(p, x1)) is not None:
+        y1 = reflected(space, held, y, y2, None if held.cross is None else on_stack(held.cross))
+        if y1 is not None:
+            return make(y, y1, y2, space)
+    return make(y, x1.moved(on_stack) if moves else x1.map(on_stack), y2, space)
+
+
+def reshape(space: Space, x: Any, shape: Sequence[int]) -> Tensor:
+    """Reshaped; where that takes copies of coefficients, they are in the memory of the evaluation."""
+    y = parts(x, space)[0].reshape(shape)
+    return linear(space, x, lambda _: y, lambda c: reshaped(space, c, (c.shape[0], *y.shape)), moves=True)
 
 
 def jointly(space: Space, xs: Sequence[Any], y: Tensor, on_stacks: Callable[..., Tensor]) -> Tensor:
@@ -125,7 +137,14 @@ def elementwise(
         if space.k == 1 and x1 and not x2 and writable(x1.tensor):
             y1 = x1.map(lambda c: quick(c[0].contiguous(), precise(p), precise(y))[None])
             return make(y, y1, absent(space, 2), space)
-    if blocks and p.numel() > BLOCK and not y.is_complex():
+    if (held := mirrored(p, x1)) is not None and blocks and not singular:
+        d1, d2 = of(p, y)
+        if d1 is None or d2 is None or d1.dtype == torch.bool:
+            return chain(space, x, y, d1, d2, singular)
+        y2 = (x2 * d1).plus(Coefficients(space, 2, squared(held)) * d2)
+        y1 = reflected(space, held, y, y2, curved(held, innermost(d1), innermost(d2)))
+        return chain(space, x, y, d1, d2, singular) if y1 is None else make(y, y1, y2, space)
+    if held is None and blocks and p.numel() > BLOCK and not y.is_complex():
         result = _in_blocks(space, p, x1, x2, y, of, singular)
         if result is not NotImplemented:
             return result

@@ -400,10 +400,6 @@ class Coefficients:
             return self.moved(lambda c: lift(c, ndim))
         return self if self.held is None or self.tensor.dim() > ndim else self._new(lift(self.tensor, ndim), False)
 
-    def reshaped(self, shape: Sequence[int]) -> Coefficients:
-        """Reshaped; where that takes a copy, it is in the memory of the evaluation."""
-        return self.moved(lambda c: reshaped(self.space, c, (c.shape[0], *shape)))
-
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> Coefficients:
         """In another dtype, on another device."""
         if self.held is None or (self.dtype == dtype and device is None):

@@ -172,6 +172,50 @@ class Stacked(Tangents):
 
 
 @final
+class Axes(Tangents):
+    """K coordinate directions of points (points, D), the same for all of them: products with a matrix pick its columns.
+
+    Args:
+        numbers: which coordinates, K of them.
+        like: the points.
+
+    >>> import torch
+    >>> Axes([2, 0], torch.ones(1, 3)).materialized()
+    tensor([[[0., 0., 1.]],
+    <BLANKLINE>
+            [[1., 0., 0.]]])
+    """
+
+    def __init__(self, numbers: Sequence[int], like: Tensor) -> None:
+        self.numbers, self.shape = list(numbers), torch.Size((len(numbers), *like.shape))
+        self.dtype, self.device = like.dtype, like.device
+
+    def materialized(self) -> Tensor:
+        """The tensor (K, points, D), expanded over the points."""
+        k, points, d = self.shape
+        stack = torch.zeros(k, d, dtype=self.dtype, device=self.device)
+        stack[range(k), self.numbers] = 1
+        return stack.unsqueeze(1).expand(k, points, d)
+
+    def times(self, weight: Tensor) -> Tensor:
+        """Products with the transpose of a matrix (outputs, D), (K, points, outputs), expanded over the points."""
+        columns = weight[:, torch.tensor(self.numbers, device=weight.device)].t().to(self.dtype).contiguous()
+        return columns.unsqueeze(1).expand(-1, self.shape[1], -1)
+
+    def to(self, dtype: torch.dtype) -> Axes:
+        """The same in another dtype."""
+        found = self[:]
+        found.dtype = dtype
+        return found
+
+    def __getitem__(self, directions: slice) -> Axes:
+        """A run of the K."""
+        found = Axes(self.numbers[directions], torch.empty((), dtype=self.dtype, device=self.device))
+        found.shape = torch.Size((len(found.numbers), *self.shape[1:]))
+        return found
+
+
+@final
 class Partial(Tangents):
     """K tangents of which only some are there; the others are zero and cost nothing.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..jets import (
+    Axes,
     Coefficients,
     LowRank,
     PairStructure,
@@ -30,10 +31,13 @@ from ..jets import (
     carried,
     is_jet,
     make,
+    mirrored,
     parts,
     plain,
     precise,
     primal,
+    reflected,
+    reshape,
     writable,
 )
 from .forms import BATCHED, ROWS, Convolution, Form, InPlace
@@ -50,6 +54,14 @@ def bilinear(space: Space, form: Form, a: Any, b: Any, y: Tensor | None = None) 
     half = y.dtype != carried(y.dtype)
     pa, pb = precise(pa), precise(pb)
     structured = b1.structured if form.by_rows else None
+    if (held := mirrored(pa, a1)) is not None and plain(pb):
+        y2 = _left(space, form, a2, pb)
+        cross = None if held.cross is None else form.chosen(held.cross, pb).left(space, held.cross, pb)
+        y1 = reflected(space, held, y, y2, cross)
+        if y1 is not None:
+            return make(y, y1, y2, space)
+    if isinstance(a1.held, Axes) and form is ROWS and plain(pb) and not (a2 or b1 or b2):
+        return make(y, Coefficients(space, 1, a1.held.times(pb), a1.rows), absent(space, 2), space)
     form = form.chosen(pa, pb, *(c.tensor for c in (a1, a2, b2) if c), b1.held)
     if isinstance(structured, LowRank):
         y1, y2 = _low_rank(space, form, pa, a1, pb, structured, b1.rows)
@@ -205,10 +217,10 @@ def _(space: Space, x: Any, weight: Any, bias: Any = None) -> Tensor:
     if by_pieces and not (is_jet(weight, space) or is_jet(bias, space)):
         return _of_pieces(space, x, weight, F.linear(primal(x, space), weight, bias))
     lead = x.shape[:-1]
-    rows = x if x.dim() == 2 else _shaped(space, x, (lead.numel(), x.shape[-1]))
+    rows = x if x.dim() == 2 else reshape(space, x, (lead.numel(), x.shape[-1]))
     y = F.linear(primal(rows, space), primal(weight, space), primal(bias, space))
     product = bilinear(space, ROWS, rows, weight, y) if bias is None else _biased(space, rows, weight, bias, y)
-    return product if x.dim() == 2 else _shaped(space, product, (*lead, weight.shape[0]))
+    return product if x.dim() == 2 else reshape(space, product, (*lead, weight.shape[0]))
 
 
 def _of_pieces(space: Space, x: Any, weight: Tensor, y: Tensor) -> Tensor:
@@ -221,12 +233,6 @@ def _of_pieces(space: Space, x: Any, weight: Tensor, y: Tensor) -> Tensor:
 
     _, x1, x2 = parts(x, space)
     return make(y, x1.map_pieces(product), x2.map_pieces(product), space)
-
-
-def _shaped(space: Space, x: Any, shape: Sequence[int]) -> Tensor:
-    """Reshaped; nobody writes to what a rule makes for itself, so that it need not be known for a view."""
-    p, x1, x2 = parts(x, space)
-    return make(p.reshape(shape), x1.reshaped(shape), x2.reshaped(shape), space)
 
 
 def _biased(space: Space, rows: Any, weight: Any, bias: Any, y: Tensor) -> Tensor:

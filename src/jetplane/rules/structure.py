@@ -31,6 +31,7 @@ from ..jets import (
     parts,
     plain,
     primal,
+    reshape,
 )
 from . import rounding
 from .registry import Rule, aten, declare, register
@@ -294,6 +295,8 @@ def _summing(op: Any, on_stack: Callable[..., Any]) -> Rule:
         def on_stacks(c: Tensor) -> Tensor:
             return on_stack(c, dim, keepdim, dtype=dtype)
 
+        if x1.sparse is None:
+            return linear(space, x, lambda _: y, on_stacks)
         share = y.numel() / max(p.numel(), 1) if on_stack is _mean else 1
         dims = [d - 1 if d > 0 else d for d in ups(dim, p[None])]
         return make(y, x1.summed(on_stacks, dims, keepdim, share), x2.map(on_stacks), space)
@@ -323,9 +326,7 @@ for _name, _rank in FOLDED.items():
 
 @register("reshape")
 def _(space: Space, x: Any, shape: Sequence[int]) -> Any:
-    p, x1, x2 = parts(x, space)
-    y = p.reshape(shape)
-    return make(y, x1.reshaped(y.shape), x2.reshaped(y.shape), space)
+    return reshape(space, x, shape)
 
 
 # --- sums over everything ---------------------------------------------------------------------

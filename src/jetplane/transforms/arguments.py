@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._torch import transform_around, tree_flatten, tree_unflatten
 from ..errors import ArgumentError, DeviceError, DTypeError, ShapeError
-from ..jets import WORTH, Jet, Partial, Sparse, Tangents, plain
+from ..jets import WORTH, Axes, Jet, Mirrored, Partial, Sparse, Tangents, plain
 
 Argnums = int | Sequence[int] | None
 Directions = list[Tensor | Tangents | None]  # K tangents for each tensor that moves; None where no direction moves it
@@ -174,9 +174,13 @@ class Call:
         k, start, found = len(numbers), 0, []
         for x, shape, size in zip(self.leaves, self.shapes, self.sizes, strict=True):
             rows = [n for n, d in enumerate(numbers) if start <= d < start + size]
-            stack = torch.zeros(len(rows), size, dtype=x.dtype, device=x.device)
-            stack[range(len(rows)), [numbers[n] - start for n in rows]] = 1
-            tangents = self.expanded(stack.reshape(-1, *shape))
+            own = [numbers[n] - start for n in rows]
+            if which is not None and self.batch_dim == 0 and x.dim() == 2 and not torch.compiler.is_compiling():
+                tangents = Axes(own, x)
+            else:
+                stack = torch.zeros(len(rows), size, dtype=x.dtype, device=x.device)
+                stack[range(len(rows)), own] = 1
+                tangents = self.expanded(stack.reshape(-1, *shape))
             start += size
             if not rows:
                 found.append(None)
@@ -196,6 +200,14 @@ class Call:
             start -= size
         return found
 
+    def axes_around(self, run: slice) -> Directions:
+        """`axes`, where the evaluation around this one moves the same tensors along all of them in the same order."""
+        outer = [x.space for x in self.leaves if isinstance(x, Jet) and x.space.level == 1]
+        apart = torch.compiler.is_compiling() or len(outer) < len(self.leaves)
+        if apart or any(space.k != run.stop - run.start or space.order == 1 for space in outer):
+            return self.axes(run)
+        return [Mirrored.seed(x) for x in self.leaves]
+
     def expanded(self, stack: Tensor) -> Tensor:
         """Directions (K, *shape at one point) that all points share, expanded over the points."""
         if self.batch_dim is None or self.points is None:
@@ -214,8 +226,7 @@ class Call:
         """``sum_k y_k . v_k`` at each point, of (k, *primal.shape) both."""
         if isinstance(v, Partial):
             y, v = y[list(v.rows)], v.tangents
-        assert isinstance(v, Tensor)
-        product = y * v
+        product = y * (v.materialized() if isinstance(v, Tangents) else v)
         return product.sum([d for d in range(product.dim()) if self.batch_dim is None or d != self.batch_dim + 1])
 
     def flat(self, tree: Any, what: str) -> list[Any]:

@@ -226,7 +226,9 @@ def bilaplacian(
     call = call_of("bilaplacian", f, primals, argnums, has_aux, batch_dim)
 
     def inner(*arguments: Any) -> Any:
-        return laplacian(f, arguments, argnums=call.argnums, has_aux=has_aux, batch_dim=batch_dim, chunk=call.size)
+        moving = call_of("bilaplacian", f, arguments, call.argnums, has_aux, batch_dim)
+        got = expanded(moving, moving.axes_around, call.size, None, Sums.trace)
+        return moving.result(got.tree([y[0] for y in got.second]), got.aux)
 
     outer = replace(call, f=inner)
     got = expanded(outer, call.axes, call.size, chunk, Sums.trace, width=call.size + 2)
