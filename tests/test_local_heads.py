@@ -1,6 +1,7 @@
 """Local heads: closed-form gradients of each layer's own loss, fast weights, and planes in every n-th step."""
 
 import copy
+import dataclasses
 import warnings
 
 import pytest
@@ -69,14 +70,34 @@ LOSSES = {
 def test_gradients_of_loss_functions_are_those_of_reverse_mode(name):
     function, z, target, settings = LOSSES[name]
     z = z.clone().requires_grad_()
-    (exact,) = torch.autograd.grad(function(z, target, **settings), z)
+    value = function(z, target, **settings)
+    weight = torch.rand(value.shape, generator=seeded(9), **DOUBLE)
+    (exact,) = torch.autograd.grad(value, z, weight)
     found = local_losses.met(function, (z.detach(), target), settings)
+    found = dataclasses.replace(found, weight=weight)
     assert found.rows * found.width == z.numel()
-    torch.testing.assert_close(found.own_gradient(), exact, rtol=1e-12, atol=1e-14)
+    rows = z.detach() if found.axis is None else z.detach().movedim(found.axis, -1)
+    gradient = found.gradient(rows.reshape(found.rows, found.width))
+    torch.testing.assert_close(found.shaped(gradient), exact, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("function", "link", "target"),
+    [
+        (F.nll_loss, lambda z: z.log_softmax(-1), torch.tensor([1, 0, 2])),
+        (F.binary_cross_entropy, torch.sigmoid, torch.eye(3, **DOUBLE)),
+        (F.kl_div, lambda z: z.log_softmax(-1), torch.eye(3, **DOUBLE)),
+    ],
+)
+def test_heads_put_out_numbers_that_become_what_the_loss_takes(function, link, target):
+    z = normal(3, 3).requires_grad_()
+    exact = torch.autograd.grad(function(link(z), target, reduction="sum"), z)[0]
+    found = local_losses.met(function, (link(z).detach(), target), {"reduction": "sum"})
+    torch.testing.assert_close(found.gradient(z.detach()), exact, rtol=1e-12, atol=1e-14)
 
 
 def test_other_losses_are_not_met():
-    assert local_losses.met(F.l1_loss, (torch.ones(2), torch.ones(2)), {}) is None
+    assert local_losses.met(F.triplet_margin_loss, (torch.ones(2, 2),) * 3, {}) is None
 
 
 # --- the layers' gradients ------------------------------------------------------------------------------------
@@ -133,7 +154,7 @@ CASES = {
         lambda: Tokens(pooled=False),
         lambda m: F.cross_entropy(m(CODES).flatten(0, 1), NEXT.flatten()),
         lambda m: {
-            "table": lambda y: y.flatten(0, 1), "norm": lambda y: y.flatten(0, 1),
+            "table": lambda y: m.norm(y).flatten(0, 1),
             "hidden": lambda y: F.gelu(y, approximate="tanh").flatten(0, 1),
         },
     ),
@@ -141,7 +162,7 @@ CASES = {
         lambda: Tokens(pooled=False),
         lambda m: F.cross_entropy(m(CODES).movedim(-1, 1), NEXT, reduction="sum"),
         lambda m: {
-            "table": lambda y: y.flatten(0, 1), "norm": lambda y: y.flatten(0, 1),
+            "table": lambda y: m.norm(y).flatten(0, 1),
             "hidden": lambda y: F.gelu(y, approximate="tanh").flatten(0, 1),
         },
     ),
@@ -149,7 +170,7 @@ CASES = {
         lambda: Tokens(pooled=True),
         lambda m: F.cross_entropy(m(CODES), LABELS),
         lambda m: {
-            "table": lambda y: y.mean(1), "norm": lambda y: y.mean(1),
+            "table": lambda y: m.norm(y).mean(1),
             "hidden": lambda y: F.gelu(y, approximate="tanh").mean(1),
         },
     ),
@@ -286,21 +307,33 @@ def test_heads_begin_as_linear_layers_do():
     assert 0 < first.abs().max() <= 7**-0.5 and first.unique().numel() == 24
 
 
+class Inner(nn.Module):
+    """A layer in the middle whose output has no part for each example."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean, self.out = nn.Linear(4, 5), nn.Linear(9, 3)
+
+    def forward(self, x):
+        h = self.mean(x.mean(0, keepdim=True)).relu()
+        return self.out(torch.cat([x, h.detach().expand(len(x), 5)], 1))
+
+
 def test_what_has_no_head_is_said():
-    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
-    with pytest.warns(jp.JetplaneWarning, match=r"2 of 6 parameters, shapes \[\(5,\), \(5,\)\]"):
+    model = Inner().double()
+    with pytest.warns(jp.JetplaneWarning, match=r"2 of 4 parameters, shapes \[\(5, 4\), \(5,\)\]"):
         LocalHeads().prepare(batch(lambda: F.cross_entropy(model(ROWS), LABELS), model), {})
 
 
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (lambda z: F.l1_loss(z, torch.zeros_like(z)), "calls l1_loss, of which none is known"),
-        (lambda z: z.square().sum(), "calls none"),
-        (lambda z: F.cross_entropy(z, LABELS) + F.mse_loss(z, z.detach()), "calls several"),
+        (lambda z: F.triplet_margin_loss(z, z + 1, z - 1), "calls triplet_margin_loss. Take"),
+        (lambda z: z.square().sum(), "calls none. Take"),
+        (lambda z: F.cross_entropy(z @ z.mT, torch.arange(6)), "made of several examples"),
     ],
 )
-def test_closures_without_one_known_loss_are_refused(loss, message):
+def test_closures_without_a_known_loss_are_refused(loss, message):
     model = nn.Linear(4, 3).double()
     opt = jp.optim.PlaneSearch(model.parameters(), model, gradient=LocalHeads())
     before = model.weight.detach().clone()
