@@ -79,7 +79,7 @@ def settings(task: str, seed: int, data_dir: Path | None) -> argparse.Namespace:
     """What `curves_of` takes, by the protocol; memory is measured with the first seed."""
     return argparse.Namespace(
         batch=None, clock=time.process_time, rates={}, sweep=False, sweep_seconds=0.0, seeds=[seed],
-        seconds=PROTOCOL[task].seconds, memory=seed == MAIN[0], threads=THREADS, data_dir=data_dir,
+        seconds=PROTOCOL[task].seconds, steps=[], memory=seed == MAIN[0], threads=THREADS, data_dir=data_dir,
     )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ from ..evaluation.side_effects import without_side_effects
 from .allocation import signature
 from .estimators import Batch, Estimate, Estimator, State, model_of
 from .local_losses import NAMES, LocalLoss, met
-from .tape import Node, Tape
+from .tape import Node, Tape, unwritten
 
 MOST = 4096  # features that a head reads of a row; of a layer with more, the means over positions
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam's steps of the heads
@@ -93,7 +93,7 @@ class LocalHeads(Estimator):
         model, known, heads = model_of(batch), state.get("heads", {}), {}
         generator = torch.Generator().manual_seed(batch.seed % 2**63)
         with without_side_effects():
-            found = _Pass(model, batch.params, {})
+            found = _Pass(model, batch.params, {}, closing=self.recompute)
             found.run(batch.closure)
             found.refuse_mixed_examples()
         for key, (width, features) in found.shapes().items():
@@ -121,13 +121,19 @@ class LocalHeads(Estimator):
         heads = {name: head["weight"] for name, head in state["heads"].items()}
         goals = None
         if self.recompute:
-            first = _Pass(model_of(batch), batch.params, {})
+            first = _Pass(model_of(batch), batch.params, {}, closing=True)
             with without_side_effects():
                 first.run(batch.closure)
             goals = [reading.goals for reading in first.readings]
         found = _Pass(model_of(batch), batch.params, heads, goals)
         with contextlib.nullcontext() if batch.plane is None else without_side_effects():
             found.run(batch.closure)
+        if found.unmet:
+            warnings.warn(
+                f"layers are called in another way than in the first step, without a head: {sorted(found.unmet)}",
+                JetplaneWarning,
+                stacklevel=2,
+            )
         total = found.total
         gradient = [total[id(p)].to(p.dtype) if id(p) in total else torch.zeros_like(p) for p in batch.params]
         return [*gradient, *(found.of_heads.get(n, torch.zeros_like(w)) for n, w in heads.items()), found.value]
@@ -177,6 +183,7 @@ class _Reading:
         channels: how many the layer put out along its second axis, or None where its features lie along the last one.
         number: how many functions had been met before.
         shape: of the tensor.
+        version: of the tensor.
         swapped: whether its first two axes have been swapped on the way, as attention does.
         goals: what its heads learn, once it is known.
     """
@@ -187,6 +194,7 @@ class _Reading:
     channels: int | None
     number: int
     shape: torch.Size
+    version: int
     swapped: bool
     goals: Sequence[_Goal] = ()
 
@@ -246,6 +254,8 @@ class _Pass(TorchFunctionMode):
         params: those that move.
         heads: weights (width, features + 1) by their names.
         earlier: goals of each reading, in their order, where they are known before.
+        closing: whether a tensor's reach ends where a head reads it. If not, what is made of it later is read too: the
+            stream that the blocks of a residual model add to.
 
     Attributes:
         total: gradients by the ids of parameters.
@@ -257,7 +267,7 @@ class _Pass(TorchFunctionMode):
 
     def __init__(
         self, model: nn.Module, params: Sequence[Tensor], heads: Mapping[str, Tensor],
-        earlier: Sequence[Sequence[_Goal]] | None = None,
+        earlier: Sequence[Sequence[_Goal]] | None = None, closing: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.total: dict[int, Tensor] = {}
@@ -272,9 +282,11 @@ class _Pass(TorchFunctionMode):
         self._names |= {id(p): f"parameter {i}" for i, p in enumerate(params) if id(p) not in self._names}
         self._heads = heads
         self._earlier = earlier
+        self._closing = closing or earlier is not None
         self._layers: dict[int, _Layer] = {}  # by the numbers of functions
         self._weights: set[Node] = set()  # what is made of parameters alone
         self._read: set[int] = set()  # functions with parameters whose outputs have been read
+        self._entered: dict[tuple[int, int], int] = {}  # results that have entered a layer; how many of each layer
         self._swapped: set[int] = set()  # functions whose result has its first two axes swapped
         self._unused: dict[int, Tensor] = {}  # layers' outputs that no function on the tape has taken yet
         self._losses: list[tuple[Node, Node, LocalLoss]] = []  # with the nodes of its input and its result
@@ -295,10 +307,11 @@ class _Pass(TorchFunctionMode):
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise LossError(f"the closure must return a scalar loss, got {type(value).__name__}")
         self.value = value.detach().reshape(())
-        for number, y in self._unused.items():
-            self._reads(y, number)
+        for y in self._unused.values():
+            self._reads(y)
         node = self._tape.node(value)
-        found = {} if node is None else self._tape.back({node: torch.ones_like(self.value).reshape(node.shape)})
+        own = {} if node is None else {node: torch.ones_like(self.value).reshape(node.shape)}
+        found = self._tape.back(own)
         losses = [(of, own, replace(loss, weight=found[own])) for of, own, loss in self._losses if own in found]
         if not losses:
             what = ", ".join(sorted(self._others)) or "none"
@@ -306,11 +319,14 @@ class _Pass(TorchFunctionMode):
                 f"local heads need a closure whose loss is made of loss functions out of {NAMES}; this one calls {what}"
                 ". Take jetplane.gradients.ActivityPerturbation()"
             )
-        self._add(found)
         if self._earlier is None:
             self._set_goals(losses)
             for reading in self.readings:
-                self._learn(reading)
+                node, g = reading.node, self._learned(reading)
+                if node is not None and g is not None:
+                    own[node] = own[node] + g if node in own else g
+            found = self._tape.back(own)  # once, however many heads there are above a layer
+        self._add(found)
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Width and number of features of each head."""
@@ -343,7 +359,7 @@ class _Pass(TorchFunctionMode):
         if layer:
             for t, node in nodes:
                 if node not in self._weights:
-                    self._reads(t, node.number)
+                    self._reads(t)
         if func in LOSSES:
             return self._loss(func, args, kwargs)
         along = self._weights.__contains__ if layer else self._is_open
@@ -358,7 +374,7 @@ class _Pass(TorchFunctionMode):
         return result
 
     def _is_open(self, node: Node) -> bool:
-        return node in self._weights or not node.calls <= self._read
+        return not self._closing or node in self._weights or not node.calls <= self._read
 
     def _note(
         self, outputs: Sequence[tuple[Tensor, Node]], func: Any, name: str, weights: Sequence[Tensor],
@@ -378,25 +394,29 @@ class _Pass(TorchFunctionMode):
                 one.calls = frozenset({node.number})
             self._unused[node.number] = y
 
-    def _reads(self, h: Tensor, number: int) -> None:
+    def _reads(self, h: Tensor) -> None:
         """A tensor enters a layer: a head reads it, and its reach ends."""
         node = self._tape.node(h)
-        if node is None or node.calls <= self._read or not node.dtype.is_floating_point:
+        if node is None or not self._is_open(node) or (node.number, node.place) in self._entered:
             return
         known = [self._layers[n] for n in node.calls if n in self._layers]
         if not known:
             return
-        self._read |= node.calls
         last = max(known, key=lambda layer: layer.number)
+        self._read |= node.calls
+        self._entered[node.number, node.place] = last.number
+        count = list(self._entered.values()).count(last.number)
         now = self._earlier is not None
         keep = bool(self._heads) and not now
-        reading = _Reading(
-            last.name, node, h, last.channels, self._tape.number, h.shape, node.number in self._swapped
-        )  # fmt: skip
+        name = last.name if count == 1 else f"{last.name}, place {count}"
+        swapped = node.number in self._swapped
+        reading = _Reading(name, node, h, last.channels, self._tape.number, h.shape, h._version, swapped)
         self.readings.append(reading)
         if now and len(self.readings) <= len(self._earlier or ()):
             reading.goals = (self._earlier or ())[len(self.readings) - 1]
-            self._learn(reading)
+            g = self._learned(reading)
+            if g is not None:
+                self._add(self._tape.back({node: g}))
         if not keep:
             reading.h = reading.node = None
 
@@ -434,8 +454,8 @@ class _Pass(TorchFunctionMode):
     def _goal(self, of: Node, loss: LocalLoss, reading: _Reading) -> _Goal:
         last = self._last(of)
         swap = last is not None and last.swapped != reading.swapped and len(reading.shape) > 2
-        a, b, *rest = (*reading.shape, 0, 0)
-        shape = torch.Size((b, a, *rest[:-2])) if swap else reading.shape
+        axes = reading.shape
+        shape = torch.Size((axes[1], axes[0], *axes[2:])) if swap else axes
         return _Goal(loss, swap, None if last is None else self._positions(of, loss, last, shape))
 
     def _positions(self, of: Node, loss: LocalLoss, last: _Layer, shape: torch.Size) -> _Positions | None:
@@ -495,31 +515,29 @@ class _Pass(TorchFunctionMode):
                     "jetplane.gradients.ActivityPerturbation()"
                 )
 
-    def _learn(self, reading: _Reading) -> None:
-        """Add up what a reading's heads give, and let go of it."""
-        h, node, total = reading.h, reading.node, None
-        if h is None or node is None:
-            return
-        for place, goal in enumerate(reading.goals):
+    def _learned(self, reading: _Reading) -> Tensor | None:
+        """The gradient of a reading's losses at what its heads read, which is let go; their own are added up."""
+        h, total = reading.h, None
+        reading.h = reading.node = None
+        for place, goal in enumerate(reading.goals if h is not None else ()):
             features = _features(reading, goal)
-            if features is None:
+            if features is None or h is None:
                 continue
             key = _key(reading.name, place, (goal.loss.width, features), {n: _sizes(w) for n, w in self._heads.items()})
-            if key not in self._heads:
+            if key in self._heads:
+                g = self._through(key, unwritten(h, reading.version), reading, goal)
+                total = g if total is None else total + g
+            else:
                 self.unmet.add(key)
-                continue
-            g = self._through(key, h, reading, goal)
-            total = g if total is None else total + g
-        if total is not None:
-            self._add(self._tape.back({node: total}))
-        reading.h = reading.node = None
+        return total
 
     def _through(self, key: str, h: Tensor, reading: _Reading, goal: _Goal) -> Tensor:
         """The gradient of the head's loss at what it reads; the head's own is added up."""
         head = self._heads[key]
         with DisableTorchFunction(), no_dispatch():
-            features, unread = _read(h, reading.channels, goal)
-            features = features.to(head.dtype)
+            read = _read(h, reading.channels, goal)
+            assert read is not None  # see `_features`
+            features, unread = read[0].to(head.dtype), read[1]
             weight, bias = head[:, :-1], head[:, -1]
             e = goal.loss.gradient(torch.addmm(bias, features, weight.mT)).to(head.dtype)
             own = torch.cat([e.mT @ features, e.sum(0).unsqueeze(1)], 1)
@@ -559,22 +577,25 @@ def _read(h: Tensor, channels: int | None, goal: _Goal) -> Read | None:
     """The numbers of a tensor, by the rows of a loss."""
     if goal.swap:
         found = _read(h.transpose(0, 1), channels, goal._replace(swap=False))
-        return found and (found[0], lambda g: found[1](g).transpose(0, 1))
+        if found is None:
+            return None
+        features, unread = found
+        return features, lambda g: unread(g).transpose(0, 1)
     rows, positions, shape = goal.loss.rows, goal.positions, h.shape
     if h.dim() < 2:
         single = rows == 1 and h.dim() == 1
         return (h.unsqueeze(0), lambda g: g.squeeze(0)) if single else None
-    first = channels is not None and h.dim() > 2 and shape[1] == channels
-    if not first and positions is not None and positions.shape == shape[:-1]:
+    first = channels if channels is not None and h.dim() > 2 and shape[1] == channels else None
+    if first is None and positions is not None and positions.shape == shape[:-1]:
         return _at(h, positions.of_rows)
-    if first and h.numel() // channels == rows != shape[0]:
+    if first is not None and h.numel() // first == rows != shape[0]:
         last_first = h.movedim(1, -1)
         return last_first.reshape(rows, -1), lambda g: g.reshape(last_first.shape).movedim(-1, 1)
-    if not first and shape[:-1].numel() == rows and (channels is None or h.dim() > 2):
+    if first is None and shape[:-1].numel() == rows and (channels is None or h.dim() > 2):
         return h.reshape(rows, -1), lambda g: g.reshape(shape)
     if shape[0] != rows:
         return None
-    if not first and h.dim() > 2:
+    if first is None and h.dim() > 2:
         count = shape[1:-1].numel()
         means = h.reshape(rows, count, -1).mean(1)
         return means, lambda g: (g / count).unsqueeze(1).expand(-1, count, -1).reshape(shape)

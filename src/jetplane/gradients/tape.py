@@ -110,7 +110,7 @@ class Tape:
     def _recorded(self, func: Any, flat: list[Any], spec: Any, at: dict[int, Node], written: bool, own: bool) -> Any:
         target, results, plain = flat[0] if written else None, [], []
         # Hooks of the user's, as checkpoints set them, would run the model again on the way back.
-        with DisableTorchFunction(), no_dispatch(), autograd(), saved_tensors_hooks(_same, _same):
+        with DisableTorchFunction(), no_dispatch(), autograd(), saved_tensors_hooks(_kept, _taken):
             starts = [flat[i].detach().requires_grad_() for i in at]
             flat = list(flat)
             for i, start in zip(at, starts, strict=True):
@@ -137,10 +137,7 @@ class Tape:
             met = [(e, c) for e, c in zip(results, cotangents, strict=True) if c is not None]
             edges, given = [e for e, _ in met], [c for _, c in met]
             with DisableTorchFunction(), no_dispatch(), autograd():
-                try:
-                    return torch.autograd.grad(edges, starts, given, retain_graph=True, allow_unused=True)
-                except RuntimeError as error:
-                    raise _overwritten(error) from error
+                return torch.autograd.grad(edges, starts, given, retain_graph=True, allow_unused=True)
 
         self._add(plain, list(at.values()), back, own)
         return found
@@ -207,24 +204,33 @@ def _closed(slope: Callable[[Tensor, Tensor], Tensor], y: Tensor) -> Back:
     version = y._version
 
     def back(cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        if y._version != version:
-            raise _overwritten(None)
         (c,) = cotangents
-        return [None if c is None else slope(c, y)]
+        return [None if c is None else slope(c, unwritten(y, version))]
 
     return back
 
 
-def _same(x: Any) -> Any:
-    return x
+def _kept(x: Tensor) -> tuple[Tensor, int]:
+    """What a derivative needs, detached, as a result would else keep itself alive."""
+    x = x.detach()
+    return x, x._version
 
 
-def _overwritten(error: RuntimeError | None) -> Exception:
-    if error is not None and "inplace" not in str(error):
-        return error
-    return ArgumentError(
-        "the model writes to a tensor that the derivative of an earlier function needs, as torch's backward would say "
-        "too: write to a copy of it, or take jetplane.gradients.ActivityPerturbation()"
+def _taken(kept: tuple[Tensor, int]) -> Tensor:
+    return unwritten(*kept)
+
+
+def unwritten(x: Tensor, version: int) -> Tensor:
+    """A tensor that was kept.
+
+    Raises:
+        ArgumentError: something has been written to it since.
+    """
+    if x._version == version:
+        return x
+    raise ArgumentError(
+        "the model writes to a tensor that the derivative of an earlier function needs, which torch's backward would "
+        "refuse too: write to a copy of it, or take jetplane.gradients.ActivityPerturbation()"
     )
 
 
