@@ -33,7 +33,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,12 @@ def forward_seconds(task: Task, batch: int, clock: Callable[[], float]) -> float
 
 def run(
     task: Task, curve: LearningCurve, method: Method, batch: int, clock: Callable[[], float], forward: float,
-    scored: bool = True, least: int = 1,
+    scored: bool = True, least: int = 1, at: Sequence[int] = (),
 ) -> LearningCurve:  # fmt: skip
     """Train for the budget of the curve, or for ``least`` steps if they take longer.
 
-    Scores are taken at times that grow by a third, and their time does not count. An interrupt ends the run; its rows
+    Scores are taken at times that grow by a third, or after the steps in ``at``, the last of which then ends the run.
+    Their time does not count. An interrupt ends the run; its rows
     so far are kept.
     """
     torch.manual_seed(curve.seed)
@@ -116,11 +117,13 @@ def run(
             curve.status = "diverged: the loss is not finite"
             break
         steps += 1
-        if seconds >= due or steps == 1:
+        if steps in at:
+            note()
+        elif not at and (seconds >= due or steps == 1):
             note()
             marks = (curve.budget / 16, curve.budget / 4)  # where tables compare
             due = next((t for t in marks if seconds < t < seconds * 4 / 3), seconds * 4 / 3)
-        if seconds >= curve.budget and steps >= least:
+        if steps == max(at) if at else seconds >= curve.budget and steps >= least:
             break
     if curve.rows[-1]["steps"] != steps or curve.status != "finished":
         note()
@@ -202,6 +205,7 @@ def arguments() -> argparse.Namespace:
     add("--ablations", nargs="*", choices=list(ABLATIONS), help="none named: all of them")
     add("--data-dir", type=Path, help="folder of MNIST's files, or JETPLANE_MNIST")
     add("--seconds", type=float, default=60.0, help="of training, each method")
+    add("--steps", nargs="+", type=int, default=[], help="score after these steps instead, and end with the last")
     add("--batch", type=int, help="another batch size than the tasks' own")
     add("--seeds", nargs="+", type=int, default=[0])
     add("--rate", action="append", default=[], metavar="METHOD=RATE", help="another rate")
@@ -268,7 +272,7 @@ def curves_of(task: Task, name: str, method: str, how: Method, args: argparse.Na
         )  # fmt: skip
     out = []
     for seed in args.seeds:
-        done = run(task, curve(seed, rate, args.seconds), how, batch, args.clock, forward)
+        done = run(task, curve(seed, rate, args.seconds), how, batch, args.clock, forward, at=args.steps)
         done.sweep, done.sweep_seconds, done.memory = tried, args.sweep_seconds if tried else 0.0, memory
         print(f"{name}, {method}, seed {seed}: {json.dumps(done.rows[-1])} {done.status}", file=sys.stderr)
         out.append(done)

@@ -41,7 +41,7 @@ OUT = ROOT / "docs" / "results" / "forward_only"
 THREADS = 1
 COSINE_STEPS = 200  # of training, after which estimates are held against the gradient
 BACKPROP = {ADAM, FAST_ADAM, CHECKPOINTED, label("sgd")}
-BASE = label("fgd")  # where the gap to backprop begins
+BASE = label("fgd")  # where the gap to backprop begins, if it has runs
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def settings(task: str, seed: int, data_dir: Path | None) -> argparse.Namespace:
     """What `curves_of` takes, by the protocol; memory is measured with the first seed."""
     return argparse.Namespace(
         batch=None, clock=time.process_time, rates={}, sweep=False, sweep_seconds=0.0, seeds=[seed],
-        seconds=PROTOCOL[task].seconds, memory=seed == MAIN[0], threads=THREADS, data_dir=data_dir,
+        seconds=PROTOCOL[task].seconds, steps=[], memory=seed == MAIN[0], threads=THREADS, data_dir=data_dir,
     )  # fmt: skip
 
 
@@ -200,14 +200,21 @@ _ESTIMATES: dict[str, Callable[[Task, nn.Module, list[Any]], Estimates]] = {
 # --- the page -------------------------------------------------------------------------------------------------
 
 
-def gap_closed(curves: list[LearningCurve]) -> dict[str, float]:
-    """For each forward-only method what part of the way from `BASE` to the better Adam it has gone at the end."""
+def gap_closed(curves: list[LearningCurve]) -> tuple[str, dict[str, float]]:
+    """What part of the way to the better Adam each forward-only method has gone at the end.
+
+    Returns:
+        Where the way begins, at `BASE` or, where that has no run, at the untrained model; and the parts by methods.
+    """
     ends = {method: fmean(c.rows[-1]["measure"] for c in own) for method, own in by_method(curves).items()}
     best = [ends[m] for m in (ADAM, FAST_ADAM) if m in ends]
-    if BASE not in ends or not best:
-        return {}
-    goal, start = max(best), ends[BASE]
-    return {m: (v - start) / (goal - start) for m, v in ends.items() if m not in BACKPROP | {BASE}}
+    if not best:
+        return BASE, {}
+    goal = (max if curves[0].measure == "accuracy" else min)(best)
+    begin, start = (BASE, ends[BASE]) if BASE in ends else ("the untrained model", curves[0].rows[0]["measure"])
+    if goal == start:
+        return begin, {}
+    return begin, {m: (v - start) / (goal - start) for m, v in ends.items() if m not in BACKPROP | {BASE}}
 
 
 def ahead(name: str, curves: list[LearningCurve]) -> str:
@@ -261,10 +268,10 @@ def page(held: dict[str, Any], results: Results) -> str:
         lines += [f"Runs of the protocol that are still to be made: {lacking}.", ""]
     for name, curves in results.items():
         lines += [f"## {name}", "", table(name, curves), ""]
-        gaps = gap_closed(curves)
+        begin, gaps = gap_closed(curves)
         if gaps:
             lines += [
-                f"Part of the gap from {BASE} to the better Adam that is closed at the end: "
+                f"Part of the gap from {begin} to the better Adam that is closed at the end: "
                 + "; ".join(f"{m} {100 * v:.1f} %" for m, v in gaps.items())
                 + ".",
                 "",

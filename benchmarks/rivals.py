@@ -37,6 +37,7 @@ Closure = Callable[[], Tensor]
 Step = Callable[[Closure, Batch], Any]  # a step on a batch, and the loss before it
 PLANE = "plane-search"
 HEADS = f"{PLANE}, local heads"
+EACH = f"{HEADS}, a plane in each step"
 MONO, GRAPE, AGZO = "local heads, Adam", "aligned feedback (GrAPE)", "AGZO"
 ADAM, CHECKPOINTED = "Adam, backprop", "Adam, checkpointed"
 FAST_MONO, FAST_ADAM = f"{MONO} at 3e-3", f"{ADAM} at 3e-3"  # the rate of our own fast weights
@@ -259,9 +260,12 @@ _FOMOH = {"": methods.METHODS["fomoh"].rates["mlp"]} | {
 _SEQUENTIAL = ("logreg", "mlp", "cnn")
 _PAPER: dict[str, Any] = {"tasks": _SEQUENTIAL, "source": "FOMOH_SRC"}
 
+LEAN = [Averages(decays=(0.9,)), PreviousStep()]
+
 METHODS: dict[str, Method] = {
     PLANE: Method(plane_search(), None),
-    HEADS: Method(plane_search(gradient=LocalHeads()), None, tasks=(*_SEQUENTIAL, "characters")),
+    HEADS: Method(plane_search(gradient=LocalHeads()), None, tasks=(*_SEQUENTIAL, "characters", "lora")),
+    EACH: Method(plane_search(gradient=LocalHeads(rate=1e-2), subspace=LEAN), None, tasks=("characters", "lora")),
     MONO: Method(local(MonoForward), {"": 1e-3}, tasks=_SEQUENTIAL),
     FAST_MONO: Method(local(MonoForward), {"": 3e-3}, tasks=_SEQUENTIAL),
     GRAPE: Method(local(AlignedFeedback), {"": 1e-3}, tasks=_SEQUENTIAL),

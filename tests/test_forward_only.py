@@ -26,8 +26,17 @@ CURVES = [
 
 
 def test_the_gap_is_from_forward_gradients_to_the_better_adam():
-    assert forward_only.gap_closed(CURVES) == pytest.approx({HEADS: 0.96, MONO: 0.92})
-    assert forward_only.gap_closed(CURVES[:2]) == {}
+    begin, parts = forward_only.gap_closed(CURVES)
+    assert begin == "FGD" and parts == pytest.approx({HEADS: 0.96, MONO: 0.92})
+    assert forward_only.gap_closed(CURVES[:2])[1] == {}
+
+
+def test_without_forward_gradients_the_gap_is_from_the_untrained_model():
+    begin, parts = forward_only.gap_closed(CURVES[:3])
+    assert begin == "the untrained model" and parts == pytest.approx({HEADS: 0.86 / 0.84, MONO: 1.0})
+    errors = [curve(m, values, measure="error") for m, values in ((HEADS, (4, 3, 3, 2.5)), (ADAM, (4, 3, 2.5, 2)))]
+    errors.append(curve(FAST_ADAM, (4, 3, 3, 3), measure="error"))
+    assert forward_only.gap_closed(errors)[1] == pytest.approx({HEADS: 0.75})
 
 
 def test_at_each_time_the_best_of_each_kind_is_named_in_order():

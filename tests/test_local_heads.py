@@ -1,6 +1,7 @@
 """Local heads: closed-form gradients of each layer's own loss, fast weights, and planes in every n-th step."""
 
 import copy
+import dataclasses
 import warnings
 
 import pytest
@@ -69,14 +70,34 @@ LOSSES = {
 def test_gradients_of_loss_functions_are_those_of_reverse_mode(name):
     function, z, target, settings = LOSSES[name]
     z = z.clone().requires_grad_()
-    (exact,) = torch.autograd.grad(function(z, target, **settings), z)
+    value = function(z, target, **settings)
+    weight = torch.rand(value.shape, generator=seeded(9), **DOUBLE)
+    (exact,) = torch.autograd.grad(value, z, weight)
     found = local_losses.met(function, (z.detach(), target), settings)
+    found = dataclasses.replace(found, weight=weight)
     assert found.rows * found.width == z.numel()
-    torch.testing.assert_close(found.own_gradient(), exact, rtol=1e-12, atol=1e-14)
+    rows = z.detach() if found.axis is None else z.detach().movedim(found.axis, -1)
+    gradient = found.gradient(rows.reshape(found.rows, found.width))
+    torch.testing.assert_close(found.shaped(gradient), exact, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("function", "link", "target"),
+    [
+        (F.nll_loss, lambda z: z.log_softmax(-1), torch.tensor([1, 0, 2])),
+        (F.binary_cross_entropy, torch.sigmoid, torch.eye(3, **DOUBLE)),
+        (F.kl_div, lambda z: z.log_softmax(-1), torch.eye(3, **DOUBLE)),
+    ],
+)
+def test_heads_put_out_numbers_that_become_what_the_loss_takes(function, link, target):
+    z = normal(3, 3).requires_grad_()
+    exact = torch.autograd.grad(function(link(z), target, reduction="sum"), z)[0]
+    found = local_losses.met(function, (link(z).detach(), target), {"reduction": "sum"})
+    torch.testing.assert_close(found.gradient(z.detach()), exact, rtol=1e-12, atol=1e-14)
 
 
 def test_other_losses_are_not_met():
-    assert local_losses.met(F.l1_loss, (torch.ones(2), torch.ones(2)), {}) is None
+    assert local_losses.met(F.triplet_margin_loss, (torch.ones(2, 2),) * 3, {}) is None
 
 
 # --- the layers' gradients ------------------------------------------------------------------------------------
@@ -133,7 +154,7 @@ CASES = {
         lambda: Tokens(pooled=False),
         lambda m: F.cross_entropy(m(CODES).flatten(0, 1), NEXT.flatten()),
         lambda m: {
-            "table": lambda y: y.flatten(0, 1), "norm": lambda y: y.flatten(0, 1),
+            "table": lambda y: m.norm(y).flatten(0, 1),
             "hidden": lambda y: F.gelu(y, approximate="tanh").flatten(0, 1),
         },
     ),
@@ -141,7 +162,7 @@ CASES = {
         lambda: Tokens(pooled=False),
         lambda m: F.cross_entropy(m(CODES).movedim(-1, 1), NEXT, reduction="sum"),
         lambda m: {
-            "table": lambda y: y.flatten(0, 1), "norm": lambda y: y.flatten(0, 1),
+            "table": lambda y: m.norm(y).flatten(0, 1),
             "hidden": lambda y: F.gelu(y, approximate="tanh").flatten(0, 1),
         },
     ),
@@ -149,7 +170,7 @@ CASES = {
         lambda: Tokens(pooled=True),
         lambda m: F.cross_entropy(m(CODES), LABELS),
         lambda m: {
-            "table": lambda y: y.mean(1), "norm": lambda y: y.mean(1),
+            "table": lambda y: m.norm(y).mean(1),
             "hidden": lambda y: F.gelu(y, approximate="tanh").mean(1),
         },
     ),
@@ -286,27 +307,322 @@ def test_heads_begin_as_linear_layers_do():
     assert 0 < first.abs().max() <= 7**-0.5 and first.unique().numel() == 24
 
 
+class Inner(nn.Module):
+    """A layer in the middle whose output has no part for each example."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean, self.out = nn.Linear(4, 5), nn.Linear(9, 3)
+
+    def forward(self, x):
+        h = self.mean(x.mean(0, keepdim=True)).relu()
+        return self.out(torch.cat([x, h.detach().expand(len(x), 5)], 1))
+
+
 def test_what_has_no_head_is_said():
-    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
-    with pytest.warns(jp.JetplaneWarning, match=r"2 of 6 parameters, shapes \[\(5,\), \(5,\)\]"):
+    model = Inner().double()
+    with pytest.warns(jp.JetplaneWarning, match=r"2 of 4 parameters, shapes \[\(5, 4\), \(5,\)\]"):
         LocalHeads().prepare(batch(lambda: F.cross_entropy(model(ROWS), LABELS), model), {})
 
 
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (lambda z: F.l1_loss(z, torch.zeros_like(z)), "calls l1_loss, of which none is known"),
-        (lambda z: z.square().sum(), "calls none"),
-        (lambda z: F.cross_entropy(z, LABELS) + F.mse_loss(z, z.detach()), "calls several"),
+        (lambda z: F.triplet_margin_loss(z, z + 1, z - 1), "calls triplet_margin_loss. Take"),
+        (lambda z: z.square().sum(), "calls none. Take"),
+        (lambda z: F.cross_entropy(z @ z.mT, torch.arange(6)), "made of several examples"),
     ],
 )
-def test_closures_without_one_known_loss_are_refused(loss, message):
+def test_closures_without_a_known_loss_are_refused(loss, message):
     model = nn.Linear(4, 3).double()
     opt = jp.optim.PlaneSearch(model.parameters(), model, gradient=LocalHeads())
     before = model.weight.detach().clone()
     with pytest.raises(jp.ArgumentError, match=message):
         opt.step(lambda: loss(model(ROWS)))
     assert torch.equal(model.weight, before) and opt.state["jetplane"]["step"] == 0
+
+
+# --- closures as people write them ----------------------------------------------------------------------------
+
+
+def measured(model, closure, recompute=False):
+    """Gradients by the parameters' names, and the heads."""
+    given, estimator = batch(closure, model), LocalHeads(recompute=recompute)
+    state = with_random_heads(estimator, given)
+    with torch.no_grad():
+        found = estimator.measure(given, state)
+    names = [name for name, _ in model.named_parameters()]
+    return dict(zip(names, found, strict=False)), {n: h["weight"] for n, h in state["heads"].items()}
+
+
+def reverse(loss, model):
+    named = dict(model.named_parameters())
+    return dict(zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True), strict=True))
+
+
+def local(head, features):
+    return features @ head[:, :-1].mT + head[:, -1]
+
+
+def close(found, exact):
+    torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-11)
+
+
+def perceptron(outputs=3, **settings):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, outputs, **settings)).double()
+
+
+SIGNS = (ROWS[:, :3] > 0).double()
+KEPT = torch.tensor([1.0, 0, 1, 1, 0, 2], **DOUBLE)
+TAILS = {  # of the output z
+    "several labels": lambda z: F.binary_cross_entropy_with_logits(z, SIGNS, pos_weight=WEIGHT[:3]),
+    "probabilities": lambda z: F.binary_cross_entropy(torch.sigmoid(z), SIGNS),
+    "log-probabilities": lambda z: F.nll_loss(F.log_softmax(z, 1), LABELS, ignore_index=1),
+    "robust": lambda z: F.huber_loss(z, ROWS[:, :3], delta=0.5) + F.smooth_l1_loss(z, SIGNS),
+    "masked": lambda z: (F.cross_entropy(z, LABELS, reduction="none") * KEPT).sum() / KEPT.sum(),
+    "scaled": lambda z: -3 * F.cross_entropy(z, LABELS, weight=WEIGHT[:3], label_smoothing=0.1) / 2,
+    "squashed": lambda z: F.mse_loss(torch.sigmoid(z), SIGNS),
+    "beside another term": lambda z: F.cross_entropy(z, LABELS) + 0.1 * z.logsumexp(1).square().mean(),
+    "one number each": lambda z: F.mse_loss(z[:, 0], ROWS[:, 0]),
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", TAILS)
+def test_the_last_layer_has_the_exact_gradient_whatever_is_made_of_its_output(name, recompute):
+    model = perceptron()
+    closure = lambda: TAILS[name](model(ROWS))  # noqa: E731
+    found, heads = measured(model, closure, recompute)
+    exact = reverse(closure(), model)
+    close(found["2.weight"], exact["2.weight"])
+    close(found["2.bias"], exact["2.bias"])
+    assert heads and found["0.weight"].any()
+    if name in ("several labels", "masked", "scaled", "robust"):  # the head's loss is the closure's
+        (head, *more) = heads.values()
+        z = local(head, model[:2](ROWS))
+        loss = TAILS[name](z) if not more else F.huber_loss(z, ROWS[:, :3], delta=0.5) + F.smooth_l1_loss(
+            local(more[0], model[:2](ROWS)), SIGNS
+        )  # fmt: skip
+        close(found["0.weight"], reverse(loss, model)["0.weight"])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_micro_batches_are_added_up_and_share_heads(recompute):
+    model = perceptron()
+    parts = list(zip(ROWS.split(2), LABELS.split(2), strict=True))
+    found, heads = measured(model, lambda: sum(F.cross_entropy(model(x), y) for x, y in parts) / 3, recompute)
+    whole, same = measured(model, lambda: F.cross_entropy(model(ROWS), LABELS))
+    assert list(heads) == list(same) == ["0"]
+    for name, g in whole.items():
+        close(found[name], g)
+
+
+def test_each_of_two_losses_has_a_head_and_its_weight():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"trunk": nn.Linear(4, 7), "a": nn.Linear(7, 3), "b": nn.Linear(7, 2)}).double()
+
+    def closure():
+        h = model["trunk"](ROWS).tanh()
+        F.mse_loss(h, torch.ones_like(h))  # looked at, and no part of the loss
+        return F.cross_entropy(model["a"](h), LABELS) + 0.25 * F.mse_loss(model["b"](h), ROWS[:, :2])
+
+    found, heads = measured(model, closure)
+    h = model["trunk"](ROWS).tanh()
+    first, second = heads["trunk"], heads["trunk, loss 2"]
+    loss = F.cross_entropy(local(first, h), LABELS) + 0.25 * F.mse_loss(local(second, h), ROWS[:, :2])
+    close(found["trunk.weight"], reverse(loss, model)["trunk.weight"])
+    exact = reverse(closure(), model)
+    close(found["a.weight"], exact["a.weight"])
+    close(found["b.weight"], exact["b.weight"])
+
+
+def test_terms_of_parameters_alone_are_exact():
+    model = perceptron()
+    plain, _ = measured(model, lambda: F.cross_entropy(model(ROWS), LABELS))
+    decayed, _ = measured(
+        model, lambda: F.cross_entropy(model(ROWS), LABELS) + 0.1 * sum(p.square().sum() for p in model.parameters())
+    )
+    for name, p in model.named_parameters():
+        close(decayed[name], plain[name] + 0.2 * p.detach())
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [
+        lambda z: (z[:, :-1].reshape(-1, 3), NEXT[:, 1:].reshape(-1)),
+        lambda z: (z.transpose(0, 1).reshape(-1, 3), NEXT.T.reshape(-1)),
+        lambda z: (z[NEXT > 0], NEXT[NEXT > 0]),
+        lambda z: (z[:, -1], NEXT[:, -1]),
+        lambda z: (z[:, 1:].transpose(1, 2), NEXT[:, 1:]),
+    ],
+)
+def test_heads_read_the_positions_that_the_loss_takes(taken):
+    torch.manual_seed(0)
+    model = Tokens(pooled=False).double()
+    found, heads = measured(model, lambda: F.cross_entropy(*taken(model(CODES))))
+    h = F.gelu(model.hidden(model.norm(model.table(CODES)).detach()), approximate="tanh")
+    loss = F.cross_entropy(*taken(local(heads["hidden"], h)))
+    close(found["hidden.weight"], reverse(loss, model)["hidden.weight"])
+
+
+class Residual(nn.Module):
+    """Two blocks that add to a stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.start, self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.norm, self.out = nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.start(x)
+        h = h + self.a(h).relu()
+        return self.out(self.norm(h + self.b(h).relu()))
+
+
+def test_heads_of_a_residual_model_read_the_stream():
+    torch.manual_seed(0)
+    model = Residual().double()
+    found, heads = measured(model, lambda: F.cross_entropy(model(ROWS), LABELS))
+    assert list(heads) == ["start", "a", "b"]
+    h0 = model.start(ROWS)
+    h1 = h0 + model.a(h0.detach()).relu()
+    h2 = h1 + model.b(h1.detach()).relu()
+    reads = {"start": h0, "a": h1, "b": model.norm(h2)}
+    loss = sum(F.cross_entropy(local(heads[name], h), LABELS) for name, h in reads.items())
+    exact = reverse(loss, model)
+    for name in ("start.weight", "a.weight", "b.weight", "norm.weight"):
+        close(found[name], exact[name])
+
+
+class Attending(nn.Module):
+    """Attention, whose positions come first inside of torch's module."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.attention = nn.Embedding(9, 6), nn.MultiheadAttention(6, 2, batch_first=True)
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.table(x)
+        return self.out(h + self.attention(h, h, h, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_heads_keep_the_order_of_positions_that_attention_swaps(recompute):
+    torch.manual_seed(0)
+    model = Attending().double()
+    codes, targets = CODES[:5], NEXT[:5]  # as many sequences as positions
+    found, heads = measured(model, lambda: F.cross_entropy(model(codes).flatten(0, 1), targets.flatten()), recompute)
+    table = model.table(codes)
+    part = model.attention(*[table.detach()] * 3, need_weights=False)[0]
+    stream = part if recompute else table + part  # where a head's reach ends at the first layer, the stream is not read
+    stream = stream + table.detach() if recompute else stream
+    z = [
+        local(heads["table"], table),
+        local(heads["attention.out_proj" if "attention.out_proj" in heads else "attention"], stream),
+    ]
+    loss = sum(F.cross_entropy(y.flatten(0, 1), targets.flatten()) for y in z)
+    exact = reverse(loss, model)
+    close(found["table.weight"], exact["table.weight"])
+    close(found["attention.in_proj_weight"], exact["attention.in_proj_weight"])
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.out = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.out(self.cell(x.unsqueeze(1))[0][:, -1])
+
+
+def test_layers_of_every_kind_have_estimates():
+    torch.manual_seed(0)
+    model = Recurrent().double()
+    found, heads = measured(model, lambda: F.cross_entropy(model(ROWS), LABELS))
+    loss = F.cross_entropy(local(heads["cell"], model.cell(ROWS.unsqueeze(1))[0][:, -1]), LABELS)
+    close(found["cell.weight_ih_l0"], reverse(loss, model)["cell.weight_ih_l0"])
+
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 1)).double()
+    pixels = torch.randint(3, (6, 7, 7), generator=seeded(0))
+    found, heads = measured(model, lambda: F.cross_entropy(model(IMAGES), pixels))
+    loss = F.cross_entropy(local(heads["0"], model[:3](IMAGES).movedim(1, -1)).movedim(-1, 1), pixels)
+    exact = reverse(loss, model)
+    for name in ("0.weight", "1.weight", "1.bias"):
+        close(found[name], exact[name])
+
+    torch.manual_seed(0)
+    bare = nn.ParameterList([torch.randn(7, 4, **DOUBLE), torch.randn(3, 7, **DOUBLE)])
+    found, heads = measured(bare, lambda: F.cross_entropy((ROWS @ bare[0].T).relu() @ bare[1].T, LABELS))
+    (head,) = heads.values()
+    close(found["0"], reverse(F.cross_entropy(local(head, (ROWS @ bare[0].T).relu()), LABELS), bare)["0"])
+
+    model = perceptron()
+    nn.utils.parametrizations.weight_norm(model[0])
+    found, heads = measured(model, lambda: F.cross_entropy(model(ROWS), LABELS))
+    (head,) = heads.values()
+    exact = reverse(F.cross_entropy(local(head, model[:2](ROWS)), LABELS), model)
+    close(found["0.parametrizations.weight.original1"], exact["0.parametrizations.weight.original1"])
+
+
+def test_one_example_without_an_axis_for_it():
+    model = perceptron()
+    found, _ = measured(model, lambda: F.cross_entropy(model(ROWS[0]), LABELS[0]))
+    same, _ = measured(model, lambda: F.cross_entropy(model(ROWS[:1]), LABELS[:1]))
+    for name, g in same.items():
+        close(found[name], g)
+
+
+def test_checkpoints_and_the_closures_own_no_grad():
+    model = perceptron()
+    exact, _ = measured(model, lambda: F.cross_entropy(model(ROWS), LABELS))
+    checkpoint = torch.utils.checkpoint.checkpoint
+    found, _ = measured(model, lambda: F.cross_entropy(checkpoint(model, ROWS, use_reentrant=False), LABELS))
+    for name, g in exact.items():
+        close(found[name], g)
+
+    def watched():
+        h = model[:2](ROWS)
+        with torch.no_grad():
+            assert h.numpy().shape == (6, 7) and float(h.mean()) >= 0
+            model(ROWS)
+        return F.cross_entropy(model[2](h), LABELS)
+
+    found, _ = measured(model, watched)
+    for name, g in exact.items():
+        close(found[name], g)
+
+
+@pytest.mark.parametrize("write", ["activation", "input"])
+def test_what_is_written_to_later_is_an_error(write):
+    model = perceptron()
+
+    def closure():
+        h = model[0](ROWS).relu() if write == "activation" else model[0](ROWS) * 1.0
+        z = model[2](h)
+        h += 1
+        return F.cross_entropy(z, LABELS) + 0 * h.sum()
+
+    with pytest.raises(jp.ArgumentError, match="writes to a tensor"):
+        measured(model, closure)
+
+
+def test_layers_that_the_first_step_has_not_called_are_said():
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)]).double()
+    calls = []
+
+    def closure():
+        calls.append(0)
+        h = model[0](ROWS).relu()
+        return F.cross_entropy(model[2](model[1](h).relu() if len(calls) > 2 else h), LABELS)
+
+    given, estimator = batch(closure, model), LocalHeads()
+    with pytest.warns(jp.JetplaneWarning, match="2 of 6 parameters"):
+        state = estimator.prepare(given, {})
+    with torch.no_grad(), pytest.warns(jp.JetplaneWarning, match="without a head: .'1'"):
+        estimator.measure(given, state)
 
 
 # --- fast weights -----------------------------------------------------------------------------------------------

@@ -18,27 +18,25 @@ Sources: Nøkland and Eidnes, "Training neural networks with local error signals
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from .._torch import DisableTorchFunction, no_dispatch, transform_level, tree_leaves
 from ..errors import ArgumentError, JetplaneWarning, LossError
 from ..evaluation.interception import LOSSES
-from ..evaluation.leaving import plain_run
+from ..evaluation.leaving import HARMLESS, plain_run
 from ..evaluation.side_effects import without_side_effects
-from ..rules.elementwise import SLOPES
-from ..rules.registry import aten
 from .allocation import signature
 from .estimators import Batch, Estimate, Estimator, State, model_of
-from .layers import PerturbableLayer, layer_of, owned, parameters_of, perturbed_modules
 from .local_losses import NAMES, LocalLoss, met
-from .passes import hooked
+from .tape import Node, Tape, unwritten
 
 MOST = 4096  # features that a head reads of a row; of a layer with more, the means over positions
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam's steps of the heads
@@ -87,22 +85,30 @@ class LocalHeads(Estimator):
         return signature(model, params)
 
     def prepare(self, batch: Batch, state: State) -> State:
-        """See `Estimator`: one pass tells which layers have a head, and how large it is."""
-        found = _Pass(model_of(batch), batch.params, {})
-        with without_side_effects():
-            loss = found.run(batch.closure)
-        known, heads = state.get("heads", {}), {}
+        """See `Estimator`: a pass tells which heads there are and how large, another which parameters they reach.
+
+        Raises:
+            ArgumentError: the closure calls no known loss function, or one that compares examples with each other.
+        """
+        model, known, heads = model_of(batch), state.get("heads", {}), {}
         generator = torch.Generator().manual_seed(batch.seed % 2**63)
-        for name, features in found.features(loss).items():
-            shape = (loss.width, features + 1)
-            old = known.get(name)
+        with without_side_effects():
+            found = _Pass(model, batch.params, {}, closing=self.recompute)
+            found.run(batch.closure)
+            found.refuse_mixed_examples()
+        for key, (width, features) in found.shapes().items():
+            shape = (width, features + 1)
+            old = known.get(key)
             fits = old is not None and tuple(old["weight"].shape) == shape
             # As torch's linear layers begin. Heads of zeros would tell all outputs of a layer the same.
             drawn = (2 * torch.rand(shape, generator=generator, dtype=_dtype(batch)) - 1) / features**0.5
             weight = drawn.to(batch.params[0].device)
             zeros = torch.zeros_like(weight)
-            heads[name] = old if fits else {"weight": weight, "average": zeros, "square": zeros}
-        _say_what_is_left(found.covered(loss), batch.params)
+            heads[key] = old if fits else {"weight": weight, "average": zeros, "square": zeros}
+        with without_side_effects():
+            found = _Pass(model, batch.params, {key: head["weight"] for key, head in heads.items()})
+            found.run(batch.closure)
+        _say_what_is_left(set(found.total), batch.params)
         return {"heads": heads, "steps": state.get("steps", 0)}
 
     def shapes(self, batch: Batch, state: State) -> Sequence[torch.Size]:
@@ -113,14 +119,21 @@ class LocalHeads(Estimator):
     def measure(self, batch: Batch, state: State) -> Sequence[Tensor]:
         """See `Estimator`."""
         heads = {name: head["weight"] for name, head in state["heads"].items()}
-        targets = None
+        goals = None
         if self.recompute:
-            first = _Pass(model_of(batch), batch.params, {})
+            first = _Pass(model_of(batch), batch.params, {}, closing=True)
             with without_side_effects():
-                targets = first.run(batch.closure)
-        found = _Pass(model_of(batch), batch.params, heads, targets)
+                first.run(batch.closure)
+            goals = [reading.goals for reading in first.readings]
+        found = _Pass(model_of(batch), batch.params, heads, goals)
         with contextlib.nullcontext() if batch.plane is None else without_side_effects():
             found.run(batch.closure)
+        if found.unmet:
+            warnings.warn(
+                f"layers are called in another way than in the first step, without a head: {sorted(found.unmet)}",
+                JetplaneWarning,
+                stacklevel=2,
+            )
         total = found.total
         gradient = [total[id(p)].to(p.dtype) if id(p) in total else torch.zeros_like(p) for p in batch.params]
         return [*gradient, *(found.of_heads.get(n, torch.zeros_like(w)) for n, w in heads.items()), found.value]
@@ -144,13 +157,13 @@ def _say_what_is_left(covered: set[int], params: Sequence[Tensor]) -> None:
     left = [tuple(p.shape) for p in params if id(p) not in covered]
     if len(left) == len(params):
         raise ArgumentError(
-            "no layer has a local head: heads read the outputs of layers that jetplane.gradients.register_layer knows, "
-            "with as many rows as the loss has. Take jetplane.gradients.ActivityPerturbation()"
+            "no layer has a local head: heads read the outputs of functions that take parameters, where they have a "
+            "part for each row of the loss. Take jetplane.gradients.ActivityPerturbation()"
         )
     if left:
         warnings.warn(
             f"{len(left)} of {len(params)} parameters, shapes {left}, belong to no layer with a local head, and have "
-            "no estimate of their gradient: they stay. jetplane.gradients.register_layer makes layers known",
+            "no estimate of their gradient: they stay",
             JetplaneWarning,
             stacklevel=2,
         )
@@ -160,229 +173,464 @@ def _say_what_is_left(covered: set[int], params: Sequence[Tensor]) -> None:
 
 
 @dataclass(eq=False)
-class _Call:
-    """A call of a layer, and what the model makes of its output.
+class _Reading:
+    """What a head reads.
 
     Attributes:
-        name: of the layer.
-        module: it.
-        x: its input.
-        y: its output; None once it has gone through a function.
-        h: what has become of it so far.
-        back: for each function on the way the product with its transposed derivative, first the first.
+        name: of the head.
+        node: of the tensor that it reads.
+        h: the tensor; None once it has been read.
+        channels: how many the layer put out along its second axis, or None where its features lie along the last one.
+        number: how many functions had been met before.
+        shape: of the tensor.
+        version: of the tensor.
+        swapped: whether its first two axes have been swapped on the way, as attention does.
+        goals: what its heads learn, once it is known.
     """
 
     name: str
-    module: nn.Module
-    x: Tensor
-    y: Tensor | None
-    h: Tensor
-    back: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
+    node: Node | None
+    h: Tensor | None
+    channels: int | None
+    number: int
+    shape: torch.Size
+    version: int
+    swapped: bool
+    goals: Sequence[_Goal] = ()
+
+
+class _Goal(NamedTuple):
+    """A loss that a head learns.
+
+    Attributes:
+        loss: it.
+        swap: whether the first two axes of what is read are the other way round than in what the loss takes.
+        positions: which position of what is read each of its rows is; None where they are in order.
+    """
+
+    loss: LocalLoss
+    swap: bool
+    positions: _Positions | None
+
+
+class _Positions(NamedTuple):
+    """Which position of a layer's output each row of a loss comes from.
+
+    Attributes:
+        shape: of the positions.
+        of_rows: the index of one among them, (rows,).
+    """
+
+    shape: torch.Size
+    of_rows: Tensor
+
+
+class _Layer(NamedTuple):
+    """A call of a function with parameters.
+
+    Attributes:
+        name: of the module that owns them.
+        number: of the function.
+        channels: how many there are along the second axis of its result, or None.
+        shape: of its result.
+        start: address of its result.
+        swapped: see `_Reading`.
+    """
+
+    name: str
+    number: int
+    channels: int | None
+    shape: torch.Size
+    start: int
+    swapped: bool
 
 
 @final
 class _Pass(TorchFunctionMode):
-    """A pass of a closure in which layers are met, functions of their outputs, and the loss function.
+    """A pass of a closure in which layers are met, functions of their outputs, and loss functions.
 
     Args:
-        model: holds the layers.
+        model: holds the layers, and names them.
         params: those that move.
-        heads: weights (width, features + 1) by the names of layers.
-        targets: the loss, where it is known before.
+        heads: weights (width, features + 1) by their names.
+        earlier: goals of each reading, in their order, where they are known before.
+        closing: whether a tensor's reach ends where a head reads it. If not, what is made of it later is read too: the
+            stream that the blocks of a residual model add to.
 
     Attributes:
         total: gradients by the ids of parameters.
         of_heads: gradients of the heads' weights.
         value: the closure's loss.
+        readings: in the order in which they were met.
+        unmet: heads that would be needed and are not there.
     """
 
     def __init__(
-        self, model: nn.Module, params: Sequence[Tensor], heads: dict[str, Tensor], targets: LocalLoss | None = None
-    ) -> None:
+        self, model: nn.Module, params: Sequence[Tensor], heads: Mapping[str, Tensor],
+        earlier: Sequence[Sequence[_Goal]] | None = None, closing: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.total: dict[int, Tensor] = {}
         self.of_heads: dict[str, Tensor] = {}
         self.value = torch.zeros(())
-        self._names = {module: name for name, module in perturbed_modules(model, params).items()}
+        self.readings: list[_Reading] = []
+        self.unmet: set[str] = set()
+        self._tape = Tape()
         self._params = params
         self._moving = {id(p) for p in params}
+        self._names = {id(p): name.rpartition(".")[0] for name, p in model.named_parameters()}
+        self._names |= {id(p): f"parameter {i}" for i, p in enumerate(params) if id(p) not in self._names}
         self._heads = heads
-        self._targets = targets
-        self._open: list[_Call] = []  # calls that are not done with
-        self._losses: list[LocalLoss] = []
+        self._earlier = earlier
+        self._closing = closing or earlier is not None
+        self._layers: dict[int, _Layer] = {}  # by the numbers of functions
+        self._weights: set[Node] = set()  # what is made of parameters alone
+        self._read: set[int] = set()  # functions with parameters whose outputs have been read
+        self._entered: dict[tuple[int, int], int] = {}  # results that have entered a layer; how many of each layer
+        self._swapped: set[int] = set()  # functions whose result has its first two axes swapped
+        self._unused: dict[int, Tensor] = {}  # layers' outputs that no function on the tape has taken yet
+        self._losses: list[tuple[Node, Node, LocalLoss]] = []  # with the nodes of its input and its result
         self._others: set[str] = set()
+        self._found: dict[tuple[int, int], _Positions | None] = {}
 
-    def run(self, closure: Callable[[], Any]) -> LocalLoss:
+    # --- the closure is run ---------------------------------------------------------------------------------
+
+    def run(self, closure: Callable[[], Any]) -> None:
         """Run the closure.
 
         Raises:
-            ArgumentError: it calls no loss function that is known, or several.
+            ArgumentError: it calls no loss function that is known.
             LossError: it returns no scalar.
         """
-        with plain_run(self._params, again=True), hooked(self._after, self._names), self:
+        with plain_run(self._params, again=True), self:
             value = closure()
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise LossError(f"the closure must return a scalar loss, got {type(value).__name__}")
         self.value = value.detach().reshape(())
-        if len(self._losses) != 1:
-            what = "several" if self._losses else f"{', '.join(sorted(self._others)) or 'none'}, of which none is known"
+        for y in self._unused.values():
+            self._reads(y)
+        node = self._tape.node(value)
+        own = {} if node is None else {node: torch.ones_like(self.value).reshape(node.shape)}
+        found = self._tape.back(own)
+        losses = [(of, own, replace(loss, weight=found[own])) for of, own, loss in self._losses if own in found]
+        if not losses:
+            what = ", ".join(sorted(self._others)) or "none"
             raise ArgumentError(
-                f"local heads need a closure that calls one loss function out of {NAMES}; this one calls {what}. "
-                "Take jetplane.gradients.ActivityPerturbation()"
+                f"local heads need a closure whose loss is made of loss functions out of {NAMES}; this one calls {what}"
+                ". Take jetplane.gradients.ActivityPerturbation()"
             )
-        (loss,) = self._losses
-        if self._heads:
-            self._finish(loss, last=True)
-        return loss
+        if self._earlier is None:
+            self._set_goals(losses)
+            for reading in self.readings:
+                node, g = reading.node, self._learned(reading)
+                if node is not None and g is not None:
+                    own[node] = own[node] + g if node in own else g
+            found = self._tape.back(own)  # once, however many heads there are above a layer
+        self._add(found)
 
-    def features(self, loss: LocalLoss) -> dict[str, int]:
-        """How many numbers of a row each layer's head reads; layers that need none, or have none, are not there."""
-        read = {call.name: _read(call, loss.rows) for call in self._open if not _is_output(call, loss)}
-        return {name: found[0].shape[1] for name, found in read.items() if found is not None}
-
-    def covered(self, loss: LocalLoss) -> set[int]:
-        """The ids of parameters that will have a gradient."""
-        named = self.features(loss)
-        calls = [call for call in self._open if call.name in named or _is_output(call, loss)]
-        return owned({call.name: call.module for call in calls})
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Width and number of features of each head."""
+        found: dict[str, tuple[int, int]] = {}
+        for reading in self.readings:
+            for place, goal in enumerate(reading.goals):
+                features = _features(reading, goal)
+                if features is not None:
+                    shape = goal.loss.width, features
+                    found[_key(reading.name, place, shape, found)] = shape
+        return found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in HARMLESS or not torch.is_grad_enabled() or transform_level() is not None:
+            return func(*args, **kwargs)
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        leaves = [t for t in tensors if id(t) in self._moving]
+        nodes = [(t, node) for t in tensors if (node := self._tape.node(t)) is not None]
+        weights = [t for t in tensors if isinstance(t, nn.Parameter) or id(t) in self._moving]
+        weights += [t for t, node in nodes if node in self._weights]
+        if not weights and not nodes:
+            return func(*args, **kwargs)
+        if any(type(t) not in (Tensor, nn.Parameter, nn.Buffer) for t in tensors):
+            return func(*args, **kwargs)
+        for _, node in nodes:
+            self._unused.pop(node.number, None)
+        name = getattr(func, "__name__", "")
+        layer = name not in _JOINING and any(w.dim() > 1 for w in weights) and len(weights) < len(tensors)
+        if layer:
+            for t, node in nodes:
+                if node not in self._weights:
+                    self._reads(t)
         if func in LOSSES:
-            loss = met(func, args, kwargs)
-            if loss is None:
-                self._others.add(func.__name__)
+            return self._loss(func, args, kwargs)
+        along = self._weights.__contains__ if layer else self._is_open
+        result = self._tape.run(func, args, kwargs, leaves, along)
+        if any(node.number in self._swapped for _, node in nodes) != _swaps(name, args, kwargs):
+            self._swapped.add(self._tape.number)
+        outputs = [(y, node) for y in tree_leaves(result) if (node := self._tape.node(y)) is not None]
+        if len(weights) == len(tensors):
+            self._weights |= {node for _, node in outputs}
+        elif outputs:
+            self._note(outputs, func, name, weights, leaves, layer)
+        return result
+
+    def _is_open(self, node: Node) -> bool:
+        return not self._closing or node in self._weights or not node.calls <= self._read
+
+    def _note(
+        self, outputs: Sequence[tuple[Tensor, Node]], func: Any, name: str, weights: Sequence[Tensor],
+        leaves: Sequence[Tensor], layer: bool,
+    ) -> None:  # fmt: skip
+        """Keep what heads have to know of a function with parameters."""
+        y, node = outputs[0]
+        before = max((self._layers[n] for n in node.calls if n in self._layers), key=lambda c: c.number, default=None)
+        if layer or (weights and before is None):
+            named = [self._names[id(w)] for w in (*leaves, *weights) if id(w) in self._names]
+            channels = y.shape[1] if _CHANNELS.search(name) and y.dim() > 2 else None
+            label = named[0] if named else "layer"
+            self._layers[node.number] = _Layer(
+                label, node.number, channels, y.shape, y.data_ptr(), node.number in self._swapped
+            )
+            for _, one in outputs if layer else ():  # also where its weights were made of parameters before
+                one.calls = frozenset({node.number})
+            self._unused[node.number] = y
+
+    def _reads(self, h: Tensor) -> None:
+        """A tensor enters a layer: a head reads it, and its reach ends."""
+        node = self._tape.node(h)
+        if node is None or not self._is_open(node) or (node.number, node.place) in self._entered:
+            return
+        known = [self._layers[n] for n in node.calls if n in self._layers]
+        if not known:
+            return
+        last = max(known, key=lambda layer: layer.number)
+        self._read |= node.calls
+        self._entered[node.number, node.place] = last.number
+        count = list(self._entered.values()).count(last.number)
+        now = self._earlier is not None
+        keep = bool(self._heads) and not now
+        name = last.name if count == 1 else f"{last.name}, place {count}"
+        swapped = node.number in self._swapped
+        reading = _Reading(name, node, h, last.channels, self._tape.number, h.shape, h._version, swapped)
+        self.readings.append(reading)
+        if now and len(self.readings) <= len(self._earlier or ()):
+            reading.goals = (self._earlier or ())[len(self.readings) - 1]
+            g = self._learned(reading)
+            if g is not None:
+                self._add(self._tape.back({node: g}))
+        if not keep:
+            reading.h = reading.node = None
+
+    def _loss(self, func: Any, args: Any, kwargs: Any) -> Any:
+        of = self._tape.node(args[0] if args else kwargs.get("input"))
+        last = None if of is None else self._last(of)
+        channels = last is not None and last.channels is not None
+        loss = met(func, args, kwargs, channels, single=last is not None and len(last.shape) == 1)
+        result = self._tape.run(func, args, kwargs, along=self._is_open)
+        own = self._tape.node(result)
+        if loss is None:
+            self._others.add(func.__name__)
+        elif of is not None and own is not None:
+            self._losses.append((of, own, loss))
+        return result
+
+    def _last(self, node: Node) -> _Layer | None:
+        """The last layer from which a tensor comes."""
+        return max((self._layers[n] for n in node.calls if n in self._layers), key=lambda c: c.number, default=None)
+
+    # --- heads learn ----------------------------------------------------------------------------------------
+
+    def _set_goals(self, losses: Sequence[tuple[Node, Node, LocalLoss]]) -> None:
+        """Each reading's losses: those met before its layer is called for another part of the batch."""
+        for i, reading in enumerate(self.readings):
+            later = [(of, own, loss) for of, own, loss in losses if own.number > reading.number]
+            if not later:
+                continue
+            first = later[0][1].number
+            again = [r.number for r in self.readings[i + 1 :] if r.name == reading.name and r.number > first]
+            end = min(again, default=self._tape.number + 1)
+            those = [(of, loss) for of, own, loss in later if own.number <= end]
+            reading.goals = [self._goal(of, loss, reading) for of, loss in those]
+
+    def _goal(self, of: Node, loss: LocalLoss, reading: _Reading) -> _Goal:
+        last = self._last(of)
+        swap = last is not None and last.swapped != reading.swapped and len(reading.shape) > 2
+        axes = reading.shape
+        shape = torch.Size((axes[1], axes[0], *axes[2:])) if swap else axes
+        return _Goal(loss, swap, None if last is None else self._positions(of, loss, last, shape))
+
+    def _positions(self, of: Node, loss: LocalLoss, last: _Layer, shape: torch.Size) -> _Positions | None:
+        """Which positions of the last layer's output the rows of a loss are, where a reading has the same positions."""
+        if last.channels is not None or last.shape[:-1] != shape[:-1] or len(shape) < 2:
+            return None
+        output, axis = loss.output, loss.axis
+        rows = output if axis is None else output.movedim(axis, -1)
+        in_order = rows.is_contiguous() and rows.data_ptr() == last.start and rows.numel() == last.shape.numel()
+        if in_order or (len(shape) == 2 and loss.rows == shape[0]):
+            return None
+        key = id(loss.output), last.number
+        if key not in self._found:
+            self._found[key] = self._followed(of, loss, last)
+        return self._found[key]
+
+    def _followed(self, of: Node, loss: LocalLoss, last: _Layer) -> _Positions | None:
+        """The same by the way back, along which the first number of each row carries the row's index."""
+        marks = torch.zeros(loss.rows, loss.width, dtype=of.dtype, device=loss.output.device)
+        marks[:, 0] = 1
+        whole = self._tape.back({of: loss.shaped(marks)})
+        at = next((node for node in whole if node.number == last.number and node.place == 0), None)
+        if at is None or not bool(((whole[at] == 0) | (whole[at] == 1)).all()):
+            return None
+        base = 2**20 if of.dtype in (torch.float32, torch.float64) else 2**7  # whole numbers that are exact
+        indices, place, found = torch.arange(loss.rows, device=marks.device), 1, 0
+        while place <= loss.rows:
+            digits = (indices // place % base).to(marks.dtype)
+            found = found + self._tape.back({of: loss.shaped(marks * digits.unsqueeze(1))})[at].sum(-1).long() * place
+            place *= base
+        taken = whole[at].sum(-1).flatten().nonzero().squeeze(1)
+        if len(taken) != loss.rows:
+            return None
+        order = torch.as_tensor(found).flatten()[taken]
+        return _Positions(last.shape[:-1], torch.empty_like(taken).scatter_(0, order, taken))
+
+    def refuse_mixed_examples(self) -> None:
+        """Raise where a row of a loss is made of several examples: a head's row is of one.
+
+        Raises:
+            ArgumentError: it is.
+        """
+        for of, _, loss in self._losses:
+            last = self._last(of)
+            if last is None or loss.rows < 2 or len(last.shape) < 2:
+                continue
+            marks = torch.zeros(loss.rows, loss.width, dtype=of.dtype, device=loss.output.device)
+            marks[0] = 1
+            whole = self._tape.back({of: loss.shaped(marks)})
+            at = next((c for node, c in whole.items() if node.number == last.number and node.place == 0), None)
+            axes = () if at is None else range(min(at.dim() - 1, 2))
+            met = [int((at != 0).movedim(i, 0).flatten(1).any(1).sum()) for i in axes if at is not None]
+            if met and min(met) > 1:
+                raise ArgumentError(
+                    f"a row of what {loss.function.__name__} takes is made of several examples, as where each is "
+                    "compared with all others, and heads look at one alone. Take "
+                    "jetplane.gradients.ActivityPerturbation()"
+                )
+
+    def _learned(self, reading: _Reading) -> Tensor | None:
+        """The gradient of a reading's losses at what its heads read, which is let go; their own are added up."""
+        h, total = reading.h, None
+        reading.h = reading.node = None
+        for place, goal in enumerate(reading.goals if h is not None else ()):
+            features = _features(reading, goal)
+            if features is None or h is None:
+                continue
+            key = _key(reading.name, place, (goal.loss.width, features), {n: _sizes(w) for n, w in self._heads.items()})
+            if key in self._heads:
+                g = self._through(key, unwritten(h, reading.version), reading, goal)
+                total = g if total is None else total + g
             else:
-                self._losses.append(loss)
-            return func(*args, **kwargs)
-        call = None
-        if args and isinstance(args[0], Tensor):
-            call = next((c for c in reversed(self._open) if c.h is args[0]), None)
-        follow = None if call is None else _FOLLOWED.get(getattr(func, "__name__", ""))
-        if call is None or follow is None:
-            return func(*args, **kwargs)
-        h, back = follow(func, args, kwargs)
-        if back is not None:
-            call.h, call.y = h, None  # of which nothing but the next layer's input need be kept
-            call.back.append(back)
-        return h
+                self.unmet.add(key)
+        return total
 
-    def _after(self, module: nn.Module, number: int, x: Tensor, y: Tensor) -> None:
-        if self._targets is not None and self._heads:
-            self._finish(self._targets, last=False)
-        self._open.append(_Call(self._names[module], module, x, y, y))
+    def _through(self, key: str, h: Tensor, reading: _Reading, goal: _Goal) -> Tensor:
+        """The gradient of the head's loss at what it reads; the head's own is added up."""
+        head = self._heads[key]
+        with DisableTorchFunction(), no_dispatch():
+            read = _read(h, reading.channels, goal)
+            assert read is not None  # see `_features`
+            features, unread = read[0].to(head.dtype), read[1]
+            weight, bias = head[:, :-1], head[:, -1]
+            e = goal.loss.gradient(torch.addmm(bias, features, weight.mT)).to(head.dtype)
+            own = torch.cat([e.mT @ features, e.sum(0).unsqueeze(1)], 1)
+            self.of_heads[key] = self.of_heads[key] + own if key in self.of_heads else own
+            return unread(e @ weight)
 
-    def _finish(self, loss: LocalLoss, last: bool) -> None:
-        """Add up what the open calls give, and let go of them."""
-        for call in self._open:
-            layer = layer_of(call.module)
-            assert layer is not None
-            if last and _is_output(call, loss):
-                self._add(call, layer, _in_place_of(call.h, loss))
-            elif call.name in self._heads and (read := _read(call, loss.rows)) is not None:
-                self._add(call, layer, self._through(call, self._heads[call.name], loss, *read))
-        self._open = []
-
-    def _through(
-        self, call: _Call, head: Tensor, loss: LocalLoss, features: Tensor, unread: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """The gradient of the head's loss at the layer's output; the head's own is added up."""
-        features = features.to(head.dtype)
-        weight, bias = head[:, :-1], head[:, -1]
-        e = loss.gradient(torch.addmm(bias, features, weight.mT))
-        own = torch.cat([e.mT @ features, e.sum(0).unsqueeze(1)], 1)
-        self.of_heads[call.name] = self.of_heads[call.name] + own if call.name in self.of_heads else own
-        g = unread(e @ weight)
-        for back in reversed(call.back):
-            g = back(g)
-        return g
-
-    def _add(self, call: _Call, layer: PerturbableLayer, cotangent: Tensor) -> None:
-        products = layer.vjp(call.module, call.x, cotangent)
-        for name, p in parameters_of(call.module, layer).items():
-            if id(p) in self._moving:
-                g = products[name]
-                self.total[id(p)] = self.total[id(p)] + g if id(p) in self.total else g
+    def _add(self, found: Mapping[Node, Tensor]) -> None:
+        for node, g in found.items():
+            if node.tensor is not None:
+                key = id(node.tensor)
+                self.total[key] = self.total[key] + g if key in self.total else g
 
 
-def _is_output(call: _Call, loss: LocalLoss) -> bool:
-    """Whether the loss function takes the layer's output itself, in whatever shape."""
-    y, output = call.y, loss.output
-    return y is not None and y.numel() == output.numel() and y.data_ptr() == output.data_ptr()
+def _sizes(weight: Tensor) -> tuple[int, int]:
+    return weight.shape[0], weight.shape[1] - 1
 
 
-def _in_place_of(y: Tensor, loss: LocalLoss) -> Tensor:
-    """The loss's gradient at a tensor of which its output is a view."""
-    output, gradient = loss.output, loss.own_gradient()
-    found = torch.empty_strided(output.shape, output.stride(), dtype=gradient.dtype, device=gradient.device)
-    return found.copy_(gradient).as_strided(y.shape, y.stride())
+def _key(name: str, place: int, shape: tuple[int, int], known: Mapping[str, tuple[int, int]]) -> str:
+    """What a head is called: after its layer, its loss where there are several, and its size where that differs."""
+    key = name if place == 0 else f"{name}, loss {place + 1}"
+    return key if known.get(key, shape) == shape else f"{key}, {shape[0]} of {shape[1]}"
 
 
-def _read(call: _Call, rows: int) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
-    """What a head reads of a layer, (rows, features), and what brings a gradient at it back to the shape of h.
+# --- what heads read ------------------------------------------------------------------------------------------
 
-    None if the layer's output has not a part for each row of the loss.
-    """
-    h, layer = call.h, layer_of(call.module)
-    if layer is not None and layer.positionwise and h.dim() > 1 and h.shape[:-1].numel() == rows:
-        return h.reshape(rows, -1), lambda g: g.reshape(h.shape)
-    if h.dim() == 0 or h.shape[0] != rows:
+Read = tuple[Tensor, Callable[[Tensor], Tensor]]  # (rows, features), and what brings a gradient back to the tensor
+
+
+def _features(reading: _Reading, goal: _Goal) -> int | None:
+    """How many numbers of a row a head reads; None if what it would read has not a part for each row of the loss."""
+    with DisableTorchFunction(), no_dispatch():
+        found = _read(torch.empty(reading.shape, device="meta"), reading.channels, goal)
+    return None if found is None else found[0].shape[1]
+
+
+def _read(h: Tensor, channels: int | None, goal: _Goal) -> Read | None:
+    """The numbers of a tensor, by the rows of a loss."""
+    if goal.swap:
+        found = _read(h.transpose(0, 1), channels, goal._replace(swap=False))
+        if found is None:
+            return None
+        features, unread = found
+        return features, lambda g: unread(g).transpose(0, 1)
+    rows, positions, shape = goal.loss.rows, goal.positions, h.shape
+    if h.dim() < 2:
+        single = rows == 1 and h.dim() == 1
+        return (h.unsqueeze(0), lambda g: g.squeeze(0)) if single else None
+    first = channels if channels is not None and h.dim() > 2 and shape[1] == channels else None
+    if first is None and positions is not None and positions.shape == shape[:-1]:
+        return _at(h, positions.of_rows)
+    if first is not None and h.numel() // first == rows != shape[0]:
+        last_first = h.movedim(1, -1)
+        return last_first.reshape(rows, -1), lambda g: g.reshape(last_first.shape).movedim(-1, 1)
+    if first is None and shape[:-1].numel() == rows and (channels is None or h.dim() > 2):
+        return h.reshape(rows, -1), lambda g: g.reshape(shape)
+    if shape[0] != rows:
         return None
-    if layer is not None and layer.positionwise and h.dim() > 2:
-        count = h.shape[1:-1].numel()
-        return h.reshape(rows, count, -1).mean(
-            1
-        ), lambda g: (g / count).unsqueeze(1).expand(-1, count, -1).reshape(h.shape)
-    if h.dim() > 2 and h[0].numel() > MOST:
-        count = h[0, 0].numel()
-        return h.flatten(2).mean(2), lambda g: (g / count).unsqueeze(2).expand(-1, -1, count).reshape(h.shape)
-    return h.reshape(rows, -1), lambda g: g.reshape(h.shape)
+    if first is None and h.dim() > 2:
+        count = shape[1:-1].numel()
+        means = h.reshape(rows, count, -1).mean(1)
+        return means, lambda g: (g / count).unsqueeze(1).expand(-1, count, -1).reshape(shape)
+    if channels is not None and h[0].numel() > MOST and h[0].numel() % channels == 0:
+        count = h[0].numel() // channels
+        means = h.reshape(rows, channels, count).mean(2)
+        return means, lambda g: (g / count).unsqueeze(2).expand(-1, -1, count).reshape(shape)
+    return h.reshape(rows, -1), lambda g: g.reshape(shape)
 
 
-# --- functions between layers ---------------------------------------------------------------------------------
+def _at(h: Tensor, places: Tensor) -> Read:
+    """Some positions of a tensor."""
+    flat = h.reshape(-1, h.shape[-1])
+    if h.is_meta:
+        return flat[: len(places)], lambda g: g
 
-Followed = tuple[Any, Callable[[Tensor], Tensor] | None]  # the result, and the transposed derivative where it is known
+    def unread(g: Tensor) -> Tensor:
+        return torch.zeros_like(flat, dtype=g.dtype).index_add_(0, places, g).reshape(h.shape)
 
-
-def _relu(func: Any, args: Any, kwargs: Any) -> Followed:
-    h = func(*args, **kwargs)
-    return h, lambda g: g * (h > 0)
-
-
-def _smooth(name: str) -> Callable[[Any, Any, Any], Followed]:
-    slope = SLOPES[name]
-
-    def follow(func: Any, args: Any, kwargs: Any) -> Followed:
-        x, h = args[0], func(*args, **kwargs)
-        settings = {key: value for key, value in kwargs.items() if key != "inplace"}
-        return h, None if h is x else lambda g: slope(g, x, h, *args[1:2] if name == "elu" else (), **settings)
-
-    return follow
+    return flat.index_select(0, places), unread
 
 
-def _max_pool(func: Any, args: Any, kwargs: Any) -> Followed:
-    x, *rest = args
-    if kwargs.get("return_indices", False) or len(rest) > 5:
-        return func(*args, **kwargs), None
-    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-    given = dict(zip(names, rest, strict=False)) | {n: kwargs[n] for n in names if n in kwargs}
-    if x.dim() != 4:
-        return func(*args, **kwargs), None
-    h, indices = F.max_pool2d(x, **given, return_indices=True)
-    size = given["kernel_size"]
-    stride = given.get("stride") or size
-    settings = [_pair(v) for v in (size, stride, given.get("padding", 0), given.get("dilation", 1))]
-    ceil = given.get("ceil_mode", False)
-    return h, lambda g: aten.max_pool2d_with_indices_backward(g.contiguous(), x, *settings, ceil, indices)
+def _swaps(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether a function swaps the first two of three axes or more."""
+    if not args or not isinstance(args[0], Tensor) or args[0].dim() < 3:
+        return False
+    given = [*args[1:], *kwargs.values()]
+    if name in ("transpose", "swapaxes", "swapdims"):
+        return {int(a) % args[0].dim() for a in given} == {0, 1}
+    if name == "permute":
+        axes = given[0] if len(given) == 1 else given
+        return [int(a) % args[0].dim() for a in axes][:2] == [1, 0]
+    return False
 
 
-def _pair(value: Any) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
-
-
-_FOLLOWED: dict[str, Callable[[Any, Any, Any], Followed]] = {
-    "relu": _relu,
-    "relu_": _relu,
-    "max_pool2d": _max_pool,
-    "_max_pool2d": _max_pool,
-} | {name: _smooth(name) for name in ("tanh", "sigmoid", "silu", "gelu")}
+# Functions that join what they take, of which none mixes features: parameters among these are no layer's.
+_JOINING = {"add", "add_", "__add__", "__radd__", "__iadd__", "sub", "__sub__", "__rsub__", "cat", "concat", "stack"}
+_CHANNELS = re.compile("conv|batch_norm|instance_norm|group_norm")  # put out features along the second axis

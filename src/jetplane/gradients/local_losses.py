@@ -1,20 +1,15 @@
 """Internal: loss functions met in a closure, and their gradient with respect to other outputs than the model's.
 
-A read-out of a layer puts out one row of numbers for each row of the model's output. Its local loss is the function
-that the closure calls, with the same targets and settings. Its gradient is known in closed form: for rows z_n,
-
-    cross entropy:  p_n sum_c t_nc - t_n,  p_n = softmax(z_n),  t_nc = w_c ((1 - s) [c = y_n] + s / C)
-    squared error:  2 w_n (z_n - y_n)
-
-divided as the loss function's reduction says, with class weights w, smoothing s, and targets y_n that may be
-probabilities in place of classes.
+A read-out of a layer puts out one row of numbers z_n for each row of the model's output. Its local loss is the function
+that the closure calls, with the same targets and settings, at ``f(z)``: f makes of any numbers what the loss function
+takes, log-probabilities for `nll_loss` and `kl_div`, probabilities for `binary_cross_entropy`, z itself for others. The
+gradient is torch's own vector-Jacobian product of the loss function.
 """
 
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -22,147 +17,107 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._torch import DisableTorchFunction, no_dispatch
+from ..rules.grad_mode import autograd
 
-class LocalLoss(ABC):
-    """A loss function with its targets.
+
+def _log_softmax(z: Tensor) -> Tensor:
+    return z.log_softmax(-1)
+
+
+# What makes of a row of numbers one that the function takes; None for the numbers themselves.
+_LINKS: Mapping[Any, Callable[[Tensor], Tensor] | None] = {
+    F.cross_entropy: None,
+    F.nll_loss: _log_softmax,
+    F.kl_div: _log_softmax,
+    F.binary_cross_entropy_with_logits: None,
+    F.binary_cross_entropy: torch.sigmoid,
+    F.multilabel_soft_margin_loss: None,
+    F.multi_margin_loss: None,
+    F.soft_margin_loss: None,
+    F.mse_loss: None,
+    F.l1_loss: None,
+    F.smooth_l1_loss: None,
+    F.huber_loss: None,
+}
+_CLASSES = {F.cross_entropy, F.nll_loss}  # along the second axis of their input
+_SETTINGS = {function: inspect.signature(function) for function in _LINKS}
+NAMES = ", ".join(function.__name__ for function in _LINKS)
+
+
+@final
+@dataclass(frozen=True)
+class LocalLoss:
+    """A call of a loss function.
 
     Attributes:
+        function: it.
         output: what the closure gave it, the model's output or what was made of it.
-        rows: how many rows the output has.
-        width: how many numbers a row has.
+        settings: its other arguments, by name.
+        axis: of the output, along which the numbers of a row lie; None where each number is a row.
+        weight: the derivative of the closure's loss with respect to the result, in its shape.
     """
 
+    function: Any
     output: Tensor
-    rows: int
-    width: int
-
-    @abstractmethod
-    def gradient(self, z: Tensor) -> Tensor:
-        """Of the loss with respect to outputs z in place of the model's, both (rows, width)."""
-
-    @abstractmethod
-    def shaped(self, gradient: Tensor) -> Tensor:
-        """A gradient (rows, width) in the shape of the model's output."""
-
-    def own_gradient(self) -> Tensor:
-        """The gradient with respect to the model's output, in its shape."""
-        return self.shaped(self.gradient(self._own_rows()))
-
-    @abstractmethod
-    def _own_rows(self) -> Tensor: ...
-
-
-@final
-@dataclass(frozen=True)
-class CrossEntropy(LocalLoss):
-    """`torch.nn.functional.cross_entropy` of logits (C), (N, C) or (N, C, d1, …)."""
-
-    output: Tensor
-    target: Tensor
-    weight: Tensor | None = None
-    ignore_index: int = -100
-    reduction: str = "mean"
-    label_smoothing: float = 0.0
-
-    @property
-    def rows(self) -> int:  # type: ignore[override]
-        """See `LocalLoss`."""
-        return self.output.numel() // self.width
-
-    @property
-    def width(self) -> int:  # type: ignore[override]
-        """See `LocalLoss`."""
-        return self.output.shape[0 if self.output.dim() == 1 else 1]
-
-    def gradient(self, z: Tensor) -> Tensor:
-        """See `LocalLoss`."""
-        wanted, divisor = self._wanted(z)
-        return (z.softmax(1) * wanted.sum(1, keepdim=True)).sub_(wanted).div_(divisor)
-
-    def _wanted(self, z: Tensor) -> tuple[Tensor, Any]:
-        """The t_nc, (rows, width), and what the sum of losses is divided by."""
-        smooth, weight = self.label_smoothing, None if self.weight is None else self.weight.to(z.dtype)
-        if self.target.is_floating_point():
-            t = self._as_rows(self.target).to(z.dtype) * (1 - smooth) + smooth / self.width
-            count: Any = self.rows
-            return (t if weight is None else t * weight), (count if self.reduction == "mean" else 1)
-        classes = self.target.reshape(-1)
-        kept = classes != self.ignore_index
-        at = torch.where(kept, classes, 0).unsqueeze(1)
-        t = torch.full_like(z, smooth / self.width).scatter_(1, at, 1 - smooth + smooth / self.width)
-        if weight is not None:
-            t = t * weight
-        count = kept.sum() if weight is None else (weight[at.squeeze(1)] * kept).sum()
-        return t * kept.unsqueeze(1), (count if self.reduction == "mean" else 1)
-
-    def shaped(self, gradient: Tensor) -> Tensor:
-        """See `LocalLoss`."""
-        if self.output.dim() <= 2:
-            return gradient.reshape(self.output.shape)
-        places = self.output.movedim(1, -1).shape
-        return gradient.reshape(places).movedim(-1, 1)
-
-    def _own_rows(self) -> Tensor:
-        return self._as_rows(self.output)
-
-    def _as_rows(self, t: Tensor) -> Tensor:
-        return (t if t.dim() <= 2 else t.movedim(1, -1)).reshape(-1, self.width)
-
-
-@final
-@dataclass(frozen=True)
-class SquaredError(LocalLoss):
-    """`torch.nn.functional.mse_loss` of outputs (N), or (…, D) with a row for each of all but the last axis."""
-
-    output: Tensor
-    target: Tensor
-    reduction: str = "mean"
+    settings: Mapping[str, Any]
+    axis: int | None
     weight: Tensor | None = None
 
     @property
-    def rows(self) -> int:  # type: ignore[override]
-        """See `LocalLoss`."""
-        return self.output.numel() // self.width
+    def width(self) -> int:
+        """How many numbers a row has."""
+        return 1 if self.axis is None else self.output.shape[self.axis]
 
     @property
-    def width(self) -> int:  # type: ignore[override]
-        """See `LocalLoss`."""
-        return 1 if self.output.dim() <= 1 else self.output.shape[-1]
+    def rows(self) -> int:
+        """How many rows the output has."""
+        return self.output.numel() // max(self.width, 1)
 
     def gradient(self, z: Tensor) -> Tensor:
-        """See `LocalLoss`."""
-        off = 2 * (z - self._as_rows(self.target).to(z.dtype))
-        count: Any = self.output.numel()
-        if self.weight is not None:
-            weight = self._as_rows(self.weight).to(z.dtype)
-            off, count = off * weight, weight.sum()
-        return off / count if self.reduction == "mean" else off
+        """Of the weighted loss with respect to outputs z in place of the model's, both (rows, width)."""
+        link = _LINKS[self.function]
+        with DisableTorchFunction(), no_dispatch(), autograd():
+            start = z.detach().requires_grad_()
+            value = self.function(self.shaped(start if link is None else link(start)), **self._cast(z.dtype))
+            weight = torch.ones_like(value) if self.weight is None else self.weight.to(value.dtype)
+            return torch.autograd.grad(value, start, weight.reshape(value.shape))[0]
 
-    def shaped(self, gradient: Tensor) -> Tensor:
-        """See `LocalLoss`."""
-        return gradient.reshape(self.output.shape)
+    def shaped(self, z: Tensor) -> Tensor:
+        """Numbers (rows, width) in the shape of the output."""
+        if self.axis is None:
+            return z.reshape(self.output.shape)
+        return z.reshape(self.output.movedim(self.axis, -1).shape).movedim(-1, self.axis)
 
-    def _own_rows(self) -> Tensor:
-        return self._as_rows(self.output)
+    def _cast(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The settings, tensors of numbers in another precision where the output is in it."""
 
-    def _as_rows(self, t: Tensor) -> Tensor:
-        return t.expand_as(self.output).reshape(-1, self.width)
+        def cast(value: Any) -> Any:
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-
-_KNOWN: Mapping[Any, type[LocalLoss]] = {F.cross_entropy: CrossEntropy, F.mse_loss: SquaredError}
-_SETTINGS = {function: inspect.signature(function) for function in _KNOWN}
-NAMES = ", ".join(function.__name__ for function in _KNOWN)
+        return {name: cast(value) for name, value in self.settings.items()}
 
 
-def met(function: Any, args: Any, kwargs: Any) -> LocalLoss | None:
+def met(
+    function: Any, args: Any, kwargs: Any, channels: bool = False, single: bool = False
+) -> LocalLoss | None:  # fmt: skip
     """The local loss of a call of a function; None if it is none of those that are known.
 
-    Losses that are not reduced (``reduction="none"``) count as their sum: what becomes of them is not known.
+    Args:
+        function: of `torch.nn.functional`.
+        args: its arguments.
+        kwargs: those given by name.
+        channels: whether the numbers of a row of its input lie along the second axis, as a convolution puts them out.
+        single: whether an input of one axis is one row; if not, each of its numbers is one.
     """
-    if function not in _KNOWN:
+    if function not in _LINKS:
         return None
     given = dict(_SETTINGS[function].bind(*args, **kwargs).arguments)
-    settings = {"output": given.pop("input"), "target": given.pop("target")}
-    for name in ("size_average", "reduce"):  # of old, which say the same as the reduction
-        given.pop(name, None)
-    return _KNOWN[function](**settings, **given)
+    output = given.pop("input")
+    if output.dim() == 0:
+        return None
+    if function in _CLASSES or (channels and output.dim() > 2):
+        axis = 0 if output.dim() == 1 else 1
+    else:
+        axis = None if output.dim() == 1 and not single else output.dim() - 1
+    return LocalLoss(function, output, given, axis)
