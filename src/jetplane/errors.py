@@ -29,8 +29,16 @@ class DeviceError(JetplaneError, ValueError):
     """Tensors that must be on the same device are on different devices, or a device is not supported."""
 
 
+class DerivativeError(JetplaneError, RuntimeError):
+    """A derivative would be lost, or does not exist."""
+
+
 class LossError(JetplaneError, ValueError):
     """The closure returned something that is not a scalar floating-point tensor."""
+
+
+class UnknownLossError(LossError, DerivativeError):
+    """Gauss-Newton curvature needs the loss function of a closure, which cannot be told from the model."""
 
 
 class RandomClosureError(LossError):
@@ -43,10 +51,6 @@ class NonFiniteError(JetplaneError, ArithmeticError):
 
 class UnusedParametersError(JetplaneError, RuntimeError):
     """The loss depends on none of the parameters."""
-
-
-class DerivativeError(JetplaneError, RuntimeError):
-    """A derivative would be lost, or does not exist."""
 
 
 class AuditError(DerivativeError):

@@ -34,7 +34,7 @@ from .jet import (
     whole,
 )
 from .pairs import AllPairs, Diagonal, PairStructure, Planes, Star, Sums, Term
-from .space import LOSS, MODEL, PARAMETER, Key, Space
+from .space import LOSS, MODEL, PARAMETER, SQUARES, Key, Space
 from .sparsity import WORTH, Sparse
 from .storage import (
     adopt_promotions,
@@ -57,6 +57,7 @@ __all__ = [
     "LOST",
     "MODEL",
     "PARAMETER",
+    "SQUARES",
     "WORTH",
     "WRITTEN",
     "AllPairs",
