@@ -217,8 +217,8 @@ def loss(function: Callable[..., Any] | None = None) -> Any:
         return _marking()
     if not callable(function):
         raise ArgumentError(
-            f"expected the function that computes a loss, got {type(function).__name__}: write @jetplane.loss above it, "
-            "or `with jetplane.loss():` around the code"
+            f"expected the function that computes a loss, got {type(function).__name__}: write @jetplane.loss above "
+            "it, or `with jetplane.loss():` around the code"
         )
     return _marking()(function)
 
