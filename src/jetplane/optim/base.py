@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import is_dataclass, replace
@@ -15,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from .. import _sharding as sharded
 from ..directions import AbstractDirections, CachedDirections, Directions, Structure, as_real
-from ..errors import ArgumentError, DeviceError, DTypeError, JetplaneWarning, NonFiniteError, ShapeError
+from ..errors import ArgumentError, DeviceError, DTypeError, JetplaneWarning, NonFiniteError, ShapeError, warn_user
 from ..evaluation.api import evaluate, evaluate_plane
 from ..evaluation.audit import Auditing, audit, identity, still_cut_off
 from ..evaluation.checks import CACHED_BYTES, as_directions, checked_finite
@@ -243,12 +242,11 @@ class PlaneOptimizer(torch.optim.Optimizer):
         found = self._of_ranks(lambda: self._audit(closure, params), weight) or ()
         if found and self._cut_off != frozenset(id(params[i]) for i in found):
             names = self._names(params)
-            warnings.warn(
+            warn_user(
                 f"no derivative of the loss reaches {', '.join(names[i] for i in found)}: detach(), torch.no_grad() or "
                 "the like cuts them off, or the closure does not use them. They are left as they are; "
                 "requires_grad_(False) says that this is meant, and saves looking again in each step",
                 JetplaneWarning,
-                stacklevel=5,
             )
         self._cut_off = frozenset(id(params[i]) for i in found)
 
@@ -341,7 +339,14 @@ class PlaneOptimizer(torch.optim.Optimizer):
     def _facts(self) -> dict[str, Any]:
         """What must be the same on all ranks at the start."""
         every = [p for group in self.param_groups for p in group["params"]]
-        apart = ("chunk", "compile", "plane", "_descent", "_given")  # of no consequence to others, or said otherwise
+        apart = (
+            "chunk",
+            "compile",
+            "plane",
+            "_descent",
+            "_given",
+            "_settled",
+        )  # of no consequence to others, or said otherwise
         named = {n: comparable(getattr(self, n)) for n in self._own if n not in apart}
         return {
             "optimizer": type(self).__name__,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, final
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from ..directions import AbstractDirections, CachedDirections, ConcatenatedDirections, Directions, SelectedDirections
 from ..directions.laws import key
-from ..errors import ArgumentError, JetplaneWarning, NonFiniteError, UnknownLossError
+from ..errors import ArgumentError, JetplaneWarning, NonFiniteError, UnknownLossError, warn_user
 from ..evaluation.api import evaluate_plane
 from ..evaluation.audit import Auditing
 from ..evaluation.checks import CACHED_BYTES, as_directions
@@ -25,6 +24,7 @@ from ..evaluation.specification import Curvature, PlaneSpec
 from ..gradients.estimators import ActivityPerturbation, Batch, Estimate, Estimator, ForwardGradients
 from ..gradients.heads import LocalHeads
 from ..gradients.layers import perturbable
+from ..gradients.perturbation import accounted_for
 from ..subspace.descent import Damped, Descent, SaddleFree, Spectral, named
 from ..subspace.search import Backtracking, Decision, ExactLine, NoiseAware, Outcome, Proposal, Search, advance
 from ..subspace.sources import (
@@ -82,6 +82,21 @@ class _Span:
     directions: CachedDirections
     squared_norms: Tensor
     drawn: Sequence[int]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What of an optimizer depends on its closure.
+
+    Attributes:
+        curvature: the kind by which planes are evaluated.
+        drawn: whether directions are drawn.
+        forward: whether these give the estimates of the gradient.
+    """
+
+    curvature: Curvature
+    drawn: bool
+    forward: bool
 
 
 @final
@@ -159,7 +174,7 @@ class PlaneSearch(PlaneOptimizer):
 
     _own = (
         "clip", "chunk", "plane", "audit", "model", "subspace", "curvature", "every", "gradient", "search", "_descent",
-        "_given",
+        "_given", "_settled",
     )  # fmt: skip
 
     _takes_complex = False  # its averages, guards and estimates are of real numbers
@@ -189,12 +204,12 @@ class PlaneSearch(PlaneOptimizer):
         )  # fmt: skip
         self.model = model
         self.every = plan.every
-        self.gradient = gradient or (ForwardGradients() if model is None else ActivityPerturbation())
-        self._given = plan, solver, search
-        self._settle(plan.curvature or "ggn")
+        self._given = plan, gradient, solver, search
+        moving = [p for p, _, _ in self._moving()]
+        self._settle(self._called_for(plan.curvature or "ggn", moving, None), moving)
         for source in self.subspace:
             if isinstance(source, Drawn):
-                source.count(sum(p.numel() for p, _, _ in self._moving()))
+                source.count(sum(p.numel() for p in moving))
         if isinstance(self.gradient, (ActivityPerturbation, LocalHeads)) and model is None:
             uses = "whose layers it perturbs" if not local else "whose layers have the heads"
             raise ArgumentError(
@@ -216,43 +231,60 @@ class PlaneSearch(PlaneOptimizer):
                 "to it, or give a model"
             )
 
-    def _settle(self, curvature: Curvature) -> None:
-        """Take what a kind of curvature goes with, where it was not given."""
-        plan, descent, search = self._given
-        model, exact = self.model, curvature == "hessian"
-        moving = [p for p, _, _ in self._moving() if id(p) not in self._cut_off]
-        size = sum(p.numel() for p in moving)
-        known = model is not None and 2 * perturbable(model, moving) >= size
-        drawn = [] if known else [Drawn(DRAWN_EXACT if exact and size > DRAWN else None)]
+    def _called_for(self, curvature: Curvature, params: Sequence[Tensor], told: int | None) -> _Settings:
+        """What goes with a curvature, and with how many numbers belong to layers whose noise tells of them."""
+        plan, _, _, _ = self._given
+        covered = 0 if self.model is None else perturbable(self.model, params)
+        told = covered if told is None else told
+        drawn = self.model is None or 2 * told < sum(p.numel() for p in params)
+        return _Settings(curvature, drawn, self.model is None or (plan.sources is None and told == 0 < covered))
+
+    def _settle(self, settings: _Settings, params: Sequence[Tensor]) -> None:
+        """Take what is called for, where it was not given."""
+        plan, estimator, descent, search = self._given
+        exact, size = settings.curvature == "hessian", sum(p.numel() for p in params)
+        drawn = [Drawn(DRAWN_EXACT if exact and size > DRAWN else None)] if settings.drawn else []
         self.subspace = tuple([*drawn, Averages(), PreviousStep()] if plan.sources is None else plan.sources)
-        self.curvature = curvature
+        self.curvature = settings.curvature
+        self.gradient = estimator or (ForwardGradients() if settings.forward else ActivityPerturbation())
         self._descent = descent or (SaddleFree(None) if exact else Damped(scaled=True))
         # Beside exact curvature, which costs as much as many passes, those of a good line search are few.
         otherwise = ExactLine(10) if exact else Backtracking()
         draws = any(isinstance(source, Drawn) for source in self.subspace)
         self.search = search or NoiseAware(floor=NoiseAware.floor if draws else LEAST, otherwise=otherwise)
         self.chunk = plan.chunk
-        if plan.chunk is None and not exact and model is not None:
-            self.chunk = 1 if size < FEW * sum(p.numel() for p in model.parameters()) else None
+        if plan.chunk is None and not exact and self.model is not None:
+            self.chunk = 1 if size < FEW * sum(p.numel() for p in self.model.parameters()) else None
+        self._settled = settings
 
     def _inspect(self, closure: Closure, params: list[Tensor], weight: float) -> None:
-        """See `PlaneOptimizer._inspect`. Tell, too, by which curvature the closure can be solved."""
+        """See `PlaneOptimizer._inspect`. Tell, too, what was not given and depends on the closure."""
         super()._inspect(closure, params, weight)
-        plan, _, _ = self._given
-        if plan.curvature is not None:
-            return
-        known = self._of_ranks(lambda: _loss_is_known(closure, params), weight) is not False
-        if not known and self.curvature == "ggn":
-            warnings.warn(
+        plan, estimator, _, _ = self._given
+        model, moving = self.model, [p for p in params if id(p) not in self._cut_off]
+        curvature, told = plan.curvature, None
+        if curvature is None:
+            known = self._of_ranks(lambda: _loss_is_known(closure, moving), weight)
+            curvature = "hessian" if known is False else "ggn"
+        if model is not None and estimator is None and plan.sources is None:
+            told = self._of_ranks(lambda: accounted_for(closure, model, moving), weight)
+        settings = self._called_for(curvature, moving, told)
+        if plan.curvature is None and settings.curvature == "hessian" != self._settled.curvature:
+            warn_user(
                 "the closure has no loss function that is known, which Gauss-Newton curvature needs: its exact "
                 "curvature is taken, at a higher cost. If the loss is a function of the model's outputs, mark it with "
                 "@jetplane.loss, or take one of torch.nn.functional; "
                 'subspace=jetplane.sources.Subspace(curvature="hessian") says that exact curvature is meant',
                 JetplaneWarning,
-                stacklevel=6,
             )
-        if known != (self.curvature == "ggn"):
-            self._settle("ggn" if known else "hessian")
+        if settings.forward and not self._settled.forward:
+            warn_user(
+                "the loss differentiates the model itself, so that noise on its layers' outputs does not tell the "
+                f"gradient: directions are drawn instead, as by {type(self).__name__}(params) without a model",
+                JetplaneWarning,
+            )
+        if settings != self._settled:
+            self._settle(settings, moving)
 
     @property
     def descent(self) -> Spectral:

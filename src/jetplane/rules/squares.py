@@ -6,7 +6,7 @@
 that do not depend on parameters and through sums over some axes; the sum over all elements has the curvature above.
 Models take such sums too, as in a norm. So this is a kind of its own (`jetplane.jets.SQUARES`): where the sum meets
 data or an output of the model, or enters a loss function, its second coefficients are dropped, and it is a part of the
-model like any other.
+model like any other. Without Gauss-Newton curvature, the sum still knows its examples' parts of the slope.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def follow(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any],
     if found is None:
         return result
     if result.numel() == 1 and func in _SUMS:
-        return _total(space, found, result.primal)
+        return _total(space, found, result)
     result.squares = found, result.root().version
     return result
 
@@ -89,15 +89,17 @@ def _known(y: Any, space: Space) -> Squares | None:
     return squares if (y.root().version, squares.x.root().version) == (version, squares.version) else None
 
 
-def _total(space: Space, squares: Squares, value: Tensor) -> Jet:
-    """The loss ``sum(weight * x**2)``, whose value is known."""
+def _total(space: Space, squares: Squares, total: Jet) -> Jet:
+    """The loss ``sum(weight * x**2)``, of which value and slope are known, with its examples."""
     before = space.order, space.kind
     space.order, space.kind = 2, SQUARES
     try:
         x = squares.x if space.entrance is None else space.entrance.into_loss(squares.x, space)
-        p, x1, _ = parts(x, space)
+        (p, x1, _), value = parts(x, space), total.primal
         d2 = (2 * squares.weight * torch.ones_like(precise(p))).expand(p.shape)
         d1 = d2 * precise(p)
+        if not space.gauss_newton:
+            return examples.keep(space, total, x1, d1)
         slope, curvature = (c.reshaped(value.shape) for c in (x1.total(d1), outer(x1 * d2, x1).total()))
         return examples.keep(space, make(value, slope, curvature, space), x1, d1)
     finally:
