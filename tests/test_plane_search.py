@@ -303,7 +303,7 @@ def test_what_learns_from_nothing_costs_no_estimates():
     net = network()
     calls = []
     opt = jp.optim.PlaneSearch(
-        net.parameters(), net, subspace=[Drawn(4), PreviousStep()], search=FullStep(), audit="never"
+        net.parameters(), net, subspace=Subspace([Drawn(4), PreviousStep()], "ggn"), search=FullStep(), audit="never"
     )
     for _ in range(2):
         opt.step(lambda: calls.append(1) or F.cross_entropy(net(X), Y))

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         ShapeError,
         SingularPlaneError,
         TraceError,
+        UnknownLossError,
         UnusedParametersError,
     )
     from .evaluation.api import evaluate
@@ -165,6 +166,7 @@ __all__ = [
     "ShapeError",
     "SingularPlaneError",
     "TraceError",
+    "UnknownLossError",
     "UnusedParametersError",
     "ValueAndLaplacian",
     "audit",

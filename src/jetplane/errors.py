@@ -6,7 +6,10 @@ caller would expect, so that ``except ValueError`` keeps working.
 
 from __future__ import annotations
 
+import sys
 import traceback
+import warnings
+from types import FrameType
 
 
 class JetplaneError(Exception):
@@ -29,8 +32,16 @@ class DeviceError(JetplaneError, ValueError):
     """Tensors that must be on the same device are on different devices, or a device is not supported."""
 
 
+class DerivativeError(JetplaneError, RuntimeError):
+    """A derivative would be lost, or does not exist."""
+
+
 class LossError(JetplaneError, ValueError):
     """The closure returned something that is not a scalar floating-point tensor."""
+
+
+class UnknownLossError(LossError, DerivativeError):
+    """Gauss-Newton curvature needs the loss function of a closure, which cannot be told from the model."""
 
 
 class RandomClosureError(LossError):
@@ -43,10 +54,6 @@ class NonFiniteError(JetplaneError, ArithmeticError):
 
 class UnusedParametersError(JetplaneError, RuntimeError):
     """The loss depends on none of the parameters."""
-
-
-class DerivativeError(JetplaneError, RuntimeError):
-    """A derivative would be lost, or does not exist."""
 
 
 class AuditError(DerivativeError):
@@ -81,6 +88,18 @@ class NativeCodeError(DerivativeError):
         self.where, self.instruction, self.line = where, instruction, line
 
 
+def warn_user(message: str, category: type[Warning]) -> None:
+    """Warn at the line of the user's code that called torch or this package."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _package(frame) in ("torch", "jetplane"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _package(frame: FrameType) -> str:
+    return frame.f_globals.get("__name__", "").partition(".")[0]
+
+
 def located(error: DerivativeError) -> None:
     """Add the line of the user's code, and the module, in which an error arose to its message."""
     if getattr(error, "_located", False):
@@ -88,9 +107,8 @@ def located(error: DerivativeError) -> None:
     error._located = True  # type: ignore[attr-defined]
     line, module = None, None
     for frame, lineno in traceback.walk_tb(error.__traceback__):
-        package = frame.f_globals.get("__name__", "").partition(".")[0]
         owner = frame.f_locals.get("self")
-        if package not in ("torch", "jetplane"):
+        if _package(frame) not in ("torch", "jetplane"):
             line = f"{frame.f_code.co_filename}:{lineno} in {frame.f_code.co_name}"
         if frame.f_code.co_name == "_call_impl" and owner is not None:
             module = type(owner).__name__

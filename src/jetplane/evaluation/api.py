@@ -47,8 +47,9 @@ def evaluate(
         directions: `jetplane.Directions`, or for each parameter one tensor of shape (K, *param.shape) or
             `jetplane.LowRank`.
         curvature: "hessian" for exact curvature; "ggn" for Gauss-Newton curvature, ``J^T Hess(l) J`` with J
-            the model's Jacobian and l the loss function, whose number of products is linear in K; "none"
-            for the slope alone.
+            the model's Jacobian and l the loss function, whose number of products is linear in K: one of
+            ``torch.nn.functional``, a sum or mean of squares, or marked with `jetplane.loss`; "none" for the slope
+            alone.
         pairs: "all" K(K+1)/2 pairs, "diagonal", or an int b for independent planes of b consecutive
             directions each.
         examples: also give each example's part of the slope, ``examples[n, i] = grad(L_n) . v_i`` with
@@ -74,6 +75,7 @@ def evaluate(
             for all pairs) or not a multiple of the size of a plane.
         ShapeError, DTypeError, DeviceError: directions that do not match their parameter.
         LossError: the closure did not return a scalar floating-point tensor.
+        UnknownLossError: ("ggn") its loss function is not known; see `jetplane.loss`.
         RandomClosureError: the closure gave different losses in several runs.
         UnusedParametersError: the loss depends on none of the parameters.
         NonFiniteError: NaN or infinity in the loss, slope or curvature.

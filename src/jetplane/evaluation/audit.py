@@ -21,7 +21,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import CodeType, MethodType
 from typing import Any, Literal, NamedTuple, final
 
@@ -41,6 +41,8 @@ from .checks import check_loss, check_parameters
 from .constructors import CONVERTING, COPYING
 from .eager import evaluate_at_once
 from .leaving import plain_run
+from .plane import PlaneModel
+from .reached import unreached
 from .repeats import ADVICE, tolerance
 from .side_effects import RandomState, UndoLog, setting_back, without_side_effects
 from .specification import PlaneSpec
@@ -75,6 +77,8 @@ class AuditReport:
         suspicious: whether an unclear audit was close to "differs".
         reason: why the verdict is unclear.
         runs: number of runs of the closure.
+        cut_off: places of the parameters that no derivative of the loss reaches, by detach(), `torch.no_grad()` and the
+            like. They are looked for only where the closure stops derivatives, at a forward pass or more.
     """
 
     verdict: Literal["agrees", "differs", "random", "unclear"]
@@ -85,6 +89,7 @@ class AuditReport:
     suspicious: bool = False
     reason: str = ""
     runs: int = 0
+    cut_off: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         numbers = f"slope {self.slope:.6g}, measured {self.difference:.6g} along a random direction"
@@ -171,7 +176,9 @@ def audit(
     if len(named) != len(params):
         raise ArgumentError(f"expected a name for each of {len(params)} parameters, got {len(named)}")
     with setting_back(generators), torch.no_grad():
-        return _Audit(closure, params, list(named), seed).report()
+        run = _Audit(closure, params, list(named), seed)
+        report = run.report()
+        return replace(report, cut_off=tuple(run.cut_off()), runs=run.runs) if run.stopping else report
 
 
 @dataclass
@@ -219,6 +226,7 @@ class _Audit:
         self.scales = [max(s, 0.1 * whole) if whole > 0 else 1.0 for s in sizes]
         self.eps = max(torch.finfo(p.dtype).eps for p in params)
         self.memories = frozenset(map(_memory, params))
+        self.stopping = False  # whether the closure stops derivatives somewhere
 
     def report(self) -> AuditReport:
         found = self.compare(self.direction(range(len(self.params))))
@@ -245,6 +253,23 @@ class _Audit:
     def _report(self, verdict: Any, found: _Measured, **more: Any) -> AuditReport:
         fields: dict[str, Any] = {"losses": found.losses} | more
         return AuditReport(verdict, found.slope, found.difference, runs=self.runs, **fields)
+
+    def cut_off(self) -> list[int]:
+        """The places of the parameters that no derivative reaches.
+
+        Autograd tells at once which may be concerned. It does not know all operators, so that evaluations decide.
+        """
+        self.runs += 1
+        return self.without_slope(unreached(self.closure, self.params))
+
+    def without_slope(self, places: list[int]) -> list[int]:
+        """Those of some parameters along which the loss has no slope, not even one that happens to be zero."""
+        if not places:
+            return []
+        if self.evaluated(self.direction(places)) is None:
+            return places
+        half = len(places) // 2
+        return self.without_slope(places[:half]) + self.without_slope(places[half:]) if half else []
 
     def bisect(self, direction: dict[int, Tensor], whole: float) -> list[int]:
         """The parameters, among those that a direction moves, that account for the difference ``whole``."""
@@ -273,6 +298,7 @@ class _Audit:
         """The slope along a direction, against differences."""
         stops, h = _Stops(self.memories), self.best_step() / 4
         ahead = self.loss(stops, direction, h)
+        self.stopping = self.stopping or bool(stops.values) or stops.under_no_grad
         slope, value = self.slope(direction)
         if ahead is not None and not stops.values:  # nothing has to be held at its value of an undisplaced run
             behind = self.loss(stops, direction, -h)
@@ -328,18 +354,26 @@ class _Audit:
 
     def slope(self, direction: dict[int, Tensor]) -> tuple[float, float]:
         """The slope of an evaluation along a direction, and its loss."""
+        plane = self.evaluated(direction)
+        return (0.0, math.nan) if plane is None else (plane.slope.item(), plane.value.item())
+
+    def evaluated(self, direction: dict[int, Tensor]) -> PlaneModel | None:
+        """The loss and its slope along a direction; None where the loss depends on none of its parameters.
+
+        Raises:
+            UnusedParametersError: it depends on no parameter at all.
+        """
         places = list(direction)
         params = [self.params[i] for i in places]
         tangents = StoredDirections([direction[i].unsqueeze(0) for i in places])
         self.runs += 1
         with self._set_back():
             try:
-                plane = evaluate_at_once(self.closure, params, tangents, PlaneSpec(1, "none"))
+                return evaluate_at_once(self.closure, params, tangents, PlaneSpec(1, "none"))
             except UnusedParametersError:
                 if len(places) == len(self.params):
                     raise
-                return 0.0, math.nan
-        return plane.slope.item(), plane.value.item()
+                return None
 
     @contextlib.contextmanager
     def _set_back(self) -> Iterator[None]:
@@ -383,6 +417,16 @@ class _Audit:
         finally:
             for i, values in before.items():
                 self.params[i].detach().copy_(values)
+
+
+def still_cut_off(closure: Closure, params: Sequence[Tensor], places: Sequence[int], seed: int = 0) -> bool:
+    """Whether derivatives reach none of the parameters at some places, as an earlier audit found (`AuditReport`).
+
+    This takes one evaluation of a slope. Nothing is left of the run but what it returns.
+    """
+    with torch.no_grad(), without_side_effects():
+        run = _Audit(closure, list(params), [], seed)
+        return run.evaluated(run.direction(places)) is None
 
 
 # --- which closure was audited --------------------------------------------------------------------------------------

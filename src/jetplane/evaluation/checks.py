@@ -17,18 +17,17 @@ from ..errors import (
     LossError,
     NonFiniteError,
     ShapeError,
+    UnknownLossError,
     UnusedParametersError,
 )
 from ..jets import MODEL, Jet, Space, Tangents, goes_outside, kind_of, promoted
+from ..rules.dispatch import KNOWN_LOSSES
 from ..rules.sparse import is_sparse
 from .leaving import plain_result
 from .plane import PlaneModel
 
 CACHED_BYTES = 1 << 26  # of drawn tangents, kept for the next operator, or the update, that asks for them
-NO_LOSS = (
-    "curvature='ggn' found no loss function: the result must come from a loss of torch.nn.functional, or from your "
-    "own loss, marked with jetplane.loss() as a decorator or in a with statement"
-)
+NO_LOSS = f"Gauss-Newton curvature ('ggn') found no loss function that is known in the closure. {KNOWN_LOSSES}"
 
 
 def check_parameters(params: Sequence[Any]) -> None:
@@ -110,7 +109,8 @@ def coefficients_of(loss: Any, space: Space, used: bool) -> tuple[Tensor, Tensor
         used: whether the closure used a parameter.
 
     Raises:
-        LossError: not a scalar of a floating dtype, or not one that a loss function made for Gauss-Newton curvature.
+        LossError: not a scalar of a floating dtype.
+        UnknownLossError: not one that a loss function made, for Gauss-Newton curvature.
         UnusedParametersError: it does not depend on the parameters.
     """
     check_loss(loss)
@@ -127,7 +127,7 @@ def coefficients_of(loss: Any, space: Space, used: bool) -> tuple[Tensor, Tensor
             )
         )
     if space.gauss_newton and kind_of(loss) == MODEL:
-        raise LossError(NO_LOSS)
+        raise UnknownLossError(NO_LOSS)
     first, second = loss.first_tensor, loss.second_tensor
     return (
         loss.primal.reshape(()),

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._torch import private_functions_offered, tree_map
 from ..directions import AbstractDirections
-from ..errors import ArgumentError, DerivativeError, LossError
+from ..errors import ArgumentError, DerivativeError, UnknownLossError
 from ..jets import LOSS, MODEL, Deferred, Jet, LowRank, PairStructure, Partial, Space, Stacked, Tangents, carried
 from ..rules.dispatch import inside_loss
 from ..rules.losses import cross_entropy_whole, linear_cross_entropy
@@ -180,12 +180,12 @@ def plane_of(loss: Any, space: Space, spec: PlaneSpec) -> PlaneModel:
 
     Raises:
         DerivativeError: the loss depends on no parameter, as far as a compiler shows.
-        LossError: Gauss-Newton curvature met no loss function.
+        UnknownLossError: Gauss-Newton curvature met no loss function.
     """
     if not isinstance(loss, Jet):
         raise DerivativeError(PASSED_BY)
     if spec.gauss_newton and loss.kind == MODEL:
-        raise LossError(NO_LOSS)
+        raise UnknownLossError(NO_LOSS)
     value, first, second = loss.primal, loss.first_tensor, loss.second_tensor
     examples = loss.examples if spec.examples else None
     if first is None:

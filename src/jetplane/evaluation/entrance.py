@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._torch import tree_leaves, tree_map
 from ..errors import DerivativeError
-from ..jets import LOSS, MODEL, PARAMETER, Jet, Space, is_jet, kind_of, parts
+from ..jets import LOSS, MODEL, Jet, Space, is_jet, kind_of, parts
 
 
 class Entrance:
@@ -40,10 +40,11 @@ class Entrance:
             jets = [x for x in tree_leaves([named.get(name) for name in written]) if is_jet(x, space)]
             self.barred = self.barred or any(kind_of(x) != space.kind for x in jets)
         if space.kind == LOSS:
-            return tree_map(lambda x: self._into_loss(x, space), (args, kwargs))
+            return tree_map(lambda x: self.into_loss(x, space), (args, kwargs))
         return self._into_model(space, args, kwargs) if space.kind == MODEL else (args, kwargs)
 
-    def _into_loss(self, x: Any, space: Space) -> Any:
+    def into_loss(self, x: Any, space: Space) -> Any:
+        """An output of the model as a loss takes it; anything else as it is."""
         if is_jet(x, space) and kind_of(x) == MODEL:
             self.kept.append(_first(x, space))
             return Jet(x.primal, parts(x, space)[1], None, space, kind=LOSS)  # counted once, not by operators inside
@@ -71,7 +72,8 @@ class LastEntrance(Entrance):
         super().__init__()
         self._earlier, self._run = earlier, run
 
-    def _into_loss(self, x: Any, space: Space) -> Any:
+    def into_loss(self, x: Any, space: Space) -> Any:
+        """See `Entrance`: with the coefficients of all runs."""
         if not is_jet(x, space) or kind_of(x) != MODEL:
             return x
         n, first = len(self.kept), _first(x, space)
@@ -89,7 +91,7 @@ class LastEntrance(Entrance):
         return tree_map(lambda x: self._narrowed(x, space), (args, kwargs))
 
     def _narrowed(self, x: Any, space: Space) -> Any:
-        if not is_jet(x, space) or kind_of(x) != PARAMETER:
+        if not is_jet(x, space) or kind_of(x) >= MODEL:
             return x
         x1 = parts(x, space)[1].selected(self._run)
         narrow = Jet(x.primal, x1, None, space, kind=MODEL)

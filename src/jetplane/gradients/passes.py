@@ -49,6 +49,7 @@ def hooked(
     before: Before | None = None,
     entered: Iterable[nn.Module] = (),
     space: Space | None = None,
+    passed_over: set[nn.Module] | None = None,
 ) -> Iterator[None]:
     """Meet calls of modules.
 
@@ -60,6 +61,7 @@ def hooked(
         entered: see ``before``.
         space: of the evaluation. Calls inside a loss that differentiates the model itself, on jets of others or in a
             graph of the closure's own, are passed over.
+        passed_over: gets the modules of such calls.
     """
     calls: dict[nn.Module, int] = {}
 
@@ -69,6 +71,8 @@ def hooked(
 
     def left(module: nn.Module, args: Any, output: Any) -> Any:
         if not args or not isinstance(output, Tensor) or foreign(args[0], output):
+            if passed_over is not None:
+                passed_over.add(module)
             return None
         calls[module] = calls.get(module, -1) + 1
         with DisableTorchFunction(), no_dispatch():  # thousands of small operators, none of them a jet's
@@ -144,12 +148,15 @@ def trace(
         params: of the evaluations around this pass.
 
     Returns:
-        A trace of each module that was called, in the order of first calls, and the pass's floating-point operations
-        as `torch.utils.flop_counter` counts them: products, convolutions and attention, nothing for other operators.
+        A trace of each module that was called, in the order of first calls, unless some of its calls are passed over
+        (`hooked`), so that what is seen of it is not all of its effect on the loss; and the pass's floating-point
+        operations as `torch.utils.flop_counter` counts them: products, convolutions and attention, nothing for other
+        operators.
     """
     names = {module: name for name, module in modules.items()}
     started: dict[nn.Module, int] = {}
     found: dict[str, LayerTrace] = {}
+    passed_over: set[nn.Module] = set()
 
     with _FlopCounter() as counter:
 
@@ -165,6 +172,7 @@ def trace(
                 call + 1, met.outputs + y.numel(), y.shape, met.flops + flops, met.remaining
             )
 
-        with without_side_effects(), plain_run(params), hooked(after, names, before, names):
+        with without_side_effects(), plain_run(params), hooked(after, names, before, names, passed_over=passed_over):
             closure()
-    return {n: t._replace(remaining=counter.total - t.remaining) for n, t in found.items()}, counter.total
+    seen = {n: t for n, t in found.items() if modules[n] not in passed_over}
+    return {n: t._replace(remaining=counter.total - t.remaining) for n, t in seen.items()}, counter.total

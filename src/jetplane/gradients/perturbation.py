@@ -46,7 +46,7 @@ from .layers import (
     perturbed_modules,
 )
 from .noise import signs
-from .passes import Closure, hooked
+from .passes import Closure, hooked, trace
 from .plan import OTHERS, LayerPlan, Mode
 
 
@@ -140,6 +140,23 @@ def estimate(
         return PerturbationEstimate(
             gradient, feedback.sufficient_statistics(correlations, _errors(layers, slopes), fraction)
         )
+
+
+def accounted_for(closure: Closure, model: nn.Module, params: Sequence[Tensor]) -> int:
+    """How many numbers of the parameters belong to layers all of whose effect on a loss goes through what they put out.
+
+    A loss that differentiates the model itself, such as the residual of an equation, depends on derivatives of layers'
+    outputs too, which no noise on the outputs moves.
+
+    Args:
+        closure: returns the loss; called once, without side effects.
+        model: holds the layers.
+        params: what to estimate the gradient for.
+    """
+    modules = perturbed_modules(model, params)
+    traces, _ = trace(closure, modules, params)
+    covered = owned({name: modules[name] for name in traces})
+    return sum(p.numel() for p in params if id(p) in covered)
 
 
 Slopes = Mapping[nn.Module, Tensor | None]

@@ -35,7 +35,7 @@ from .jet import (
 )
 from .mirrored import Mirrored, mirrored, reflected
 from .pairs import AllPairs, Diagonal, PairStructure, Planes, Star, Sums, Term
-from .space import LOSS, MODEL, PARAMETER, Key, Space
+from .space import LOSS, MODEL, PARAMETER, SQUARES, Key, Space
 from .sparsity import WORTH, Sparse
 from .storage import (
     adopt_promotions,
@@ -58,6 +58,7 @@ __all__ = [
     "LOST",
     "MODEL",
     "PARAMETER",
+    "SQUARES",
     "WORTH",
     "WRITTEN",
     "AllPairs",

@@ -110,6 +110,7 @@ class Jet(torch.Tensor):
         origin: the primal that it was made with, if it has another one since.
         kind: see `Space.gauss_newton`.
         examples: each example's part of the slope: see `jetplane.rules.examples`.
+        squares: what it is the square of, and its version then: see `jetplane.rules.squares`.
     """
 
     primal: Tensor
@@ -121,6 +122,7 @@ class Jet(torch.Tensor):
     is_seed: bool
     kind: int
     examples: Tensor | None
+    squares: Any
     origin: Tensor | None
     is_argument: bool
 
@@ -172,6 +174,7 @@ class Jet(torch.Tensor):
         self.is_argument = False
         self.kind = space.kind if kind is None else kind
         self.examples = None
+        self.squares = None
         made = space.made
         if made is not None:
             made.append(ref(self))
@@ -410,7 +413,7 @@ def parts(x: Any, space: Space) -> tuple[Any, Coefficients, Coefficients]:
         first.structured is not None and first.sparse is None
     ):  # a rule may look at the tensor more than once, and the jet does not keep it
         first = Coefficients(space, 1, first.held, first.rows)
-    if kind_of(x) < space.kind == MODEL:  # Gauss-Newton: the model is linear in functions of the parameters
+    if kind_of(x) < space.kind == MODEL:  # Gauss-Newton: the model is linear in what enters it
         second = absent(space, 2)
     return x.primal, first, second
 

@@ -11,7 +11,7 @@ from weakref import ref
 from .memory import Memory
 from .pairs import PairStructure, structure_of
 
-PARAMETER, MODEL, LOSS = 0, 1, 2  # kinds of jets: see Space.gauss_newton
+PARAMETER, SQUARES, MODEL, LOSS = 0, 1, 2, 3  # kinds of jets: see Space.gauss_newton
 
 Key = tuple[tuple[Any, ...], int, int, bool, bool]  # structure, order, level, gauss_newton and examples of a space
 
@@ -27,7 +27,8 @@ class Space:
             for this one, which is what rules perturbation confusion out.
         gauss_newton: second coefficients are made by loss functions and by functions of the parameters
             alone (regularizers), not by the model between them. Jets then have a kind: PARAMETER (a
-            function of parameters alone), MODEL (of data too), LOSS (what a loss function made).
+            function of parameters alone), MODEL (of data too), LOSS (what a loss function made), SQUARES (a sum of
+            squares of the model: a loss, unless the model goes on with it; see `jetplane.rules.squares`).
         examples: whether each example's part of the slope is kept: see `jetplane.rules.examples`.
         recorded: whether rules record a graph for reverse mode: they run outside of inference mode then.
         points: whether values at many points are carried together, which no operator may mix.

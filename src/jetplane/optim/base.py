@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import is_dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ from torch.nn.parameter import is_lazy
 
 from .. import _sharding as sharded
 from ..directions import AbstractDirections, CachedDirections, Directions, Structure, as_real
-from ..errors import ArgumentError, DeviceError, DTypeError, NonFiniteError, ShapeError
+from ..errors import ArgumentError, DeviceError, DTypeError, JetplaneWarning, NonFiniteError, ShapeError, warn_user
 from ..evaluation.api import evaluate, evaluate_plane
-from ..evaluation.audit import Auditing, audit, identity
+from ..evaluation.audit import Auditing, audit, identity, still_cut_off
 from ..evaluation.checks import CACHED_BYTES, as_directions, checked_finite
 from ..evaluation.plane import PlaneModel
 from ..evaluation.repeats import RepeatedClosure
@@ -31,6 +31,7 @@ from ..subspace.search import clipped
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Moving = list[tuple[Tensor, dict[str, Any], int]]  # parameters that may move, their groups and places
 Closure = Callable[[], Any]
+T = TypeVar("T")
 STATE = "jetplane"  # where an optimizer's own state lies among that of the parameters
 
 
@@ -46,7 +47,8 @@ class PlaneOptimizer(torch.optim.Optimizer):
     chunk: Chunk = None
     compile: bool = False
     generators: tuple[Any, ...] = ()
-    _audited: Any = None  # what the last audit was of
+    _looked_at: Any = None  # the closure that was looked at last, as audits tell closures apart
+    _cut_off: frozenset[int] = frozenset()  # identities of parameters that no derivative reaches
     # What a copy needs beside what every torch optimizer has.
     _own: tuple[str, ...] = (
         "k", "law", "tangents", "planes", "clip", "chunk", "compile", "plane", "_descent", "audit"
@@ -182,7 +184,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
 
         If an error is raised, the parameters and the optimizer's state do not change.
         """
-        repeated, moving = self._started(closure)
+        repeated, moving = self._started(closure, weight)
         with torch.no_grad(), setting_back(self.generators):
             directions = self._directions(moving, repeated)
             plane = self._evaluated(repeated, weight, moving, directions)
@@ -193,8 +195,11 @@ class PlaneOptimizer(torch.optim.Optimizer):
         self.state[STATE] = own | changed | {"step": own["step"] + 1}  # type: ignore[index]
         return plane.value
 
-    def _started(self, closure: Closure | None) -> tuple[RepeatedClosure, Moving]:
-        """The closure and the parameters of a step, checked; the closure's losses will be held against each other."""
+    def _started(self, closure: Closure | None, weight: float) -> tuple[RepeatedClosure, Moving]:
+        """The closure and the parameters of a step, checked; the closure's losses will be held against each other.
+
+        Parameters that no derivative reaches are left out: along them a plane has neither slope nor curvature.
+        """
         if closure is None:
             raise ArgumentError("step() needs a closure that returns the loss: this optimizer does not read gradients")
         if not callable(closure):
@@ -210,7 +215,51 @@ class PlaneOptimizer(torch.optim.Optimizer):
         params = [p for p, _, _ in moving]
         self._check_moving(params)
         self._check_size(moving)
-        return RepeatedClosure(closure, params), moving
+        with torch.no_grad(), setting_back(self.generators):
+            self._look_at(closure, params, weight)
+        reached = [found for found in moving if id(found[0]) not in self._cut_off]
+        self._check_size(reached)
+        return RepeatedClosure(closure, [p for p, _, _ in reached]), reached
+
+    def _look_at(self, closure: Closure, params: list[Tensor], weight: float) -> None:
+        """Learn what holds for many steps of a closure: with several processes once, since all must know the same."""
+        kind = self._kind(closure)
+        new = self._looked_at is None or (self.ranks is None and kind != self._looked_at)
+        if self.ranks is not None:
+            self.ranks.greet(self._facts)
+        if new or self.audit == "always":
+            self._inspect(closure, params, weight)
+            self._looked_at = kind
+        elif self._cut_off:
+            self._cut_off = self._still_cut_off(closure, params, weight)
+
+    def _kind(self, closure: Closure) -> Any:
+        """What is learnt about a closure holds for."""
+        return identity(closure, [p for p, _, _ in self._moving()], getattr(self, "model", None))
+
+    def _inspect(self, closure: Closure, params: list[Tensor], weight: float) -> None:
+        """Learn about a new closure: audit it, and find the parameters that no derivative reaches."""
+        found = self._of_ranks(lambda: self._audit(closure, params), weight) or ()
+        if found and self._cut_off != frozenset(id(params[i]) for i in found):
+            names = self._names(params)
+            warn_user(
+                f"no derivative of the loss reaches {', '.join(names[i] for i in found)}: detach(), torch.no_grad() or "
+                "the like cuts them off, or the closure does not use them. They are left as they are; "
+                "requires_grad_(False) says that this is meant, and saves looking again in each step",
+                JetplaneWarning,
+            )
+        self._cut_off = frozenset(id(params[i]) for i in found)
+
+    def _still_cut_off(self, closure: Closure, params: list[Tensor], weight: float) -> frozenset[int]:
+        """Those that were cut off, unless the closure has changed its mind; it is then audited again."""
+        places = [i for i, p in enumerate(params) if id(p) in self._cut_off]
+        if places and self._of_ranks(lambda: still_cut_off(closure, params, places), weight) is False:
+            places = self._of_ranks(lambda: self._audit(closure, params), weight) or ()
+        return frozenset(id(params[i]) for i in places)
+
+    def _of_ranks(self, work: Callable[[], T], weight: float) -> T | None:
+        """What one process finds out about a closure, for all of them."""
+        return work() if self.ranks is None else self.ranks.first(lambda: work() if weight > 0 else None)
 
     def _evaluated(self, closure: Closure, weight: float, moving: Moving, directions: AbstractDirections) -> PlaneModel:
         """The plane of the whole batch."""
@@ -290,7 +339,14 @@ class PlaneOptimizer(torch.optim.Optimizer):
     def _facts(self) -> dict[str, Any]:
         """What must be the same on all ranks at the start."""
         every = [p for group in self.param_groups for p in group["params"]]
-        apart = ("chunk", "compile", "plane", "_descent")  # of no consequence to others, or said otherwise
+        apart = (
+            "chunk",
+            "compile",
+            "plane",
+            "_descent",
+            "_given",
+            "_settled",
+        )  # of no consequence to others, or said otherwise
         named = {n: comparable(getattr(self, n)) for n in self._own if n not in apart}
         return {
             "optimizer": type(self).__name__,
@@ -307,7 +363,9 @@ class PlaneOptimizer(torch.optim.Optimizer):
     ) -> PlaneModel:
         """The plane, by a compiled program where there is one."""
         plain = closure.closure if isinstance(closure, RepeatedClosure) else closure
-        self._audit(plain, params)
+        if self.ranks is not None and (kind := self._kind(plain)) != self._looked_at:
+            self._audit(plain, [p for p, _, _ in self._moving()])
+            self._looked_at = kind
         known = spec.k, frozenset(id(p) for p in params)
         if not self.compile or known != self._known:
             plane = evaluate_plane(closure, params, as_directions(params, directions), spec)
@@ -323,14 +381,13 @@ class PlaneOptimizer(torch.optim.Optimizer):
         plane = checked_finite(self._program(plain, moved, along, spec.curvature, spec.pairs, examples=spec.examples))
         return replace(plane, examples=checked(plane.examples, plane.slope))
 
-    def _audit(self, closure: Closure, params: list[Tensor]) -> None:
-        """Audit the closure, if it is another one than before."""
+    def _audit(self, closure: Closure, params: list[Tensor]) -> tuple[int, ...]:
+        """Audit a closure; the places of the parameters that no derivative reaches."""
         if self.audit == "never" or any(map(sharded.is_sharded, params)):
-            return
-        kind = identity(closure, params, getattr(self, "model", None))
-        if self.audit == "always" or kind != self._audited:
-            audit(closure, params, names=self._names(params), seed=self.state[STATE]["seed"]).check()  # type: ignore[index]
-            self._audited = kind
+            return ()
+        report = audit(closure, params, names=self._names(params), seed=self.state[STATE]["seed"])  # type: ignore[index]
+        report.check()
+        return report.cut_off
 
     def _names(self, params: Sequence[Tensor]) -> list[str]:
         """What to call parameters: as they were named, or by place and shape."""

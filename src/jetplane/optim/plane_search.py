@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
-from ..directions import AbstractDirections, CachedDirections, ConcatenatedDirections, SelectedDirections
+from ..directions import AbstractDirections, CachedDirections, ConcatenatedDirections, Directions, SelectedDirections
 from ..directions.laws import key
-from ..errors import ArgumentError, NonFiniteError
+from ..errors import ArgumentError, JetplaneWarning, NonFiniteError, UnknownLossError, warn_user
+from ..evaluation.api import evaluate_plane
 from ..evaluation.audit import Auditing
-from ..evaluation.checks import CACHED_BYTES
+from ..evaluation.checks import CACHED_BYTES, as_directions
 from ..evaluation.leaving import plain_run
 from ..evaluation.plane import PlaneModel
 from ..evaluation.repeats import RepeatedClosure
@@ -23,9 +24,21 @@ from ..evaluation.specification import Curvature, PlaneSpec
 from ..gradients.estimators import ActivityPerturbation, Batch, Estimate, Estimator, ForwardGradients
 from ..gradients.heads import LocalHeads
 from ..gradients.layers import perturbable
+from ..gradients.perturbation import accounted_for
 from ..subspace.descent import Damped, Descent, SaddleFree, Spectral, named
 from ..subspace.search import Backtracking, Decision, ExactLine, NoiseAware, Outcome, Proposal, Search, advance
-from ..subspace.sources import Averages, Context, Drawn, FastWeights, PreviousStep, Result, Source, State, Subspace
+from ..subspace.sources import (
+    DRAWN,
+    Averages,
+    Context,
+    Drawn,
+    FastWeights,
+    PreviousStep,
+    Result,
+    Source,
+    State,
+    Subspace,
+)
 from .base import STATE, Closure, Moving, Params, PlaneOptimizer, comparable
 
 if TYPE_CHECKING:
@@ -34,6 +47,7 @@ if TYPE_CHECKING:
 
 LEAST = 0.1  # of a step, in a plane of nothing but averages over many batches
 CLEARLY = 0.5  # as many times the loss after a step, or less, is one that a single batch can tell from it
+DRAWN_EXACT = 10  # directions beside exact curvature, whose cost grows with their square
 ROUND = 16  # steps from one plane to the next, where estimates are made by local heads
 FEW = 0.1  # of a model's parameters: where fewer move, memory for all directions at a time is not spent
 
@@ -68,6 +82,21 @@ class _Span:
     directions: CachedDirections
     squared_norms: Tensor
     drawn: Sequence[int]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What of an optimizer depends on its closure.
+
+    Attributes:
+        curvature: the kind by which planes are evaluated.
+        drawn: whether directions are drawn.
+        forward: whether these give the estimates of the gradient.
+    """
+
+    curvature: Curvature
+    drawn: bool
+    forward: bool
 
 
 @final
@@ -145,6 +174,7 @@ class PlaneSearch(PlaneOptimizer):
 
     _own = (
         "clip", "chunk", "plane", "audit", "model", "subspace", "curvature", "every", "gradient", "search", "_descent",
+        "_given", "_settled",
     )  # fmt: skip
 
     _takes_complex = False  # its averages, guards and estimates are of real numbers
@@ -160,9 +190,8 @@ class PlaneSearch(PlaneOptimizer):
         if subspace is None and local:
             subspace = Subspace([FastWeights()], every=ROUND)
         plan = subspace if isinstance(subspace, Subspace) else Subspace(subspace)
-        exact = plan.curvature == "hessian"
-        solver = (SaddleFree(None) if exact else Damped(scaled=True)) if descent is None else named(descent)
-        if not isinstance(solver, Spectral):
+        solver = None if descent is None else named(descent)
+        if solver is not None and not isinstance(solver, Spectral):
             raise ArgumentError(
                 f"descent must use the whole curvature matrix of a plane, which {type(solver).__name__} does not"
             )
@@ -173,25 +202,14 @@ class PlaneSearch(PlaneOptimizer):
             params, lr, 1, clip=clip, weight_decay=weight_decay, seed=seed, process_group=process_group,
             audit=audit, generators=generators,
         )  # fmt: skip
-        moving = [p for p, _, _ in self._moving()]
-        size = sum(p.numel() for p in moving)
-        known = model is not None and 2 * perturbable(model, moving) >= size
-        sources = [*([] if known else [Drawn()]), Averages(), PreviousStep()] if plan.sources is None else plan.sources
-        draws = [source for source in sources if isinstance(source, Drawn)]
-        for source in draws:
-            source.count(size)
-        # Beside exact curvature, which costs as much as many passes, those of a good line search are few.
-        otherwise = ExactLine(10) if exact else Backtracking()
         self.model = model
-        self.subspace = tuple(sources)
-        self.curvature: Curvature = plan.curvature
         self.every = plan.every
-        self.gradient = gradient or (ForwardGradients() if model is None else ActivityPerturbation())
-        self.search = search or NoiseAware(floor=NoiseAware.floor if draws else LEAST, otherwise=otherwise)
-        self._descent = solver
-        self.chunk = plan.chunk
-        if plan.chunk is None and not exact and model is not None:
-            self.chunk = 1 if size < FEW * sum(p.numel() for p in model.parameters()) else None
+        self._given = plan, gradient, solver, search
+        moving = [p for p, _, _ in self._moving()]
+        self._settle(self._called_for(plan.curvature or "ggn", moving, None), moving)
+        for source in self.subspace:
+            if isinstance(source, Drawn):
+                source.count(sum(p.numel() for p in moving))
         if isinstance(self.gradient, (ActivityPerturbation, LocalHeads)) and model is None:
             uses = "whose layers it perturbs" if not local else "whose layers have the heads"
             raise ArgumentError(
@@ -202,16 +220,71 @@ class PlaneSearch(PlaneOptimizer):
                 f"every = {self.every} leaves steps without a plane, which {type(self.gradient).__name__} cannot make "
                 "estimates in: take every=1, or jetplane.gradients.LocalHeads()"
             )
-        if self.every > 1 and not any(source.learns for source in sources):
+        if self.every > 1 and not any(source.learns for source in self.subspace):
             raise ArgumentError(
                 f"every = {self.every} leaves steps without a plane, and no source learns in those steps; take every=1"
             )
-        drawless = all(isinstance(source, (Averages, PreviousStep)) for source in sources)
+        drawless = all(isinstance(source, (Averages, PreviousStep)) for source in self.subspace)
         if isinstance(self.gradient, ForwardGradients) and drawless:
             raise ArgumentError(
                 "forward gradients need drawn directions, and the subspace has none: add jetplane.sources.Drawn() "
                 "to it, or give a model"
             )
+
+    def _called_for(self, curvature: Curvature, params: Sequence[Tensor], told: int | None) -> _Settings:
+        """What goes with a curvature, and with how many numbers belong to layers whose noise tells of them."""
+        plan, _, _, _ = self._given
+        covered = 0 if self.model is None else perturbable(self.model, params)
+        told = covered if told is None else told
+        drawn = self.model is None or 2 * told < sum(p.numel() for p in params)
+        return _Settings(curvature, drawn, self.model is None or (plan.sources is None and told == 0 < covered))
+
+    def _settle(self, settings: _Settings, params: Sequence[Tensor]) -> None:
+        """Take what is called for, where it was not given."""
+        plan, estimator, descent, search = self._given
+        exact, size = settings.curvature == "hessian", sum(p.numel() for p in params)
+        drawn = [Drawn(DRAWN_EXACT if exact and size > DRAWN else None)] if settings.drawn else []
+        self.subspace = tuple([*drawn, Averages(), PreviousStep()] if plan.sources is None else plan.sources)
+        self.curvature = settings.curvature
+        self.gradient = estimator or (ForwardGradients() if settings.forward else ActivityPerturbation())
+        self._descent = descent or (SaddleFree(None) if exact else Damped(scaled=True))
+        # Beside exact curvature, which costs as much as many passes, those of a good line search are few.
+        otherwise = ExactLine(10) if exact else Backtracking()
+        draws = any(isinstance(source, Drawn) for source in self.subspace)
+        self.search = search or NoiseAware(floor=NoiseAware.floor if draws else LEAST, otherwise=otherwise)
+        self.chunk = plan.chunk
+        if plan.chunk is None and not exact and self.model is not None:
+            self.chunk = 1 if size < FEW * sum(p.numel() for p in self.model.parameters()) else None
+        self._settled = settings
+
+    def _inspect(self, closure: Closure, params: list[Tensor], weight: float) -> None:
+        """See `PlaneOptimizer._inspect`. Tell, too, what was not given and depends on the closure."""
+        super()._inspect(closure, params, weight)
+        plan, estimator, _, _ = self._given
+        model, moving = self.model, [p for p in params if id(p) not in self._cut_off]
+        curvature, told = plan.curvature, None
+        if curvature is None:
+            known = self._of_ranks(lambda: _loss_is_known(closure, moving), weight)
+            curvature = "hessian" if known is False else "ggn"
+        if model is not None and estimator is None and plan.sources is None:
+            told = self._of_ranks(lambda: accounted_for(closure, model, moving), weight)
+        settings = self._called_for(curvature, moving, told)
+        if plan.curvature is None and settings.curvature == "hessian" != self._settled.curvature:
+            warn_user(
+                "the closure has no loss function that is known, which Gauss-Newton curvature needs: its exact "
+                "curvature is taken, at a higher cost. If the loss is a function of the model's outputs, mark it with "
+                "@jetplane.loss, or take one of torch.nn.functional; "
+                'subspace=jetplane.sources.Subspace(curvature="hessian") says that exact curvature is meant',
+                JetplaneWarning,
+            )
+        if settings.forward and not self._settled.forward:
+            warn_user(
+                "the loss differentiates the model itself, so that noise on its layers' outputs does not tell the "
+                f"gradient: directions are drawn instead, as by {type(self).__name__}(params) without a model",
+                JetplaneWarning,
+            )
+        if settings != self._settled:
+            self._settle(settings, moving)
 
     @property
     def descent(self) -> Spectral:
@@ -237,7 +310,7 @@ class PlaneSearch(PlaneOptimizer):
         Raises:
             JetplaneError: as `PlaneOptimizer.step`. Parameters and the optimizer's state are then as they were.
         """
-        repeated, moving = self._started(closure)
+        repeated, moving = self._started(closure, weight)
         own = self.state[STATE]  # type: ignore[index]
         with torch.no_grad(), setting_back(self.generators):
             contexts = self._contexts(moving)
@@ -394,6 +467,7 @@ class PlaneSearch(PlaneOptimizer):
         if not prepared:
             first = lambda: estimator.prepare(batch, state) if weight else None  # noqa: E731
             state = estimator.prepare(batch, state) if ranks is None else ranks.first(first)
+            assert state is not None  # a rank has examples: the plane was evaluated
         if ranks is None:
             return estimator.estimate(batch, estimator.measure(batch, state), state)
         shapes, dtype = estimator.shapes(batch, state), _widest(batch.params)
@@ -438,6 +512,16 @@ class PlaneSearch(PlaneOptimizer):
         remembered = sorted({name for p, _, _ in self._moving() for name in self.state.get(p, {})})
         sources = dict(zip(self._labels, map(comparable, self.subspace), strict=True))
         return super()._facts() | {"subspace": ", ".join(self._labels)} | sources | {"remembered": remembered}
+
+
+def _loss_is_known(closure: Closure, params: Sequence[Tensor]) -> bool:
+    """Whether Gauss-Newton curvature finds the loss function of a closure; one run with one direction tells."""
+    with without_side_effects():
+        try:
+            evaluate_plane(closure, params, as_directions(params, Directions(1)), PlaneSpec(1, "ggn"))
+        except UnknownLossError:
+            return False
+    return True
 
 
 def _proposed(plane: PlaneModel, descent: Spectral, squared_norms: Tensor) -> Proposal:

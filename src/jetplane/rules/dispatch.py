@@ -11,8 +11,8 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -26,11 +26,12 @@ from .._torch import (
     tree_map,
     under,
 )
-from ..errors import DerivativeError, MissingRuleError
+from ..errors import ArgumentError, DerivativeError, MissingRuleError, UnknownLossError
 from ..jets import (
     LOSS,
     MODEL,
     PARAMETER,
+    SQUARES,
     Jet,
     Space,
     absent,
@@ -48,8 +49,10 @@ from ..jets import (
     whole,
     write,
 )
-from . import examples, fallback, grad_mode, rounding, sparse
+from . import examples, fallback, grad_mode, rounding, sparse, squares
 from .registry import ALIASING, RANDOM, RULES
+
+P, T = ParamSpec("P"), TypeVar("T")
 
 _grad_enabled = torch.is_grad_enabled
 _nothing = contextlib.nullcontext()
@@ -76,9 +79,14 @@ def _on_keys(func: Any, space: Space, args: Any, kwargs: dict[str, Any], origina
         if space.gauss_newton:
             space.kind = _kind_of_call(func, space, (*args, *kwargs.values()))
             space.order = 1 if space.kind == MODEL else 2
+            if space.kind == LOSS and inside_loss() and not func._schema.is_mutable:
+                args, kwargs = tree_map(lambda x: _entering(x, space), (args, kwargs))
             if space.entrance is not None:
                 args, kwargs = space.entrance.admit(func, space, args, kwargs)
         result = _dispatch(func, space, args, kwargs, original)
+        squared = space.kind == MODEL if space.gauss_newton else space.examples
+        if squared and space.keys:  # compilers would lose what is remembered
+            result = squares.follow(func, space, args, kwargs, result)
     finally:
         space.order, space.kind = before
     if space.examples:
@@ -162,6 +170,11 @@ def _may_alias(func: Any) -> bool:
 
 # --- Gauss-Newton: which operators make second coefficients -----------------------------------------
 
+KNOWN_LOSSES = (
+    "Known are the losses of torch.nn.functional, sums and means of squares over all elements, and functions marked "
+    "with @jetplane.loss (or code in `with jetplane.loss():`). Mark yours, or take exact curvature, which needs no "
+    "loss function: curvature='hessian', in PlaneSearch subspace=jetplane.sources.Subspace(curvature='hessian')"
+)
 _marked = threading.local()  # not a context variable, which compilers cannot follow
 
 
@@ -171,20 +184,7 @@ def inside_loss() -> bool:
 
 
 @contextlib.contextmanager
-def loss() -> Iterator[None]:
-    """Marks code as a loss function for ``curvature="ggn"``; a context manager and a decorator.
-
-    What runs inside is differentiated twice in what enters it, the model's outputs, exactly. The losses of
-    ``torch.nn.functional`` are marked already.
-
-    >>> import torch, jetplane as jp
-    >>> w, x = torch.tensor([2.0]), torch.tensor([3.0])
-    >>> @jp.loss()
-    ... def squared(output, target):
-    ...     return ((output - target) ** 2).sum()
-    >>> jp.evaluate(lambda: squared(w * x, 1.0), [w], [torch.ones(1, 1)], curvature="ggn").curvature
-    tensor([[18.]])
-    """
+def _marking() -> Iterator[None]:
     before = inside_loss()
     _marked.loss = True
     try:
@@ -193,18 +193,56 @@ def loss() -> Iterator[None]:
         _marked.loss = before
 
 
+@overload
+def loss(function: None = None) -> contextlib._GeneratorContextManager[None]: ...
+@overload
+def loss(function: Callable[P, T]) -> Callable[P, T]: ...
+def loss(function: Callable[..., Any] | None = None) -> Any:
+    """Marks code as a loss function for ``curvature="ggn"``; a decorator, with or without parentheses, and a context.
+
+    What runs inside is differentiated twice in what enters it, the model's outputs, exactly. The losses of
+    ``torch.nn.functional`` are marked already, and sums and means of squares over all elements are recognised.
+
+    Raises:
+        ArgumentError: something else than a function is given.
+
+    >>> import torch, jetplane as jp
+    >>> w, x = torch.tensor([2.0]), torch.tensor([3.0])
+    >>> @jp.loss
+    ... def squared(output, target):
+    ...     return ((output - target) ** 2).sum()
+    >>> jp.evaluate(lambda: squared(w * x, 1.0), [w], [torch.ones(1, 1)], curvature="ggn").curvature
+    tensor([[18.]])
+    """
+    if function is None:
+        return _marking()
+    if not callable(function):
+        raise ArgumentError(
+            f"expected the function that computes a loss, got {type(function).__name__}: write @jetplane.loss above "
+            "it, or `with jetplane.loss():` around the code"
+        )
+    return _marking()(function)
+
+
 def _kind_of_call(func: Any, space: Space, args: Sequence[Any]) -> int:
     kinds, data = _kinds(args, space)
     if inside_loss():
         return LOSS if data or kinds != {PARAMETER} else PARAMETER
     if LOSS in kinds:
         if MODEL in kinds:
-            raise DerivativeError(
+            raise UnknownLossError(
                 f"{func} combines the result of a loss function with another output of the model, whose part "
-                "of the Gauss-Newton curvature is not defined; mark what makes it a loss with jetplane.loss()"
+                f"of the Gauss-Newton curvature is not defined. {KNOWN_LOSSES}"
             )
         return LOSS
-    return MODEL if data or MODEL in kinds else PARAMETER
+    if data or MODEL in kinds:
+        return MODEL
+    return SQUARES if SQUARES in kinds else PARAMETER
+
+
+def _entering(x: Any, space: Space) -> Any:
+    """What enters a loss function: a sum of squares is an output of the model like any other."""
+    return Jet(x.primal, x.first, None, space, kind=LOSS) if is_jet(x, space) and kind_of(x) == SQUARES else x
 
 
 def _kinds(values: Any, space: Space) -> tuple[set[int], bool]:

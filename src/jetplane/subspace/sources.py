@@ -312,7 +312,9 @@ class Subspace:
     Attributes:
         sources: sources of its directions, in this order, for at most as many directions as there are parameters. None
             for the default: see `jetplane.optim.PlaneSearch`.
-        curvature: "ggn" for Gauss-Newton curvature, which needs a loss function, or "hessian"; see `jetplane.evaluate`.
+        curvature: "ggn" for Gauss-Newton curvature, which needs a loss function that is known (`jetplane.loss`), or
+            "hessian" for exact curvature; see `jetplane.evaluate`. None for "ggn" if the closure has such a loss
+            function, else "hessian", with a warning.
         chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`. None for all of them, or,
             to save memory, for one at a time with "ggn" if less than a tenth of the model moves, as with adapters.
         every: a plane is evaluated, and parameters move, in one step of ``every``. The other steps only estimate the
@@ -323,15 +325,15 @@ class Subspace:
     """
 
     sources: Sequence[Source] | None = None
-    curvature: Curvature = "ggn"
+    curvature: Curvature | None = None
     chunk: int | Literal["auto"] | None = None
     every: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise ArgumentError(f"every must be an integer of at least 1, got {self.every!r}")
-        if self.curvature not in ("ggn", "hessian"):
-            raise ArgumentError(f"curvature must be 'ggn' or 'hessian', got {self.curvature!r}")
+        if self.curvature not in ("ggn", "hessian", None):
+            raise ArgumentError(f"curvature must be 'ggn', 'hessian' or None, got {self.curvature!r}")
         if self.sources is not None and not (self.sources and all(isinstance(s, Source) for s in self.sources)):
             raise ArgumentError(f"sources must be at least one Source of directions, got {list(self.sources)}")
 
