@@ -41,6 +41,7 @@ ACCEPTABLE, ACCEPTABLE_ITERATIONS = 1e-6, 15
 EQUALITY = 1e-8  # D of equality constraints of the path, which iterative refinement takes back
 REFINEMENTS, RESIDUAL = 6, 1e-10
 RESTORATIONS = 100
+DEGENERATE = 3  # iterations with dependent constraints after which they are expected
 EPSILON = float(np.finfo(float).eps)
 
 
@@ -63,6 +64,7 @@ class _State:
     filter_theta: Tensor
     filter_phi: Tensor
     acceptable: Tensor  # iterations in a row
+    degenerate: Tensor  # iterations in which constraints were dependent
     restoring: Tensor  # iterations of the restoration, 0 outside
     target: Tensor  # infeasibility below which it ends
 
@@ -238,7 +240,7 @@ class _InteriorPoint:
             torch.arange(problems, device=self.device), w, w.new_zeros(self.m, problems),
             lower.isfinite().to(w), upper.isfinite().to(w), lower, upper, fixed, 0.1 * ones, zeros.clone(),
             zeros.clone(), zeros.clone(), w.new_full((0, problems), torch.inf), w.new_full((0, problems), torch.inf),
-            zeros.clone(), zeros.clone(), zeros.clone(),
+            zeros.clone(), zeros.clone(), zeros.clone(), zeros.clone(),
         )  # fmt: skip
         if warm is None:
             state.multipliers = self._estimate(state)
@@ -277,7 +279,7 @@ class _InteriorPoint:
         c = jacobian.new_zeros(self.m, y.shape[1])
         c[self.slack] = slack
         damping = torch.where(self.is_slack, 1.0, torch.where(self.path, EQUALITY, 0.0)).expand(-1, y.shape[1]).to(c)
-        factor = self.kkt.factor(jacobian, hessian, torch.ones_like(y), damping, s.fixed)
+        factor = self.kkt.factor(jacobian, hessian, torch.ones_like(y), damping, s.fixed, torch.zeros_like(s.mu))
         _, dual = self.kkt.solve(factor, right, c)
         small = dual.abs().amax(0) <= MULTIPLIERS  # NaN is not
         return torch.where(small, dual, 0.0)
@@ -472,7 +474,9 @@ class _InteriorPoint:
     def _factor(self, s: _State, jacobian, hessian, sigma) -> tuple[Factorization, Tensor, Tensor, Tensor]:
         """Factors with the right inertia, the multiples of the identity they took, and where there are none."""
         n = self.n
-        delta, delta_c = torch.zeros_like(s.mu), torch.zeros_like(s.mu)
+        delta = torch.zeros_like(s.mu)
+        regular = 1e-8 * s.mu**0.25
+        delta_c = torch.where(s.degenerate >= DEGENERATE, regular, 0.0)
 
         def damped(part, which):
             d = torch.where(self.path, 0.0, delta_c[which]).expand(self.m, -1).clone()
@@ -483,7 +487,8 @@ class _InteriorPoint:
             part = [a[:, which] for a in (jacobian, hessian, sigma)]
             damping = damped(part, which)
             damping = torch.where(self.path & ~self.is_slack, EQUALITY, damping)
-            return self.kkt.factor(part[0], part[1], part[2][:n] + delta[which], damping, s.fixed[:, which])
+            fixed = s.fixed[:, which]
+            return self.kkt.factor(part[0], part[1], part[2][:n] + delta[which], damping, fixed, delta_c[which])
 
         everything = torch.arange(len(delta), device=self.device)
         factor = factored(slice(None))
@@ -493,7 +498,8 @@ class _InteriorPoint:
             if not bool(bad.any()):
                 break
             singular = bad & factor.singular & (delta_c == 0)
-            delta_c = torch.where(singular, 1e-8 * s.mu**0.25, delta_c)
+            delta_c = torch.where(singular, regular, delta_c)
+            s.degenerate = s.degenerate + singular
             first = torch.where(s.last_delta == 0, FIRST_DELTA, (s.last_delta / 3).clamp_min(LEAST_DELTA))
             grown = torch.where(s.last_delta == 0, 100.0, 8.0) * delta
             delta = torch.where(bad & ~singular, torch.where(delta == 0, first, grown), delta)
@@ -511,9 +517,7 @@ class _InteriorPoint:
         size = torch.maximum(b.abs().amax(0), c.abs().amax(0))
         previous = torch.full_like(size, torch.inf)
         for _ in range(REFINEMENTS):
-            first = self.kkt.hessian_times(hessian, dy) + sigma * dy + self.kkt.transposed_times(jacobian, dual)
-            r = torch.where(fixed, 0.0, b - first)
-            q = c - self.kkt.jacobian_times(jacobian, dy) + damping * dual
+            r, q = self.kkt.residual(factor, jacobian, hessian, sigma, damping, fixed, (b, c), (dy, dual))
             residual = torch.maximum(r.abs().amax(0), q.abs().amax(0))
             length = torch.maximum(dy.abs().amax(0), dual.abs().amax(0)).clamp_max(1e6 * size)
             worse = ~(residual < 0.5 * previous)

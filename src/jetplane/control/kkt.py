@@ -139,6 +139,7 @@ class Factorization:
     equilibration: Tensor
     still: Tensor  # variables of the border that do not move (problems, border)
     damping: Tensor  # D (constraints, problems)
+    ends: Tensor  # δ (problems,)
     correct: Tensor
     singular: Tensor
 
@@ -150,7 +151,7 @@ class Factorization:
             for a, b in zip(mine.groups, new.groups, strict=True):
                 for f in fields(_GroupFactor):
                     getattr(a, f.name)[:, chosen] = getattr(b, f.name)
-        for part in ("root", "pivots", "equilibration", "still", "correct", "singular"):
+        for part in ("root", "pivots", "equilibration", "still", "ends", "correct", "singular"):
             getattr(self, part)[chosen] = getattr(other, part)
         self.damping[:, chosen] = other.damping
 
@@ -377,9 +378,35 @@ class KKT:
         lower = hessian * (rows != columns)[:, None]
         return self._product(rows, columns, hessian, v, self.n) + self._product(columns, rows, lower, v, self.n)
 
+    def residual(
+        self, factor: Factorization, jacobian: Tensor, hessian: Tensor, sigma: Tensor, damping: Tensor, fixed: Tensor,
+        right: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """What `found` leaves of the right-hand side; D is `damping`, which may be less than what was factored."""
+        (b, c), (dy, dual) = right, found
+        r = b - self.hessian_times(hessian, dy) - sigma * dy - self.transposed_times(jacobian, dual)
+        q = c - self.jacobian_times(jacobian, dy) + damping * dual
+        if bool((factor.ends > 0).any()):
+            defects = torch.zeros_like(dual)
+            for groups in self.groups:
+                for group in groups:
+                    defects[group.defects] = dual[group.defects]
+            slopes = self.transposed_times(jacobian, defects)
+            last = torch.zeros_like(dy)
+            for chain in self.chains:
+                columns = self._index(chain.state_columns[-1])
+                last[columns] = slopes[columns]
+            ends = self.jacobian_times(jacobian, last) * factor.ends
+            for groups in self.groups:
+                for group in groups:
+                    q[group.defects] += ends[group.defects]
+        return r.masked_fill(fixed, 0.0), q
+
     # Factorization
 
-    def factor(self, jacobian: Tensor, hessian: Tensor, sigma: Tensor, damping: Tensor, fixed: Tensor) -> Factorization:
+    def factor(
+        self, jacobian: Tensor, hessian: Tensor, sigma: Tensor, damping: Tensor, fixed: Tensor, ends: Tensor
+    ) -> Factorization:
         """Factor the matrix.
 
         Args:
@@ -388,6 +415,9 @@ class KKT:
             damping: D (constraints, problems): positive in path constraints; zero or positive in those of integrals and
                 ends; not used in defects.
             fixed: variables that do not move (variables, problems).
+            ends: δ >= 0 (problems,): end states may miss the end of the last interval by δ times their multipliers; for
+                ends that cannot be reached independently. In the system above, D has δ E Eᵀ in the rows of defects, E
+                being their slopes by the end states.
         """
         chains = []
         problems = jacobian.shape[1]
@@ -402,6 +432,8 @@ class KKT:
         diagonal = torch.diagonal(root, dim1=-2, dim2=-1)
         diagonal[:, :variables] += (sigma[self.root_columns] * self.root_own[:, None]).T
         diagonal[:, self.root_size - len(self.root_rows) :] -= damping[self.root_rows].T
+        for nu in self.nu_of:
+            diagonal[:, nu] -= ends[:, None]
         still = torch.zeros(problems, self.root_size, dtype=torch.bool, device=root.device)
         still[:, :variables] = fixed[self.root_columns].T
         root.masked_fill_(still[:, :, None] | still[:, None, :], 0.0)
@@ -418,7 +450,7 @@ class KKT:
         singular = finite & (eigenvalues.abs().amin(-1) < SINGULAR)
         correct &= finite & ~singular & ((eigenvalues < 0).sum(-1) == self.multipliers)
         lu, pivots, _ = torch.linalg.lu_factor_ex(equilibrated)
-        return Factorization(chains, lu, pivots, scale, still, damping, correct, singular)
+        return Factorization(chains, lu, pivots, scale, still, damping, ends, correct, singular)
 
     def _add_value(self, number: int, chain: Chain, value: Tensor, root: Tensor) -> None:
         """The value of a phase as a function of the border: σ = ν - ρ x_N."""
