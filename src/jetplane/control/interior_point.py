@@ -169,8 +169,8 @@ class _InteriorPoint:
         fixed &= self.root  # others, which are few, get an interval about their value
         self.kkt = KKT(nlp, fixed, self.device)
         self.path = torch.zeros(nlp.m, 1, dtype=torch.bool, device=self.device)
-        for chain_rows in self.kkt.path_rows:
-            self.path[chain_rows.flatten()] = True
+        for place in nlp.places.values():
+            self.path[place.path] = True
         self.is_slack = torch.zeros(nlp.m, 1, dtype=torch.bool, device=self.device)
         self.is_slack[self.slack] = True
         self.nlp = nlp.batch(problems)

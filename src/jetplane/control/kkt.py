@@ -73,15 +73,20 @@ class _Targets:
 
 @dataclass
 class _Group:
-    """Intervals of one phase with the same number of points."""
+    """Intervals of one phase with the same number of points; which rows and columns they hold, node by node."""
 
     points: int
     members: Tensor  # intervals
-    nodes: Tensor  # (intervals, points)
-    defects: Tensor  # rows of defects (intervals, points * states), node by node
-    states: Tensor  # columns of the states after the first (intervals, points * states)
-    inner: Blocks  # defects by those
+    columns: Tensor  # states and controls (intervals, points * local)
+    defects: Tensor  # rows of defects (intervals, points * states)
+    path_rows: Tensor  # (intervals, points * path constraints)
+    inner: Blocks  # defects by the states after the first
     outer: Blocks  # defects by controls, first states, border
+    weights: Blocks  # W of each node by states, controls, border
+    path: Blocks
+    integral: Blocks
+    expand: Tensor  # Z without F, see `_GroupFactor`
+    step: Tensor  # T without F
 
 
 class Chain:
@@ -108,25 +113,36 @@ class Chain:
 
 @dataclass
 class _GroupFactor:
-    """Of a group's intervals (intervals, problems, …): LU of the defects, the condensed problem, the feedback."""
+    """Of a group's intervals (intervals, problems, …): LU of the defects, the condensed problem, the feedback.
 
+    Z maps (u, x₀, g) to the variables of all nodes, T maps (u, x₀, θ) to (x₀, θ) of the next interval.
+    """
+
+    weights: Tensor  # W (points, local + border, local + border)
+    path: Tensor  # (points * path constraints, local + border)
+    integral: Tensor  # (points * integrals, local)
     lu: Tensor
     pivots: Tensor
     inner: Tensor  # F: later states by controls, first states, border
-    expand: Tensor  # Z: of each node (points, local + border) by controls, first states, border
-    step: Tensor  # T: next (x, θ) by controls, x, θ
     cholesky: Tensor
-    feedback: Tensor  # controls by x, θ
-    loop: Tensor  # next x by x, θ with the feedback
+    feedback: Tensor  # controls by x₀, θ
+    loop: Tensor  # next x₀ by x₀, θ with the feedback
 
 
 @dataclass
 class _ChainFactor:
-    weights: Tensor  # W of each node (nodes, problems, local + border, ·)
-    path: Tensor
-    integral: Tensor
-    values: Tensor  # P of each edge (intervals + 1, problems, x θ, x θ)
+    values: Tensor  # P of each edge (intervals + 1, problems, x₀ θ, x₀ θ)
     groups: list[_GroupFactor]
+
+
+def times(a: Tensor, x: Tensor) -> Tensor:
+    """Products of matrices (…, n, m) and vectors (…, m); faster than batched products of matrices."""
+    return (a * x[..., None, :]).sum(-1)
+
+
+def transposed_times(a: Tensor, x: Tensor) -> Tensor:
+    """Products of transposed matrices (…, n, m) and vectors (…, n)."""
+    return (x[..., None, :] @ a)[..., 0, :]
 
 
 @dataclass
@@ -146,8 +162,7 @@ class Factorization:
     def update(self, chosen: Tensor, other: Factorization) -> None:
         """Replace the factors of some problems, given by their numbers."""
         for mine, new in zip(self.chains, other.chains, strict=True):
-            for part in ("weights", "path", "integral", "values"):
-                getattr(mine, part)[:, chosen] = getattr(new, part)
+            mine.values[:, chosen] = new.values
             for a, b in zip(mine.groups, new.groups, strict=True):
                 for f in fields(_GroupFactor):
                     getattr(a, f.name)[:, chosen] = getattr(b, f.name)
@@ -223,113 +238,26 @@ class KKT:
         self.root_size, self.multipliers = size + len(rows), size + len(rows) - len(root)
         self.root_columns, self.root_rows = self._index(root), self._index(rows)
         jacobian, hessian = _Targets((1, self.root_size, self.root_size)), _Targets((1, self.root_size, self.root_size))
-        # Hessian
+        self.groups: list[list[_Group]] = [self._groups(number, nlp, chain_of, node_of, local_of) for number in range(len(self.chains))]
+        fixed = self.fixed.all(1).cpu().numpy()
+        # What no interval has is the border's.
         r, c = (np.asarray(a) for a in nlp.hessian_structure)
         source = np.arange(len(r))
-        taken = np.zeros(len(r), bool)
-        self.weights: list[Blocks] = []
-        for number, chain in enumerate(self.chains):
-            border = np.full(n, -1)
-            border[chain.border] = chain.local + np.arange(len(chain.border))
-            d = chain.local + len(chain.border)
-            blocks = _Targets((chain.nodes, d, d))
-            inside = [(chain_of[a] == number) & (node_of[a] < chain.nodes) for a in (r, c)]
-            both = inside[0] & inside[1] & (node_of[r] == node_of[c])
-            places = [np.where(i, local_of[a], border[a]) for i, a in zip(inside, (r, c), strict=True)]
-            mixed = (inside[0] & (border[c] >= 0)) | (inside[1] & (border[r] >= 0))
-            here = both | mixed
-            node = np.where(inside[0], node_of[r], node_of[c])
-            blocks.add(source[here], node[here], places[0][here], places[1][here])
-            off = here & (places[0] != places[1])
-            blocks.add(source[off], node[off], places[1][off], places[0][off])
-            taken |= here
-            self.weights.append(blocks.build(self.device))
+        taken = self._taken(len(r), "weights")
         here = ~taken & (root_of[r] >= 0) & (root_of[c] >= 0)
         hessian.add(source[here], 0, root_of[r][here], root_of[c][here])
         off = here & (r != c)
         hessian.add(source[off], 0, root_of[c][off], root_of[r][off])
-        fixed = self.fixed.all(1).cpu().numpy()
         self._complete(taken | here | fixed[r] | fixed[c], "Hessian")
-        # Jacobian
         r, c = (np.asarray(a) for a in nlp.jacobian_structure)
         source = np.arange(len(r))
-        taken = (row_of[r] >= 0) & (root_of[c] >= 0) & ~self._inside_of_integral(r, c, chain_of)
-        jacobian.add(source[taken], 0, row_of[r][taken], root_of[c][taken])
-        jacobian.add(source[taken], 0, root_of[c][taken], row_of[r][taken])
-        self.path: list[Blocks] = []
-        self.integral: list[Blocks] = []
-        self.groups: list[list[_Group]] = []
-        for number, chain in enumerate(self.chains):
-            nx, nu = chain.nx, chain.nu
-            border = np.full(n, -1)
-            border[chain.border] = np.arange(len(chain.border))
-            row_node, row_local = np.full(m, -1), np.full(m, -1)
-
-            def entries(lines: np.ndarray, row_node=row_node, row_local=row_local):
-                row_node[:] = -1
-                row_node[lines] = np.arange(len(lines))[:, None]
-                row_local[lines] = np.arange(lines.shape[1])
-                return row_node[r] >= 0
-
-            path = _Targets((chain.nodes, chain.np, chain.local + len(chain.border)))
-            here = entries(chain.path_rows)
-            own = here & (chain_of[c] == number) & (node_of[c] == row_node[r])
-            path.add(source[own], row_node[r][own], row_local[r][own], local_of[c][own])
-            far = here & (border[c] >= 0)
-            path.add(source[far], row_node[r][far], row_local[r][far], chain.local + border[c][far])
-            taken |= own | far
-            self.path.append(path.build(self.device))
-            integral = _Targets((chain.nodes, chain.nq, chain.local))
-            line = np.full(m, -1)
-            line[chain.integral_rows] = np.arange(chain.nq)
-            own = (line[r] >= 0) & (chain_of[c] == number) & (node_of[c] < chain.nodes)
-            integral.add(source[own], node_of[c][own], line[r][own], local_of[c][own])
-            taken |= own
-            self.integral.append(integral.build(self.device))
-            here = entries(chain.defect_rows)
-            groups = []
-            for points in np.unique(chain.degrees):
-                members = np.flatnonzero(chain.degrees == points)
-                position = np.full(len(chain.degrees), -1)
-                position[members] = np.arange(len(members))
-                starts = chain.starts[members]
-                nodes = starts[:, None] + np.arange(points)
-                inner = _Targets((len(members), points * nx, points * nx))
-                outer = _Targets((len(members), points * nx, points * nu + nx + len(chain.border)))
-                e = np.where(here, chain.interval[np.clip(row_node[r], 0, chain.nodes - 1)], 0)
-                mine = here & (position[e] >= 0)
-                first = chain.starts[e]
-                row = (row_node[r] - first) * nx + row_local[r]
-                offset = node_of[c] - first
-                ours = mine & (chain_of[c] == number) & (offset >= 0) & (offset <= points)
-                later = ours & (local_of[c] < nx) & (offset > 0)
-                inner.add(source[later], position[e][later], row[later], ((offset - 1) * nx + local_of[c])[later])
-                start = ours & (local_of[c] < nx) & (offset == 0)
-                outer.add(source[start], position[e][start], row[start], points * nu + local_of[c][start])
-                control = ours & (local_of[c] >= nx)
-                column = offset * nu + local_of[c] - nx
-                outer.add(source[control], position[e][control], row[control], column[control])
-                far = mine & (border[c] >= 0)
-                outer.add(source[far], position[e][far], row[far], points * nu + nx + border[c][far])
-                taken |= later | start | control | far
-                groups.append(
-                    _Group(
-                        int(points),
-                        self._index(members),
-                        self._index(nodes),
-                        self._index(chain.defect_rows[nodes].reshape(len(members), -1)),
-                        self._index(chain.state_columns[nodes + 1].reshape(len(members), -1)),
-                        inner.build(self.device),
-                        outer.build(self.device),
-                    )
-                )
-            self.groups.append(groups)
-        self._complete(taken | fixed[c], "Jacobian")
+        taken = self._taken(len(r), "inner", "outer", "path", "integral")
+        here = ~taken & (row_of[r] >= 0) & (root_of[c] >= 0)
+        jacobian.add(source[here], 0, row_of[r][here], root_of[c][here])
+        jacobian.add(source[here], 0, root_of[c][here], row_of[r][here])
+        self._complete(taken | here | fixed[c], "Jacobian")
         self.root_hessian, self.root_jacobian = hessian.build(self.device), jacobian.build(self.device)
-        self.node_columns = [
-            self._index(np.concatenate([chain.state_columns[:-1], chain.control_columns], 1)) for chain in self.chains
-        ]
-        self.path_rows = [self._index(chain.path_rows) for chain in self.chains]
+        self.last_columns = [self._index(chain.state_columns[-1]) for chain in self.chains]
         self.nu_of = [self._index(a) for a in nu_of]
         self.first_of = [self._index(root_of[chain.state_columns[0]]) for chain in self.chains]
         self.last_of = [self._index(root_of[chain.state_columns[-1]]) for chain in self.chains]
@@ -341,12 +269,107 @@ class KKT:
             own[root_of[chain.state_columns[0]]] = False
         self.root_own = torch.from_numpy(own).to(self.device)
 
-    def _inside_of_integral(self, r: np.ndarray, c: np.ndarray, chain_of: np.ndarray) -> np.ndarray:
-        """Entries of integrals by states and controls: they belong to intervals, not to the border."""
-        integral = np.zeros(self.m, bool)
-        for chain in self.chains:
-            integral[chain.integral_rows] = True
-        return integral[r] & (chain_of[c] >= 0)
+    def _taken(self, count: int, *parts: str) -> np.ndarray:
+        """Which nonzeros are in those blocks of groups."""
+        taken = np.zeros(count, bool)
+        for groups in self.groups:
+            for group in groups:
+                for part in parts:
+                    taken[getattr(group, part).source.cpu().numpy()] = True
+        return taken
+
+    def _groups(self, number: int, nlp: NLP, chain_of, node_of, local_of) -> list[_Group]:
+        """Intervals of a phase by their numbers of points, and where their nonzeros go."""
+        chain = self.chains[number]
+        nx, nu, d, g = chain.nx, chain.nu, chain.local, len(chain.border)
+        border = np.full(nlp.n, -1)
+        border[chain.border] = np.arange(g)
+        kinds = {"defect": chain.defect_rows, "path": chain.path_rows}
+        node, kind, local = np.full(nlp.m, -1), np.full(nlp.m, ""  , dtype="U8"), np.full(nlp.m, -1)
+        for name, lines in kinds.items():
+            node[lines], kind[lines], local[lines] = np.arange(len(lines))[:, None], name, np.arange(lines.shape[1])
+        kind[chain.integral_rows], local[chain.integral_rows] = "integral", np.arange(chain.nq)
+        hr, hc = (np.asarray(a) for a in nlp.hessian_structure)
+        jr, jc = (np.asarray(a) for a in nlp.jacobian_structure)
+        mine = (chain_of == number) & (node_of < chain.nodes)
+        groups = []
+        for points in np.unique(chain.degrees).tolist():
+            members = np.flatnonzero(chain.degrees == points)
+            count, u = len(members), points * nu
+            position = np.full(len(chain.degrees) + 1, -1)
+            position[members] = np.arange(count)
+            interval = np.append(chain.interval, len(chain.degrees))  # the end belongs to none
+            first = np.append(chain.starts[:-1], chain.nodes)
+
+            # Hessian: nodes by nodes, nodes by border
+            weights = _Targets((count, points * (d + g), d + g))
+            at = np.where(mine[hr], node_of[hr], np.where(mine[hc], node_of[hc], chain.nodes))
+            e = position[interval[at]]
+            left = np.where(mine[hr], local_of[hr], np.where(border[hr] >= 0, d + border[hr], -1))
+            right = np.where(mine[hc], local_of[hc], np.where(border[hc] >= 0, d + border[hc], -1))
+            same = ~(mine[hr] & mine[hc]) | (node_of[hr] == node_of[hc])
+            here = np.flatnonzero((e >= 0) & (left >= 0) & (right >= 0) & same)
+            offset = (at - first[interval[at]])[here] * (d + g)
+            weights.add(here, e[here], offset + left[here], right[here])
+            other = left[here] != right[here]
+            offset, here = offset[other], here[other]
+            weights.add(here, e[here], offset + right[here], left[here])
+
+            # Jacobian
+            blocks = {
+                "inner": _Targets((count, points * nx, points * nx)),
+                "outer": _Targets((count, points * nx, u + nx + g)),
+                "path": _Targets((count, points * chain.np, d + g)),
+                "integral": _Targets((count, points * chain.nq, d)),
+            }
+            own = (chain_of == number)[jc]
+            at = np.where(kind[jr] == "integral", np.where(own, node_of[jc], chain.nodes), node[jr])
+            at = np.where(at < 0, chain.nodes, at)
+            e = position[interval[at]]
+            row = at - first[interval[at]]
+            offset = node_of[jc] - first[interval[at]]
+            near = own & (offset >= 0) & (offset <= points)
+            state = local_of[jc] < nx
+            defect, path = (e >= 0) & (kind[jr] == "defect"), (e >= 0) & (kind[jr] == "path")
+            far = border[jc] >= 0
+            lines = row * nx + local[jr]
+
+            def put(name: str, which: np.ndarray, rows: np.ndarray, columns: np.ndarray, blocks=blocks, e=e) -> None:
+                source = np.flatnonzero(which)
+                blocks[name].add(source, e[source], rows[source], columns[source])
+
+            put("inner", defect & near & state & (offset > 0), lines, (offset - 1) * nx + local_of[jc])
+            put("outer", defect & near & state & (offset == 0), lines, u + local_of[jc])
+            put("outer", defect & near & ~state, lines, offset * nu + local_of[jc] - nx)
+            put("outer", defect & far, lines, u + nx + border[jc])
+            lines = row * chain.np + local[jr]
+            put("path", path & own & (offset == row), lines, local_of[jc])
+            put("path", path & far, lines, d + border[jc])
+            put("integral", (e >= 0) & (kind[jr] == "integral") & own, row * chain.nq + local[jr], local_of[jc])
+
+            expand = torch.zeros(points, d + g, u + nx + g, dtype=torch.float64)
+            expand[0, range(nx), range(u, u + nx)] = 1
+            for j in range(points):
+                expand[j, range(nx, d), range(j * nu, (j + 1) * nu)] = 1
+                expand[j, range(d, d + g), range(u + nx, u + nx + g)] = 1
+            step = torch.zeros(nx + chain.theta, u + nx + chain.theta, dtype=torch.float64)
+            step[range(nx, nx + chain.theta), range(u + nx, u + nx + chain.theta)] = 1
+            nodes = chain.starts[members][:, None] + np.arange(points)
+            columns = np.concatenate([chain.state_columns[nodes], chain.control_columns[nodes]], 2)
+            groups.append(
+                _Group(
+                    points,
+                    self._index(members),
+                    self._index(columns.reshape(count, -1)),
+                    self._index(chain.defect_rows[nodes].reshape(count, -1)),
+                    self._index(chain.path_rows[nodes].reshape(count, -1)),
+                    weights=weights.build(self.device),
+                    **{name: part.build(self.device) for name, part in blocks.items()},
+                    expand=expand.to(self.device),
+                    step=step.to(self.device),
+                )
+            )
+        return groups
 
     @staticmethod
     def _complete(taken: np.ndarray, what: str) -> None:
@@ -393,8 +416,7 @@ class KKT:
                     defects[group.defects] = dual[group.defects]
             slopes = self.transposed_times(jacobian, defects)
             last = torch.zeros_like(dy)
-            for chain in self.chains:
-                columns = self._index(chain.state_columns[-1])
+            for columns in self.last_columns:
                 last[columns] = slopes[columns]
             ends = self.jacobian_times(jacobian, last) * factor.ends
             for groups in self.groups:
@@ -468,76 +490,70 @@ class KKT:
         root[:, nu, last] -= 1
 
     def _factor_chain(self, number: int, chain: Chain, jacobian, hessian, sigma, damping) -> tuple[_ChainFactor, Tensor]:
-        nx, nu, g, theta, d = chain.nx, chain.nu, len(chain.border), chain.theta, chain.local
-        weights = self.weights[number].of(hessian)
-        problems = weights.shape[1]
-        torch.diagonal(weights, dim1=-2, dim2=-1)[..., :d] += sigma[self.node_columns[number]].transpose(1, 2)
-        path = self.path[number].of(jacobian)
-        if chain.np:
-            scaled = path / damping[self.path_rows[number]].transpose(1, 2)[..., None]
-            weights += path.mT @ scaled
-        integral = self.integral[number].of(jacobian)
-        intervals = len(chain.degrees)
-        s = nx + theta
-        steps, costs = [None] * intervals, [None] * intervals
+        nx, nu, g, d, nq = chain.nx, chain.nu, len(chain.border), chain.local, chain.nq
+        problems = jacobian.shape[1]
+        intervals, s = len(chain.degrees), nx + chain.theta
+        steps: list = [None] * intervals
+        costs: list = [None] * intervals
         parts = []
         for group in self.groups[number]:
-            lu, pivots, _ = torch.linalg.lu_factor_ex(group.inner.of(jacobian))
-            inner = -torch.linalg.lu_solve(lu, pivots, group.outer.of(jacobian))
             count, u = len(group.members), group.points * nu
+            weights = group.weights.of(hessian).view(count, problems, group.points, d + g, d + g)
+            diagonal = torch.diagonal(weights, dim1=-2, dim2=-1)[..., :d]
+            diagonal += sigma[group.columns].transpose(1, 2).reshape(diagonal.shape)
+            path = group.path.of(jacobian)
+            if chain.np:
+                rows = path.view(count, problems, group.points, chain.np, d + g)
+                factors = damping[group.path_rows].transpose(1, 2).reshape(*rows.shape[:-1], 1)
+                weights += rows.mT @ (rows / factors)
+            lu, pivots, _ = torch.linalg.lu_factor_ex(group.inner.of(jacobian))
+            inner = torch.linalg.lu_solve(lu, pivots, group.outer.of(jacobian).neg_())
             columns = u + nx + g
-            expand = inner.new_zeros(count, problems, group.points, d + g, columns)
+            expand = group.expand.expand(count, problems, -1, -1, -1).clone()
             expand[:, :, 1:, :nx] = inner.view(count, problems, group.points, nx, columns)[:, :, :-1]
-            for i in range(nx):
-                expand[:, :, 0, i, u + i] = 1
-            for j in range(group.points):
-                for i in range(nu):
-                    expand[:, :, j, nx + i, j * nu + i] = 1
-            for i in range(g):
-                expand[:, :, :, d + i, u + nx + i] = 1
             cost = inner.new_zeros(count, problems, u + s, u + s)
-            weighted = (weights[group.nodes].transpose(1, 2) @ expand).flatten(2, 3)
             flat = expand.flatten(2, 3)
-            cost[..., :columns, :columns] = flat.mT @ weighted
-            if chain.nq:
-                rows = (integral[group.nodes].transpose(1, 2) @ expand[..., :d, :]).sum(2)
-                cost[..., columns + nx :, :columns] = rows
-                cost[..., :columns, columns + nx :] = rows.mT
-            step = inner.new_zeros(count, problems, s, u + s)
+            cost[..., :columns, :columns] = flat.mT @ (weights @ expand).flatten(2, 3)
+            integral = group.integral.of(jacobian)
+            if nq:
+                rows = integral.view(count, problems, group.points, nq, d) @ expand[..., :d, :]
+                cost[..., columns + nx :, :columns] = rows.sum(2)
+                cost[..., :columns, columns + nx :] = rows.sum(2).mT
+            step = group.step.expand(count, problems, -1, -1).clone()
             step[..., :nx, :columns] = inner[..., -nx:, :]
-            for i in range(theta):
-                step[..., nx + i, u + nx + i] = 1
             for e, one, other in zip(group.members.tolist(), step.unbind(0), cost.unbind(0), strict=True):
                 steps[e], costs[e] = one, other
-            parts.append((lu, pivots, inner, expand, step))
-        value = weights.new_zeros(problems, s, s)
-        for i in range(nx):
-            value[:, i, i] = PENALTY
-            value[:, i, nx + g + i] = value[:, nx + g + i, i] = 1
+            parts.append((weights, path, integral, lu, pivots, inner))
+        value = jacobian.new_zeros(problems, s, s)
+        value[:, range(nx), range(nx)] = PENALTY
+        value[:, range(nx), range(nx + g, nx + g + nx)] = 1
+        value[:, range(nx + g, nx + g + nx), range(nx)] = 1
         values: list[Tensor] = [value] * (intervals + 1)
         factors: list = [None] * intervals
-        bad = torch.zeros(problems, dtype=torch.int32, device=weights.device)
+        bad = torch.zeros(problems, dtype=torch.int32, device=jacobian.device)
         for e in range(intervals - 1, -1, -1):
-            step: Tensor = steps[e]  # type: ignore[assignment]
+            step = steps[e]
             u = step.shape[-1] - s
-            total = torch.baddbmm(costs[e], step.mT, torch.bmm(value, step))  # type: ignore[arg-type]
-            cholesky, info = torch.linalg.cholesky_ex(total[:, :u, :u])
-            half = torch.linalg.solve_triangular(cholesky, total[:, :u, u:], upper=False)
-            value = torch.baddbmm(total[:, u:, u:], half.mT, half, alpha=-1)
+            total = torch.baddbmm(costs[e], step.mT, torch.bmm(value, step))
+            controls, rest = total[:, :u], total[:, u:, u:]
+            cholesky, info = torch.linalg.cholesky_ex(controls[..., :u])
+            half = torch.linalg.solve_triangular(cholesky, controls[..., u:], upper=False)
+            value = torch.baddbmm(rest, half.mT, half, alpha=-1)
             bad |= info
             values[e], factors[e] = value, (cholesky, half)
         groups = []
-        for group, (lu, pivots, inner, expand, step) in zip(self.groups[number], parts, strict=True):
+        for group, part in zip(self.groups[number], parts, strict=True):
             members = group.members.tolist()
             cholesky = torch.stack([factors[e][0] for e in members])
             half = torch.stack([factors[e][1] for e in members])
-            feedback = -torch.linalg.solve_triangular(cholesky.mT, half, upper=True)
-            u = feedback.shape[-2]
-            loop = step[..., :nx, u:] + step[..., :nx, :u] @ feedback
-            groups.append(_GroupFactor(lu, pivots, inner, expand, step, cholesky, feedback, loop))
+            feedback = torch.linalg.solve_triangular(cholesky.mT, half, upper=True).neg_()
+            u, end = group.points * nu, part[-1][..., -nx:, :]
+            loop = end[..., :u] @ feedback
+            loop[..., : nx + g] += end[..., u:]
+            groups.append(_GroupFactor(*part, cholesky, feedback, loop))
         stacked = torch.stack(values)
         good = (bad == 0) & stacked[0].isfinite().flatten(1).all(1)
-        return _ChainFactor(weights, path, integral, stacked, groups), good
+        return _ChainFactor(stacked, groups), good
 
     # Solution
 
@@ -574,53 +590,53 @@ class KKT:
         return torch.cat([first, self.border_of[number], nu, self.integral_of[number]]), self.last_of[number]
 
     def _backward(self, number: int, chain: Chain, factor: _ChainFactor, damping, b, c):
-        """Linear terms of the value at each edge."""
-        nx, nu, g, d = chain.nx, chain.nu, len(chain.border), chain.local
-        problems = b.shape[1]
-        linear = b.new_zeros(chain.nodes, problems, d + g)
-        linear[..., :d] = -b[self.node_columns[number]].transpose(1, 2)
-        if chain.np:
-            rows = self.path_rows[number]
-            linear -= (factor.path.mT @ (c[rows] / damping[rows]).transpose(1, 2)[..., None])[..., 0]
-        intervals = len(chain.degrees)
-        pieces, kept = [None] * intervals, []
-        for group, made in zip(self.groups[number], factor.groups, strict=True):
-            count = len(group.members)
-            f = torch.linalg.lu_solve(made.lu, made.pivots, c[group.defects].transpose(1, 2)[..., None])[..., 0]
-            shifted = f.new_zeros(count, problems, group.points, d + g, 1)
-            shifted[:, :, 1:, :nx, 0] = f.view(count, problems, group.points, nx)[:, :, :-1]
-            nodes = group.nodes
-            gradient = linear[nodes].transpose(1, 2) + (factor.weights[nodes].transpose(1, 2) @ shifted)[..., 0]
-            u = group.points * nu
-            q = f.new_zeros(count, problems, made.step.shape[-1])
-            columns = u + nx + g
-            q[..., :columns] = (gradient.flatten(2)[..., None, :] @ made.expand.flatten(2, 3))[..., 0, :]
-            if chain.nq:
-                rows = (factor.integral[nodes].transpose(1, 2) @ shifted[..., :d, :])[..., 0].sum(2)
-                q[..., columns + nx :] = rows
-            end = f[..., -nx:]
-            pushed = (factor.values[group.members + 1][..., :nx] @ end[..., None])[..., 0]
-            # p of this edge is (feedback ᵀ, 1) (q + Tᵀ (p of the next edge + P f)).
-            total = q + (pushed[..., None, :] @ made.step)[..., 0, :]
-            piece = total[..., u:] + (total[..., None, :u] @ made.feedback)[..., 0, :]
-            for e, one in zip(group.members.tolist(), piece[..., :nx, None].unbind(0), strict=True):
-                pieces[e] = (one, None)
-            kept.append((f, linear, total, piece))
+        """Linear terms of the value at each edge, and what the way forward needs; of the first edge, those by θ too."""
+        nx, nu, g, d, nq = chain.nx, chain.nu, len(chain.border), chain.local, chain.nq
+        problems, intervals = b.shape[1], len(chain.degrees)
+        pieces: list = [None] * intervals
         loops: list = [None] * intervals
+        kept = []
         for group, made in zip(self.groups[number], factor.groups, strict=True):
-            for e, one in zip(group.members.tolist(), made.loop[..., :nx].mT.unbind(0), strict=True):
-                loops[e] = one
+            count, points, u = len(group.members), group.points, group.points * nu
+            shape = count, problems, points
+            linear = b.new_zeros(*shape, d + g)
+            linear[..., :d] = b[group.columns].transpose(1, 2).reshape(*shape, d).neg()
+            if chain.np:
+                right = (c[group.path_rows] / damping[group.path_rows]).transpose(1, 2).reshape(*shape, chain.np)
+                linear -= transposed_times(made.path.view(*shape, chain.np, d + g), right)
+            f = torch.linalg.lu_solve(made.lu, made.pivots, c[group.defects].transpose(1, 2)[..., None])[..., 0]
+            later = f.view(*shape, nx)[:, :, :-1]  # of the nodes after the first
+            gradient = linear.clone()
+            gradient[:, :, 1:] += times(made.weights[:, :, 1:, :, :nx], later)
+            columns = u + nx + g
+            q = f.new_zeros(count, problems, u + nx + chain.theta)
+            q[..., :columns] = transposed_times(made.inner[..., :-nx, :], gradient[:, :, 1:, :nx].flatten(2))
+            q[..., :u] += gradient[..., nx:d].flatten(2)
+            q[..., u : u + nx] += gradient[:, :, 0, :nx]
+            q[..., u + nx : columns] += gradient[..., d:].sum(2)
+            if nq:
+                rows = made.integral.view(*shape, nq, d)[:, :, 1:, :, :nx]
+                q[..., columns + nx :] = times(rows, later).sum(2)
+            # p of this edge is (feedback ᵀ, 1) (q + Tᵀ (p of the next edge + P f)).
+            pushed = times(factor.values[group.members + 1][..., :nx], f[..., -nx:])
+            q[..., :columns] += transposed_times(made.inner[..., -nx:, :], pushed[..., :nx])
+            q[..., u + nx :] += pushed[..., nx:]
+            piece = q[..., u:] + transposed_times(made.feedback, q[..., :u])
+            for e, one, other in zip(
+                group.members.tolist(), piece[..., :nx, None].unbind(0), made.loop[..., :nx].mT.unbind(0), strict=True
+            ):
+                pieces[e], loops[e] = one, other
+            kept.append((f, linear, q[..., :u], piece[..., nx:]))
         p = b.new_zeros(problems, nx, 1)
         costates: list[Tensor] = [p] * (intervals + 1)
         for e in range(intervals - 1, -1, -1):
-            p = torch.baddbmm(pieces[e][0], loops[e], p)  # type: ignore[index]
+            p = torch.baddbmm(pieces[e], loops[e], p)
             costates[e] = p
         edges = torch.stack(costates)[..., 0]
         first = b.new_zeros(problems, nx + chain.theta)
         first[:, :nx] = edges[0]
         for group, made, (_, _, _, piece) in zip(self.groups[number], factor.groups, kept, strict=True):
-            through = (edges[group.members + 1][..., None, :] @ made.loop[..., nx:])[..., 0, :]
-            first[:, nx:] += (piece[..., nx:] + through).sum(0)
+            first[:, nx:] += (piece + transposed_times(made.loop[..., nx:], edges[group.members + 1])).sum(0)
         return (edges, kept), first
 
     def _forward(self, number: int, chain: Chain, factor: _ChainFactor, damping, c, state, z, dy, dual) -> None:
@@ -632,14 +648,14 @@ class KKT:
         loops: list = [None] * intervals
         constants: list = [None] * intervals
         open_loop = []
-        for group, made, (f, _, total, _) in zip(self.groups[number], factor.groups, kept, strict=True):
-            u = group.points * nu
-            slope = total[..., :u] + (edges[group.members + 1][..., None, :] @ made.step[..., :nx, :u])[..., 0, :]
-            k = -torch.cholesky_solve(slope[..., None], made.cholesky)[..., 0]
+        for group, made, (f, _, q, _) in zip(self.groups[number], factor.groups, kept, strict=True):
+            end = made.inner[..., -nx:, : group.points * nu]
+            slope = q + transposed_times(end, edges[group.members + 1])
+            k = torch.cholesky_solve(slope[..., None], made.cholesky)[..., 0].neg_()
             open_loop.append(k)
-            constant = f[..., -nx:, None] + made.loop[..., nx:] @ theta[..., None] + made.step[..., :nx, :u] @ k[..., None]
+            constant = f[..., -nx:] + times(made.loop[..., nx:], theta) + times(end, k)
             for e, one, other in zip(
-                group.members.tolist(), made.loop[..., :nx].unbind(0), constant.unbind(0), strict=True
+                group.members.tolist(), made.loop[..., :nx].unbind(0), constant[..., None].unbind(0), strict=True
             ):
                 loops[e], constants[e] = one, other
         x = z[:, :nx, None]
@@ -647,34 +663,23 @@ class KKT:
         for e in range(intervals):
             x = torch.baddbmm(constants[e], loops[e], x)
             trajectory.append(x)
-        states = torch.stack(trajectory)[..., 0]
-        full = torch.cat([states, theta.expand(intervals + 1, -1, -1)], -1)
-        push = (factor.values[..., :nx, :] @ full[..., None])[..., 0] + edges  # costates at the edges
-        border = theta[:, :g]
+        full = torch.cat([torch.stack(trajectory)[..., 0], theta.expand(intervals + 1, -1, -1)], -1)
+        push = times(factor.values[..., :nx, :], full) + edges  # costates at the edges
         for group, made, (f, linear, _, _), k in zip(self.groups[number], factor.groups, kept, open_loop, strict=True):
-            count, members = len(group.members), group.members
-            controls = (made.feedback @ full[members][..., None])[..., 0] + k
-            free = torch.cat([controls, states[members], border.expand(count, -1, -1)], -1)
-            later = (made.inner @ free[..., None])[..., 0] + f
-            nodes = free.new_empty(count, problems, group.points, d + g)
-            nodes[:, :, 0, :nx] = states[members]
-            nodes[:, :, 1:, :nx] = later.view(count, problems, group.points, nx)[:, :, :-1]
-            nodes[..., nx:d] = controls.view(count, problems, group.points, nu)
-            nodes[..., d:] = border[:, None]
-            slope = linear[group.nodes].transpose(1, 2)
-            slope = slope + (factor.weights[group.nodes].transpose(1, 2) @ nodes[..., None])[..., 0]
-            right = torch.cat([slope[:, :, 1:, :nx].flatten(2), push[members + 1]], -1)
-            found = -torch.linalg.lu_solve(made.lu, made.pivots, right[..., None], adjoint=True)[..., 0]
-            dual[group.defects] = found.transpose(1, 2)
-            columns = self.node_columns[number][group.nodes]
-            dy[columns[:, :, nx:]] = nodes[..., nx:d].permute(0, 2, 3, 1)
-            inner = columns[:, 1:, :nx]
-            dy[inner] = nodes[:, :, 1:, :nx].permute(0, 2, 3, 1)
-            # The end of an interval is the start of the next one; that of the last is of the border.
-            starts = columns[:, 0, :nx]
-            later_starts = members > 0
-            dy[starts[later_starts]] = states[members[later_starts]].transpose(1, 2)
+            count, members, points = len(group.members), group.members, group.points
+            here = full[members]
+            controls = times(made.feedback, here) + k
+            later = times(made.inner, torch.cat([controls, here[..., : nx + g]], -1)) + f
+            nodes = here.new_empty(count, problems, points, d + g)
+            nodes[:, :, 0, :nx] = here[..., :nx]
+            nodes[:, :, 1:, :nx] = later.view(count, problems, points, nx)[:, :, :-1]
+            nodes[..., nx:d] = controls.view(count, problems, points, nu)
+            nodes[..., d:] = here[:, :, None, nx : nx + g]
+            slope = linear[:, :, 1:, :nx] + times(made.weights[:, :, 1:, :nx], nodes[:, :, 1:])
+            right = torch.cat([slope.flatten(2), push[members + 1]], -1)
+            found = torch.linalg.lu_solve(made.lu, made.pivots, right[..., None], adjoint=True)[..., 0]
+            dual[group.defects] = found.transpose(1, 2).neg()
+            dy[group.columns] = nodes[..., :d].flatten(2).transpose(1, 2)
             if chain.np:
-                rows = self.path_rows[number][group.nodes]
-                values = (factor.path[group.nodes].transpose(1, 2) @ nodes[..., None])[..., 0].permute(0, 2, 3, 1)
-                dual[rows] = (values - c[rows]) / damping[rows]
+                rows = times(made.path.view(count, problems, points, chain.np, d + g), nodes)
+                dual[group.path_rows] = (rows.flatten(2).transpose(1, 2) - c[group.path_rows]) / damping[group.path_rows]
