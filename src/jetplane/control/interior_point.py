@@ -41,7 +41,6 @@ ACCEPTABLE, ACCEPTABLE_ITERATIONS = 1e-6, 15
 EQUALITY = 1e-8  # D of equality constraints of the path, which iterative refinement takes back
 REFINEMENTS, RESIDUAL = 6, 1e-10
 RESTORATIONS = 100
-DEGENERATE = 3  # iterations with dependent constraints after which they are expected
 EPSILON = float(np.finfo(float).eps)
 
 
@@ -64,7 +63,6 @@ class _State:
     filter_theta: Tensor
     filter_phi: Tensor
     acceptable: Tensor  # iterations in a row
-    degenerate: Tensor  # iterations in which constraints were dependent
     restoring: Tensor  # iterations of the restoration, 0 outside
     target: Tensor  # infeasibility below which it ends
 
@@ -240,7 +238,7 @@ class _InteriorPoint:
             torch.arange(problems, device=self.device), w, w.new_zeros(self.m, problems),
             lower.isfinite().to(w), upper.isfinite().to(w), lower, upper, fixed, 0.1 * ones, zeros.clone(),
             zeros.clone(), zeros.clone(), w.new_full((0, problems), torch.inf), w.new_full((0, problems), torch.inf),
-            zeros.clone(), zeros.clone(), zeros.clone(), zeros.clone(),
+            zeros.clone(), zeros.clone(), zeros.clone(),
         )  # fmt: skip
         if warm is None:
             state.multipliers = self._estimate(state)
@@ -279,7 +277,7 @@ class _InteriorPoint:
         c = jacobian.new_zeros(self.m, y.shape[1])
         c[self.slack] = slack
         damping = torch.where(self.is_slack, 1.0, torch.where(self.path, EQUALITY, 0.0)).expand(-1, y.shape[1]).to(c)
-        factor = self.kkt.factor(jacobian, hessian, torch.ones_like(y), damping, s.fixed, torch.zeros_like(s.mu))
+        factor = self.kkt.factor(jacobian, hessian, torch.ones_like(y), damping, s.fixed)
         _, dual = self.kkt.solve(factor, right, c)
         small = dual.abs().amax(0) <= MULTIPLIERS  # NaN is not
         return torch.where(small, dual, 0.0)
@@ -475,20 +473,17 @@ class _InteriorPoint:
         """Factors with the right inertia, the multiples of the identity they took, and where there are none."""
         n = self.n
         delta = torch.zeros_like(s.mu)
-        regular = 1e-8 * s.mu**0.25
-        delta_c = torch.where(s.degenerate >= DEGENERATE, regular, 0.0)
 
-        def damped(part, which):
-            d = torch.where(self.path, 0.0, delta_c[which]).expand(self.m, -1).clone()
-            d[self.slack] += 1 / (sigma[n:, which] + delta[which]).clamp_min(1e-20)
+        def damped(which):
+            total = sigma[n:, which] + delta[which]
+            d = total.new_zeros(self.m, total.shape[1])
+            d[self.slack] = 1 / total.clamp_min(1e-20)
             return d
 
         def factored(which):
             part = [a[:, which] for a in (jacobian, hessian, sigma)]
-            damping = damped(part, which)
-            damping = torch.where(self.path & ~self.is_slack, EQUALITY, damping)
-            fixed = s.fixed[:, which]
-            return self.kkt.factor(part[0], part[1], part[2][:n] + delta[which], damping, fixed, delta_c[which])
+            damping = torch.where(self.path & ~self.is_slack, EQUALITY, damped(which))
+            return self.kkt.factor(part[0], part[1], part[2][:n] + delta[which], damping, s.fixed[:, which])
 
         everything = torch.arange(len(delta), device=self.device)
         factor = factored(slice(None))
@@ -497,19 +492,16 @@ class _InteriorPoint:
             bad = ~factor.correct & ~failed
             if not bool(bad.any()):
                 break
-            singular = bad & factor.singular & (delta_c == 0)
-            delta_c = torch.where(singular, regular, delta_c)
-            s.degenerate = s.degenerate + singular
             first = torch.where(s.last_delta == 0, FIRST_DELTA, (s.last_delta / 3).clamp_min(LEAST_DELTA))
             grown = torch.where(s.last_delta == 0, 100.0, 8.0) * delta
-            delta = torch.where(bad & ~singular, torch.where(delta == 0, first, grown), delta)
+            delta = torch.where(bad, torch.where(delta == 0, first, grown), delta)
             failed |= delta > MOST_DELTA
             which = everything[bad & ~failed]
             if len(which) == len(everything):
                 factor = factored(slice(None))
             elif len(which):
                 factor.update(which, factored(which))
-        return factor, delta, damped(None, slice(None)), failed
+        return factor, delta, damped(slice(None)), failed
 
     def _refined(self, factor, jacobian, hessian, sigma, damping, b, c, fixed) -> tuple[Tensor, Tensor]:
         """The solution of the system, with iterative refinement."""
@@ -517,7 +509,7 @@ class _InteriorPoint:
         size = torch.maximum(b.abs().amax(0), c.abs().amax(0))
         previous = torch.full_like(size, torch.inf)
         for _ in range(REFINEMENTS):
-            r, q = self.kkt.residual(factor, jacobian, hessian, sigma, damping, fixed, (b, c), (dy, dual))
+            r, q = self.kkt.residual(jacobian, hessian, sigma, damping, fixed, (b, c), (dy, dual))
             residual = torch.maximum(r.abs().amax(0), q.abs().amax(0))
             length = torch.maximum(dy.abs().amax(0), dual.abs().amax(0)).clamp_max(1e6 * size)
             worse = ~(residual < 0.5 * previous)

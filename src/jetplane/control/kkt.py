@@ -147,17 +147,16 @@ def transposed_times(a: Tensor, x: Tensor) -> Tensor:
 
 @dataclass
 class Factorization:
-    """What `KKT.factor` has made. `correct` (problems,): the inertia is that of a minimum; `singular`: the border is so."""
+    """What `KKT.factor` has made. `correct` (problems,): the inertia is that of a minimum."""
 
     chains: list[_ChainFactor]
-    root: Tensor
-    pivots: Tensor
+    root: Tensor  # the border's matrix, equilibrated by factors of rows and columns
     equilibration: Tensor
+    vectors: Tensor
+    inverse: Tensor  # of its eigenvalues; zero for those that vanish
     still: Tensor  # variables of the border that do not move (problems, border)
     damping: Tensor  # D (constraints, problems)
-    ends: Tensor  # δ (problems,)
     correct: Tensor
-    singular: Tensor
 
     def update(self, chosen: Tensor, other: Factorization) -> None:
         """Replace the factors of some problems, given by their numbers."""
@@ -166,7 +165,7 @@ class Factorization:
             for a, b in zip(mine.groups, new.groups, strict=True):
                 for f in fields(_GroupFactor):
                     getattr(a, f.name)[:, chosen] = getattr(b, f.name)
-        for part in ("root", "pivots", "equilibration", "still", "ends", "correct", "singular"):
+        for part in ("root", "equilibration", "vectors", "inverse", "still", "correct"):
             getattr(self, part)[chosen] = getattr(other, part)
         self.damping[:, chosen] = other.damping
 
@@ -257,7 +256,6 @@ class KKT:
         jacobian.add(source[here], 0, root_of[c][here], row_of[r][here])
         self._complete(taken | here | fixed[c], "Jacobian")
         self.root_hessian, self.root_jacobian = hessian.build(self.device), jacobian.build(self.device)
-        self.last_columns = [self._index(chain.state_columns[-1]) for chain in self.chains]
         self.nu_of = [self._index(a) for a in nu_of]
         self.first_of = [self._index(root_of[chain.state_columns[0]]) for chain in self.chains]
         self.last_of = [self._index(root_of[chain.state_columns[-1]]) for chain in self.chains]
@@ -402,33 +400,18 @@ class KKT:
         return self._product(rows, columns, hessian, v, self.n) + self._product(columns, rows, lower, v, self.n)
 
     def residual(
-        self, factor: Factorization, jacobian: Tensor, hessian: Tensor, sigma: Tensor, damping: Tensor, fixed: Tensor,
+        self, jacobian: Tensor, hessian: Tensor, sigma: Tensor, damping: Tensor, fixed: Tensor,
         right: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """What `found` leaves of the right-hand side; D is `damping`, which may be less than what was factored."""
         (b, c), (dy, dual) = right, found
         r = b - self.hessian_times(hessian, dy) - sigma * dy - self.transposed_times(jacobian, dual)
         q = c - self.jacobian_times(jacobian, dy) + damping * dual
-        if bool((factor.ends > 0).any()):
-            defects = torch.zeros_like(dual)
-            for groups in self.groups:
-                for group in groups:
-                    defects[group.defects] = dual[group.defects]
-            slopes = self.transposed_times(jacobian, defects)
-            last = torch.zeros_like(dy)
-            for columns in self.last_columns:
-                last[columns] = slopes[columns]
-            ends = self.jacobian_times(jacobian, last) * factor.ends
-            for groups in self.groups:
-                for group in groups:
-                    q[group.defects] += ends[group.defects]
         return r.masked_fill(fixed, 0.0), q
 
     # Factorization
 
-    def factor(
-        self, jacobian: Tensor, hessian: Tensor, sigma: Tensor, damping: Tensor, fixed: Tensor, ends: Tensor
-    ) -> Factorization:
+    def factor(self, jacobian: Tensor, hessian: Tensor, sigma: Tensor, damping: Tensor, fixed: Tensor) -> Factorization:
         """Factor the matrix.
 
         Args:
@@ -437,9 +420,6 @@ class KKT:
             damping: D (constraints, problems): positive in path constraints; zero or positive in those of integrals and
                 ends; not used in defects.
             fixed: variables that do not move (variables, problems).
-            ends: δ >= 0 (problems,): end states may miss the end of the last interval by δ times their multipliers; for
-                ends that cannot be reached independently. In the system above, D has δ E Eᵀ in the rows of defects, E
-                being their slopes by the end states.
         """
         chains = []
         problems = jacobian.shape[1]
@@ -454,8 +434,6 @@ class KKT:
         diagonal = torch.diagonal(root, dim1=-2, dim2=-1)
         diagonal[:, :variables] += (sigma[self.root_columns] * self.root_own[:, None]).T
         diagonal[:, self.root_size - len(self.root_rows) :] -= damping[self.root_rows].T
-        for nu in self.nu_of:
-            diagonal[:, nu] -= ends[:, None]
         still = torch.zeros(problems, self.root_size, dtype=torch.bool, device=root.device)
         still[:, :variables] = fixed[self.root_columns].T
         root.masked_fill_(still[:, :, None] | still[:, None, :], 0.0)
@@ -468,11 +446,12 @@ class KKT:
         equilibrated = root * scale[:, :, None] * scale[:, None, :]
         finite = equilibrated.isfinite().flatten(1).all(1)
         equilibrated = torch.where(finite[:, None, None], equilibrated, torch.eye(self.root_size, dtype=root.dtype))
-        eigenvalues = torch.linalg.eigvalsh(equilibrated)
-        singular = finite & (eigenvalues.abs().amin(-1) < SINGULAR)
-        correct &= finite & ~singular & ((eigenvalues < 0).sum(-1) == self.multipliers)
-        lu, pivots, _ = torch.linalg.lu_factor_ex(equilibrated)
-        return Factorization(chains, lu, pivots, scale, still, damping, ends, correct, singular)
+        eigenvalues, vectors = torch.linalg.eigh(equilibrated)
+        zero = eigenvalues.abs() < SINGULAR
+        # Dependent constraints have multipliers in the null space; of those the least ones are taken.
+        correct &= finite & (((eigenvalues < 0) | zero).sum(-1) == self.multipliers)
+        inverse = torch.where(zero, 0.0, 1 / eigenvalues)
+        return Factorization(chains, equilibrated, scale, vectors, inverse, still, damping, correct)
 
     def _add_value(self, number: int, chain: Chain, value: Tensor, root: Tensor) -> None:
         """The value of a phase as a function of the border: σ = ν - ρ x_N."""
@@ -573,7 +552,12 @@ class KKT:
             right[:, last] += PENALTY * p[:, s : s + chain.nx]
         right.masked_fill_(factor.still, 0.0)
         scale = factor.equilibration
-        found = torch.linalg.lu_solve(factor.root, factor.pivots, (right * scale)[..., None])[..., 0] * scale
+        right = right * scale
+        found = torch.zeros_like(right)
+        for _ in range(2):
+            rest = right - times(factor.root, found)
+            found = found + times(factor.vectors, factor.inverse * times(factor.vectors.mT, rest))
+        found = found * scale
         dy, dual = torch.empty_like(b), torch.empty_like(c)
         dy[self.root_columns] = found[:, :variables].T
         dual[self.root_rows] = found[:, self.root_size - len(self.root_rows) :].T
