@@ -277,7 +277,7 @@ class _InteriorPoint:
         c = jacobian.new_zeros(self.m, y.shape[1])
         c[self.slack] = slack
         damping = torch.where(self.is_slack, 1.0, torch.where(self.path, EQUALITY, 0.0)).expand(-1, y.shape[1]).to(c)
-        factor = self.kkt.factor(jacobian, hessian, torch.ones_like(y), damping, s.fixed)
+        factor = self.kkt.factor(self.kkt.condense(jacobian), hessian, torch.ones_like(y), damping, s.fixed)
         _, dual = self.kkt.solve(factor, right, c)
         small = dual.abs().amax(0) <= MULTIPLIERS  # NaN is not
         return torch.where(small, dual, 0.0)
@@ -427,7 +427,10 @@ class _InteriorPoint:
             up = torch.where(dw > 0, tau * above / dw, torch.inf)
             return torch.minimum(down, up).amin(0).clamp_max(1.0)
 
-        dw, dual = direction(point.constraints)
+        if bool(failed.all()):
+            dw, dual = torch.zeros_like(s.w), torch.zeros_like(s.multipliers)
+        else:
+            dw, dual = direction(point.constraints)
         failed |= ~(dw.isfinite().all(0) & dual.isfinite().all(0))
         dw, dual = torch.where(failed, 0.0, dw), torch.where(failed, 0.0, dual)
         most = longest(dw)
@@ -480,13 +483,19 @@ class _InteriorPoint:
             d[self.slack] = 1 / total.clamp_min(1e-20)
             return d
 
+        condensed = self.kkt.condense(jacobian)
+
         def factored(which):
-            part = [a[:, which] for a in (jacobian, hessian, sigma)]
+            everything = which is None
+            which = slice(None) if everything else which
             damping = torch.where(self.path & ~self.is_slack, EQUALITY, damped(which))
-            return self.kkt.factor(part[0], part[1], part[2][:n] + delta[which], damping, s.fixed[:, which])
+            return self.kkt.factor(
+                condensed if everything else condensed.select(which),
+                hessian[:, which], sigma[:n, which] + delta[which], damping, s.fixed[:, which],
+            )  # fmt: skip
 
         everything = torch.arange(len(delta), device=self.device)
-        factor = factored(slice(None))
+        factor = factored(None)
         failed = torch.zeros_like(s.fixed[0])
         while True:
             bad = ~factor.correct & ~failed
@@ -498,7 +507,7 @@ class _InteriorPoint:
             failed |= delta > MOST_DELTA
             which = everything[bad & ~failed]
             if len(which) == len(everything):
-                factor = factored(slice(None))
+                factor = factored(None)
             elif len(which):
                 factor.update(which, factored(which))
         return factor, delta, damped(slice(None)), failed

@@ -112,18 +112,29 @@ class Chain:
 
 
 @dataclass
-class _GroupFactor:
-    """Of a group's intervals (intervals, problems, …): LU of the defects, the condensed problem, the feedback.
+class _Condensed:
+    """Of a group's intervals (intervals, problems, …), what their defects determine.
 
     Z maps (u, x₀, g) to the variables of all nodes, T maps (u, x₀, θ) to (x₀, θ) of the next interval.
     """
 
-    weights: Tensor  # W (points, local + border, local + border)
     path: Tensor  # (points * path constraints, local + border)
     integral: Tensor  # (points * integrals, local)
     lu: Tensor
     pivots: Tensor
     inner: Tensor  # F: later states by controls, first states, border
+    expand: Tensor  # Z (points, local + border, …)
+    step: Tensor  # T
+
+    def select(self, chosen: Tensor) -> _Condensed:
+        return _Condensed(*(getattr(self, f.name)[:, chosen] for f in fields(self)))
+
+
+@dataclass
+class _GroupFactor:
+    """Of a group's intervals: what the recursion makes of them."""
+
+    weights: Tensor  # W of each node (points, local + border, local + border)
     cholesky: Tensor
     feedback: Tensor  # controls by x₀, θ
     loop: Tensor  # next x₀ by x₀, θ with the feedback
@@ -133,6 +144,18 @@ class _GroupFactor:
 class _ChainFactor:
     values: Tensor  # P of each edge (intervals + 1, problems, x₀ θ, x₀ θ)
     groups: list[_GroupFactor]
+
+
+@dataclass
+class Condensed:
+    """A Jacobian with its defects factored: what `KKT.condense` has made, for any Hessian."""
+
+    jacobian: Tensor
+    chains: list[list[_Condensed]]
+
+    def select(self, chosen: Tensor) -> Condensed:
+        """That of some problems, given by their numbers."""
+        return Condensed(self.jacobian[:, chosen], [[part.select(chosen) for part in chain] for chain in self.chains])
 
 
 def times(a: Tensor, x: Tensor) -> Tensor:
@@ -147,8 +170,9 @@ def transposed_times(a: Tensor, x: Tensor) -> Tensor:
 
 @dataclass
 class Factorization:
-    """What `KKT.factor` has made. `correct` (problems,): the inertia is that of a minimum."""
+    """What `KKT.factor` has made. `correct` (problems,): the inertia is that of a minimum; else it may be incomplete."""
 
+    condensed: Condensed
     chains: list[_ChainFactor]
     root: Tensor  # the border's matrix, equilibrated by factors of rows and columns
     equilibration: Tensor
@@ -411,22 +435,43 @@ class KKT:
 
     # Factorization
 
-    def factor(self, jacobian: Tensor, hessian: Tensor, sigma: Tensor, damping: Tensor, fixed: Tensor) -> Factorization:
+    def condense(self, jacobian: Tensor) -> Condensed:
+        """Factor the defects of a Jacobian, given by its nonzeros in the order of the program's structure."""
+        chains = []
+        for chain, groups in zip(self.chains, self.groups, strict=True):
+            parts = []
+            for group in groups:
+                u = group.points * chain.nu
+                lu, pivots, _ = torch.linalg.lu_factor_ex(group.inner.of(jacobian))
+                inner = torch.linalg.lu_solve(lu, pivots, group.outer.of(jacobian).neg_())
+                count, problems, _, columns = inner.shape
+                expand = group.expand.expand(count, problems, -1, -1, -1).clone()
+                expand[:, :, 1:, : chain.nx] = inner.view(count, problems, group.points, chain.nx, columns)[:, :, :-1]
+                step = group.step.expand(count, problems, -1, -1).clone()
+                step[..., : chain.nx, : u + chain.nx + len(chain.border)] = inner[..., -chain.nx :, :]
+                path, integral = group.path.of(jacobian), group.integral.of(jacobian)
+                parts.append(_Condensed(path, integral, lu, pivots, inner, expand, step))
+            chains.append(parts)
+        return Condensed(jacobian, chains)
+
+    def factor(self, condensed: Condensed, hessian: Tensor, sigma: Tensor, damping: Tensor, fixed: Tensor) -> Factorization:
         """Factor the matrix.
 
         Args:
-            jacobian, hessian: nonzeros, in the order of the program's structures.
+            condensed: the Jacobian.
+            hessian: nonzeros of its lower triangle, in the order of the program's structure.
             sigma: Σ (variables, problems).
             damping: D (constraints, problems): positive in path constraints; zero or positive in those of integrals and
                 ends; not used in defects.
             fixed: variables that do not move (variables, problems).
         """
         chains = []
+        jacobian = condensed.jacobian
         problems = jacobian.shape[1]
         correct = torch.ones(problems, dtype=torch.bool, device=jacobian.device)
         root = (self.root_hessian.of(hessian) + self.root_jacobian.of(jacobian))[0]
         for number, chain in enumerate(self.chains):
-            factor, good = self._factor_chain(number, chain, jacobian, hessian, sigma, damping)
+            factor, good = self._factor_chain(number, chain, condensed.chains[number], hessian, sigma, damping)
             chains.append(factor)
             correct &= good
             self._add_value(number, chain, factor.values[0], root)
@@ -451,7 +496,7 @@ class KKT:
         # Dependent constraints have multipliers in the null space; of those the least ones are taken.
         correct &= finite & (((eigenvalues < 0) | zero).sum(-1) == self.multipliers)
         inverse = torch.where(zero, 0.0, 1 / eigenvalues)
-        return Factorization(chains, equilibrated, scale, vectors, inverse, still, damping, correct)
+        return Factorization(condensed, chains, equilibrated, scale, vectors, inverse, still, damping, correct)
 
     def _add_value(self, number: int, chain: Chain, value: Tensor, root: Tensor) -> None:
         """The value of a phase as a function of the border: σ = ν - ρ x_N."""
@@ -468,48 +513,39 @@ class KKT:
         root[:, last, nu] -= 1
         root[:, nu, last] -= 1
 
-    def _factor_chain(self, number: int, chain: Chain, jacobian, hessian, sigma, damping) -> tuple[_ChainFactor, Tensor]:
+    def _factor_chain(self, number: int, chain: Chain, parts, hessian, sigma, damping) -> tuple[_ChainFactor, Tensor]:
         nx, nu, g, d, nq = chain.nx, chain.nu, len(chain.border), chain.local, chain.nq
-        problems = jacobian.shape[1]
+        problems = hessian.shape[1]
         intervals, s = len(chain.degrees), nx + chain.theta
         steps: list = [None] * intervals
         costs: list = [None] * intervals
-        parts = []
-        for group in self.groups[number]:
+        weights_of = []
+        for group, part in zip(self.groups[number], parts, strict=True):
             count, u = len(group.members), group.points * nu
             weights = group.weights.of(hessian).view(count, problems, group.points, d + g, d + g)
             diagonal = torch.diagonal(weights, dim1=-2, dim2=-1)[..., :d]
             diagonal += sigma[group.columns].transpose(1, 2).reshape(diagonal.shape)
-            path = group.path.of(jacobian)
             if chain.np:
-                rows = path.view(count, problems, group.points, chain.np, d + g)
+                rows = part.path.view(count, problems, group.points, chain.np, d + g)
                 factors = damping[group.path_rows].transpose(1, 2).reshape(*rows.shape[:-1], 1)
                 weights += rows.mT @ (rows / factors)
-            lu, pivots, _ = torch.linalg.lu_factor_ex(group.inner.of(jacobian))
-            inner = torch.linalg.lu_solve(lu, pivots, group.outer.of(jacobian).neg_())
             columns = u + nx + g
-            expand = group.expand.expand(count, problems, -1, -1, -1).clone()
-            expand[:, :, 1:, :nx] = inner.view(count, problems, group.points, nx, columns)[:, :, :-1]
-            cost = inner.new_zeros(count, problems, u + s, u + s)
-            flat = expand.flatten(2, 3)
-            cost[..., :columns, :columns] = flat.mT @ (weights @ expand).flatten(2, 3)
-            integral = group.integral.of(jacobian)
+            cost = weights.new_zeros(count, problems, u + s, u + s)
+            cost[..., :columns, :columns] = part.expand.flatten(2, 3).mT @ (weights @ part.expand).flatten(2, 3)
             if nq:
-                rows = integral.view(count, problems, group.points, nq, d) @ expand[..., :d, :]
+                rows = part.integral.view(count, problems, group.points, nq, d) @ part.expand[..., :d, :]
                 cost[..., columns + nx :, :columns] = rows.sum(2)
                 cost[..., :columns, columns + nx :] = rows.sum(2).mT
-            step = group.step.expand(count, problems, -1, -1).clone()
-            step[..., :nx, :columns] = inner[..., -nx:, :]
-            for e, one, other in zip(group.members.tolist(), step.unbind(0), cost.unbind(0), strict=True):
+            for e, one, other in zip(group.members.tolist(), part.step.unbind(0), cost.unbind(0), strict=True):
                 steps[e], costs[e] = one, other
-            parts.append((weights, path, integral, lu, pivots, inner))
-        value = jacobian.new_zeros(problems, s, s)
+            weights_of.append(weights)
+        value = hessian.new_zeros(problems, s, s)
         value[:, range(nx), range(nx)] = PENALTY
         value[:, range(nx), range(nx + g, nx + g + nx)] = 1
         value[:, range(nx + g, nx + g + nx), range(nx)] = 1
         values: list[Tensor] = [value] * (intervals + 1)
         factors: list = [None] * intervals
-        bad = torch.zeros(problems, dtype=torch.int32, device=jacobian.device)
+        bad = torch.zeros(problems, dtype=torch.int32, device=hessian.device)
         for e in range(intervals - 1, -1, -1):
             step = steps[e]
             u = step.shape[-1] - s
@@ -520,16 +556,18 @@ class KKT:
             value = torch.baddbmm(rest, half.mT, half, alpha=-1)
             bad |= info
             values[e], factors[e] = value, (cholesky, half)
+            if problems == 1 and self.device.type == "cpu" and info.item():
+                return _ChainFactor(values[e][None], []), bad == 0
         groups = []
-        for group, part in zip(self.groups[number], parts, strict=True):
+        for group, part, weights in zip(self.groups[number], parts, weights_of, strict=True):
             members = group.members.tolist()
             cholesky = torch.stack([factors[e][0] for e in members])
             half = torch.stack([factors[e][1] for e in members])
             feedback = torch.linalg.solve_triangular(cholesky.mT, half, upper=True).neg_()
-            u, end = group.points * nu, part[-1][..., -nx:, :]
+            u, end = group.points * nu, part.inner[..., -nx:, :]
             loop = end[..., :u] @ feedback
             loop[..., : nx + g] += end[..., u:]
-            groups.append(_GroupFactor(*part, cholesky, feedback, loop))
+            groups.append(_GroupFactor(weights, cholesky, feedback, loop))
         stacked = torch.stack(values)
         good = (bad == 0) & stacked[0].isfinite().flatten(1).all(1)
         return _ChainFactor(stacked, groups), good
@@ -544,7 +582,7 @@ class KKT:
         right[:, self.root_size - len(self.root_rows) :] = c[self.root_rows].T
         states = []
         for number, chain in enumerate(self.chains):
-            state, p = self._backward(number, chain, factor.chains[number], factor.damping, b, c)
+            state, p = self._backward(number, chain, factor, b, c)
             states.append(state)
             where, last = self._where(number)
             s = chain.nx + len(chain.border)
@@ -566,44 +604,47 @@ class KKT:
             z = found[:, where]
             s = chain.nx + len(chain.border)
             z[:, s : s + chain.nx] -= PENALTY * found[:, last]
-            self._forward(number, chain, factor.chains[number], factor.damping, c, states[number], z, dy, dual)
+            self._forward(number, chain, factor, c, states[number], z, dy, dual)
         return dy, dual
 
     def _where(self, number: int) -> tuple[Tensor, Tensor]:
         first, nu = self.first_of[number], self.nu_of[number]
         return torch.cat([first, self.border_of[number], nu, self.integral_of[number]]), self.last_of[number]
 
-    def _backward(self, number: int, chain: Chain, factor: _ChainFactor, damping, b, c):
+    def _backward(self, number: int, chain: Chain, factorization: Factorization, b, c):
         """Linear terms of the value at each edge, and what the way forward needs; of the first edge, those by θ too."""
         nx, nu, g, d, nq = chain.nx, chain.nu, len(chain.border), chain.local, chain.nq
         problems, intervals = b.shape[1], len(chain.degrees)
+        factor, damping = factorization.chains[number], factorization.damping
         pieces: list = [None] * intervals
         loops: list = [None] * intervals
         kept = []
-        for group, made in zip(self.groups[number], factor.groups, strict=True):
+        for group, part, made in zip(
+            self.groups[number], factorization.condensed.chains[number], factor.groups, strict=True
+        ):
             count, points, u = len(group.members), group.points, group.points * nu
             shape = count, problems, points
             linear = b.new_zeros(*shape, d + g)
             linear[..., :d] = b[group.columns].transpose(1, 2).reshape(*shape, d).neg()
             if chain.np:
                 right = (c[group.path_rows] / damping[group.path_rows]).transpose(1, 2).reshape(*shape, chain.np)
-                linear -= transposed_times(made.path.view(*shape, chain.np, d + g), right)
-            f = torch.linalg.lu_solve(made.lu, made.pivots, c[group.defects].transpose(1, 2)[..., None])[..., 0]
+                linear -= transposed_times(part.path.view(*shape, chain.np, d + g), right)
+            f = torch.linalg.lu_solve(part.lu, part.pivots, c[group.defects].transpose(1, 2)[..., None])[..., 0]
             later = f.view(*shape, nx)[:, :, :-1]  # of the nodes after the first
             gradient = linear.clone()
             gradient[:, :, 1:] += times(made.weights[:, :, 1:, :, :nx], later)
             columns = u + nx + g
             q = f.new_zeros(count, problems, u + nx + chain.theta)
-            q[..., :columns] = transposed_times(made.inner[..., :-nx, :], gradient[:, :, 1:, :nx].flatten(2))
+            q[..., :columns] = transposed_times(part.inner[..., :-nx, :], gradient[:, :, 1:, :nx].flatten(2))
             q[..., :u] += gradient[..., nx:d].flatten(2)
             q[..., u : u + nx] += gradient[:, :, 0, :nx]
             q[..., u + nx : columns] += gradient[..., d:].sum(2)
             if nq:
-                rows = made.integral.view(*shape, nq, d)[:, :, 1:, :, :nx]
+                rows = part.integral.view(*shape, nq, d)[:, :, 1:, :, :nx]
                 q[..., columns + nx :] = times(rows, later).sum(2)
             # p of this edge is (feedback ᵀ, 1) (q + Tᵀ (p of the next edge + P f)).
             pushed = times(factor.values[group.members + 1][..., :nx], f[..., -nx:])
-            q[..., :columns] += transposed_times(made.inner[..., -nx:, :], pushed[..., :nx])
+            q[..., :columns] += transposed_times(part.inner[..., -nx:, :], pushed[..., :nx])
             q[..., u + nx :] += pushed[..., nx:]
             piece = q[..., u:] + transposed_times(made.feedback, q[..., :u])
             for e, one, other in zip(
@@ -623,17 +664,20 @@ class KKT:
             first[:, nx:] += (piece + transposed_times(made.loop[..., nx:], edges[group.members + 1])).sum(0)
         return (edges, kept), first
 
-    def _forward(self, number: int, chain: Chain, factor: _ChainFactor, damping, c, state, z, dy, dual) -> None:
+    def _forward(self, number: int, chain: Chain, factorization: Factorization, c, state, z, dy, dual) -> None:
         """States, controls and multipliers from the first state and θ."""
         nx, nu, g, d = chain.nx, chain.nu, len(chain.border), chain.local
         edges, kept = state
         problems, intervals = z.shape[0], len(chain.degrees)
+        factor, damping = factorization.chains[number], factorization.damping
         theta = z[:, nx:]
         loops: list = [None] * intervals
         constants: list = [None] * intervals
         open_loop = []
-        for group, made, (f, _, q, _) in zip(self.groups[number], factor.groups, kept, strict=True):
-            end = made.inner[..., -nx:, : group.points * nu]
+        for group, part, made, (f, _, q, _) in zip(
+            self.groups[number], factorization.condensed.chains[number], factor.groups, kept, strict=True
+        ):
+            end = part.inner[..., -nx:, : group.points * nu]
             slope = q + transposed_times(end, edges[group.members + 1])
             k = torch.cholesky_solve(slope[..., None], made.cholesky)[..., 0].neg_()
             open_loop.append(k)
@@ -649,11 +693,13 @@ class KKT:
             trajectory.append(x)
         full = torch.cat([torch.stack(trajectory)[..., 0], theta.expand(intervals + 1, -1, -1)], -1)
         push = times(factor.values[..., :nx, :], full) + edges  # costates at the edges
-        for group, made, (f, linear, _, _), k in zip(self.groups[number], factor.groups, kept, open_loop, strict=True):
+        for group, part, made, (f, linear, _, _), k in zip(
+            self.groups[number], factorization.condensed.chains[number], factor.groups, kept, open_loop, strict=True
+        ):
             count, members, points = len(group.members), group.members, group.points
             here = full[members]
             controls = times(made.feedback, here) + k
-            later = times(made.inner, torch.cat([controls, here[..., : nx + g]], -1)) + f
+            later = times(part.inner, torch.cat([controls, here[..., : nx + g]], -1)) + f
             nodes = here.new_empty(count, problems, points, d + g)
             nodes[:, :, 0, :nx] = here[..., :nx]
             nodes[:, :, 1:, :nx] = later.view(count, problems, points, nx)[:, :, :-1]
@@ -661,9 +707,9 @@ class KKT:
             nodes[..., d:] = here[:, :, None, nx : nx + g]
             slope = linear[:, :, 1:, :nx] + times(made.weights[:, :, 1:, :nx], nodes[:, :, 1:])
             right = torch.cat([slope.flatten(2), push[members + 1]], -1)
-            found = torch.linalg.lu_solve(made.lu, made.pivots, right[..., None], adjoint=True)[..., 0]
+            found = torch.linalg.lu_solve(part.lu, part.pivots, right[..., None], adjoint=True)[..., 0]
             dual[group.defects] = found.transpose(1, 2).neg()
             dy[group.columns] = nodes[..., :d].flatten(2).transpose(1, 2)
             if chain.np:
-                rows = times(made.path.view(count, problems, points, chain.np, d + g), nodes)
+                rows = times(part.path.view(count, problems, points, chain.np, d + g), nodes)
                 dual[group.path_rows] = (rows.flatten(2).transpose(1, 2) - c[group.path_rows]) / damping[group.path_rows]
