@@ -246,7 +246,7 @@ class _InteriorPoint:
             assert warm.multipliers is not None
             scale = self.factor * self.sizes
             dual = warm.multipliers / self.rows * self.factor
-            state.multipliers = self.tensor(dual)[:, None]
+            state.multipliers = self.tensor(dual)[:, None].expand(-1, problems).clone()
             state.mu = 1e-6 * ones
             slack = self.tensor(dual)[self.slack]
             for target, values, sign in (
@@ -286,7 +286,6 @@ class _InteriorPoint:
 
     def run(self) -> list[Outcome]:
         """Iterate until every problem has ended."""
-        began = time.process_time()
         self.iteration = 0
         s = self.state
         self.best = torch.full((self.problems,), torch.inf, dtype=s.w.dtype, device=self.device)
@@ -296,10 +295,10 @@ class _InteriorPoint:
             if not s.number.numel():
                 break
             self.iteration += 1
-        del began
         return self.outcomes  # type: ignore[return-value]
 
-    def _iterate(self, s: _State) -> _State:
+    def _iterate(self, s: _State, again: bool = False) -> _State:
+        """One iteration of all problems; `again` where some have just left, and the others are looked at anew."""
         y = s.w[: self.n]
         point = self._point(s, s.w)
         gradient, jacobian = self._gradient(y), self._jacobian(y)
@@ -324,15 +323,20 @@ class _InteriorPoint:
 
         total = error(torch.zeros_like(s.mu))
         self._remember(s, total)
-        if self.on_iteration is not None:
+        if self.on_iteration is not None and not again:
             worst = int(total.argmax())
             self.on_iteration(
                 Iteration(self.iteration, float(point.objective[worst]) / self.factor, float(infeasible[worst]),
                           float(optimality[worst]), float(s.mu[worst]))
             )  # fmt: skip
         outside = s.restoring == 0
-        s.acceptable = torch.where((total <= ACCEPTABLE) & outside, s.acceptable + 1, 0.0)
-        solved = (total <= self.tol) & outside
+        # As in IPOPT, errors in the units of the problem are limited, too, so that no scaling can hide them.
+        violation = (point.constraints.abs() / self.tensor(self.rows)[:, None]).amax(0)
+        unscaled = (dual[: self.n].abs() / self.tensor(self.sizes * self.factor)[:, None]).amax(0)
+        if not again:
+            nearly = (total <= ACCEPTABLE) & (violation <= 1e-2) & outside
+            s.acceptable = torch.where(nearly, s.acceptable + 1, 0.0)
+        solved = (total <= self.tol) & (violation <= 1e-4) & (unscaled <= 1) & outside
         ended: dict[Status, Tensor] = {Status.SOLVED: solved}
         ended[Status.ACCEPTABLE] = (s.acceptable >= ACCEPTABLE_ITERATIONS) & ~solved
         running = ~solved & ~ended[Status.ACCEPTABLE]
@@ -357,7 +361,7 @@ class _InteriorPoint:
             if not len(keep):
                 return s
             self.nlp = self.program.batch(len(keep))
-            return self._iterate(s)
+            return self._iterate(s, again=True)
         # The barrier parameter
         least = self.tol / (KAPPA_EPSILON + 1)
         while True:

@@ -185,6 +185,8 @@ class Factorization:
     def update(self, chosen: Tensor, other: Factorization) -> None:
         """Replace the factors of some problems, given by their numbers."""
         for mine, new in zip(self.chains, other.chains, strict=True):
+            if not new.groups:  # incomplete
+                continue
             mine.values[:, chosen] = new.values
             for a, b in zip(mine.groups, new.groups, strict=True):
                 for f in fields(_GroupFactor):
