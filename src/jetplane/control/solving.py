@@ -185,8 +185,9 @@ def solve_batch(
     progress: bool = False,
     backend: str = "auto",
     device: Any = "cpu",
+    chunk: int | None = None,
 ) -> Batch:
-    """Solve a problem for many values of its static parameters, all at once.
+    """Solve a problem for many values of its static parameters at once.
 
     Each value makes a problem of its own, where these parameters are fixed; others stay free. All of them go through
     the iterations of `jetplane.control.interior_point` together, on one mesh: functions, derivatives and linear algebra
@@ -199,6 +200,8 @@ def solve_batch(
         tol, max_iterations, time_limit, scaling, progress, backend: as for `solve`.
         guess: a solution whose trajectory all problems start from.
         device: of the linear algebra, for example "cuda"; functions are computed on the CPU.
+        chunk: how many problems at most go through the iterations together: 100 on the CPU, where more would not fit its
+            caches; all of them on other devices.
 
     Returns:
         a `Batch`, also where problems have failed: see its `status`.
@@ -223,7 +226,9 @@ def solve_batch(
     """
     if not tol > 0:
         raise ArgumentError(f"tol must be positive, got {tol}")
-    clock = time.process_time()
+    if chunk is not None and chunk < 1:
+        raise ArgumentError(f"chunk must be at least 1, got {chunk}")
+    began, clock = time.monotonic(), time.process_time()
     model = Model(problem, backend)
     nlp = NLP(model, meshes_of(problem, mesh))
     values, places = _values(problem, parameters)
@@ -235,16 +240,22 @@ def solve_batch(
     setup = time.process_time() - clock
     clock = time.process_time()
     line = _Line(progress)
-    outcomes = interior_point.solve_batch(
-        nlp,
-        y,
-        lower,
-        upper,
-        options={"tol": tol, "max_iterations": max_iterations, "time_limit": time_limit},
-        scaling=scaling_of(nlp, y[:, 0], scaling),
-        on_iteration=line.of(nlp),
-        device=device,
-    )
+    factors = scaling_of(nlp, y[:, 0], scaling)
+    outcomes: list[Outcome] = []
+    size = chunk or (100 if torch.device(device).type == "cpu" else y.shape[1])
+    for first_problem in range(0, y.shape[1], size):
+        part = slice(first_problem, first_problem + size)
+        left = None if time_limit is None else max(time_limit - (time.monotonic() - began), 1e-3)
+        outcomes += interior_point.solve_batch(
+            nlp,
+            y[:, part],
+            lower[:, part],
+            upper[:, part],
+            options={"tol": tol, "max_iterations": max_iterations, "time_limit": left},
+            scaling=factors,
+            on_iteration=line.of(nlp),
+            device=device,
+        )
     line.close()
     derivatives = sum(o.callback_seconds for o in outcomes)
     seconds = {"setup": setup, "derivatives": derivatives, "solver": time.process_time() - clock - derivatives}
