@@ -418,7 +418,7 @@ def transfers(problems: int, rivals: int) -> dict[str, Any]:
 
 def banded(parts: list[str], names: list[str], problems: int, rivals: int, report: dict[str, Any]) -> None:
     """Tables of the banded solver beside IPOPT."""
-    head = "| | variables | banded: iterations | cost | s | ms an iteration | IPOPT: iterations | cost | s | ms | difference |"
+    head = "| | variables | banded: iterations | cost | s | ms each | IPOPT: iterations | cost | s | ms | difference |"
     if "cases" in parts or "large" in parts:
         print(f"\n{head}\n|---|{'--:|' * 10}")
     runs = [(name, FIXED.get(name) or CASES[name]().options["mesh"], 3000, 1) for name in names if "cases" in parts]

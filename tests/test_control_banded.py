@@ -11,11 +11,11 @@ import jetplane as jp
 np = pytest.importorskip("numpy", reason="jetplane.control needs NumPy")
 pytest.importorskip("scipy", reason="jetplane.control needs SciPy")
 
+from test_control import double_integrator, two_phases  # noqa: E402
+
 from examples.control import CASES, flight  # noqa: E402
 from jetplane.control import Mesh, Status, ipopt  # noqa: E402
 from jetplane.control.kkt import KKT  # noqa: E402
-
-from test_control import double_integrator, two_phases  # noqa: E402
 
 needs_ipopt = pytest.mark.skipif(ipopt.library_path() is None, reason="no libipopt: pip install casadi")
 MESHES = {"a": Mesh((0.3, 0.3, 0.4), (3, 2, 3)), "b": Mesh.uniform(4, 3)}
@@ -113,7 +113,9 @@ class TestLinearAlgebra:
         names = ("jacobian", "hessian", "sigma", "damping", "fixed")
         right, found = system.tensors("b", "c"), [torch.randn_like(a) for a in system.tensors("b", "c")]
         found[0][torch.from_numpy(system.fixed)] = 0
-        r, q = (a.numpy() for a in system.kkt.residual(*system.tensors(*names), right, found))
+        jacobian, hessian, sigma, damping, fixed = system.tensors(*names)
+        left = system.kkt.residual(jacobian, hessian, sigma, damping, fixed, (right[0], right[1]), (found[0], found[1]))
+        r, q = (a.numpy() for a in left)
         for p in range(system.problems):
             matrix, free = system.matrix(p)
             x = np.concatenate([found[0][free, p], found[1][:, p]])
@@ -134,9 +136,7 @@ class TestLinearAlgebra:
         factor = system.factor()
         system.sigma[:, 1] += 7.0
         chosen = torch.tensor([1])
-        hessian, sigma, damping, fixed = (
-            a[:, chosen] for a in system.tensors("hessian", "sigma", "damping", "fixed")
-        )
+        hessian, sigma, damping, fixed = (a[:, chosen] for a in system.tensors("hessian", "sigma", "damping", "fixed"))
         factor.update(chosen, system.kkt.factor(factor.condensed.select(chosen), hessian, sigma, damping, fixed))
         expected = system.kkt.solve(system.factor(), *system.tensors("b", "c"))
         for a, b in zip(system.kkt.solve(factor, *system.tensors("b", "c")), expected, strict=True):
@@ -211,6 +211,7 @@ class TestSolver:
         sol = case.problem.solve(mesh=mesh, solver="banded")
         nlp, out = case.problem.nlp(mesh), sol.outcome
         free = nlp.lower < nlp.upper
+        assert out.multipliers is not None and out.lower_multipliers is not None and out.upper_multipliers is not None
         slope = nlp.gradient(out.y) + nlp.jacobian_matrix(out.y).T @ out.multipliers
         slope += out.upper_multipliers - out.lower_multipliers
         assert abs(slope[free]).max() < 1e-5 * abs(out.multipliers).max()

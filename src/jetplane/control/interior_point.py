@@ -3,11 +3,12 @@
     minimize f(y)  such that  lower <= y <= upper,  constraint_lower <= g(y) <= constraint_upper
 
 The method is that of Wächter, Biegler, *On the implementation of an interior-point filter line-search algorithm for
-large-scale nonlinear programming*, Mathematical Programming 106 (2006), with its constants: inequalities get slacks, a
-barrier parameter falls monotonically, steps are those of Newton's method on the perturbed conditions of optimality, with
-a multiple of the identity added to the Hessian where the inertia is not that of a minimum, second-order corrections, and
-a filter that accepts progress in cost or in feasibility. Linear systems go to `jetplane.control.kkt`. Where the line
-search fails, steps of least norm towards the linearized constraints restore feasibility.
+large-scale nonlinear programming*, Mathematical Programming 106 (2006), with its constants. Inequalities get slacks; a
+barrier parameter falls monotonically. Steps are those of Newton's method on the perturbed conditions of optimality,
+with a multiple of the identity added to the Hessian where the inertia is not that of a minimum, and with second-order
+corrections. A filter accepts progress in cost or in feasibility. Linear systems go to `jetplane.control.kkt`. Where the
+line search fails, steps of least norm towards the linearized constraints restore feasibility; this is simpler than the
+paper's restoration, and the one part that is not of the paper.
 
 All programs of a batch make their iterations together; each has its own barrier parameter, filter, step lengths,
 regularization and status. Vectors have shape (size, problems).
@@ -116,7 +117,8 @@ def solve_batch(
     Args:
         nlp: structure, functions, bounds of constraints.
         y: first iterates (variables, problems).
-        lower, upper: bounds (variables, problems).
+        lower: bounds (variables, problems).
+        upper: likewise.
         options: ``tol``, ``max_iterations``, ``time_limit`` (seconds or None).
         scaling: factors for variables, constraints and the cost.
         warm: multipliers to start from, of the single program.
@@ -265,7 +267,9 @@ class _InteriorPoint:
         width = upper - lower
         low = lower + torch.minimum(push * lower.abs().clamp_min(1), push * width)
         high = upper - torch.minimum(push * upper.abs().clamp_min(1), push * width)
-        return torch.minimum(torch.maximum(w, torch.where(low.isfinite(), low, w)), torch.where(high.isfinite(), high, w))
+        return torch.minimum(
+            torch.maximum(w, torch.where(low.isfinite(), low, w)), torch.where(high.isfinite(), high, w)
+        )
 
     def _estimate(self, s: _State) -> Tensor:
         """Multipliers by least squares of the conditions of optimality; zero where they would be too large."""
@@ -308,7 +312,10 @@ class _InteriorPoint:
         slope = torch.cat([gradient + self.kkt.transposed_times(jacobian, s.multipliers), -s.multipliers[self.slack]])
         dual = slope - s.at_lower + s.at_upper
         dual[: self.n].masked_fill_(s.fixed, 0.0)
-        products = [torch.where(b, d * z, 0.0) for b, d, z in zip(bounded, (below, above), (s.at_lower, s.at_upper), strict=True)]
+        products = [
+            torch.where(b, d * z, 0.0)
+            for b, d, z in zip(bounded, (below, above), (s.at_lower, s.at_upper), strict=True)
+        ]
         count = (bounded[0].sum(0) + bounded[1].sum(0)).clamp_min(1)
         sizes = s.at_lower.sum(0) + s.at_upper.sum(0)
         s_d = (((sizes + s.multipliers.abs().sum(0)) / (self.m + count)).clamp_min(S_MAX)) / S_MAX
@@ -489,12 +496,11 @@ class _InteriorPoint:
 
         condensed = self.kkt.condense(jacobian)
 
-        def factored(which):
-            everything = which is None
-            which = slice(None) if everything else which
+        def factored(chosen: Tensor | None) -> Factorization:
+            which = slice(None) if chosen is None else chosen
             damping = torch.where(self.path & ~self.is_slack, EQUALITY, damped(which))
             return self.kkt.factor(
-                condensed if everything else condensed.select(which),
+                condensed if chosen is None else condensed.select(chosen),
                 hessian[:, which], sigma[:n, which] + delta[which], damping, s.fixed[:, which],
             )  # fmt: skip
 
@@ -609,7 +615,7 @@ class _InteriorPoint:
     # Restoration
 
     def _restore(self, s: _State, point: _Point, accepted: Tensor, restoring: Tensor) -> _State:
-        """Enter the restoration where the line search has failed, leave it where it has succeeded, end where it fails."""
+        """Enter the restoration where the line search has failed; leave it where it succeeds, end where it fails."""
         enter = ~accepted & ~restoring
         if bool(enter.any()):
             self._filter(s, point, enter)

@@ -4,12 +4,12 @@
     [   J    -D  ] [dλ] = [c]
 
 W is the Hessian of the Lagrangian, J the Jacobian of the constraints, Σ and D are diagonal. Ordered by the intervals of
-the mesh the matrix is banded but for a border: times, integrals, parameters, and the constraints on them and on the ends.
-It is solved in three steps, each by dense tensor operations over all problems:
+the mesh the matrix is banded but for a border: times, integrals, parameters, constraints on them and on the ends. It is
+solved in three steps, each by dense tensor operations over all problems:
 
-1. *Condensing*, over all intervals at once. Collocation determines the states x₁ … xₙ of an interval by its first state
-   x₀, its controls u and the border g: one LU factorization of the interval's defects gives v = F (u, x₀, g) + f, and the
-   Hessian on that space. Path constraints with D > 0 enter as Jᵀ D⁻¹ J.
+1. *Condensing*, over all intervals at once. Collocation determines the states v = x₁ … xₙ of an interval by its first
+   state x₀, its controls u and the border g: one LU factorization of the interval's defects gives v = F (u, x₀, g) + f,
+   and the Hessian on that space. Path constraints, whose D is positive, enter as Jᵀ D⁻¹ J.
 2. *Riccati recursion*, from the last interval to the first. The value of what remains is a quadratic function of the
    interval's first state and of θ = (g, σ, μ): the border, the multipliers of the end state and of the integrals. A
    Cholesky factorization eliminates the controls; the matrix has the right inertia if every one of them exists and the
@@ -17,10 +17,12 @@ It is solved in three steps, each by dense tensor operations over all problems:
 3. *The border*, one small dense symmetric system: first and last states, times, integrals, parameters, and the
    multipliers of constraints on them.
 
-The end state's constraint enters with an additional square, ``ρ/2 |x - x_N|²``, which changes neither the solution nor the
-inertia, but makes recursions positive definite where only the constraint does so (Debreu's lemma). Condensing and
-recursion follow Rao, Wright, Rawlings, *Application of interior-point methods to model predictive control*, JOTA 99
-(1998), and Bock, Plitt, *A multiple shooting algorithm for direct solution of optimal control problems*, IFAC 1984.
+The end state's constraint enters with an additional square, ``ρ/2 |x - x_N|²``, which changes neither the solution nor
+the inertia, but makes recursions positive definite where only the constraint does so (Debreu's lemma). Where
+constraints of the ends depend on each other, the border's matrix is singular; the least of their multipliers are taken.
+Condensing is that of Bock, Plitt, *A multiple shooting algorithm for direct solution of optimal control problems*, IFAC
+1984, the recursion that of Rao, Wright, Rawlings, *Application of interior-point methods to model predictive control*,
+Journal of Optimization Theory and Applications 99 (1998).
 """
 
 from __future__ import annotations
@@ -103,7 +105,9 @@ class Chain:
         self.theta = len(border) + self.nx + self.nq
         self.degrees, self.starts = np.array(mesh.degrees), mesh.starts
         k = np.arange(self.nodes)
-        self.state_columns = place.states.start + np.arange(self.nx) * (self.nodes + 1) + np.arange(self.nodes + 1)[:, None]
+        self.state_columns = (
+            place.states.start + np.arange(self.nx) * (self.nodes + 1) + np.arange(self.nodes + 1)[:, None]
+        )
         self.control_columns = place.controls.start + np.arange(self.nu) * self.nodes + k[:, None]
         self.defect_rows = place.defects.start + np.arange(self.nx) * self.nodes + k[:, None]
         self.path_rows = place.path.start + np.arange(self.np) * self.nodes + k[:, None]
@@ -170,7 +174,7 @@ def transposed_times(a: Tensor, x: Tensor) -> Tensor:
 
 @dataclass
 class Factorization:
-    """What `KKT.factor` has made. `correct` (problems,): the inertia is that of a minimum; else it may be incomplete."""
+    """What `KKT.factor` has made; complete where the inertia is that of a minimum: `correct` (problems,)."""
 
     condensed: Condensed
     chains: list[_ChainFactor]
@@ -263,7 +267,9 @@ class KKT:
         self.root_size, self.multipliers = size + len(rows), size + len(rows) - len(root)
         self.root_columns, self.root_rows = self._index(root), self._index(rows)
         jacobian, hessian = _Targets((1, self.root_size, self.root_size)), _Targets((1, self.root_size, self.root_size))
-        self.groups: list[list[_Group]] = [self._groups(number, nlp, chain_of, node_of, local_of) for number in range(len(self.chains))]
+        self.groups: list[list[_Group]] = [
+            self._groups(number, nlp, chain_of, node_of, local_of) for number in range(len(self.chains))
+        ]
         fixed = self.fixed.all(1).cpu().numpy()
         # What no interval has is the border's.
         r, c = (np.asarray(a) for a in nlp.hessian_structure)
@@ -309,7 +315,7 @@ class KKT:
         border = np.full(nlp.n, -1)
         border[chain.border] = np.arange(g)
         kinds = {"defect": chain.defect_rows, "path": chain.path_rows}
-        node, kind, local = np.full(nlp.m, -1), np.full(nlp.m, ""  , dtype="U8"), np.full(nlp.m, -1)
+        node, kind, local = np.full(nlp.m, -1), np.full(nlp.m, "", dtype="U8"), np.full(nlp.m, -1)
         for name, lines in kinds.items():
             node[lines], kind[lines], local[lines] = np.arange(len(lines))[:, None], name, np.arange(lines.shape[1])
         kind[chain.integral_rows], local[chain.integral_rows] = "integral", np.arange(chain.nq)
@@ -456,7 +462,9 @@ class KKT:
             chains.append(parts)
         return Condensed(jacobian, chains)
 
-    def factor(self, condensed: Condensed, hessian: Tensor, sigma: Tensor, damping: Tensor, fixed: Tensor) -> Factorization:
+    def factor(
+        self, condensed: Condensed, hessian: Tensor, sigma: Tensor, damping: Tensor, fixed: Tensor
+    ) -> Factorization:
         """Factor the matrix.
 
         Args:
@@ -577,7 +585,7 @@ class KKT:
     # Solution
 
     def solve(self, factor: Factorization, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """dy (variables, problems) and dλ (constraints, problems) for a right-hand side."""
+        """Solve for a right-hand side: dy (variables, problems) and dλ (constraints, problems)."""
         variables = len(self.root_columns)
         right = b.new_zeros(b.shape[1], self.root_size)
         right[:, :variables] = (b[self.root_columns] * self.root_own[:, None]).T
@@ -714,4 +722,6 @@ class KKT:
             dy[group.columns] = nodes[..., :d].flatten(2).transpose(1, 2)
             if chain.np:
                 rows = times(part.path.view(count, problems, points, chain.np, d + g), nodes)
-                dual[group.path_rows] = (rows.flatten(2).transpose(1, 2) - c[group.path_rows]) / damping[group.path_rows]
+                dual[group.path_rows] = (rows.flatten(2).transpose(1, 2) - c[group.path_rows]) / damping[
+                    group.path_rows
+                ]

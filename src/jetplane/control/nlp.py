@@ -405,7 +405,9 @@ class _PhaseArrays:
         defects = slopes + self.length * self.factors[:nx] * values[:nx]
         out[place.defects] = defects.reshape(-1, *self._tail)
         out[place.path] = values[self.model.timed :].reshape(-1, *self._tail)
-        out[place.integral_rows] = self.integrals - self.length * np.tensordot(self.weight, values[nx : nx + nq], (0, 1))
+        out[place.integral_rows] = self.integrals - self.length * np.tensordot(
+            self.weight, values[nx : nx + nq], (0, 1)
+        )
 
     def fill_first(self, sources: np.ndarray, start: int) -> int:
         jacobian = self._shaped(self.nodes.jacobian())

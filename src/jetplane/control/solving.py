@@ -197,11 +197,16 @@ def solve_batch(
         problem: what to solve.
         parameters: by name: values (problems,), or (problems, size) of a parameter with several entries.
         mesh: for all problems, as for `solve`.
-        tol, max_iterations, time_limit, scaling, progress, backend: as for `solve`.
+        tol: as for `solve`.
         guess: a solution whose trajectory all problems start from.
+        max_iterations: as for `solve`.
+        time_limit: in seconds, for all problems together.
+        scaling: as for `solve`, from the first problem.
+        progress: as for `solve`, of the problem with the largest error.
+        backend: as for `solve`.
         device: of the linear algebra, for example "cuda"; functions are computed on the CPU.
-        chunk: how many problems at most go through the iterations together: 100 on the CPU, where more would not fit its
-            caches; all of them on other devices.
+        chunk: how many problems at most go through the iterations together: 100 on the CPU, where more would not fit
+            its caches; all of them on other devices.
 
     Returns:
         a `Batch`, also where problems have failed: see its `status`.
@@ -289,8 +294,8 @@ def _values(problem: Problem, parameters: dict[str, Any]) -> tuple[np.ndarray, n
         if bad.any():
             number, entry = map(int, np.argwhere(bad)[0])
             raise ArgumentError(
-                f"{layout.entry(part.start + entry)} = {array[number, entry]:g} of problem {number} is outside its bounds "
-                f"[{layout.lower[part][entry]:g}, {layout.upper[part][entry]:g}]"
+                f"{layout.entry(part.start + entry)} = {array[number, entry]:g} of problem {number} is outside its "
+                f"bounds [{layout.lower[part][entry]:g}, {layout.upper[part][entry]:g}]"
             )
         rows.append(array.T)
         places.append(np.arange(part.start, part.stop))
