@@ -3,6 +3,7 @@
     python -m benchmarks.control                          # every problem, derivatives of 2,000 nodes, a network
     python -m benchmarks.control --cases goddard shuttle --json control.json
     python -m benchmarks.control --pockit-path FOLDER     # a folder with pockit-optimal-control and what it needs
+    python -m benchmarks.control --banded cases large batch --json control-banded.json   # the banded solver and IPOPT
 
 CasADi gets the scalar graph of the same functions as its own expressions (SX, mapped over nodes), the same
 transcription on the same mesh from the same guess, and its own IPOPT with monotone barrier and IPOPT's own scaling: the
@@ -30,10 +31,12 @@ import numpy as np
 import torch
 
 from examples.control import CASES
+from examples.control.flight import low_thrust
+from jetplane.control import interior_point, ipopt, solve_batch
 from jetplane.control.guessing import start
 from jetplane.control.model import Model
 from jetplane.control.nlp import NLP
-from jetplane.control.solving import meshes_of
+from jetplane.control.solving import meshes_of, scaling_of
 from jetplane.llvm import Graph
 
 from .measuring import environment, machine
@@ -342,17 +345,122 @@ def pockit(path: str | None) -> dict[str, Any] | None:
     return json.loads(run.stdout.strip().splitlines()[-1])
 
 
+# The banded solver beside IPOPT
+
+
+def solvers(name: str, mesh: Any, limit: int, rounds: int = 1) -> dict[str, Any]:
+    """The same program from the same start with the same scaling by both solvers, one after the other in each round."""
+    case = CASES[name]()
+    nlp = NLP(Model(case.problem), meshes_of(case.problem, mesh))
+    first = start(nlp, None)
+    scaling = scaling_of(nlp, first.y, case.options.get("scaling", "auto"))
+    times: dict[str, list[float]] = {"banded": [], "IPOPT": []}
+    found = {}
+    for _ in range(rounds):
+        for way, spent in times.items():
+            began = time.process_time()
+            if way == "banded":
+                options = {"tol": 1e-8, "max_iterations": limit}
+                found[way] = interior_point.solve(nlp, first, options=options, scaling=scaling)
+            else:
+                found[way] = ipopt.solve(nlp, first, options={"tol": 1e-8, "max_iter": limit}, scaling=scaling)
+            spent.append(time.process_time() - began)
+    rows: dict[str, Any] = {"variables": nlp.n, "constraints": nlp.m}
+    for way, outcome in found.items():
+        seconds = statistics.median(times[way])
+        rows[way] = {
+            "status": outcome.status.name,
+            "objective": outcome.objective,
+            "iterations": outcome.iterations,
+            "seconds": seconds,
+            "ms an iteration": 1e3 * seconds / max(outcome.iterations, 1),
+        }
+    rows["difference"] = (rows["banded"]["objective"] - rows["IPOPT"]["objective"]) / max(
+        1, abs(rows["IPOPT"]["objective"])
+    )
+    return rows
+
+
+def transfers(problems: int, rivals: int) -> dict[str, Any]:
+    """Low-thrust transfers with different thrusts: all by `solve_batch`, some of them by IPOPT one by one."""
+    thrusts = np.linspace(0.28, 0.45, problems)
+    batch = solve_batch(low_thrust(None).problem, {"thrust": thrusts}, mesh=(40, 3), max_iterations=1000)
+    seconds = sum(batch.seconds.values())
+    chosen = np.linspace(0, problems - 1, rivals).astype(int)
+    theirs = []
+    for number in chosen:
+        began = time.process_time()
+        solution = low_thrust(float(thrusts[number])).problem.solve(mesh=(40, 3))
+        theirs.append((solution.objective, solution.iterations, time.process_time() - began, solution.status.name))
+    difference = (batch.objective[chosen] - [t[0] for t in theirs]) / [t[0] for t in theirs]
+    return {
+        "problems": problems,
+        "statuses": {name: [s.name for s in batch.status].count(name) for name in {s.name for s in batch.status}},
+        "seconds": seconds,
+        "seconds a problem": seconds / problems,
+        "iterations, median": float(np.median(batch.iterations)),
+        "iterations, most": int(batch.iterations.max()),
+        "IPOPT": {
+            "problems": rivals,
+            "solved": sum(t[3] == "SOLVED" for t in theirs),
+            "seconds a problem": statistics.mean(t[2] for t in theirs),
+            "iterations, median": statistics.median(t[1] for t in theirs),
+        },
+        "cost beside IPOPT's": {
+            "lower by more than 1e-8": int((difference < -1e-8).sum()),
+            "equal": int((abs(difference) <= 1e-8).sum()),
+            "higher": int((difference > 1e-8).sum()),
+            "median of relative differences": float(np.median(difference)),
+            "largest": float(abs(difference).max()),
+        },
+    }
+
+
+def banded(parts: list[str], names: list[str], problems: int, rivals: int, report: dict[str, Any]) -> None:
+    """Tables of the banded solver beside IPOPT."""
+    head = "| | variables | banded: iterations | cost | s | ms each | IPOPT: iterations | cost | s | ms | difference |"
+    if "cases" in parts or "large" in parts:
+        print(f"\n{head}\n|---|{'--:|' * 10}")
+    runs = [(name, FIXED.get(name) or CASES[name]().options["mesh"], 3000, 1) for name in names if "cases" in parts]
+    if "large" in parts:
+        runs += [("powered_descent", mesh, 60, 3) for mesh in ((50, 5), (200, 5))]
+    for name, mesh, limit, rounds in runs:
+        row = solvers(name, mesh, limit, rounds)
+        key = name if limit == 3000 else f"{name}, {mesh[0]} x {mesh[1]}, {limit} iterations at most"
+        report.setdefault("cases" if limit == 3000 else "large", {})[key] = row
+        cells = [
+            f"{r['iterations']}{'' if r['status'] == 'SOLVED' else ' ' + r['status']} | {r['objective']:.9g} | "
+            f"{r['seconds']:.2f} | {r['ms an iteration']:.1f}"
+            for r in (row["banded"], row["IPOPT"])
+        ]
+        print(f"| {key} | {row['variables']} | {' | '.join(cells)} | {row['difference']:.0e} |", flush=True)
+    if "batch" in parts:
+        report["batch"] = transfers(problems, rivals)
+        print(f"\n{problems} low-thrust transfers: {json.dumps(report['batch'], indent=1)}")
+
+
 def main() -> None:
     """Measure and print tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=[name for name in CASES if name != "known"], choices=list(CASES))
     parser.add_argument("--nodes", type=int, default=2000)
     parser.add_argument("--pockit-path", help="a folder with pockit-optimal-control and its dependencies")
+    parser.add_argument("--banded", nargs="+", choices=["cases", "large", "batch"], help="the banded solver and IPOPT")
+    parser.add_argument("--problems", type=int, default=500, help="of the batch")
+    parser.add_argument("--rivals", type=int, default=20, help="of them by IPOPT")
     parser.add_argument("--json", type=Path, help="where the figures go")
     given = parser.parse_args()
     torch.set_num_threads(1)
     report: dict[str, Any] = {"machine": machine(1), "command": "python -m benchmarks.control", "cases": {}}
     print(report["machine"])
+    if given.banded:
+        if given.json and given.json.exists():  # parts that ran before
+            report = json.loads(given.json.read_text())
+        report["command"] = "python -m benchmarks.control --banded cases large batch"
+        banded(given.banded, given.cases, given.problems, given.rivals, report)
+        if given.json:
+            given.json.write_text(json.dumps(report, indent=1) + "\n")
+        return
     casadi = importlib.util.find_spec("casadi") is not None
     print(
         "\n| problem | way | variables | set-up s | cached | solve s | derivatives | iterations | cost | same scaling |"

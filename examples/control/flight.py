@@ -191,16 +191,25 @@ def equinoctial(position, velocity, mu):
     return np.array([size**2 / mu, eccentricity @ f_axis, eccentricity @ g_axis, h, k, longitude])
 
 
-def low_thrust(max_thrust: float = 0.33) -> Case:
-    """Least propellant from the Earth to Venus in 1000 days and three revolutions; au, years, kg."""
+def low_thrust(max_thrust: float | None = 0.33) -> Case:
+    """Least propellant from the Earth to Venus in 1000 days and three revolutions; au, years, kg.
+
+    Without ``max_thrust`` (in newtons) it is a parameter of the problem, ``thrust``.
+    """
     au, year = 149_597_870_700.0, 365.25 * 86_400.0
     mu, g0 = 1.327_124_400_18e20 * year**2 / au**3, 9.80665 * year**2 / au
-    thrust, impulse = max_thrust * year**2 / au, 3800.0 / year
-    flow, duration = thrust / (impulse * g0), 1000 / 365.25
+    newton, impulse = year**2 / au, 3800.0 / year
+    duration = 1000 / 365.25
     first = equinoctial([9.708322e-1, 2.375844e-1, -1.671055e-6], [-1.598191, 6.081958, 9.443368e-5], mu)
     last = equinoctial([-3.277178e-1, 6.389172e-1, 2.765929e-2], [-6.598211, -3.412933, 3.340902e-1], mu)
     last[5] += 6 * math.pi
     ocp = jp.control.Problem()
+    if max_thrust is None:
+        ocp.parameter("thrust", 1, 0.1, 1.0, guess=0.33)
+
+    def force(p):
+        return newton * (p.thrust if max_thrust is None else max_thrust)
+
     ph = ocp.phase(
         "transfer",
         states={"p": (1, 0.2, 2.0), "f": 1, "g": 1, "h": 1, "k": 1, "L": 1, "m": (1, 500.0, 1500.0)},
@@ -214,7 +223,7 @@ def low_thrust(max_thrust: float = 0.33) -> Case:
         w = 1 + x.f * cosine + x.g * sine
         normal = x.h * sine - x.k * cosine
         scale = (x.p / mu).sqrt()
-        ar, at, an = (thrust / x.m * u.throttle * u.direction).split(1, -1)
+        ar, at, an = (force(p) / x.m * u.throttle * u.direction).split(1, -1)
         s = (1 + x.h.square() + x.k.square()) / (2 * w)
         return {
             "p": 2 * x.p * scale * at / w,
@@ -223,7 +232,7 @@ def low_thrust(max_thrust: float = 0.33) -> Case:
             "h": scale * s * cosine * an,
             "k": scale * s * sine * an,
             "L": (mu * x.p).sqrt() * (w / x.p).square() + scale * normal * an / w,
-            "m": -flow * u.throttle,
+            "m": -force(p) / (impulse * g0) * u.throttle,
         }
 
     ph.dynamics = dynamics
@@ -231,5 +240,5 @@ def low_thrust(max_thrust: float = 0.33) -> Case:
     ph.start(**dict(zip("pfghkL", first, strict=True)), m=1500.0)
     ph.end(**dict(zip("pfghkL", last, strict=True)))
     ph.guess(m=np.array([1500.0, 1140.0]), direction=[0.0, -0.84, 0.03], throttle=0.5)
-    ocp.minimize(running=lambda x, u, t, p: flow * u.throttle)
+    ocp.minimize(running=lambda x, u, t, p: force(p) / (impulse * g0) * u.throttle)
     return Case(ocp, None, 0.0, "Zou, Jiang 2025", {"mesh": (40, 3)})

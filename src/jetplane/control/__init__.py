@@ -18,11 +18,12 @@ from .problem import Parts, Phase, Problem
 from .radau import Mesh
 from .simulation import Simulation
 from .solution import PhaseSolution, Solution, load
-from .solving import solve
+from .solving import Batch, solve, solve_batch
 from .status import Status
 
 __all__ = [
     "NLP",
+    "Batch",
     "CheckReport",
     "Mesh",
     "Parts",
@@ -35,4 +36,5 @@ __all__ = [
     "per_node",
     "load",
     "solve",
+    "solve_batch",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,7 @@ class Model:
 
         sizes = {part.stop - part.start for layout in (ph.states, ph.controls) for part in layout.parts.values()}
         # A number of nodes that no part has, so that shapes cannot be mistaken for one another.
-        lanes = next(n for n in range(2, len(sizes) + 3) if n not in sizes | {nx, nu, self.parameters.size})
+        lanes = next(n for n in count(2) if n not in sizes | {nx, nu, self.parameters.size})
         graph, variables, results = trace(run, nx + nu + 1, self.parameters.size, lanes)
         parts = len(results) - len(ph.path)
         names = [f"rate of {ph.states.entry(i)}" for i in range(nx)]

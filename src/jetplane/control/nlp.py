@@ -7,8 +7,10 @@ constraints (nc, nodes), integrals; after all phases those of the ends.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sparse
@@ -63,6 +65,9 @@ class NLP:
         model: the traced problem.
         meshes: by the names of the phases.
 
+    All methods take y (n,) and multipliers (m,). Of a batch of programs, made by `batch`, they take (n, problems) and
+    (m, problems), and the results have this last dimension, too.
+
     Attributes:
         n, m: variables and constraints.
         lower, upper, constraint_lower, constraint_upper: bounds; infinite where there is none.
@@ -88,9 +93,23 @@ class NLP:
         self._lay_out()
         self.phases = {name: _PhaseArrays(self, name) for name in model.phases}
         self._ends = model.ends.at(1)
+        self._tail: tuple[int, ...] = ()
         self._assemble()
         self._last: np.ndarray | None = None
         self._fresh: set[str] = set()
+
+    def batch(self, problems: int) -> NLP:
+        """The same program for many values of its variables at once; bounds stay those of one program."""
+        made = copy.copy(self)
+        made._tail = (problems,)
+        made.phases = {name: arrays.batch(problems) for name, arrays in self.phases.items()}
+        made._ends = self.model.ends.at(problems)
+        made._end_free, made._end_fixed = self._end_free[:, None], self._end_fixed[:, None]
+        made._first = np.zeros((len(self._first), problems))
+        made._first[-1] = 1.0
+        made._second = np.zeros((len(self._second), problems))
+        made._last, made._fresh = None, set()
+        return made
 
     # Layout and bounds
 
@@ -196,7 +215,8 @@ class NLP:
         self._fresh = set()
         for arrays in self.phases.values():
             arrays.set(self._last)
-        self._ends.variables[:, 0] = np.where(self._end_free, self._last[self._end_taken], self._end_fixed)
+        ends = np.where(self._end_free, self._last[self._end_taken], self._end_fixed)
+        self._ends.variables[:] = ends.reshape(self._ends.variables.shape)
         self._ends.changed()
 
     def _values(self, y: np.ndarray) -> np.ndarray:
@@ -204,7 +224,7 @@ class NLP:
         if "values" not in self._fresh:
             for arrays in self.phases.values():
                 arrays.values = arrays.nodes.values()
-            self._end_values = self._ends.values()[:, 0]
+            self._end_values = self._ends.values().reshape(-1, *self._tail)
             self._fresh.add("values")
         return self._end_values
 
@@ -214,26 +234,28 @@ class NLP:
             start = 0
             for arrays in self.phases.values():
                 start = arrays.fill_first(self._first, start)
-            self._first[start:-1] = self._ends.jacobian()[:, 0]
+            self._first[start:-1] = self._ends.jacobian().reshape(-1, *self._tail)
             self._fresh.add("slopes")
         return self._first
 
-    def objective(self, y: np.ndarray) -> float:
+    def objective(self, y: np.ndarray) -> Any:
         """f(y)."""
         ends = self._values(y)
-        total = float(ends[0]) if self.model.has_final else 0.0
-        return total + sum(arrays.running() for arrays in self.phases.values())
+        total = ends[0].copy() if self.model.has_final else np.zeros(self._tail)
+        for arrays in self.phases.values():
+            total = total + arrays.running()
+        return total if self._tail else float(total)
 
     def gradient(self, y: np.ndarray) -> np.ndarray:
         """The gradient of f (n,)."""
-        result = np.zeros(self.n)
+        result = np.zeros((self.n, *self._tail))
         result[self._gradient_columns] = self._gradient_matrix @ self._slopes(y)
         return result
 
     def constraints(self, y: np.ndarray) -> np.ndarray:
         """g(y) (m,)."""
         ends = self._values(y)
-        result = np.empty(self.m)
+        result = np.empty((self.m, *self._tail))
         for arrays in self.phases.values():
             arrays.constraints(result)
         result[self.end_rows] = ends[self.model.has_final :]
@@ -251,8 +273,9 @@ class NLP:
             start = arrays.fill_second(self._second, start, multipliers, factor)
         if self.model.has_final:
             self._ends.weights[0] = factor
-        self._ends.weights[self.model.has_final :, 0] = multipliers[self.end_rows]
-        self._second[start:] = self._ends.hessian()[:, 0]
+        weights = self._ends.weights[self.model.has_final :]
+        weights[:] = multipliers[self.end_rows].reshape(weights.shape)
+        self._second[start:] = self._ends.hessian().reshape(-1, *self._tail)
         return self._hessian_matrix @ self._second
 
     def jacobian_matrix(self, y: np.ndarray) -> sparse.csr_array:
@@ -340,43 +363,60 @@ class _PhaseArrays:
         timed = np.flatnonzero(self.is_timed)
         self._by_variable = timed[np.argsort(self.variable[timed], kind="stable")]
         self.coupled, self._first_of = np.unique(self.variable[self._by_variable], return_index=True)
+        self._tail: tuple[int, ...] = ()
+
+    def batch(self, problems: int) -> _PhaseArrays:
+        """Arrays with a last dimension of problems; indices are shared."""
+        made = copy.copy(self)
+        made._tail = (problems,)
+        made.nodes = self.model.program.at(self.count * problems)
+        made.tau, made.half, made.factors = self.tau[:, None], self.half[:, None], self.factors[..., None]
+        return made
+
+    def _shaped(self, a: np.ndarray) -> np.ndarray:
+        """Rows of all nodes and problems as (rows, nodes[, problems]); a view."""
+        return a.reshape(len(a), self.count, *self._tail)
 
     def set(self, y: np.ndarray) -> None:
         place, (nx, nu, _), nodes = self.place, self.model.sizes, self.count
-        self.states = y[place.states].reshape(nx, nodes + 1)
+        self.states = y[place.states].reshape(nx, nodes + 1, *self._tail)
         phase = self.model.phase
         t0 = phase.t0[0] if place.t0 is None else y[place.t0]
         tf = phase.tf[0] if place.tf is None else y[place.tf]
         self.length = tf - t0
-        z = self.nodes.variables
+        z = self._shaped(self.nodes.variables)
         z[:nx] = self.states[:, :-1]
-        z[nx : nx + nu] = y[place.controls].reshape(nu, nodes)
+        z[nx : nx + nu] = y[place.controls].reshape(nu, nodes, *self._tail)
         z[nx + nu] = t0 + self.length * self.tau[:-1]
         z[nx + nu + 1 :] = y[self._parameters, None]
         self.integrals = y[place.integrals]
         self.nodes.changed()
 
-    def running(self) -> float:
+    def running(self) -> Any:
         if not self.model.running:
             return 0.0
-        return float(self.length * (self.weight @ self.values[self.model.timed - 1]))
+        return self.length * (self.weight @ self._shaped(self.values)[self.model.timed - 1])
 
     def constraints(self, out: np.ndarray) -> None:
         nx, _, nq = self.model.sizes
-        place, values = self.place, self.values
-        slopes = (self.matrix @ self.states.T).T
-        out[place.defects] = (slopes + self.length * self.factors[:nx] * values[:nx]).ravel()
-        out[place.path] = values[self.model.timed :].ravel()
-        out[place.integral_rows] = self.integrals - self.length * (values[nx : nx + nq] @ self.weight)
+        place, values = self.place, self._shaped(self.values)
+        lines = np.moveaxis(self.states, 0, 1)  # (nodes + 1, states[, problems])
+        slopes = np.moveaxis((self.matrix @ lines.reshape(len(lines), -1)).reshape(self.count, *lines.shape[1:]), 0, 1)
+        defects = slopes + self.length * self.factors[:nx] * values[:nx]
+        out[place.defects] = defects.reshape(-1, *self._tail)
+        out[place.path] = values[self.model.timed :].reshape(-1, *self._tail)
+        out[place.integral_rows] = self.integrals - self.length * np.tensordot(
+            self.weight, values[nx : nx + nq], (0, 1)
+        )
 
     def fill_first(self, sources: np.ndarray, start: int) -> int:
-        jacobian = self.nodes.jacobian()
-        end = start + jacobian.size
+        jacobian = self._shaped(self.nodes.jacobian())
+        end = start + len(jacobian) * self.count
         target = sources[start:end].reshape(jacobian.shape)
         target[:] = jacobian
         target[self.is_timed] *= self.length
         start, end = end, end + self.model.timed * self.count
-        sources[start:end] = self.values[: self.model.timed].ravel()
+        sources[start:end] = self.values[: self.model.timed].reshape(-1, *self._tail)
         return end
 
     def _target(self, output: int):
@@ -446,19 +486,22 @@ class _PhaseArrays:
     def fill_second(self, sources: np.ndarray, start: int, multipliers: np.ndarray, factor: float) -> int:
         nx, _, nq = self.model.sizes
         timed, nodes, place = self.model.timed, self.count, self.place
-        rates = np.empty((timed, nodes))
-        rates[:nx] = multipliers[place.defects].reshape(nx, nodes)
+        rates = np.empty((timed, nodes, *self._tail))
+        rates[:nx] = multipliers[place.defects].reshape(nx, nodes, *self._tail)
         rates[nx : nx + nq] = multipliers[place.integral_rows, None]
         rates[nx + nq :] = factor
         rates *= self.factors
-        self.nodes.weights[:timed] = self.length * rates
-        self.nodes.weights[timed:] = multipliers[place.path].reshape(-1, nodes)
+        weights = self._shaped(self.nodes.weights)
+        weights[:timed] = self.length * rates
+        weights[timed:] = multipliers[place.path].reshape(-1, nodes, *self._tail)
         hessian = self.nodes.hessian()
-        sources[start : start + hessian.size] = hessian.ravel()
-        start += hessian.size
+        end = start + len(hessian) * nodes
+        sources[start:end] = hessian.reshape(-1, *self._tail)
+        start = end
         if self.length_map and len(self.coupled):
-            entries = self.nodes.jacobian()[self._by_variable] * rates[self.output[self._by_variable]]
+            entries = self._shaped(self.nodes.jacobian())[self._by_variable] * rates[self.output[self._by_variable]]
             coupled = np.add.reduceat(entries, self._first_of, axis=0)
-            sources[start : start + coupled.size] = coupled.ravel()
-            start += coupled.size
+            end = start + len(coupled) * nodes
+            sources[start:end] = coupled.reshape(-1, *self._tail)
+            start = end
         return start

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
-from ..errors import ArgumentError
-from . import ipopt, trust
+from ..errors import ArgumentError, ShapeError
+from . import interior_point, ipopt, trust
 from .guessing import start
 from .model import Model
 from .nlp import NLP
@@ -17,7 +19,7 @@ from .problem import INFINITY, Parts, Problem
 from .radau import Mesh, as_mesh
 from .refinement import errors, refined
 from .solution import PhaseSolution, Solution, phase_solution
-from .status import Iteration, Outcome
+from .status import Iteration, Outcome, Status
 
 FIRST_MESH = (8, 4)
 
@@ -58,7 +60,9 @@ def solve(
         accuracy: relative error of the states, estimated, below which refinement ends.
         refinements: how often at most a mesh is refined.
         guess: a solution to start from, of the same states and controls; on the same mesh its multipliers are used too.
-        solver: "ipopt", the path of a libipopt, or "trust-constr" (SciPy).
+        solver: "ipopt"; "banded", the interior point of `jetplane.control.interior_point`, whose linear systems are
+            solved interval by interval, in torch, faster than IPOPT's from some 5,000 variables on; the path of a
+            libipopt; or "trust-constr" (SciPy).
         max_iterations: of the solver, for each mesh.
         time_limit: in seconds, for all meshes together.
         scaling: "auto", by bounds and guess; "none"; or a dict of typical magnitudes of states, controls and
@@ -77,9 +81,11 @@ def solve(
     """
     if not tol > 0 or not accuracy > 0:
         raise ArgumentError(f"tol and accuracy must be positive, got {tol} and {accuracy}")
-    trusted = solver == "trust-constr"
-    path = None if solver in ("ipopt", "trust-constr") else solver
-    if not trusted:
+    own = solver in ("banded", "trust-constr")
+    path = None if own or solver == "ipopt" else solver
+    if own and options:
+        raise ArgumentError(f"options are IPOPT's; solver={solver!r} takes none, got {sorted(options)}")
+    if not own:
         ipopt.library(path)  # that there is none is said before anything is computed
     began, clock = time.monotonic(), time.process_time()
     model = Model(problem, backend)
@@ -96,9 +102,18 @@ def solve(
         seconds["setup"] += time.process_time() - clock
         left = None if time_limit is None else max(time_limit - (time.monotonic() - began), 1e-3)
         clock = time.process_time()
-        if trusted:
-            limits = {"max_iterations": max_iterations, "tol": tol, "time_limit": left}
+        limits = {"max_iterations": max_iterations, "tol": tol, "time_limit": left}
+        if solver == "trust-constr":
             outcome = trust.solve(nlp, first, options=limits, on_iteration=line.of(nlp))
+        elif solver == "banded":
+            outcome = interior_point.solve(
+                nlp,
+                first,
+                options=limits,
+                scaling=scaling_of(nlp, first.y, scaling),
+                warm=first.multipliers is not None,
+                on_iteration=line.of(nlp),
+            )
         else:
             given: dict[str, Any] = {"tol": tol, "max_iter": max_iterations}
             if left is not None:
@@ -124,6 +139,167 @@ def solve(
         meshes = {name: refined(meshes[name], error, accuracy) for name, error in worst.items()}
     line.close()
     return current
+
+
+@dataclass
+class Batch:
+    """Solutions of one problem for many values of its parameters; ``batch[i]`` is a `Solution`.
+
+    Attributes:
+        status: of each problem.
+        objective, iterations: arrays (problems,).
+        seconds: processor time of all of them together: set-up, derivatives and the rest of the solver.
+    """
+
+    problem: Problem
+    status: list[Status]
+    objective: np.ndarray
+    iterations: np.ndarray
+    seconds: dict[str, float]
+    nlp: NLP = field(repr=False)
+    outcomes: list[Outcome] = field(repr=False)
+
+    @property
+    def success(self) -> np.ndarray:
+        """Which problems have a solution (problems,)."""
+        return np.array([status.success for status in self.status])
+
+    def __len__(self) -> int:
+        return len(self.outcomes)
+
+    def __getitem__(self, number: int) -> Solution:
+        outcome = self.outcomes[number]
+        return _solution(self.problem, self.nlp, outcome, self.seconds, [], outcome.iterations)
+
+
+def solve_batch(
+    problem: Problem,
+    parameters: dict[str, Any],
+    *,
+    mesh: Any = (20, 3),
+    tol: float = 1e-8,
+    guess: Solution | None = None,
+    max_iterations: int = 3000,
+    time_limit: float | None = None,
+    scaling: Any = "auto",
+    progress: bool = False,
+    backend: str = "auto",
+    device: Any = "cpu",
+    chunk: int | None = None,
+) -> Batch:
+    """Solve a problem for many values of its static parameters at once.
+
+    Each value makes a problem of its own, where these parameters are fixed; others stay free. All of them go through
+    the iterations of `jetplane.control.interior_point` together, on one mesh: functions, derivatives and linear algebra
+    are computed for all at once, and a problem leaves when it has ended.
+
+    Args:
+        problem: what to solve.
+        parameters: by name: values (problems,), or (problems, size) of a parameter with several entries.
+        mesh: for all problems, as for `solve`.
+        tol: as for `solve`.
+        guess: a solution whose trajectory all problems start from.
+        max_iterations: as for `solve`.
+        time_limit: in seconds, for all problems together.
+        scaling: as for `solve`, from the first problem.
+        progress: as for `solve`, of the problem with the largest error.
+        backend: as for `solve`.
+        device: of the linear algebra, for example "cuda"; functions are computed on the CPU.
+        chunk: how many problems at most go through the iterations together: 100 on the CPU, where more would not fit
+            its caches; all of them on other devices.
+
+    Returns:
+        a `Batch`, also where problems have failed: see its `status`.
+
+    Raises:
+        ArgumentError: no parameters, unknown ones, values outside of their bounds.
+        ShapeError: values of a wrong shape.
+        NonFiniteError: a function is not finite at the guess.
+
+    Example:
+        >>> import jetplane as jp
+        >>> ocp = jp.control.Problem()
+        >>> ocp.parameter("distance", 1, 0.1, 10.0)
+        >>> ph = ocp.phase("cart", states={"x": 1, "v": 1}, controls={"a": (1, -1.0, 1.0)}, t0=0.0, tf=(0.1, 20.0))
+        >>> ph.dynamics = lambda x, u, t, p: {"x": x.v, "v": u.a}
+        >>> ph.start(x=0.0, v=0.0); ph.end(v=0.0)
+        >>> ocp.boundary["there"] = (lambda e: e.cart.xf.x - e.p.distance, 0.0, 0.0)
+        >>> ocp.minimize(final=lambda e: e.cart.tf)
+        >>> batch = jp.control.solve_batch(ocp, {"distance": [1.0, 4.0]}, mesh=(10, 2))
+        >>> batch.objective.round(6).tolist(), batch.success.all().item()
+        ([2.0, 4.0], True)
+    """
+    if not tol > 0:
+        raise ArgumentError(f"tol must be positive, got {tol}")
+    if chunk is not None and chunk < 1:
+        raise ArgumentError(f"chunk must be at least 1, got {chunk}")
+    began, clock = time.monotonic(), time.process_time()
+    model = Model(problem, backend)
+    nlp = NLP(model, meshes_of(problem, mesh))
+    values, places = _values(problem, parameters)
+    first = start(nlp, guess)
+    columns = nlp.parameters.start + places
+    y, lower, upper = (np.repeat(a[:, None], values.shape[1], 1) for a in (first.y, nlp.lower, nlp.upper))
+    for target in (y, lower, upper):
+        target[columns] = values
+    setup = time.process_time() - clock
+    clock = time.process_time()
+    line = _Line(progress)
+    factors = scaling_of(nlp, y[:, 0], scaling)
+    outcomes: list[Outcome] = []
+    size = chunk or (100 if torch.device(device).type == "cpu" else y.shape[1])
+    for first_problem in range(0, y.shape[1], size):
+        part = slice(first_problem, first_problem + size)
+        left = None if time_limit is None else max(time_limit - (time.monotonic() - began), 1e-3)
+        outcomes += interior_point.solve_batch(
+            nlp,
+            y[:, part],
+            lower[:, part],
+            upper[:, part],
+            options={"tol": tol, "max_iterations": max_iterations, "time_limit": left},
+            scaling=factors,
+            on_iteration=line.of(nlp),
+            device=device,
+        )
+    line.close()
+    derivatives = sum(o.callback_seconds for o in outcomes)
+    seconds = {"setup": setup, "derivatives": derivatives, "solver": time.process_time() - clock - derivatives}
+    return Batch(
+        problem,
+        [o.status for o in outcomes],
+        np.array([o.objective for o in outcomes]),
+        np.array([o.iterations for o in outcomes]),
+        seconds,
+        nlp,
+        outcomes,
+    )
+
+
+def _values(problem: Problem, parameters: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Values of parameters (entries, problems) and their places among all parameters."""
+    if not parameters:
+        raise ArgumentError("solve_batch needs values of at least one parameter, got none")
+    layout = problem.parameters
+    rows, places = [], []
+    for name, given in parameters.items():
+        part = layout.part(name)
+        size = part.stop - part.start
+        array = np.asarray(given.detach().cpu() if isinstance(given, torch.Tensor) else given, float)
+        array = array[:, None] if array.ndim == 1 and size == 1 else array
+        if array.ndim != 2 or array.shape[1] != size or not len(array):
+            raise ShapeError(f"values of {name!r} must have shape (problems, {size}), got {array.shape}")
+        if rows and len(array) != rows[0].shape[1]:
+            raise ShapeError(f"{name!r} has {len(array)} values, other parameters have {rows[0].shape[1]}")
+        bad = ~((array >= layout.lower[part]) & (array <= layout.upper[part]))
+        if bad.any():
+            number, entry = map(int, np.argwhere(bad)[0])
+            raise ArgumentError(
+                f"{layout.entry(part.start + entry)} = {array[number, entry]:g} of problem {number} is outside its "
+                f"bounds [{layout.lower[part][entry]:g}, {layout.upper[part][entry]:g}]"
+            )
+        rows.append(array.T)
+        places.append(np.arange(part.start, part.stop))
+    return np.concatenate(rows), np.concatenate(places)
 
 
 def _first_meshes(problem: Problem, guess: Solution | None) -> dict[str, Mesh]:

@@ -1,0 +1,727 @@
+"""KKT systems of transcribed problems, solved interval by interval, for many problems at once.
+
+    [ W + Σ   Jᵀ ] [dy]   [b]
+    [   J    -D  ] [dλ] = [c]
+
+W is the Hessian of the Lagrangian, J the Jacobian of the constraints, Σ and D are diagonal. Ordered by the intervals of
+the mesh the matrix is banded but for a border: times, integrals, parameters, constraints on them and on the ends. It is
+solved in three steps, each by dense tensor operations over all problems:
+
+1. *Condensing*, over all intervals at once. Collocation determines the states v = x₁ … xₙ of an interval by its first
+   state x₀, its controls u and the border g: one LU factorization of the interval's defects gives v = F (u, x₀, g) + f,
+   and the Hessian on that space. Path constraints, whose D is positive, enter as Jᵀ D⁻¹ J.
+2. *Riccati recursion*, from the last interval to the first. The value of what remains is a quadratic function of the
+   interval's first state and of θ = (g, σ, μ): the border, the multipliers of the end state and of the integrals. A
+   Cholesky factorization eliminates the controls; the matrix has the right inertia if every one of them exists and the
+   border's matrix has it.
+3. *The border*, one small dense symmetric system: first and last states, times, integrals, parameters, and the
+   multipliers of constraints on them.
+
+The end state's constraint enters with an additional square, ``ρ/2 |x - x_N|²``, which changes neither the solution nor
+the inertia, but makes recursions positive definite where only the constraint does so (Debreu's lemma). Where
+constraints of the ends depend on each other, the border's matrix is singular; the least of their multipliers are taken.
+Condensing is that of Bock, Plitt, *A multiple shooting algorithm for direct solution of optimal control problems*, IFAC
+1984, the recursion that of Rao, Wright, Rawlings, *Application of interior-point methods to model predictive control*,
+Journal of Optimization Theory and Applications 99 (1998).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+from .nlp import NLP
+
+PENALTY = 1e3  # ρ, in units of the scaled problem
+SINGULAR = 1e-13  # eigenvalues of the equilibrated border below this are zero
+
+
+class Blocks:
+    """Nonzeros of a sparse matrix (nonzeros, problems) as dense blocks (blocks, problems, rows, columns)."""
+
+    def __init__(self, shape: tuple[int, int, int], source: np.ndarray, target: np.ndarray, device: torch.device):
+        self.shape = shape
+        self.source, self.target = (torch.from_numpy(a.astype(np.int64)).to(device) for a in (source, target))
+
+    def of(self, values: Tensor) -> Tensor:
+        """The blocks; a tensor of their own."""
+        blocks, rows, columns = self.shape
+        cells = values.new_zeros(blocks * rows * columns, values.shape[1])
+        cells[self.target] = values[self.source]
+        return cells.view(blocks, rows, columns, values.shape[1]).permute(0, 3, 1, 2).contiguous()
+
+
+class _Targets:
+    """Where nonzeros go: collected by block matrix, made into `Blocks`."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self.shape = shape
+        self.parts: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, source: np.ndarray, block, row, column) -> None:
+        _, rows, columns = self.shape
+        self.parts.append((source, (np.asarray(block) * rows + row) * columns + column + 0 * source))
+
+    def build(self, device: torch.device) -> Blocks:
+        empty = np.zeros(0, np.int64)
+        source, target = (np.concatenate([empty, *part]) for part in (zip(*self.parts, strict=True) or ((), ())))
+        return Blocks(self.shape, source, target, device)
+
+
+@dataclass
+class _Group:
+    """Intervals of one phase with the same number of points; which rows and columns they hold, node by node."""
+
+    points: int
+    members: Tensor  # intervals
+    columns: Tensor  # states and controls (intervals, points * local)
+    defects: Tensor  # rows of defects (intervals, points * states)
+    path_rows: Tensor  # (intervals, points * path constraints)
+    inner: Blocks  # defects by the states after the first
+    outer: Blocks  # defects by controls, first states, border
+    weights: Blocks  # W of each node by states, controls, border
+    path: Blocks
+    integral: Blocks
+    expand: Tensor  # Z without F, see `_GroupFactor`
+    step: Tensor  # T without F
+
+
+class Chain:
+    """A phase: its intervals, and which rows and columns they hold."""
+
+    def __init__(self, nlp: NLP, name: str, border: Sequence[int]) -> None:
+        place, mesh = nlp.places[name], nlp.meshes[name]
+        self.name = name
+        self.nx, self.nu, self.nq = nlp.model.phases[name].sizes
+        self.nodes = mesh.nodes
+        self.np = (place.path.stop - place.path.start) // self.nodes
+        self.border = list(border)
+        self.local = self.nx + self.nu
+        self.theta = len(border) + self.nx + self.nq
+        self.degrees, self.starts = np.array(mesh.degrees), mesh.starts
+        k = np.arange(self.nodes)
+        self.state_columns = (
+            place.states.start + np.arange(self.nx) * (self.nodes + 1) + np.arange(self.nodes + 1)[:, None]
+        )
+        self.control_columns = place.controls.start + np.arange(self.nu) * self.nodes + k[:, None]
+        self.defect_rows = place.defects.start + np.arange(self.nx) * self.nodes + k[:, None]
+        self.path_rows = place.path.start + np.arange(self.np) * self.nodes + k[:, None]
+        self.integral_rows = np.arange(place.integral_rows.start, place.integral_rows.stop)
+        self.interval = np.repeat(np.arange(len(self.degrees)), self.degrees)
+
+
+@dataclass
+class _Condensed:
+    """Of a group's intervals (intervals, problems, …), what their defects determine.
+
+    Z maps (u, x₀, g) to the variables of all nodes, T maps (u, x₀, θ) to (x₀, θ) of the next interval.
+    """
+
+    path: Tensor  # (points * path constraints, local + border)
+    integral: Tensor  # (points * integrals, local)
+    lu: Tensor
+    pivots: Tensor
+    inner: Tensor  # F: later states by controls, first states, border
+    expand: Tensor  # Z (points, local + border, …)
+    step: Tensor  # T
+
+    def select(self, chosen: Tensor) -> _Condensed:
+        return _Condensed(*(getattr(self, f.name)[:, chosen] for f in fields(self)))
+
+
+@dataclass
+class _GroupFactor:
+    """Of a group's intervals: what the recursion makes of them."""
+
+    weights: Tensor  # W of each node (points, local + border, local + border)
+    cholesky: Tensor
+    feedback: Tensor  # controls by x₀, θ
+    loop: Tensor  # next x₀ by x₀, θ with the feedback
+
+
+@dataclass
+class _ChainFactor:
+    values: Tensor  # P of each edge (intervals + 1, problems, x₀ θ, x₀ θ)
+    groups: list[_GroupFactor]
+
+
+@dataclass
+class Condensed:
+    """A Jacobian with its defects factored: what `KKT.condense` has made, for any Hessian."""
+
+    jacobian: Tensor
+    chains: list[list[_Condensed]]
+
+    def select(self, chosen: Tensor) -> Condensed:
+        """That of some problems, given by their numbers."""
+        return Condensed(self.jacobian[:, chosen], [[part.select(chosen) for part in chain] for chain in self.chains])
+
+
+def times(a: Tensor, x: Tensor) -> Tensor:
+    """Products of matrices (…, n, m) and vectors (…, m); faster than batched products of matrices."""
+    return (a * x[..., None, :]).sum(-1)
+
+
+def transposed_times(a: Tensor, x: Tensor) -> Tensor:
+    """Products of transposed matrices (…, n, m) and vectors (…, n)."""
+    return (x[..., None, :] @ a)[..., 0, :]
+
+
+@dataclass
+class Factorization:
+    """What `KKT.factor` has made; complete where the inertia is that of a minimum: `correct` (problems,)."""
+
+    condensed: Condensed
+    chains: list[_ChainFactor]
+    root: Tensor  # the border's matrix, equilibrated by factors of rows and columns
+    equilibration: Tensor
+    vectors: Tensor
+    inverse: Tensor  # of its eigenvalues; zero for those that vanish
+    still: Tensor  # variables of the border that do not move (problems, border)
+    damping: Tensor  # D (constraints, problems)
+    correct: Tensor
+
+    def update(self, chosen: Tensor, other: Factorization) -> None:
+        """Replace the factors of some problems, given by their numbers."""
+        for mine, new in zip(self.chains, other.chains, strict=True):
+            if not new.groups:  # incomplete
+                continue
+            mine.values[:, chosen] = new.values
+            for a, b in zip(mine.groups, new.groups, strict=True):
+                for f in fields(_GroupFactor):
+                    getattr(a, f.name)[:, chosen] = getattr(b, f.name)
+        for part in ("root", "equilibration", "vectors", "inverse", "still", "correct"):
+            getattr(self, part)[chosen] = getattr(other, part)
+        self.damping[:, chosen] = other.damping
+
+
+class KKT:
+    """The KKT systems of a program, or of a batch of programs that differ by their numbers only.
+
+    Vectors have shape (size, problems), nonzeros (nonzeros, problems), float64.
+
+    Args:
+        nlp: for the structure.
+        fixed: variables that do not move, (variables,) or (variables, problems); only first and last states, times,
+            integrals and parameters can be fixed.
+        device: where tensors are.
+
+    Raises:
+        ArgumentError: a state within the phase or a control is fixed, or entries lie outside of the band.
+    """
+
+    def __init__(self, nlp: NLP, fixed: Tensor, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.n, self.m = nlp.n, nlp.m
+        self.fixed = fixed if fixed.dim() == 2 else fixed[:, None]
+        self.jacobian_places, self.hessian_places = (
+            tuple(self._index(a) for a in structure) for structure in (nlp.jacobian_structure, nlp.hessian_structure)
+        )
+        always = self.fixed.all(1).cpu().numpy()
+        parameters = range(nlp.parameters.start, nlp.parameters.stop)
+        self.chains: list[Chain] = []
+        root: list[int] = []
+        for name, place in nlp.places.items():
+            border = [c for c in (place.t0, place.tf, *parameters) if c is not None and not always[c]]
+            chain = Chain(nlp, name, border)
+            self.chains.append(chain)
+            root += [*chain.state_columns[0], *chain.state_columns[-1]]
+        for place in nlp.places.values():
+            root += [c for c in (place.t0, place.tf) if c is not None]
+            root += range(place.integrals.start, place.integrals.stop)
+        root += parameters
+        self._lay_out(nlp, np.array(root, int))
+        movable = torch.ones_like(self.fixed)
+        movable[self.root_columns] = False
+        if bool((movable & self.fixed).any()):
+            column = int((movable & self.fixed).any(1).nonzero()[0])
+            raise ArgumentError(f"{nlp.variable_name(column)} is fixed; only ends, times and parameters can be")
+
+    def _index(self, a) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(a, np.int64)).to(self.device)
+
+    def _lay_out(self, nlp: NLP, root: np.ndarray) -> None:
+        n, m = nlp.n, nlp.m
+        chain_of, node_of, local_of = np.full(n, -1), np.full(n, -1), np.full(n, -1)
+        for c, chain in enumerate(self.chains):
+            for columns, first in ((chain.state_columns, 0), (chain.control_columns, chain.nx)):
+                chain_of[columns] = c
+                node_of[columns] = np.arange(len(columns))[:, None]
+                local_of[columns] = first + np.arange(columns.shape[1])
+        root_of = np.full(n, -1)
+        root_of[root] = np.arange(len(root))
+        # Unknowns of the border: its variables, multipliers of the end states, of integrals and of ends.
+        size = len(root)
+        nu_of = []
+        for chain in self.chains:
+            nu_of.append(np.arange(size, size + chain.nx))
+            size += chain.nx
+        rows = np.concatenate([*(chain.integral_rows for chain in self.chains), np.arange(m)[nlp.end_rows]]).astype(int)
+        row_of = np.full(m, -1)
+        row_of[rows] = size + np.arange(len(rows))
+        self.root_size, self.multipliers = size + len(rows), size + len(rows) - len(root)
+        self.root_columns, self.root_rows = self._index(root), self._index(rows)
+        jacobian, hessian = _Targets((1, self.root_size, self.root_size)), _Targets((1, self.root_size, self.root_size))
+        self.groups: list[list[_Group]] = [
+            self._groups(number, nlp, chain_of, node_of, local_of) for number in range(len(self.chains))
+        ]
+        fixed = self.fixed.all(1).cpu().numpy()
+        # What no interval has is the border's.
+        r, c = (np.asarray(a) for a in nlp.hessian_structure)
+        source = np.arange(len(r))
+        taken = self._taken(len(r), "weights")
+        here = ~taken & (root_of[r] >= 0) & (root_of[c] >= 0)
+        hessian.add(source[here], 0, root_of[r][here], root_of[c][here])
+        off = here & (r != c)
+        hessian.add(source[off], 0, root_of[c][off], root_of[r][off])
+        self._complete(taken | here | fixed[r] | fixed[c], "Hessian")
+        r, c = (np.asarray(a) for a in nlp.jacobian_structure)
+        source = np.arange(len(r))
+        taken = self._taken(len(r), "inner", "outer", "path", "integral")
+        here = ~taken & (row_of[r] >= 0) & (root_of[c] >= 0)
+        jacobian.add(source[here], 0, row_of[r][here], root_of[c][here])
+        jacobian.add(source[here], 0, root_of[c][here], row_of[r][here])
+        self._complete(taken | here | fixed[c], "Jacobian")
+        self.root_hessian, self.root_jacobian = hessian.build(self.device), jacobian.build(self.device)
+        self.nu_of = [self._index(a) for a in nu_of]
+        self.first_of = [self._index(root_of[chain.state_columns[0]]) for chain in self.chains]
+        self.last_of = [self._index(root_of[chain.state_columns[-1]]) for chain in self.chains]
+        self.border_of = [self._index(root_of[chain.border]) for chain in self.chains]
+        self.integral_of = [self._index(row_of[chain.integral_rows]) for chain in self.chains]
+        # First states have their diagonal in the first interval.
+        own = np.ones(len(root), bool)
+        for chain in self.chains:
+            own[root_of[chain.state_columns[0]]] = False
+        self.root_own = torch.from_numpy(own).to(self.device)
+
+    def _taken(self, count: int, *parts: str) -> np.ndarray:
+        """Which nonzeros are in those blocks of groups."""
+        taken = np.zeros(count, bool)
+        for groups in self.groups:
+            for group in groups:
+                for part in parts:
+                    taken[getattr(group, part).source.cpu().numpy()] = True
+        return taken
+
+    def _groups(self, number: int, nlp: NLP, chain_of, node_of, local_of) -> list[_Group]:
+        """Intervals of a phase by their numbers of points, and where their nonzeros go."""
+        chain = self.chains[number]
+        nx, nu, d, g = chain.nx, chain.nu, chain.local, len(chain.border)
+        border = np.full(nlp.n, -1)
+        border[chain.border] = np.arange(g)
+        kinds = {"defect": chain.defect_rows, "path": chain.path_rows}
+        node, kind, local = np.full(nlp.m, -1), np.full(nlp.m, "", dtype="U8"), np.full(nlp.m, -1)
+        for name, lines in kinds.items():
+            node[lines], kind[lines], local[lines] = np.arange(len(lines))[:, None], name, np.arange(lines.shape[1])
+        kind[chain.integral_rows], local[chain.integral_rows] = "integral", np.arange(chain.nq)
+        hr, hc = (np.asarray(a) for a in nlp.hessian_structure)
+        jr, jc = (np.asarray(a) for a in nlp.jacobian_structure)
+        mine = (chain_of == number) & (node_of < chain.nodes)
+        groups = []
+        for points in np.unique(chain.degrees).tolist():
+            members = np.flatnonzero(chain.degrees == points)
+            count, u = len(members), points * nu
+            position = np.full(len(chain.degrees) + 1, -1)
+            position[members] = np.arange(count)
+            interval = np.append(chain.interval, len(chain.degrees))  # the end belongs to none
+            first = np.append(chain.starts[:-1], chain.nodes)
+
+            # Hessian: nodes by nodes, nodes by border
+            weights = _Targets((count, points * (d + g), d + g))
+            at = np.where(mine[hr], node_of[hr], np.where(mine[hc], node_of[hc], chain.nodes))
+            e = position[interval[at]]
+            left = np.where(mine[hr], local_of[hr], np.where(border[hr] >= 0, d + border[hr], -1))
+            right = np.where(mine[hc], local_of[hc], np.where(border[hc] >= 0, d + border[hc], -1))
+            same = ~(mine[hr] & mine[hc]) | (node_of[hr] == node_of[hc])
+            here = np.flatnonzero((e >= 0) & (left >= 0) & (right >= 0) & same)
+            offset = (at - first[interval[at]])[here] * (d + g)
+            weights.add(here, e[here], offset + left[here], right[here])
+            other = left[here] != right[here]
+            offset, here = offset[other], here[other]
+            weights.add(here, e[here], offset + right[here], left[here])
+
+            # Jacobian
+            blocks = {
+                "inner": _Targets((count, points * nx, points * nx)),
+                "outer": _Targets((count, points * nx, u + nx + g)),
+                "path": _Targets((count, points * chain.np, d + g)),
+                "integral": _Targets((count, points * chain.nq, d)),
+            }
+            own = (chain_of == number)[jc]
+            at = np.where(kind[jr] == "integral", np.where(own, node_of[jc], chain.nodes), node[jr])
+            at = np.where(at < 0, chain.nodes, at)
+            e = position[interval[at]]
+            row = at - first[interval[at]]
+            offset = node_of[jc] - first[interval[at]]
+            near = own & (offset >= 0) & (offset <= points)
+            state = local_of[jc] < nx
+            defect, path = (e >= 0) & (kind[jr] == "defect"), (e >= 0) & (kind[jr] == "path")
+            far = border[jc] >= 0
+            lines = row * nx + local[jr]
+
+            def put(name: str, which: np.ndarray, rows: np.ndarray, columns: np.ndarray, blocks=blocks, e=e) -> None:
+                source = np.flatnonzero(which)
+                blocks[name].add(source, e[source], rows[source], columns[source])
+
+            put("inner", defect & near & state & (offset > 0), lines, (offset - 1) * nx + local_of[jc])
+            put("outer", defect & near & state & (offset == 0), lines, u + local_of[jc])
+            put("outer", defect & near & ~state, lines, offset * nu + local_of[jc] - nx)
+            put("outer", defect & far, lines, u + nx + border[jc])
+            lines = row * chain.np + local[jr]
+            put("path", path & own & (offset == row), lines, local_of[jc])
+            put("path", path & far, lines, d + border[jc])
+            put("integral", (e >= 0) & (kind[jr] == "integral") & own, row * chain.nq + local[jr], local_of[jc])
+
+            expand = torch.zeros(points, d + g, u + nx + g, dtype=torch.float64)
+            expand[0, range(nx), range(u, u + nx)] = 1
+            for j in range(points):
+                expand[j, range(nx, d), range(j * nu, (j + 1) * nu)] = 1
+                expand[j, range(d, d + g), range(u + nx, u + nx + g)] = 1
+            step = torch.zeros(nx + chain.theta, u + nx + chain.theta, dtype=torch.float64)
+            step[range(nx, nx + chain.theta), range(u + nx, u + nx + chain.theta)] = 1
+            nodes = chain.starts[members][:, None] + np.arange(points)
+            columns = np.concatenate([chain.state_columns[nodes], chain.control_columns[nodes]], 2)
+            groups.append(
+                _Group(
+                    points,
+                    self._index(members),
+                    self._index(columns.reshape(count, -1)),
+                    self._index(chain.defect_rows[nodes].reshape(count, -1)),
+                    self._index(chain.path_rows[nodes].reshape(count, -1)),
+                    weights=weights.build(self.device),
+                    **{name: part.build(self.device) for name, part in blocks.items()},
+                    expand=expand.to(self.device),
+                    step=step.to(self.device),
+                )
+            )
+        return groups
+
+    @staticmethod
+    def _complete(taken: np.ndarray, what: str) -> None:
+        if not taken.all():
+            raise ArgumentError(f"{int((~taken).sum())} entries of the {what} lie outside of intervals and border")
+
+    # Products
+
+    def _product(self, lines: Tensor, columns: Tensor, values: Tensor, v: Tensor, size: int) -> Tensor:
+        problems = values.shape[1]
+        terms = values * v[columns]
+        if problems == 1:
+            return v.new_zeros(size).index_add_(0, lines, terms[:, 0])[:, None]
+        return v.new_zeros(size, problems).index_add_(0, lines, terms)
+
+    def jacobian_times(self, jacobian: Tensor, v: Tensor) -> Tensor:
+        """J v."""
+        rows, columns = self.jacobian_places
+        return self._product(rows, columns, jacobian, v, self.m)
+
+    def transposed_times(self, jacobian: Tensor, v: Tensor) -> Tensor:
+        """Jᵀ v."""
+        rows, columns = self.jacobian_places
+        return self._product(columns, rows, jacobian, v, self.n)
+
+    def hessian_times(self, hessian: Tensor, v: Tensor) -> Tensor:
+        """W v, from the lower triangle."""
+        rows, columns = self.hessian_places
+        lower = hessian * (rows != columns)[:, None]
+        return self._product(rows, columns, hessian, v, self.n) + self._product(columns, rows, lower, v, self.n)
+
+    def residual(
+        self, jacobian: Tensor, hessian: Tensor, sigma: Tensor, damping: Tensor, fixed: Tensor,
+        right: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """What `found` leaves of the right-hand side; D is `damping`, which may be less than what was factored."""
+        (b, c), (dy, dual) = right, found
+        r = b - self.hessian_times(hessian, dy) - sigma * dy - self.transposed_times(jacobian, dual)
+        q = c - self.jacobian_times(jacobian, dy) + damping * dual
+        return r.masked_fill(fixed, 0.0), q
+
+    # Factorization
+
+    def condense(self, jacobian: Tensor) -> Condensed:
+        """Factor the defects of a Jacobian, given by its nonzeros in the order of the program's structure."""
+        chains = []
+        for chain, groups in zip(self.chains, self.groups, strict=True):
+            parts = []
+            for group in groups:
+                u = group.points * chain.nu
+                lu, pivots, _ = torch.linalg.lu_factor_ex(group.inner.of(jacobian))
+                inner = torch.linalg.lu_solve(lu, pivots, group.outer.of(jacobian).neg_())
+                count, problems, _, columns = inner.shape
+                expand = group.expand.expand(count, problems, -1, -1, -1).clone()
+                expand[:, :, 1:, : chain.nx] = inner.view(count, problems, group.points, chain.nx, columns)[:, :, :-1]
+                step = group.step.expand(count, problems, -1, -1).clone()
+                step[..., : chain.nx, : u + chain.nx + len(chain.border)] = inner[..., -chain.nx :, :]
+                path, integral = group.path.of(jacobian), group.integral.of(jacobian)
+                parts.append(_Condensed(path, integral, lu, pivots, inner, expand, step))
+            chains.append(parts)
+        return Condensed(jacobian, chains)
+
+    def factor(
+        self, condensed: Condensed, hessian: Tensor, sigma: Tensor, damping: Tensor, fixed: Tensor
+    ) -> Factorization:
+        """Factor the matrix.
+
+        Args:
+            condensed: the Jacobian.
+            hessian: nonzeros of its lower triangle, in the order of the program's structure.
+            sigma: Σ (variables, problems).
+            damping: D (constraints, problems): positive in path constraints; zero or positive in those of integrals and
+                ends; not used in defects.
+            fixed: variables that do not move (variables, problems).
+        """
+        chains = []
+        jacobian = condensed.jacobian
+        problems = jacobian.shape[1]
+        correct = torch.ones(problems, dtype=torch.bool, device=jacobian.device)
+        root = (self.root_hessian.of(hessian) + self.root_jacobian.of(jacobian))[0]
+        for number, chain in enumerate(self.chains):
+            factor, good = self._factor_chain(number, chain, condensed.chains[number], hessian, sigma, damping)
+            chains.append(factor)
+            correct &= good
+            self._add_value(number, chain, factor.values[0], root)
+        variables = len(self.root_columns)
+        diagonal = torch.diagonal(root, dim1=-2, dim2=-1)
+        diagonal[:, :variables] += (sigma[self.root_columns] * self.root_own[:, None]).T
+        diagonal[:, self.root_size - len(self.root_rows) :] -= damping[self.root_rows].T
+        still = torch.zeros(problems, self.root_size, dtype=torch.bool, device=root.device)
+        still[:, :variables] = fixed[self.root_columns].T
+        root.masked_fill_(still[:, :, None] | still[:, None, :], 0.0)
+        diagonal.masked_fill_(still, 1.0)
+        scale = torch.ones_like(diagonal)
+        for _ in range(4):
+            largest = (root * scale[:, :, None] * scale[:, None, :]).abs().amax(-1)
+            scale = scale / largest.clamp_min(1e-300).sqrt()
+        scale = torch.where(scale.isfinite(), scale, 1.0)
+        equilibrated = root * scale[:, :, None] * scale[:, None, :]
+        finite = equilibrated.isfinite().flatten(1).all(1)
+        equilibrated = torch.where(finite[:, None, None], equilibrated, torch.eye(self.root_size, dtype=root.dtype))
+        eigenvalues, vectors = torch.linalg.eigh(equilibrated)
+        zero = eigenvalues.abs() < SINGULAR
+        # Dependent constraints have multipliers in the null space; of those the least ones are taken.
+        correct &= finite & (((eigenvalues < 0) | zero).sum(-1) == self.multipliers)
+        inverse = torch.where(zero, 0.0, 1 / eigenvalues)
+        return Factorization(condensed, chains, equilibrated, scale, vectors, inverse, still, damping, correct)
+
+    def _add_value(self, number: int, chain: Chain, value: Tensor, root: Tensor) -> None:
+        """The value of a phase as a function of the border: σ = ν - ρ x_N."""
+        nx, g = chain.nx, len(chain.border)
+        first, last, nu = self.first_of[number], self.last_of[number], self.nu_of[number]
+        where = torch.cat([first, self.border_of[number], nu, self.integral_of[number]])
+        root[:, where[:, None], where] += value
+        # Through σ, the end state has -ρ times the rows and columns of ν.
+        s = nx + g
+        root[:, where[:, None], last] -= PENALTY * value[:, :, s : s + nx]
+        root[:, last[:, None], where] -= PENALTY * value[:, s : s + nx, :]
+        root[:, last[:, None], last] += PENALTY**2 * value[:, s : s + nx, s : s + nx]
+        root[:, last, last] += PENALTY
+        root[:, last, nu] -= 1
+        root[:, nu, last] -= 1
+
+    def _factor_chain(self, number: int, chain: Chain, parts, hessian, sigma, damping) -> tuple[_ChainFactor, Tensor]:
+        nx, nu, g, d, nq = chain.nx, chain.nu, len(chain.border), chain.local, chain.nq
+        problems = hessian.shape[1]
+        intervals, s = len(chain.degrees), nx + chain.theta
+        steps: list = [None] * intervals
+        costs: list = [None] * intervals
+        weights_of = []
+        for group, part in zip(self.groups[number], parts, strict=True):
+            count, u = len(group.members), group.points * nu
+            weights = group.weights.of(hessian).view(count, problems, group.points, d + g, d + g)
+            diagonal = torch.diagonal(weights, dim1=-2, dim2=-1)[..., :d]
+            diagonal += sigma[group.columns].transpose(1, 2).reshape(diagonal.shape)
+            if chain.np:
+                rows = part.path.view(count, problems, group.points, chain.np, d + g)
+                factors = damping[group.path_rows].transpose(1, 2).reshape(*rows.shape[:-1], 1)
+                weights += rows.mT @ (rows / factors)
+            columns = u + nx + g
+            cost = weights.new_zeros(count, problems, u + s, u + s)
+            cost[..., :columns, :columns] = part.expand.flatten(2, 3).mT @ (weights @ part.expand).flatten(2, 3)
+            if nq:
+                rows = part.integral.view(count, problems, group.points, nq, d) @ part.expand[..., :d, :]
+                cost[..., columns + nx :, :columns] = rows.sum(2)
+                cost[..., :columns, columns + nx :] = rows.sum(2).mT
+            for e, one, other in zip(group.members.tolist(), part.step.unbind(0), cost.unbind(0), strict=True):
+                steps[e], costs[e] = one, other
+            weights_of.append(weights)
+        value = hessian.new_zeros(problems, s, s)
+        value[:, range(nx), range(nx)] = PENALTY
+        value[:, range(nx), range(nx + g, nx + g + nx)] = 1
+        value[:, range(nx + g, nx + g + nx), range(nx)] = 1
+        values: list[Tensor] = [value] * (intervals + 1)
+        factors: list = [None] * intervals
+        bad = torch.zeros(problems, dtype=torch.int32, device=hessian.device)
+        for e in range(intervals - 1, -1, -1):
+            step = steps[e]
+            u = step.shape[-1] - s
+            total = torch.baddbmm(costs[e], step.mT, torch.bmm(value, step))
+            controls, rest = total[:, :u], total[:, u:, u:]
+            cholesky, info = torch.linalg.cholesky_ex(controls[..., :u])
+            half = torch.linalg.solve_triangular(cholesky, controls[..., u:], upper=False)
+            value = torch.baddbmm(rest, half.mT, half, alpha=-1)
+            bad |= info
+            values[e], factors[e] = value, (cholesky, half)
+            if problems == 1 and self.device.type == "cpu" and info.item():
+                return _ChainFactor(values[e][None], []), bad == 0
+        groups = []
+        for group, part, weights in zip(self.groups[number], parts, weights_of, strict=True):
+            members = group.members.tolist()
+            cholesky = torch.stack([factors[e][0] for e in members])
+            half = torch.stack([factors[e][1] for e in members])
+            feedback = torch.linalg.solve_triangular(cholesky.mT, half, upper=True).neg_()
+            u, end = group.points * nu, part.inner[..., -nx:, :]
+            loop = end[..., :u] @ feedback
+            loop[..., : nx + g] += end[..., u:]
+            groups.append(_GroupFactor(weights, cholesky, feedback, loop))
+        stacked = torch.stack(values)
+        good = (bad == 0) & stacked[0].isfinite().flatten(1).all(1)
+        return _ChainFactor(stacked, groups), good
+
+    # Solution
+
+    def solve(self, factor: Factorization, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Solve for a right-hand side: dy (variables, problems) and dλ (constraints, problems)."""
+        variables = len(self.root_columns)
+        right = b.new_zeros(b.shape[1], self.root_size)
+        right[:, :variables] = (b[self.root_columns] * self.root_own[:, None]).T
+        right[:, self.root_size - len(self.root_rows) :] = c[self.root_rows].T
+        states = []
+        for number, chain in enumerate(self.chains):
+            state, p = self._backward(number, chain, factor, b, c)
+            states.append(state)
+            where, last = self._where(number)
+            s = chain.nx + len(chain.border)
+            right[:, where] -= p
+            right[:, last] += PENALTY * p[:, s : s + chain.nx]
+        right.masked_fill_(factor.still, 0.0)
+        scale = factor.equilibration
+        right = right * scale
+        found = torch.zeros_like(right)
+        for _ in range(2):
+            rest = right - times(factor.root, found)
+            found = found + times(factor.vectors, factor.inverse * times(factor.vectors.mT, rest))
+        found = found * scale
+        dy, dual = torch.empty_like(b), torch.empty_like(c)
+        dy[self.root_columns] = found[:, :variables].T
+        dual[self.root_rows] = found[:, self.root_size - len(self.root_rows) :].T
+        for number, chain in enumerate(self.chains):
+            where, last = self._where(number)
+            z = found[:, where]
+            s = chain.nx + len(chain.border)
+            z[:, s : s + chain.nx] -= PENALTY * found[:, last]
+            self._forward(number, chain, factor, c, states[number], z, dy, dual)
+        return dy, dual
+
+    def _where(self, number: int) -> tuple[Tensor, Tensor]:
+        first, nu = self.first_of[number], self.nu_of[number]
+        return torch.cat([first, self.border_of[number], nu, self.integral_of[number]]), self.last_of[number]
+
+    def _backward(self, number: int, chain: Chain, factorization: Factorization, b, c):
+        """Linear terms of the value at each edge, and what the way forward needs; of the first edge, those by θ too."""
+        nx, nu, g, d, nq = chain.nx, chain.nu, len(chain.border), chain.local, chain.nq
+        problems, intervals = b.shape[1], len(chain.degrees)
+        factor, damping = factorization.chains[number], factorization.damping
+        pieces: list = [None] * intervals
+        loops: list = [None] * intervals
+        kept = []
+        for group, part, made in zip(
+            self.groups[number], factorization.condensed.chains[number], factor.groups, strict=True
+        ):
+            count, points, u = len(group.members), group.points, group.points * nu
+            shape = count, problems, points
+            linear = b.new_zeros(*shape, d + g)
+            linear[..., :d] = b[group.columns].transpose(1, 2).reshape(*shape, d).neg()
+            if chain.np:
+                right = (c[group.path_rows] / damping[group.path_rows]).transpose(1, 2).reshape(*shape, chain.np)
+                linear -= transposed_times(part.path.view(*shape, chain.np, d + g), right)
+            f = torch.linalg.lu_solve(part.lu, part.pivots, c[group.defects].transpose(1, 2)[..., None])[..., 0]
+            later = f.view(*shape, nx)[:, :, :-1]  # of the nodes after the first
+            gradient = linear.clone()
+            gradient[:, :, 1:] += times(made.weights[:, :, 1:, :, :nx], later)
+            columns = u + nx + g
+            q = f.new_zeros(count, problems, u + nx + chain.theta)
+            q[..., :columns] = transposed_times(part.inner[..., :-nx, :], gradient[:, :, 1:, :nx].flatten(2))
+            q[..., :u] += gradient[..., nx:d].flatten(2)
+            q[..., u : u + nx] += gradient[:, :, 0, :nx]
+            q[..., u + nx : columns] += gradient[..., d:].sum(2)
+            if nq:
+                rows = part.integral.view(*shape, nq, d)[:, :, 1:, :, :nx]
+                q[..., columns + nx :] = times(rows, later).sum(2)
+            # p of this edge is (feedback ᵀ, 1) (q + Tᵀ (p of the next edge + P f)).
+            pushed = times(factor.values[group.members + 1][..., :nx], f[..., -nx:])
+            q[..., :columns] += transposed_times(part.inner[..., -nx:, :], pushed[..., :nx])
+            q[..., u + nx :] += pushed[..., nx:]
+            piece = q[..., u:] + transposed_times(made.feedback, q[..., :u])
+            for e, one, other in zip(
+                group.members.tolist(), piece[..., :nx, None].unbind(0), made.loop[..., :nx].mT.unbind(0), strict=True
+            ):
+                pieces[e], loops[e] = one, other
+            kept.append((f, linear, q[..., :u], piece[..., nx:]))
+        p = b.new_zeros(problems, nx, 1)
+        costates: list[Tensor] = [p] * (intervals + 1)
+        for e in range(intervals - 1, -1, -1):
+            p = torch.baddbmm(pieces[e], loops[e], p)
+            costates[e] = p
+        edges = torch.stack(costates)[..., 0]
+        first = b.new_zeros(problems, nx + chain.theta)
+        first[:, :nx] = edges[0]
+        for group, made, (_, _, _, piece) in zip(self.groups[number], factor.groups, kept, strict=True):
+            first[:, nx:] += (piece + transposed_times(made.loop[..., nx:], edges[group.members + 1])).sum(0)
+        return (edges, kept), first
+
+    def _forward(self, number: int, chain: Chain, factorization: Factorization, c, state, z, dy, dual) -> None:
+        """States, controls and multipliers from the first state and θ."""
+        nx, nu, g, d = chain.nx, chain.nu, len(chain.border), chain.local
+        edges, kept = state
+        problems, intervals = z.shape[0], len(chain.degrees)
+        factor, damping = factorization.chains[number], factorization.damping
+        theta = z[:, nx:]
+        loops: list = [None] * intervals
+        constants: list = [None] * intervals
+        open_loop = []
+        for group, part, made, (f, _, q, _) in zip(
+            self.groups[number], factorization.condensed.chains[number], factor.groups, kept, strict=True
+        ):
+            end = part.inner[..., -nx:, : group.points * nu]
+            slope = q + transposed_times(end, edges[group.members + 1])
+            k = torch.cholesky_solve(slope[..., None], made.cholesky)[..., 0].neg_()
+            open_loop.append(k)
+            constant = f[..., -nx:] + times(made.loop[..., nx:], theta) + times(end, k)
+            for e, one, other in zip(
+                group.members.tolist(), made.loop[..., :nx].unbind(0), constant[..., None].unbind(0), strict=True
+            ):
+                loops[e], constants[e] = one, other
+        x = z[:, :nx, None]
+        trajectory = [x]
+        for e in range(intervals):
+            x = torch.baddbmm(constants[e], loops[e], x)
+            trajectory.append(x)
+        full = torch.cat([torch.stack(trajectory)[..., 0], theta.expand(intervals + 1, -1, -1)], -1)
+        push = times(factor.values[..., :nx, :], full) + edges  # costates at the edges
+        for group, part, made, (f, linear, _, _), k in zip(
+            self.groups[number], factorization.condensed.chains[number], factor.groups, kept, open_loop, strict=True
+        ):
+            count, members, points = len(group.members), group.members, group.points
+            here = full[members]
+            controls = times(made.feedback, here) + k
+            later = times(part.inner, torch.cat([controls, here[..., : nx + g]], -1)) + f
+            nodes = here.new_empty(count, problems, points, d + g)
+            nodes[:, :, 0, :nx] = here[..., :nx]
+            nodes[:, :, 1:, :nx] = later.view(count, problems, points, nx)[:, :, :-1]
+            nodes[..., nx:d] = controls.view(count, problems, points, nu)
+            nodes[..., d:] = here[:, :, None, nx : nx + g]
+            slope = linear[:, :, 1:, :nx] + times(made.weights[:, :, 1:, :nx], nodes[:, :, 1:])
+            right = torch.cat([slope.flatten(2), push[members + 1]], -1)
+            found = torch.linalg.lu_solve(part.lu, part.pivots, right[..., None], adjoint=True)[..., 0]
+            dual[group.defects] = found.transpose(1, 2).neg()
+            dy[group.columns] = nodes[..., :d].flatten(2).transpose(1, 2)
+            if chain.np:
+                rows = times(part.path.view(count, problems, points, chain.np, d + g), nodes)
+                dual[group.path_rows] = (rows.flatten(2).transpose(1, 2) - c[group.path_rows]) / damping[
+                    group.path_rows
+                ]
