@@ -557,8 +557,8 @@ BAD = {
     "descent": (lambda: jp.optim.PlaneSearch(W, descent=CurvatureScaled()), jp.ArgumentError, "CurvatureScaled"),
     "structure": (lambda: Drawn(tangents="sparse"), jp.ArgumentError, "density"),
     "no loss function": (
-        lambda: jp.optim.PlaneSearch(W, subspace=[Drawn(1)]).step(lambda: (X[:, :3] @ W[0]).sum()),
-        jp.LossError, "loss function",
+        lambda: jp.optim.PlaneSearch(W, subspace=Subspace([Drawn(1)], "ggn")).step(lambda: (X[:, :3] @ W[0]).sum()),
+        jp.UnknownLossError, "loss function",
     ),
 }  # fmt: skip
 

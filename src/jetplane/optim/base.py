@@ -9,7 +9,7 @@ from dataclasses import is_dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .. import _sharding as sharded
@@ -32,6 +32,8 @@ Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tenso
 Moving = list[tuple[Tensor, dict[str, Any], int]]  # parameters that may move, their groups and places
 Closure = Callable[[], Any]
 T = TypeVar("T")
+# Options of torch's optimizers for a group; keys that are none of these are the user's own, or a scheduler's.
+FOREIGN = {"alpha", "amsgrad", "betas", "dampening", "eps", "maximize", "momentum", "momentum_decay", "nesterov", "rho"}
 STATE = "jetplane"  # where an optimizer's own state lies among that of the parameters
 
 
@@ -76,6 +78,11 @@ class PlaneOptimizer(torch.optim.Optimizer):
             raise ArgumentError("chunk= and compile=True exclude each other: a chunked step is several runs")
         if isinstance(params, Tensor):
             raise ArgumentError("params must be an iterable of tensors or groups, got one tensor: put it in a list")
+        if isinstance(params, nn.Module):
+            raise ArgumentError(
+                f"params must be an iterable of tensors or groups, got the module {type(params).__name__}: "
+                f"{type(self).__name__}(model.parameters(), …)"
+            )
         params = list(params)  # type: ignore[arg-type]
         if not params:
             raise ArgumentError("no parameters: expected at least one, such as model.parameters()")
@@ -100,6 +107,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         self._check_sharding(p for p, _, _ in self._moving())
 
     _takes_complex = True  # as two real ones
+    _options: tuple[str, ...] = ("lr", "weight_decay")  # of a group
 
     # Of compiled steps: the program, for how many directions of which parameters, and those that the loss uses.
     _program: Any = None
@@ -118,14 +126,21 @@ class PlaneOptimizer(torch.optim.Optimizer):
             DTypeError: a parameter that may move is of a complex dtype, which this optimizer does not take, or none of
                 the group is of a dtype that can move.
             DeviceError: parameters that may move lie on different devices. Frozen ones may lie anywhere.
-            ArgumentError: a rate of the group is negative, or parameters are sharded in an unsupported way, were
-                made under `torch.inference_mode`, or have no shape yet.
+            ArgumentError: a rate of the group is negative, the group has an option of other optimizers that this one
+                would ignore, or parameters are sharded in an unsupported way, were made under
+                `torch.inference_mode`, or have no shape yet.
         """
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
             for name in ("lr", "weight_decay"):
                 _check_rate(name, group[name])
+            ignored = sorted(FOREIGN & set(group) - set(self._options))
+            if ignored:
+                raise ArgumentError(
+                    f"{type(self).__name__} has no option {', '.join(ignored)} for a group of parameters; expected "
+                    f"{', '.join(self._options)}"
+                )
             self._check_sharding(group["params"])
             if all(not (p.dtype.is_floating_point or p.dtype.is_complex) for p in group["params"]):
                 raise DTypeError(f"none of a group's parameters can move: their dtypes are {_dtypes(group['params'])}")
@@ -467,14 +482,18 @@ class PlaneOptimizer(torch.optim.Optimizer):
         found = super().state_dict()
         state, groups = dict(found["state"]), [dict(group) for group in found["param_groups"]]
         own = state.pop(STATE)
-        groups[0][STATE] = own | {"kept": sorted({name for of_parameter in state.values() for name in of_parameter})}
+        kept = sorted({name for of_parameter in state.values() for name in of_parameter})
+        groups[0][STATE] = own | {"kept": kept, "shapes": self._shapes()}
         return found | {"state": state, "param_groups": groups}
+
+    def _shapes(self) -> list[list[int]]:
+        return [list(p.shape) for group in self.param_groups for p in group["params"]]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, including seed and step counter, so that training continues bit for bit.
 
         Raises:
-            ShapeError: the state belongs to other parameter groups or to another optimizer, or is incomplete.
+            ShapeError: the state belongs to other parameters or groups, or to another optimizer, or is incomplete.
         """
         groups, state = state_dict.get("param_groups", []), dict(state_dict.get("state", {}))
         before = state.pop(STATE, None)  # where it lay at first
@@ -488,6 +507,14 @@ class PlaneOptimizer(torch.optim.Optimizer):
                 f"this state lacks per-parameter entries of the optimizer: {', '.join(sorted(lost))}. Flattened "
                 "state dicts lose them; save with flatten_optimizer_state_dict=False"
             )
+        shapes = own.pop("shapes", None)
+        if shapes is not None and len(shapes) == len(self._shapes()):  # torch tells where their numbers differ
+            for i, (saved, here) in enumerate(zip(shapes, self._shapes(), strict=True)):
+                if list(saved) != here:
+                    raise ShapeError(
+                        f"the state belongs to another model: parameter {i} had shape {tuple(saved)} when it was "
+                        f"saved, and has {tuple(here)} here; make the optimizer with the model that the state was saved with"
+                    )
         plain = [{name: value for name, value in group.items() if name != STATE} for group in groups]
         try:
             super().load_state_dict(state_dict | {"state": state, "param_groups": plain})

@@ -191,6 +191,11 @@ class PlaneSearch(PlaneOptimizer):
             subspace = Subspace([FastWeights()], every=ROUND)
         plan = subspace if isinstance(subspace, Subspace) else Subspace(subspace)
         solver = None if descent is None else named(descent)
+        if model is not None and not isinstance(model, nn.Module):
+            raise ArgumentError(
+                "model must be the torch.nn.Module that the parameters belong to, or None; got "
+                f"{type(model).__name__}: PlaneSearch(model.parameters(), model)"
+            )
         if solver is not None and not isinstance(solver, Spectral):
             raise ArgumentError(
                 f"descent must use the whole curvature matrix of a plane, which {type(solver).__name__} does not"
@@ -425,7 +430,7 @@ class PlaneSearch(PlaneOptimizer):
 
         def of_shard() -> float:
             with shard.closure.elsewhere(), without_side_effects(shard.begin), plain_run(params, again=True):
-                return float(shard.closure())
+                return float(shard.closure().detach())  # it may be in a graph of the closure's own
 
         if self.ranks is None:
             return of_shard()

@@ -181,8 +181,8 @@ def weighted_laplacian(
     Source: Dangel et al., arXiv 2505.13644, section 3.2.
     """
     call = call_of("weighted_laplacian", f, primals, argnums, has_aux, batch_dim)
-    columns = [_first(s) for s in call.flat(_at(sigma, call), "sigma")]
-    vs, r = call.directions(call.tree(columns), "sigma (its columns, as the first axis)")
+    columns = [_columns(s, i, call) for i, s in enumerate(call.flat(_at(sigma, call), "sigma"))]
+    vs, r = call.directions(call.tree(columns), "sigma, its columns first,")
     seconds = None
     if drift is not None:
         seconds, _ = call.directions(_at(drift, call), "drift", k=1)
@@ -195,11 +195,21 @@ def _at(given: Any, call: Call) -> Any:
     return given(*call.arguments) if callable(given) and not isinstance(given, Tensor) else given
 
 
-def _first(sigma: Any) -> Tensor:
+def _columns(sigma: Any, i: int, call: Call) -> Tensor:
+    """The columns of a leaf's sigma, as the first axis."""
     if not isinstance(sigma, Tensor):
         raise DTypeError(f"sigma: expected a tensor (*primal.shape, r), got {type(sigma).__name__}")
     if not sigma.dim():
         raise ShapeError("sigma: expected a tensor (*primal.shape, r), got a number; the columns of c I are c * eye")
+    whole, point = call.leaves[i].shape, call.shapes[i]
+    if sigma.shape[:-1] not in (whole, point):
+        shapes = " or ".join(f"({', '.join(map(str, shape))}, r)" for shape in dict.fromkeys((point, whole)))
+        forgotten = call.missing_points([]) if sigma.shape[:-1] == whole[1:] else ""
+        column = ". One column is sigma.unsqueeze(-1)" if sigma.shape == point else ""
+        raise ShapeError(
+            f"sigma {i}: expected r columns, shape {shapes}, for a primal of shape {tuple(whole)}, got "
+            f"{tuple(sigma.shape)}{forgotten}{column}"
+        )
     return sigma.movedim(-1, 0)
 
 
