@@ -513,7 +513,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
                 if list(saved) != here:
                     raise ShapeError(
                         f"the state belongs to another model: parameter {i} had shape {tuple(saved)} when it was "
-                        f"saved, and has {tuple(here)} here; make the optimizer with the model that the state was saved with"
+                        f"saved, and has {tuple(here)} here; make the optimizer with the model that was saved with it"
                     )
         plain = [{name: value for name, value in group.items() if name != STATE} for group in groups]
         try:
