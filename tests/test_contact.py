@@ -39,7 +39,7 @@ def gauss_newton(residual, params, along):
 SQUARES = {
     "mean": (lambda a, b: (a - b).square().mean(), lambda a, b: (a - b) / 14**0.5),
     "power": (lambda a, b: ((a - b) ** 2).sum(), lambda a, b: a - b),
-    "product": (lambda a, b: ((a - b) * (a - b)).sum() / 3, lambda a, b: (a - b) / 3**0.5),
+    "product": (lambda a, b: (lambda d: (d * d).sum() / 3)(a - b), lambda a, b: (a - b) / 3**0.5),
     "features first": (lambda a, b: (a - b).pow(2).sum(1).mean(), lambda a, b: (a - b) / 7**0.5),
     "kept axes": (lambda a, b: (a - b).pow(2).mean(0, keepdim=True).sum(), lambda a, b: (a - b) / 7**0.5),
     "weights": (lambda a, b: (WEIGHT * (a - b) ** 2).sum(-1).mean(), lambda a, b: (a - b) * (WEIGHT / 7).sqrt()),
