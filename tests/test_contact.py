@@ -28,10 +28,11 @@ def directions(params, k=4):
 
 
 def gauss_newton(residual, params, along):
-    """``2 J^T J`` of a residual, by forward differences of autograd: the jacobian from reverse mode, row by row."""
+    """``2 J^T J`` of a residual, the jacobian J along directions row by row from reverse mode."""
     y = residual().flatten()
     rows = [torch.autograd.grad(v, params, retain_graph=True) for v in y]
-    jacobian = torch.stack([sum((v * g).flatten(1).sum(1) for v, g in zip(along, row, strict=True)) for row in rows])
+    gradients = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    jacobian = gradients @ torch.cat([v.flatten(1) for v in along], 1).T
     return 2 * jacobian.T @ jacobian
 
 
@@ -310,7 +311,8 @@ def test_layers_that_the_loss_differentiates_are_not_perturbed(how):
             return jp.laplacian(net, points, batch_dim=0)
         z = points.clone().requires_grad_()
         (g,) = torch.autograd.grad(net(z).sum(), z, create_graph=True)
-        return sum(torch.autograd.grad(g[:, i].sum(), z, create_graph=True)[0][:, i : i + 1] for i in range(2))
+        rows = [torch.autograd.grad(g[:, i].sum(), z, create_graph=True)[0][:, i : i + 1] for i in range(2)]
+        return rows[0] + rows[1]
 
     def closure():
         return F.mse_loss(laplacian(), points.sum(1, keepdim=True)) + net(points[:8]).square().mean()
@@ -340,9 +342,10 @@ WRONG = {
         lambda: jp.laplacian(lambda x: x**2, torch.rand(3), mode="forward-over-reverse"), jp.ShapeError,
         "mode='forward'",
     ),
-    "a module": (lambda: jp.optim.PlaneSearch(NET), jp.ArgumentError, r"PlaneSearch\(model\.parameters\(\)"),
+    "a module": (lambda: jp.optim.PlaneSearch(NET), jp.ArgumentError, r"PlaneSearch\(model\.parameters\(\)"),  # type: ignore[arg-type]
     "no module": (
-        lambda: jp.optim.PlaneSearch(NET.parameters(), NET.parameters()), jp.ArgumentError, "got generator",
+        lambda: jp.optim.PlaneSearch(NET.parameters(), NET.parameters()),  # type: ignore[arg-type]
+        jp.ArgumentError, "got generator",
     ),
     "momentum": (
         lambda: jp.optim.FoMoH([{"params": [*NET.parameters()], "momentum": 0.9}]), jp.ArgumentError, "momentum",

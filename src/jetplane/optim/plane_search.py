@@ -184,6 +184,8 @@ class PlaneSearch(PlaneOptimizer):
         "_given", "_settled",
     )  # fmt: skip
 
+    curvature: Curvature
+
     _takes_complex = False  # its averages, guards and estimates are of real numbers
 
     def __init__(
@@ -478,8 +480,9 @@ class PlaneSearch(PlaneOptimizer):
             batch = replace(batch, before=before / weight if weight else 0.0, part=weight / whole)
         if not prepared:
             first = lambda: estimator.prepare(batch, state) if weight else None  # noqa: E731
-            state = estimator.prepare(batch, state) if ranks is None else ranks.first(first)
-            assert state is not None  # a rank has examples: the plane was evaluated
+            found = estimator.prepare(batch, state) if ranks is None else ranks.first(first)
+            assert found is not None  # some rank has examples: the plane was evaluated
+            state = found
         if ranks is None:
             return estimator.estimate(batch, estimator.measure(batch, state), state)
         shapes, dtype = estimator.shapes(batch, state), _widest(batch.params)
