@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,9 @@ from ..subspace.search import clipped
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Moving = list[tuple[Tensor, dict[str, Any], int]]  # parameters that may move, their groups and places
 Closure = Callable[[], Any]
-T = TypeVar("T")
 # Options of torch's optimizers for a group; keys that are none of these are the user's own, or a scheduler's.
 FOREIGN = {"alpha", "amsgrad", "betas", "dampening", "eps", "maximize", "momentum", "momentum_decay", "nesterov", "rho"}
+ALL = 1 - 1e-9  # what the part of the processes that say so exceeds, if all do
 STATE = "jetplane"  # where an optimizer's own state lies among that of the parameters
 
 
@@ -242,11 +242,9 @@ class PlaneOptimizer(torch.optim.Optimizer):
         new = self._looked_at is None or (self.ranks is None and kind != self._looked_at)
         if self.ranks is not None:
             self.ranks.greet(self._facts)
-        if new or self.audit == "always":
+        if new or self.audit == "always" or (self._cut_off and not self._still_cut_off(closure, params, weight)):
             self._inspect(closure, params, weight)
             self._looked_at = kind
-        elif self._cut_off:
-            self._cut_off = self._still_cut_off(closure, params, weight)
 
     def _kind(self, closure: Closure) -> Any:
         """What is learnt about a closure holds for."""
@@ -254,27 +252,36 @@ class PlaneOptimizer(torch.optim.Optimizer):
 
     def _inspect(self, closure: Closure, params: list[Tensor], weight: float) -> None:
         """Learn about a new closure: audit it, and find the parameters that no derivative reaches."""
-        found = self._of_ranks(lambda: self._audit(closure, params), weight) or ()
-        if found and self._cut_off != frozenset(id(params[i]) for i in found):
+
+        def told() -> list[bool]:
+            found = set(self._audit(closure, params))
+            return [i in found for i in range(len(params))]
+
+        parts = self._over_ranks(told, len(params), weight)
+        cut_off = [i for i, part in enumerate(parts) if part > ALL]
+        identities = frozenset(id(params[i]) for i in cut_off)
+        if cut_off and identities != self._cut_off:
             names = self._names(params)
             warn_user(
-                f"no derivative of the loss reaches {', '.join(names[i] for i in found)}: detach(), torch.no_grad() or "
-                "the like cuts them off, or the closure does not use them. They are left as they are; "
+                f"no derivative of the loss reaches {', '.join(names[i] for i in cut_off)}: detach(), torch.no_grad() "
+                "or the like cuts them off, or the closure does not use them. They are left as they are; "
                 "requires_grad_(False) says that this is meant, and saves looking again in each step",
                 JetplaneWarning,
             )
-        self._cut_off = frozenset(id(params[i]) for i in found)
+        self._cut_off = identities
 
-    def _still_cut_off(self, closure: Closure, params: list[Tensor], weight: float) -> frozenset[int]:
-        """Those that were cut off, unless the closure has changed its mind; it is then audited again."""
+    def _still_cut_off(self, closure: Closure, params: list[Tensor], weight: float) -> bool:
+        """Whether those that were cut off still are, all of them."""
         places = [i for i, p in enumerate(params) if id(p) in self._cut_off]
-        if places and self._of_ranks(lambda: still_cut_off(closure, params, places), weight) is False:
-            places = self._of_ranks(lambda: self._audit(closure, params), weight) or ()
-        return frozenset(id(params[i]) for i in places)
+        (part,) = self._over_ranks(lambda: [not places or still_cut_off(closure, params, places)], 1, weight)
+        return part > ALL
 
-    def _of_ranks(self, work: Callable[[], T], weight: float) -> T | None:
-        """What one process finds out about a closure, for all of them."""
-        return work() if self.ranks is None else self.ranks.first(lambda: work() if weight > 0 else None)
+    def _over_ranks(self, work: Callable[[], Sequence[float]], count: int, weight: float) -> list[float]:
+        """So many numbers that tell of a closure, as means over all processes."""
+        if self.ranks is None:
+            return list(work())
+        options: dict[str, Any] = {"dtype": torch.float64, "device": self._moving()[0][0].device}
+        return self.ranks.mean(lambda: torch.tensor(work(), **options), count, weight, **options).tolist()
 
     def _evaluated(self, closure: Closure, weight: float, moving: Moving, directions: AbstractDirections) -> PlaneModel:
         """The plane of the whole batch."""

@@ -39,7 +39,7 @@ from ..subspace.sources import (
     State,
     Subspace,
 )
-from .base import STATE, Closure, Moving, Params, PlaneOptimizer, comparable
+from .base import ALL, STATE, Closure, Moving, Params, PlaneOptimizer, comparable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -245,7 +245,7 @@ class PlaneSearch(PlaneOptimizer):
                 "to it, or give a model"
             )
 
-    def _called_for(self, curvature: Curvature, params: Sequence[Tensor], told: int | None) -> _Settings:
+    def _called_for(self, curvature: Curvature, params: Sequence[Tensor], told: float | None) -> _Settings:
         """What goes with a curvature, and with how many numbers belong to layers whose noise tells of them."""
         plan, _, _, _ = self._given
         covered = 0 if self.model is None else perturbable(self.model, params)
@@ -278,10 +278,10 @@ class PlaneSearch(PlaneOptimizer):
         model, moving = self.model, [p for p in params if id(p) not in self._cut_off]
         curvature, told = plan.curvature, None
         if curvature is None:
-            known = self._of_ranks(lambda: _loss_is_known(closure, moving), weight)
-            curvature = "hessian" if known is False else "ggn"
+            (known,) = self._over_ranks(lambda: [_loss_is_known(closure, moving)], 1, weight)
+            curvature = "hessian" if known < ALL else "ggn"
         if model is not None and estimator is None and plan.sources is None:
-            told = self._of_ranks(lambda: accounted_for(closure, model, moving), weight)
+            (told,) = self._over_ranks(lambda: [accounted_for(closure, model, moving)], 1, weight)
         settings = self._called_for(curvature, moving, told)
         if plan.curvature is None and settings.curvature == "hessian" != self._settled.curvature:
             warn_user(
@@ -480,9 +480,7 @@ class PlaneSearch(PlaneOptimizer):
             batch = replace(batch, before=before / weight if weight else 0.0, part=weight / whole)
         if not prepared:
             first = lambda: estimator.prepare(batch, state) if weight else None  # noqa: E731
-            found = estimator.prepare(batch, state) if ranks is None else ranks.first(first)
-            assert found is not None  # some rank has examples: the plane was evaluated
-            state = found
+            state = estimator.prepare(batch, state) if ranks is None else ranks.first(first)
         if ranks is None:
             return estimator.estimate(batch, estimator.measure(batch, state), state)
         shapes, dtype = estimator.shapes(batch, state), _widest(batch.params)

@@ -352,8 +352,8 @@ class Ranks:
             raise RanksDifferError(f"ranks must have the same bits. {said}", ranks)
         return made
 
-    def first(self, work: Callable[[], T | None]) -> T | None:
-        """The result of the lowest rank whose result is not None, or None. Its cost grows with the number of ranks.
+    def first(self, work: Callable[[], T | None]) -> T:
+        """The result of the lowest rank whose result is not None. Its cost grows with the number of ranks.
 
         Raises:
             LostRankError, RemoteError: as `evaluate`. What one rank's work raises, all ranks do.
@@ -366,7 +366,7 @@ class Ranks:
         every = self._gather((failure is not None, found))
         if any(failed for failed, _ in every):
             self._raise_for_all(failure)
-        return next((value for _, value in every if value is not None), None)
+        return next(value for _, value in every if value is not None)
 
     def _fill(
         self,
