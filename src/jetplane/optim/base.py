@@ -263,9 +263,9 @@ class PlaneOptimizer(torch.optim.Optimizer):
         if cut_off and identities != self._cut_off:
             names = self._names(params)
             warn_user(
-                f"no derivative of the loss reaches {', '.join(names[i] for i in cut_off)}: detach(), torch.no_grad() "
-                "or the like cuts them off, or the closure does not use them. They are left as they are; "
-                "requires_grad_(False) says that this is meant, and saves looking again in each step",
+                f"no derivative of the loss reaches {', '.join(names[i] for i in cut_off)}: detach() or the like cuts "
+                "off what is made of them. They are left as they are; requires_grad_(False) says that this is meant, "
+                "and saves looking again in each step",
                 JetplaneWarning,
             )
         self._cut_off = identities

@@ -154,7 +154,7 @@ class PlaneSearch(PlaneOptimizer):
         audit: "first" compares the slope of a closure with differences of its loss before its first step, and again
             when its code, the parameters that move or the mode of its modules change. This costs five to nine forward
             passes; see `jetplane.audit`. It also finds the parameters that no derivative of the loss reaches
-            (``detach()``, `torch.no_grad()`), which are then left as they are, with a warning. "always" does so before
+            (``detach()``), which are then left as they are, with a warning. "always" does so before
             every step, "never" not at all.
         generators: random generators that the closure uses besides torch's own; see `jetplane.evaluate`.
         process_group: processes that step together, each with its shard of the batch, or a `DeviceMesh`; see
