@@ -17,8 +17,11 @@ moved its parameters.
 >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
 >>> opt = jp.optim.FoMoH([w], process_group=dist.group.WORLD)
 >>> x = torch.ones(5, 2)  # this rank's shard of the batch
->>> loss = opt.step(lambda: (x @ w).square().mean(), weight=len(x))  # the loss of the whole batch
->>> opt.ranks.sent  # bytes: loss, slope, curvature, and what ranks compare
+>>> closure = lambda: (x @ w).square().mean()
+>>> loss = opt.step(closure, weight=len(x))  # the loss of the whole batch
+>>> first = opt.ranks.sent  # bytes, with what is found out about the closure before the first step
+>>> loss = opt.step(closure, weight=len(x))
+>>> opt.ranks.sent - first  # loss, slope, curvature, and what ranks compare
 192
 >>> dist.destroy_process_group()
 """
