@@ -427,7 +427,7 @@ def test_weight_decay_comes_before_the_step():
 
 def test_the_loss_after_a_step_sees_the_random_numbers_of_the_plane():
     w, drawn = nn.Parameter(torch.ones(3)), []
-    opt = jp.optim.PlaneSearch([w], search=Backtracking(), audit="never")
+    opt = jp.optim.PlaneSearch([w], subspace=Subspace(curvature="ggn"), search=Backtracking(), audit="never")
 
     def closure():
         drawn.append(torch.rand(()).item())
@@ -557,8 +557,8 @@ BAD = {
     "descent": (lambda: jp.optim.PlaneSearch(W, descent=CurvatureScaled()), jp.ArgumentError, "CurvatureScaled"),
     "structure": (lambda: Drawn(tangents="sparse"), jp.ArgumentError, "density"),
     "no loss function": (
-        lambda: jp.optim.PlaneSearch(W, subspace=[Drawn(1)]).step(lambda: (X[:, :3] @ W[0]).sum()),
-        jp.LossError, "loss function",
+        lambda: jp.optim.PlaneSearch(W, subspace=Subspace([Drawn(1)], "ggn")).step(lambda: (X[:, :3] @ W[0]).sum()),
+        jp.UnknownLossError, "loss function",
     ),
 }  # fmt: skip
 

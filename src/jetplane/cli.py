@@ -6,6 +6,7 @@ Each command imports what it needs when it runs. Help texts and option errors th
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from .errors import ArgumentError, CheckpointError, JetplaneError, LostRankError, RunFolderError
@@ -58,13 +67,35 @@ DataDir = Annotated[Path | None, typer.Option(help=DATA_HELP)]
 ConfigFile = typer.Option("--config", help="JSON file of settings, such as best.json of a sweep; options override it.")
 
 
+SECONDS = 5.0  # between lines of progress
+
+
+class _Progress(Progress):
+    """Bars in a terminal; elsewhere a line at the start of each task and every few seconds."""
+
+    def __init__(self, *columns: ProgressColumn, console: Console) -> None:
+        super().__init__(*columns, console=console, disable=not console.is_terminal)
+        self._said = -math.inf
+
+    def add_task(self, description: str, *args: Any, **kwargs: Any) -> TaskID:
+        self._said = -math.inf
+        return super().add_task(description, *args, **kwargs)
+
+    def update(self, task_id: TaskID, *args: Any, **kwargs: Any) -> None:
+        super().update(task_id, *args, **kwargs)
+        if self.disable and time.monotonic() >= self._said + SECONDS:
+            self._said, task = time.monotonic(), self._tasks[task_id]
+            loss = f", loss {task.fields['loss']}" if task.fields.get("loss") else ""
+            self.console.print(f"{task.description}: {task.percentage:.0f} %{loss}", highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def _progress() -> Iterator[Progress]:
     columns = (
         TextColumn("[bold]{task.description:<30}"), BarColumn(bar_width=30), TextColumn("{task.percentage:>3.0f} %"),
         TextColumn("loss {task.fields[loss]:>8}"), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
+    with _Progress(*columns, console=console) as progress:
         yield progress
 
 

@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import _sharding
 from .._torch import TorchDispatchMode, disable_current_modes, memory_of
-from ..directions import StoredDirections
+from ..directions import CachedDirections, StoredDirections
 from ..errors import ArgumentError, AuditError, AuditWarning, RandomClosureError, UnusedParametersError
 from ..jets import detaching, who_detaches
 from ..rules import rounding, scripts
@@ -77,8 +77,9 @@ class AuditReport:
         suspicious: whether an unclear audit was close to "differs".
         reason: why the verdict is unclear.
         runs: number of runs of the closure.
-        cut_off: places of the parameters that no derivative of the loss reaches, by detach(), `torch.no_grad()` and the
-            like. They are looked for only where the closure stops derivatives, at a forward pass or more.
+        cut_off: places of the parameters that are used and that no derivative of the loss reaches, by detach() and the
+            like. They are looked for only where the closure stops derivatives, at a forward pass or more. Those that
+            are used under `torch.no_grad()` alone, or not at all, are never moved.
     """
 
     verdict: Literal["agrees", "differs", "random", "unclear"]
@@ -255,7 +256,7 @@ class _Audit:
         return AuditReport(verdict, found.slope, found.difference, runs=self.runs, **fields)
 
     def cut_off(self) -> list[int]:
-        """The places of the parameters that no derivative reaches.
+        """The places of the parameters that are used and that no derivative reaches.
 
         Autograd tells at once which may be concerned. It does not know all operators, so that evaluations decide.
         """
@@ -263,11 +264,12 @@ class _Audit:
         return self.without_slope(unreached(self.closure, self.params))
 
     def without_slope(self, places: list[int]) -> list[int]:
-        """Those of some parameters along which the loss has no slope, not even one that happens to be zero."""
+        """Those of some parameters that are used, and along which the loss has no slope, not even one of zero."""
         if not places:
             return []
-        if self.evaluated(self.direction(places)) is None:
-            return places
+        plane, used = self.evaluated(self.direction(places))
+        if plane is None:
+            return used
         half = len(places) // 2
         return self.without_slope(places[:half]) + self.without_slope(places[half:]) if half else []
 
@@ -354,26 +356,30 @@ class _Audit:
 
     def slope(self, direction: dict[int, Tensor]) -> tuple[float, float]:
         """The slope of an evaluation along a direction, and its loss."""
-        plane = self.evaluated(direction)
+        plane, _ = self.evaluated(direction)
         return (0.0, math.nan) if plane is None else (plane.slope.item(), plane.value.item())
 
-    def evaluated(self, direction: dict[int, Tensor]) -> PlaneModel | None:
+    def evaluated(self, direction: dict[int, Tensor]) -> tuple[PlaneModel | None, list[int]]:
         """The loss and its slope along a direction; None where the loss depends on none of its parameters.
+
+        Returns:
+            The plane, and the places of the parameters that were used where derivatives do not stop.
 
         Raises:
             UnusedParametersError: it depends on no parameter at all.
         """
         places = list(direction)
         params = [self.params[i] for i in places]
-        tangents = StoredDirections([direction[i].unsqueeze(0) for i in places])
+        tangents = CachedDirections(StoredDirections([direction[i].unsqueeze(0) for i in places]), params)
         self.runs += 1
+        plane = None
         with self._set_back():
             try:
-                return evaluate_at_once(self.closure, params, tangents, PlaneSpec(1, "none"))
+                plane = evaluate_at_once(self.closure, params, tangents, PlaneSpec(1, "none"))
             except UnusedParametersError:
                 if len(places) == len(self.params):
                     raise
-                return None
+        return plane, [places[i] for i in sorted(tangents.used)]
 
     @contextlib.contextmanager
     def _set_back(self) -> Iterator[None]:
@@ -426,7 +432,7 @@ def still_cut_off(closure: Closure, params: Sequence[Tensor], places: Sequence[i
     """
     with torch.no_grad(), without_side_effects():
         run = _Audit(closure, list(params), [], seed)
-        return run.evaluated(run.direction(places)) is None
+        return run.evaluated(run.direction(places))[0] is None
 
 
 # --- which closure was audited --------------------------------------------------------------------------------------

@@ -6,10 +6,10 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .. import _sharding as sharded
@@ -31,7 +31,9 @@ from ..subspace.search import clipped
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Moving = list[tuple[Tensor, dict[str, Any], int]]  # parameters that may move, their groups and places
 Closure = Callable[[], Any]
-T = TypeVar("T")
+# Options of torch's optimizers for a group; keys that are none of these are the user's own, or a scheduler's.
+FOREIGN = {"alpha", "amsgrad", "betas", "dampening", "eps", "maximize", "momentum", "momentum_decay", "nesterov", "rho"}
+ALL = 1 - 1e-9  # what the part of the processes that say so exceeds, if all do
 STATE = "jetplane"  # where an optimizer's own state lies among that of the parameters
 
 
@@ -76,6 +78,11 @@ class PlaneOptimizer(torch.optim.Optimizer):
             raise ArgumentError("chunk= and compile=True exclude each other: a chunked step is several runs")
         if isinstance(params, Tensor):
             raise ArgumentError("params must be an iterable of tensors or groups, got one tensor: put it in a list")
+        if isinstance(params, nn.Module):
+            raise ArgumentError(
+                f"params must be an iterable of tensors or groups, got the module {type(params).__name__}: "
+                f"{type(self).__name__}(model.parameters(), …)"
+            )
         params = list(params)  # type: ignore[arg-type]
         if not params:
             raise ArgumentError("no parameters: expected at least one, such as model.parameters()")
@@ -100,6 +107,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
         self._check_sharding(p for p, _, _ in self._moving())
 
     _takes_complex = True  # as two real ones
+    _options: tuple[str, ...] = ("lr", "weight_decay")  # of a group
 
     # Of compiled steps: the program, for how many directions of which parameters, and those that the loss uses.
     _program: Any = None
@@ -118,14 +126,21 @@ class PlaneOptimizer(torch.optim.Optimizer):
             DTypeError: a parameter that may move is of a complex dtype, which this optimizer does not take, or none of
                 the group is of a dtype that can move.
             DeviceError: parameters that may move lie on different devices. Frozen ones may lie anywhere.
-            ArgumentError: a rate of the group is negative, or parameters are sharded in an unsupported way, were
-                made under `torch.inference_mode`, or have no shape yet.
+            ArgumentError: a rate of the group is negative, the group has an option of other optimizers that this one
+                would ignore, or parameters are sharded in an unsupported way, were made under
+                `torch.inference_mode`, or have no shape yet.
         """
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
             for name in ("lr", "weight_decay"):
                 _check_rate(name, group[name])
+            ignored = sorted(FOREIGN & set(group) - set(self._options))
+            if ignored:
+                raise ArgumentError(
+                    f"{type(self).__name__} has no option {', '.join(ignored)} for a group of parameters; expected "
+                    f"{', '.join(self._options)}"
+                )
             self._check_sharding(group["params"])
             if all(not (p.dtype.is_floating_point or p.dtype.is_complex) for p in group["params"]):
                 raise DTypeError(f"none of a group's parameters can move: their dtypes are {_dtypes(group['params'])}")
@@ -227,11 +242,9 @@ class PlaneOptimizer(torch.optim.Optimizer):
         new = self._looked_at is None or (self.ranks is None and kind != self._looked_at)
         if self.ranks is not None:
             self.ranks.greet(self._facts)
-        if new or self.audit == "always":
+        if new or self.audit == "always" or (self._cut_off and not self._still_cut_off(closure, params, weight)):
             self._inspect(closure, params, weight)
             self._looked_at = kind
-        elif self._cut_off:
-            self._cut_off = self._still_cut_off(closure, params, weight)
 
     def _kind(self, closure: Closure) -> Any:
         """What is learnt about a closure holds for."""
@@ -239,27 +252,36 @@ class PlaneOptimizer(torch.optim.Optimizer):
 
     def _inspect(self, closure: Closure, params: list[Tensor], weight: float) -> None:
         """Learn about a new closure: audit it, and find the parameters that no derivative reaches."""
-        found = self._of_ranks(lambda: self._audit(closure, params), weight) or ()
-        if found and self._cut_off != frozenset(id(params[i]) for i in found):
+
+        def told() -> list[bool]:
+            found = set(self._audit(closure, params))
+            return [i in found for i in range(len(params))]
+
+        parts = self._over_ranks(told, len(params), weight)
+        cut_off = [i for i, part in enumerate(parts) if part > ALL]
+        identities = frozenset(id(params[i]) for i in cut_off)
+        if cut_off and identities != self._cut_off:
             names = self._names(params)
             warn_user(
-                f"no derivative of the loss reaches {', '.join(names[i] for i in found)}: detach(), torch.no_grad() or "
-                "the like cuts them off, or the closure does not use them. They are left as they are; "
-                "requires_grad_(False) says that this is meant, and saves looking again in each step",
+                f"no derivative of the loss reaches {', '.join(names[i] for i in cut_off)}: detach() or the like cuts "
+                "off what is made of them. They are left as they are; requires_grad_(False) says that this is meant, "
+                "and saves looking again in each step",
                 JetplaneWarning,
             )
-        self._cut_off = frozenset(id(params[i]) for i in found)
+        self._cut_off = identities
 
-    def _still_cut_off(self, closure: Closure, params: list[Tensor], weight: float) -> frozenset[int]:
-        """Those that were cut off, unless the closure has changed its mind; it is then audited again."""
+    def _still_cut_off(self, closure: Closure, params: list[Tensor], weight: float) -> bool:
+        """Whether those that were cut off still are, all of them."""
         places = [i for i, p in enumerate(params) if id(p) in self._cut_off]
-        if places and self._of_ranks(lambda: still_cut_off(closure, params, places), weight) is False:
-            places = self._of_ranks(lambda: self._audit(closure, params), weight) or ()
-        return frozenset(id(params[i]) for i in places)
+        (part,) = self._over_ranks(lambda: [not places or still_cut_off(closure, params, places)], 1, weight)
+        return part > ALL
 
-    def _of_ranks(self, work: Callable[[], T], weight: float) -> T | None:
-        """What one process finds out about a closure, for all of them."""
-        return work() if self.ranks is None else self.ranks.first(lambda: work() if weight > 0 else None)
+    def _over_ranks(self, work: Callable[[], Sequence[float]], count: int, weight: float) -> list[float]:
+        """So many numbers that tell of a closure, as means over all processes."""
+        if self.ranks is None:
+            return list(work())
+        options: dict[str, Any] = {"dtype": torch.float64, "device": self._moving()[0][0].device}
+        return self.ranks.mean(lambda: torch.tensor(work(), **options), count, weight, **options).tolist()
 
     def _evaluated(self, closure: Closure, weight: float, moving: Moving, directions: AbstractDirections) -> PlaneModel:
         """The plane of the whole batch."""
@@ -467,14 +489,18 @@ class PlaneOptimizer(torch.optim.Optimizer):
         found = super().state_dict()
         state, groups = dict(found["state"]), [dict(group) for group in found["param_groups"]]
         own = state.pop(STATE)
-        groups[0][STATE] = own | {"kept": sorted({name for of_parameter in state.values() for name in of_parameter})}
+        kept = sorted({name for of_parameter in state.values() for name in of_parameter})
+        groups[0][STATE] = own | {"kept": kept, "shapes": self._shapes()}
         return found | {"state": state, "param_groups": groups}
+
+    def _shapes(self) -> list[list[int]]:
+        return [list(p.shape) for group in self.param_groups for p in group["params"]]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, including seed and step counter, so that training continues bit for bit.
 
         Raises:
-            ShapeError: the state belongs to other parameter groups or to another optimizer, or is incomplete.
+            ShapeError: the state belongs to other parameters or groups, or to another optimizer, or is incomplete.
         """
         groups, state = state_dict.get("param_groups", []), dict(state_dict.get("state", {}))
         before = state.pop(STATE, None)  # where it lay at first
@@ -488,6 +514,14 @@ class PlaneOptimizer(torch.optim.Optimizer):
                 f"this state lacks per-parameter entries of the optimizer: {', '.join(sorted(lost))}. Flattened "
                 "state dicts lose them; save with flatten_optimizer_state_dict=False"
             )
+        shapes = own.pop("shapes", None)
+        if shapes is not None and len(shapes) == len(self._shapes()):  # torch tells where their numbers differ
+            for i, (saved, here) in enumerate(zip(shapes, self._shapes(), strict=True)):
+                if list(saved) != here:
+                    raise ShapeError(
+                        f"the state belongs to another model: parameter {i} had shape {tuple(saved)} when it was "
+                        f"saved, and has {tuple(here)} here; make the optimizer with the model that was saved with it"
+                    )
         plain = [{name: value for name, value in group.items() if name != STATE} for group in groups]
         try:
             super().load_state_dict(state_dict | {"state": state, "param_groups": plain})

@@ -62,6 +62,8 @@ class FGD(PlaneOptimizer):
     Shin, arXiv 2310.14168.
     """
 
+    _options = (*PlaneOptimizer._options, "momentum")
+
     def __init__(
         self, params: Params, lr: float = 1e-3, k: int = 1, *, momentum: float = 0.0, law: str = "gaussian",
         tangents: Structure = "dense", planes: int = 1, clip: float | None = None, weight_decay: float = 0.0,

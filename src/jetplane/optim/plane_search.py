@@ -39,7 +39,7 @@ from ..subspace.sources import (
     State,
     Subspace,
 )
-from .base import STATE, Closure, Moving, Params, PlaneOptimizer, comparable
+from .base import ALL, STATE, Closure, Moving, Params, PlaneOptimizer, comparable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -105,8 +105,10 @@ class PlaneSearch(PlaneOptimizer):
 
         kappa = -M F,    theta <- theta + lr * rate * sum_k kappa_k v_k
 
-    with F the slope and M the damped inverse of the Gauss-Newton matrix of the plane, both of this batch. It has four
-    parts:
+    with F the slope and M the damped inverse of the Gauss-Newton matrix of the plane, both of this batch. That matrix
+    needs a loss function that is known: one of ``torch.nn.functional``, a sum or mean of squares, or marked with
+    `jetplane.loss`. For a closure without one the exact curvature of the plane is taken, with a warning. That costs
+    more, so that 10 directions are drawn where 64 would be. It has four parts:
 
     - ``subspace``: the directions that span the plane. By default these are running averages of gradient estimates
       from earlier batches, the same averages divided by the root mean square of each entry, as in Adam's steps, and
@@ -120,7 +122,7 @@ class PlaneSearch(PlaneOptimizer):
       plane is evaluated in every 16th step. Estimates enter the plane one step after their batch: if directions were
       fitted to the same batch that judges them, the slope would be biased, and its noise mistaken for signal.
     - ``descent``: how the step in the plane is solved for: `jetplane.descent.Damped` on directions of unit curvature,
-      with exact curvature `jetplane.descent.SaddleFree`.
+      with exact curvature `jetplane.descent.SaddleFree`. It does not choose the curvature: ``subspace`` does.
     - ``search``: how far to go. By default the noise in the step is estimated from the spread of the examples' slopes
       and the step is shortened by it; the plane is damped if the loss of this batch falls by less than the plane
       predicts (`jetplane.search.NoiseAware`). Without drawn directions the rate is at least a tenth: the best rate for
@@ -136,7 +138,9 @@ class PlaneSearch(PlaneOptimizer):
             the step is not the plane's solution and may be rejected) and ``weight_decay``. Frozen parameters do not
             change.
         model: holds the layers to perturb, and tells layers apart. The closure is called several times per step and
-            must compute the same each time; buffers and torch's random state advance once.
+            must compute the same each time; buffers and torch's random state advance once. If the loss differentiates
+            the model itself, as a residual of an equation does, directions are drawn as without a model, with a
+            warning.
         lr: a factor on the step, which schedulers may change.
         weight_decay: decoupled weight decay: ``theta <- theta - lr * weight_decay * theta`` before the step is added.
         clip: largest Euclidean norm of ``lr * sum_k kappa_k v_k`` over all parameters, or None.
@@ -149,7 +153,9 @@ class PlaneSearch(PlaneOptimizer):
         search: a `jetplane.search.Search`.
         audit: "first" compares the slope of a closure with differences of its loss before its first step, and again
             when its code, the parameters that move or the mode of its modules change. This costs five to nine forward
-            passes; see `jetplane.audit`. "always" does so before every step, "never" not at all.
+            passes; see `jetplane.audit`. It also finds the parameters that no derivative of the loss reaches
+            (``detach()``), which are then left as they are, with a warning. "always" does so before
+            every step, "never" not at all.
         generators: random generators that the closure uses besides torch's own; see `jetplane.evaluate`.
         process_group: processes that step together, each with its shard of the batch, or a `DeviceMesh`; see
             `jetplane.distributed`. A step sends a few numbers for each pair of the plane's directions and, with
@@ -157,6 +163,7 @@ class PlaneSearch(PlaneOptimizer):
 
     Raises:
         ArgumentError, DTypeError, DeviceError: settings or parameters that are not valid.
+        UnknownLossError: (of `step`) ``curvature="ggn"`` was asked for, and the loss function is not known.
 
     >>> import torch, jetplane as jp
     >>> from torch.nn import functional as F
@@ -177,6 +184,8 @@ class PlaneSearch(PlaneOptimizer):
         "_given", "_settled",
     )  # fmt: skip
 
+    curvature: Curvature
+
     _takes_complex = False  # its averages, guards and estimates are of real numbers
 
     def __init__(
@@ -191,6 +200,11 @@ class PlaneSearch(PlaneOptimizer):
             subspace = Subspace([FastWeights()], every=ROUND)
         plan = subspace if isinstance(subspace, Subspace) else Subspace(subspace)
         solver = None if descent is None else named(descent)
+        if model is not None and not isinstance(model, nn.Module):
+            raise ArgumentError(
+                "model must be the torch.nn.Module that the parameters belong to, or None; got "
+                f"{type(model).__name__}: PlaneSearch(model.parameters(), model)"
+            )
         if solver is not None and not isinstance(solver, Spectral):
             raise ArgumentError(
                 f"descent must use the whole curvature matrix of a plane, which {type(solver).__name__} does not"
@@ -231,7 +245,7 @@ class PlaneSearch(PlaneOptimizer):
                 "to it, or give a model"
             )
 
-    def _called_for(self, curvature: Curvature, params: Sequence[Tensor], told: int | None) -> _Settings:
+    def _called_for(self, curvature: Curvature, params: Sequence[Tensor], told: float | None) -> _Settings:
         """What goes with a curvature, and with how many numbers belong to layers whose noise tells of them."""
         plan, _, _, _ = self._given
         covered = 0 if self.model is None else perturbable(self.model, params)
@@ -264,10 +278,10 @@ class PlaneSearch(PlaneOptimizer):
         model, moving = self.model, [p for p in params if id(p) not in self._cut_off]
         curvature, told = plan.curvature, None
         if curvature is None:
-            known = self._of_ranks(lambda: _loss_is_known(closure, moving), weight)
-            curvature = "hessian" if known is False else "ggn"
+            (known,) = self._over_ranks(lambda: [_loss_is_known(closure, moving)], 1, weight)
+            curvature = "hessian" if known < ALL else "ggn"
         if model is not None and estimator is None and plan.sources is None:
-            told = self._of_ranks(lambda: accounted_for(closure, model, moving), weight)
+            (told,) = self._over_ranks(lambda: [accounted_for(closure, model, moving)], 1, weight)
         settings = self._called_for(curvature, moving, told)
         if plan.curvature is None and settings.curvature == "hessian" != self._settled.curvature:
             warn_user(
@@ -425,7 +439,7 @@ class PlaneSearch(PlaneOptimizer):
 
         def of_shard() -> float:
             with shard.closure.elsewhere(), without_side_effects(shard.begin), plain_run(params, again=True):
-                return float(shard.closure())
+                return float(shard.closure().detach())  # it may be in a graph of the closure's own
 
         if self.ranks is None:
             return of_shard()
@@ -467,7 +481,6 @@ class PlaneSearch(PlaneOptimizer):
         if not prepared:
             first = lambda: estimator.prepare(batch, state) if weight else None  # noqa: E731
             state = estimator.prepare(batch, state) if ranks is None else ranks.first(first)
-            assert state is not None  # a rank has examples: the plane was evaluated
         if ranks is None:
             return estimator.estimate(batch, estimator.measure(batch, state), state)
         shapes, dtype = estimator.shapes(batch, state), _widest(batch.params)

@@ -17,8 +17,11 @@ moved its parameters.
 >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
 >>> opt = jp.optim.FoMoH([w], process_group=dist.group.WORLD)
 >>> x = torch.ones(5, 2)  # this rank's shard of the batch
->>> loss = opt.step(lambda: (x @ w).square().mean(), weight=len(x))  # the loss of the whole batch
->>> opt.ranks.sent  # bytes: loss, slope, curvature, and what ranks compare
+>>> closure = lambda: (x @ w).square().mean()
+>>> loss = opt.step(closure, weight=len(x))  # the loss of the whole batch
+>>> first = opt.ranks.sent  # bytes, with what is found out about the closure before the first step
+>>> loss = opt.step(closure, weight=len(x))
+>>> opt.ranks.sent - first  # loss, slope, curvature, and what ranks compare
 192
 >>> dist.destroy_process_group()
 """
@@ -352,8 +355,8 @@ class Ranks:
             raise RanksDifferError(f"ranks must have the same bits. {said}", ranks)
         return made
 
-    def first(self, work: Callable[[], T | None]) -> T | None:
-        """The result of the lowest rank whose result is not None, or None. Its cost grows with the number of ranks.
+    def first(self, work: Callable[[], T | None]) -> T:
+        """The result of the lowest rank whose result is not None. Its cost grows with the number of ranks.
 
         Raises:
             LostRankError, RemoteError: as `evaluate`. What one rank's work raises, all ranks do.
@@ -366,7 +369,7 @@ class Ranks:
         every = self._gather((failure is not None, found))
         if any(failed for failed, _ in every):
             self._raise_for_all(failure)
-        return next((value for _, value in every if value is not None), None)
+        return next(value for _, value in every if value is not None)
 
     def _fill(
         self,

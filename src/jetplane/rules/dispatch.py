@@ -52,7 +52,8 @@ from ..jets import (
 from . import examples, fallback, grad_mode, rounding, sparse, squares
 from .registry import ALIASING, RANDOM, RULES
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _grad_enabled = torch.is_grad_enabled
 _nothing = contextlib.nullcontext()

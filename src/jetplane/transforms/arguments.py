@@ -135,12 +135,22 @@ class Call:
         if len(results) != 1 or results[0].numel() != numbers:
             at = "" if self.points is None else " at each point"
             shapes = ", ".join(str(tuple(y.shape)) for y in results)
+            remedy = "sum them up, or use jetplane.hessian, which takes any shape"
+            if self.name == "laplacian":
+                remedy = "take mode='forward', which takes any shape"
             raise ShapeError(
                 f"{self.name}: expected f to return one number{at}, got {len(results)} result(s) of shape {shapes}; "
-                "sum them up, or use jetplane.hessian, which takes any shape"
+                f"{remedy}{self.missing_points(results)}"
             )
         if results[0].is_complex():
             raise DTypeError(f"{self.name}: expected f to return a real number, got {results[0].dtype}")
+
+    def missing_points(self, tensors: Sequence[Tensor]) -> str:
+        """What to add to an error about shapes where ``batch_dim`` may have been forgotten."""
+        if self.batch_dim is not None or any(x.dim() < 2 for x in self.leaves):
+            return ""
+        points = {x.shape[0] for x in (*self.leaves, *(t for t in tensors if t.dim()))}
+        return f". For one result at each of {points.pop()} points pass batch_dim=0" if len(points) == 1 else ""
 
     def result(self, found: Any, aux: Any) -> Any:
         """What is found, and what f returned beside, where that is asked for."""
@@ -263,7 +273,8 @@ class Call:
                 raise ArgumentError(f"{what} {i}: expected a tensor, got {type(v).__name__}")
             if k == 1:
                 if v.shape not in (x.shape, shape):
-                    raise ShapeError(f"{what} {i}: expected shape {tuple(x.shape)}, got {tuple(v.shape)}")
+                    points = self.missing_points([]) if v.shape == x.shape[1:] else ""
+                    raise ShapeError(f"{what} {i}: expected shape {tuple(x.shape)}, got {tuple(v.shape)}{points}")
                 v = v.unsqueeze(0)
             many = v.shape[0] if v.dim() else 0
             if many < 1:

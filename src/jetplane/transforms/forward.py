@@ -266,7 +266,8 @@ def jet(
         order: 1 leaves the second derivatives out (None).
         argnums: which arguments move: an int, or several; all by default. Tangents are those of these arguments.
         has_aux: whether f returns ``(result, aux)``; aux is passed through.
-        batch_dim: the axis of points; tangents may then be (K, *shape at one point), shared by all points.
+        batch_dim: the axis of points; f's result at each must depend on that point alone, which is not checked.
+            Tangents may then be (K, *shape at one point), shared by all points.
 
     Returns:
         ``(value, first, second)`` of the structure of f's result, with shapes S, (K, *S) and
@@ -312,7 +313,8 @@ def jvp(
         tangents: the direction v, of the structure and shapes of the primals (of those of ``argnums``).
         argnums: which arguments move.
         has_aux: whether f returns ``(result, aux)``.
-        batch_dim: the axis of points; v may then be shared, of a point's shape.
+        batch_dim: the axis of points; f's result at each must depend on that point alone, which is not checked. v may
+            then be shared, of a point's shape.
 
     Returns:
         ``(value, derivative)``, and aux as a third with ``has_aux``.
@@ -340,7 +342,8 @@ def linearize(
 
     The map takes one direction in the structure of the primals, or K of them, (K, *primal.shape), at once. Nothing is
     stored: each call runs f again with its directions, which costs 1 + K evaluations. Arguments are those of
-    `jacobian`; ``chunk`` counts directions of the map.
+    `jacobian`; with ``batch_dim`` f's result at a point must depend on that point alone, which is not checked.
+    ``chunk`` counts directions of the map.
 
     Returns:
         ``(value, map)``, and aux as a third with ``has_aux``.
@@ -385,8 +388,9 @@ def jacobian(
         argnums: which arguments move: an int, or several; all by default.
         has_aux: whether f returns ``(result, aux)``.
         batch_dim: the axis of points in the primals. f is called once with all points, and its result at each must
-            depend on that point alone (no batch normalization in training). D directions then suffice, instead of one
-            for each number of each point.
+            depend on that point alone (no batch normalization in training), which is not checked: where it depends on
+            other points, their part is missing. D directions then suffice, instead of one for each number of each
+            point.
         chunk: directions at a time; "auto" carries all if they surely fit into half of the free memory; None always
             carries all.
 
@@ -427,7 +431,8 @@ def divergence(
         primals: where; a tensor, or a tuple of arguments.
         argnums: which arguments move.
         has_aux: whether f returns ``(result, aux)``.
-        batch_dim: the axis of points.
+        batch_dim: the axis of points. f is called with all of them; its result at each must depend on that point
+            alone, which is not checked.
         chunk: directions at a time.
         estimate: "hutchinson" or "axes" for an unbiased estimate.
         samples: directions of the estimate.

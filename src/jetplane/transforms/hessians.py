@@ -53,7 +53,8 @@ def hvp(
         v: one vector in the structure and shapes of the primals (of those of ``argnums``).
         argnums: which arguments move.
         has_aux: whether f returns ``(result, aux)``.
-        batch_dim: the axis of points: one product for each. v may be shared, of a point's shape.
+        batch_dim: the axis of points: one product for each. f's result at each must depend on that point alone,
+            which is not checked. v may be shared, of a point's shape.
         chunk: directions at a time in forward mode.
         mode: see above.
 
@@ -109,7 +110,8 @@ def vhv(
         v: one vector in the structure and shapes of the primals (of those of ``argnums``).
         argnums: which arguments move.
         has_aux: whether f returns ``(result, aux)``.
-        batch_dim: the axis of points; v may then be shared, of a point's shape.
+        batch_dim: the axis of points; f's result at each must depend on that point alone, which is not checked. v may
+            then be shared, of a point's shape.
 
     Returns:
         A tensor of the shape of f's result, or a tree of them. With ``has_aux`` ``(it, aux)``.
@@ -141,7 +143,8 @@ def quadratic_form(
         pairs: "all", "diagonal", or the size of independent planes.
         argnums: which arguments move, see `jetplane.jacobian`.
         has_aux: whether f returns ``(result, aux)``.
-        batch_dim: the axis of points.
+        batch_dim: the axis of points. f is called with all of them; its result at each must depend on that point
+            alone, which is not checked.
         chunk: directions at a time; with planes a multiple of their size.
 
     Returns:
@@ -181,7 +184,8 @@ def hessian_diagonal(
 ) -> Any:  # fmt: skip
     """The diagonal of the Hessian, ``d²f / dx_d²`` for each coordinate: 1 + 2D channels.
 
-    Arguments are those of `jetplane.jacobian`.
+    Arguments are those of `jetplane.jacobian`. With ``batch_dim`` f's result at a point must depend on that point
+    alone, which is not checked.
 
     Returns:
         For a result of shape S and a primal of shape X (at one point): (*S, *X), in the structure of the result, and
@@ -212,7 +216,8 @@ def hessian(
       number (at each point).
     - ``mode="auto"``: the cheaper one that is allowed; the log of ``jetplane.transforms`` says which.
 
-    Arguments are those of `jetplane.jacobian`.
+    Arguments are those of `jetplane.jacobian`. With ``batch_dim`` f's result at a point must depend on that point
+    alone, which is not checked.
 
     Returns:
         For a result of shape S and a primal of shape X (at one point): (*S, *X, *X), as `torch.func.hessian`; for trees

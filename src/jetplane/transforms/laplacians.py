@@ -58,12 +58,15 @@ def laplacian(
     The D second coefficients are carried as their sum: 1 + D + 1 channels. Other arguments are those of
     `jetplane.jacobian`.
 
+    As for autograd, derivatives stop at numbers that f reads from tensors (`detach()`, `item()`, comparisons).
+
     Args:
         f: a function of tensors that returns a tensor, or a tree of tensors.
         primals: where; a tensor, or a tuple of arguments, each of them a tensor or a tree of tensors.
         argnums: which arguments move.
         has_aux: whether f returns ``(result, aux)``.
-        batch_dim: the axis of points.
+        batch_dim: the axis of points. f is called with all of them; its result at each must depend on that point
+            alone, which is not checked.
         chunk: directions at a time.
         mode: "forward"; "forward-over-reverse" for D Hessian-vector products, for functions that give one number (at
             each point); "auto" for the cheaper one.
@@ -73,7 +76,8 @@ def laplacian(
         generator: of its random numbers; torch's own by default.
 
     Returns:
-        A tensor of the shape of f's result, or a tree of them. With ``has_aux`` ``(laplacian, aux)``.
+        A tensor of the shape of f's result, (points, 1) for a network with one output and ``batch_dim=0``, or a tree of
+        them. With ``has_aux`` ``(laplacian, aux)``.
 
     Raises:
         As `jetplane.jet`; ArgumentError: what does not fit into memory, or takes too many runs.
@@ -119,10 +123,13 @@ def value_and_laplacian(
 ) -> Any:  # fmt: skip
     """Value, gradient and Laplacian of one pass of 1 + D + 1 channels.
 
-    Arguments are those of `jetplane.jacobian`; in chunks each run repeats the value.
+    Arguments are those of `jetplane.jacobian`; in chunks each run repeats the value. With ``batch_dim`` f's result at
+    a point must depend on that point alone, which is not checked.
 
     Returns:
-        A `ValueAndLaplacian`. With ``has_aux`` ``(it, aux)``.
+        A `ValueAndLaplacian` of ``value`` (*S), ``gradient`` (*S, *X) and ``laplacian`` (*S), for a result of shape S
+        and a primal of shape X at one point. A network with one output gives S = (points, 1): compare it with something
+        of that shape, or take ``f = lambda x: net(x).squeeze(-1)``. With ``has_aux`` ``(it, aux)``.
 
     Raises:
         As `laplacian`.
@@ -162,7 +169,8 @@ def weighted_laplacian(
             None for no drift.
         argnums: which arguments move.
         has_aux: whether f returns ``(result, aux)``.
-        batch_dim: the axis of points.
+        batch_dim: the axis of points. f is called with all of them; its result at each must depend on that point
+            alone, which is not checked.
         chunk: columns at a time.
 
     Returns:
@@ -181,8 +189,8 @@ def weighted_laplacian(
     Source: Dangel et al., arXiv 2505.13644, section 3.2.
     """
     call = call_of("weighted_laplacian", f, primals, argnums, has_aux, batch_dim)
-    columns = [_first(s) for s in call.flat(_at(sigma, call), "sigma")]
-    vs, r = call.directions(call.tree(columns), "sigma (its columns, as the first axis)")
+    columns = [_columns(s, i, call) for i, s in enumerate(call.flat(_at(sigma, call), "sigma"))]
+    vs, r = call.directions(call.tree(columns), "sigma, its columns first,")
     seconds = None
     if drift is not None:
         seconds, _ = call.directions(_at(drift, call), "drift", k=1)
@@ -195,11 +203,21 @@ def _at(given: Any, call: Call) -> Any:
     return given(*call.arguments) if callable(given) and not isinstance(given, Tensor) else given
 
 
-def _first(sigma: Any) -> Tensor:
+def _columns(sigma: Any, i: int, call: Call) -> Tensor:
+    """The columns of a leaf's sigma, as the first axis."""
     if not isinstance(sigma, Tensor):
         raise DTypeError(f"sigma: expected a tensor (*primal.shape, r), got {type(sigma).__name__}")
     if not sigma.dim():
         raise ShapeError("sigma: expected a tensor (*primal.shape, r), got a number; the columns of c I are c * eye")
+    whole, point = call.leaves[i].shape, call.shapes[i]
+    if sigma.shape[:-1] not in (whole, point):
+        shapes = " or ".join(f"({', '.join(map(str, shape))}, r)" for shape in dict.fromkeys((point, whole)))
+        forgotten = call.missing_points([]) if sigma.shape[:-1] == whole[1:] else ""
+        column = ". One column is sigma.unsqueeze(-1)" if sigma.shape == point else ""
+        raise ShapeError(
+            f"sigma {i}: expected r columns, shape {shapes}, for a primal of shape {tuple(whole)}, got "
+            f"{tuple(sigma.shape)}{forgotten}{column}"
+        )
     return sigma.movedim(-1, 0)
 
 
@@ -210,7 +228,8 @@ def bilaplacian(
 ) -> Any:  # fmt: skip
     """``sum_ij d⁴f / dx_i² dx_j²``, the Laplacian of the Laplacian, exactly: (D + 2)² channels.
 
-    Arguments are those of `jetplane.jacobian`; ``chunk`` is of the outer Laplacian's directions, each of which carries
+    Arguments are those of `jetplane.jacobian`, where ``batch_dim`` stands for points whose results each depend on that
+    point alone, which is not checked; ``chunk`` is of the outer Laplacian's directions, each of which carries
     all D + 2 channels of the inner one.
 
     Returns:
