@@ -100,8 +100,8 @@ def _in_singular_bases(a: Any) -> Any:
     """The determinant in the bases U and V of singular vectors, constants that make the primal of ``U^H A V`` diagonal.
 
     Elimination divides by the large singular values alone, and its multipliers have the primal zero. What is left is a
-    small block, whose determinant is formed as a polynomial. Each step is exact, whatever is differentiated how often. A compiler
-    eliminates all but two, so that a matrix with three that vanish gives NaN there.
+    small block, whose determinant is formed as a polynomial. Each step is exact, whatever is differentiated how often.
+    A compiler eliminates all but two, so that a matrix with three that vanish gives NaN there.
     """
     p = innermost(a).detach()
     u, s, vh = torch.linalg.svd(p)
