@@ -40,6 +40,15 @@ def residual_plane():
     return plane.value, plane.slope, plane.curvature
 
 
+MATRICES = torch.linspace(0.5, 6, 32).double().sin().reshape(2, 4, 4)
+MATRICES[1, :, 3] = MATRICES[1, :, 0] - MATRICES[1, :, 1]  # singular
+ALONG_MATRICES = torch.linspace(1, 7, 96).double().cos().reshape(3, 2, 4, 4)
+
+
+def determinants(x):
+    return torch.linalg.det(x + x**2 / 4)
+
+
 CASES = {
     "jet in parameters and input": lambda: jp.jet(F_OF, (PARAMS, POINTS), (TANGENTS, ALONG)),
     "jet, planes": lambda: jp.jet(NET, POINTS, torch.cat([ALONG, ALONG.sin()]), pairs=2),
@@ -53,6 +62,7 @@ CASES = {
     "hvp": lambda: jp.hvp(valley, POINTS[0], ALONG[0, 0]),
     "hessian_diagonal": lambda: jp.hessian_diagonal(NET, POINTS, batch_dim=0),
     "value_and_laplacian": lambda: jp.value_and_laplacian(NET, POINTS, batch_dim=0),
+    "determinants": lambda: jp.jet(determinants, MATRICES, ALONG_MATRICES),
     "bilaplacian": lambda: jp.bilaplacian(valley, POINTS[0]),
     "divergence": lambda: jp.divergence(lambda z: z.sin() * z.sum(), POINTS[0]),
     "nested": lambda: jp.jvp(lambda a: jp.jvp(lambda b: (a * b).sin(), POINTS, ALONG[0])[1], POINTS, ALONG[1]),

@@ -75,13 +75,15 @@ def _(space: Space, a: Any) -> Any:
 @register("_linalg_det")
 def _(space: Space, a: Any) -> Any:
     p = primal(a, space)
+    if torch.compiler.is_compiling():  # which knows no values to choose by
+        return _in_singular_bases(a), *_factors(p)
     inverse, _ = torch.linalg.inv_ex(p)
     if _well_conditioned(space, innermost(p), innermost(inverse)):
         change = _traces(space, a, inverse)
         return torch.linalg.det(p) * (1 + change + change * change / 2), *_factors(p)
     if not innermost(p).isfinite().all():
         return NotImplemented
-    return _singular_determinant(a), *_factors(p)
+    return _in_singular_bases(a), *_factors(p)
 
 
 def _well_conditioned(space: Space, p: Tensor, inverse: Tensor) -> bool:
@@ -94,19 +96,25 @@ def _well_conditioned(space: Space, p: Tensor, inverse: Tensor) -> bool:
     return bool((norms.real < torch.finfo(p.dtype).eps ** (-1 / factors)).all())
 
 
-def _singular_determinant(a: Any) -> Any:
+def _in_singular_bases(a: Any) -> Any:
     """The determinant in the bases U and V of singular vectors, constants that make the primal of ``U^H A V`` diagonal.
 
     Elimination divides by the large singular values alone, and its multipliers have the primal zero. What is left is a
     small block, whose determinant is formed as a polynomial. Each step is exact, whatever is differentiated how often.
+    A compiler eliminates all but two, so that a matrix with three that vanish gives NaN there.
     """
     p = innermost(a).detach()
     u, s, vh = torch.linalg.svd(p)
-    m = (u.mH @ a @ vh.mH).reshape(-1, *p.shape[-2:])
-    ranks = (s > s[..., :1] * torch.finfo(s.dtype).eps ** 0.25).sum(-1).flatten()
-    found = torch.cat([_eliminated(m[ranks == rank], rank) for rank in ranks.unique().tolist()])
-    place = ranks.argsort(stable=True).argsort()
-    return torch.linalg.det(u) * torch.linalg.det(vh) * found[place].reshape(s.shape[:-1])
+    m, eps = (u.mH @ a @ vh.mH).reshape(-1, *p.shape[-2:]), torch.finfo(s.dtype).eps
+    if torch.compiler.is_compiling():
+        rank = max(p.shape[-1] - 2, 0)
+        known = (s[..., :rank] > s[..., :1] * eps * p.shape[-1]).all(-1).flatten()
+        found = _eliminated(m, rank) * torch.where(known, 1.0, torch.nan)
+    else:
+        ranks = (s > s[..., :1] * eps**0.25).sum(-1).flatten()
+        found = torch.cat([_eliminated(m[ranks == rank], rank) for rank in ranks.unique().tolist()])
+        found = found[ranks.argsort(stable=True).argsort()]
+    return torch.linalg.det(u) * torch.linalg.det(vh) * found.reshape(s.shape[:-1])
 
 
 def _eliminated(m: Any, rank: int) -> Any:

@@ -110,14 +110,15 @@ def _(
         return torch.scatter_reduce(line, 0, index.reshape(-1), src, reduce, include_self=include_self).reshape(())
     p, src = primal(x, space), src[tuple(slice(n) for n in index.shape)]
     s = primal(src, space)
-    apart = torch.ones_like(p) if include_self else torch.ones_like(p).scatter(dim, index, 0)
+    kept = torch.ones_like(p) if include_self else torch.ones_like(p).scatter(dim, index, 0)
     if reduce in ("sum", "mean"):
-        total = (x * apart).scatter_add(dim, index, src)
-        return total if reduce == "sum" else total / apart.scatter_add(dim, index, torch.ones_like(s))
+        total = (x if include_self else x.scatter(dim, index, 0)).scatter_add(dim, index, src)
+        return total if reduce == "sum" else total / kept.scatter_add(dim, index, torch.ones_like(s))
     y = torch.scatter_reduce(p, dim, index, s, reduce, include_self=include_self)
-    own, won = (p == y) & (apart != 0), s == y.gather(dim, index)  # ties share the derivative, as in autograd
+    own, won = p == y, s == y.gather(dim, index)
+    # ties share the derivative, as in autograd: with what is left out too
     count = own.to(y.dtype).scatter_add(dim, index, won.to(y.dtype))
-    found = torch.where(own, x, 0).scatter_add(dim, index, torch.where(won, src, 0)) / count
+    found = torch.where(own & (kept != 0), x, 0).scatter_add(dim, index, torch.where(won, src, 0)) / count
     return make(y, *parts(found, space)[1:], space)
 
 
