@@ -18,7 +18,7 @@ residuals and errors (for each map over the outputs on its side of zero) and ``g
 
 Sources: feedback weights learned by perturbation, Lansdell, Prakash and Kording, arXiv 1906.00889; control variates,
 Owen, Monte Carlo theory, methods and examples, chapter 8. Feedback aligned by JVPs that is itself the direction: GrAPE,
-Caillon, Fagnou, Delattre and Allauzen, "Scaling direct feedback learning with Jacobian alignment guarantees", ICLR 2026.
+Caillon and others, "Scaling direct feedback learning with Jacobian alignment guarantees", ICLR 2026.
 """
 
 from __future__ import annotations

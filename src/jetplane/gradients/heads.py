@@ -340,7 +340,7 @@ class _Pass(TorchFunctionMode):
                 node, g = reading.node, self._learned(reading)
                 if node is not None and g is not None:
                     own[node] = own[node] + g if node in own else g
-            found = self._tape.back(own)  # once, however many heads there are above a layer
+            found = self._tape.back(own, leaves=True)  # once, however many heads there are above a layer
         self._add(found)
 
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -437,7 +437,7 @@ class _Pass(TorchFunctionMode):
             reading.goals = (self._earlier or ())[len(self.readings) - 1]
             g = self._learned(reading)
             if g is not None:
-                self._add(self._tape.back({node: g}))
+                self._add(self._tape.back({node: g}, leaves=True))
         if not keep:
             reading.h = reading.node = None
 

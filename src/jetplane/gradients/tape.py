@@ -149,11 +149,12 @@ class Tape:
         self._add(plain, list(at.values()), back, own)
         return found
 
-    def back(self, cotangents: Mapping[Node, Tensor]) -> dict[Node, Tensor]:
+    def back(self, cotangents: Mapping[Node, Tensor], leaves: bool = False) -> dict[Node, Tensor]:
         """Sums of products with transposed derivatives.
 
         Args:
             cotangents: by the nodes of results.
+            leaves: whether those of leaves alone are kept, which takes less memory.
 
         Returns:
             The same of all nodes on the way back from these, down to the leaves.
@@ -167,7 +168,8 @@ class Tape:
             one = next(iter(nodes.values()))
             if one.back is None:
                 continue
-            given = [total[nodes[i]].to(nodes[i].dtype) if i in nodes else None for i in range(one.count)]
+            take = total.pop if leaves else total.__getitem__
+            given = [take(nodes[i]).to(nodes[i].dtype) if i in nodes else None for i in range(one.count)]
             for source, c in zip(one.inputs, one.back(given), strict=True):
                 if c is None:
                     continue
