@@ -457,10 +457,12 @@ def test_terms_of_parameters_alone_are_exact():
         lambda z: (z[:, 1:].transpose(1, 2), NEXT[:, 1:]),
     ],
 )
-def test_heads_read_the_positions_that_the_loss_takes(taken):
+@pytest.mark.parametrize("flat", [False, True])  # as GPT-2 calls its layers
+def test_heads_read_the_positions_that_the_loss_takes(taken, flat):
     torch.manual_seed(0)
     model = Tokens(pooled=False).double()
-    found, heads = measured(model, lambda: F.cross_entropy(*taken(model(CODES))))
+    codes = CODES.flatten() if flat else CODES
+    found, heads = measured(model, lambda: F.cross_entropy(*taken(model(codes).reshape(6, 5, 3))))
     h = F.gelu(model.hidden(model.norm(model.table(CODES)).detach()), approximate="tanh")
     loss = F.cross_entropy(*taken(local(heads["hidden"], h)))
     close(found["hidden.weight"], reverse(loss, model)["hidden.weight"])
@@ -566,12 +568,53 @@ def test_layers_of_every_kind_have_estimates():
     close(found["0.parametrizations.weight.original1"], exact["0.parametrizations.weight.original1"])
 
 
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
+
+
+def test_a_layer_before_code_that_is_not_seen_is_read():
+    model = perceptron()
+    found, heads = measured(model, lambda: F.cross_entropy(model[2](Doubled.apply(model[0](ROWS))), LABELS))
+    loss = F.cross_entropy(local(heads["0"], model[0](ROWS)), LABELS)
+    close(found["0.weight"], reverse(loss, model)["0.weight"])
+
+
 def test_one_example_without_an_axis_for_it():
     model = perceptron()
     found, _ = measured(model, lambda: F.cross_entropy(model(ROWS[0]), LABELS[0]))
     same, _ = measured(model, lambda: F.cross_entropy(model(ROWS[:1]), LABELS[:1]))
     for name, g in same.items():
         close(found[name], g)
+
+
+def test_layers_below_a_frozen_one_have_heads():
+    model = perceptron()
+    model[2].requires_grad_(False)
+    moving = [model[0].weight, model[0].bias]
+    given, estimator = Batch(
+        lambda: F.cross_entropy(model(ROWS), LABELS), moving, model, None, None, [], frozenset({0, 1}), seed=0
+    ), LocalHeads()  # fmt: skip
+    state = with_random_heads(estimator, given)
+    with torch.no_grad():
+        found = estimator.measure(given, state)
+    loss = F.cross_entropy(local(state["heads"]["0"]["weight"], model[:2](ROWS)), LABELS)
+    close(found[0], torch.autograd.grad(loss, model[0].weight)[0])
+
+
+def test_pixels_of_one_channel_are_rows():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 1, 1)).double()
+    pixels = (IMAGES[:, 0, 1:-1, 1:-1] > 0).double()
+    loss = lambda z: F.binary_cross_entropy_with_logits(z.squeeze(1), pixels)  # noqa: E731
+    found, heads = measured(model, lambda: loss(model(IMAGES)))
+    z = local(heads["0"], model[:2](IMAGES).movedim(1, -1)).movedim(-1, 1)
+    close(found["0.weight"], reverse(loss(z), model)["0.weight"])
 
 
 def test_checkpoints_and_the_closures_own_no_grad():

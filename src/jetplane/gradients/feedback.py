@@ -17,7 +17,8 @@ residuals and errors (for each map over the outputs on its side of zero) and ``g
     map <- map + g C (S + (r + g noise) tr(S) / errors I)^-1,    C = sum_n residual_n e_n^T,    S = sum_n e_n e_n^T
 
 Sources: feedback weights learned by perturbation, Lansdell, Prakash and Kording, arXiv 1906.00889; control variates,
-Owen, Monte Carlo theory, methods and examples, chapter 8.
+Owen, Monte Carlo theory, methods and examples, chapter 8. Feedback aligned by JVPs that is itself the direction: GrAPE,
+Caillon and others, "Scaling direct feedback learning with Jacobian alignment guarantees", ICLR 2026.
 """
 
 from __future__ import annotations

@@ -1,12 +1,15 @@
 """Local heads: each layer's gradient of a loss of its own, by a linear read-out, and no gradient crosses a layer.
 
-A layer puts out y, the model makes ``h = f(y)`` of it by activation functions and pooling, and the layer's head reads
+A layer is a function that takes parameters with two axes or more: a product, a convolution, an embedding, attention
+with its projections, an LSTM. Other functions of what it puts out, activation functions, pooling, normalization, views
+and sums of a residual stream, are followed (`jetplane.gradients.tape`), up to the tensor h that enters the next layer.
+A head reads it,
 
     z_n = M h_n + c,    loss_n = l(z_n, target_n)
 
-with the loss function l and the targets that the closure has. With ``e_n = grad_z(loss_n)`` in closed form, the head
-learns from ``sum_n e_n h_n^T`` by Adam's steps, and the layer's part of the estimate is its own vector-Jacobian product
-with ``f'(y) (M^T e_n)``. The layer whose output the loss takes needs no head: e_n is exact there.
+with the loss function l, the targets and the weight that they have in the closure. With ``e_n = grad_z(loss_n)`` the
+head learns from ``sum_n e_n h_n^T`` by Adam's steps, and ``M^T e_n`` goes back through the functions between to the
+parameters of the layer, and stops there. What comes after the last layer needs no head: gradients are exact there.
 
 One pass of the closure gives all of it, at about the cost of two forward passes. It is an estimate of the gradient of
 other losses than the model's, and biased. What a plane makes of it is judged by the model's loss.
@@ -47,18 +50,23 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam's steps of the heads
 class LocalHeads(Estimator):
     """The gradients of layers' local losses: see `jetplane.gradients.heads`.
 
-    Heads are chosen by the loss function that the closure calls, `torch.nn.functional.cross_entropy` (of classes,
-    probabilities, or the next token at each position) or `torch.nn.functional.mse_loss`, and read the outputs of the
-    layers that `register_layer` knows. Parameters of other modules have no estimate, which a warning says once.
+    Heads are chosen by the loss functions of `torch.nn.functional` that the closure calls: `cross_entropy` (of classes,
+    probabilities, or the next token at each position), `nll_loss`, `kl_div`, `mse_loss`, `l1_loss`, `smooth_l1_loss`,
+    `huber_loss`, `binary_cross_entropy` with logits or without, `multilabel_soft_margin_loss`, `multi_margin_loss` and
+    `soft_margin_loss`. A closure may call several, of parts of the batch or for several outputs, and weigh, mask and
+    add up what they return. Each loss has a head at each tensor that enters a layer and has a part for each of its
+    rows: an example, a position, or a pixel. Parameters that no head reaches have no estimate, which a warning says.
 
     Attributes:
         rate: learning rate of Adam's steps of the heads.
-        recompute: find the targets in an extra pass, so that each layer is finished before the next one runs and
-            no layer's input is kept. By default the extra pass is saved, and the inputs of all layers are kept until
-            the loss is computed, as in reverse mode.
+        recompute: find the targets in an extra pass, so that each layer is finished where its output enters the next
+            one, and no layer's input is kept. A residual stream is then read once after each addition. By default the
+            extra pass is saved, the inputs of all layers are kept until the loss is computed, as in reverse mode, and
+            all that later layers read of a stream reaches the layers that have added to it.
 
     Raises:
-        ArgumentError: a rate that is not positive; (in a step) a closure with no known loss function, or with several.
+        ArgumentError: a rate that is not positive; (in a step) a closure with no known loss function, or with one that
+            compares examples with each other; a model that writes to a tensor which a derivative needs.
 
     >>> import torch, jetplane as jp
     >>> from torch.nn import functional as F
@@ -181,7 +189,7 @@ class _Reading:
         node: of the tensor that it reads.
         h: the tensor; None once it has been read.
         channels: how many the layer put out along its second axis, or None where its features lie along the last one.
-        number: how many functions had been met before.
+        number: of the function that put it out.
         shape: of the tensor.
         version: of the tensor.
         swapped: whether its first two axes have been swapped on the way, as attention does.
@@ -288,9 +296,11 @@ class _Pass(TorchFunctionMode):
         self._read: set[int] = set()  # functions with parameters whose outputs have been read
         self._entered: dict[tuple[int, int], int] = {}  # results that have entered a layer; how many of each layer
         self._swapped: set[int] = set()  # functions whose result has its first two axes swapped
-        self._unused: dict[int, Tensor] = {}  # layers' outputs that no function on the tape has taken yet
+        self._frozen: set[int] = set()  # layers none of whose parameters moves
+        self._latest: dict[int, Tensor] = {}  # what has become of layers' outputs that no head has read
         self._losses: list[tuple[Node, Node, LocalLoss]] = []  # with the nodes of its input and its result
         self._others: set[str] = set()
+        self._met = False  # a loss function that is known
         self._found: dict[tuple[int, int], _Positions | None] = {}
 
     # --- the closure is run ---------------------------------------------------------------------------------
@@ -307,14 +317,19 @@ class _Pass(TorchFunctionMode):
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise LossError(f"the closure must return a scalar loss, got {type(value).__name__}")
         self.value = value.detach().reshape(())
-        for y in self._unused.values():
-            self._reads(y)
         node = self._tape.node(value)
         own = {} if node is None else {node: torch.ones_like(self.value).reshape(node.shape)}
         found = self._tape.back(own)
+        exact = {one.number for one in found}
+        for number, y in list(self._latest.items()):
+            if number not in exact:
+                self._reads(y)
         losses = [(of, own, replace(loss, weight=found[own])) for of, own, loss in self._losses if own in found]
         if not losses:
-            what = ", ".join(sorted(self._others)) or "none"
+            others = self._others | {loss.function.__name__ for _, _, loss in self._losses}
+            what = ", ".join(sorted(others)) or "none"
+            if self._losses or self._met:
+                what += " in vain: what it returns does not come from the parameters that move, or is not in the loss"
             raise ArgumentError(
                 f"local heads need a closure whose loss is made of loss functions out of {NAMES}; this one calls {what}"
                 ". Take jetplane.gradients.ActivityPerturbation()"
@@ -325,7 +340,7 @@ class _Pass(TorchFunctionMode):
                 node, g = reading.node, self._learned(reading)
                 if node is not None and g is not None:
                     own[node] = own[node] + g if node in own else g
-            found = self._tape.back(own)  # once, however many heads there are above a layer
+            found = self._tape.back(own, leaves=True)  # once, however many heads there are above a layer
         self._add(found)
 
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -352,8 +367,6 @@ class _Pass(TorchFunctionMode):
             return func(*args, **kwargs)
         if any(type(t) not in (Tensor, nn.Parameter, nn.Buffer) for t in tensors):
             return func(*args, **kwargs)
-        for _, node in nodes:
-            self._unused.pop(node.number, None)
         name = getattr(func, "__name__", "")
         layer = name not in _JOINING and any(w.dim() > 1 for w in weights) and len(weights) < len(tensors)
         if layer:
@@ -364,12 +377,15 @@ class _Pass(TorchFunctionMode):
             return self._loss(func, args, kwargs)
         along = self._weights.__contains__ if layer else self._is_open
         result = self._tape.run(func, args, kwargs, leaves, along)
-        if any(node.number in self._swapped for _, node in nodes) != _swaps(name, args, kwargs):
-            self._swapped.add(self._tape.number)
         outputs = [(y, node) for y in tree_leaves(result) if (node := self._tape.node(y)) is not None]
         if len(weights) == len(tensors):
             self._weights |= {node for _, node in outputs}
-        elif outputs:
+        elif layer and not outputs and self._tape.number:  # a frozen one, above one that moves
+            outputs = [(y, self._tape.start(y)) for y in tree_leaves(result) if _is_real(y)]
+            self._frozen |= {node.number for _, node in outputs}
+        if outputs and len(weights) < len(tensors):
+            if any(node.number in self._swapped for _, node in nodes) != _swaps(name, args, kwargs):
+                self._swapped |= {node.number for _, node in outputs}
             self._note(outputs, func, name, weights, leaves, layer)
         return result
 
@@ -392,44 +408,55 @@ class _Pass(TorchFunctionMode):
             )
             for _, one in outputs if layer else ():  # also where its weights were made of parameters before
                 one.calls = frozenset({node.number})
-            self._unused[node.number] = y
+            if node.number not in self._frozen:
+                self._latest[node.number] = y
+        for number in node.calls & self._latest.keys():
+            self._latest[number] = y
 
     def _reads(self, h: Tensor) -> None:
         """A tensor enters a layer: a head reads it, and its reach ends."""
         node = self._tape.node(h)
         if node is None or not self._is_open(node) or (node.number, node.place) in self._entered:
             return
-        known = [self._layers[n] for n in node.calls if n in self._layers]
+        known = [self._layers[n] for n in node.calls - self._frozen if n in self._layers]
         if not known:
             return
         last = max(known, key=lambda layer: layer.number)
         self._read |= node.calls
+        for one in node.calls:
+            self._latest.pop(one, None)
         self._entered[node.number, node.place] = last.number
         count = list(self._entered.values()).count(last.number)
         now = self._earlier is not None
         keep = bool(self._heads) and not now
         name = last.name if count == 1 else f"{last.name}, place {count}"
         swapped = node.number in self._swapped
-        reading = _Reading(name, node, h, last.channels, self._tape.number, h.shape, h._version, swapped)
+        reading = _Reading(name, node, h, last.channels, node.number, h.shape, h._version, swapped)
         self.readings.append(reading)
         if now and len(self.readings) <= len(self._earlier or ()):
             reading.goals = (self._earlier or ())[len(self.readings) - 1]
             g = self._learned(reading)
             if g is not None:
-                self._add(self._tape.back({node: g}))
+                self._add(self._tape.back({node: g}, leaves=True))
         if not keep:
             reading.h = reading.node = None
 
     def _loss(self, func: Any, args: Any, kwargs: Any) -> Any:
         of = self._tape.node(args[0] if args else kwargs.get("input"))
         last = None if of is None else self._last(of)
-        channels = last is not None and last.channels is not None
-        loss = met(func, args, kwargs, channels, single=last is not None and len(last.shape) == 1)
+        loss = met(
+            func,
+            args,
+            kwargs,
+            None if last is None or last.channels is None else last.shape,
+            last is not None and len(last.shape) == 1,
+        )
         result = self._tape.run(func, args, kwargs, along=self._is_open)
         own = self._tape.node(result)
         if loss is None:
             self._others.add(func.__name__)
-        elif of is not None and own is not None:
+        self._met |= loss is not None
+        if loss is not None and of is not None and own is not None:
             self._losses.append((of, own, loss))
         return result
 
@@ -460,12 +487,13 @@ class _Pass(TorchFunctionMode):
 
     def _positions(self, of: Node, loss: LocalLoss, last: _Layer, shape: torch.Size) -> _Positions | None:
         """Which positions of the last layer's output the rows of a loss are, where a reading has the same positions."""
-        if last.channels is not None or last.shape[:-1] != shape[:-1] or len(shape) < 2:
+        same = len(shape) == 2 and shape[0] == last.shape[:-1].numel()
+        if last.channels is not None or len(shape) < 2 or not (same or last.shape[:-1] == shape[:-1]):
             return None
         output, axis = loss.output, loss.axis
         rows = output if axis is None else output.movedim(axis, -1)
         in_order = rows.is_contiguous() and rows.data_ptr() == last.start and rows.numel() == last.shape.numel()
-        if in_order or (len(shape) == 2 and loss.rows == shape[0]):
+        if in_order:
             return None
         key = id(loss.output), last.number
         if key not in self._found:
@@ -586,7 +614,7 @@ def _read(h: Tensor, channels: int | None, goal: _Goal) -> Read | None:
         single = rows == 1 and h.dim() == 1
         return (h.unsqueeze(0), lambda g: g.squeeze(0)) if single else None
     first = channels if channels is not None and h.dim() > 2 and shape[1] == channels else None
-    if first is None and positions is not None and positions.shape == shape[:-1]:
+    if first is None and positions is not None and positions.shape.numel() == shape[:-1].numel():
         return _at(h, positions.of_rows)
     if first is not None and h.numel() // first == rows != shape[0]:
         last_first = h.movedim(1, -1)
@@ -616,6 +644,10 @@ def _at(h: Tensor, places: Tensor) -> Read:
         return torch.zeros_like(flat, dtype=g.dtype).index_add_(0, places, g).reshape(h.shape)
 
     return flat.index_select(0, places), unread
+
+
+def _is_real(y: Any) -> bool:
+    return isinstance(y, Tensor) and y.is_floating_point()
 
 
 def _swaps(name: str, args: Any, kwargs: Any) -> bool:

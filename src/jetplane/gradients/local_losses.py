@@ -99,7 +99,7 @@ class LocalLoss:
 
 
 def met(
-    function: Any, args: Any, kwargs: Any, channels: bool = False, single: bool = False
+    function: Any, args: Any, kwargs: Any, channels: torch.Size | None = None, single: bool = False
 ) -> LocalLoss | None:  # fmt: skip
     """The local loss of a call of a function; None if it is none of those that are known.
 
@@ -107,7 +107,8 @@ def met(
         function: of `torch.nn.functional`.
         args: its arguments.
         kwargs: those given by name.
-        channels: whether the numbers of a row of its input lie along the second axis, as a convolution puts them out.
+        channels: shape of what a convolution has put out, whose features lie along the second axis, where the input is
+            made of that; None for other layers.
         single: whether an input of one axis is one row; if not, each of its numbers is one.
     """
     if function not in _LINKS:
@@ -116,8 +117,10 @@ def met(
     output = given.pop("input")
     if output.dim() == 0:
         return None
-    if function in _CLASSES or (channels and output.dim() > 2):
+    if function in _CLASSES:
         axis = 0 if output.dim() == 1 else 1
+    elif channels is not None and output.dim() > 2:
+        axis = 1 if output.dim() == len(channels) else None  # None where the only channel has gone
     else:
         axis = None if output.dim() == 1 and not single else output.dim() - 1
     return LocalLoss(function, output, given, axis)

@@ -75,6 +75,13 @@ class Tape:
         known = self._known.get(id(x))
         return known[1] if known is not None and known[0]() is x else None
 
+    def start(self, x: Tensor) -> Node:
+        """Put the result of a function on the tape that has no way back."""
+        self.number += 1
+        node = Node(None, self.number, 0, 1, frozenset({self.number}), (), None, x.dtype, x.shape)
+        self._put(x, node)
+        return node
+
     def run(
         self, func: Any, args: Any, kwargs: Any, leaves: Collection[Tensor] = (),
         along: Callable[[Node], bool] = lambda node: True,
@@ -142,11 +149,12 @@ class Tape:
         self._add(plain, list(at.values()), back, own)
         return found
 
-    def back(self, cotangents: Mapping[Node, Tensor]) -> dict[Node, Tensor]:
+    def back(self, cotangents: Mapping[Node, Tensor], leaves: bool = False) -> dict[Node, Tensor]:
         """Sums of products with transposed derivatives.
 
         Args:
             cotangents: by the nodes of results.
+            leaves: whether those of leaves alone are kept, which takes less memory.
 
         Returns:
             The same of all nodes on the way back from these, down to the leaves.
@@ -158,14 +166,15 @@ class Tape:
         while met:
             nodes = met.pop(max(met))
             one = next(iter(nodes.values()))
-            assert one.back is not None
-            given = [total[nodes[i]].to(nodes[i].dtype) if i in nodes else None for i in range(one.count)]
+            if one.back is None:
+                continue
+            take = total.pop if leaves else total.__getitem__
+            given = [take(nodes[i]).to(nodes[i].dtype) if i in nodes else None for i in range(one.count)]
             for source, c in zip(one.inputs, one.back(given), strict=True):
                 if c is None:
                     continue
                 total[source] = total[source] + c if source in total else c
-                if source.back is not None:
-                    met.setdefault(source.number, {})[source.place] = source
+                met.setdefault(source.number, {})[source.place] = source
         return total
 
     @staticmethod
@@ -186,7 +195,10 @@ class Tape:
         calls = calls.union(*(node.calls for node in inputs))
         for i, y in enumerate(results):
             node = Node(None, self.number, i, len(results), calls, inputs, back, y.dtype, y.shape)
-            self._known[id(y)] = weakref.ref(y, functools.partial(self._forget, id(y))), node
+            self._put(y, node)
+
+    def _put(self, x: Tensor, node: Node) -> None:
+        self._known[id(x)] = weakref.ref(x, functools.partial(self._forget, id(x))), node
 
     def _forget(self, key: int, gone: weakref.ref[Tensor]) -> None:
         if key in self._known and self._known[key][0] is gone:  # another tensor may have taken its place
