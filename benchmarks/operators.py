@@ -212,7 +212,8 @@ def pinn(d: int, b: int) -> dict[str, Callable[[], Way]]:
                 loss = by_jetplane(net, part).square().sum() / b
                 found = torch.autograd.grad(loss, list(net.parameters())[:-1])
                 value += loss.detach()
-                torch._foreach_add_(gradient, found)
+                for total, g in zip(gradient, found, strict=True):
+                    total += g
             return torch.stack([value, *(g.norm() for g in gradient)])
 
         return run
