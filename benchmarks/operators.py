@@ -14,6 +14,7 @@ import argparse
 import functools
 import importlib.util
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -212,7 +213,8 @@ def pinn(d: int, b: int) -> dict[str, Callable[[], Way]]:
                 loss = by_jetplane(net, part).square().sum() / b
                 found = torch.autograd.grad(loss, list(net.parameters())[:-1])
                 value += loss.detach()
-                torch._foreach_add_(gradient, found)
+                for total, g in zip(gradient, found, strict=True):
+                    total += g
             return torch.stack([value, *(g.norm() for g in gradient)])
 
         return run
@@ -273,6 +275,15 @@ def sampled_axes(d: int, b: int, samples: int) -> dict[str, Callable[[], Way]]:
         return lambda: vmap(along)(axes).sum(0)
 
     return {"jetplane": ours, "by hand": by_hand, "jvp of jvp": nested}
+
+
+def without_graph(ways: dict[str, Callable[[], Way]]) -> dict[str, Callable[[], Way]]:
+    """The same under `torch.no_grad`: no results have a graph for reverse mode."""
+
+    def way(build: Callable[[], Way]) -> Callable[[], Way]:
+        return lambda: torch.no_grad()(build())
+
+    return {name: way(build) for name, build in ways.items()}
 
 
 def diffusion(d: int, r: int, b: int) -> dict[str, Callable[[], Way]]:
@@ -464,9 +475,9 @@ TASKS: dict[str, tuple[str, Callable[[], dict[str, Callable[[], Way]]]]] = {
     "pinn10": ("PINN step, D 10, B 256", lambda: pinn(10, 256)),
     "pinn100": ("PINN step, D 100, B 256", lambda: pinn(100, 256)),
     "pinn50": ("PINN step, D 50, B 2048", lambda: pinn(50, 2048)),
-    "stde": ("16 of 10,000 axes, B 100", lambda: sampled_axes(10_000, 100, 16)),
-    "diffusion": ("Fokker-Planck, D 100, 50 columns, B 256", lambda: diffusion(100, 50, 256)),
-    "biharmonic": ("Biharmonic, D 5, B 256", lambda: biharmonic(5, 256)),
+    "stde": ("16 of 10,000 axes, B 100", lambda: without_graph(sampled_axes(10_000, 100, 16))),
+    "diffusion": ("Fokker-Planck, D 100, 50 columns, B 256", lambda: without_graph(diffusion(100, 50, 256))),
+    "biharmonic": ("Biharmonic, D 5, B 256", lambda: without_graph(biharmonic(5, 256))),
     "hessian": ("Hessian, D 1,000", lambda: hessian(1000)),
     "hvp": ("Hessian-vector product, D 10,000", lambda: product(10_000)),
     "slogdet": ("Laplacian of slogdet (256, 4, 8, 8), K 24", determinants),
@@ -476,14 +487,15 @@ TASKS: dict[str, tuple[str, Callable[[], dict[str, Callable[[], Way]]]]] = {
 }
 
 
-def ways(task: str) -> list[str]:
-    """The ways of a task whose packages are installed."""
-    return [w for w in TASKS[task][1]() if w not in NEEDS or importlib.util.find_spec(NEEDS[w]) is not None]
+def ways(task: str, only: list[str] | None) -> list[str]:
+    """The ways of a task whose packages are installed, or those of them that are wanted."""
+    found = [w for w in TASKS[task][1]() if w not in NEEDS or importlib.util.find_spec(NEEDS[w]) is not None]
+    return [w for w in found if only is None or w in only]
 
 
-def measured(task: str, rounds: int) -> list[dict[str, Any]]:
+def measured(task: str, rounds: int, only: list[str] | None) -> list[dict[str, Any]]:
     """Time and memory of each way of a task."""
-    names, rows = ways(task), []
+    names, rows = ways(task, only), []
     processes = {w: Process("operators", {"task": task, "way": w, "threads": 1}) for w in names}
     answers = {w: p.ask("evaluate", 600) for w, p in processes.items()}
     for _ in range(rounds):
@@ -508,11 +520,11 @@ def measured(task: str, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def measured_here(task: str, rounds: int) -> list[dict[str, Any]]:
+def measured_here(task: str, rounds: int, only: list[str] | None) -> list[dict[str, Any]]:
     """Time alone, of ways that take turns in this process: for machines that others use."""
     torch.set_num_threads(1)
     runs: dict[str, Way] = {}
-    rows: dict[str, dict[str, Any]] = {w: {"task": TASKS[task][0], "way": w} for w in ways(task)}
+    rows: dict[str, dict[str, Any]] = {w: {"task": TASKS[task][0], "way": w} for w in ways(task, only)}
     seconds: dict[str, list[float]] = {w: [] for w in rows}
     first = None
     for w, build in TASKS[task][1]().items():
@@ -594,6 +606,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--ways", nargs="*", help="all by default")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each way")
     parser.add_argument("--here", action="store_true", help="time alone, in turns within one process")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
@@ -606,13 +619,13 @@ def main() -> None:
         draw([row for file in options.before for row in json.loads(file.read_text())["rows"]], options.figure)
         return
     way = measured_here if options.here else measured
-    rows = [row for task in options.tasks for row in way(task, options.rounds)]
+    rows = [row for task in options.tasks for row in way(task, options.rounds, options.ways)]
     print(machine(1), end="\n\n")
     print(table(rows))
     if options.figure is not None:
         draw(rows, options.figure)
     if options.json is not None:
-        command = " ".join(["python -m benchmarks.operators", *sys.argv[1:]])
+        command = shlex.join(["python", "-m", "benchmarks.operators", *sys.argv[1:]])
         options.json.write_text(json.dumps({"command": command, "machine": machine(1), "rows": rows}, indent=1) + "\n")
 
 

@@ -212,11 +212,12 @@ class Call:
 
     def axes_around(self, run: slice) -> Directions:
         """`axes`, where the evaluation around this one moves the same tensors along all of them in the same order."""
-        outer = [x.space for x in self.leaves if isinstance(x, Jet) and x.space.level == 1]
-        apart = torch.compiler.is_compiling() or len(outer) < len(self.leaves)
-        if apart or any(space.k != run.stop - run.start or space.order == 1 for space in outer):
+        if torch.compiler.is_compiling():
             return self.axes(run)
-        return [Mirrored.seed(x) for x in self.leaves]
+        jets = [x for x in self.leaves if isinstance(x, Jet) and x.space.level == 1]
+        if len(jets) < len(self.leaves) or any(x.space.k != run.stop - run.start or x.space.order == 1 for x in jets):
+            return self.axes(run)
+        return [*map(Mirrored.seed, jets)]
 
     def expanded(self, stack: Tensor) -> Tensor:
         """Directions (K, *shape at one point) that all points share, expanded over the points."""

@@ -246,7 +246,7 @@ def bilaplacian(
 
     def inner(*arguments: Any) -> Any:
         moving = call_of("bilaplacian", f, arguments, call.argnums, has_aux, batch_dim)
-        got = expanded(moving, moving.axes_around, call.size, None, Sums.trace)
+        got = expanded(moving, moving.axes_around, call.size, call.size, Sums.trace)
         return moving.result(got.tree([y[0] for y in got.second]), got.aux)
 
     outer = replace(call, f=inner)
