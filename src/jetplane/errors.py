@@ -168,5 +168,9 @@ class AuditWarning(JetplaneWarning):
     """The slope of a closure may not be the slope of its loss; because of rounding, the audit cannot decide."""
 
 
+class CoarseMeshWarning(JetplaneWarning):
+    """The states of a solution of optimal control are far off between nodes: the optimum may be one of the mesh alone."""
+
+
 class RescueWarning(JetplaneWarning):
     """A singular or indefinite plane was made solvable; the message says how and by how much."""
