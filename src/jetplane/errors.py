@@ -169,7 +169,7 @@ class AuditWarning(JetplaneWarning):
 
 
 class CoarseMeshWarning(JetplaneWarning):
-    """The states of a solution of optimal control are far off between nodes: the optimum may be one of the mesh alone."""
+    """The states of an optimal control problem's solution are far off between nodes: its optimum may be false."""
 
 
 class RescueWarning(JetplaneWarning):

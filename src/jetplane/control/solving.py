@@ -152,8 +152,8 @@ def _warn_of_coarse_mesh(solution: Solution) -> None:
     error = float(ph.error.max())
     if solution.success and error > COARSE:
         warnings.warn(
-            f"the states of phase {name!r} are off by {error:.2g} of their size in interval {int(ph.error.argmax())}: the "
-            f"mesh is too coarse, and its optimum may be false; use mesh='refine' or more intervals",
+            f"the states of phase {name!r} are off by {error:.2g} of their size in interval {int(ph.error.argmax())}: "
+            f"the mesh is too coarse, and its optimum may be false; use mesh='refine' or more intervals",
             CoarseMeshWarning,
             stacklevel=4,  # at the line that calls ocp.solve
         )
