@@ -603,6 +603,13 @@ class TestSolving:
             CASES["cart_pole"]().problem.solve(mesh=(10, 3))
 
     @needs_ipopt
+    def test_a_coarse_mesh_is_warned_of(self):
+        case = CASES["cart_pole"]()
+        with pytest.warns(jp.errors.CoarseMeshWarning, match="phase 'swing' are off by .* use mesh='refine'"):
+            sol = case.problem.solve(mesh=(3, 3))
+        assert sol.success and sol.error.max() > 0.05
+
+    @needs_ipopt
     def test_limits(self):
         case = CASES["cart_pole"]()
         sol = case.problem.solve(mesh=(10, 3), max_iterations=2)

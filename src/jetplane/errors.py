@@ -186,5 +186,9 @@ class AuditWarning(JetplaneWarning):
     """The slope of a closure may not be the slope of its loss; because of rounding, the audit cannot decide."""
 
 
+class CoarseMeshWarning(JetplaneWarning):
+    """The states of an optimal control problem's solution are far off between nodes: its optimum may be false."""
+
+
 class RescueWarning(JetplaneWarning):
     """A singular or indefinite plane was made solvable; the message says how and by how much."""

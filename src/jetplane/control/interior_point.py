@@ -219,13 +219,17 @@ class _InteriorPoint:
         c = self._constraints(y) - self.right
         c[self.slack] -= w[self.n :]
         theta = c.abs().sum(0)
+        phi = self._barrier(s, w, objective)
+        return _Point(objective, c, theta, phi, theta.isfinite() & phi.isfinite())
+
+    def _barrier(self, s: _State, w: Tensor, objective: Tensor) -> Tensor:
+        """The cost with logarithms of the distances to bounds."""
         below, above = self._distances(s, w)
         # Variables with one bound get a small linear term, which keeps them from growing without end.
         logarithms = torch.where(below.isfinite(), below.log(), 0.0) + torch.where(above.isfinite(), above.log(), 0.0)
         single = below.isfinite() ^ above.isfinite()
         linear = torch.where(single, torch.minimum(below, above), 0.0)
-        phi = objective + s.mu * (DAMPING * linear - logarithms).sum(0)
-        return _Point(objective, c, theta, phi, theta.isfinite() & phi.isfinite())
+        return objective + s.mu * (DAMPING * linear - logarithms).sum(0)
 
     # Start
 
@@ -380,7 +384,8 @@ class _InteriorPoint:
             s.filter_phi = torch.where(lower, torch.inf, s.filter_phi)
         keep = s.filter_theta.isfinite().any(1)
         s.filter_theta, s.filter_phi = s.filter_theta[keep], s.filter_phi[keep]
-        return self._step(s, self._point(s, s.w), gradient, jacobian, below, above, bounded)
+        point = replace(point, phi=self._barrier(s, s.w, point.objective))
+        return self._step(s, point, gradient, jacobian, slope, below, above, bounded)
 
     def _remember(self, s: _State, total: Tensor) -> None:
         better = total <= self.best[s.number]
@@ -404,7 +409,7 @@ class _InteriorPoint:
                 self.callbacks / self.problems,
             )
 
-    def _step(self, s: _State, point: _Point, gradient, jacobian, below, above, bounded) -> _State:
+    def _step(self, s: _State, point: _Point, gradient, jacobian, slope, below, above, bounded) -> _State:
         n = self.n
         y = s.w[:n]
         restoring = s.restoring > 0
@@ -414,8 +419,8 @@ class _InteriorPoint:
         barrier = barrier + torch.where(single, torch.where(bounded[0], DAMPING * s.mu, -DAMPING * s.mu), 0.0)
         hessian = self._hessian(y, s.multipliers)
         sigma = s.at_lower / below + s.at_upper / above
-        slope = barrier + torch.cat([self.kkt.transposed_times(jacobian, s.multipliers), -s.multipliers[self.slack]])
-        right = -slope
+        right = -slope - barrier
+        right[:n] += gradient  # which both have
         if bool(restoring.any()):
             # The least step, in a norm that grows towards bounds, to where linearized constraints hold.
             hessian = torch.where(restoring, 0.0, hessian)

@@ -37,7 +37,7 @@ from torch import Tensor
 from ..errors import ArgumentError
 from .nlp import NLP
 
-PENALTY = 1e3  # ρ, in units of the scaled problem
+PENALTY = 1e7  # ρ, in units of the scaled problem
 SINGULAR = 1e-13  # eigenvalues of the equilibrated border below this are zero
 
 

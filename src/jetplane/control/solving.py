@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import ArgumentError, ShapeError
+from ..errors import ArgumentError, CoarseMeshWarning, ShapeError
 from . import interior_point, ipopt, trust
 from .guessing import start
 from .model import Model
@@ -22,6 +23,7 @@ from .solution import PhaseSolution, Solution, phase_solution
 from .status import Iteration, Outcome, Status
 
 FIRST_MESH = (8, 4)
+COARSE = 0.05  # relative error of states from which a solution is not to be trusted
 
 
 def meshes_of(problem: Problem, mesh: Any) -> dict[str, Mesh]:
@@ -73,6 +75,9 @@ def solve(
 
     Returns:
         a `Solution`, also where the solver has failed: see its status.
+
+    Warns:
+        CoarseMeshWarning: the states are off by more than 5 % of their size between nodes of the (last) mesh.
 
     Raises:
         ArgumentError, ShapeError, TraceError: the problem as it stands cannot be solved; the message names the place.
@@ -138,7 +143,20 @@ def solve(
             break
         meshes = {name: refined(meshes[name], error, accuracy) for name, error in worst.items()}
     line.close()
+    _warn_of_coarse_mesh(current)
     return current
+
+
+def _warn_of_coarse_mesh(solution: Solution) -> None:
+    name, ph = max(solution.phases.items(), key=lambda item: float(item[1].error.max()))
+    error = float(ph.error.max())
+    if solution.success and error > COARSE:
+        warnings.warn(
+            f"the states of phase {name!r} are off by {error:.2g} of their size in interval {int(ph.error.argmax())}: "
+            f"the mesh is too coarse, and its optimum may be false; use mesh='refine' or more intervals",
+            CoarseMeshWarning,
+            stacklevel=4,  # at the line that calls ocp.solve
+        )
 
 
 @dataclass
