@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ... import optim
 from ...errors import ArgumentError, NonFiniteError
+from ...gradients import LocalHeads
 from ...subspace.descent import Damped
 from ...subspace.search import FullStep
 from ...subspace.sources import Drawn, Subspace
@@ -88,6 +89,10 @@ def _plane_search(params: list[nn.Parameter], model: TextClassifier, rate: float
     return optim.PlaneSearch(params, model, seed=seed)
 
 
+def _local_heads(params: list[nn.Parameter], model: TextClassifier, rate: float, seed: int) -> Any:
+    return optim.PlaneSearch(params, model, seed=seed, gradient=LocalHeads())
+
+
 def _fgd(params: list[nn.Parameter], model: TextClassifier, rate: float, seed: int) -> Any:
     return optim.FGD(params, lr=rate, k=1, seed=seed)
 
@@ -139,6 +144,9 @@ _MEZO = {"lora": 1e-4, "prefix": 1e-2, "": 1e-5}
 
 METHODS: dict[str, Method] = {
     "plane-search": Method("PlaneSearch", "forward", _by_closure(_plane_search), "this package"),
+    "local-heads": Method(
+        "PlaneSearch, local heads", "forward", _by_closure(_local_heads, in_parts=False), "this package"
+    ),
     "fgd": Method("FGD", "forward", _by_closure(_fgd), "arXiv 2202.08587", {"": 1e-4}, (1e-5, 1e-1)),
     "sofo": Method("SOFO's method", "forward", _by_closure(_sofo), "NeurIPS 2024", {"": 0.1}, (1e-2, 1.0)),
     "mezo": Method("MeZO", "zeroth order", _zeroth(zeroth_order.MeZO), "arXiv 2305.17333", _MEZO, (1e-5, 1e-1)),
