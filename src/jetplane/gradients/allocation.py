@@ -219,7 +219,7 @@ def _observe(closure: Closure, model: nn.Module, params: Sequence[Tensor], per_p
     known, modules = registered_modules(model), perturbed_modules(model, params)
     traces, flops = trace(closure, known, params)
     names = [name for name in traces if name in modules]
-    apart = {name: t.calls for name, t in traces.items() if t.calls > 1 and _are_apart(closure, known, name, t.calls)}
+    apart = _apart(closure, known, traces, names)
     traces = {name: t.as_one() if name in apart else t for name, t in traces.items()}
     once = {name for name, t in traces.items() if t.calls == 1} | set(apart)
     positions = {}
@@ -239,22 +239,34 @@ def _observe(closure: Closure, model: nn.Module, params: Sequence[Tensor], per_p
     return _Facts(modules, traces, flops, names, apart, positions, rows, own_rows, activity, normalized)
 
 
-def _are_apart(closure: Closure, known: Mapping[str, nn.Module], name: str, calls: int) -> bool:
-    """Whether no layer's input depends on several calls of this one, as where each has a micro-batch.
+def _apart(
+    closure: Closure, known: Mapping[str, nn.Module], traces: Mapping[str, LayerTrace], names: Sequence[str]
+) -> dict[str, int]:
+    """How many calls are apart, of layers that are called several times: all together, or else each by itself."""
+    several = {name: t.calls for name, t in traces.items() if 1 < t.calls <= _MOST_CALLS}
+    found: dict[str, int] = {}
+    for calls in sorted(set(several.values())):
+        group = [name for name in several if several[name] == calls]
+        if not _are_apart(closure, known, group, calls):
+            group = [name for name in group if name in names and _are_apart(closure, known, [name], calls)]
+        found |= dict.fromkeys(group, calls)
+    return found
 
-    A pass in which the output of each call moves along a direction of its own tells. Each can then have as many
+
+def _are_apart(closure: Closure, known: Mapping[str, nn.Module], names: Sequence[str], calls: int) -> bool:
+    """Whether no layer's input depends on several calls of these, as where each call has a micro-batch.
+
+    A pass in which the outputs of each call move along a direction of its own tells. Each can then have as many
     directions as it needs, which take no time in the calls of others.
     """
-    if calls > _MOST_CALLS:
-        return False
-    apart, target = [True], known[name]
+    apart, targets = [True], {known[name] for name in names}
     with without_side_effects(), expansion(Diagonal(calls), 1) as space:
 
         def after(module: nn.Module, call: int, x: Any, y: Any) -> Any:
             arrived = parts(x, space)[1]
             if arrived and (arrived.rows is None or len(arrived.rows) > 1):
                 apart[0] = False
-            if module is not target or call >= calls:
+            if module not in targets or call >= calls:
                 return None
             at, first, _ = parts(y, space)
             moved = Coefficients(space, 1, torch.ones(1, *at.shape, dtype=at.dtype, device=at.device), (call,))
