@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import jetplane as jp
-from jetplane.gradients import OTHERS, LayerPlan, allocate, estimate
+from jetplane.gradients import OTHERS, Feedback, LayerPlan, allocate, estimate
+from jetplane.gradients.feedback import FeedbackSpec, FeedbackState
 
 N = 6
 
@@ -345,3 +346,137 @@ def test_the_last_layer_is_moved_along_each_output_if_that_costs_no_more_than_th
         modes[passes] = [plan.mode for plan in found.values()]
         assert (found["0"].feedback is not None) == (passes == 8)
     assert modes == {0.5: ["outputs", "outputs"], 8: ["outputs", "basis"]}
+
+
+class TestMicroBatches:
+    """Closures that run over parts of a batch one after another: each part's noise is judged by its own examples."""
+
+    @staticmethod
+    def network():
+        torch.manual_seed(3)
+        net = nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+        return net, torch.randn(9, 5).double(), torch.randint(3, (9,))
+
+    @staticmethod
+    def side_by_side(net, x, y, size):
+        pairs = list(zip(x.split(size), y.split(size), strict=True))
+        return lambda: torch.cat([F.cross_entropy(net(a), b, reduction="none") for a, b in pairs]).mean()
+
+    @staticmethod
+    def added_up(net, x, y, size):
+        pairs = list(zip(x.split(size), y.split(size), strict=True))
+        return lambda: sum(F.cross_entropy(net(a), b) * (len(a) / len(x)) for a, b in pairs)
+
+    @pytest.mark.parametrize("kind", ["side_by_side", "added_up"])
+    @pytest.mark.parametrize("size", [9, 3, 4, 2])
+    def test_plans_are_those_of_the_whole_batch(self, kind, size):
+        net, x, y = self.network()
+        params = list(net.parameters())
+        whole = allocate(lambda: F.cross_entropy(net(x), y), net, params, 40)
+        found = allocate(getattr(self, kind)(net, x, y, size), net, params, 40)
+        calls = math.ceil(9 / size)
+        assert {plan.calls for plan in found.values()} == {calls}
+        assert {n: p.mode for n, p in found.items()} == {n: p.mode for n, p in whole.items()}
+
+    @pytest.mark.parametrize("kind", ["side_by_side", "added_up"])
+    @pytest.mark.parametrize("size", [3, 4, 2])
+    def test_gradients_along_each_output_are_exact(self, kind, size):
+        net, x, y = self.network()
+        params = list(net.parameters())
+        closure = getattr(self, kind)(net, x, y, size)
+        plans = {n: LayerPlan("basis", k, calls=math.ceil(9 / size)) for n, k in (("0", 12), ("2", 6), ("4", 3))}
+        torch.testing.assert_close(estimated(closure, net, params, plans, 0), gradient(closure, params))
+
+    @pytest.mark.parametrize("kind", ["side_by_side", "added_up"])
+    def test_noise_is_as_small_as_that_of_the_whole_batch(self, kind):
+        net, x, y = self.network()
+        params = list(net.parameters())
+        errors = []
+        for closure, calls in ((lambda: F.cross_entropy(net(x), y), 1), (getattr(self, kind)(net, x, y, 3), 3)):
+            plans = {n: LayerPlan("outputs", 16, calls=calls) for n in ("0", "2", "4")}
+            found = torch.stack([estimated(closure, net, params, plans, seed) for seed in range(40)])
+            exact = gradient(closure, params)
+            assert (found.mean(0) - exact).norm() < 1.4 * found.var(0).sum().sqrt() / math.sqrt(40)
+            errors.append((found - exact).square().sum(1).mean())
+        assert 0.8 < errors[1] / errors[0] < 1.25
+
+    @pytest.mark.parametrize("kind", ["side_by_side", "added_up"])
+    def test_feedback_learns_what_it_learns_of_the_whole_batch(self, kind):
+        net, x, y = self.network()
+        params = list(net.parameters())
+        learned = []
+        for closure, calls in ((lambda: F.cross_entropy(net(x), y), 1), (getattr(self, kind)(net, x, y, 3), 3)):
+            plans = {"0": LayerPlan("outputs", 8, calls=calls), "2": LayerPlan("outputs", 8, calls=calls)}
+            plans |= {"4": LayerPlan("basis", 3, calls=calls)}
+            specs, state = {"0": FeedbackSpec(12, 3, 0.3)}, FeedbackState()
+            for seed in range(150):
+                feedback = Feedback(specs, state, params[0])
+                state = feedback.update(estimate(closure, net, params, plans, seed, feedback=feedback).statistics)
+            learned.append(state)
+        torch.testing.assert_close(learned[0].second_moments, learned[1].second_moments)
+        above = [state.maps["0"][0].flatten() for state in learned]
+        assert F.cosine_similarity(*above, dim=0) > 0.9
+
+    def test_feedback_is_planned(self):
+        net = nn.Sequential(nn.Linear(50, 400), nn.ReLU(), nn.Linear(400, 400), nn.Tanh(), nn.Linear(400, 3)).double()
+        x, y = torch.randn(8, 50).double(), torch.randint(3, (8,))
+        params = list(net.parameters())
+        plans = [allocate(self.added_up(net, x, y, size), net, params, 4) for size in (8, 2)]
+        assert plans[0]["0"].feedback is not None
+        assert plans[1]["0"].feedback is not None and plans[1]["4"].mode == "basis"
+
+    def test_fewer_or_more_parts_than_planned_stay_unbiased(self):
+        net, x, y = self.network()
+        params = list(net.parameters())
+        plans = {n: LayerPlan("outputs", 32, calls=3) for n in ("0", "2", "4")}
+        for size in (9, 5, 2):
+            closure = self.side_by_side(net, x, y, size)
+            found = torch.stack([estimated(closure, net, params, plans, seed) for seed in range(60)])
+            error = (found.mean(0) - gradient(closure, params)).norm()
+            assert error < 1.4 * found.var(0).sum().sqrt() / math.sqrt(60)
+
+    def test_a_layer_that_reads_its_own_output_is_one(self):
+        net = Recurrent().double()
+        x, y = torch.randn(N, 4, 2).double(), torch.randint(4, (N,))
+        plans = allocate(lambda: F.cross_entropy(net(x), y), net, list(net.parameters()), 20)
+        assert plans["cell"].calls == 1
+
+
+@pytest.mark.parametrize(
+    "reduced",
+    [
+        lambda e: e.mean(), lambda e: e.sum() / 7, lambda e: (2 * e).mean(), lambda e: (e * torch.ones(6)).sum(),
+        lambda e: torch.cat([e, 3 * e]).mean(), lambda e: -(-e).sum(),
+    ],
+)  # fmt: skip
+def test_losses_that_are_not_reduced_tell_their_examples(reduced):
+    net, x, y = nn.Linear(4, 3).double(), torch.randn(6, 4).double(), torch.randint(3, (6,))
+    closure = lambda: reduced(F.cross_entropy(net(x), y, reduction="none"))  # noqa: E731
+    params = list(net.parameters())
+    model = nn.Sequential(net)
+    plans = allocate(closure, model, params, 20)
+    found = estimated(closure, model, params, plans, 0)
+    assert plans["0"].mode == "basis"
+    torch.testing.assert_close(found, gradient(closure, params))
+
+
+@pytest.mark.parametrize(
+    "reduced", [lambda e: e.max(), lambda e: e.square().mean(), lambda e: e[:3].sum() + e[3:].sum(), lambda e: e.std()]
+)
+def test_no_exact_gradient_is_claimed_where_a_loss_mixes_its_examples(reduced):
+    net, x, y = nn.Sequential(nn.Linear(4, 3)).double(), torch.randn(6, 4).double(), torch.randint(3, (6,))
+    closure = lambda: reduced(F.cross_entropy(net(x), y, reduction="none"))  # noqa: E731
+    params = list(net.parameters())
+    plans = allocate(closure, net, params, 40)
+    assert plans["0"].mode == "outputs"
+    found = torch.stack([estimated(closure, net, params, plans, seed) for seed in range(80)])
+    error = (found.mean(0) - gradient(closure, params)).norm()
+    assert error < 1.5 * found.var(0).sum().sqrt() / math.sqrt(80)
+
+
+def test_a_loss_without_examples_gives_no_direction_where_exact_ones_were_planned():
+    net, x, y = nn.Sequential(nn.Linear(4, 3)).double(), torch.randn(6, 4).double(), torch.randn(6, 3).double()
+    found = estimated(
+        lambda: F.mse_loss(net(x), y).sqrt(), net, list(net.parameters()), {"0": LayerPlan("basis", 3)}, 0
+    )
+    assert not found.any()

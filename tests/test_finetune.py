@@ -5,6 +5,7 @@ import importlib.util
 import io
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,12 @@ class TestTexts:
         with pytest.raises(DataError, match=message):
             texts.read(tmp_path / name)
 
+    def test_labels_without_spaces_around_them_and_nulls_that_are_none(self, tmp_path):
+        path = tmp_path / "own.jsonl"
+        rows = [{"label": " sun", "text": "x"}, {"label": "sun ", "text": "x"}, {"label": None, "text": "x"}]
+        path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"label": 0, "text": "x"}]))
+        assert [example.label for example in texts.read(path)] == ["sun", "sun", "0"]
+
     def test_an_empty_folder(self, tmp_path):
         with pytest.raises(DataError, match="folder for each class"):
             texts.read(tmp_path)
@@ -201,6 +208,27 @@ class TestModel:
         cached_states(model, tokens, 2, tmp_path)
         assert len(list(tmp_path.glob("*.states"))) == 3
 
+    def test_an_interrupted_run_is_continued(self, folder, tmp_path):
+        model = language_model.load(folder / "bert")
+        tokens = language_model.tokenize(model, [e.text for e in LABELLED], None, 24)
+        whole = cached_states(model, tokens, 1, tmp_path / "whole")
+
+        class Interrupted(Exception):
+            pass
+
+        def interrupt(done, total):
+            if done >= 64:
+                raise Interrupted
+
+        with pytest.raises(Interrupted):
+            cached_states(model, tokens, 1, tmp_path / "part", interrupt)
+        (part,) = (tmp_path / "part").glob("*.part")
+        part.write_bytes(part.read_bytes()[:-100])  # as where it was stopped in the middle of a part
+        told = []
+        again = cached_states(model, tokens, 1, tmp_path / "part", lambda done, total: told.append(done))
+        assert told[0] == 64 and told[-1] == len(LABELLED)
+        assert again.path.read_bytes() == whole.path.read_bytes() and not list((tmp_path / "part").glob("*.part"))
+
     def test_a_file_of_states_that_is_damaged_is_told(self, folder, tmp_path):
         model = language_model.load(folder / "llama")
         tokens = language_model.tokenize(model, [e.text for e in LABELLED[:4]], None, 24)
@@ -240,6 +268,13 @@ class TestModel:
         monkeypatch.setitem(__import__("sys").modules, "transformers", None)
         with pytest.raises(MissingPackageError, match="experiments,finetune"):
             language_model.load(folder / "llama")
+
+    def test_weights_that_are_damaged(self, folder, tmp_path):
+        shutil.copytree(folder / "bert", tmp_path / "bert")
+        weights = tmp_path / "bert" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+        with pytest.raises(DataError, match="cannot load it"):
+            language_model.load(tmp_path / "bert")
 
     def test_as_many_blocks_as_there_are(self, folder):
         with pytest.raises(ArgumentError, match="from 1 to 2 of the 3 blocks"):
@@ -308,6 +343,21 @@ class TestTraining:
         assert outcome.status == "finished" and outcome.steps >= 1 and outcome.seconds >= 0.02
         assert 0 <= outcome.test <= 1 and outcome.curve[-1]["dev"] == outcome.dev
         assert sum(t.numel() for t in outcome.weights.values()) == 8 * (32 + 32) + 8 * (32 + 16)
+
+    @pytest.mark.parametrize(
+        ("kind", "parameters", "local"), [("bert", "lora", True), ("llama", "lora", False), ("llama", "head", True)]
+    )
+    def test_plane_search_has_local_heads_where_the_read_out_trains(self, folder, monkeypatch, kind, parameters, local):
+        made = []
+        real = jp.optim.PlaneSearch
+        monkeypatch.setattr(
+            jp.optim, "PlaneSearch", lambda *args, **kwargs: made.append(real(*args, **kwargs)) or made[0]
+        )
+        task = prepared(folder, kind).task
+        model = task.prepared(Settings(parameters), 0)
+        step = methods.METHODS["plane-search"].build(model, 1.0, 0, 4)
+        assert step(next(task.batches(16, 0))) > 0
+        assert isinstance(made[0].gradient, jp.gradients.LocalHeads) == local
 
     def test_it_learns(self, folder):
         task = prepared(folder, "bert").task

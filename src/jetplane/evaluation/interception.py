@@ -42,7 +42,7 @@ from ..jets import (
     promoted,
     promotion_state,
 )
-from ..rules import grad_mode, higher_order, quantized, rounding, sparse
+from ..rules import examples, grad_mode, higher_order, quantized, rounding, sparse
 from ..rules.dispatch import inside_loss
 from ..rules.dispatch import loss as mark_loss
 from ..rules.functions import intercept_functions, refuse_captured
@@ -265,7 +265,10 @@ class Interception(TorchFunctionMode):
         if self.space.gauss_newton and func in LOSSES:
             with mark_loss():
                 return _warn_if_flat(func, func(*args, **kwargs), self.space)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if self.space.examples and func in LOSSES:
+            examples.unreduced(result, self.space)
+        return result
 
     def _aside(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """A call that asks about a tensor, shows its numbers, or registers a hook."""

@@ -14,13 +14,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from ..evaluation.context import expansion
+from ..evaluation.interception import Interception
+from ..evaluation.side_effects import without_side_effects
+from ..jets import Coefficients, Diagonal, Jet, parts
 from .active_outputs import MOST, Finish, visit
 from .feedback import FeedbackSpec
 from .layers import (
@@ -31,7 +36,7 @@ from .layers import (
     perturbed_modules,
     registered_modules,
 )
-from .passes import Closure, LayerTrace, trace
+from .passes import Closure, LayerTrace, hooked, trace
 from .perturbation import perturbed
 from .plan import OTHERS, LayerPlan, Mode
 
@@ -40,6 +45,7 @@ _FREE = 1 << 17  # coefficients that cost no time beside what starting a pass co
 _NOISE_FLOPS = 600.0  # floating-point operations that cost as much as drawing, carrying and using a number of noise
 _ACTIVE = 0.9  # a layer of whose outputs more than this part is active counts as one of which all are
 _MOST_FREE_SAMPLES = 64
+_MOST_CALLS = 64  # of a layer, that may have directions of their own
 
 
 def allocate(
@@ -97,12 +103,13 @@ def allocate(
         affordable = features <= samples or (name == facts.last and features * demand.cost <= passes)
         if affordable and facts.exact_by_features(name):
             mode, samples = "basis", features
-        held = facts.traces[name].outputs / _COEFFICIENTS
+        calls = facts.apart.get(name, 1)
+        held = facts.traces[name].outputs / calls / _COEFFICIENTS
         if chunk is not None:
             held = widest[name] / (chunk * max(outputs))
         successor = facts.activity[name].successor if mode == "outputs" and name in facts.activity else None
         plans[name] = LayerPlan(
-            mode, samples, min(samples, math.ceil(samples * held)), name in facts.own_rows, successor
+            mode, samples, min(samples, math.ceil(samples * held)), name in facts.own_rows, successor, calls=calls
         )
     return _with_feedback(plans, facts, sum(p.numel() for p in params), whole)
 
@@ -154,11 +161,13 @@ class _Facts:
 
     Attributes:
         modules: those to perturb, by name, called or not.
-        traces: of all modules that can be perturbed and were called, frozen ones too.
+        traces: of all modules that can be perturbed and were called, frozen ones too. Calls that have nothing to do
+            with each other stand as one call with all of their examples.
         flops: of a pass.
         names: of the modules to perturb that were called, in the order of first calls.
-        positions: how many come out of each positionwise layer that is called once.
-        rows: how many parts the loss tells apart; 0 if it tells none, or if that makes no difference.
+        apart: how many calls have nothing to do with each other, of layers that are called several times.
+        positions: how many come out of each positionwise layer that is called once, or as if it were.
+        rows: how many parts the loss tells apart, 1 if none; 0 if it depends on no layer.
         own_rows: the layers whose positions are taken for examples.
         activity: of layers some of whose outputs are not active.
         normalized: whether some module normalizes by the mean of the batch at hand.
@@ -168,6 +177,7 @@ class _Facts:
     traces: dict[str, LayerTrace]
     flops: int
     names: list[str]
+    apart: dict[str, int]
     positions: dict[str, int]
     rows: int
     own_rows: set[str]
@@ -198,41 +208,84 @@ class _Facts:
         nothing where a batch is normalized: its mean takes it away.
         """
         layer = layer_of(self.modules[name])
-        apart = {self.traces[name].rows}
-        if name == self.last or name in self.own_rows:
-            apart.add(self.rows)
-        undisturbed = name == self.last or not self.normalized
-        return layer is not None and layer.featurewise and self.positions.get(name) in apart and undisturbed
+        t, positions = self.traces[name], self.positions.get(name)
+        if layer is None or not layer.featurewise or positions is None or self.rows % positions:
+            return False
+        alone = positions == t.rows or name == self.last or name in self.own_rows
+        return alone and (name == self.last or not self.normalized)
 
 
 def _observe(closure: Closure, model: nn.Module, params: Sequence[Tensor], per_position: bool) -> _Facts:
     known, modules = registered_modules(model), perturbed_modules(model, params)
     traces, flops = trace(closure, known, params)
     names = [name for name in traces if name in modules]
+    apart = _apart(closure, known, traces, names)
+    traces = {name: t.as_one() if name in apart else t for name, t in traces.items()}
+    once = {name for name, t in traces.items() if t.calls == 1} | set(apart)
     positions = {}
     for name in names:
         layer, t = layer_of(modules[name]), traces[name]
-        if layer is not None and layer.positionwise and t.calls == 1:
+        if layer is not None and layer.positionwise and name in once:
             positions[name] = t.outputs // t.shape[-1]
     rows = 0
-    if any(positions[name] != traces[name].rows for name in positions):
-        slopes = perturbed(names[-1], modules[names[-1]], LayerPlan("outputs", 1), stream=0).slopes(closure)
-        rows = 0 if slopes is None else len(slopes)
+    if positions:
+        single = LayerPlan("outputs", 1, calls=apart.get(names[-1], 1))
+        slopes = perturbed(names[-1], modules[names[-1]], single, stream=0).slopes(closure)
+        rows = 0 if slopes is None else len(slopes.whole())
     own_rows = {name for name in positions if per_position and positions[name] == rows != traces[name].rows}
     batch_norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     normalized = any(isinstance(m, batch_norms) and (m.training or m.running_mean is None) for m in model.modules())
-    activity = _activity(closure, known, traces, names[:-1])
-    return _Facts(modules, traces, flops, names, positions, rows, own_rows, activity, normalized)
+    activity = _activity(closure, known, traces, once, names[:-1])
+    return _Facts(modules, traces, flops, names, apart, positions, rows, own_rows, activity, normalized)
+
+
+def _apart(
+    closure: Closure, known: Mapping[str, nn.Module], traces: Mapping[str, LayerTrace], names: Sequence[str]
+) -> dict[str, int]:
+    """How many calls are apart, of layers that are called several times: all together, or else each by itself."""
+    several = {name: t.calls for name, t in traces.items() if 1 < t.calls <= _MOST_CALLS}
+    found: dict[str, int] = {}
+    for calls in sorted(set(several.values())):
+        group = [name for name in several if several[name] == calls]
+        if not _are_apart(closure, known, group, calls):
+            group = [name for name in group if name in names and _are_apart(closure, known, [name], calls)]
+        found |= dict.fromkeys(group, calls)
+    return found
+
+
+def _are_apart(closure: Closure, known: Mapping[str, nn.Module], names: Sequence[str], calls: int) -> bool:
+    """Whether no layer's input depends on several calls of these, as where each call has a micro-batch.
+
+    A pass in which the outputs of each call move along a direction of its own tells. Each can then have as many
+    directions as it needs, which take no time in the calls of others.
+    """
+    apart, targets = [True], {known[name] for name in names}
+    with without_side_effects(), expansion(Diagonal(calls), 1) as space:
+
+        def after(module: nn.Module, call: int, x: Any, y: Any) -> Any:
+            arrived = parts(x, space)[1]
+            if arrived and (arrived.rows is None or len(arrived.rows) > 1):
+                apart[0] = False
+            if module not in targets or call >= calls:
+                return None
+            at, first, _ = parts(y, space)
+            moved = Coefficients(space, 1, torch.ones(1, *at.shape, dtype=at.dtype, device=at.device), (call,))
+            return Jet(at, first + moved, None, space)
+
+        with hooked(after, known.values(), space=space), Interception(space).running():
+            closure()
+    return apart[0]
 
 
 def _activity(
-    closure: Closure, known: Mapping[str, nn.Module], traces: Mapping[str, LayerTrace], names: Sequence[str]
-) -> dict[str, _Activity]:
+    closure: Closure, known: Mapping[str, nn.Module], traces: Mapping[str, LayerTrace], once: Set[str],
+    names: Sequence[str],
+) -> dict[str, _Activity]:  # fmt: skip
     """Layers some of whose outputs are not active, all of which shows at the input of the layer that is met next."""
     found = {}
     for name, following in itertools.pairwise(traces):
-        t = traces[name]
-        if name not in names or not t.calls == traces[following].calls == 1 or t.outputs > MOST * t.rows:
+        t, alike = traces[name], traces[name].calls == traces[following].calls
+        if name not in names or not {name, following} <= once or not alike or t.outputs > MOST * t.rows:
             continue
         parts: list[float] = []
 
@@ -262,7 +315,8 @@ def _with_feedback(plans: dict[str, LayerPlan], facts: _Facts, memory: int, whol
         plan, t = plans[name], facts.traces[name]
         outputs = t.outputs // rows
         needed = 2 * outputs * errors
-        if plan.mode != "outputs" or t.calls != 1 or needed > memory:
+        alike = plan.calls == plans[facts.last].calls == t.calls
+        if plan.mode != "outputs" or not alike or needed > memory:
             continue
         memory -= needed
         if rows == (t.outputs // t.shape[-1] if plan.per_position else t.rows):

@@ -123,6 +123,8 @@ class LayerTrace(NamedTuple):
         shape: of the last output.
         flops: floating-point operations in all calls.
         remaining: floating-point operations of the pass from the end of the first call on.
+        last: from the end of the last call on.
+        total_rows: lengths of the outputs' first axes, added up.
     """
 
     calls: int
@@ -130,11 +132,18 @@ class LayerTrace(NamedTuple):
     shape: torch.Size
     flops: int
     remaining: int
+    last: int
+    total_rows: int
 
     @property
     def rows(self) -> int:
         """Length of the output's first axis, which counts examples or parts of them."""
         return self.shape[0]
+
+    def as_one(self) -> LayerTrace:
+        """The same of one call with all examples, for calls that have nothing to do with each other."""
+        shape = torch.Size((self.total_rows, *self.shape[1:]))
+        return self._replace(shape=shape, remaining=min(self.remaining, self.calls * self.last))
 
 
 def trace(
@@ -166,13 +175,15 @@ def trace(
 
         def after(module: nn.Module, call: int, x: Tensor, y: Tensor) -> None:
             flops = counter.total - started[module]
-            first = LayerTrace(0, 0, y.shape, 0, counter.total)  # what remains is known at the end
+            first = LayerTrace(0, 0, y.shape, 0, counter.total, 0, 0)  # what remains is known at the end
             met = found.get(names[module], first)
             found[names[module]] = LayerTrace(
-                call + 1, met.outputs + y.numel(), y.shape, met.flops + flops, met.remaining
-            )
+                call + 1, met.outputs + y.numel(), y.shape, met.flops + flops, met.remaining, counter.total,
+                met.total_rows + (y.shape[0] if y.dim() else 1),
+            )  # fmt: skip
 
         with without_side_effects(), plain_run(params), hooked(after, names, before, names, passed_over=passed_over):
             closure()
     seen = {n: t for n, t in found.items() if modules[n] not in passed_over}
-    return {n: t._replace(remaining=counter.total - t.remaining) for n, t in seen.items()}, counter.total
+    total = counter.total
+    return {n: t._replace(remaining=total - t.remaining, last=total - t.last) for n, t in seen.items()}, total

@@ -12,6 +12,9 @@ Each layer has passes of its own that start at it: what comes before carries no 
 layers is cheap and they get more samples (`jetplane.gradients.allocation`). Nothing is held from one pass to the next
 but the slopes: a last pass meets every layer's input again, redraws the noise, and adds up the directions.
 
+A closure may run over micro-batches one after another, and so call a layer several times. Each call then moves along
+directions of its own, which are absent in the other calls and cost nothing there (`LayerPlan.calls`).
+
 Source: Ren, Kornblith, Liao, Hinton, "Scaling forward gradient with local losses", arXiv 2210.03310.
 """
 
@@ -33,7 +36,7 @@ from ..evaluation.api import evaluate
 from ..evaluation.context import expansion
 from ..evaluation.interception import Interception
 from ..evaluation.side_effects import without_side_effects
-from ..jets import Diagonal, Jet, carried, parts, promoted
+from ..jets import Coefficients, Diagonal, Jet, carried, parts, promoted
 from ..rules.examples import known
 from .active_outputs import Finish, visit
 from .feedback import Feedback
@@ -137,9 +140,9 @@ def estimate(
         gradient = [total[id(p)].to(p.dtype) if id(p) in total else torch.zeros_like(p) for p in params]
         if feedback is None:
             return PerturbationEstimate(gradient, [])
-        return PerturbationEstimate(
-            gradient, feedback.sufficient_statistics(correlations, _errors(layers, slopes), fraction)
-        )
+        errors = _errors(layers, slopes)
+        statistics = feedback.sufficient_statistics(correlations, None if errors is None else errors.whole(), fraction)
+        return PerturbationEstimate(gradient, statistics)
 
 
 def accounted_for(closure: Closure, model: nn.Module, params: Sequence[Tensor]) -> int:
@@ -159,10 +162,41 @@ def accounted_for(closure: Closure, model: nn.Module, params: Sequence[Tensor]) 
     return sum(p.numel() for p in params if id(p) in covered)
 
 
-Slopes = Mapping[nn.Module, Tensor | None]
+class Slopes(NamedTuple):
+    """Slopes of the loss's parts along a layer's tangents.
+
+    Attributes:
+        values: (parts, calls, samples), with ``calls`` those of the layer's plan. One part if the loss does not tell
+            its examples apart.
+        rows: of the output of each call.
+    """
+
+    values: Tensor
+    rows: tuple[int, ...]
+
+    def of(self, call: int) -> Tensor:
+        """Those of a call, (parts, samples): of the loss's parts that its rows have, or of their sum."""
+        apart = self.values.shape[1]
+        own = self.values[:, call % apart]
+        if apart == 1:
+            return own
+        # The losses of micro-batches are added up where they are equally long: see `jetplane.rules.examples`.
+        start = every = 0
+        for i, rows in enumerate(self.rows):
+            added = every in (0, rows) or 1 in (every, rows)
+            start = (0 if added else every) if i == call else start
+            every = max(every, rows) if added else every + rows
+        times = max(1, len(own) // every)
+        begin, end = start * times, (start + self.rows[call]) * times
+        fits = len(own) == times * every and not bool(own[:begin].any() or own[end:].any())
+        return own[begin:end] if fits else own.sum(0, keepdim=True)
+
+    def whole(self) -> Tensor:
+        """Those of all calls side by side, (parts of all calls, samples)."""
+        return torch.cat([self.of(call) for call in range(len(self.rows))]) if self.values.shape[1] > 1 else self.of(0)
 
 
-def _errors(layers: Sequence[PerturbedLayer], slopes: Slopes) -> Tensor | None:
+def _errors(layers: Sequence[PerturbedLayer], slopes: Mapping[nn.Module, Slopes | None]) -> Slopes | None:
     """Gradients at the last layer's output, (rows, outputs); None if they are not known exactly."""
     return slopes[layers[-1].module] if layers and layers[-1].plan.mode == "basis" else None
 
@@ -171,7 +205,7 @@ def _directions(
     closure: Closure,
     params: Sequence[Tensor],
     layers: Sequence[PerturbedLayer],
-    slopes: Slopes,
+    slopes: Mapping[nn.Module, Slopes | None],
     successors: Mapping[nn.Module, nn.Module],
     feedback: Feedback | None,
 ) -> tuple[dict[int, Tensor], dict[str, Tensor]] | None:
@@ -187,12 +221,14 @@ def _directions(
     read_later = set(successors.values())
 
     def begin(module: nn.Module, call: int, x: Tensor, y: Tensor) -> Finish:
-        layer, slope = of[module], slopes[module]
+        layer, every = of[module], slopes[module]
+        slope = None if every is None else every.of(call)
         control = None
-        # Examples may be fewer than in the batch that was planned for, but must be the errors' own.
-        if feedback is not None and layer.name in feedback.specs and errors is not None and slope is not None:
-            if layer.rows(y.shape) == len(errors):
-                control = _ControlVariate(feedback, layer.name, errors, (y > 0).reshape(len(errors), -1))
+        if feedback is not None and layer.name in feedback.specs and errors is not None and call < len(errors.rows):
+            own, rows = errors.of(call), layer.rows(y.shape)
+            # Examples may be fewer than in the batch that was planned for, but must be the errors' own.
+            if rows == len(own) and y.numel() == rows * feedback.specs[layer.name].outputs:
+                control = _ControlVariate(feedback, layer.name, own, (y > 0).reshape(rows, -1))
         if module in read_later:
             x = x.clone()
 
@@ -204,7 +240,8 @@ def _directions(
                 if id(p) in moving:
                     total[id(p)] = total[id(p)] + directions[name] if id(p) in total else directions[name]
             if correlation is not None:
-                correlations[layer.name] = correlation
+                before = correlations.get(layer.name)
+                correlations[layer.name] = correlation if before is None else before + correlation
 
         return finish
 
@@ -298,27 +335,27 @@ class PerturbedLayer(ABC):
             )
         return {name: products[name] for name in expected}
 
-    def slopes(self, closure: Closure) -> Tensor | None:
-        """Slopes of the loss's parts along the layer's tangents, (rows, samples).
-
-        One row if the loss does not tell its examples apart; None if it does not depend on the layer.
-        """
+    def slopes(self, closure: Closure) -> Slopes | None:
+        """Slopes of the loss's parts along the layer's tangents; None if it does not depend on the layer."""
         found = []
         for samples in self.plan.split():
             slopes = self._slopes(closure, samples)
             if slopes is None:
                 return None
             found.append(slopes)
-        return torch.cat(found, 1)
+        return Slopes(torch.cat([slopes.values for slopes in found], 2), found[0].rows)
 
-    def _slopes(self, closure: Closure, samples: range) -> Tensor | None:
-        structure = Diagonal(len(samples))
-        with without_side_effects(), expansion(structure, 1, examples=True) as space:
+    def _slopes(self, closure: Closure, samples: range) -> Slopes | None:
+        apart, count, met = self.plan.calls, len(samples), []
+        with without_side_effects(), expansion(Diagonal(apart * count), 1, examples=True) as space:
 
             def after(module: nn.Module, call: int, x: Any, y: Any) -> Any:
                 at, first, _ = parts(y, space)
+                met.append(self.rows(at.shape))
                 moved = self.tangents(call, parts(x, space)[0], at, samples)
-                return Jet(at, first.tensor + moved if first else moved, None, space)
+                begin = call % apart * count
+                own = None if apart == 1 else tuple(range(begin, begin + count))
+                return Jet(at, first + Coefficients(space, 1, moved, own), None, space)
 
             with hooked(after, [self.module], space=space), Interception(space).running():
                 loss = closure()
@@ -327,9 +364,9 @@ class PerturbedLayer(ABC):
             coefficients = parts(loss, space)[1]
             if not coefficients:
                 return None
-            slope = coefficients.tensor.reshape(len(samples))
-            rows = known(loss, slope)
-            return slope.unsqueeze(0) if rows is None else rows
+            slope = coefficients.full((), coefficients.tensor.dtype, coefficients.tensor.device).reshape(-1)
+            found = known(loss, slope)
+            return Slopes((slope if found is None else found).reshape(-1, apart, count), tuple(met))
 
 
 @final
@@ -380,7 +417,10 @@ class _MovedFeatures(PerturbedLayer):
     def directions(
         self, call: int, x: Tensor, y: Tensor, slopes: Tensor, active: Tensor | None, control: _ControlVariate | None
     ) -> tuple[Mapping[str, Tensor], Tensor | None]:
-        return self.vjp(x, _grouped(slopes, self.rows(y.shape)).reshape(y.shape)), None
+        rows = self.rows(y.shape)
+        if len(slopes) % rows:  # the loss tells fewer parts than when this was planned: which is whose is not known
+            return {name: torch.zeros_like(p) for name, p in self.parameters.items()}, None
+        return self.vjp(x, _grouped(slopes, rows).reshape(y.shape)), None
 
 
 @final

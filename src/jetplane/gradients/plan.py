@@ -27,6 +27,8 @@ class LayerPlan:
             position's loss alone.
         successor: the layer whose input tells which outputs are active (`.active_outputs`); None if all count as such.
         feedback: the shape of the layer's learned feedback (`.feedback`), None if it has none.
+        calls: how many calls of the layer in a pass move along directions of their own; 1 if all calls share theirs.
+            They are as many as there are micro-batches where a closure runs over these one after another.
     """
 
     mode: Mode
@@ -35,6 +37,7 @@ class LayerPlan:
     per_position: bool = False
     successor: str | None = None
     feedback: FeedbackSpec | None = None
+    calls: int = 1
 
     def plain(self) -> dict[str, Any]:
         """The fields as a dictionary of plain numbers and words, for checkpoints."""

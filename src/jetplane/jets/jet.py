@@ -109,7 +109,8 @@ class Jet(torch.Tensor):
             gives it another primal.
         origin: the primal that it was made with, if it has another one since.
         kind: see `Space.gauss_newton`.
-        examples: each example's part of the slope: see `jetplane.rules.examples`.
+        examples: each example's part of the slope; of losses that are not added up yet, integers: see
+            `jetplane.rules.examples`.
         squares: what it is the square of, and its version then: see `jetplane.rules.squares`.
     """
 

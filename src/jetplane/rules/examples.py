@@ -4,10 +4,15 @@ A loss over a batch is ``L = sum_n L_n``. Its rule has the first coefficients of
 sums them, so the parts ``e[n, i] = grad(L_n) . v_i``, shape (N, K), cost one product more. A jet of one element
 carries them as `Jet.examples` from there to the end of the closure, through what can follow on a loss: constant
 factors, sums of losses, regularizers. Anything else makes them unknown, never wrong.
+
+Losses that are not reduced (``reduction="none"``) may be weighed, reshaped and put side by side before they are added
+up. `Jet.examples` is then an integer for each of those side by side, the length of its first axis. Adding them up is
+adding their sums: where two are equally long, nobody knows whether they are of the same examples.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +34,12 @@ def keep(space: Space, total: Any, x1: Coefficients, weight: Tensor) -> Any:
     return total
 
 
+def unreduced(result: Any, space: Space) -> None:
+    """Note that a loss function has given the losses of examples, not their sum."""
+    if is_jet(result, space) and result.dim() > 0 and result.examples is None:
+        result.examples = torch.tensor([result.shape[0]])
+
+
 def follow(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
     """Tell a result whose examples it is made of, after the operator was carried."""
     of = [a for a in tree_leaves((args, kwargs)) if is_jet(a, space) and a.examples is not None]
@@ -38,11 +49,52 @@ def follow(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any],
             share = torch.full_like(args[0].primal, 1 / args[0].numel() if packet == "mean" else 1)
             keep(space, result, parts(args[0], space)[1], share)
         return
+    if any(_is_apart(a) for a in of):
+        return _follow_apart(packet.removesuffix("_"), space, args, kwargs, result)
     for made in tree_leaves(result):
         if is_jet(made, space) and (made.examples is None or func._schema.is_mutable):
             # A target that was written to has new coefficients already: no longer those of its own term.
             gone = made.numel() != 1 or (func._schema.is_mutable and made.examples is None)
             made.examples = LOST if gone else _examples(packet.removesuffix("_"), space, args, kwargs)
+
+
+def _is_apart(x: Jet) -> bool:
+    """Whether it is a tensor of losses, which nobody has added up yet."""
+    return x.examples is not None and not x.examples.is_floating_point()
+
+
+def _follow_apart(packet: str, space: Space, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
+    """As `follow`, where an argument is a tensor of losses."""
+    x = next(a for a in tree_leaves((args, kwargs)) if is_jet(a, space) and a.examples is not None and _is_apart(a))
+    for made in tree_leaves(result):
+        if is_jet(made, space):
+            made.examples = LOST if made is not result else _lengths(packet, args, kwargs, x, made)
+    if packet in ("sum", "mean") and is_jet(result, space) and result.numel() == 1:
+        lengths: Any = x.examples
+        result.examples = None
+        share = 1 / max(x.numel(), 1) if packet == "mean" else 1
+        keep(space, result, parts(x, space)[1], torch.full_like(x.primal, share))
+        if result.examples is not None:
+            pieces: Any = result.examples.split(lengths.tolist())
+            result.examples = functools.reduce(lambda a, b: _sum(a, b, 1), pieces)
+
+
+def _lengths(packet: str, args: Sequence[Any], kwargs: dict[str, Any], x: Jet, result: Jet) -> Tensor:
+    """The lengths of what is made of losses x; `LOST` if its first axis may not count the same examples in order."""
+    if packet == "cat":
+        every, along = args[0], args[1] if len(args) > 1 else 0
+        apart = all(isinstance(t, Jet) and _is_apart(t) for t in every)
+        return torch.cat([t.examples for t in every]) if apart and along == 0 and not kwargs else LOST
+    alike = result.shape == x.shape and not kwargs
+    if alike and (
+        packet in ("neg", "clone") or (packet in ("mul", "div") and not all(isinstance(a, Jet) for a in args))
+    ):
+        return x.examples  # type: ignore[return-value]
+    if packet in ("view", "_unsafe_view", "reshape") and len(x.examples) == 1 and result.dim():  # type: ignore[arg-type]
+        before, after = x.shape[0], result.shape[0]
+        if after > 0 and (before % after == 0 or after % before == 0):
+            return torch.tensor([after])
+    return LOST
 
 
 def _reduces_a_loss(result: Any, x: Any, space: Space) -> bool:

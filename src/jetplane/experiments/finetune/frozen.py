@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...errors import DataError
 from .. import store
@@ -68,7 +70,7 @@ def cached_states(
     """The states before the last ``blocks`` blocks: from the folder if they are there, else computed and put there.
 
     They belong to the weights of the frozen blocks, the tokens and ``blocks``: a checksum of all of them is in the
-    file's name. What an interrupted run leaves is not taken.
+    file's name. What an interrupted run has computed is continued.
 
     Raises:
         ArgumentError: there are not as many blocks.
@@ -105,25 +107,31 @@ def _compute(model: LanguageModel, tokens: Tokens, entered: nn.Module, path: Pat
     hooks = [
         entered.register_forward_pre_hook(before, with_kwargs=True), model.blocks[0].register_forward_hook(after)
     ]  # fmt: skip
-    start, scratch, width = time.perf_counter(), path.with_suffix(".part"), 0
+    start, scratch = time.perf_counter(), path.with_suffix(".part")
+
+    def states_of(chosen: Tensor) -> Tensor:
+        ids, mask = tokens.ids[chosen], tokens.mask[chosen]
+        longest = int(mask.sum(1).max())
+        found.clear()
+        with contextlib.suppress(_Reached):
+            model.base(input_ids=ids[:, :longest], attention_mask=mask[:, :longest])
+        (states,) = found
+        return F.pad(states.float(), (0, 0, 0, ids.shape[1] - longest))
+
     try:
-        with open(scratch, "wb") as file, torch.inference_mode():
-            for chosen in torch.arange(len(tokens.ids)).split(SENTENCES):
-                ids, mask = tokens.ids[chosen], tokens.mask[chosen]
-                longest = int(mask.sum(1).max())
-                found.clear()
-                try:
-                    model.base(input_ids=ids[:, :longest], attention_mask=mask[:, :longest])
-                except _Reached:
-                    pass
-                (states,) = found
-                width = states.shape[2]
-                padded = torch.zeros(len(chosen), ids.shape[1], width)
-                padded[:, :longest] = states
-                file.write(padded.numpy().data)
+        scratch.touch()
+        with open(scratch, "r+b") as file, torch.inference_mode():
+            parts = torch.arange(len(tokens.ids)).split(SENTENCES)
+            first = states_of(parts[0])
+            size = first[0].numel() * first.element_size() * SENTENCES
+            done = scratch.stat().st_size // size  # parts that were written whole
+            file.seek(done * size)
+            for n, chosen in enumerate(parts[done:], done):
+                file.write((states_of(chosen) if n else first).numpy().data)
                 observe(int(chosen[-1]) + 1, len(tokens.ids))
     finally:
         for hook in hooks:
             hook.remove()
-    scratch.replace(path)
-    return {"width": width, "as_tuple": kinds[0], "seconds": time.perf_counter() - start}
+    if scratch.exists():  # another process may have been faster
+        scratch.replace(path)
+    return {"width": first.shape[2], "as_tuple": kinds[0], "seconds": time.perf_counter() - start}

@@ -92,8 +92,9 @@ def load(path: Path) -> LanguageModel:
         causal = gguf or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
         kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
         model = kind.from_pretrained(source, dtype=torch.float32, **where)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise DataError(f"{path}: transformers cannot load it: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of transformers and of each format's own reader, which have types of their own
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path}: transformers cannot load it: {what}") from error
     base = model.base_model if causal else model
     readout = model.get_output_embeddings().weight.detach() if causal else None
     base.config.use_cache = False

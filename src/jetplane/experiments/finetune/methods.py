@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ... import optim
 from ...errors import ArgumentError, NonFiniteError
+from ...gradients import LocalHeads
 from ...subspace.descent import Damped
 from ...subspace.search import FullStep
 from ...subspace.sources import Drawn, Subspace
@@ -84,8 +85,22 @@ def _by_closure(make: Callable[[list[nn.Parameter], TextClassifier, float, int],
     return build
 
 
-def _plane_search(params: list[nn.Parameter], model: TextClassifier, rate: float, seed: int) -> Any:
+def _activity_perturbation(params: list[nn.Parameter], model: TextClassifier, rate: float, seed: int) -> Any:
     return optim.PlaneSearch(params, model, seed=seed)
+
+
+def _local_heads(params: list[nn.Parameter], model: TextClassifier, rate: float, seed: int) -> Any:
+    return optim.PlaneSearch(params, model, seed=seed, gradient=LocalHeads())
+
+
+def _plane_search(model: TextClassifier, rate: float, seed: int, micro_batch: int) -> Step:
+    """By local heads where the read-out trains: it is the one layer whose gradient they have exactly.
+
+    They take the loss of the whole batch at once: their memory is that of inference in any case.
+    """
+    local = model.head.weight.requires_grad
+    build = _by_closure(_local_heads, in_parts=False) if local else _by_closure(_activity_perturbation)
+    return build(model, rate, seed, micro_batch)
 
 
 def _fgd(params: list[nn.Parameter], model: TextClassifier, rate: float, seed: int) -> Any:
@@ -138,7 +153,10 @@ def _backprop(model: TextClassifier, rate: float, micro_batch: int | None) -> St
 _MEZO = {"lora": 1e-4, "prefix": 1e-2, "": 1e-5}
 
 METHODS: dict[str, Method] = {
-    "plane-search": Method("PlaneSearch", "forward", _by_closure(_plane_search), "this package"),
+    "plane-search": Method("PlaneSearch", "forward", _plane_search, "this package"),
+    "perturbation": Method(
+        "PlaneSearch by perturbation", "forward", _by_closure(_activity_perturbation), "this package"
+    ),
     "fgd": Method("FGD", "forward", _by_closure(_fgd), "arXiv 2202.08587", {"": 1e-4}, (1e-5, 1e-1)),
     "sofo": Method("SOFO's method", "forward", _by_closure(_sofo), "NeurIPS 2024", {"": 0.1}, (1e-2, 1.0)),
     "mezo": Method("MeZO", "zeroth order", _zeroth(zeroth_order.MeZO), "arXiv 2305.17333", _MEZO, (1e-5, 1e-1)),

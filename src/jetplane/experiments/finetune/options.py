@@ -10,7 +10,7 @@ from typing import Literal
 
 from ...errors import ArgumentError
 
-METHODS = ("plane-search", "fgd", "sofo", "mezo", "fzoo", "hizoo", "lozo", "adam", "adam-checkpointed")
+METHODS = ("plane-search", "perturbation", "fgd", "sofo", "mezo", "fzoo", "hizoo", "lozo", "adam", "adam-checkpointed")
 DEFAULT = ["plane-search", "mezo"]
 ParametersName = Literal["lora", "prefix", "last-blocks", "norms", "head"]
 Clock = Literal["wall", "processor"]

@@ -87,7 +87,8 @@ def read(path: Path, text_column: str | None = None, label_column: str | None = 
         raise DataError(
             f"{path}: expected a file that ends in one of {kinds}, or a folder with a folder for each class"
         )
-    kept = [example for example in found if example.label and example.text.strip()]
+    named = [Example(example.label.strip(), example.text) for example in found]
+    kept = [example for example in named if example.label and example.text.strip()]
     if not kept:
         raise DataError(f"{path}: expected texts with labels, found none")
     return kept
@@ -167,7 +168,8 @@ def _read_lines(path: Path, text_column: str | None, label_column: str | None) -
     keys = list(rows[0])
     text = _column(path, keys, text_column, TEXT_NAMES, "--text-column")
     label = _column(path, keys, label_column, LABEL_NAMES, "--label-column")
-    return [Example(str(row[label]), str(row[text])) for row in rows if text in row and label in row]
+    there = [(row.get(label), row.get(text)) for row in rows]
+    return [Example(str(a), str(b)) for a, b in there if a is not None and b is not None]
 
 
 def _column(path: Path, columns: Sequence[str], given: str | None, usual: Sequence[str], option: str) -> str:
