@@ -46,7 +46,7 @@ class TestAdapter:
         adapter, x = setting.adapter.restarted(), damaged(images)
         state = setting.quantized.state_dict()
         before = {n: v.clone() for n, v in state.items() if isinstance(v, torch.Tensor) and not v.is_quantized}
-        start = adapter._residuals(adapter._run(adapter.offsets, x)[1]).square().sum()
+        start = adapter._distances(adapter._run(adapter.offsets, x)[1]).square().sum()
         for _ in range(3):
             logits = adapter(x)
         assert logits.shape == (64, 10) and torch.isfinite(logits).all()
