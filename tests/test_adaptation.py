@@ -46,7 +46,7 @@ class TestAdapter:
         adapter, x = setting.adapter.restarted(), damaged(images)
         state = setting.quantized.state_dict()
         before = {n: v.clone() for n, v in state.items() if isinstance(v, torch.Tensor) and not v.is_quantized}
-        start = adapter._residuals(adapter._run(adapter.offsets, x)[1]).square().sum()
+        start = adapter._distances(adapter._run(adapter.offsets, x)[1]).square().sum()
         for _ in range(3):
             logits = adapter(x)
         assert logits.shape == (64, 10) and torch.isfinite(logits).all()
@@ -202,3 +202,31 @@ class TestExperiment:
     def test_fashion_mnist_that_is_not_there(self, tmp_path):
         with pytest.raises(DataError, match="Fashion-MNIST"):
             data.fashion_mnist(tmp_path)
+
+
+class TestLongStreams:
+    """Batches of source data, one after the other: there is nothing to adapt to."""
+
+    def test_decay_bounds_what_entropy_would_move(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 5))
+        labels = torch.randn(16, 5, generator=generator)
+        x = torch.randn(1024, 16, generator=generator)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        for _ in range(100):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), (x @ labels).argmax(1)).backward()
+            optimizer.step()
+        model.eval()
+        lengths = []
+        for decay in (0.0, 0.1):
+            adapter = jp.Adapter(model, x[:256], entropy_weight=1.0, decay=decay)
+            for batch in torch.randn(30, 64, 16, generator=generator.manual_seed(1)):
+                adapter(batch)
+            lengths.append(adapter.offsets.norm().item())
+        assert 3 * lengths[1] < lengths[0]
+
+    def test_decay_is_a_number_of_at_least_zero(self) -> None:
+        with pytest.raises(jp.ArgumentError, match="decay"):
+            jp.Adapter(nn.Sequential(nn.LayerNorm(4)).eval(), torch.randn(8, 4), decay=-1.0)

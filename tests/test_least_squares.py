@@ -200,6 +200,13 @@ class TestRobust:
         second = torch.autograd.grad(first.sum(), z)[0] if first.requires_grad else torch.zeros_like(z)
         assert torch.allclose(rho[2], second)
 
+    def test_a_start_at_which_every_residual_is_an_outlier(self) -> None:
+        y = noisy(outliers=3) - 4
+        fit = jp.optim.least_squares(lambda p: decay(p) - y, start(), loss="huber", f_scale=0.1)
+        near = scipy_optimize.least_squares(as_numpy(y), [2.0, 1.0, -4.0], "3-point", loss="huber", f_scale=0.1)
+        assert fit.success and fit.nfev <= 25
+        assert fit.cost == pytest.approx(near.cost, rel=1e-6)
+
     def test_own_function(self) -> None:
         y = noisy(outliers=2)
         fit = jp.optim.least_squares(lambda p: decay(p) - y, start(), loss=NAMED["cauchy"], f_scale=0.1)
@@ -247,6 +254,17 @@ class TestBounds:
         assert fit.cost == pytest.approx(theirs.cost, rel=1e-6)
         assert fit.params["rest"] == 0.4 and fit.active_mask["rest"] == -1
         assert math.isnan(fit.standard_errors["rest"]) and math.isfinite(fit.standard_errors["rate"])
+
+    def test_lists_for_a_tensor(self) -> None:
+        x = torch.tensor([1.0, 2.0]).double()
+        low, high = torch.tensor([-5.0, 0.0]), torch.tensor([0.9, 9.0])
+        with pytest.raises(jp.ArgumentError, match="outside"):
+            jp.optim.least_squares(rosenbrock, x, bounds=(low.tolist(), high.tolist()))
+        found = [jp.optim.least_squares(rosenbrock, x - 0.5, bounds=b) for b in ((low, high), ([-5, 0], (0.9, 9)))]
+        assert found[0].params.tolist() == pytest.approx(found[1].params.tolist(), abs=1e-6)
+        assert found[1].active_mask.tolist() == [1, 0]
+        with pytest.raises(jp.ShapeError, match="lower bounds"):
+            jp.optim.least_squares(rosenbrock, x, bounds=([0], [9, 9]))
 
     def test_every_evaluation_is_inside(self) -> None:
         seen = []
@@ -363,6 +381,29 @@ class TestRefusals:
         self.refused(jp.ShapeError, "structure", bounds=({"a": 0}, 9))
         self.refused(jp.DTypeError, "floating", x=torch.tensor([1, 2]))
         self.refused(jp.ShapeError, "rho", loss=lambda z: z)
+
+    def test_derivatives_do_not_pass_through_a_fit(self) -> None:
+        def fitted(y: Any) -> Any:
+            return jp.optim.least_squares(lambda p: p - y, torch.zeros(1).double()).params
+
+        def yielded(y: Any) -> Any:
+            return jp.optim.least_squares(lambda p: (p - v for v in y), torch.zeros(1).double()).params
+
+        def started(y: Any) -> Any:
+            return jp.optim.least_squares(lambda p: p - 1, y).params
+
+        for fit in (fitted, yielded, started):
+            with pytest.raises(jp.DerivativeError, match="do not pass through the fit"):
+                jp.jvp(fit, (self.x,), (self.x,))
+        assert torch.allclose(fitted(self.x), self.x.mean())
+
+        def stopped(y: Any) -> Any:
+            with torch.no_grad():
+                held = fitted(y)
+            return held + y
+
+        value, tangent = jp.jvp(stopped, (self.x,), (self.x,))
+        assert torch.allclose(value, self.x + self.x.mean()) and torch.equal(tangent, self.x)
 
     def test_residuals(self) -> None:
         self.refused(jp.UnusedParametersError, "do not change", lambda x: torch.ones(3))

@@ -9,7 +9,9 @@ parameters the user names, such as prompts. They are stored beside the model, wh
    minus those of the source, in standard deviations of the source, divided by the root of the number of channels. The
    loss is that of FOA (Niu et al., arXiv 2404.01650, equation 5), in these units:
 
-       L = entropy_weight * mean entropy of the predictions + |r|^2
+       L = entropy_weight * mean entropy of the predictions + |r|^2 + decay * |offsets|^2
+
+   r has the offsets among its components, times the root of ``decay``, in what follows.
 
 3. A Gauss-Newton step ``v = -(J^T J + mu I)^-1 J^T r`` is computed from the Jacobian J of r, measured once on source
    data, and from r of the previous batch. It is split by layers. The parts and the previous step are the directions of
@@ -86,6 +88,8 @@ class Adapter:
         params: parameters or buffers of the model that move too, such as the prompts of a vision transformer.
         k: the largest number of directions of a plane.
         entropy_weight: weight of the entropy of the predictions, at least 0.
+        decay: weight of ``|offsets|^2``, at least 0; for streams of some hundred batches without a `reset` 0.03. It
+            keeps them from lowering the entropy ever further, by predictions that are sure and wrong.
         damping: mu, in units of the mean of the diagonal of J^T J, more than 0.
         derivative: the derivative of quantized activations: see `jetplane.quantization`.
 
@@ -132,6 +136,7 @@ class Adapter:
         params: Sequence[Tensor] = (),
         k: int = 10,
         entropy_weight: float = 0.3,
+        decay: float = 0.0,
         damping: float = 0.1,
         derivative: Rounding = "straight-through",
     ) -> None:
@@ -139,11 +144,12 @@ class Adapter:
             raise ArgumentError(
                 f"k must be at least 2, for a part of the Gauss-Newton step and the previous step; got {k!r}"
             )
-        if not (0 <= entropy_weight < torch.inf and 0 < damping < torch.inf):
+        if not (0 <= entropy_weight < torch.inf and 0 <= decay < torch.inf and 0 < damping < torch.inf):
             raise ArgumentError(
-                f"expected entropy_weight >= 0 and damping > 0, both finite; got {entropy_weight} and {damping}"
+                "expected entropy_weight >= 0, decay >= 0 and damping > 0, all finite; got "
+                f"{entropy_weight}, {decay} and {damping}"
             )
-        self.model, self.k, self.entropy_weight = model, k, entropy_weight
+        self.model, self.k, self.entropy_weight, self.decay = model, k, entropy_weight, decay
         self.derivative: Rounding = derivative
         self.layers = [m for m in model.modules() if isinstance(m, NORMALIZATION)] if layers is None else list(layers)
         self.watched = list(weighted_modules(model) if watched is None else watched)
@@ -198,7 +204,7 @@ class Adapter:
 
         def closure() -> Tensor:
             logits, found = self._run(offsets, batch)
-            r = self._residuals(found)
+            r = self._residuals(found, offsets)
             with loss_function():
                 return self.entropy_weight * entropy(logits) + r.square().sum()
 
@@ -291,7 +297,7 @@ class Adapter:
             )
         some = _first(source, EXAMPLES)
         with quantization(self.derivative):
-            j = jacobian(lambda t: self._residuals(self._run(t, some)[1]), self.offsets, chunk=DIRECTIONS)
+            j = jacobian(lambda t: self._distances(self._run(t, some)[1]), self.offsets, chunk=DIRECTIONS)
         _check_finite(j, "source data")
         moving = [bool(part.any()) for part in j.split(self._sizes, 1)]
         if not any(moving):
@@ -309,8 +315,10 @@ class Adapter:
                 stacklevel=3,
             )
         with _without_autocast(j):
+            mu = damping * j.square().sum(0).mean()
+            j = torch.cat([j, self.decay**0.5 * torch.eye(d, dtype=j.dtype, device=j.device)])
             gram = j.T @ j
-            gram.diagonal().add_(damping * gram.diagonal().mean())
+            gram.diagonal().add_(mu)
             return -torch.linalg.solve(gram, j.T)
 
     def _directions(self, newton: Tensor) -> Tensor:
@@ -326,12 +334,16 @@ class Adapter:
     def _shift(self, offsets: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits and r."""
         logits, found = self._run(offsets, batch)
-        r = self._residuals(found)
+        r = self._residuals(found, offsets)
         _check_finite(r, "a batch")
         return logits, r
 
-    def _residuals(self, found: Sequence[_Call]) -> Tensor:
-        """r, (R,)."""
+    def _residuals(self, found: Sequence[_Call], offsets: Tensor) -> Tensor:
+        """r, (R + D,): distances of statistics, and the offsets times the root of their weight."""
+        return torch.cat([self._distances(found), self.decay**0.5 * offsets])
+
+    def _distances(self, found: Sequence[_Call]) -> Tensor:
+        """Of the statistics, in standard deviations of the source, (R,)."""
         if [call.module for call in found] != [call.module for call in self._source]:
             raise ArgumentError("watched modules are called in another order, or not as often, as on source data")
         parts = []

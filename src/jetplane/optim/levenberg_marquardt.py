@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,17 @@ import torch
 from torch import Tensor
 
 from .._torch import tree_flatten, tree_unflatten
-from ..errors import ArgumentError, DeviceError, DTypeError, NonFiniteError, ShapeError, UnusedParametersError
+from ..errors import (
+    ArgumentError,
+    DerivativeError,
+    DeviceError,
+    DTypeError,
+    NonFiniteError,
+    ShapeError,
+    UnusedParametersError,
+)
+from ..jets import Jet
+from ..rules.grad_mode import evaluating
 from ..subspace.linear_model import LinearModel, Region, RowFactor
 from ..subspace.robust import Rho, RobustLoss
 from ..transforms.arguments import Call, call_of
@@ -31,6 +42,10 @@ MESSAGES: dict[Status, str] = {
     ),
     "limit": "max_nfev evaluations were not enough",
 }
+_OUTER = (
+    "of least_squares depends on the parameters of an evaluation around it, whose derivatives do not pass through the "
+    "fit: call it under torch.no_grad() if none are wanted"
+)
 _ROWS = 256  # residuals that are collected before they are summed
 _FIRST_RADIUS = 100.0  # the first step's most, in parts of the scaled parameters' length
 
@@ -101,7 +116,7 @@ def least_squares(
             that yields them. It must compute the same residuals each time.
         params: the starting point: a tensor, or a list, tuple or dict of tensors. They are not written to.
         bounds: ``(lower, upper)``, each a number for all, or of the structure of the parameters with numbers or tensors
-            for leaves; None for no bounds, as are infinite ones.
+            for leaves, of a single tensor also a list; None for no bounds, as are infinite ones.
         loss: "linear" (squares), "soft_l1", "huber", "cauchy", "arctan", or a function of ``z = (r / f_scale)^2`` that
             returns rho(z), rho'(z) and rho''(z) as one tensor (3, *z.shape).
         f_scale: C: residuals below it count as inliers. The cost is ``sum_i C^2 rho((r_i / C)^2) / 2``.
@@ -131,7 +146,8 @@ def least_squares(
         DeviceError: parameters on several devices.
         NonFiniteError: residuals or derivatives that are not finite at the start. Later, the step is shortened instead.
         UnusedParametersError: the residuals depend on none of the parameters.
-        DerivativeError: the function leaves torch, or an operator cannot be carried.
+        DerivativeError: the function leaves torch, or an operator cannot be carried; inside another evaluation, the
+            start or the residuals depend on its parameters. Derivatives do not pass through the fit.
 
     >>> import torch, jetplane as jp
     >>> t = torch.linspace(0, 4, 50, dtype=torch.float64)  # of a decay
@@ -161,7 +177,10 @@ def least_squares(
     double = all(leaf.dtype == torch.float64 for leaf in problem.call.leaves)
     tolerances = [_tolerance(name, t, double) for name, t in (("ftol", ftol), ("xtol", xtol), ("gtol", gtol))]
     limit = _count("max_nfev", 100 * problem.n if max_nfev is None else max_nfev)
-    with torch.no_grad():
+    if problem.call.nested:
+        raise DerivativeError(f"the start {_OUTER}, or detach() the start")
+    # Inside another evaluation derivatives go on, so that residuals which depend on its parameters are seen.
+    with contextlib.nullcontext() if evaluating() else torch.no_grad():
         return _minimized(problem, lower, upper, scale, tolerances, limit, absolute_sigma)
 
 
@@ -259,7 +278,12 @@ class _Problem:
 
     def numbers(self, given: Any, what: str) -> Tensor:
         """A vector of numbers: one for all, or one for each in the structure of the parameters."""
-        leaves = [given] * len(self.call.leaves) if isinstance(given, (int, float)) else self.call.flat(given, what)
+        if isinstance(given, (int, float)):
+            leaves = [given] * len(self.call.leaves)
+        elif isinstance(self.call.arguments[0], Tensor) and isinstance(given, (list, tuple)):
+            leaves = [torch.as_tensor(given, dtype=torch.float64)]
+        else:
+            leaves = self.call.flat(given, what)
         found = []
         for i, (number, shape) in enumerate(zip(leaves, self.call.shapes, strict=True)):
             tensor = torch.as_tensor(number, dtype=torch.float64).detach().cpu()
@@ -304,6 +328,8 @@ class _Problem:
             for y, first in zip(ys, firsts, strict=True):
                 if y.is_complex():
                     raise DTypeError("residuals: expected real numbers; return torch.view_as_real of complex ones")
+                if isinstance(y, Jet) or isinstance(first, Jet):
+                    raise DerivativeError(f"a residual {_OUTER}")
                 if len(first) == self.n:
                     sums.add(y, first)
                 else:

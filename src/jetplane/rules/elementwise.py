@@ -403,11 +403,11 @@ DERIVATIVES: dict[str, Callable[..., Derivatives]] = {
     "remainder.Scalar": lambda x, y, other: (torch.ones_like(x), None),
     "nan_to_num": lambda x, y, *a: _mask(torch.isfinite(x), x),
     # flat almost everywhere
-    "floor": _zeros,
-    "ceil": _zeros,
+    "floor": _round,
+    "ceil": _round,
     "round": _round,
     "round.decimals": lambda x, y, decimals=0: _round(x, y),
-    "trunc": _zeros,
+    "trunc": _round,
     "sign": _zeros,
     "heaviside": _zeros,
 }
@@ -546,12 +546,20 @@ def _(space: Space, a: Any, b: Any) -> Tensor:
 def _(space: Space, a: Any, b: Any, *, rounding_mode: str | None) -> Tensor:
     if rounding_mode is None:
         return torch.div(a, b)
-    return torch.div(primal(a, space), primal(b, space), rounding_mode=rounding_mode)
+    return _rounded(space, torch.div(primal(a, space), primal(b, space), rounding_mode=rounding_mode), a, b)
 
 
 @register("floor_divide", "floor_divide.Scalar")
 def _(space: Space, a: Any, b: Any) -> Tensor:
-    return torch.floor_divide(primal(a, space), primal(b, space))
+    return _rounded(space, torch.floor_divide(primal(a, space), primal(b, space)), a, b)
+
+
+def _rounded(space: Space, y: Tensor, a: Any, b: Any) -> Tensor:
+    """A quotient that has been rounded to y."""
+    if rounding.chosen() != "straight-through":
+        return y
+    _, first, second = parts(torch.div(a, b), space)
+    return make(y, first, second, space)
 
 
 @register("addcmul")

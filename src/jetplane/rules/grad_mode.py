@@ -71,6 +71,11 @@ def recording(enabled: bool) -> Iterator[None]:
         yield
 
 
+def evaluating() -> bool:
+    """Whether an evaluation is under way in this thread."""
+    return bool(getattr(_running, "spaces", []))
+
+
 @contextlib.contextmanager
 def evaluation(space: Space) -> Iterator[None]:
     """One evaluation, on the jets of this space. Where it begins while grad mode is off, outer derivatives stop."""

@@ -15,8 +15,11 @@ Rounding = Literal["straight-through", "exact"]
 
 _state = threading.local()  # not a context variable, which compilers cannot follow
 
-# What floating-point numbers are quantized to. Wider integers are mostly indices.
-QUANTIZED = {torch.int8, torch.uint8, torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4}
+# What floating-point numbers are quantized to. Wider integers are mostly indices, which these cannot be.
+QUANTIZED = {
+    torch.int8, torch.uint8, torch.int16, torch.uint16, torch.qint8, torch.quint8, torch.qint32, torch.quint4x2,
+    torch.quint2x4,
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -31,16 +34,18 @@ def quantization(derivative: Rounding) -> Iterator[None]:
         derivative: "straight-through": rounding has the derivative one. ``dq/dx`` is one within the bounds and zero
             outside. For a scale that moves, ``dq/ds = n - z - x/s`` within the bounds and ``n - z`` outside (Bengio et
             al., arXiv 1308.3432; Esser et al., arXiv 1902.08153, equation 3). In dynamic quantization, where an
-            operator computes scale and zero point from x itself, the derivative of q(x) is that of x. `torch.round`
-            has the derivative one too.
+            operator computes scale and zero point from x itself, the derivative of q(x) is that of x. `torch.round`,
+            `floor`, `ceil`, `trunc` and divisions that round have the derivative of what is rounded too. So keep the
+            choice to the quantizer where a model rounds for another purpose, as in ``x - floor(x)``.
             "exact": rounding has the derivative zero, which is the true derivative almost everywhere; only
             ``dq/ds = n - z`` remains. In dynamic quantization the scale is proportional to the range of x, so q(x)
             changes in proportion to itself, as the range does.
 
     Without a choice, quantizing a value that depends on the parameters raises `DerivativeError`: fake quantization,
-    layers with dynamically quantized activations, and casts to 8-bit integers. Quantized weights need no choice: they
-    are constants. Under a choice, comparisons of a closure with differences (`jetplane.audit`) give no verdict, and
-    steps are judged by the actual loss.
+    layers with dynamically quantized activations, and casts to integers of 8 or 16 bits. What `torch.round` gave
+    without a choice is a constant, and may be cast. Quantized weights need no choice: they are constants. Under a
+    choice, comparisons of a closure with differences (`jetplane.audit`) give no verdict, and steps are judged by the
+    actual loss.
 
     Raises:
         ArgumentError: another value of ``derivative``.

@@ -1,10 +1,10 @@
 """Robust losses of residuals: what a least-squares problem counts in place of squares.
 
-With residuals r and a soft margin C the cost is ``sum_i C^2 rho((r_i / C)^2) / 2``. To second order in a change of r it
-is a sum of squares again, of residuals and rows of the Jacobian that are scaled one by one.
+With residuals r and a soft margin C the cost is ``sum_i C^2 rho((r_i / C)^2) / 2``. For a step it stands as a sum of
+squares again, of residuals and rows of the Jacobian that are scaled one by one: iteratively reweighted least squares.
 
-Source: Triggs, McLauchlan, Hartley and Fitzgibbon, Bundle adjustment, Lecture Notes in Computer Science 1883 (2000),
-section 4.3; names and conventions are those of `scipy.optimize.least_squares`.
+Source: Holland and Welsch, Robust regression using iteratively reweighted least-squares, Communications in Statistics
+A6 (1977); names and conventions are those of `scipy.optimize.least_squares`.
 """
 
 from __future__ import annotations
@@ -106,9 +106,11 @@ class RobustLoss:
 
     @staticmethod
     def scaled(rho: Tensor, r: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
-        """Residuals (m,) and rows (m, n) whose half sum of squares has the gradient and the curvature of the cost.
+        """Residuals (m,) and rows (m, n): half their squares have the gradient of the cost, and no less curvature.
 
-        Curvature that is not positive becomes a rounding error, as in SciPy.
+        Where rho'' is negative the curvature is that of weighted squares, ``rho'``. The exact one is negative for
+        outliers; without it a start at which all residuals are outliers leaves nothing to measure a step by.
         """
-        weight = (rho[1] + 2 * rho[2] * r.square()).clamp_min(torch.finfo(r.dtype).eps).sqrt()
+        curvature = rho[1] + (2 * rho[2] * r.square()).clamp_min(0)
+        weight = curvature.clamp_min(torch.finfo(r.dtype).eps).sqrt()
         return r * rho[1] / weight, j * weight.unsqueeze(1)

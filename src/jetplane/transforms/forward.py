@@ -145,7 +145,8 @@ def blockwise(
         call: of an f that yields tensors, or trees of them.
         tangents: k for each tensor that moves.
         k: number of directions.
-        take: called with the tensors of each block, and their first coefficients (k, *S).
+        take: called with the tensors of each block, and their first coefficients (k, *S); jets of an evaluation
+            around this one, where they depend on its parameters.
     """
     with expansion(Diagonal(k), 1) as space:
         leaves = _seeds(call, tangents, None, space)
@@ -153,7 +154,7 @@ def blockwise(
             for block in call.at(leaves):
                 every = [_coefficients(y, space)[:2] for y in call.outputs(block)[0]]
                 pairs = [(p, first.full(p.shape, p.dtype, p.device)) for p, first in every]
-                take(*([_released(t) for t in ts] for ts in zip(*pairs, strict=True)))
+                take(*([t if isinstance(t, Jet) else _released(t) for t in ts] for ts in zip(*pairs, strict=True)))
 
 
 def _coefficients(y: Tensor, space: Space) -> tuple[Tensor, Coefficients, Coefficients]:
