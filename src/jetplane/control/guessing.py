@@ -82,6 +82,21 @@ def start(nlp: NLP, guess: Solution | None) -> Outcome:
         ArgumentError: the solution given is of another problem.
         NonFiniteError: a function is not finite at the guess: which, at which node, and the line of code.
     """
+    y = trajectory(nlp, guess)
+    require_finite(nlp, y)
+    set_integrals(nlp, y)
+    first = Outcome(Status.STOPPED, y)
+    if guess is not None and guess.success and guess.outcome.lower_multipliers is not None:
+        _multipliers(nlp, guess, first)
+    return first
+
+
+def trajectory(nlp: NLP, guess: Solution | None) -> np.ndarray:
+    """Variables at the guess, but for integrals.
+
+    Raises:
+        ArgumentError: the solution given is of another problem.
+    """
     y = np.zeros(nlp.n)
     if guess is not None:
         _require_same(nlp, guess)
@@ -104,19 +119,19 @@ def start(nlp: NLP, guess: Solution | None) -> Outcome:
         y[nlp.parameters][part] = middle(lower, upper) if value is None else value
     if guess is not None:
         y[nlp.parameters] = guess.p.all
-    y = np.clip(y, nlp.lower, nlp.upper)
-    require_finite(nlp, y)
+    return np.clip(y, nlp.lower, nlp.upper)
+
+
+def set_integrals(nlp: NLP, y: np.ndarray) -> None:
+    """Write into variables what their integrals are, or the engineer's guess of them."""
+    nlp.constraints(y)
     for name, model in nlp.model.phases.items():
         place, arrays = nlp.places[name], nlp.phases[name]
         nx, _, nq = model.sizes
         values = arrays.length * (arrays.nodes.values()[nx : nx + nq] @ arrays.weight)
         for n, key in enumerate(model.phase.integral):
             values[n] = model.phase.guesses.get(key, values[n])
-        y[place.integrals] = values
-    first = Outcome(Status.STOPPED, np.clip(y, nlp.lower, nlp.upper))
-    if guess is not None and guess.success and guess.outcome.lower_multipliers is not None:
-        _multipliers(nlp, guess, first)
-    return first
+        y[place.integrals] = np.clip(values, nlp.lower[place.integrals], nlp.upper[place.integrals])
 
 
 def _require_same(nlp: NLP, guess: Solution) -> None:

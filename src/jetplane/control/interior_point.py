@@ -42,6 +42,8 @@ ACCEPTABLE, ACCEPTABLE_ITERATIONS = 1e-6, 15
 EQUALITY = 1e-8  # D of equality constraints of the path, which iterative refinement takes back
 REFINEMENTS, RESIDUAL = 6, 1e-10
 RESTORATIONS = 100
+VIOLATION = 1e-4  # of constraints and bounds, in the units of the problem, at most
+STATIONARY = 1e-6  # gradient of the infeasibility below which nothing near is less infeasible
 EPSILON = float(np.finfo(float).eps)
 
 
@@ -111,6 +113,7 @@ def solve_batch(
     warm: Outcome | None = None,
     on_iteration: Callable[[Iteration], None] | None = None,
     device: torch.device | str = "cpu",
+    stop: threading.Event | None = None,
 ) -> list[Outcome]:
     """Solve programs that differ by the bounds of their variables.
 
@@ -124,11 +127,12 @@ def solve_batch(
         warm: multipliers to start from, of the single program.
         on_iteration: is called with the numbers of the problem that is furthest from its end.
         device: of the linear algebra; functions are computed on the CPU.
+        stop: ends the iterations when it is set, as Ctrl-C does, which sets it.
 
     Returns:
         outcomes in the order of the problems.
     """
-    stop = threading.Event()
+    stop = stop or threading.Event()
     with interrupts(stop), torch.no_grad():
         return _InteriorPoint(nlp, y, lower, upper, options, scaling, warm, on_iteration, device, stop).run()
 
@@ -156,17 +160,17 @@ class _InteriorPoint:
         problems = y.shape[1]
         self.problems, self.n, self.m = problems, nlp.n, nlp.m
         fixed = self.tensor(lower == upper)
-        self.root = torch.zeros(nlp.n, 1, dtype=torch.bool, device=self.device)
+        fixable = torch.zeros(nlp.n, 1, dtype=torch.bool, device=self.device)
         for name, place in nlp.places.items():
             nodes = nlp.meshes[name].nodes
             for i in range(nlp.model.phases[name].sizes[0]):
-                self.root[[place.states.start + i * (nodes + 1), place.states.start + i * (nodes + 1) + nodes]] = True
+                fixable[[place.states.start + i * (nodes + 1), place.states.start + i * (nodes + 1) + nodes]] = True
             for c in (place.t0, place.tf):
                 if c is not None:
-                    self.root[c] = True
-            self.root[place.integrals] = True
-        self.root[nlp.parameters] = True
-        fixed &= self.root  # others, which are few, get an interval about their value
+                    fixable[c] = True
+            fixable[place.integrals] = fixable[place.controls] = True
+        fixable[nlp.parameters] = True
+        fixed &= fixable  # states within a phase get an interval about their value
         self.kkt = KKT(nlp, fixed, self.device)
         self.path = torch.zeros(nlp.m, 1, dtype=torch.bool, device=self.device)
         for place in nlp.places.values():
@@ -178,8 +182,10 @@ class _InteriorPoint:
         lower = self.tensor(np.concatenate([lower, wide(low)]))
         upper = self.tensor(np.concatenate([upper, wide(high)]))
         still = torch.cat([fixed, torch.zeros(len(self.slack), problems, dtype=torch.bool, device=self.device)])
-        lower = torch.where((lower < -INFINITY) | still, -torch.inf, lower - BOUND_RELAX * lower.abs().clamp_min(1))
-        upper = torch.where((upper > INFINITY) | still, torch.inf, upper + BOUND_RELAX * upper.abs().clamp_min(1))
+        unit = self.tensor(np.concatenate([1 / self.sizes, self.rows[~equal]]))[:, None]
+        relax = lambda a: torch.minimum(BOUND_RELAX * a.abs().clamp_min(1), VIOLATION * unit)  # noqa: E731
+        lower = torch.where((lower < -INFINITY) | still, -torch.inf, lower - relax(lower))
+        upper = torch.where((upper > INFINITY) | still, torch.inf, upper + relax(upper))
         self.state = self._start(self.tensor(y), lower, upper, fixed, warm)
         self.outcomes: list[Outcome | None] = [None] * problems
 
@@ -347,7 +353,7 @@ class _InteriorPoint:
         if not again:
             nearly = (total <= ACCEPTABLE) & (violation <= 1e-2) & outside
             s.acceptable = torch.where(nearly, s.acceptable + 1, 0.0)
-        solved = (total <= self.tol) & (violation <= 1e-4) & (unscaled <= 1) & outside
+        solved = (total <= self.tol) & (violation <= VIOLATION) & (unscaled <= 1) & outside
         ended: dict[Status, Tensor] = {Status.SOLVED: solved}
         ended[Status.ACCEPTABLE] = (s.acceptable >= ACCEPTABLE_ITERATIONS) & ~solved
         running = ~solved & ~ended[Status.ACCEPTABLE]
@@ -474,8 +480,8 @@ class _InteriorPoint:
             last_delta=torch.where((delta > 0) & ~restoring, delta, s.last_delta),
         )
         s = self._restore(s, point, accepted, restoring)
-        below, above = self._distances(s, s.w)
-        for z, distance, b in (("at_lower", below, bounded[0]), ("at_upper", above, bounded[1])):
+        below, above = self._distances(s, s.w)  # of those that are left
+        for z, distance, b in (("at_lower", below, s.lower.isfinite()), ("at_upper", above, s.upper.isfinite())):
             least, largest = s.mu / (KAPPA_SIGMA * distance), KAPPA_SIGMA * s.mu / distance
             value = torch.minimum(torch.maximum(getattr(s, z), least), largest)
             setattr(s, z, torch.where(b, value, 0.0))
@@ -565,8 +571,9 @@ class _InteriorPoint:
         )
         least = 0.05 * torch.where(least.isfinite(), least, GAMMA_THETA)
         least = torch.where(restoring, 1e-8, least.clamp_min(1e-14))
-        # Steps at the limit of rounding are taken as they are.
+        # Steps at the limit of rounding are taken as they are, but for those that leave constraints violated.
         tiny = ((dw.abs() / (1 + s.w.abs())).amax(0) < 10 * EPSILON) & ~restoring & ~failed
+        tiny &= point.constraints.abs().amax(0) <= VIOLATION
         alpha = most.clone()
         result, used, multiplier = s.w.clone(), dw.clone(), dual.clone()
         accepted, by_cost = torch.zeros_like(failed), torch.zeros_like(failed)
@@ -644,8 +651,21 @@ class _InteriorPoint:
         stuck = restoring & ~done & (~accepted | (s.restoring > RESTORATIONS))
         feasible = now.theta <= self.tol
         self._give_up(s, stuck & feasible, Status.STALLED)
-        self._give_up(s, stuck & ~feasible, Status.RESTORATION_FAILED)
+        if bool((stuck & ~feasible).any()):
+            nowhere = self._stationary(s, now)
+            self._give_up(s, stuck & ~feasible & nowhere, Status.INFEASIBLE)
+            self._give_up(s, stuck & ~feasible & ~nowhere, Status.RESTORATION_FAILED)
         return self._without_ended(s)
+
+    def _stationary(self, s: _State, point: _Point) -> Tensor:
+        """Where no direction within the bounds lowers the sum of squares of the constraints."""
+        c, jacobian = point.constraints, self._jacobian(s.w[: self.n])
+        slope = torch.cat([self.kkt.transposed_times(jacobian, c).masked_fill(s.fixed, 0.0), -c[self.slack]])
+        below, above = self._distances(s, s.w)
+        room = torch.where(slope > 0, below, above).clamp_max(1.0)
+        # In proportion to what the terms of a component are without cancellation.
+        sizes = self.kkt.transposed_times(jacobian.abs(), c.abs()).amax(0)
+        return (slope.abs() * room).amax(0) <= STATIONARY * sizes.clamp_min(EPSILON)
 
     def _give_up(self, s: _State, which: Tensor, status: Status) -> None:
         if bool(which.any()):

@@ -208,11 +208,11 @@ class KKT:
     Args:
         nlp: for the structure.
         fixed: variables that do not move, (variables,) or (variables, problems); only first and last states, times,
-            integrals and parameters can be fixed.
+            integrals, parameters and controls (these in all problems or in none) can be fixed.
         device: where tensors are.
 
     Raises:
-        ArgumentError: a state within the phase or a control is fixed, or entries lie outside of the band.
+        ArgumentError: a state within a phase is fixed, or entries lie outside of the band.
     """
 
     def __init__(self, nlp: NLP, fixed: Tensor, device: torch.device | str = "cpu") -> None:
@@ -238,9 +238,15 @@ class KKT:
         self._lay_out(nlp, np.array(root, int))
         movable = torch.ones_like(self.fixed)
         movable[self.root_columns] = False
+        # Of controls that do not move, the matrix has the identity alone.
+        self.still = torch.zeros_like(self.fixed[:, 0])
+        for chain in self.chains:
+            columns = self._index(chain.control_columns.ravel())
+            self.still[columns] = self.fixed[columns].all(1)
+        movable[self.still] = False
         if bool((movable & self.fixed).any()):
             column = int((movable & self.fixed).any(1).nonzero()[0])
-            raise ArgumentError(f"{nlp.variable_name(column)} is fixed; only ends, times and parameters can be")
+            raise ArgumentError(f"{nlp.variable_name(column)} is fixed; only ends, times, parameters and controls can be")
 
     def _index(self, a) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(a, np.int64)).to(self.device)
@@ -445,6 +451,7 @@ class KKT:
 
     def condense(self, jacobian: Tensor) -> Condensed:
         """Factor the defects of a Jacobian, given by its nonzeros in the order of the program's structure."""
+        jacobian = jacobian.masked_fill(self.still[self.jacobian_places[1]][:, None], 0.0)
         chains = []
         for chain, groups in zip(self.chains, self.groups, strict=True):
             parts = []
@@ -477,6 +484,9 @@ class KKT:
         """
         chains = []
         jacobian = condensed.jacobian
+        rows, columns = self.hessian_places
+        hessian = hessian.masked_fill((self.still[rows] | self.still[columns])[:, None], 0.0)
+        sigma = sigma.masked_fill(self.still[:, None], 1.0)
         problems = jacobian.shape[1]
         correct = torch.ones(problems, dtype=torch.bool, device=jacobian.device)
         root = (self.root_hessian.of(hessian) + self.root_jacobian.of(jacobian))[0]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import sys
+import threading
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -11,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import ArgumentError, CoarseMeshWarning, ShapeError
+from ..errors import ArgumentError, CoarseMeshWarning, NonFiniteError, ShapeError
 from . import interior_point, ipopt, trust
-from .guessing import start
+from .guessing import require_finite, set_integrals, start, trajectory
 from .model import Model
 from .nlp import NLP
 from .problem import INFINITY, Parts, Problem
@@ -186,7 +188,7 @@ class Batch:
         return len(self.outcomes)
 
     def __getitem__(self, number: int) -> Solution:
-        outcome = self.outcomes[number]
+        outcome = self.outcomes[operator.index(number)]
         return _solution(self.problem, self.nlp, outcome, self.seconds, [], outcome.iterations)
 
 
@@ -219,7 +221,7 @@ def solve_batch(
         guess: a solution whose trajectory all problems start from.
         max_iterations: as for `solve`.
         time_limit: in seconds, for all problems together.
-        scaling: as for `solve`, from the first problem.
+        scaling: as for `solve`, from the first problem whose functions are finite at the guess.
         progress: as for `solve`, of the problem with the largest error.
         backend: as for `solve`.
         device: of the linear algebra, for example "cuda"; functions are computed on the CPU.
@@ -232,7 +234,8 @@ def solve_batch(
     Raises:
         ArgumentError: no parameters, unknown ones, values outside of their bounds.
         ShapeError: values of a wrong shape.
-        NonFiniteError: a function is not finite at the guess.
+        NonFiniteError: in every problem, a function is not finite at the guess; a problem where it is so while it is
+            finite in another one has the status NOT_A_NUMBER.
 
     Example:
         >>> import jetplane as jp
@@ -249,36 +252,41 @@ def solve_batch(
     """
     if not tol > 0:
         raise ArgumentError(f"tol must be positive, got {tol}")
-    if chunk is not None and chunk < 1:
-        raise ArgumentError(f"chunk must be at least 1, got {chunk}")
+    if chunk is not None and not (isinstance(chunk, int) and chunk >= 1):
+        raise ArgumentError(f"chunk must be a whole number of at least 1, got {chunk!r}")
     began, clock = time.monotonic(), time.process_time()
     model = Model(problem, backend)
     nlp = NLP(model, meshes_of(problem, mesh))
     values, places = _values(problem, parameters)
-    first = start(nlp, guess)
     columns = nlp.parameters.start + places
-    y, lower, upper = (np.repeat(a[:, None], values.shape[1], 1) for a in (first.y, nlp.lower, nlp.upper))
+    y, lower, upper = (
+        np.repeat(a[:, None], values.shape[1], 1) for a in (trajectory(nlp, guess), nlp.lower, nlp.upper)
+    )
     for target in (y, lower, upper):
         target[columns] = values
+    sound = _with_integrals(nlp, y)
     setup = time.process_time() - clock
     clock = time.process_time()
     line = _Line(progress)
-    factors = scaling_of(nlp, y[:, 0], scaling)
+    factors = scaling_of(nlp, y[:, sound], scaling)
     outcomes: list[Outcome] = []
     size = chunk or (100 if torch.device(device).type == "cpu" else y.shape[1])
-    for first_problem in range(0, y.shape[1], size):
-        part = slice(first_problem, first_problem + size)
-        left = None if time_limit is None else max(time_limit - (time.monotonic() - began), 1e-3)
-        outcomes += interior_point.solve_batch(
-            nlp,
-            y[:, part],
-            lower[:, part],
-            upper[:, part],
-            options={"tol": tol, "max_iterations": max_iterations, "time_limit": left},
-            scaling=factors,
-            on_iteration=line.of(nlp),
-            device=device,
-        )
+    stop = threading.Event()
+    with ipopt.interrupts(stop):  # Ctrl-C ends those that wait, too
+        for first_problem in range(0, y.shape[1], size):
+            part = slice(first_problem, first_problem + size)
+            left = None if time_limit is None else max(time_limit - (time.monotonic() - began), 1e-3)
+            outcomes += interior_point.solve_batch(
+                nlp,
+                y[:, part],
+                lower[:, part],
+                upper[:, part],
+                options={"tol": tol, "max_iterations": max_iterations, "time_limit": left},
+                scaling=factors,
+                on_iteration=line.of(nlp),
+                device=device,
+                stop=stop,
+            )
     line.close()
     derivatives = sum(o.callback_seconds for o in outcomes)
     seconds = {"setup": setup, "derivatives": derivatives, "solver": time.process_time() - clock - derivatives}
@@ -293,8 +301,31 @@ def solve_batch(
     )
 
 
+def _with_integrals(nlp: NLP, y: np.ndarray) -> int:
+    """Write integrals into the first iterates (variables, problems); the number of the first one that is finite."""
+    sound, failure = None, None
+    for number in range(y.shape[1]):
+        first = y[:, number].copy()
+        try:
+            require_finite(nlp, first)
+        except NonFiniteError as error:
+            failure = failure or error
+            continue
+        set_integrals(nlp, first)
+        y[:, number] = first
+        sound = number if sound is None else sound
+    if sound is None:
+        assert failure is not None
+        raise failure
+    return sound
+
+
 def _values(problem: Problem, parameters: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Values of parameters (entries, problems) and their places among all parameters."""
+    if not isinstance(parameters, dict):
+        raise ArgumentError(
+            f"parameters must be a dict of values by the names of parameters, got {type(parameters).__name__}"
+        )
     if not parameters:
         raise ArgumentError("solve_batch needs values of at least one parameter, got none")
     layout = problem.parameters
@@ -302,7 +333,11 @@ def _values(problem: Problem, parameters: dict[str, Any]) -> tuple[np.ndarray, n
     for name, given in parameters.items():
         part = layout.part(name)
         size = part.stop - part.start
-        array = np.asarray(given.detach().cpu() if isinstance(given, torch.Tensor) else given, float)
+        try:
+            array = np.asarray(given.detach().cpu() if isinstance(given, torch.Tensor) else given)
+            array = array.astype(float, casting="same_kind" if array.dtype.kind == "c" else "unsafe")
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(f"values of {name!r} must be real numbers (problems, {size}): {error}") from error
         array = array[:, None] if array.ndim == 1 and size == 1 else array
         if array.ndim != 2 or array.shape[1] != size or not len(array):
             raise ShapeError(f"values of {name!r} must have shape (problems, {size}), got {array.shape}")
