@@ -282,7 +282,15 @@ class TestSolver:
         ocp.minimize(running=lambda x, u, t, p: (u.a + u.b).square())
         sol = ocp.solve(mesh=(3, 4), solver="banded")
         assert sol.status is Status.SOLVED and sol.objective == pytest.approx(12.0, abs=1e-6)
-        np.testing.assert_allclose(sol.u.b, 2.0, atol=1e-7)
+        np.testing.assert_allclose(sol.u.b, 2.0, atol=1e-14)
+
+    def test_large_fixed_control_keeps_its_value(self):
+        ocp = double_integrator()
+        ocp.phases["move"].controls.add("b", (1, 1e4, 1e4))
+        ocp.phases["move"].dynamics = lambda x, u, t, p: {"x": x.v, "v": u.a + u.b}
+        ocp.minimize(running=lambda x, u, t, p: u.a.square())
+        sol = ocp.solve(mesh=(3, 4), solver="banded")
+        assert sol.status is Status.SOLVED and sol.objective == pytest.approx(1e8 + 12.0, abs=1e-3)
 
     def test_refinement(self):
         sol = CASES["cart_pole"]().problem.solve(accuracy=1e-5, solver="banded")
@@ -299,6 +307,19 @@ class TestSolver:
         ocp.phases["move"].path["slow"] = (lambda x, u, t, p: x.v, -0.5, 0.5)
         sol = ocp.solve(mesh=(4, 3), solver="banded", max_iterations=300)
         assert sol.status in (Status.INFEASIBLE, Status.RESTORATION_FAILED)
+
+    def test_contradiction_of_ends(self):
+        # The least-squares step is zero at once: no progress, and not a limit of iterations.
+        ocp = double_integrator()
+        ocp.boundary["again"] = (lambda e: e.move.xf.x, 2.0, 2.0)  # is 1 already
+        sol = ocp.solve(mesh=(4, 3), solver="banded", max_iterations=50)
+        assert sol.status is Status.INFEASIBLE and sol.iterations < 10
+
+    def test_bounds_hold_in_the_units_of_the_problem(self):
+        ocp = double_integrator()
+        ocp.phases["move"].path["speed"] = (lambda x, u, t, p: 1e8 * x.v, None, 1.2e8)
+        sol = ocp.solve(mesh=(5, 3), solver="banded")
+        assert sol.status is Status.SOLVED and 1e8 * sol.x.v[:-1].max() <= 1.2e8 + 1e-4
 
     def test_unbounded(self):
         ocp = double_integrator()
@@ -375,3 +396,54 @@ class TestBatches:
     def test_bad_input(self, parameters, error, message):
         with pytest.raises(error, match=message):
             jp.control.solve_batch(cart(), parameters, mesh=(3, 2))
+
+    def test_values_that_are_no_numbers(self):
+        for values in (["a"], [[1.0, 2.0], [3.0]], [1 + 1j]):
+            with pytest.raises(jp.errors.ArgumentError, match="values of 'distance' must be real numbers"):
+                jp.control.solve_batch(cart(), {"distance": values}, mesh=(3, 2))
+        with pytest.raises(jp.errors.ArgumentError, match="must be a dict"):
+            jp.control.solve_batch(cart(), [1.0], mesh=(3, 2))  # type: ignore[arg-type]
+        with pytest.raises(jp.errors.ArgumentError, match="whole number"):
+            jp.control.solve_batch(cart(), {"distance": [1.0]}, mesh=(3, 2), chunk=1.5)  # type: ignore[arg-type]
+
+    def test_members_that_fail_together_leave_the_others(self):
+        ocp = double_integrator()
+        ocp.parameter("most", 1, 0.0, 3.0)
+        ocp.phases["move"].path["speed"] = (lambda x, u, t, p: x.v - p.most, None, 0.0)
+        most = [0.5, 1.2, 1.4, 2.0, 0.9, 1.0]
+        batch = jp.control.solve_batch(ocp, {"most": most}, mesh=(6, 3), max_iterations=300)
+        assert batch.success.tolist() == [False, True, True, True, False, False]
+        for number in (1, 2, 3):
+            alone = jp.control.solve_batch(ocp, {"most": [most[number]]}, mesh=(6, 3))
+            assert batch.objective[number] == pytest.approx(alone.objective[0], rel=1e-9)
+
+    @pytest.mark.parametrize("strength", [[-1.0, 1.0, 4.0], [1.0, -1.0, 4.0]])
+    def test_a_member_that_is_not_a_number_spoils_no_other(self, strength):
+        ocp = double_integrator()
+        ocp.parameter("strength", 1, guess=-1.0)  # itself outside the domain, but not used
+        ph = ocp.phases["move"]
+        ph.dynamics = lambda x, u, t, p: {"x": x.v, "v": u.a * p.strength.sqrt()}
+        ph.path["power"] = (lambda x, u, t, p: u.a * p.strength.log(), -1e3, 1e3)
+        batch = jp.control.solve_batch(ocp, {"strength": strength}, mesh=(3, 4))
+        for value, status, objective in zip(strength, batch.status, batch.objective, strict=True):
+            assert status is (Status.SOLVED if value > 0 else Status.NOT_A_NUMBER)
+            assert value < 0 or objective == pytest.approx(12.0 / value, rel=1e-6)
+        with pytest.raises(jp.errors.NonFiniteError, match="rate of v"):
+            jp.control.solve_batch(ocp, {"strength": [-1.0, -2.0]}, mesh=(3, 4))
+
+    def test_a_coarse_mesh_is_warned_of(self):
+        ocp = double_integrator()
+        ocp.parameter("wave", 1, 0.0, 60.0)
+        ocp.phases["move"].dynamics = lambda x, u, t, p: {"x": x.v, "v": u.a - p.wave * (20 * x.x).sin()}
+        with pytest.warns(jp.errors.CoarseMeshWarning, match="1 of 2 solutions .* those of problem 1"):
+            jp.control.solve_batch(ocp, {"wave": [0.0, 50.0]}, mesh=(2, 2))
+
+    def test_ctrl_c_ends_all_chunks(self, monkeypatch):
+        from jetplane.control import solving
+
+        def interrupting(self, nlp):
+            return lambda it: os.kill(os.getpid(), signal.SIGINT) if it.number == 2 else None
+
+        monkeypatch.setattr(solving._Line, "of", interrupting)
+        batch = jp.control.solve_batch(cart(), {"distance": [1.0, 2.0, 3.0]}, mesh=(6, 2), chunk=1)
+        assert batch.status == [Status.STOPPED] * 3 and batch.iterations.tolist() == [2, 0, 0]

@@ -663,9 +663,10 @@ class _InteriorPoint:
         slope = torch.cat([self.kkt.transposed_times(jacobian, c).masked_fill(s.fixed, 0.0), -c[self.slack]])
         below, above = self._distances(s, s.w)
         room = torch.where(slope > 0, below, above).clamp_max(1.0)
-        # In proportion to what the terms of a component are without cancellation.
-        sizes = self.kkt.transposed_times(jacobian.abs(), c.abs()).amax(0)
-        return (slope.abs() * room).amax(0) <= STATIONARY * sizes.clamp_min(EPSILON)
+        # Each component in proportion to its terms, so that none with large ones hides others.
+        sizes = torch.cat([self.kkt.transposed_times(jacobian.abs(), c.abs()), c[self.slack].abs()])
+        sizes = torch.maximum(sizes, STATIONARY * sizes.amax(0))
+        return (slope.abs() * room <= STATIONARY * sizes).all(0)
 
     def _give_up(self, s: _State, which: Tensor, status: Status) -> None:
         if bool(which.any()):

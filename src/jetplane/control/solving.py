@@ -161,6 +161,20 @@ def _warn_of_coarse_mesh(solution: Solution) -> None:
         )
 
 
+def _warn_of_coarse_meshes(batch: Batch) -> None:
+    solved = np.flatnonzero(batch.success)
+    error = np.array([max(float(ph.error.max()) for ph in batch[k].phases.values()) for k in solved])
+    if (error > COARSE).any():
+        worst = int(error.argmax())
+        warnings.warn(
+            f"the states of {int((error > COARSE).sum())} of {len(solved)} solutions are off by more than {COARSE:.0%} of "
+            f"their size, those of problem {solved[worst]} by {error[worst]:.2g}: the mesh is too coarse, and optima may "
+            f"be false; use more intervals",
+            CoarseMeshWarning,
+            stacklevel=3,  # at the line that calls solve_batch
+        )
+
+
 @dataclass
 class Batch:
     """Solutions of one problem for many values of its parameters; ``batch[i]`` is a `Solution`.
@@ -231,6 +245,9 @@ def solve_batch(
     Returns:
         a `Batch`, also where problems have failed: see its `status`.
 
+    Warns:
+        CoarseMeshWarning: as for `solve`, once, with the number of such solutions.
+
     Raises:
         ArgumentError: no parameters, unknown ones, values outside of their bounds.
         ShapeError: values of a wrong shape.
@@ -290,7 +307,7 @@ def solve_batch(
     line.close()
     derivatives = sum(o.callback_seconds for o in outcomes)
     seconds = {"setup": setup, "derivatives": derivatives, "solver": time.process_time() - clock - derivatives}
-    return Batch(
+    batch = Batch(
         problem,
         [o.status for o in outcomes],
         np.array([o.objective for o in outcomes]),
@@ -299,6 +316,8 @@ def solve_batch(
         nlp,
         outcomes,
     )
+    _warn_of_coarse_meshes(batch)
+    return batch
 
 
 def _with_integrals(nlp: NLP, y: np.ndarray) -> int:
