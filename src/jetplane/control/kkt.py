@@ -246,7 +246,7 @@ class KKT:
         movable[self.still] = False
         if bool((movable & self.fixed).any()):
             column = int((movable & self.fixed).any(1).nonzero()[0])
-            raise ArgumentError(f"{nlp.variable_name(column)} is fixed; only ends, times, parameters and controls can be")
+            raise ArgumentError(f"{nlp.variable_name(column)} is fixed; only ends, times, parameters, controls can be")
 
     def _index(self, a) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(a, np.int64)).to(self.device)

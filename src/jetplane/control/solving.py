@@ -162,14 +162,14 @@ def _warn_of_coarse_mesh(solution: Solution) -> None:
 
 
 def _warn_of_coarse_meshes(batch: Batch) -> None:
-    solved = np.flatnonzero(batch.success)
+    solved = np.flatnonzero(batch.success).tolist()
     error = np.array([max(float(ph.error.max()) for ph in batch[k].phases.values()) for k in solved])
     if (error > COARSE).any():
         worst = int(error.argmax())
         warnings.warn(
-            f"the states of {int((error > COARSE).sum())} of {len(solved)} solutions are off by more than {COARSE:.0%} of "
-            f"their size, those of problem {solved[worst]} by {error[worst]:.2g}: the mesh is too coarse, and optima may "
-            f"be false; use more intervals",
+            f"the states of {int((error > COARSE).sum())} of {len(solved)} solutions are off by more than {COARSE:.0%} "
+            f"of their size, those of problem {solved[worst]} by {error[worst]:.2g}: the mesh is too coarse, and optima "
+            f"may be false; use more intervals",
             CoarseMeshWarning,
             stacklevel=3,  # at the line that calls solve_batch
         )
