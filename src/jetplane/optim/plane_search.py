@@ -287,7 +287,7 @@ class PlaneSearch(PlaneOptimizer):
             warn_user(
                 "the closure has no loss function that is known and curved, which Gauss-Newton curvature needs: its "
                 "exact curvature is taken, at a higher cost. If the loss is a function of the model's outputs, mark it "
-                "with @jetplane.loss, or take one of torch.nn.functional (for absolute values or margins a smooth one); "
+                "with @jetplane.loss, or take one of torch.nn.functional (smooth, not l1 or margins); "
                 'subspace=jetplane.sources.Subspace(curvature="hessian") says that exact curvature is meant',
                 JetplaneWarning,
             )
