@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import sys
 import tempfile
@@ -283,7 +284,8 @@ def main() -> None:
                 args.out.write_text(text)
             if args.json:
                 cells = [{"model": r.model, "k": r.k, "ways": r.cells} for r in rows]
-                args.json.write_text(json.dumps({"machine": title, "rows": cells}, indent=1))
+                command = shlex.join(["python", "-m", "benchmarks.plane", *sys.argv[1:]])
+                args.json.write_text(json.dumps({"command": command, "machine": title, "rows": cells}, indent=1))
     print(text)
 
 

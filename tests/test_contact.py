@@ -244,7 +244,8 @@ def test_what_is_cut_off_does_not_move(name, how):
         warnings.simplefilter("always")
         for _ in range(16 if name == "LocalHeads" else 2):
             opt.step(lambda: F.cross_entropy(net(A), B))
-    assert [w.filename for w in said] == ([__file__] if how == "detach" else [])
+    # Local heads say which layers have none, too.
+    assert [w.filename for w in said] == ([__file__] if how == "detach" or name == "LocalHeads" else [])
     assert how == "no_grad" or "parameter 0 of shape (8, 4), parameter 1 of shape (8,)" in str(said[0].message)
     moved = {n for n, p in net.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {n for n in before if not n.startswith("first")}
@@ -379,3 +380,17 @@ def test_progress_is_printed_where_there_is_no_terminal(capsys, monkeypatch):
         task = progress.add_task("a run", total=None, loss="")
         progress.update(task, completed=1, total=4, loss="0.5000")
     assert "a run: 25 %, loss 0.5000" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:l1_loss has no curvature")
+def test_a_loss_without_curvature_takes_the_exact_one():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
+    x = torch.randn(64, 4)
+    y = x[:, :1] - x[:, 1:2]
+    opt = jp.optim.PlaneSearch(model.parameters(), model)
+    with pytest.warns(jp.JetplaneWarning, match="no loss function that is known and curved"):
+        first = opt.step(lambda: F.l1_loss(model(x), y))
+    for _ in range(30):
+        last = opt.step(lambda: F.l1_loss(model(x), y))
+    assert last < 0.6 * first

@@ -108,6 +108,10 @@ class TestGaussNewton:
             lambda o, y, t: F.cross_entropy(o, y, weight=torch.linspace(0.5, 2, 5).double(), ignore_index=2),
             lambda o, y, t: F.cross_entropy(o, y, reduction="none").square().sum(),
             lambda o, y, t: nn.CrossEntropyLoss(reduction="sum")(o, y),
+            lambda o, y, t: F.nll_loss(F.log_softmax(o, 1), y, torch.linspace(0.5, 2, 5).double(), ignore_index=2),
+            lambda o, y, t: nn.NLLLoss(reduction="none")(nn.LogSoftmax(-1)(o), y).sum(),
+            lambda o, y, t: F.nll_loss(input=torch.log_softmax(o, dim=1), target=y),
+            lambda o, y, t: F.kl_div(o.log_softmax(0), t.softmax(0), reduction="batchmean"),
             lambda o, y, t: F.mse_loss(o, t),
             lambda o, y, t: F.smooth_l1_loss(o, t, beta=0.7),
             lambda o, y, t: F.huber_loss(o, t),
@@ -158,6 +162,16 @@ class TestGaussNewton:
         with pytest.raises(jp.LossError, match=r"jetplane\.loss"):
             jp.evaluate(fourth, case.params, case.tangents(2), curvature="ggn")
         jp.evaluate(jp.loss()(lambda: fourth()), case.params, case.tangents(2), curvature="ggn")
+
+    def test_what_is_written_to_is_no_log_softmax(self):
+        case = build("mlp tanh")
+        x, y = torch.randn(2, 6).double(), torch.tensor([1, 3])
+        with pytest.warns(jp.JetplaneWarning, match="no curvature"):
+            plane = jp.evaluate(
+                lambda: F.nll_loss(F.log_softmax(case.module(x), 1).mul_(2), y),
+                case.params, case.tangents(2), curvature="ggn",
+            )  # fmt: skip
+        assert not plane.curvature.any()
 
     def test_a_flat_loss_is_announced(self):
         case = build("mlp tanh")

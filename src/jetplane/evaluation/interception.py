@@ -46,6 +46,7 @@ from ..rules import examples, grad_mode, higher_order, quantized, rounding, spar
 from ..rules.dispatch import inside_loss
 from ..rules.dispatch import loss as mark_loss
 from ..rules.functions import intercept_functions, refuse_captured
+from ..rules.logits import of_logits
 from ..rules.losses import linear_cross_entropy
 from . import compilers, constructors, gradient_hooks, inner, leaving, sharded, threads
 from .context import at_depth
@@ -85,8 +86,8 @@ def _warn_if_flat(func: Any, result: Any, space: Space) -> Any:
     _, first, second = parts(result, space)
     if first and not second:
         hint = {
-            "nll_loss": "; cross_entropy of the logits has one",
-            "kl_div": "; mark log_softmax and kl_div",
+            "nll_loss": "; it has one of logits, whose log_softmax comes just before, along the axis of classes",
+            "kl_div": "; it has one of logits, whose log_softmax comes just before",
         }
         warnings.warn(
             f"{func.__name__} has no curvature in its input: its part of the Gauss-Newton curvature is zero"
@@ -264,6 +265,7 @@ class Interception(TorchFunctionMode):
     def _called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if self.space.gauss_newton and func in LOSSES:
             with mark_loss():
+                func, args, kwargs = of_logits(func, args, kwargs)
                 return _warn_if_flat(func, func(*args, **kwargs), self.space)
         result = func(*args, **kwargs)
         if self.space.examples and func in LOSSES:

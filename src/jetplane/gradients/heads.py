@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, final
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .._torch import DisableTorchFunction, no_dispatch, transform_level, tree_leaves
-from ..errors import ArgumentError, JetplaneWarning, LossError
+from ..errors import ArgumentError, JetplaneWarning, LossError, warn_user
 from ..evaluation.interception import LOSSES
 from ..evaluation.leaving import HARMLESS, plain_run
 from ..evaluation.side_effects import without_side_effects
@@ -137,10 +136,9 @@ class LocalHeads(Estimator):
         with contextlib.nullcontext() if batch.plane is None else without_side_effects():
             found.run(batch.closure)
         if found.unmet:
-            warnings.warn(
+            warn_user(
                 f"layers are called in another way than in the first step, without a head: {sorted(found.unmet)}",
                 JetplaneWarning,
-                stacklevel=2,
             )
         total = found.total
         gradient = [total[id(p)].to(p.dtype) if id(p) in total else torch.zeros_like(p) for p in batch.params]
@@ -169,11 +167,10 @@ def _say_what_is_left(covered: set[int], params: Sequence[Tensor]) -> None:
             "part for each row of the loss. Take jetplane.gradients.ActivityPerturbation()"
         )
     if left:
-        warnings.warn(
+        warn_user(
             f"{len(left)} of {len(params)} parameters, shapes {left}, belong to no layer with a local head, and have "
             "no estimate of their gradient: they stay",
             JetplaneWarning,
-            stacklevel=2,
         )
 
 

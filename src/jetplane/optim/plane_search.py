@@ -278,16 +278,16 @@ class PlaneSearch(PlaneOptimizer):
         model, moving = self.model, [p for p in params if id(p) not in self._cut_off]
         curvature, told = plan.curvature, None
         if curvature is None:
-            (known,) = self._over_ranks(lambda: [_loss_is_known(closure, moving)], 1, weight)
+            (known,) = self._over_ranks(lambda: [_loss_is_curved(closure, moving)], 1, weight)
             curvature = "hessian" if known < ALL else "ggn"
         if model is not None and estimator is None and plan.sources is None:
             (told,) = self._over_ranks(lambda: [accounted_for(closure, model, moving)], 1, weight)
         settings = self._called_for(curvature, moving, told)
         if plan.curvature is None and settings.curvature == "hessian" != self._settled.curvature:
             warn_user(
-                "the closure has no loss function that is known, which Gauss-Newton curvature needs: its exact "
-                "curvature is taken, at a higher cost. If the loss is a function of the model's outputs, mark it with "
-                "@jetplane.loss, or take one of torch.nn.functional; "
+                "the closure has no loss function that is known and curved, which Gauss-Newton curvature needs: its "
+                "exact curvature is taken, at a higher cost. If the loss is a function of the model's outputs, mark it "
+                "with @jetplane.loss, or take one of torch.nn.functional (smooth, not l1 or margins); "
                 'subspace=jetplane.sources.Subspace(curvature="hessian") says that exact curvature is meant',
                 JetplaneWarning,
             )
@@ -527,14 +527,18 @@ class PlaneSearch(PlaneOptimizer):
         return super()._facts() | {"subspace": ", ".join(self._labels)} | sources | {"remembered": remembered}
 
 
-def _loss_is_known(closure: Closure, params: Sequence[Tensor]) -> bool:
-    """Whether Gauss-Newton curvature finds the loss function of a closure; one run with one direction tells."""
+def _loss_is_curved(closure: Closure, params: Sequence[Tensor]) -> bool:
+    """Whether the loss function of a closure is known, and curved in its input.
+
+    One run with one direction tells: Gauss-Newton curvature of absolute values and margins is zero.
+    """
     with without_side_effects():
         try:
-            evaluate_plane(closure, params, as_directions(params, Directions(1)), PlaneSpec(1, "ggn"))
+            plane = evaluate_plane(closure, params, as_directions(params, Directions(1)), PlaneSpec(1, "ggn"))
         except UnknownLossError:
             return False
-    return True
+    assert plane.curvature is not None
+    return bool(plane.curvature.any()) or not bool(plane.slope.any())
 
 
 def _proposed(plane: PlaneModel, descent: Spectral, squared_norms: Tensor) -> Proposal:

@@ -49,7 +49,7 @@ from ..jets import (
     whole,
     write,
 )
-from . import examples, fallback, grad_mode, rounding, sparse, squares
+from . import examples, fallback, grad_mode, logits, rounding, sparse, squares
 from .registry import ALIASING, RANDOM, RULES
 
 P = ParamSpec("P")
@@ -88,6 +88,7 @@ def _on_keys(func: Any, space: Space, args: Any, kwargs: dict[str, Any], origina
         squared = space.kind == MODEL if space.gauss_newton else space.examples
         if squared and space.keys:  # compilers would lose what is remembered
             result = squares.follow(func, space, args, kwargs, result)
+            logits.follow(func, space, args, result)
     finally:
         space.order, space.kind = before
     if space.examples:

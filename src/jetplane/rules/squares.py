@@ -100,7 +100,8 @@ def _total(space: Space, squares: Squares, total: Jet) -> Jet:
         d1 = d2 * precise(p)
         if not space.gauss_newton:
             return examples.keep(space, total, x1, d1)
-        slope, curvature = (c.reshaped(value.shape) for c in (x1.total(d1), outer(x1 * d2, x1).total()))
+        totals = x1.total(d1), outer(x1 * d2, x1).total()
+        slope, curvature = (c.moved(lambda t: t.reshape(len(t), *value.shape)) for c in totals)
         return examples.keep(space, make(value, slope, curvature, space), x1, d1)
     finally:
         space.order, space.kind = before
