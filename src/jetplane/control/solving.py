@@ -168,7 +168,7 @@ def _warn_of_coarse_meshes(batch: Batch) -> None:
         worst = int(error.argmax())
         warnings.warn(
             f"the states of {int((error > COARSE).sum())} of {len(solved)} solutions are off by more than {COARSE:.0%} "
-            f"of their size, those of problem {solved[worst]} by {error[worst]:.2g}: the mesh is too coarse, and optima "
+            f"of their size, those of problem {solved[worst]} by {error[worst]:.2g}: the mesh is too coarse, optima "
             f"may be false; use more intervals",
             CoarseMeshWarning,
             stacklevel=3,  # at the line that calls solve_batch
