@@ -315,6 +315,18 @@ class TestSolver:
         sol = ocp.solve(mesh=(4, 3), solver="banded", max_iterations=50)
         assert sol.status is Status.INFEASIBLE and sol.iterations < 10
 
+    def test_complementarity_holds_in_the_units_of_the_cost(self):
+        ocp = double_integrator()
+        ocp.phases["move"].path["speed"] = (lambda x, u, t, p: x.v, None, 1.3)
+        ocp.minimize(running=lambda x, u, t, p: 1e6 * u.a.square() + 1e8 * x.x)  # slopes of 1e8 at the guess
+        sol = ocp.solve(mesh=(5, 3), solver="banded")
+        nlp, out = ocp.nlp((5, 3)), sol.outcome
+        rows = nlp.places["move"].path
+        assert sol.status is Status.SOLVED and out.multipliers is not None
+        distance = nlp.constraint_upper[rows] - nlp.constraints(out.y)[rows]
+        # The relaxation of bounds comes on top, 1e-8 of them.
+        assert (np.abs(distance + 1.3e-8) * out.multipliers[rows]).max() <= 1.1e-4
+
     def test_bounds_hold_in_the_units_of_the_problem(self):
         ocp = double_integrator()
         ocp.phases["move"].path["speed"] = (lambda x, u, t, p: 1e8 * x.v, None, 1.2e8)

@@ -43,6 +43,7 @@ EQUALITY = 1e-8  # D of equality constraints of the path, which iterative refine
 REFINEMENTS, RESIDUAL = 6, 1e-10
 RESTORATIONS = 100
 VIOLATION = 1e-4  # of constraints and bounds, in the units of the problem, at most
+COMPLEMENTARITY = 1e-4  # products of distances and multipliers, in the units of the cost, at most
 STATIONARY = 1e-6  # gradient of the infeasibility below which nothing near is less infeasible
 EPSILON = float(np.finfo(float).eps)
 
@@ -353,7 +354,8 @@ class _InteriorPoint:
         if not again:
             nearly = (total <= ACCEPTABLE) & (violation <= 1e-2) & outside
             s.acceptable = torch.where(nearly, s.acceptable + 1, 0.0)
-        solved = (total <= self.tol) & (violation <= VIOLATION) & (unscaled <= 1) & outside
+        gap = torch.maximum(products[0].amax(0), products[1].amax(0)) / self.factor
+        solved = (total <= self.tol) & (violation <= VIOLATION) & (unscaled <= 1) & (gap <= COMPLEMENTARITY) & outside
         ended: dict[Status, Tensor] = {Status.SOLVED: solved}
         ended[Status.ACCEPTABLE] = (s.acceptable >= ACCEPTABLE_ITERATIONS) & ~solved
         running = ~solved & ~ended[Status.ACCEPTABLE]
@@ -380,7 +382,7 @@ class _InteriorPoint:
             self.nlp = self.program.batch(len(keep))
             return self._iterate(s, again=True)
         # The barrier parameter
-        least = self.tol / (KAPPA_EPSILON + 1)
+        least = min(self.tol, COMPLEMENTARITY * self.factor) / (KAPPA_EPSILON + 1)
         while True:
             lower = outside & (error(s.mu) <= KAPPA_EPSILON * s.mu) & (s.mu > least)
             if not bool(lower.any()):
