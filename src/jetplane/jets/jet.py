@@ -112,7 +112,7 @@ class Jet(torch.Tensor):
         examples: each example's part of the slope; of losses that are not added up yet, integers: see
             `jetplane.rules.examples`.
         squares: what it is the square of, and its version then: see `jetplane.rules.squares`.
-        logits: what it is the ``log_softmax`` of: see `jetplane.rules.logits`.
+        softmax_of: what it is the ``log_softmax`` of: see `jetplane.rules.logits`.
     """
 
     primal: Tensor
@@ -125,7 +125,7 @@ class Jet(torch.Tensor):
     kind: int
     examples: Tensor | None
     squares: Any
-    logits: Any
+    softmax_of: Any
     origin: Tensor | None
     is_argument: bool
 
@@ -177,7 +177,7 @@ class Jet(torch.Tensor):
         self.is_argument = False
         self.kind = space.kind if kind is None else kind
         self.examples = None
-        self.squares = self.logits = None
+        self.squares = self.softmax_of = None
         made = space.made
         if made is not None:
             made.append(ref(self))

@@ -39,7 +39,7 @@ def follow(func: Any, space: Space, args: Sequence[Any], result: Any) -> None:
     """Let the result of ``log_softmax`` remember its logits."""
     if func in _LOG_SOFTMAX and len(args) > 1 and is_jet(args[0], space) and result.dtype == args[0].dtype:
         x = args[0]
-        result.logits = Logits(x, args[1] % max(x.dim(), 1), (result.root().version, x.root().version))
+        result.softmax_of = Logits(x, args[1] % max(x.dim(), 1), (result.root().version, x.root().version))
 
 
 def of_logits(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -47,7 +47,7 @@ def of_logits(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, A
     y = args[0] if args else kwargs.get("input")
     if func not in (F.nll_loss, F.kl_div) or not isinstance(y, Jet):
         return func, args, kwargs
-    known = y.logits
+    known = y.softmax_of
     if known is None or known.versions != (y.root().version, known.x.root().version):
         return func, args, kwargs
     if func is F.kl_div:
