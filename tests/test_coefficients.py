@@ -178,9 +178,9 @@ def test_shapes_change(rows):
     s = space()
     c = of(s, rows, (2, 3))
     whole = dense(c, (2, 3))
-    same(c.reshaped((3, 2)), whole.reshape(K, 3, 2), (3, 2))
+    same(c.moved(lambda t: t.reshape(-1, 3, 2)), whole.reshape(K, 3, 2), (3, 2))
     turned = c.map(lambda t: t.mT)
-    same(turned.reshaped((6,)), whole.mT.reshape(K, 6), (6,))
+    same(turned.moved(lambda t: t.reshape(-1, 6)), whole.mT.reshape(K, 6), (6,))
     same(c.expanded((5, 2, 3)), whole[:, None].expand(K, 5, 2, 3), (5, 2, 3))
     assert c.expanded((2, 3)) is c
     same(c.lifted(3), whole[:, None], (1, 2, 3))

@@ -132,7 +132,8 @@ class TestTrajectory:
     def test_unequal_shards_of_data(self, two, name, dtype, close):
         results = two.run(data_parallel, name, dtype, 7)
         self.check(results, name, dtype, close)
-        assert {sent for _, _, sent in results} == {8 * (21 + SENT[name])}
+        # A mean of 50 steps, the first of which agrees on what is cut off: six numbers.
+        assert {sent for _, _, sent in results} == {8 * (21 + SENT[name] + 6 / 50)}
 
     @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_shares_of_the_directions(self, two, name):

@@ -363,7 +363,7 @@ class TestTraining:
         task = prepared(folder, "bert").task
         model = task.prepared(Settings("last-blocks"), 0)
         step = methods.METHODS["plane-search"].build(model, 1.0, 0, 16)
-        for batch, _ in zip(task.batches(16, 0), range(20), strict=False):
+        for batch, _ in zip(task.batches(16, 0), range(48), strict=False):
             step(batch)
         assert accuracy(model, task, task.places("test")) > 0.75  # of two classes that are as frequent
 

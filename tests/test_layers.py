@@ -336,11 +336,11 @@ def test_what_remains_after_a_layer_counts_products_outside_of_layers():
     assert traces["last"].remaining == 0
 
 
-def test_jets_of_a_loss_that_differentiates_the_model_itself_are_not_counted():
+def test_layers_that_a_loss_differentiates_itself_are_left_out():
     net, x = nn.Linear(3, 2), torch.randn(4, 3)
     loss = lambda: jp.jet(net, x, torch.ones(1, 4, 3))[1].square().sum() + net(x).sum()  # noqa: E731
     traces, total = trace(loss, {"layer": net}, list(net.parameters()))
-    assert traces["layer"].calls == 1 and traces["layer"].flops == 2 * 4 * 3 * 2 <= total
+    assert not traces and total >= 2 * 4 * 3 * 2
 
 
 def test_weights_of_grouped_convolutions_are_perturbed_where_they_are_fewer():

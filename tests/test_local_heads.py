@@ -789,7 +789,7 @@ def test_a_loss_that_is_not_finite_raises_and_is_not_learned_from():
     opt = optimizer(net)
     steps(net, opt, 2)
     learned = copy.deepcopy(opt.state["jetplane"]["gradient"])
-    with pytest.raises(jp.NonFiniteError, match="where the gradient is estimated"):
+    with pytest.raises(jp.NonFiniteError, match="not finite"):
         opt.step(lambda: F.cross_entropy(net(X * torch.inf), Y))
     torch.testing.assert_close(opt.state["jetplane"]["gradient"], learned)
 
