@@ -306,7 +306,8 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     file, machines, results, held = args.out.with_suffix(".json"), [], {}, {}
     if file.exists():
-        machines, results = load([file])
+        joined, results = load([file])
+        machines = list(dict.fromkeys(line for text in joined for line in text.split("; ")))
         held = {k: v for k, v in json.loads(file.read_text()).items() if k not in ("machine", "results")}
 
     def write() -> None:
@@ -324,7 +325,7 @@ def main() -> None:
             json.dumps(content, indent=None, separators=(",", ":")).replace('{"method"', '\n{"method"') + "\n"
         )
         args.out.with_suffix(".md").write_text(page(held, sorted_results))
-        draw(sorted_results, args.out.with_suffix(".png"), held["machine"])
+        draw(sorted_results, args.out.with_suffix(".png"), machines[-1])
 
     if args.page:
         write()
