@@ -85,7 +85,8 @@ def _on_keys(func: Any, space: Space, args: Any, kwargs: dict[str, Any], origina
             if space.entrance is not None:
                 args, kwargs = space.entrance.admit(func, space, args, kwargs)
         result = _dispatch(func, space, args, kwargs, original)
-        if space.gauss_newton and space.kind == MODEL and space.keys:  # compilers would lose what is remembered
+        squared = space.kind == MODEL if space.gauss_newton else space.examples and space.order == 1
+        if squared and space.keys:  # compilers would lose what is remembered
             result = squares.follow(func, space, args, kwargs, result)
             logits.follow(func, space, args, result)
     finally:

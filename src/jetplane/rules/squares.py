@@ -6,8 +6,9 @@
 that do not depend on parameters and through sums over some axes; the sum over all elements has the curvature above.
 Models take such sums too, as in a norm. So this is a kind of its own (`jetplane.jets.SQUARES`): where the sum meets
 data or an output of the model, or enters a loss function, its second coefficients are dropped, and it is a part of the
-model like any other. Without Gauss-Newton curvature, penalties and functions without noise are not told from losses of
-examples, so squares are not followed.
+model like any other. Where slopes alone are taken, as by estimators of the gradient, the sum knows its examples' parts.
+Beside exact curvature squares are not followed: penalties and functions without noise would be taken for losses of
+examples.
 """
 
 from __future__ import annotations
@@ -99,6 +100,8 @@ def _total(space: Space, squares: Squares, total: Jet) -> Jet:
         (p, x1, _), value = parts(x, space), total.primal
         d2 = (2 * squares.weight * torch.ones_like(precise(p))).expand(p.shape)
         d1 = d2 * precise(p)
+        if not space.gauss_newton:
+            return examples.keep(space, total, x1, d1)
         totals = x1.total(d1), outer(x1 * d2, x1).total()
         slope, curvature = (c.moved(lambda t: t.reshape(len(t), *value.shape)) for c in totals)
         return examples.keep(space, make(value, slope, curvature, space), x1, d1)
