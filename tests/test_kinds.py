@@ -1093,7 +1093,7 @@ STRUCTURES = [
 class TestPairStructures:
     """Every structure of pairs, along all directions or a part of them."""
 
-    W = double(5)
+    W = torch.randn(5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ROWS = {"all": None, "some": (1, 3), "one": (2,), "none": ()}
 
     def coefficients(self, f, structure, rows, order=2, bent=False) -> list[Tensor]:
