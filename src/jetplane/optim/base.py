@@ -145,7 +145,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
             if all(not (p.dtype.is_floating_point or p.dtype.is_complex) for p in group["params"]):
                 raise DTypeError(f"none of a group's parameters can move: their dtypes are {_dtypes(group['params'])}")
             self._check_moving([p for p, _, _ in self._moving()])
-        except Exception:
+        except Exception:  # whatever is wrong with the group: it is not kept
             self.param_groups.pop()
             raise
 
