@@ -9,6 +9,12 @@ def _reproducible():
     torch.set_default_dtype(torch.float32)
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """What a module or class draws where it is imported does not depend on what was imported before it."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     config.addinivalue_line("markers", "long: larger draws, left out unless asked for by -m long")
