@@ -29,8 +29,8 @@ from .coefficients import Layout
 from .memory import MARK, Arena
 from .process import described
 from .program import WORDS, Code, Program, Report, Unknown
+from .registers import INTEGERS
 from .signature import KINDS, Signature, signature
-from .translate import INTEGERS
 
 CHUNK, PAIRED = 16, 8  # directions that are carried at once, for first and for second derivatives
 CHECKS = ("first", "always", "never")

@@ -6,7 +6,8 @@ import re
 from typing import Any
 
 from .decode import Instruction, Register, Vector
-from .translate import Lane, Number, Refused, Translator, flag_of, general
+from .registers import flag_of, general
+from .translator import FILLS, PIECES, Lane, Number, Refused, Translator
 from .vectors import bitwise
 
 _NOTHING = re.compile(r"NOP.*|ENDBR64|PAUSE|[MSL]FENCE|PREFETCH.*|DATA16.*")
@@ -348,13 +349,7 @@ def _divided(t: Translator, i: Instruction) -> bool:
     signed = i.name == "IDIV"
     expected = t.a.op(f"ashr i64 {low}, 63") if signed else "0"
     wide = t.a.op(f"icmp ne i64 {high}, {expected}")
-    bad, on = t.a.label("wide"), t.a.label("narrow")
-    t.a.fork(wide, bad, on, rare=True)
-    t.a.begin(bad)
-    site = t.site("divides an integer of 128 bits")
-    t.a.do(f"call void @jp_leave(i64 2, i64 {site}, i64 0)")
-    t.a.end(f"ret {t.result} zeroinitializer")
-    t.a.begin(on)
+    t.leave_if(wide, "divides an integer of 128 bits")
     s = "s" if signed else "u"
     t.put("rax", Lane(t.a.op(f"{s}div i64 {low}, {y.text}")))
     t.put("rdx", Lane(t.a.op(f"{s}rem i64 {low}, {y.text}")))
@@ -396,8 +391,6 @@ def _string(t: Translator, i: Instruction) -> bool:
     return True
 
 
-PIECES = "copies parts of values that carry derivatives, or to where they are not followed"
-FILLS = "fills memory that is followed in part"
 _BY_HAND = {
     **dict.fromkeys("TZCNT LZCNT BSF BSR".split(), _counted),
     **dict.fromkeys(("DIV", "IDIV"), _divided),

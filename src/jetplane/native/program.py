@@ -14,8 +14,9 @@ from pathlib import Path
 
 from ..errors import NativeCodeError
 from ..llvm import compiler
-from . import decode, library
+from . import decode, library, mathematics, system
 from .coefficients import Layout
+from .lifting import Lifter
 from .memory import (
     END,
     EXIT,
@@ -40,7 +41,7 @@ from .memory import (
 )
 from .process import Maps, described, read
 from .process import Module as Library
-from .translate import DOUBLES, INTEGERS, MASK, PRESERVED, RETURNED, Translator, touched
+from .registers import DOUBLES, INTEGERS, MASK, PRESERVED, RETURNED, touched
 
 WORDS = 16  # integers at the head of what a call is handed
 SAVED = 1 << 24  # bytes of a library's own data up to which they are set back where a run is not finished
@@ -140,9 +141,9 @@ class Program:
         names = {s.name for s in module.symbols if s.start == target} if module else set()
         names |= {n for n in (*self.constants, *self.custom) if library.external(n) == target}
         for name in names & set(self.custom):
-            return library.Rule(name, library.users(name, target, *self.custom[name]))
+            return library.Rule(name, mathematics.users(name, target, *self.custom[name]))
         for name in names & set(self.constants):
-            return library.Rule(name, library.constant(name, target))
+            return library.Rule(name, system.constant(name, target))
         return None
 
     def closed(self, target: int, site: int) -> str | None:
@@ -426,10 +427,10 @@ class Module:
         """The whole module."""
         bodies = []
         for entry in self.program.functions:
-            bodies.append(Translator(self, self.program.functions[entry]).text())
+            bodies.append(Lifter(self, self.program.functions[entry]).text())
         parts = [functions(self.layout, self.size), self._run(), *bodies]
         if self._polygamma:
-            parts.append(library.polygamma())
+            parts.append(mathematics.polygamma())
         parts += [text for text, _ in self.externals.values()]
         parts += [f"@jp_base_{n} = external global i8" for n in range(len(self.libraries))]
         return "\n".join([*parts, METADATA])

@@ -1,85 +1,17 @@
-"""Instructions on vector registers: SSE2 to AVX2 and FMA on doubles, and what compilers put between.
-
-The decoder's P-code is not used for them: it rounds FMA twice and forgets upper halves. One line gives each
-instruction, on lanes of 64 bits. Instructions on single precision and on integers in vector registers are carried
-where nothing active reaches them, and are errors elsewhere.
-"""
+"""Instructions on doubles in vector registers: SSE2 to AVX2 and FMA, and the moves that compilers put between."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 from .coefficients import Jet, number
-from .decode import Immediate, Instruction, Memory, Operand, Register, Vector
-from .translate import Lane, Refused, Translator
+from .decode import Memory, Operand, Register, Vector
+from .instructions import RELATIONS, Table, count, immediate, three
+from .translator import Lane, Refused, Translator
 
 SIGN, REST = 1 << 63, (1 << 63) - 1
-Rule = Callable[[Translator, str, tuple[Operand, ...]], None]
-RULES: dict[str, Rule] = {}
-CARRIED: list[str] = []  # names of instructions on doubles, for the documentation
-
-
-def translate(t: Translator, i: Instruction) -> bool:
-    """One instruction, if it is one of these."""
-    name = i.name
-    operands = i.operands
-    if name in ("VZEROUPPER", "VZEROALL"):
-        for n in range(16):
-            for lane in range(0 if name == "VZEROALL" else 2, 4):
-                t.put(f"x{n}.{lane}", Lane("0"))
-        return True
-    if re.search(r"ZMM|[XY]MM(1[6-9]|[23][0-9])|\bK[0-7]\b", i.body):
-        raise Refused(
-            f"uses AVX-512, which is not carried ({i}); build it for AVX2: -march=x86-64-v3, NUMBA_CPU_NAME=x86-64-v3"
-        )
-    short = name[1:] if name.startswith("V") else name
-    # A double that is read from memory and becomes an integer meets no vector register.
-    if operands is None or not (short in ("CVTTSD2SI", "CVTSD2SI") or any(isinstance(o, Vector) for o in operands)):
-        return False
-    rule = RULES.get(short)
-    if rule is None:
-        short, operands = _comparison(short, operands)
-        rule = RULES.get(short)
-    if rule is None:
-        raise Refused(f"no rule for the instruction {i}")
-    try:
-        rule(t, short, operands)
-    except (AttributeError, IndexError, ValueError, AssertionError) as error:  # operands of a form that is not carried
-        raise Refused(f"no rule for the operands of {i}") from error
-    return True
-
-
-def declare(names: str) -> Callable[[Rule], Rule]:
-    """Enter a rule for instructions of these names (without V)."""
-
-    def entered(rule: Rule) -> Rule:
-        for name in names.split():
-            RULES[name] = rule
-            CARRIED.append(name)
-        return rule
-
-    return entered
-
-
-def _three(t: Translator, ops: tuple[Operand, ...]) -> tuple[Vector, Operand, Operand]:
-    """Destination and two sources: SSE names the first source as the destination."""
-    if t.instruction.name.startswith("V"):
-        to, x, y = ops[:3]
-    else:
-        (to, y), x = ops[:2], ops[0]
-    assert isinstance(to, Vector)
-    return to, x, y
-
-
-def _count(to: Operand) -> int:
-    assert isinstance(to, Vector | Memory)
-    return to.size // 8
-
-
-def _immediate(o: Operand) -> int:
-    assert isinstance(o, Immediate)
-    return o.value & 255
+RULES = Table()
+declare = RULES.declare
 
 
 def of(t: Translator, value: str, jet: Jet = None) -> Lane:
@@ -108,14 +40,14 @@ def arithmetic(t: Translator, op: str, x: Lane, y: Lane) -> Lane:
 
 @declare("ADDPD SUBPD MULPD DIVPD MAXPD MINPD")
 def _packed(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    to, x, y = _three(t, ops)
-    n = _count(to)
+    to, x, y = three(t, ops)
+    n = count(to)
     t.set_lanes(to, [arithmetic(t, name[:3], p, q) for p, q in zip(t.lanes(x, n), t.lanes(y, n), strict=True)])
 
 
 @declare("ADDSD SUBSD MULSD DIVSD MAXSD MINSD")
 def _scalar(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    to, x, y = _three(t, ops)
+    to, x, y = three(t, ops)
     first, second = t.lanes(x, 2)
     t.set_lanes(to, [arithmetic(t, name[:3], first, t.low(y)), second])
 
@@ -128,12 +60,12 @@ def root(t: Translator, x: Lane) -> Lane:
 
 @declare("SQRTPD")
 def _roots(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    t.set_lanes(ops[0], [root(t, x) for x in t.lanes(ops[1], _count(ops[0]))])
+    t.set_lanes(ops[0], [root(t, x) for x in t.lanes(ops[1], count(ops[0]))])
 
 
 @declare("SQRTSD")
 def _root(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    to, x, y = _three(t, ops)
+    to, x, y = three(t, ops)
     upper = t.lanes(x, 2)[1]
     t.set_lanes(to, [root(t, t.low(y)), upper])
 
@@ -146,20 +78,20 @@ def _rounded(t: Translator, x: Lane, mode: int) -> Lane:
 
 @declare("ROUNDSD")
 def _round(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    to, x, y = _three(t, ops[:-1])
+    to, x, y = three(t, ops[:-1])
     upper = t.lanes(x, 2)[1]
-    t.set_lanes(to, [_rounded(t, t.low(y), _immediate(ops[-1])), upper])
+    t.set_lanes(to, [_rounded(t, t.low(y), immediate(ops[-1])), upper])
 
 
 @declare("ROUNDPD")
 def _rounds(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    t.set_lanes(ops[0], [_rounded(t, x, _immediate(ops[2])) for x in t.lanes(ops[1], _count(ops[0]))])
+    t.set_lanes(ops[0], [_rounded(t, x, immediate(ops[2])) for x in t.lanes(ops[1], count(ops[0]))])
 
 
 @declare("HADDPD HSUBPD")
 def _horizontal(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    to, x, y = _three(t, ops)
-    n = _count(to)
+    to, x, y = three(t, ops)
+    n = count(to)
     u, v = t.lanes(x, n), t.lanes(y, n)
     out = []
     for i in range(0, n, 2):
@@ -169,8 +101,8 @@ def _horizontal(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
 
 @declare("ADDSUBPD")
 def _alternating(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    to, x, y = _three(t, ops)
-    pairs = zip(t.lanes(x, _count(to)), t.lanes(y, _count(to)), strict=True)
+    to, x, y = three(t, ops)
+    pairs = zip(t.lanes(x, count(to)), t.lanes(y, count(to)), strict=True)
     t.set_lanes(to, [arithmetic(t, ("SUB", "ADD")[i % 2], p, q) for i, (p, q) in enumerate(pairs)])
 
 
@@ -189,7 +121,7 @@ def fused(t: Translator, x: Lane, y: Lane, z: Lane, negative: bool, minus: bool)
 def _fma(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
     kind, order, width = _FMA.fullmatch(name).groups()  # pyright: ignore[reportOptionalMemberAccess]
     to, second, third = ops
-    n = 1 if width == "SD" else _count(to)
+    n = 1 if width == "SD" else count(to)
     args = [t.lanes(o, n) for o in (to, second, third)]
     x, y, z = (args[int(c) - 1] for c in order)
     out = []
@@ -212,43 +144,30 @@ for _sum in ("MADD", "MSUB", "NMADD", "NMSUB", "MADDSUB", "MSUBADD"):
 
 # --- comparisons -------------------------------------------------------------------------------------------------
 
-_RELATIONS = {
-    "EQ": "oeq", "LT": "olt", "LE": "ole", "UNORD": "uno", "NEQ": "une", "NLT": "uge", "NLE": "ugt", "ORD": "ord",
-    "EQ_UQ": "ueq", "NGE": "ult", "NGT": "ule", "NEQ_OQ": "one", "GE": "oge", "GT": "ogt", "EQ_OQ": "oeq",
-    "LT_OS": "olt", "LE_OS": "ole", "NEQ_UQ": "une", "NLT_US": "uge", "NLE_US": "ugt", "ORD_Q": "ord", "UNORD_Q": "uno",
-    "NGE_US": "ult", "NGT_US": "ule", "GE_OS": "oge", "GT_OS": "ogt", "LT_OQ": "olt", "LE_OQ": "ole", "NLT_UQ": "uge",
-    "NLE_UQ": "ugt", "NGE_UQ": "ult", "NGT_UQ": "ule", "GE_OQ": "oge", "GT_OQ": "ogt",
-}  # fmt: skip
-
-
-def _comparison(name: str, ops: tuple[Operand, ...]) -> tuple[str, tuple[Operand, ...]]:
-    """A comparison's name without its relation, which the decoder puts into it."""
-    found = re.fullmatch(r"CMP(\w+?)(PD|SD)", name)
-    return (f"CMP.{found[2]}", ops) if found and found[1] in _RELATIONS else (name, ops)
-
 
 def _compared(t: Translator, x: Lane, y: Lane) -> Lane:
     name = t.instruction.name.removeprefix("V")
-    relation = _RELATIONS[name[3:-2]]
+    relation = RELATIONS[name[3:-2]]
     c = t.a.op(f"fcmp {relation} double {t.double(x)}, {t.double(y)}")
     return Lane(t.a.op(f"sext i1 {c} to i64"))
 
 
 @declare("CMP.PD")
 def _compare(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    to, x, y = _three(t, ops)
-    n = _count(to)
+    to, x, y = three(t, ops)
+    n = count(to)
     t.set_lanes(to, [_compared(t, p, q) for p, q in zip(t.lanes(x, n), t.lanes(y, n), strict=True)])
 
 
 @declare("CMP.SD")
 def _compare_one(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    to, x, y = _three(t, ops)
+    to, x, y = three(t, ops)
     first, second = t.lanes(x, 2)
     t.set_lanes(to, [_compared(t, first, t.low(y)), second])
 
 
-def _set_flags(t: Translator, kind: str, u: str, v: str) -> None:
+def set_flags(t: Translator, kind: str, u: str, v: str) -> None:
+    """Flags of a comparison of two numbers of a type of LLVM's."""
     for flag, relation in (("zf", "ueq"), ("pf", "uno"), ("cf", "ult")):
         t.set_flag(flag, t.a.op(f"zext i1 {t.a.op(f'fcmp {relation} {kind} {u}, {v}')} to i8"))
     for flag in ("sf", "of", "af"):
@@ -257,14 +176,14 @@ def _set_flags(t: Translator, kind: str, u: str, v: str) -> None:
 
 @declare("UCOMISD COMISD")
 def _flags(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    _set_flags(t, "double", t.double(t.low(ops[0])), t.double(t.low(ops[1])))
+    set_flags(t, "double", t.double(t.low(ops[0])), t.double(t.low(ops[1])))
 
 
 @declare("MOVMSKPD")
 def _signs(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
     total = "0"
     assert isinstance(ops[1], Vector)
-    for i, lane in enumerate(t.lanes(ops[1], _count(ops[1]))):
+    for i, lane in enumerate(t.lanes(ops[1], count(ops[1]))):
         bit = t.a.op(f"lshr i64 {t.bits(lane)}, 63")
         total = t.a.op(f"or i64 {total}, {t.a.op(f'shl i64 {bit}, {i}')}")
     t.set_integer(ops[0], total, 8)
@@ -272,7 +191,7 @@ def _signs(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
 
 @declare("TESTPD PTEST")
 def _test(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    n, mask = _count(ops[0]), SIGN if name == "TESTPD" else (1 << 64) - 1
+    n, mask = count(ops[0]), SIGN if name == "TESTPD" else (1 << 64) - 1
     both = other = "0"
     for x, y in zip(t.lanes(ops[0], n), t.lanes(ops[1], n), strict=True):
         u, v = t.bits(x), t.bits(y)
@@ -302,17 +221,8 @@ def bitwise(t: Translator, op: str, x: Lane, y: Lane) -> Lane:
     # Which one is the mask turns out while it runs. What a mask has blanked out has coefficients of zero.
     first = t.c.active(x.jet)
     both = a.op(f"and i1 {first}, {t.c.active(y.jet)}")
-    _trap_if(t, both, f"takes '{op}' of the bits of two values that carry derivatives")
+    t.trap_if(both, f"takes '{op}' of the bits of two values that carry derivatives")
     return Lane(value, t.c.select(first, masked(t, op, x, t.bits(y)), masked(t, op, y, t.bits(x))))
-
-
-def _trap_if(t: Translator, condition: str, why: str) -> None:
-    bad, on = t.a.label("bad"), t.a.label("good")
-    t.a.fork(condition, bad, on, rare=True)
-    t.a.begin(bad)
-    t.a.do(f"call void @jp_trap(i64 {t.site(why)})")
-    t.a.go(on)
-    t.a.begin(on)
 
 
 def masked(t: Translator, op: str, x: Lane, mask: str) -> Jet:
@@ -353,14 +263,14 @@ def masked(t: Translator, op: str, x: Lane, mask: str) -> Jet:
         fine = a.op(f"or i1 {zero}, {sign}")
     strange = a.op(f"xor i1 {fine}, true")
     bad = a.op(f"and i1 {strange}, {t.c.active(jet)}")
-    _trap_if(t, bad, "changes bits of a value that carries derivatives, by a mask that is not of its sign")
+    t.trap_if(bad, "changes bits of a value that carries derivatives, by a mask that is not of its sign")
     return out
 
 
 @declare("ANDPD ANDPS PAND ORPD ORPS POR XORPD XORPS PXOR ANDNPD ANDNPS PANDN")
 def _bits(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    to, x, y = _three(t, ops)
-    n = _count(to)
+    to, x, y = three(t, ops)
+    n = count(to)
     op = re.sub(r"^P?(AND|OR|XOR|ANDN)(PD|PS)?$", r"\1", name).lower()
     if x == y and op in ("xor", "andn"):
         t.set_lanes(to, [Lane("0") for _ in range(n)])
@@ -382,29 +292,20 @@ def _chosen(t: Translator, condition: str, x: Lane, y: Lane) -> Lane:
 
 @declare("BLENDVPD PBLENDVB")
 def _blended(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    to, x, y = _three(t, ops)
+    to, x, y = three(t, ops)
     mask = ops[-1] if t.instruction.name.startswith("V") else Vector(0, 16)
-    n, out = _count(to), []
+    n, out = count(to), []
     for u, v, m in zip(t.lanes(x, n), t.lanes(y, n), t.lanes(mask, n), strict=True):
         if name == "PBLENDVB":  # by bytes: whole lanes alone
             bits = t.inactive(m)
             whole = t.a.op(f"icmp eq i64 {bits}, -1")
             none = t.a.op(f"icmp eq i64 {bits}, 0")
             odd = t.a.op(f"xor i1 {t.a.op(f'or i1 {whole}, {none}')}, true")
-            _leave_if(t, odd, "blends parts of 64 bits")
+            t.leave_if(odd, "blends parts of 64 bits")
             out.append(_chosen(t, whole, v, u))
         else:
             out.append(_chosen(t, t.a.op(f"icmp slt i64 {t.bits(m)}, 0"), v, u))
     t.set_lanes(to, out)
-
-
-def _leave_if(t: Translator, condition: str, why: str) -> None:
-    bad, on = t.a.label("bad"), t.a.label("good")
-    t.a.fork(condition, bad, on, rare=True)
-    t.a.begin(bad)
-    t.a.do(f"call void @jp_leave(i64 2, i64 {t.site(why)}, i64 0)")
-    t.a.end(f"ret {t.result} zeroinitializer")
-    t.a.begin(on)
 
 
 # --- moves ----------------------------------------------------------------------------------------------------------
@@ -453,7 +354,7 @@ def _move_part(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
     if isinstance(ops[0], Memory):
         t.set_lanes(ops[0], [t.lanes(ops[1], 2)[high]])
         return
-    to, x, y = _three(t, ops)
+    to, x, y = three(t, ops)
     first, second = t.lanes(x, 2)
     new = t.low(y)
     t.set_lanes(to, [first, new] if high else [new, second])
@@ -461,19 +362,19 @@ def _move_part(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
 
 @declare("MOVHLPS MOVLHPS UNPCKLPD UNPCKHPD PUNPCKLQDQ PUNPCKHQDQ")
 def _interleaved(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    to, x, y = _three(t, ops)
+    to, x, y = three(t, ops)
     if name in ("MOVHLPS", "MOVLHPS"):
         u, v = t.lanes(x, 2), t.lanes(y, 2)
         t.set_lanes(to, [v[1], u[1]] if name == "MOVHLPS" else [u[0], v[0]])
         return
-    n, high = _count(to), "H" in name.removeprefix("P")
+    n, high = count(to), "H" in name.removeprefix("P")
     u, v = t.lanes(x, n), t.lanes(y, n)
     t.set_lanes(to, [w[i + high] for i in range(0, n, 2) for w in (u, v)])
 
 
 @declare("MOVDDUP")
 def _doubled(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    n = _count(ops[0])
+    n = count(ops[0])
     if n == 2:
         x = t.low(ops[1])
         t.set_lanes(ops[0], [x, x])
@@ -484,36 +385,36 @@ def _doubled(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
 
 @declare("SHUFPD")
 def _shuffled(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    to, x, y = _three(t, ops[:-1])
-    bits, n = _immediate(ops[-1]), _count(to)
+    to, x, y = three(t, ops[:-1])
+    bits, n = immediate(ops[-1]), count(to)
     u, v = t.lanes(x, n), t.lanes(y, n)
     t.set_lanes(to, [(v if i % 2 else u)[i - i % 2 + (bits >> i & 1)] for i in range(n)])
 
 
 @declare("BLENDPD")
 def _picked(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    to, x, y = _three(t, ops[:-1])
-    bits, n = _immediate(ops[-1]), _count(to)
+    to, x, y = three(t, ops[:-1])
+    bits, n = immediate(ops[-1]), count(to)
     u, v = t.lanes(x, n), t.lanes(y, n)
     t.set_lanes(to, [(v if bits >> i & 1 else u)[i] for i in range(n)])
 
 
 @declare("PERMILPD")
 def _permuted(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    bits, n = _immediate(ops[2]), _count(ops[0])
+    bits, n = immediate(ops[2]), count(ops[0])
     u = t.lanes(ops[1], n)
     t.set_lanes(ops[0], [u[i - i % 2 + (bits >> i & 1)] for i in range(n)])
 
 
 @declare("PERMPD PERMQ")
 def _crossed(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    bits, u = _immediate(ops[2]), t.lanes(ops[1], 4)
+    bits, u = immediate(ops[2]), t.lanes(ops[1], 4)
     t.set_lanes(ops[0], [u[bits >> 2 * i & 3] for i in range(4)])
 
 
 @declare("PERM2F128 PERM2I128")
 def _halves(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    bits, out = _immediate(ops[3]), []
+    bits, out = immediate(ops[3]), []
     u = [*t.lanes(ops[1], 4), *t.lanes(ops[2], 4)]
     for part in (bits & 15, bits >> 4):
         out += [Lane("0"), Lane("0")] if part & 8 else u[2 * (part & 3) : 2 * (part & 3) + 2]
@@ -523,7 +424,7 @@ def _halves(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
 @declare("BROADCASTSD PBROADCASTQ")
 def _broadcast(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
     x = t.low(ops[1])
-    t.set_lanes(ops[0], [x] * _count(ops[0]))
+    t.set_lanes(ops[0], [x] * count(ops[0]))
 
 
 @declare("BROADCASTF128 BROADCASTI128")
@@ -534,37 +435,37 @@ def _broadcast_half(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
 @declare("INSERTF128 INSERTI128")
 def _inserted(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
     u, v = t.lanes(ops[1], 4), t.lanes(ops[2], 2)
-    t.set_lanes(ops[0], [*u[:2], *v] if _immediate(ops[3]) & 1 else [*v, *u[2:]])
+    t.set_lanes(ops[0], [*u[:2], *v] if immediate(ops[3]) & 1 else [*v, *u[2:]])
 
 
 @declare("EXTRACTF128 EXTRACTI128")
 def _extracted(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    at = 2 * (_immediate(ops[2]) & 1)
+    at = 2 * (immediate(ops[2]) & 1)
     t.set_lanes(ops[0], t.lanes(ops[1], 4)[at : at + 2])
 
 
 @declare("PEXTRQ")
 def _extract_word(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    t.set_lanes(ops[0], [t.lanes(ops[1], 2)[_immediate(ops[2]) & 1]])
+    t.set_lanes(ops[0], [t.lanes(ops[1], 2)[immediate(ops[2]) & 1]])
 
 
 @declare("PINSRQ")
 def _insert_word(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    to, x, y = _three(t, ops[:-1])
+    to, x, y = three(t, ops[:-1])
     lanes = t.lanes(x, 2)
-    lanes[_immediate(ops[-1]) & 1] = t.low(y)
+    lanes[immediate(ops[-1]) & 1] = t.low(y)
     t.set_lanes(to, lanes)
 
 
 @declare("PALIGNR PSRLDQ PSLLDQ")
 def _shifted(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    by = _immediate(ops[-1])
+    by = immediate(ops[-1])
     if name == "PALIGNR":
-        to, x, y = _three(t, ops[:-1])
+        to, x, y = three(t, ops[:-1])
     else:
         to, x = ops[0], ops[1] if t.instruction.name.startswith("V") else ops[0]
         y = x
-    n, zero = _count(to), Lane("0")
+    n, zero = count(to), Lane("0")
     if by % 8:
         integers = [Lane(t.inactive(w)) for w in t.lanes(x, n)]
         if name == "PALIGNR" or n != 2:
@@ -588,9 +489,24 @@ def _shifted(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
 
 
 def _by_bytes(t: Translator, lanes: list[Lane], by: int, right: bool) -> list[Lane]:
-    whole = _joined(t, lanes, "i128")
+    whole = joined(t, lanes, "i128")
     moved = t.a.op(f"{'lshr' if right else 'shl'} i128 {whole}, {min(by, 16) * 8 if by < 16 else 0}")
-    return _apart(t, moved if by < 16 else "0", "i128", 2)
+    return apart(t, moved if by < 16 else "0", "i128", 2)
+
+
+def joined(t: Translator, lanes: list[Lane], kind: str) -> str:
+    """Lanes that carry nothing as one value of a type of LLVM's."""
+    n = len(lanes)
+    whole = "poison"
+    for i, lane in enumerate(lanes):
+        whole = t.a.op(f"insertelement <{n} x i64> {whole}, i64 {t.inactive(lane)}, i32 {i}")
+    return t.a.op(f"bitcast <{n} x i64> {whole} to {kind}")
+
+
+def apart(t: Translator, x: str, kind: str, n: int) -> list[Lane]:
+    """One value as n lanes."""
+    whole = t.a.op(f"bitcast {kind} {x} to <{n} x i64>")
+    return [Lane(t.a.op(f"extractelement <{n} x i64> {whole}, i32 {i}")) for i in range(n)]
 
 
 # --- conversions ---------------------------------------------------------------------------------------------------
@@ -598,7 +514,7 @@ def _by_bytes(t: Translator, lanes: list[Lane], by: int, right: bool) -> list[La
 
 @declare("CVTSI2SD")
 def _from_integer(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    to, x, y = _three(t, ops)
+    to, x, y = three(t, ops)
     n = t.integer(y)
     t.set_lanes(to, [of(t, t.a.op(f"sitofp {n.type} {n.text} to double")), t.lanes(x, 2)[1]])
 
@@ -624,7 +540,7 @@ def _truncated(t: Translator, x: str, size: int) -> str:
 
 @declare("CVTDQ2PD")
 def _from_integers(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    n = _count(ops[0])
+    n = count(ops[0])
     words = [t.inactive(w) for w in t.lanes(ops[1], n // 2)]
     out = []
     for i in range(n):
@@ -647,238 +563,3 @@ def _to_integers(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
         for a, b in zip(halves[::2], halves[1::2], strict=True)
     ]
     t.set_lanes(ops[0], [*out, *[Lane("0")] * (2 - len(out))])
-
-
-# --- single precision, where nothing is active -----------------------------------------------------------------------
-
-
-def _single(t: Translator, o: Operand) -> str:
-    """The number in the low 32 bits."""
-    if isinstance(o, Memory):
-        bits = t.load_bytes(t.address(o), 4)
-    else:
-        bits = t.a.op(f"trunc i64 {t.inactive(t.low(o), 'computes in single precision')} to i32")
-    return t.a.op(f"bitcast i32 {bits} to float")
-
-
-def _set_single(t: Translator, to: Vector, rest: Lane, x: str) -> Lane:
-    bits = t.a.op(f"zext i32 {t.a.op(f'bitcast float {x} to i32')} to i64")
-    high = t.a.op(f"and i64 {t.inactive(rest, 'computes in single precision')}, {0xFFFFFFFF << 32}")
-    return Lane(t.a.op(f"or i64 {high}, {bits}"))
-
-
-@declare("ADDSS SUBSS MULSS DIVSS MAXSS MINSS SQRTSS")
-def _in_single(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    to, x, y = _three(t, ops)
-    v = _single(t, y)
-    if name == "SQRTSS":
-        r = t.a.op(f"call float @llvm.sqrt.f32(float {v})")
-    elif name[:3] in ("MAX", "MIN"):
-        u = _single(t, x)
-        c = t.a.op(f"fcmp {'ogt' if name[:3] == 'MAX' else 'olt'} float {u}, {v}")
-        r = t.a.op(f"select i1 {c}, float {u}, float {v}")
-    else:
-        r = t.a.op(f"f{name[:3].lower()} float {_single(t, x)}, {v}")
-    first, second = t.lanes(x, 2)
-    t.set_lanes(to, [_set_single(t, to, first, r), second])
-
-
-@declare("MOVSS")
-def _move_single(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    if isinstance(ops[0], Memory):
-        t.store_bytes(t.address(ops[0]), t.a.op(f"bitcast float {_single(t, ops[1])} to i32"), 4)
-    elif isinstance(ops[1], Memory):
-        t.set_lanes(ops[0], [_set_single(t, ops[0], Lane("0"), _single(t, ops[1])), Lane("0")])  # type: ignore[arg-type]
-    else:
-        to, x, y = _three(t, ops)
-        first, second = t.lanes(x, 2)
-        t.set_lanes(to, [_set_single(t, to, first, _single(t, y)), second])
-
-
-@declare("UCOMISS COMISS")
-def _single_flags(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    _set_flags(t, "float", _single(t, ops[0]), _single(t, ops[1]))
-
-
-@declare("CVTSS2SD")
-def _to_double(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    to, x, y = _three(t, ops)
-    t.set_lanes(to, [of(t, t.a.op(f"fpext float {_single(t, y)} to double")), t.lanes(x, 2)[1]])
-
-
-@declare("CVTSD2SS")
-def _to_single(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    to, x, y = _three(t, ops)
-    lane = t.low(y)
-    t.guard(lane.jet, "is rounded to single precision, which carries no derivatives")
-    first, second = t.lanes(x, 2)
-    t.set_lanes(to, [_set_single(t, to, first, t.a.op(f"fptrunc double {t.double(lane)} to float")), second])
-
-
-@declare("CVTSI2SS")
-def _single_from_integer(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    to, x, y = _three(t, ops)
-    n = t.integer(y)
-    first, second = t.lanes(x, 2)
-    t.set_lanes(to, [_set_single(t, to, first, t.a.op(f"sitofp {n.type} {n.text} to float")), second])
-
-
-# --- integers in vector registers, where nothing is active ------------------------------------------------------------
-
-
-def _joined(t: Translator, lanes: list[Lane], kind: str) -> str:
-    n = len(lanes)
-    whole = "poison"
-    for i, lane in enumerate(lanes):
-        whole = t.a.op(f"insertelement <{n} x i64> {whole}, i64 {t.inactive(lane)}, i32 {i}")
-    return t.a.op(f"bitcast <{n} x i64> {whole} to {kind}")
-
-
-def _apart(t: Translator, x: str, kind: str, n: int) -> list[Lane]:
-    whole = t.a.op(f"bitcast {kind} {x} to <{n} x i64>")
-    return [Lane(t.a.op(f"extractelement <{n} x i64> {whole}, i32 {i}")) for i in range(n)]
-
-
-def _kind(width: str, n: int) -> str:
-    bits = {"B": 8, "W": 16, "D": 32, "Q": 64}[width]
-    return f"<{64 * n // bits} x i{bits}>"
-
-
-@declare(
-    "PADDB PADDW PADDD PADDQ PSUBB PSUBW PSUBD PSUBQ PMULLW PMULLD PCMPEQB PCMPEQW PCMPEQD PCMPEQQ PCMPGTB PCMPGTW "
-    "PCMPGTD PCMPGTQ PMAXSD PMINSD PMAXUD PMINUD"
-)
-def _integers(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    to, x, y = _three(t, ops)
-    n = _count(to)
-    kind = _kind(name[-1], n)
-    if name.startswith("PCMPEQ") and x == y:  # all ones
-        t.set_lanes(to, [Lane("-1") for _ in range(n)])
-        return
-    u, v = _joined(t, t.lanes(x, n), kind), _joined(t, t.lanes(y, n), kind)
-    if name.startswith("PCMP"):
-        c = t.a.op(f"icmp {'eq' if name[4:6] == 'EQ' else 'sgt'} {kind} {u}, {v}")
-        r = t.a.op(f"sext <{kind[1:].split()[0]} x i1> {c} to {kind}")
-    elif name.startswith(("PMAX", "PMIN")):
-        op = f"@llvm.{name[4].lower()}{name[1:4].lower()}.v{kind[1:].replace(' x ', '')[:-1]}"
-        r = t.a.op(f"call {kind} {op}({kind} {u}, {kind} {v})")
-    else:
-        r = t.a.op(f"{ {'PADD': 'add', 'PSUB': 'sub', 'PMUL': 'mul'}[name[:4]] } {kind} {u}, {v}")
-    t.set_lanes(to, _apart(t, r, kind, n))
-
-
-@declare("PSLLW PSLLD PSLLQ PSRLW PSRLD PSRLQ PSRAW PSRAD")
-def _shift(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    to = ops[0]
-    x = ops[1] if len(ops) == 3 else ops[0]
-    n, by = _count(to), _immediate(ops[-1])
-    bits = {"W": 16, "D": 32, "Q": 64}[name[-1]]
-    kind = _kind(name[-1], n)
-    lanes = t.lanes(x, n)
-    if name == "PSRLQ" and by >= 52:  # sign and exponent alone: constant by pieces
-        lanes = [Lane(t.bits(w)) for w in lanes]
-    u = _joined(t, lanes, kind)
-    if by >= bits and name[2] != "R" or by >= bits and name[3] == "L":
-        t.set_lanes(to, [Lane("0") for _ in range(n)])
-        return
-    op = {"PSLL": "shl", "PSRL": "lshr", "PSRA": "ashr"}[name[:4]]
-    amount = "<" + ", ".join([f"i{bits} {min(by, bits - 1)}"] * (64 * n // bits)) + ">"
-    t.set_lanes(to, _apart(t, t.a.op(f"{op} {kind} {u}, {amount}"), kind, n))
-
-
-@declare("PSHUFD SHUFPS")
-def _shuffle_halves(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    bits = _immediate(ops[-1])
-    to, x, y = (ops[0], ops[1], ops[1]) if name == "PSHUFD" else _three(t, ops[:-1])
-    n = _count(to)
-    u, v = t.lanes(x, n), t.lanes(y, n)
-    order = [bits >> 2 * i & 3 for i in range(4)]
-    if all(order[i] % 2 == 0 and order[i + 1] == order[i] + 1 for i in (0, 2)):  # whole lanes
-        row = [(u, order[0] // 2), (v, order[2] // 2)]
-        t.set_lanes(to, [w[half + at] for half in range(0, n, 2) for w, at in row])
-        return
-    kind = _kind("D", n)
-    a, b = _joined(t, u, kind), _joined(t, v, kind)
-    mask = []
-    for half in range(0, 2 * n, 4):
-        mask += [half + order[0], half + order[1], 2 * n + half + order[2], 2 * n + half + order[3]]
-    text = ", ".join(f"i32 {m}" for m in mask)
-    r = t.a.op(f"shufflevector {kind} {a}, {kind} {b}, <{2 * n} x i32> <{text}>")
-    t.set_lanes(to, _apart(t, r, kind, n))
-
-
-@declare("PUNPCKLBW PUNPCKLWD PUNPCKLDQ PUNPCKHBW PUNPCKHWD PUNPCKHDQ UNPCKLPS UNPCKHPS")
-def _interleave(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    to, x, y = _three(t, ops)
-    n = _count(to)
-    width = "D" if name.endswith("PS") else name[-2]
-    kind = _kind(width, n)
-    count = int(kind[1:].split()[0])
-    each = count // (n // 2)  # within 128 bits
-    high = "H" in name.removeprefix("P")[4:6]
-    mask = []
-    for half in range(0, count, each):
-        for p in range(each // 2):
-            at = half + p + (each // 2 if high else 0)
-            mask += [at, count + at]
-    a, b = _joined(t, t.lanes(x, n), kind), _joined(t, t.lanes(y, n), kind)
-    text = ", ".join(f"i32 {m}" for m in mask)
-    r = t.a.op(f"shufflevector {kind} {a}, {kind} {b}, <{count} x i32> <{text}>")
-    t.set_lanes(to, _apart(t, r, kind, n))
-
-
-@declare("PMOVSXDQ PMOVZXDQ")
-def _widened(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    n, out = _count(ops[0]), []
-    words = [t.inactive(w) for w in t.lanes(ops[1], n // 2)]
-    for i in range(n):
-        half = t.a.op(f"trunc i64 {t.a.op(f'lshr i64 {words[i // 2]}, {32 * (i % 2)}')} to i32")
-        out.append(Lane(t.a.op(f"{'sext' if name[4] == 'S' else 'zext'} i32 {half} to i64")))
-    t.set_lanes(ops[0], out)
-
-
-@declare("PMULUDQ")
-def _long_products(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    to, x, y = _three(t, ops)
-    out = []
-    for u, v in zip(t.lanes(x, _count(to)), t.lanes(y, _count(to)), strict=True):
-        p, q = (t.a.op(f"and i64 {t.inactive(w)}, 4294967295") for w in (u, v))
-        out.append(Lane(t.a.op(f"mul i64 {p}, {q}")))
-    t.set_lanes(to, out)
-
-
-@declare("PEXTRD")
-def _extract_half(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    at = _immediate(ops[2]) & 3
-    word = t.a.op(f"lshr i64 {t.inactive(t.lanes(ops[1], 2)[at // 2])}, {32 * (at % 2)}")
-    t.set_integer(ops[0], t.a.op(f"trunc i64 {word} to i32"), 4)
-
-
-@declare("PINSRD")
-def _insert_half(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    to, x, y = _three(t, ops[:-1])
-    at = _immediate(ops[-1]) & 3
-    lanes = t.lanes(x, 2)
-    old = t.a.op(f"and i64 {t.inactive(lanes[at // 2])}, {0xFFFFFFFF << (32 * (1 - at % 2)) & (1 << 64) - 1}")
-    new = t.a.op(f"shl i64 {t.a.op(f'zext i32 {t.integer(y).text} to i64')}, {32 * (at % 2)}")
-    lanes[at // 2] = Lane(t.a.op(f"or i64 {old}, {new}"))
-    t.set_lanes(to, lanes)
-
-
-@declare("PBROADCASTD")
-def _broadcast_half_word(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    if isinstance(ops[1], Vector):
-        x = t.a.op(f"and i64 {t.inactive(t.low(ops[1]))}, 4294967295")
-    else:
-        x = t.a.op(f"zext i32 {t.integer(ops[1]).text} to i64")
-    both = t.a.op(f"or i64 {x}, {t.a.op(f'shl i64 {x}, 32')}")
-    t.set_lanes(ops[0], [Lane(both)] * _count(ops[0]))
-
-
-@declare("PMOVMSKB")
-def _byte_signs(t: Translator, name: str, ops: tuple[Operand, ...]) -> None:
-    assert isinstance(ops[1], Vector)
-    n = _count(ops[1])
-    v = _joined(t, t.lanes(ops[1], n), _kind("B", n))
-    c = t.a.op(f"icmp slt {_kind('B', n)} {v}, zeroinitializer")
-    t.set_integer(ops[0], t.a.op(f"zext i{8 * n} {t.a.op(f'bitcast <{8 * n} x i1> {c} to i{8 * n}')} to i64"), 8)
