@@ -22,13 +22,16 @@ from ..rules.dispatch import dispatch
 from ..rules.fallback import all_plain
 from ..rules.functions import Call, seeded
 from ..rules.registry import enter
+from .arena import Arena
 from .callables import located, of_python
 from .calling import Function, Inputs
 from .checking import Rows, held
+from .code import Code, Report, Unknown
 from .coefficients import Layout
-from .memory import MARK, Arena
+from .memory import MARK
+from .module import WORDS
 from .process import described
-from .program import WORDS, Code, Program, Report, Unknown
+from .program import Program
 from .registers import INTEGERS
 from .signature import KINDS, Signature, signature
 

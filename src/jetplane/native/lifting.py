@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import instructions, integers, packed, vectors
+from .arena import UNKNOWN
 from .decode import Block, Function, Instruction
-from .memory import UNKNOWN
 from .registers import FLAGS, MASK, live_flags, needed
 from .translator import Lane, Refused, Translator
 
 if TYPE_CHECKING:
-    from .program import Module
+    from .module import Module
 
 RULES = vectors.RULES | packed.RULES
 

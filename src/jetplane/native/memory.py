@@ -1,9 +1,8 @@
-"""Memory of lifted code: an arena with a linear shadow, and the functions that read and write coefficients.
+"""The functions of lifted code that read and write the coefficients of what is in memory.
 
-What code may write (arguments, heap, stack) lies in one arena. The coefficients of the double at ``arena + 8 i`` are
-at ``shadow + 8 stride i``. One rotation and one comparison of ``address - arena`` tell whether an address is in the
-arena and aligned. Libraries' own data, and memory that they have allocated before, have shadows as well, found more
-slowly; elsewhere nothing is active.
+What code may write lies in one arena with a linear shadow. One rotation and one comparison of ``address - arena`` tell
+whether an address is in the arena and aligned. Libraries' own data, and memory that they have allocated before, have
+shadows as well, found more slowly; elsewhere nothing is active.
 
 A store of less than a whole double leaves a mark, a NaN of its own as the first coefficient, whose last 8 bits tell
 which bytes still belong to an active double. The other bytes may be read as integers; read as a double they give NaN,
@@ -12,56 +11,10 @@ never a silent zero.
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import mmap
-
+from .arena import END, EXIT, FREE, FULL, HEAP, MEMORY, REFUSED, REGIONS, SITE, TABLE, TARGET, TRAP
 from .coefficients import Layout
 
 MARK = 0x7FF86A6574706C00  # a quiet NaN; the last byte is a set of bytes
-NORESERVE = 0x4000
-SIZE = 1 << 30
-STACK = 1 << 26
-
-# The words of the state that lifted code and this process share.
-HEAP, EXIT, SITE, TARGET, TRAP, END, THREAD, REGIONS, FREE, TABLE = 0, 1, 2, 3, 4, 5, 6, 7, 8, 80
-MOST_REGIONS = 64
-UNKNOWN, REFUSED, FULL, MEMORY = 1, 2, 3, 4  # why lifted code was left: values of EXIT
-
-
-class Arena:
-    """Memory that lifted code writes: [arguments and heap, growing up | stack, growing down]."""
-
-    def __init__(self, size: int = SIZE) -> None:
-        self.size = size
-        self._map, self.base = _mapped(size)
-        self._shadows: dict[int, tuple[mmap.mmap, int]] = {}
-        self.state = (ctypes.c_uint64 * (TABLE + 3 * MOST_REGIONS))()
-        self._filled: dict[tuple[int, int], int] = {}
-
-    def shadow(self, layout: Layout) -> int:
-        """Where coefficients of this layout are."""
-        if layout.stride not in self._shadows:
-            self._shadows[layout.stride] = _mapped((self.size + 64) * layout.stride)
-        return self._shadows[layout.stride][1]
-
-    @property
-    def stack(self) -> int:
-        """The top of the stack, a multiple of 64."""
-        return self.base + self.size - 8192
-
-
-def _mapped(size: int) -> tuple[mmap.mmap, int]:
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory, ctypes.addressof(ctypes.c_char.from_buffer(memory))
-
-
-@functools.cache
-def arena() -> Arena:
-    """The arena of this process."""
-    return Arena()
 
 
 def functions(layout: Layout, size: int) -> str:

@@ -10,15 +10,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from .arena import EXIT, REFUSED, THREAD
 from .assembly import Assembly
 from .coefficients import Calculus, Jet
 from .decode import Function, Immediate, Instruction, Memory, Operand, Register, Vector
-from .memory import EXIT, REFUSED, THREAD
 from .process import read
 from .registers import MASK, carrying
 
 if TYPE_CHECKING:
-    from .program import Module
+    from .module import Module
 
 PIECES = "copies parts of values that carry derivatives, or to where they are not followed"
 FILLS = "fills memory that is followed in part"
