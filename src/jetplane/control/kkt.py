@@ -29,13 +29,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .nlp import NLP
+from .nlp import Place
+from .radau import Mesh
+
+
+class Banded(Protocol):
+    """What is needed of a program; `NLP` has it."""
+
+    n: int
+    m: int
+    places: dict[str, Place]
+    meshes: dict[str, Mesh]
+    parameters: slice
+    end_rows: slice
+    jacobian_structure: tuple[np.ndarray, np.ndarray]
+    hessian_structure: tuple[np.ndarray, np.ndarray]
+
+    def variable_name(self, column: int) -> str:
+        """What a variable is, for messages."""
+        ...
+
 
 PENALTY = 1e7  # ρ, in units of the scaled problem
 SINGULAR = 1e-13  # eigenvalues of the equilibrated border below this are zero
@@ -94,12 +114,14 @@ class _Group:
 class Chain:
     """A phase: its intervals, and which rows and columns they hold."""
 
-    def __init__(self, nlp: NLP, name: str, border: Sequence[int]) -> None:
+    def __init__(self, nlp: Banded, name: str, border: Sequence[int]) -> None:
         place, mesh = nlp.places[name], nlp.meshes[name]
-        self.name = name
-        self.nx, self.nu, self.nq = nlp.model.phases[name].sizes
         self.nodes = mesh.nodes
-        self.np = (place.path.stop - place.path.start) // self.nodes
+        self.nx, self.nu, self.np = (
+            (part.stop - part.start) // count
+            for part, count in ((place.defects, mesh.nodes), (place.controls, mesh.nodes), (place.path, mesh.nodes))
+        )
+        self.nq = place.integral_rows.stop - place.integral_rows.start
         self.border = list(border)
         self.local = self.nx + self.nu
         self.theta = len(border) + self.nx + self.nq
@@ -215,7 +237,7 @@ class KKT:
         ArgumentError: a state within a phase is fixed, or entries lie outside of the band.
     """
 
-    def __init__(self, nlp: NLP, fixed: Tensor, device: torch.device | str = "cpu") -> None:
+    def __init__(self, nlp: Banded, fixed: Tensor, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.n, self.m = nlp.n, nlp.m
         self.fixed = fixed if fixed.dim() == 2 else fixed[:, None]
@@ -251,7 +273,7 @@ class KKT:
     def _index(self, a) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(a, np.int64)).to(self.device)
 
-    def _lay_out(self, nlp: NLP, root: np.ndarray) -> None:
+    def _lay_out(self, nlp: Banded, root: np.ndarray) -> None:
         n, m = nlp.n, nlp.m
         chain_of, node_of, local_of = np.full(n, -1), np.full(n, -1), np.full(n, -1)
         for c, chain in enumerate(self.chains):
@@ -314,7 +336,7 @@ class KKT:
                     taken[getattr(group, part).source.cpu().numpy()] = True
         return taken
 
-    def _groups(self, number: int, nlp: NLP, chain_of, node_of, local_of) -> list[_Group]:
+    def _groups(self, number: int, nlp: Banded, chain_of, node_of, local_of) -> list[_Group]:
         """Intervals of a phase by their numbers of points, and where their nonzeros go."""
         chain = self.chains[number]
         nx, nu, d, g = chain.nx, chain.nu, chain.local, len(chain.border)
