@@ -282,6 +282,17 @@ class TestTracing:
         with pytest.raises(jp.TraceError, match="without the underscore\n  at .*test_control.py"):
             trace(lambda z, p: [("f", function(z, p), None)], 3, 0, 2)
 
+    def test_a_norm_has_a_derivative_at_zero(self):
+        """That of torch, in both orders."""
+        program = compare(lambda z, p: z[:, :2].norm(dim=-1) + z[:, 2], 3)
+        values, slopes, bends = dense(program, torch.zeros(4, 3).double(), torch.zeros(0).double(), torch.ones(4, 1))
+        assert not values.any() and not bends.any()
+        assert torch.equal(slopes, torch.tensor([0.0, 0.0, 1.0]).double().expand(4, 1, 3))
+
+    def test_columns_that_meet_values_without_columns_are_named(self):
+        with pytest.raises(jp.TraceError, match=r"\(nodes,\) and \(nodes, 1\) meet, .* x.name\[:, 0\]"):
+            trace(lambda z, p: [("f", z.sum(-1) + z[:, :1], None)], 3, 0, 2)
+
     def test_no_second_derivative_of_torchs(self):
         with pytest.raises(jp.TraceError, match="no second derivatives"):
             compare(lambda z, p: torch.cdist(z[:, None], SQUARE[None])[:, 0], 3)
@@ -582,6 +593,36 @@ class TestKnownOptima:
         assert case.problem.solve(**case.options).status is jp.control.Status.SOLVED
 
 
+class TestGuess:
+    def path(self, function, **guess):
+        ocp = double_integrator()
+        ocp.phases["move"].path["p"] = (function, None, 10.0)
+        ocp.phases["move"].guess(**guess)
+        return ocp
+
+    def test_derivatives_that_are_not_finite_are_named(self):
+        ocp = self.path(lambda x, u, t, p: u.a.square().sum(-1).sqrt())
+        with pytest.raises(jp.errors.NonFiniteError, match="derivative of .* by control a at node 0 .*square root"):
+            ocp.solve(mesh=(3, 2), solver="banded")
+        assert (
+            self.path(lambda x, u, t, p: u.a.square().sum(-1).sqrt(), a=1.0).solve(mesh=(3, 2), solver="banded").success
+        )
+        ocp = double_integrator()
+        ocp.minimize(final=lambda e: e.move.xf.x, running=lambda x, u, t, p: u.a.abs().sqrt())
+        with pytest.raises(jp.errors.NonFiniteError, match="derivative of the cost by control a at node 0"):
+            ocp.solve(mesh=(3, 2), solver="banded")
+
+    def test_at_a_bound_they_are_those_within(self):
+        ocp = jp.control.Problem()
+        ph = ocp.phase("other", states={"y": 1}, controls={"w": (1, 0.0, 4.0)}, t0=0.0, tf=1.0)
+        ph.dynamics = lambda x, u, t, p: {"y": u.w.sqrt()}
+        ph.start(y=0.0)
+        ph.end(y=1.0)
+        ph.guess(w=0.0)
+        ocp.minimize(running=lambda x, u, t, p: u.w.square())
+        assert ocp.solve(mesh=(3, 2), solver="banded").success
+
+
 def double_integrator(**times):
     """Rest to rest over one unit of length, least square of the acceleration: cost 12, x = 3 t² - 2 t³."""
     ocp = jp.control.Problem()
@@ -777,6 +818,7 @@ class TestSolving:
         assert report.gradient_error < 1e-6 and report.jacobian_error < 1e-6 and report.hessian_error < 1e-6
         kink = double_integrator()
         kink.phases["move"].dynamics = lambda x, u, t, p: {"x": x.v.abs().sqrt(), "v": u.a}
+        kink.phases["move"].guess(v=1e-7)
         assert any("differs from differences" in w for w in kink.check().warnings)
 
 

@@ -495,17 +495,27 @@ class Tracer(TorchDispatchMode):
 
     # Arithmetic
 
-    def _checked(self, nodes: Tensor) -> Tensor:
+    def _checked(self, nodes: Tensor, shapes: Sequence[tuple[int, ...]] = ()) -> Tensor:
         for node in set(nodes.reshape(-1).tolist()):
             mask = self.mask(node)
             if mask & (mask - 1):
                 raise TraceError(
                     "an operator combines values of different nodes; dynamics, path constraints and integrands are "
-                    "functions "
-                    "of one node each: the first dimension is that of nodes, sum over the last ones (dim=-1)\n"
-                    f"  at {self.graph.line}"
+                    "functions of one node each: the first dimension is that of nodes, sum over the last ones (dim=-1)"
+                    f"{self._broadcast(shapes)}\n  at {self.graph.line}"
                 )
         return nodes
+
+    def _broadcast(self, shapes: Sequence[tuple[int, ...]]) -> str:
+        """What is wrong where shapes like (nodes,) and (nodes, 1) meet."""
+        flat = [s for s in shapes if s == (self.lanes,)]
+        deep = [s for s in shapes if len(s) == 2 and s[0] == self.lanes]
+        if not flat or not deep:
+            return ""
+        return (
+            f". Here (nodes,) and (nodes, {deep[0][1]}) meet, which torch broadcasts to (nodes, nodes): take a column "
+            "of the second one, x.name[:, 0], or keep the dimension of the first, sum(-1, keepdim=True)"
+        )
 
     def _pointwise(self, name: str, args: Sequence, kwargs: dict) -> Scalars:
         if kwargs.get("alpha") == 1 or kwargs.get("value") == 1:
@@ -522,7 +532,8 @@ class Tracer(TorchDispatchMode):
         lists = [[None] * shape.numel() if v is None else v.expand(shape).reshape(-1).tolist() for v in values]
         rule, graph = ELEMENTWISE[name], self.graph
         nodes = torch.tensor([rule(graph, *entry) for entry in zip(*lists, strict=True)], dtype=torch.int64)
-        return self.tensor(self._checked(nodes.reshape(shape)), torch.bool if name in COMPARISONS else torch.float64)
+        checked = self._checked(nodes.reshape(shape), [tuple(v.shape) for v in present])
+        return self.tensor(checked, torch.bool if name in COMPARISONS else torch.float64)
 
     def _fold_over(self, x, dims, keepdim: bool, function: Callable[[list[int]], int]) -> Scalars:
         """A reduction: a function of lists of nodes."""
@@ -565,12 +576,13 @@ class Tracer(TorchDispatchMode):
     def _linalg_vector_norm(self, x, ord=2, dim=None, keepdim=False, dtype=None):
         graph = self.graph
         if ord == 2:
-            return self._fold_over(
-                x,
-                dim,
-                keepdim,
-                lambda nodes: graph.apply("sqrt", self._total([graph.apply("mul", n, n) for n in nodes])),
-            )
+
+            def length(nodes):  # with the derivative 0 at 0, as torch has it
+                square = self._total([graph.apply("mul", n, n) for n in nodes])
+                safe = _where_positive(graph, square, square, graph.constant(1.0))
+                return _where_positive(graph, square, graph.apply("sqrt", safe), graph.constant(0.0))
+
+            return self._fold_over(x, dim, keepdim, length)
         absolute = self._pointwise("abs", (x,), {})
         if ord == 1:
             return self._sum(absolute, dim, keepdim)
