@@ -1,14 +1,15 @@
-"""Optimal control beside CasADi and pockit, where they are installed.
+"""Optimal control beside CasADi, pockit, opty and dymos, where they are installed.
 
     python -m benchmarks.control                          # every problem, derivatives of 2,000 nodes, a network
     python -m benchmarks.control --cases goddard shuttle --json control.json
-    python -m benchmarks.control --pockit-path FOLDER     # a folder with pockit-optimal-control and what it needs
+    python -m benchmarks.control --others-path FOLDER     # a folder with pockit-optimal-control, opty, dymos
     python -m benchmarks.control --banded cases large batch --json control-banded.json   # the banded solver and IPOPT
 
 CasADi gets the scalar graph of the same functions as its own expressions (SX, mapped over nodes), the same
 transcription on the same mesh from the same guess, and its own IPOPT with monotone barrier and IPOPT's own scaling: the
 comparison is of what a user gets from each. The last column is the relative difference of optima where ours has that
-scaling too. Times are processor time of one thread; a solve is the second of two.
+scaling too. The others solve the brachistochrone alone (`benchmarks.control_rivals`). Times are processor time of one
+thread; a solve is the second of two.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ from jetplane.control.nlp import NLP
 from jetplane.control.solving import meshes_of, scaling_of
 from jetplane.llvm import Graph
 
+from .control_rivals import RIVALS
 from .measuring import environment, machine
 
-FIXED = {"brachistochrone": (10, 4), "cart_pole": (25, 3)}  # where the example refines its mesh
+FIXED = {"brachistochrone": (10, 4), "cart_pole": (25, 3), "quadrotor": (20, 4)}  # where the example refines its mesh
 
 
 def timed(f: Callable[[], Any], rounds: int = 15) -> float:
@@ -299,48 +301,20 @@ def networks(nodes: int) -> list[dict[str, Any]]:
     return rows
 
 
-# pockit, in a process of its own
-
-POCKIT = """
-import json, time
-import numpy as np, sympy as sp
-from pockit.radau import System, linear_guess
-from pockit.optimizer import ipopt
-t = time.process_time()
-system = System(0)
-phase = system.new_phase(["x", "y", "v"], ["angle"])
-x, y, v = phase.x
-(angle,) = phase.u
-phase.set_dynamics([v * sp.sin(angle), v * sp.cos(angle), 9.81 * sp.cos(angle)])
-phase.set_integral([1.0])
-phase.set_phase_constraint([v, angle], [0.0, 0.0], [20.0, np.pi])
-phase.set_boundary_condition([0.0, 0.0, 0.0], [2.0, 2.0, None], 0.0, None)
-phase.set_discretization(10, 4)
-system.set_phase([phase])
-system.set_objective(phase.I[0])
-guess = linear_guess(phase, 0.0)
-guess.t_f = 1.0
-guess.x[2] = 6.0 * guess.t_x
-guess.u[0] = np.pi / 2
-options = {"tol": 1e-8, "print_level": 0, "sb": "yes"}
-solution, info = ipopt.solve(system, guess, optimizer_options=options)
-first = time.process_time() - t
-t = time.process_time()
-solution, info = ipopt.solve(system, guess, optimizer_options=options)
-again = time.process_time() - t
-found = {"setup": first - again, "solve": again, "objective": float(info["obj_val"]), "status": int(info["status"])}
-print(json.dumps(found))
-"""
+# Other packages, in processes of their own
 
 
-def pockit(path: str | None) -> dict[str, Any] | None:
-    """The brachistochrone by pockit on the same mesh; None where it is not there or fails."""
-    extra = {"PYTHONPATH": path} if path else {}
-    if not path and not importlib.util.find_spec("pockit"):
+def rival(name: str, path: str | None) -> dict[str, Any] | None:
+    """The brachistochrone by another package; None where it is not there or fails."""
+    if not path and not importlib.util.find_spec(name):
         return None
-    run = subprocess.run([sys.executable, "-c", POCKIT], env=environment(1, **extra), capture_output=True, text=True)
+    environ = environment(1)
+    if path:
+        environ["PYTHONPATH"] = os.pathsep.join([path, environ["PYTHONPATH"]])
+    command = [sys.executable, "-m", "benchmarks.control_rivals", name]
+    run = subprocess.run(command, env=environ, capture_output=True, text=True)
     if run.returncode:
-        print(f"pockit: {run.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        print(f"{name}: {run.stderr.strip().splitlines()[-1]}", file=sys.stderr)
         return None
     return json.loads(run.stdout.strip().splitlines()[-1])
 
@@ -444,7 +418,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=[name for name in CASES if name != "known"], choices=list(CASES))
     parser.add_argument("--nodes", type=int, default=2000)
-    parser.add_argument("--pockit-path", help="a folder with pockit-optimal-control and its dependencies")
+    parser.add_argument("--others-path", help="a folder with pockit-optimal-control, opty, dymos and what they need")
     parser.add_argument("--banded", nargs="+", choices=["cases", "large", "batch"], help="the banded solver and IPOPT")
     parser.add_argument("--problems", type=int, default=500, help="of the batch")
     parser.add_argument("--rivals", type=int, default=20, help="of them by IPOPT")
@@ -475,9 +449,8 @@ def main() -> None:
             off = mine["same scaling"]["objective"] - ways["CasADi"]["objective"]
             ways["CasADi"]["difference"] = off / max(1, abs(ways["CasADi"]["objective"]))
         if name == "brachistochrone":
-            found = pockit(given.pockit_path)
-            if found:
-                ways["pockit"] = found
+            found = {rival_name: rival(rival_name, given.others_path) for rival_name in RIVALS}
+            ways.update({rival_name: row for rival_name, row in found.items() if row})
         report["cases"][name] = ways
         for way, row in ways.items():
             cached = f"{row['setup, cached']:.3f}" if "setup, cached" in row else ""

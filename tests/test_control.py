@@ -183,7 +183,120 @@ FUNCTIONS = {
 }
 
 
+# Products in all the shapes that users write: of states, of parameters that all nodes share, and of constants.
+SQUARE, WIDE = torch.linspace(-1, 2, 9).double().reshape(3, 3).cos(), torch.linspace(-2, 1, 60).double().sin()
+WIDE = WIDE.reshape(3, 20)
+PRODUCTS = {
+    "vector @ matrix": lambda z, p: p @ SQUARE + z,
+    "vector @ matrix, alike at all nodes": lambda z, p: p.square() @ SQUARE,
+    "matrix @ vector": lambda z, p: (SQUARE @ p) * z,
+    "vector @ vector": lambda z, p: (p @ SQUARE[0]) * z + (p @ p) * z.square(),
+    "vector @ matrix @ vector": lambda z, p: (p @ SQUARE @ p) * z,
+    "vector @ wide matrix": lambda z, p: (p @ WIDE).tanh() @ WIDE.T + z,
+    "states @ wide matrix": lambda z, p: z @ WIDE @ WIDE.T + p,
+    "states and parameters @ wide matrix": lambda z, p: torch.cat([z, p.expand(len(z), 3)], 1) @ WIDE.repeat(2, 1),
+    "vector @ transposed states": lambda z, p: (p @ z.T)[:, None] * z + (SQUARE[0] @ z.T)[:, None],
+    "states @ vector": lambda z, p: (z @ p)[:, None] * z + (z @ SQUARE[0])[:, None],
+    "states @ transposed": lambda z, p: z @ SQUARE.T * (z @ SQUARE.mT),
+    "matrix @ columns": lambda z, p: (SQUARE @ z[..., None])[..., 0] * (SQUARE @ z.unsqueeze(-1)).squeeze(-1),
+    "matrix @ transposed states": lambda z, p: (SQUARE @ z.T).T * (torch.outer(p, p) @ z.mT).mT,
+    "row @ column": lambda z, p: (z[:, None] @ z[:, :, None])[:, 0] * z,
+    "batched": lambda z, p: torch.bmm(z[:, :, None], z[:, None]).sin().sum(-1) + torch.matmul(z[:, None], SQUARE)[:, 0],
+    "matrices of states": lambda z, p: ((torch.diag_embed(z) @ SQUARE).mT @ z[..., None]).squeeze(-1),
+    "einsum": lambda z, p: torch.cat(
+        [
+            torch.einsum("ni,ij->nj", z, SQUARE),
+            torch.einsum("ij,nj->ni", SQUARE, z),
+            torch.einsum("ni,nj->nij", z, z).flatten(1),
+            torch.einsum("ni,ij,nj->n", z, SQUARE, z)[:, None],
+            torch.einsum("...i,ij->...j", z, SQUARE),
+            torch.einsum("i,ij->j", p, SQUARE).expand(len(z), 3),
+            torch.einsum("nji,nj->ni", z[:, :, None] * z[:, None], z),
+            torch.einsum("i,ni->n", p, z)[:, None],
+        ],
+        1,
+    ),
+    "of two vectors": lambda z, p: (
+        torch.dot(p, SQUARE[0]) * z
+        + torch.inner(p, SQUARE[1]) * z
+        + torch.vdot(p, p) * z
+        + torch.outer(p, SQUARE[2]).sin().sum() * z
+        + torch.ger(p, p)[0, 1] * z
+        + torch.kron(p, p)[5]
+    ),
+    "of two states": lambda z, p: torch.linalg.vecdot(z, z.sin())[:, None] * torch.inner(z, SQUARE),
+    "linear": lambda z, p: torch.nn.functional.linear(z, SQUARE, p) * torch.nn.functional.linear(p, SQUARE),
+    "linear, three dimensions": lambda z, p: torch.nn.functional.linear(z[:, :, None].expand(-1, 3, 3), SQUARE).prod(1),
+    "bilinear": lambda z, p: torch.nn.functional.bilinear(z, z, torch.stack([SQUARE, SQUARE.T, SQUARE @ SQUARE])),
+    "tensordot": lambda z, p: torch.tensordot(z, SQUARE, 1) * torch.tensordot(z, SQUARE, ([1], [1])),
+    "chains": lambda z, p: (
+        torch.linalg.multi_dot([z, SQUARE, SQUARE])
+        + torch.linalg.multi_dot([p, SQUARE, p]) * z
+        + z @ torch.linalg.matrix_power(torch.outer(p, p), 3)
+    ),
+    "sums with products": lambda z, p: (
+        torch.addmv(p, SQUARE, p, beta=2, alpha=0.5) * z
+        + torch.addmm(p, z, SQUARE, alpha=0.3)
+        + torch.addr(SQUARE, p, p, alpha=2.0).sum() * z
+        + torch.addbmm(SQUARE, torch.outer(p, p)[None], SQUARE[None], beta=0.5).sum(0)
+        + torch.baddbmm(p, z[:, None], torch.outer(p, p).expand(len(z), 3, 3))[:, 0]
+    ),
+    "whole matrices": lambda z, p: (
+        torch.trace(torch.outer(p, p)) * z + torch.block_diag(p[None], SQUARE[:1]).sin().sum() * z + torch.diag(p) @ p
+    ),
+    "a network's transposed values": lambda z, p: (torch.outer(p, p) @ torch.lgamma(z + 1).T).T * z,
+}
+IN_PLACE = {
+    "squeeze_": lambda z, p: (SQUARE @ z.unsqueeze(-1)).squeeze_(-1) * z,
+    "squeeze_ of all": lambda z, p: (z[:, :, None] * z[:, None, :1]).squeeze_().sin(),
+    "unsqueeze_": lambda z, p: (z * z).unsqueeze_(-1).unsqueeze_(0).squeeze_(0).squeeze_(-1),
+    "transpose_": lambda z, p: (z * z).transpose_(0, 1).t_().swapaxes_(0, 1).swapdims_(0, 1),
+    "as_strided_": lambda z, p: (z * z).as_strided_((len(z), 2), (3, 1), 1),
+    "shared memory": lambda z, p: (lambda y: (y.view(y.shape).unsqueeze_(-1).mul_(p[:, None]), y.sin())[1])(z * z),
+    "of a network": lambda z, p: torch.lgamma(z[..., None] + 1).squeeze_(-1) * z,
+    "relu_ of a network": lambda z, p: (z @ WIDE).sub_(0.1).relu_() @ WIDE.T,
+    "scalars into a network": lambda z, p: (z @ WIDE).mul_(z[:, :1]).tanh_() @ WIDE.T,
+}
+
+
 class TestTracing:
+    @pytest.mark.parametrize("name", PRODUCTS)
+    def test_products_equal_torch(self, name):
+        def function(z, p):
+            value = PRODUCTS[name](z, p)
+            return value if value.dim() == 2 else value.expand(len(z), -1)
+
+        compare(function, 3, 3)
+
+    @pytest.mark.parametrize("name", IN_PLACE)
+    def test_shapes_in_place_equal_torch(self, name):
+        compare(IN_PLACE[name], 3, 3)
+
+    def test_values_of_functions_with_views_are_not_written(self):
+        def function(z, p):
+            value = torch.lgamma(z + 1)
+            view = value[:, 1:]
+            value.mul_(2.0)
+            return view
+
+        with pytest.raises(jp.TraceError, match="without the underscore\n  at .*test_control.py"):
+            trace(lambda z, p: [("f", function(z, p), None)], 3, 0, 2)
+
+    def test_a_norm_has_a_derivative_at_zero(self):
+        """That of torch, in both orders."""
+        program = compare(lambda z, p: z[:, :2].norm(dim=-1) + z[:, 2], 3)
+        values, slopes, bends = dense(program, torch.zeros(4, 3).double(), torch.zeros(0).double(), torch.ones(4, 1))
+        assert not values.any() and not bends.any()
+        assert torch.equal(slopes, torch.tensor([0.0, 0.0, 1.0]).double().expand(4, 1, 3))
+
+    def test_columns_that_meet_values_without_columns_are_named(self):
+        with pytest.raises(jp.TraceError, match=r"\(nodes,\) and \(nodes, 1\) meet, .* x.name\[:, 0\]"):
+            trace(lambda z, p: [("f", z.sum(-1) + z[:, :1], None)], 3, 0, 2)
+
+    def test_no_second_derivative_of_torchs(self):
+        with pytest.raises(jp.TraceError, match="no second derivatives"):
+            compare(lambda z, p: torch.cdist(z[:, None], SQUARE[None])[:, 0], 3)
+
     @pytest.mark.parametrize("backend", BACKENDS)
     @pytest.mark.parametrize("name", FUNCTIONS)
     def test_equals_torch(self, name, backend):
@@ -480,6 +593,36 @@ class TestKnownOptima:
         assert case.problem.solve(**case.options).status is jp.control.Status.SOLVED
 
 
+class TestGuess:
+    def path(self, function, **guess):
+        ocp = double_integrator()
+        ocp.phases["move"].path["p"] = (function, None, 10.0)
+        ocp.phases["move"].guess(**guess)
+        return ocp
+
+    def test_derivatives_that_are_not_finite_are_named(self):
+        ocp = self.path(lambda x, u, t, p: u.a.square().sum(-1).sqrt())
+        with pytest.raises(jp.errors.NonFiniteError, match="derivative of .* by control a at node 0 .*square root"):
+            ocp.solve(mesh=(3, 2), solver="banded")
+        assert (
+            self.path(lambda x, u, t, p: u.a.square().sum(-1).sqrt(), a=1.0).solve(mesh=(3, 2), solver="banded").success
+        )
+        ocp = double_integrator()
+        ocp.minimize(final=lambda e: e.move.xf.x, running=lambda x, u, t, p: u.a.abs().sqrt())
+        with pytest.raises(jp.errors.NonFiniteError, match="derivative of the cost by control a at node 0"):
+            ocp.solve(mesh=(3, 2), solver="banded")
+
+    def test_at_a_bound_they_are_those_within(self):
+        ocp = jp.control.Problem()
+        ph = ocp.phase("other", states={"y": 1}, controls={"w": (1, 0.0, 4.0)}, t0=0.0, tf=1.0)
+        ph.dynamics = lambda x, u, t, p: {"y": u.w.sqrt()}
+        ph.start(y=0.0)
+        ph.end(y=1.0)
+        ph.guess(w=0.0)
+        ocp.minimize(running=lambda x, u, t, p: u.w.square())
+        assert ocp.solve(mesh=(3, 2), solver="banded").success
+
+
 def double_integrator(**times):
     """Rest to rest over one unit of length, least square of the acceleration: cost 12, x = 3 t² - 2 t³."""
     ocp = jp.control.Problem()
@@ -675,6 +818,7 @@ class TestSolving:
         assert report.gradient_error < 1e-6 and report.jacobian_error < 1e-6 and report.hessian_error < 1e-6
         kink = double_integrator()
         kink.phases["move"].dynamics = lambda x, u, t, p: {"x": x.v.abs().sqrt(), "v": u.a}
+        kink.phases["move"].guess(v=1e-7)
         assert any("differs from differences" in w for w in kink.check().warnings)
 
 

@@ -223,6 +223,8 @@ class TensorFunction(OutsideFunction):
         if not self._chain:
             return self._second_by_reverse(x, weights)
         total = torch.zeros(nodes, k, k, dtype=x.dtype, device=x.device)
+        if not kept:
+            return total.permute(1, 2, 0)
         adjoints = self._adjoints(x, weights, [n.place for n in kept])
         for nonlinear, adjoint in zip(kept, adjoints, strict=True):
             jet = nonlinear.jets.flatten(2)
@@ -269,7 +271,10 @@ class TensorFunction(OutsideFunction):
                 return torch.zeros(k, k, nodes, dtype=x.dtype)
             rows = []
             for i in range(k):
-                (row,) = torch.autograd.grad(first[:, i].sum(), x, retain_graph=True, allow_unused=True)
+                try:
+                    (row,) = torch.autograd.grad(first[:, i].sum(), x, retain_graph=True, allow_unused=True)
+                except NotImplementedError as error:
+                    raise TraceError(f"torch has no second derivatives here: {error}\n  at {self.line}") from error
                 rows.append(torch.zeros_like(x) if row is None else row)
         return torch.stack(rows).transpose(1, 2)
 
@@ -307,7 +312,6 @@ class Recording:
         self.places = 0
         self._tuple = False
         self._closed: dict[int, Tensor] = {}
-        self._into: Recording | None = None
 
     def join(self, other: Recording) -> None:
         """Two recordings that meet are one function of the arguments of both."""
@@ -327,13 +331,18 @@ class Recording:
         self.places += 1
         return Slot(self.places - 1)
 
-    @staticmethod
-    def slot(place: int) -> Slot:
-        """A value that is inside already."""
-        return Slot(place)
+    def has_views(self, place: int) -> bool:
+        """Whether a value shares its memory with others of the recording."""
+        return any(
+            place in places or any(isinstance(a, Slot) and a.place == place for a in tree_leaves((args, kwargs)))
+            for places, func, args, kwargs in self.steps
+            if func.is_view
+        )
 
     def append(self, func, args: tuple, kwargs: dict):
-        """Add an operator; the places of its results, with shapes and dtypes."""
+        """Add an operator; the places of its results, with tensors on the meta device like them."""
+        if func is torch.ops.aten.view.default:  # strides may differ from those of the trace
+            func = torch.ops.aten.reshape.default
 
         def constant(a):
             if isinstance(a, Tensor):
@@ -354,7 +363,7 @@ class Recording:
         for place, part in zip(places, parts, strict=True):
             self.meta[place] = part
         self.steps.append((places, func, args, kwargs))
-        return places, [None if part is None else (part.shape, part.dtype) for part in parts]
+        return places, parts
 
     def single(self, places: list[int]) -> bool:
         """Whether the operator added last gave one tensor, not a tuple."""

@@ -191,7 +191,7 @@ def _multipliers(nlp: NLP, guess: Solution, first: Outcome) -> None:
 
 
 def require_finite(nlp: NLP, y: np.ndarray) -> None:
-    """Raise where a function of a phase or of the ends is not finite."""
+    """Raise where a function of a phase or of the ends is not finite, or a first derivative."""
     nlp.constraints(y)
     for name, arrays in nlp.phases.items():
         bad = arrays.nodes.first_bad()
@@ -214,3 +214,20 @@ def require_finite(nlp: NLP, y: np.ndarray) -> None:
         raise NonFiniteError(
             f"at the guess, {nlp.model.end_names[output]} is not finite" + (f"\n  first at {line}" if line else "")
         )
+    # Solvers start within the bounds, where a square root, say, may have the derivative that it lacks at its bound.
+    width = np.minimum(1.0, nlp.upper - nlp.lower)
+    inside = np.clip(y, nlp.lower + 0.01 * width, nlp.upper - 0.01 * width)
+    moves = nlp.lower < nlp.upper
+    rows, columns = nlp.jacobian_structure
+    bad = np.flatnonzero(~np.isfinite(nlp.jacobian(inside)) & moves[columns])
+    if len(bad):
+        what, column = nlp.constraint_name(int(rows[bad[0]])), int(columns[bad[0]])
+    else:
+        bad = np.flatnonzero(~np.isfinite(nlp.gradient(inside)) & moves)
+        if not len(bad):
+            return
+        what, column = "the cost", int(bad[0])
+    raise NonFiniteError(
+        f"at the guess, the derivative of {what} by {nlp.variable_name(column)} (= {inside[column]:.6g}) is not "
+        "finite, as that of a square root at 0; give another guess, or a function that has a derivative there"
+    )

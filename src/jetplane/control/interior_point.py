@@ -6,9 +6,10 @@ The method is that of Wächter, Biegler, *On the implementation of an interior-p
 large-scale nonlinear programming*, Mathematical Programming 106 (2006), with its constants. Inequalities get slacks; a
 barrier parameter falls monotonically. Steps are those of Newton's method on the perturbed conditions of optimality,
 with a multiple of the identity added to the Hessian where the inertia is not that of a minimum, and with second-order
-corrections. A filter accepts progress in cost or in feasibility. Linear systems go to `jetplane.control.kkt`. Where the
-line search fails, steps of least norm towards the linearized constraints restore feasibility; this is simpler than the
-paper's restoration, and the one part that is not of the paper.
+corrections. A filter accepts progress in cost or in feasibility (`jetplane.control.line_search`). Where the line search
+fails, the same method minimizes the violation of the constraints (`jetplane.control.elastic`), until the filter accepts
+an iterate; where this ends at a minimum of the violation, the problem is infeasible there. Linear systems go to
+`jetplane.control.kkt`.
 
 All programs of a batch make their iterations together; each has its own barrier parameter, filter, step lengths,
 regularization and status. Vectors have shape (size, problems).
@@ -19,70 +20,66 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .elastic import Elastic
 from .ipopt import Scaling, interrupts
+from .iterates import DAMPING, Point, Program, State, evaluate
 from .kkt import KKT, Factorization
+from .line_search import Direction, search
 from .nlp import NLP
 from .problem import INFINITY
+from .scaled import Scaled
 from .status import Iteration, Outcome, Status
 
 # Constants of the paper, by its names or by those of IPOPT's options.
 KAPPA_EPSILON, KAPPA_MU, THETA_MU, TAU_MIN, KAPPA_SIGMA, S_MAX = 10.0, 0.2, 1.5, 0.99, 1e10, 100.0
-GAMMA_THETA, GAMMA_PHI, DELTA, S_THETA, S_PHI, ETA_PHI = 1e-5, 1e-8, 1.0, 1.1, 2.3, 1e-8
+FIRST_MU, WARM_MU = 0.1, 1e-6
 FIRST_DELTA, LEAST_DELTA, MOST_DELTA = 1e-4, 1e-20, 1e20
-BOUND_PUSH, BOUND_RELAX, DAMPING, MULTIPLIERS = 1e-2, 1e-8, 1e-5, 1e3
-CORRECTIONS, KAPPA_SOC = 4, 0.99
+BOUND_PUSH, WARM_PUSH, BOUND_RELAX, MULTIPLIERS = 1e-2, 1e-9, 1e-8, 1e3
 ACCEPTABLE, ACCEPTABLE_ITERATIONS = 1e-6, 15
 EQUALITY = 1e-8  # D of equality constraints of the path, which iterative refinement takes back
 REFINEMENTS, RESIDUAL = 6, 1e-10
-RESTORATIONS = 100
 VIOLATION = 1e-4  # of constraints and bounds, in the units of the problem, at most
 COMPLEMENTARITY = 1e-4  # products of distances and multipliers, in the units of the cost, at most
-STATIONARY = 1e-6  # gradient of the infeasibility below which nothing near is less infeasible
-EPSILON = float(np.finfo(float).eps)
+LESS, MUCH_LESS = 0.9, 0.1  # of the infeasibility before, that a restoration is to reach; that a filter is emptied for
+ELASTIC_TOL, ELASTIC_ACCEPTABLE = 1e-6, 1e-4  # of the restoration
+FAR = 1e6  # times the size of the start: where variables go that grow without end
+SMALL, ROUNDING = 1e-2, 1e-10  # violation beside them: of constraints, and of rounding
 
 
 @dataclass
-class _State:
-    """Iterates of all problems; every tensor's last dimension is that of problems."""
+class Limits:
+    """When to end."""
 
-    number: Tensor  # of the problem in the batch
-    w: Tensor  # variables and slacks
+    tol: float
+    iterations: int
+    deadline: float | None  # of the monotonic clock
+    stop: threading.Event
+    acceptable: float = ACCEPTABLE
+
+    def reached(self) -> Status | None:
+        """The limit that all problems have reached."""
+        if self.stop.is_set():
+            return Status.STOPPED
+        return Status.TIME_LIMIT if self.deadline is not None and time.monotonic() > self.deadline else None
+
+
+@dataclass
+class Ended:
+    """How a problem has ended, scaled."""
+
+    status: Status
+    w: Tensor
     multipliers: Tensor
     at_lower: Tensor
     at_upper: Tensor
-    lower: Tensor
-    upper: Tensor
-    fixed: Tensor
-    mu: Tensor
-    last_delta: Tensor
-    theta_least: Tensor
-    theta_most: Tensor
-    filter_theta: Tensor
-    filter_phi: Tensor
-    acceptable: Tensor  # iterations in a row
-    restoring: Tensor  # iterations of the restoration, 0 outside
-    target: Tensor  # infeasibility below which it ends
-
-    def select(self, chosen: Tensor) -> _State:
-        return _State(**{f.name: getattr(self, f.name)[..., chosen] for f in fields(self)})
-
-
-@dataclass
-class _Point:
-    """Functions at an iterate, scaled."""
-
-    objective: Tensor
-    constraints: Tensor  # (constraints, problems), less slacks and right-hand sides
-    theta: Tensor
-    phi: Tensor
-    finite: Tensor
+    iterations: int
 
 
 def solve(
@@ -134,164 +131,116 @@ def solve_batch(
         outcomes in the order of the problems.
     """
     stop = stop or threading.Event()
+    left = options.get("time_limit")
+    deadline = None if left is None else time.monotonic() + left
+    limits = Limits(options["tol"], options["max_iterations"], deadline, stop)
     with interrupts(stop), torch.no_grad():
-        return _InteriorPoint(nlp, y, lower, upper, options, scaling, warm, on_iteration, device, stop).run()
+        program = Scaled(nlp, scaling, y.shape[1], torch.device(device))
+        first, low, high = (program.tensor(a) / program.sizes for a in (y, lower, upper))
+        method = _InteriorPoint(program, limits, on_iteration)
+        state = method.start(first, low, high, warm)
+        ended = method.run(state)
+        return [_outcome(nlp, program, end, len(ended)) for end in ended]
+
+
+def _outcome(nlp: NLP, program: Scaled, end: Ended, problems: int) -> Outcome:
+    """The end of a problem in its own units."""
+    sizes, rows = program.sizes[:, 0], program.rows[:, 0]
+    y = (end.w[: program.n] * sizes).cpu().numpy()
+    multipliers = (end.multipliers * rows / program.factor).cpu().numpy()
+    at_lower, at_upper = (
+        (z[: program.n] / (program.factor * sizes)).cpu().numpy() for z in (end.at_lower, end.at_upper)
+    )
+    seconds = program.seconds / problems
+    return Outcome(end.status, y, nlp.objective(y), end.iterations, multipliers, at_lower, at_upper, seconds)
 
 
 class _InteriorPoint:
-    def __init__(self, nlp, y, lower, upper, options, scaling, warm, on_iteration, device, stop) -> None:
-        self.program, self.on_iteration, self.stop = nlp, on_iteration, stop
-        self.device = torch.device(device)
-        self.tol, self.limit = options["tol"], options["max_iterations"]
-        left = options.get("time_limit")
-        self.deadline = None if left is None else time.monotonic() + left
-        self.callbacks = 0.0
-        scaling = scaling or Scaling(np.ones(nlp.n), np.ones(nlp.m), 1.0)
-        self.sizes, self.rows, self.factor = 1 / scaling.variables, scaling.constraints, scaling.objective
-        rows, columns = nlp.jacobian_structure
-        self.jacobian_scale = self.tensor(self.rows[rows] * self.sizes[columns])[:, None]
-        rows, columns = nlp.hessian_structure
-        self.hessian_scale = self.tensor(self.sizes[rows] * self.sizes[columns])[:, None]
-        low, high = nlp.constraint_lower * self.rows, nlp.constraint_upper * self.rows
-        equal = nlp.constraint_lower == nlp.constraint_upper
-        self.slack = self.tensor(np.flatnonzero(~equal))
-        self.right = self.tensor(np.where(equal, low, 0.0))[:, None]
-        lower, upper = lower / self.sizes[:, None], upper / self.sizes[:, None]
-        y = np.clip(y / self.sizes[:, None], lower, upper)
-        problems = y.shape[1]
-        self.problems, self.n, self.m = problems, nlp.n, nlp.m
-        fixed = self.tensor(lower == upper)
-        fixable = torch.zeros(nlp.n, 1, dtype=torch.bool, device=self.device)
-        for name, place in nlp.places.items():
-            nodes = nlp.meshes[name].nodes
-            for i in range(nlp.model.phases[name].sizes[0]):
-                fixable[[place.states.start + i * (nodes + 1), place.states.start + i * (nodes + 1) + nodes]] = True
-            for c in (place.t0, place.tf):
-                if c is not None:
-                    fixable[c] = True
-            fixable[place.integrals] = fixable[place.controls] = True
-        fixable[nlp.parameters] = True
-        fixed &= fixable  # states within a phase get an interval about their value
-        self.kkt = KKT(nlp, fixed, self.device)
-        self.path = torch.zeros(nlp.m, 1, dtype=torch.bool, device=self.device)
-        for place in nlp.places.values():
-            self.path[place.path] = True
-        self.is_slack = torch.zeros(nlp.m, 1, dtype=torch.bool, device=self.device)
+    """The method for one program.
+
+    Args:
+        program: scaled.
+        limits: when to end.
+        on_iteration: as for `solve_batch`.
+        enough: of numbers of problems and their w: those that have come far enough, and end as solved.
+        kkt: the structure of the program's systems, where it is known already.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        limits: Limits,
+        on_iteration: Callable[[Iteration], None] | None,
+        enough: Callable[[Tensor, Tensor], Tensor] | None = None,
+        kkt: KKT | None = None,
+    ) -> None:
+        self.program, self.limits, self.on_iteration, self.enough = program, limits, on_iteration, enough
+        self._kkt = kkt
+        self.elastic_kkt: KKT | None = None
+        self.n, self.m, self.slack, self.device = program.n, program.m, program.slack, program.device
+        self.is_slack = torch.zeros_like(program.path)
         self.is_slack[self.slack] = True
-        self.nlp = nlp.batch(problems)
-        wide = lambda a: np.broadcast_to(a[~equal, None], (int((~equal).sum()), problems))  # noqa: E731
-        lower = self.tensor(np.concatenate([lower, wide(low)]))
-        upper = self.tensor(np.concatenate([upper, wide(high)]))
-        still = torch.cat([fixed, torch.zeros(len(self.slack), problems, dtype=torch.bool, device=self.device)])
-        unit = self.tensor(np.concatenate([1 / self.sizes, self.rows[~equal]]))[:, None]
-        relax = lambda a: torch.minimum(BOUND_RELAX * a.abs().clamp_min(1), VIOLATION * unit)  # noqa: E731
-        lower = torch.where((lower < -INFINITY) | still, -torch.inf, lower - relax(lower))
-        upper = torch.where((upper > INFINITY) | still, torch.inf, upper + relax(upper))
-        self.state = self._start(self.tensor(y), lower, upper, fixed, warm)
-        self.outcomes: list[Outcome | None] = [None] * problems
-
-    def tensor(self, a: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(a)).to(self.device)
-
-    # Functions, scaled
-
-    def _call(self, function: str, y: Tensor, *arguments: Any) -> Tensor:
-        began = time.process_time()
-        with np.errstate(all="ignore"):
-            value = getattr(self.nlp, function)(y.cpu().numpy() * self.sizes[:, None], *arguments)
-        self.callbacks += time.process_time() - began
-        return self.tensor(value)
-
-    def _jacobian(self, y: Tensor) -> Tensor:
-        return self._call("jacobian", y) * self.jacobian_scale
-
-    def _hessian(self, y: Tensor, multipliers: Tensor) -> Tensor:
-        rows = multipliers.cpu().numpy() * self.rows[:, None]
-        return self._call("hessian", y, rows, self.factor) * self.hessian_scale
-
-    def _gradient(self, y: Tensor) -> Tensor:
-        return self._call("gradient", y) * self.tensor(self.sizes * self.factor)[:, None]
-
-    def _constraints(self, y: Tensor) -> Tensor:
-        return self._call("constraints", y) * self.tensor(self.rows)[:, None]
-
-    def _distances(self, s: _State, w: Tensor) -> tuple[Tensor, Tensor]:
-        """To the bounds; infinite where there is none, never zero."""
-        least = EPSILON * w.abs().clamp_min(1)
-        return torch.maximum(w - s.lower, least), torch.maximum(s.upper - w, least)
-
-    def _point(self, s: _State, w: Tensor) -> _Point:
-        y = w[: self.n]
-        objective = self._call("objective", y) * self.factor
-        c = self._constraints(y) - self.right
-        c[self.slack] -= w[self.n :]
-        theta = c.abs().sum(0)
-        phi = self._barrier(s, w, objective)
-        return _Point(objective, c, theta, phi, theta.isfinite() & phi.isfinite())
-
-    def _barrier(self, s: _State, w: Tensor, objective: Tensor) -> Tensor:
-        """The cost with logarithms of the distances to bounds."""
-        below, above = self._distances(s, w)
-        # Variables with one bound get a small linear term, which keeps them from growing without end.
-        logarithms = torch.where(below.isfinite(), below.log(), 0.0) + torch.where(above.isfinite(), above.log(), 0.0)
-        single = below.isfinite() ^ above.isfinite()
-        linear = torch.where(single, torch.minimum(below, above), 0.0)
-        return objective + s.mu * (DAMPING * linear - logarithms).sum(0)
 
     # Start
 
-    def _start(self, y: Tensor, lower: Tensor, upper: Tensor, fixed: Tensor, warm: Outcome | None) -> _State:
-        push = 1e-9 if warm is not None else BOUND_PUSH
-        w = self._pushed(y, lower[: self.n], upper[: self.n], push)
-        slack = self._constraints(w)[self.slack]
-        w = torch.cat([w, self._pushed(slack, lower[self.n :], upper[self.n :], push)])
-        problems = w.shape[1]
-        zeros, ones = w.new_zeros(problems), w.new_ones(problems)
-        state = _State(
-            torch.arange(problems, device=self.device), w, w.new_zeros(self.m, problems),
-            lower.isfinite().to(w), upper.isfinite().to(w), lower, upper, fixed, 0.1 * ones, zeros.clone(),
-            zeros.clone(), zeros.clone(), w.new_full((0, problems), torch.inf), w.new_full((0, problems), torch.inf),
-            zeros.clone(), zeros.clone(), zeros.clone(),
-        )  # fmt: skip
+    def start(self, y: Tensor, lower: Tensor, upper: Tensor, warm: Outcome | None) -> State:
+        """The first state of all problems from their variables and bounds, scaled."""
+        program = self.program
+        assert isinstance(program, Scaled)
+        y = torch.minimum(torch.maximum(y, lower), upper)
+        fixed = (lower == upper) & program.fixable  # states within a phase get an interval about their value
+        problems, slack = y.shape[1], self.slack
+        lower, upper = (
+            torch.cat([b, c[slack].expand(-1, problems)])
+            for b, c in ((lower, program.constraint_lower), (upper, program.constraint_upper))
+        )
+        still = torch.cat([fixed, fixed.new_zeros(len(slack), problems)])
+        unit = torch.cat([1 / program.sizes, program.rows[slack]])
+        relax = lambda a: torch.minimum(BOUND_RELAX * a.abs().clamp_min(1), VIOLATION * unit)  # noqa: E731
+        lower = torch.where((lower < -INFINITY) | still, -torch.inf, lower - relax(lower))
+        upper = torch.where((upper > INFINITY) | still, torch.inf, upper + relax(upper))
+        push = BOUND_PUSH if warm is None else WARM_PUSH
+        w = _pushed(y, lower[: self.n], upper[: self.n], push)
+        w = torch.cat([w, _pushed(program.constraints(w)[slack], lower[self.n :], upper[self.n :], push)])
+        state = self._state(w, lower, upper, fixed, torch.full_like(w[0], FIRST_MU if warm is None else WARM_MU))
         if warm is None:
             state.multipliers = self._estimate(state)
-        else:
-            assert warm.multipliers is not None
-            scale = self.factor * self.sizes
-            dual = warm.multipliers / self.rows * self.factor
-            state.multipliers = self.tensor(dual)[:, None].expand(-1, problems).clone()
-            state.mu = 1e-6 * ones
-            slack = self.tensor(dual)[self.slack]
-            for target, values, sign in (
-                (state.at_lower, warm.lower_multipliers, -1.0),
-                (state.at_upper, warm.upper_multipliers, 1.0),
-            ):
-                if values is not None:
-                    both = torch.cat([self.tensor(values * scale), (sign * slack).clamp_min(0.0)])[:, None]
-                    target.copy_(torch.where(target > 0, both.clamp_min(1e-9), 0.0))
-        point = self._point(state, w)
-        state.theta_least, state.theta_most = 1e-4 * point.theta.clamp_min(1), 1e4 * point.theta.clamp_min(1)
+            return state
+        assert warm.multipliers is not None
+        dual = program.tensor(warm.multipliers)[:, None] / program.rows * program.factor
+        state.multipliers = dual.expand(-1, problems).clone()
+        for target, values, sign in (
+            (state.at_lower, warm.lower_multipliers, -1.0),
+            (state.at_upper, warm.upper_multipliers, 1.0),
+        ):
+            if values is not None:
+                own = program.tensor(values)[:, None] * program.factor * program.sizes
+                both = torch.cat([own, (sign * dual[slack]).clamp_min(0.0)])
+                target.copy_(torch.where(target > 0, both.clamp_min(1e-9), 0.0))
         return state
 
-    @staticmethod
-    def _pushed(w: Tensor, lower: Tensor, upper: Tensor, push: float) -> Tensor:
-        width = upper - lower
-        low = lower + torch.minimum(push * lower.abs().clamp_min(1), push * width)
-        high = upper - torch.minimum(push * upper.abs().clamp_min(1), push * width)
-        return torch.minimum(
-            torch.maximum(w, torch.where(low.isfinite(), low, w)), torch.where(high.isfinite(), high, w)
-        )
+    def _state(self, w: Tensor, lower: Tensor, upper: Tensor, fixed: Tensor, mu: Tensor) -> State:
+        self.kkt = self._kkt or KKT(self.program, fixed, self.device)
+        zeros, none = torch.zeros_like(mu), w.new_zeros(0, len(mu))
+        state = State(
+            torch.arange(len(mu), device=self.device), w, w.new_zeros(self.m, len(mu)),
+            lower.isfinite().to(w), upper.isfinite().to(w), lower, upper, fixed, mu, zeros,
+            zeros, zeros, none, none, zeros, zeros,
+        )  # fmt: skip
+        theta = evaluate(self.program, state, w).theta.clamp_min(1)
+        state.theta_least, state.theta_most = 1e-4 * theta, 1e4 * theta
+        return state
 
-    def _estimate(self, s: _State) -> Tensor:
+    def _estimate(self, s: State) -> Tensor:
         """Multipliers by least squares of the conditions of optimality; zero where they would be too large."""
         y = s.w[: self.n]
-        jacobian = self._jacobian(y)
+        jacobian = self.program.jacobian(y)
         hessian = jacobian.new_zeros(len(self.kkt.hessian_places[0]), y.shape[1])
-        right = torch.where(s.fixed, 0.0, -(self._gradient(y) - s.at_lower[: self.n] + s.at_upper[: self.n]))
-        slack = s.at_lower[self.n :] - s.at_upper[self.n :]
+        right = torch.where(s.fixed, 0.0, -(self.program.gradient(y) - s.at_lower[: self.n] + s.at_upper[: self.n]))
         c = jacobian.new_zeros(self.m, y.shape[1])
-        c[self.slack] = slack
-        damping = torch.where(self.is_slack, 1.0, torch.where(self.path, EQUALITY, 0.0)).expand(-1, y.shape[1]).to(c)
+        c[self.slack] = s.at_lower[self.n :] - s.at_upper[self.n :]
+        damping = torch.where(self.is_slack, 1.0, torch.where(self.program.path, EQUALITY, 0.0))
+        damping = damping.expand(-1, y.shape[1]).to(c)
         factor = self.kkt.factor(self.kkt.condense(jacobian), hessian, torch.ones_like(y), damping, s.fixed)
         _, dual = self.kkt.solve(factor, right, c)
         small = dual.abs().amax(0) <= MULTIPLIERS  # NaN is not
@@ -299,25 +248,23 @@ class _InteriorPoint:
 
     # Iterations
 
-    def run(self) -> list[Outcome]:
+    def run(self, s: State) -> list[Ended]:
         """Iterate until every problem has ended."""
-        self.iteration = 0
-        s = self.state
-        self.best = torch.full((self.problems,), torch.inf, dtype=s.w.dtype, device=self.device)
-        self.best_y = s.w[: self.n].clone()
-        while True:
+        problems = len(s.number)
+        self.ended: list[Ended | None] = [None] * problems
+        self.best = torch.full((problems,), torch.inf, dtype=s.w.dtype, device=self.device)
+        self.best_w, self.first_w = s.w.clone(), s.w
+        self.first_cost = self.program.objective(s.w[: self.n])
+        while len(s.number):
             s = self._iterate(s)
-            if not s.number.numel():
-                break
-            self.iteration += 1
-        return self.outcomes  # type: ignore[return-value]
+        return self.ended  # type: ignore[return-value]
 
-    def _iterate(self, s: _State, again: bool = False) -> _State:
+    def _iterate(self, s: State, again: bool = False) -> State:
         """One iteration of all problems; `again` where some have just left, and the others are looked at anew."""
-        y = s.w[: self.n]
-        point = self._point(s, s.w)
-        gradient, jacobian = self._gradient(y), self._jacobian(y)
-        below, above = self._distances(s, s.w)
+        program, y = self.program, s.w[: self.n]
+        point = evaluate(program, s, s.w)
+        gradient, jacobian = program.gradient(y), program.jacobian(y)
+        below, above = s.distances(s.w)
         bounded = s.lower.isfinite(), s.upper.isfinite()
         # Conditions of optimality
         slope = torch.cat([gradient + self.kkt.transposed_times(jacobian, s.multipliers), -s.multipliers[self.slack]])
@@ -344,107 +291,111 @@ class _InteriorPoint:
         if self.on_iteration is not None and not again:
             worst = int(total.argmax())
             self.on_iteration(
-                Iteration(self.iteration, float(point.objective[worst]) / self.factor, float(infeasible[worst]),
+                Iteration(int(s.iterations[worst]), float(program.cost(y)[worst]), float(infeasible[worst]),
                           float(optimality[worst]), float(s.mu[worst]))
             )  # fmt: skip
-        outside = s.restoring == 0
         # As in IPOPT, errors in the units of the problem are limited, too, so that no scaling can hide them.
-        violation = (point.constraints.abs() / self.tensor(self.rows)[:, None]).amax(0)
-        unscaled = (dual[: self.n].abs() / self.tensor(self.sizes * self.factor)[:, None]).amax(0)
+        violation = (point.constraints.abs() / program.rows).amax(0)
+        unscaled = (dual[: self.n].abs() / (program.sizes * program.factor)).amax(0)
         if not again:
-            nearly = (total <= ACCEPTABLE) & (violation <= 1e-2) & outside
-            s.acceptable = torch.where(nearly, s.acceptable + 1, 0.0)
-        gap = torch.maximum(products[0].amax(0), products[1].amax(0)) / self.factor
-        solved = (total <= self.tol) & (violation <= VIOLATION) & (unscaled <= 1) & (gap <= COMPLEMENTARITY) & outside
+            s.acceptable = torch.where((total <= self.limits.acceptable) & (violation <= 1e-2), s.acceptable + 1, 0.0)
+        gap = torch.maximum(products[0].amax(0), products[1].amax(0)) / program.factor
+        tol = self.limits.tol
+        solved = (total <= tol) & (violation <= VIOLATION) & (unscaled <= 1) & (gap <= COMPLEMENTARITY)
+        if self.enough is not None:
+            solved |= self.enough(s.number, s.w)
         ended: dict[Status, Tensor] = {Status.SOLVED: solved}
         ended[Status.ACCEPTABLE] = (s.acceptable >= ACCEPTABLE_ITERATIONS) & ~solved
         running = ~solved & ~ended[Status.ACCEPTABLE]
-        over = None
-        if self.stop.is_set():
-            over = Status.STOPPED
-        elif self.iteration >= self.limit:
-            over = Status.ITERATION_LIMIT
-        elif self.deadline is not None and time.monotonic() > self.deadline:
-            over = Status.TIME_LIMIT
+        over = self.limits.reached()
         if over is not None:
             ended[over] = running
         ended[Status.NOT_A_NUMBER] = running & ~(point.finite & jacobian.isfinite().all(0) & gradient.isfinite().all(0))
         ended[Status.DIVERGED] = running & (s.w.abs().amax(0) > INFINITY)
-        finished = torch.stack(list(ended.values())).any(0)
-        if bool(finished.any()):
-            for status, which in ended.items():
-                self._finish(s, which, status)
-            # What has ended leaves the batch where this is worth the copies, else its steps are not looked at.
-            keep = (~finished).nonzero()[:, 0]
-            s = s.select(keep)
-            if not len(keep):
-                return s
-            self.nlp = self.program.batch(len(keep))
-            return self._iterate(s, again=True)
+        ended[Status.ITERATION_LIMIT] = running & (s.iterations >= self.limits.iterations)
+        for status, which in ended.items():
+            self._end(s, which, status)
+        left = self._left(s)
+        if left is not s:
+            return self._iterate(left, again=True) if len(left.number) else left
         # The barrier parameter
-        least = min(self.tol, COMPLEMENTARITY * self.factor) / (KAPPA_EPSILON + 1)
+        least = min(tol, COMPLEMENTARITY * program.factor) / (KAPPA_EPSILON + 1)
         while True:
-            lower = outside & (error(s.mu) <= KAPPA_EPSILON * s.mu) & (s.mu > least)
+            lower = (error(s.mu) <= KAPPA_EPSILON * s.mu) & (s.mu > least)
             if not bool(lower.any()):
                 break
             s.mu = torch.where(lower, torch.minimum(KAPPA_MU * s.mu, s.mu**THETA_MU).clamp_min(least), s.mu)
-            s.filter_theta = torch.where(lower, torch.inf, s.filter_theta)
-            s.filter_phi = torch.where(lower, torch.inf, s.filter_phi)
-        keep = s.filter_theta.isfinite().any(1)
-        s.filter_theta, s.filter_phi = s.filter_theta[keep], s.filter_phi[keep]
-        point = replace(point, phi=self._barrier(s, s.w, point.objective))
+            s.empty_filter(lower)
+        s.iterations = s.iterations + 1
+        point = replace(point, phi=s.barrier(s.w, point.objective))
         return self._step(s, point, gradient, jacobian, slope, below, above, bounded)
 
-    def _remember(self, s: _State, total: Tensor) -> None:
+    def _remember(self, s: State, total: Tensor) -> None:
         better = total <= self.best[s.number]
         which = s.number[better]
         self.best[which] = total[better]
-        self.best_y[:, which] = s.w[: self.n, better]
+        self.best_w[:, which] = s.w[:, better]
 
-    def _finish(self, s: _State, which: Tensor, status: Status) -> None:
+    def _end(self, s: State, which: Tensor, status: Status) -> None:
+        """Some problems end; those that did not find what they sought may have gone off."""
         for k in which.nonzero()[:, 0].tolist():
             number = int(s.number[k])
-            y = (s.w[: self.n, k] if status.success else self.best_y[:, number]).cpu().numpy() * self.sizes
-            scale = self.factor * self.sizes
-            self.outcomes[number] = Outcome(
-                status,
-                y,
-                self.program.objective(y),
-                self.iteration,
-                s.multipliers[:, k].cpu().numpy() * self.rows / self.factor,
-                s.at_lower[: self.n, k].cpu().numpy() / scale,
-                s.at_upper[: self.n, k].cpu().numpy() / scale,
-                self.callbacks / self.problems,
+            if self.ended[number] is not None:
+                continue
+            how = Status.DIVERGED if not status.success and self._gone(s, k, status) else status
+            last = how.success or how in (Status.DIVERGED, Status.INFEASIBLE)
+            self.ended[number] = Ended(
+                how,
+                (s.w[:, k] if last else self.best_w[:, number]).clone(),
+                s.multipliers[:, k].clone(),
+                s.at_lower[:, k].clone(),
+                s.at_upper[:, k].clone(),
+                int(s.iterations[k]),
             )
 
-    def _step(self, s: _State, point: _Point, gradient, jacobian, slope, below, above, bounded) -> _State:
-        n = self.n
-        y = s.w[:n]
-        restoring = s.restoring > 0
+    def _gone(self, s: State, k: int, status: Status) -> bool:
+        """Whether a problem's variables have grown far at ever lower cost, and its violation is small beside them."""
+        w, number = s.w[:, k : k + 1], int(s.number[k])
+        size = float(w.abs().max())
+        if not FAR * max(1.0, float(self.first_w[:, number].abs().max())) <= size:
+            return False
+        one = torch.tensor([k], device=self.device)
+        point = evaluate(self.program.select(one), s.select(one), w)
+        small = ROUNDING if status is Status.INFEASIBLE else SMALL
+        violation, cost = float(point.constraints.abs().max()), float(point.objective[0])
+        return violation <= small * size and cost < float(self.first_cost[number])
+
+    def _left(self, s: State) -> State:
+        """The problems that have not ended; the state itself where these are all."""
+        ended = torch.tensor([self.ended[int(k)] is not None for k in s.number], device=self.device)
+        if not bool(ended.any()):
+            return s
+        keep = (~ended).nonzero()[:, 0]
+        if len(keep):
+            self.program = self.program.select(keep)
+        return s.select(keep)
+
+    def _step(self, s: State, point: Point, gradient, jacobian, slope, below, above, bounded) -> State:
+        n, y = self.n, s.w[: self.n]
         single = bounded[0] ^ bounded[1]
         barrier = torch.cat([gradient, gradient.new_zeros(len(self.slack), gradient.shape[1])])
         barrier = barrier - s.mu / below + s.mu / above
         barrier = barrier + torch.where(single, torch.where(bounded[0], DAMPING * s.mu, -DAMPING * s.mu), 0.0)
-        hessian = self._hessian(y, s.multipliers)
+        hessian = self.program.hessian(y, s.multipliers)
         sigma = s.at_lower / below + s.at_upper / above
         right = -slope - barrier
         right[:n] += gradient  # which both have
-        if bool(restoring.any()):
-            # The least step, in a norm that grows towards bounds, to where linearized constraints hold.
-            hessian = torch.where(restoring, 0.0, hessian)
-            sigma = torch.where(restoring, 1.0 + s.mu / below**2 + s.mu / above**2, sigma)
-            right = torch.where(restoring, 0.0, right)
         right[:n].masked_fill_(s.fixed, 0.0)
         factor, delta, damping, failed = self._factor(s, jacobian, hessian, sigma)
         tau = (1 - s.mu).clamp_min(TAU_MIN)
+        total = sigma + delta
 
-        def direction(constraints: Tensor) -> tuple[Tensor, Tensor]:
-            total = sigma + delta
+        def direction(constraints: Tensor) -> Direction:
             c = -constraints
             c[self.slack] += right[n:] / total[n:].clamp_min(1e-20)
             dy, dual = self._refined(factor, jacobian, hessian, total[:n], damping, right[:n], c, s.fixed)
             ds = (right[n:] + dual[self.slack]) / total[n:].clamp_min(1e-20)
-            return torch.cat([dy, ds]), dual
+            return Direction(torch.cat([dy, ds]), dual)
 
         def longest(dw: Tensor) -> Tensor:
             down = torch.where(dw < 0, -tau * below / dw, torch.inf)
@@ -452,51 +403,44 @@ class _InteriorPoint:
             return torch.minimum(down, up).amin(0).clamp_max(1.0)
 
         if bool(failed.all()):
-            dw, dual = torch.zeros_like(s.w), torch.zeros_like(s.multipliers)
+            first = Direction(torch.zeros_like(s.w), torch.zeros_like(s.multipliers))
         else:
-            dw, dual = direction(point.constraints)
-        failed |= ~(dw.isfinite().all(0) & dual.isfinite().all(0))
-        dw, dual = torch.where(failed, 0.0, dw), torch.where(failed, 0.0, dual)
-        most = longest(dw)
-        change = (barrier * dw).sum(0)
-        alpha, w, dual, used, accepted, armijo = self._search(
-            s, point, dw, dual, most, change, direction, longest, failed, restoring
+            first = direction(point.constraints)
+        failed |= ~(first.w.isfinite().all(0) & first.multipliers.isfinite().all(0))
+        first = Direction(*(torch.where(failed, 0.0, part) for part in first))
+        change = (barrier * first.w).sum(0)
+        step = search(
+            lambda w: evaluate(self.program, s, w), s, point, first, change, direction, longest, failed, VIOLATION
         )
         # Multipliers of bounds
+        used, accepted = step.used.w, step.accepted
         d_lower = torch.where(bounded[0], s.mu / below - s.at_lower - s.at_lower / below * used, 0.0)
         d_upper = torch.where(bounded[1], s.mu / above - s.at_upper + s.at_upper / above * used, 0.0)
-        beta = torch.ones_like(alpha)
+        beta = torch.ones_like(step.length)
         for z, dz in ((s.at_lower, d_lower), (s.at_upper, d_upper)):
             beta = torch.minimum(beta, torch.where(dz < 0, -tau * z / dz, torch.inf).amin(0))
-        newton = accepted & ~restoring
         # The filter takes what a step has left that did not lower the cost enough.
-        adds = newton & ~armijo
+        adds = ~(accepted & step.by_cost)
         if bool(adds.any()):
-            self._filter(s, point, adds)
+            s.add_to_filter(point, adds)
         s = replace(
             s,
-            w=torch.where(accepted, w, s.w),
-            multipliers=torch.where(newton, s.multipliers + alpha * dual, s.multipliers),
-            at_lower=torch.where(newton, s.at_lower + beta * d_lower, s.at_lower),
-            at_upper=torch.where(newton, s.at_upper + beta * d_upper, s.at_upper),
-            last_delta=torch.where((delta > 0) & ~restoring, delta, s.last_delta),
+            w=torch.where(accepted, step.w, s.w),
+            multipliers=torch.where(accepted, s.multipliers + step.length * step.used.multipliers, s.multipliers),
+            at_lower=torch.where(accepted, s.at_lower + beta * d_lower, s.at_lower),
+            at_upper=torch.where(accepted, s.at_upper + beta * d_upper, s.at_upper),
+            last_delta=torch.where(delta > 0, delta, s.last_delta),
         )
-        s = self._restore(s, point, accepted, restoring)
-        below, above = self._distances(s, s.w)  # of those that are left
+        if not bool(accepted.all()):
+            s = self._restore(s, point, ~accepted)
+        below, above = s.distances(s.w)  # of those that are left
         for z, distance, b in (("at_lower", below, s.lower.isfinite()), ("at_upper", above, s.upper.isfinite())):
             least, largest = s.mu / (KAPPA_SIGMA * distance), KAPPA_SIGMA * s.mu / distance
             value = torch.minimum(torch.maximum(getattr(s, z), least), largest)
             setattr(s, z, torch.where(b, value, 0.0))
         return s
 
-    @staticmethod
-    def _filter(s: _State, point: _Point, which: Tensor) -> None:
-        theta = torch.where(which, (1 - GAMMA_THETA) * point.theta, torch.inf)
-        phi = torch.where(which, point.phi - GAMMA_PHI * point.theta, torch.inf)
-        s.filter_theta = torch.cat([s.filter_theta, theta[None]])
-        s.filter_phi = torch.cat([s.filter_phi, phi[None]])
-
-    def _factor(self, s: _State, jacobian, hessian, sigma) -> tuple[Factorization, Tensor, Tensor, Tensor]:
+    def _factor(self, s: State, jacobian, hessian, sigma) -> tuple[Factorization, Tensor, Tensor, Tensor]:
         """Factors with the right inertia, the multiples of the identity they took, and where there are none."""
         n = self.n
         delta = torch.zeros_like(s.mu)
@@ -511,7 +455,7 @@ class _InteriorPoint:
 
         def factored(chosen: Tensor | None) -> Factorization:
             which = slice(None) if chosen is None else chosen
-            damping = torch.where(self.path & ~self.is_slack, EQUALITY, damped(which))
+            damping = torch.where(self.program.path & ~self.is_slack, EQUALITY, damped(which))
             return self.kkt.factor(
                 condensed if chosen is None else condensed.select(chosen),
                 hessian[:, which], sigma[:n, which] + delta[which], damping, s.fixed[:, which],
@@ -553,131 +497,81 @@ class _InteriorPoint:
             previous = residual
         return dy, dual
 
-    # Line search
-
-    def _search(self, s, point, dw, dual, most, change, direction, longest, failed, restoring):
-        """Step lengths, new iterates, directions of multipliers and variables used, where accepted, where by cost."""
-        switching = (change < 0) & (point.theta <= s.theta_least)
-        power = torch.where(change < 0, (-change).clamp_min(0.0) ** S_PHI, 0.0)
-        least = torch.where(
-            change < 0,
-            torch.minimum(
-                torch.full_like(change, GAMMA_THETA),
-                torch.where(
-                    switching,
-                    torch.minimum(GAMMA_PHI * point.theta / -change, DELTA * point.theta**S_THETA / power),
-                    GAMMA_PHI * point.theta / -change,
-                ),
-            ),
-            GAMMA_THETA,
-        )
-        least = 0.05 * torch.where(least.isfinite(), least, GAMMA_THETA)
-        least = torch.where(restoring, 1e-8, least.clamp_min(1e-14))
-        # Steps at the limit of rounding are taken as they are, but for those that leave constraints violated.
-        tiny = ((dw.abs() / (1 + s.w.abs())).amax(0) < 10 * EPSILON) & ~restoring & ~failed
-        tiny &= point.constraints.abs().amax(0) <= VIOLATION
-        alpha = most.clone()
-        result, used, multiplier = s.w.clone(), dw.clone(), dual.clone()
-        accepted, by_cost = torch.zeros_like(failed), torch.zeros_like(failed)
-        pending = ~failed
-        slack = 10 * EPSILON * point.phi.abs()
-
-        def judged(alpha: Tensor, trial: _Point) -> tuple[Tensor, Tensor]:
-            armijo = switching & (alpha * power > DELTA * point.theta**S_THETA)
-            enough = trial.phi <= point.phi + ETA_PHI * alpha * change + slack
-            progress = (trial.theta <= (1 - GAMMA_THETA) * point.theta) | (
-                trial.phi <= point.phi - GAMMA_PHI * point.theta + slack
-            )
-            in_filter = ((trial.theta <= s.filter_theta) | (trial.phi <= s.filter_phi + slack)).all(0)
-            good = trial.finite & (trial.theta <= s.theta_most) & in_filter & torch.where(armijo, enough, progress)
-            nearer = trial.finite & (trial.theta <= (1 - 1e-4 * alpha) * point.theta)
-            return torch.where(restoring, nearer, good) | (tiny & trial.finite), armijo & enough
-
-        trials = 0
-        while bool(pending.any()):
-            w = s.w + alpha * dw
-            trial = self._point(s, w)
-            good, armijo = judged(alpha, trial)
-            new = pending & good
-            result = torch.where(new, w, result)
-            accepted, by_cost, pending = accepted | new, by_cost | (new & armijo), pending & ~new
-            if trials == 0:
-                wanted = pending & trial.finite & (trial.theta >= point.theta) & ~restoring
-                before = point.theta
-                constraints = point.constraints
-                step = alpha
-                for _ in range(CORRECTIONS):
-                    if not bool(wanted.any()):
-                        break
-                    constraints = torch.where(wanted, step * constraints + trial.constraints, constraints)
-                    corrected, other = direction(constraints)
-                    step = longest(corrected)
-                    w = s.w + step * corrected
-                    trial = self._point(s, w)
-                    good, armijo = judged(alpha, trial)
-                    new = wanted & good & corrected.isfinite().all(0)
-                    result, alpha = torch.where(new, w, result), torch.where(new, step, alpha)
-                    used, multiplier = torch.where(new, corrected, used), torch.where(new, other, multiplier)
-                    accepted, by_cost, pending = accepted | new, by_cost | (new & armijo), pending & ~new
-                    wanted = wanted & ~new & trial.finite & (trial.theta <= KAPPA_SOC * before)
-                    before = trial.theta
-            trials += 1
-            alpha = torch.where(pending, alpha / 2, alpha)
-            pending = pending & (alpha >= least)
-        return alpha, result, multiplier, used, accepted, by_cost
-
     # Restoration
 
-    def _restore(self, s: _State, point: _Point, accepted: Tensor, restoring: Tensor) -> _State:
-        """Enter the restoration where the line search has failed; leave it where it succeeds, end where it fails."""
-        enter = ~accepted & ~restoring
-        if bool(enter.any()):
-            self._filter(s, point, enter)
-            s.restoring = torch.where(enter, 1.0, s.restoring)
-            s.target = torch.where(enter, 0.9 * point.theta, s.target)
-        if not bool(restoring.any()):
-            # Without infeasibility there is nothing to restore.
-            self._give_up(s, enter & (point.theta <= self.tol), Status.STALLED)
-            return self._without_ended(s)
-        s.restoring = torch.where(restoring, s.restoring + 1, s.restoring)
-        now = self._point(s, s.w)
-        in_filter = ((now.theta <= s.filter_theta) | (now.phi <= s.filter_phi)).all(0)
-        done = restoring & accepted & (now.theta <= s.target) & in_filter
-        if bool(done.any()):
-            below, above = self._distances(s, s.w)
-            for z, distance in (("at_lower", below), ("at_upper", above)):
-                fresh = torch.where(distance.isfinite(), (s.mu / distance).clamp_max(MULTIPLIERS), 0.0)
-                setattr(s, z, torch.where(done, fresh, getattr(s, z)))
-            s.multipliers = torch.where(done, self._estimate(s), s.multipliers)
-            s.restoring = torch.where(done, 0.0, s.restoring)
-        stuck = restoring & ~done & (~accepted | (s.restoring > RESTORATIONS))
-        feasible = now.theta <= self.tol
-        self._give_up(s, stuck & feasible, Status.STALLED)
-        if bool((stuck & ~feasible).any()):
-            nowhere = self._stationary(s, now)
-            self._give_up(s, stuck & ~feasible & nowhere, Status.INFEASIBLE)
-            self._give_up(s, stuck & ~feasible & ~nowhere, Status.RESTORATION_FAILED)
-        return self._without_ended(s)
+    def _restore(self, s: State, point: Point, which: Tensor) -> State:
+        """Where the line search has failed, lower the violation of the constraints until the filter accepts it."""
+        if isinstance(self.program, Elastic):  # which is never infeasible: rounding lets its line search fail
+            self._end(s, which, Status.STALLED)
+            return self._left(s)
+        self._end(s, which & (point.constraints.abs().amax(0) <= self.limits.tol), Status.STALLED)
+        chosen = torch.tensor([bool(w) and self.ended[int(k)] is None for w, k in zip(which, s.number, strict=True)])
+        chosen = chosen.nonzero()[:, 0].to(self.device)
+        if not len(chosen):
+            return self._left(s)
+        n, program, part, before = self.n, self.program.select(chosen), s.select(chosen), point.theta[chosen]
+        elastic = Elastic(program, part.w[:n], point.constraints[:, chosen].abs().amax(0))
 
-    def _stationary(self, s: _State, point: _Point) -> Tensor:
-        """Where no direction within the bounds lowers the sum of squares of the constraints."""
-        c, jacobian = point.constraints, self._jacobian(s.w[: self.n])
-        slope = torch.cat([self.kkt.transposed_times(jacobian, c).masked_fill(s.fixed, 0.0), -c[self.slack]])
-        below, above = self._distances(s, s.w)
-        room = torch.where(slope > 0, below, above).clamp_max(1.0)
-        # Each component in proportion to its terms, so that none with large ones hides others.
-        sizes = torch.cat([self.kkt.transposed_times(jacobian.abs(), c.abs()), c[self.slack].abs()])
-        sizes = torch.maximum(sizes, STATIONARY * sizes.amax(0))
-        return (slope.abs() * room <= STATIONARY * sizes).all(0)
+        def own(w: Tensor) -> Tensor:
+            return torch.cat([w[elastic.own], w[elastic.n :]])
 
-    def _give_up(self, s: _State, which: Tensor, status: Status) -> None:
-        if bool(which.any()):
-            self._finish(s, which, status)
+        def enough(number: Tensor, w: Tensor) -> Tensor:
+            state = part.select(number)
+            now = evaluate(program.select(number), state, own(w))
+            in_filter = ((now.theta <= state.filter_theta) | (now.phi <= state.filter_phi)).all(0)
+            return now.finite & in_filter & (now.theta <= LESS * before[number])
 
-    def _without_ended(self, s: _State) -> _State:
-        ended = torch.tensor([self.outcomes[int(k)] is not None for k in s.number], device=self.device)
-        if not bool(ended.any()):
-            return s
-        keep = (~ended).nonzero()[:, 0]
-        self.nlp = self.program.batch(max(len(keep), 1))
-        return s.select(keep)
+        limits = replace(self.limits, tol=ELASTIC_TOL, acceptable=ELASTIC_ACCEPTABLE)
+        method = _InteriorPoint(elastic, limits, self.on_iteration, enough, self.elastic_kkt)
+        found = method.run(method.elastic_start(part, point.constraints[:, chosen]))
+        self.elastic_kkt = method.kkt
+        w = torch.stack([end.w for end in found], 1)
+        s.w[:, chosen] = part.w = own(w)
+        s.iterations[chosen] = torch.tensor([end.iterations for end in found]).to(s.iterations)
+        accepted = enough(torch.arange(len(chosen), device=self.device), w)
+        lower = evaluate(program, part, part.w).theta <= MUCH_LESS * before
+        restored, emptied = torch.zeros_like(which), torch.zeros_like(which)
+        restored[chosen], emptied[chosen] = accepted | lower, lower & ~accepted
+        for k, end in zip(chosen.tolist(), found, strict=True):
+            one = torch.zeros_like(which)
+            one[k] = ~restored[k]
+            limited = end.status in (Status.STOPPED, Status.TIME_LIMIT, Status.ITERATION_LIMIT)
+            status = Status.INFEASIBLE if end.status.success else Status.RESTORATION_FAILED
+            self._end(s, one, end.status if limited else status)
+        if bool(restored.any()):
+            s.empty_filter(emptied)
+            for z, distance in zip(("at_lower", "at_upper"), s.distances(s.w), strict=True):
+                setattr(s, z, torch.where(restored, _bound_multipliers(s.mu, distance), getattr(s, z)))
+            s.multipliers = torch.where(restored, self._estimate(s), s.multipliers)
+        return self._left(s)
+
+    def elastic_start(self, s: State, constraints: Tensor) -> State:
+        """The first state of an elastic program: where the given program's state is, without violation."""
+        program = self.program
+        assert isinstance(program, Elastic)
+        n = program.program.n
+        infinite = torch.full_like(constraints, torch.inf)
+        w, lower, upper = (
+            torch.cat([program.joined(own[:n], elastic), own[n:]])
+            for own, elastic in ((s.w, constraints), (s.lower, -infinite), (s.upper, infinite))
+        )
+        fixed = program.joined(s.fixed, torch.zeros_like(constraints, dtype=torch.bool))
+        state = self._state(w, lower, upper, fixed, program.violation.clamp(ELASTIC_TOL, FIRST_MU))
+        state.at_lower, state.at_upper = (_bound_multipliers(state.mu, d) for d in state.distances(w))
+        state.multipliers = constraints / program.violation
+        state.iterations = s.iterations.clone()
+        return state
+
+
+def _bound_multipliers(mu: Tensor, distance: Tensor) -> Tensor:
+    """Multipliers of bounds from the distances to them."""
+    return torch.where(distance.isfinite(), (mu / distance).clamp_max(MULTIPLIERS), 0.0)
+
+
+def _pushed(w: Tensor, lower: Tensor, upper: Tensor, push: float) -> Tensor:
+    """Into the interior of the bounds."""
+    width = upper - lower
+    low = lower + torch.minimum(push * lower.abs().clamp_min(1), push * width)
+    high = upper - torch.minimum(push * upper.abs().clamp_min(1), push * width)
+    w = torch.maximum(w, torch.where(low.isfinite(), low, w))
+    return torch.minimum(w, torch.where(high.isfinite(), high, w))

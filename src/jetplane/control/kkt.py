@@ -27,92 +27,16 @@ Journal of Optimization Theory and Applications 99 (1998).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
-from .nlp import NLP
+from .bands import Banded, Bands, Chain
 
 PENALTY = 1e7  # ρ, in units of the scaled problem
 SINGULAR = 1e-13  # eigenvalues of the equilibrated border below this are zero
-
-
-class Blocks:
-    """Nonzeros of a sparse matrix (nonzeros, problems) as dense blocks (blocks, problems, rows, columns)."""
-
-    def __init__(self, shape: tuple[int, int, int], source: np.ndarray, target: np.ndarray, device: torch.device):
-        self.shape = shape
-        self.source, self.target = (torch.from_numpy(a.astype(np.int64)).to(device) for a in (source, target))
-
-    def of(self, values: Tensor) -> Tensor:
-        """The blocks; a tensor of their own."""
-        blocks, rows, columns = self.shape
-        cells = values.new_zeros(blocks * rows * columns, values.shape[1])
-        cells[self.target] = values[self.source]
-        return cells.view(blocks, rows, columns, values.shape[1]).permute(0, 3, 1, 2).contiguous()
-
-
-class _Targets:
-    """Where nonzeros go: collected by block matrix, made into `Blocks`."""
-
-    def __init__(self, shape: tuple[int, int, int]) -> None:
-        self.shape = shape
-        self.parts: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def add(self, source: np.ndarray, block, row, column) -> None:
-        _, rows, columns = self.shape
-        self.parts.append((source, (np.asarray(block) * rows + row) * columns + column + 0 * source))
-
-    def build(self, device: torch.device) -> Blocks:
-        empty = np.zeros(0, np.int64)
-        source, target = (np.concatenate([empty, *part]) for part in (zip(*self.parts, strict=True) or ((), ())))
-        return Blocks(self.shape, source, target, device)
-
-
-@dataclass
-class _Group:
-    """Intervals of one phase with the same number of points; which rows and columns they hold, node by node."""
-
-    points: int
-    members: Tensor  # intervals
-    columns: Tensor  # states and controls (intervals, points * local)
-    defects: Tensor  # rows of defects (intervals, points * states)
-    path_rows: Tensor  # (intervals, points * path constraints)
-    inner: Blocks  # defects by the states after the first
-    outer: Blocks  # defects by controls, first states, border
-    weights: Blocks  # W of each node by states, controls, border
-    path: Blocks
-    integral: Blocks
-    expand: Tensor  # Z without F, see `_GroupFactor`
-    step: Tensor  # T without F
-
-
-class Chain:
-    """A phase: its intervals, and which rows and columns they hold."""
-
-    def __init__(self, nlp: NLP, name: str, border: Sequence[int]) -> None:
-        place, mesh = nlp.places[name], nlp.meshes[name]
-        self.name = name
-        self.nx, self.nu, self.nq = nlp.model.phases[name].sizes
-        self.nodes = mesh.nodes
-        self.np = (place.path.stop - place.path.start) // self.nodes
-        self.border = list(border)
-        self.local = self.nx + self.nu
-        self.theta = len(border) + self.nx + self.nq
-        self.degrees, self.starts = np.array(mesh.degrees), mesh.starts
-        k = np.arange(self.nodes)
-        self.state_columns = (
-            place.states.start + np.arange(self.nx) * (self.nodes + 1) + np.arange(self.nodes + 1)[:, None]
-        )
-        self.control_columns = place.controls.start + np.arange(self.nu) * self.nodes + k[:, None]
-        self.defect_rows = place.defects.start + np.arange(self.nx) * self.nodes + k[:, None]
-        self.path_rows = place.path.start + np.arange(self.np) * self.nodes + k[:, None]
-        self.integral_rows = np.arange(place.integral_rows.start, place.integral_rows.stop)
-        self.interval = np.repeat(np.arange(len(self.degrees)), self.degrees)
 
 
 @dataclass
@@ -215,202 +139,13 @@ class KKT:
         ArgumentError: a state within a phase is fixed, or entries lie outside of the band.
     """
 
-    def __init__(self, nlp: NLP, fixed: Tensor, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
-        self.n, self.m = nlp.n, nlp.m
-        self.fixed = fixed if fixed.dim() == 2 else fixed[:, None]
+    def __init__(self, nlp: Banded, fixed: Tensor, device: torch.device | str = "cpu") -> None:
+        self.device, self.n, self.m = torch.device(device), nlp.n, nlp.m
+        self.bands = Bands(nlp, fixed if fixed.dim() == 2 else fixed[:, None], self.device)
         self.jacobian_places, self.hessian_places = (
-            tuple(self._index(a) for a in structure) for structure in (nlp.jacobian_structure, nlp.hessian_structure)
+            tuple(torch.from_numpy(np.asarray(a, np.int64)).to(self.device) for a in structure)
+            for structure in (nlp.jacobian_structure, nlp.hessian_structure)
         )
-        always = self.fixed.all(1).cpu().numpy()
-        parameters = range(nlp.parameters.start, nlp.parameters.stop)
-        self.chains: list[Chain] = []
-        root: list[int] = []
-        for name, place in nlp.places.items():
-            border = [c for c in (place.t0, place.tf, *parameters) if c is not None and not always[c]]
-            chain = Chain(nlp, name, border)
-            self.chains.append(chain)
-            root += [*chain.state_columns[0], *chain.state_columns[-1]]
-        for place in nlp.places.values():
-            root += [c for c in (place.t0, place.tf) if c is not None]
-            root += range(place.integrals.start, place.integrals.stop)
-        root += parameters
-        self._lay_out(nlp, np.array(root, int))
-        movable = torch.ones_like(self.fixed)
-        movable[self.root_columns] = False
-        # Of controls that do not move, the matrix has the identity alone.
-        self.still = torch.zeros_like(self.fixed[:, 0])
-        for chain in self.chains:
-            columns = self._index(chain.control_columns.ravel())
-            self.still[columns] = self.fixed[columns].all(1)
-        movable[self.still] = False
-        if bool((movable & self.fixed).any()):
-            column = int((movable & self.fixed).any(1).nonzero()[0])
-            raise ArgumentError(f"{nlp.variable_name(column)} is fixed; only ends, times, parameters, controls can be")
-
-    def _index(self, a) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(a, np.int64)).to(self.device)
-
-    def _lay_out(self, nlp: NLP, root: np.ndarray) -> None:
-        n, m = nlp.n, nlp.m
-        chain_of, node_of, local_of = np.full(n, -1), np.full(n, -1), np.full(n, -1)
-        for c, chain in enumerate(self.chains):
-            for columns, first in ((chain.state_columns, 0), (chain.control_columns, chain.nx)):
-                chain_of[columns] = c
-                node_of[columns] = np.arange(len(columns))[:, None]
-                local_of[columns] = first + np.arange(columns.shape[1])
-        root_of = np.full(n, -1)
-        root_of[root] = np.arange(len(root))
-        # Unknowns of the border: its variables, multipliers of the end states, of integrals and of ends.
-        size = len(root)
-        nu_of = []
-        for chain in self.chains:
-            nu_of.append(np.arange(size, size + chain.nx))
-            size += chain.nx
-        rows = np.concatenate([*(chain.integral_rows for chain in self.chains), np.arange(m)[nlp.end_rows]]).astype(int)
-        row_of = np.full(m, -1)
-        row_of[rows] = size + np.arange(len(rows))
-        self.root_size, self.multipliers = size + len(rows), size + len(rows) - len(root)
-        self.root_columns, self.root_rows = self._index(root), self._index(rows)
-        jacobian, hessian = _Targets((1, self.root_size, self.root_size)), _Targets((1, self.root_size, self.root_size))
-        self.groups: list[list[_Group]] = [
-            self._groups(number, nlp, chain_of, node_of, local_of) for number in range(len(self.chains))
-        ]
-        fixed = self.fixed.all(1).cpu().numpy()
-        # What no interval has is the border's.
-        r, c = (np.asarray(a) for a in nlp.hessian_structure)
-        source = np.arange(len(r))
-        taken = self._taken(len(r), "weights")
-        here = ~taken & (root_of[r] >= 0) & (root_of[c] >= 0)
-        hessian.add(source[here], 0, root_of[r][here], root_of[c][here])
-        off = here & (r != c)
-        hessian.add(source[off], 0, root_of[c][off], root_of[r][off])
-        self._complete(taken | here | fixed[r] | fixed[c], "Hessian")
-        r, c = (np.asarray(a) for a in nlp.jacobian_structure)
-        source = np.arange(len(r))
-        taken = self._taken(len(r), "inner", "outer", "path", "integral")
-        here = ~taken & (row_of[r] >= 0) & (root_of[c] >= 0)
-        jacobian.add(source[here], 0, row_of[r][here], root_of[c][here])
-        jacobian.add(source[here], 0, root_of[c][here], row_of[r][here])
-        self._complete(taken | here | fixed[c], "Jacobian")
-        self.root_hessian, self.root_jacobian = hessian.build(self.device), jacobian.build(self.device)
-        self.nu_of = [self._index(a) for a in nu_of]
-        self.first_of = [self._index(root_of[chain.state_columns[0]]) for chain in self.chains]
-        self.last_of = [self._index(root_of[chain.state_columns[-1]]) for chain in self.chains]
-        self.border_of = [self._index(root_of[chain.border]) for chain in self.chains]
-        self.integral_of = [self._index(row_of[chain.integral_rows]) for chain in self.chains]
-        # First states have their diagonal in the first interval.
-        own = np.ones(len(root), bool)
-        for chain in self.chains:
-            own[root_of[chain.state_columns[0]]] = False
-        self.root_own = torch.from_numpy(own).to(self.device)
-
-    def _taken(self, count: int, *parts: str) -> np.ndarray:
-        """Which nonzeros are in those blocks of groups."""
-        taken = np.zeros(count, bool)
-        for groups in self.groups:
-            for group in groups:
-                for part in parts:
-                    taken[getattr(group, part).source.cpu().numpy()] = True
-        return taken
-
-    def _groups(self, number: int, nlp: NLP, chain_of, node_of, local_of) -> list[_Group]:
-        """Intervals of a phase by their numbers of points, and where their nonzeros go."""
-        chain = self.chains[number]
-        nx, nu, d, g = chain.nx, chain.nu, chain.local, len(chain.border)
-        border = np.full(nlp.n, -1)
-        border[chain.border] = np.arange(g)
-        kinds = {"defect": chain.defect_rows, "path": chain.path_rows}
-        node, kind, local = np.full(nlp.m, -1), np.full(nlp.m, "", dtype="U8"), np.full(nlp.m, -1)
-        for name, lines in kinds.items():
-            node[lines], kind[lines], local[lines] = np.arange(len(lines))[:, None], name, np.arange(lines.shape[1])
-        kind[chain.integral_rows], local[chain.integral_rows] = "integral", np.arange(chain.nq)
-        hr, hc = (np.asarray(a) for a in nlp.hessian_structure)
-        jr, jc = (np.asarray(a) for a in nlp.jacobian_structure)
-        mine = (chain_of == number) & (node_of < chain.nodes)
-        groups = []
-        for points in np.unique(chain.degrees).tolist():
-            members = np.flatnonzero(chain.degrees == points)
-            count, u = len(members), points * nu
-            position = np.full(len(chain.degrees) + 1, -1)
-            position[members] = np.arange(count)
-            interval = np.append(chain.interval, len(chain.degrees))  # the end belongs to none
-            first = np.append(chain.starts[:-1], chain.nodes)
-
-            # Hessian: nodes by nodes, nodes by border
-            weights = _Targets((count, points * (d + g), d + g))
-            at = np.where(mine[hr], node_of[hr], np.where(mine[hc], node_of[hc], chain.nodes))
-            e = position[interval[at]]
-            left = np.where(mine[hr], local_of[hr], np.where(border[hr] >= 0, d + border[hr], -1))
-            right = np.where(mine[hc], local_of[hc], np.where(border[hc] >= 0, d + border[hc], -1))
-            same = ~(mine[hr] & mine[hc]) | (node_of[hr] == node_of[hc])
-            here = np.flatnonzero((e >= 0) & (left >= 0) & (right >= 0) & same)
-            offset = (at - first[interval[at]])[here] * (d + g)
-            weights.add(here, e[here], offset + left[here], right[here])
-            other = left[here] != right[here]
-            offset, here = offset[other], here[other]
-            weights.add(here, e[here], offset + right[here], left[here])
-
-            # Jacobian
-            blocks = {
-                "inner": _Targets((count, points * nx, points * nx)),
-                "outer": _Targets((count, points * nx, u + nx + g)),
-                "path": _Targets((count, points * chain.np, d + g)),
-                "integral": _Targets((count, points * chain.nq, d)),
-            }
-            own = (chain_of == number)[jc]
-            at = np.where(kind[jr] == "integral", np.where(own, node_of[jc], chain.nodes), node[jr])
-            at = np.where(at < 0, chain.nodes, at)
-            e = position[interval[at]]
-            row = at - first[interval[at]]
-            offset = node_of[jc] - first[interval[at]]
-            near = own & (offset >= 0) & (offset <= points)
-            state = local_of[jc] < nx
-            defect, path = (e >= 0) & (kind[jr] == "defect"), (e >= 0) & (kind[jr] == "path")
-            far = border[jc] >= 0
-            lines = row * nx + local[jr]
-
-            def put(name: str, which: np.ndarray, rows: np.ndarray, columns: np.ndarray, blocks=blocks, e=e) -> None:
-                source = np.flatnonzero(which)
-                blocks[name].add(source, e[source], rows[source], columns[source])
-
-            put("inner", defect & near & state & (offset > 0), lines, (offset - 1) * nx + local_of[jc])
-            put("outer", defect & near & state & (offset == 0), lines, u + local_of[jc])
-            put("outer", defect & near & ~state, lines, offset * nu + local_of[jc] - nx)
-            put("outer", defect & far, lines, u + nx + border[jc])
-            lines = row * chain.np + local[jr]
-            put("path", path & own & (offset == row), lines, local_of[jc])
-            put("path", path & far, lines, d + border[jc])
-            put("integral", (e >= 0) & (kind[jr] == "integral") & own, row * chain.nq + local[jr], local_of[jc])
-
-            expand = torch.zeros(points, d + g, u + nx + g, dtype=torch.float64)
-            expand[0, range(nx), range(u, u + nx)] = 1
-            for j in range(points):
-                expand[j, range(nx, d), range(j * nu, (j + 1) * nu)] = 1
-                expand[j, range(d, d + g), range(u + nx, u + nx + g)] = 1
-            step = torch.zeros(nx + chain.theta, u + nx + chain.theta, dtype=torch.float64)
-            step[range(nx, nx + chain.theta), range(u + nx, u + nx + chain.theta)] = 1
-            nodes = chain.starts[members][:, None] + np.arange(points)
-            columns = np.concatenate([chain.state_columns[nodes], chain.control_columns[nodes]], 2)
-            groups.append(
-                _Group(
-                    points,
-                    self._index(members),
-                    self._index(columns.reshape(count, -1)),
-                    self._index(chain.defect_rows[nodes].reshape(count, -1)),
-                    self._index(chain.path_rows[nodes].reshape(count, -1)),
-                    weights=weights.build(self.device),
-                    **{name: part.build(self.device) for name, part in blocks.items()},
-                    expand=expand.to(self.device),
-                    step=step.to(self.device),
-                )
-            )
-        return groups
-
-    @staticmethod
-    def _complete(taken: np.ndarray, what: str) -> None:
-        if not taken.all():
-            raise ArgumentError(f"{int((~taken).sum())} entries of the {what} lie outside of intervals and border")
 
     # Products
 
@@ -451,9 +186,9 @@ class KKT:
 
     def condense(self, jacobian: Tensor) -> Condensed:
         """Factor the defects of a Jacobian, given by its nonzeros in the order of the program's structure."""
-        jacobian = jacobian.masked_fill(self.still[self.jacobian_places[1]][:, None], 0.0)
+        jacobian = jacobian.masked_fill(self.bands.still[self.jacobian_places[1]][:, None], 0.0)
         chains = []
-        for chain, groups in zip(self.chains, self.groups, strict=True):
+        for chain, groups in zip(self.bands.chains, self.bands.groups, strict=True):
             parts = []
             for group in groups:
                 u = group.points * chain.nu
@@ -485,22 +220,22 @@ class KKT:
         chains = []
         jacobian = condensed.jacobian
         rows, columns = self.hessian_places
-        hessian = hessian.masked_fill((self.still[rows] | self.still[columns])[:, None], 0.0)
-        sigma = sigma.masked_fill(self.still[:, None], 1.0)
+        hessian = hessian.masked_fill((self.bands.still[rows] | self.bands.still[columns])[:, None], 0.0)
+        sigma = sigma.masked_fill(self.bands.still[:, None], 1.0)
         problems = jacobian.shape[1]
         correct = torch.ones(problems, dtype=torch.bool, device=jacobian.device)
-        root = (self.root_hessian.of(hessian) + self.root_jacobian.of(jacobian))[0]
-        for number, chain in enumerate(self.chains):
+        root = (self.bands.root_hessian.of(hessian) + self.bands.root_jacobian.of(jacobian))[0]
+        for number, chain in enumerate(self.bands.chains):
             factor, good = self._factor_chain(number, chain, condensed.chains[number], hessian, sigma, damping)
             chains.append(factor)
             correct &= good
             self._add_value(number, chain, factor.values[0], root)
-        variables = len(self.root_columns)
+        variables = len(self.bands.root_columns)
         diagonal = torch.diagonal(root, dim1=-2, dim2=-1)
-        diagonal[:, :variables] += (sigma[self.root_columns] * self.root_own[:, None]).T
-        diagonal[:, self.root_size - len(self.root_rows) :] -= damping[self.root_rows].T
-        still = torch.zeros(problems, self.root_size, dtype=torch.bool, device=root.device)
-        still[:, :variables] = fixed[self.root_columns].T
+        diagonal[:, :variables] += (sigma[self.bands.root_columns] * self.bands.root_own[:, None]).T
+        diagonal[:, self.bands.root_size - len(self.bands.root_rows) :] -= damping[self.bands.root_rows].T
+        still = torch.zeros(problems, self.bands.root_size, dtype=torch.bool, device=root.device)
+        still[:, :variables] = fixed[self.bands.root_columns].T
         root.masked_fill_(still[:, :, None] | still[:, None, :], 0.0)
         diagonal.masked_fill_(still, 1.0)
         scale = torch.ones_like(diagonal)
@@ -510,19 +245,20 @@ class KKT:
         scale = torch.where(scale.isfinite(), scale, 1.0)
         equilibrated = root * scale[:, :, None] * scale[:, None, :]
         finite = equilibrated.isfinite().flatten(1).all(1)
-        equilibrated = torch.where(finite[:, None, None], equilibrated, torch.eye(self.root_size, dtype=root.dtype))
+        identity = torch.eye(self.bands.root_size, dtype=root.dtype, device=root.device)
+        equilibrated = torch.where(finite[:, None, None], equilibrated, identity)
         eigenvalues, vectors = torch.linalg.eigh(equilibrated)
         zero = eigenvalues.abs() < SINGULAR
         # Dependent constraints have multipliers in the null space; of those the least ones are taken.
-        correct &= finite & (((eigenvalues < 0) | zero).sum(-1) == self.multipliers)
+        correct &= finite & (((eigenvalues < 0) | zero).sum(-1) == self.bands.multipliers)
         inverse = torch.where(zero, 0.0, 1 / eigenvalues)
         return Factorization(condensed, chains, equilibrated, scale, vectors, inverse, still, damping, correct)
 
     def _add_value(self, number: int, chain: Chain, value: Tensor, root: Tensor) -> None:
         """The value of a phase as a function of the border: σ = ν - ρ x_N."""
         nx, g = chain.nx, len(chain.border)
-        first, last, nu = self.first_of[number], self.last_of[number], self.nu_of[number]
-        where = torch.cat([first, self.border_of[number], nu, self.integral_of[number]])
+        where, last = self._where(number)
+        nu = self.bands.nu_of[number]
         root[:, where[:, None], where] += value
         # Through σ, the end state has -ρ times the rows and columns of ν.
         s = nx + g
@@ -540,7 +276,7 @@ class KKT:
         steps: list = [None] * intervals
         costs: list = [None] * intervals
         weights_of = []
-        for group, part in zip(self.groups[number], parts, strict=True):
+        for group, part in zip(self.bands.groups[number], parts, strict=True):
             count, u = len(group.members), group.points * nu
             weights = group.weights.of(hessian).view(count, problems, group.points, d + g, d + g)
             diagonal = torch.diagonal(weights, dim1=-2, dim2=-1)[..., :d]
@@ -579,7 +315,7 @@ class KKT:
             if problems == 1 and self.device.type == "cpu" and info.item():
                 return _ChainFactor(values[e][None], []), bad == 0
         groups = []
-        for group, part, weights in zip(self.groups[number], parts, weights_of, strict=True):
+        for group, part, weights in zip(self.bands.groups[number], parts, weights_of, strict=True):
             members = group.members.tolist()
             cholesky = torch.stack([factors[e][0] for e in members])
             half = torch.stack([factors[e][1] for e in members])
@@ -596,12 +332,12 @@ class KKT:
 
     def solve(self, factor: Factorization, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """Solve for a right-hand side: dy (variables, problems) and dλ (constraints, problems)."""
-        variables = len(self.root_columns)
-        right = b.new_zeros(b.shape[1], self.root_size)
-        right[:, :variables] = (b[self.root_columns] * self.root_own[:, None]).T
-        right[:, self.root_size - len(self.root_rows) :] = c[self.root_rows].T
+        variables = len(self.bands.root_columns)
+        right = b.new_zeros(b.shape[1], self.bands.root_size)
+        right[:, :variables] = (b[self.bands.root_columns] * self.bands.root_own[:, None]).T
+        right[:, self.bands.root_size - len(self.bands.root_rows) :] = c[self.bands.root_rows].T
         states = []
-        for number, chain in enumerate(self.chains):
+        for number, chain in enumerate(self.bands.chains):
             state, p = self._backward(number, chain, factor, b, c)
             states.append(state)
             where, last = self._where(number)
@@ -617,9 +353,9 @@ class KKT:
             found = found + times(factor.vectors, factor.inverse * times(factor.vectors.mT, rest))
         found = found * scale
         dy, dual = torch.empty_like(b), torch.empty_like(c)
-        dy[self.root_columns] = found[:, :variables].T
-        dual[self.root_rows] = found[:, self.root_size - len(self.root_rows) :].T
-        for number, chain in enumerate(self.chains):
+        dy[self.bands.root_columns] = found[:, :variables].T
+        dual[self.bands.root_rows] = found[:, self.bands.root_size - len(self.bands.root_rows) :].T
+        for number, chain in enumerate(self.bands.chains):
             where, last = self._where(number)
             z = found[:, where]
             s = chain.nx + len(chain.border)
@@ -628,8 +364,10 @@ class KKT:
         return dy, dual
 
     def _where(self, number: int) -> tuple[Tensor, Tensor]:
-        first, nu = self.first_of[number], self.nu_of[number]
-        return torch.cat([first, self.border_of[number], nu, self.integral_of[number]]), self.last_of[number]
+        """Where x₀ and θ of a phase lie among the border's unknowns, and where its last state does."""
+        b = self.bands
+        where = [b.first_of[number], b.border_of[number], b.nu_of[number], b.integral_of[number]]
+        return torch.cat(where), b.last_of[number]
 
     def _backward(self, number: int, chain: Chain, factorization: Factorization, b, c):
         """Linear terms of the value at each edge, and what the way forward needs; of the first edge, those by θ too."""
@@ -640,7 +378,7 @@ class KKT:
         loops: list = [None] * intervals
         kept = []
         for group, part, made in zip(
-            self.groups[number], factorization.condensed.chains[number], factor.groups, strict=True
+            self.bands.groups[number], factorization.condensed.chains[number], factor.groups, strict=True
         ):
             count, points, u = len(group.members), group.points, group.points * nu
             shape = count, problems, points
@@ -680,14 +418,14 @@ class KKT:
         edges = torch.stack(costates)[..., 0]
         first = b.new_zeros(problems, nx + chain.theta)
         first[:, :nx] = edges[0]
-        for group, made, (_, _, _, piece) in zip(self.groups[number], factor.groups, kept, strict=True):
+        for group, made, (_, _, _, piece) in zip(self.bands.groups[number], factor.groups, kept, strict=True):
             first[:, nx:] += (piece + transposed_times(made.loop[..., nx:], edges[group.members + 1])).sum(0)
         return (edges, kept), first
 
     def _forward(self, number: int, chain: Chain, factorization: Factorization, c, state, z, dy, dual) -> None:
         """States, controls and multipliers from the first state and θ."""
         nx, nu, g, d = chain.nx, chain.nu, len(chain.border), chain.local
-        edges, kept = state
+        (edges, kept), groups = state, self.bands.groups[number]
         problems, intervals = z.shape[0], len(chain.degrees)
         factor, damping = factorization.chains[number], factorization.damping
         theta = z[:, nx:]
@@ -695,7 +433,7 @@ class KKT:
         constants: list = [None] * intervals
         open_loop = []
         for group, part, made, (f, _, q, _) in zip(
-            self.groups[number], factorization.condensed.chains[number], factor.groups, kept, strict=True
+            groups, factorization.condensed.chains[number], factor.groups, kept, strict=True
         ):
             end = part.inner[..., -nx:, : group.points * nu]
             slope = q + transposed_times(end, edges[group.members + 1])
@@ -714,7 +452,12 @@ class KKT:
         full = torch.cat([torch.stack(trajectory)[..., 0], theta.expand(intervals + 1, -1, -1)], -1)
         push = times(factor.values[..., :nx, :], full) + edges  # costates at the edges
         for group, part, made, (f, linear, _, _), k in zip(
-            self.groups[number], factorization.condensed.chains[number], factor.groups, kept, open_loop, strict=True
+            groups,
+            factorization.condensed.chains[number],
+            factor.groups,
+            kept,
+            open_loop,
+            strict=True,
         ):
             count, members, points = len(group.members), group.members, group.points
             here = full[members]

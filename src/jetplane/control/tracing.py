@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import TorchDispatchMode, decompositions, tree_leaves, tree_map
+from .._torch import TorchDispatchMode, decompositions, no_dispatch, tree_leaves, tree_map
 from ..errors import JetplaneError, ShapeError, TraceError
 from ..llvm import Graph
-from .external import OutsideFunction, Recording
+from .external import OutsideFunction, Recording, Slot
 
 # Where products have this many outputs and multiply-adds for each node, torch is faster than scalars.
 LARGE_OUTPUTS, LARGE_PRODUCTS = 16, 64
@@ -41,9 +41,9 @@ class Symbolic(Tensor):
     """A tensor that has no numbers: of graph nodes, or a value inside of an external function."""
 
     @staticmethod
-    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, *_: Any) -> Any:
-        """A wrapper without storage; what it wraps is set by `__init__`."""
-        return Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype)
+    def __new__(cls, like: Tensor, dtype: torch.dtype, *_: Any) -> Any:
+        """A wrapper without storage, laid out as `like`, since torch looks at strides; `__init__` sets its content."""
+        return Tensor._make_wrapper_subclass(cls, like.shape, like.stride(), like.storage_offset(), dtype=dtype)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -79,14 +79,14 @@ class Symbolic(Tensor):
 class Scalars(Symbolic):
     """A tensor whose entries are nodes of the graph; `nodes` (int64) has their numbers."""
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, nodes: Tensor) -> None:
+    def __init__(self, nodes: Tensor, dtype: torch.dtype) -> None:
         self.nodes = nodes
 
 
 class Opaque(Symbolic):
     """A value inside of an external function that is still being recorded; `slot` is its place there."""
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, recording: Recording, slot: int) -> None:
+    def __init__(self, like: Tensor, dtype: torch.dtype, recording: Recording, slot: int) -> None:
         self.recording, self.slot = recording, slot
 
 
@@ -232,10 +232,19 @@ STRUCTURAL = set(
 )
 MADE = set("zeros ones full empty new_ones new_full new_empty ones_like full_like empty_like".split())
 PRODUCTS = {"mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addmv"}
+TRANSPOSES = {"t", "transpose", "permute"}
 READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select"}
 
 
 _active = threading.local()
+
+
+def _out_of_place(func):
+    """The operator that returns what one in place writes: of the same name and arguments."""
+    packet = getattr(getattr(torch.ops, func.namespace), func._overloadpacket.__name__[:-1])
+    wanted = [(a.name, str(a.type)) for a in func._schema.arguments]
+    overloads = (getattr(packet, name) for name in packet.overloads())
+    return next(o for o in overloads if [(a.name, str(a.type)) for a in o._schema.arguments] == wanted)
 
 
 class Tracer(TorchDispatchMode):
@@ -280,7 +289,7 @@ class Tracer(TorchDispatchMode):
 
     def tensor(self, nodes: Tensor, dtype: torch.dtype = torch.float64) -> Scalars:
         """The tensor of some nodes."""
-        return Scalars(nodes.shape, dtype, nodes)
+        return Scalars(nodes, dtype)
 
     def mask(self, node: int) -> int:
         """Which lanes a node depends on, as bits."""
@@ -326,12 +335,14 @@ class Tracer(TorchDispatchMode):
                 f"for a "
                 f"choice by value, and keep the value a tensor\n  at {self.graph.line}"
             )
-        bare = name[:-1] if name.endswith("_") and not name.startswith("_") else name
-        if bare != name or name == "copy_":
-            return self._write(func, bare, args, kwargs)
+        if torch.Tag.inplace_view in func.tags:
+            return self._reshape_in_place(func, args, kwargs)
+        if name.endswith("_") and not name.startswith("_"):
+            return self._write(func, name[:-1], args, kwargs)
         opaque = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Opaque)]
         scalars = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Scalars)]
-        if opaque and not scalars:
+        # A transposed matrix has the nodes last, where torch could not compute it for all of them: it is of scalars.
+        if opaque and not scalars and not (name in TRANSPOSES and args[0].dim() == 2):
             return self._record(func, args, kwargs)
         if opaque:  # ends here: its values become scalars
             args, kwargs = tree_map(lambda a: self.scalars(a) if isinstance(a, Opaque) else a, (args, kwargs))
@@ -343,12 +354,12 @@ class Tracer(TorchDispatchMode):
             return self._structural(func, args, kwargs)
         if name in PRODUCTS:
             return self._product(func, name, args, kwargs)
-        rule = getattr(self, f"_{name}", None) if name in REDUCTIONS else None
+        rule = getattr(self, f"_{name}", None) if name in RULES else None
         if rule is not None:
             return rule(*args, **kwargs)
         if name in ELEMENTWISE and self._plain(name, args, kwargs):
             return self._pointwise(name, args, kwargs)
-        decomposed = self._decomposed(func, args, kwargs)
+        decomposed = self._decomposed(func, args, kwargs, torch.Tag.pointwise in func.tags or not self._by_node(args))
         if decomposed is not NotImplemented:
             return decomposed
         return self._record(func, args, kwargs)
@@ -361,11 +372,15 @@ class Tracer(TorchDispatchMode):
             return len(args) == 1
         return not set(kwargs) - {"alpha", "value", "min", "max"} and not (name == "div" and "rounding_mode" in kwargs)
 
-    def _decomposed(self, func, args, kwargs):
-        """By what it is made of; an operator that is not elementwise is better left to torch as a whole."""
+    def _by_node(self, args: Any) -> bool:
+        """Whether all scalars have the nodes in their first dimension, as functions that torch computes must."""
+        return all(a.dim() and a.shape[0] == self.lanes for a in tree_leaves(args) if isinstance(a, Scalars))
+
+    def _decomposed(self, func, args, kwargs, by_table: bool):
+        """By what it is made of; an operator that torch computes for all nodes at once is left to it as a whole."""
         with self:
             result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented or torch.Tag.pointwise not in func.tags:
+            if result is not NotImplemented or not by_table:
                 return result
             table = decompositions()
             try:
@@ -429,9 +444,30 @@ class Tracer(TorchDispatchMode):
         result = func(*tree_map(numbers, args), **tree_map(numbers, kwargs))
         return tree_map(lambda r: self.tensor(r, dtype) if isinstance(r, Tensor) else r, result)
 
+    @staticmethod
+    def _reshape_in_place(func, args: tuple, kwargs: dict):
+        """``squeeze_``, ``t_``, …: the tensor keeps its memory, and gets another shape."""
+        target = args[0]
+        if isinstance(target, Scalars):
+            target.nodes = func(target.nodes.detach(), *args[1:], **kwargs)
+        else:
+            [target.slot], _ = target.recording.append(_out_of_place(func), (Slot(target.slot), *args[1:]), kwargs)
+        with no_dispatch():
+            return func(*args, **kwargs)
+
     def _write(self, func, bare: str, args: tuple, kwargs: dict):
         """An operator in place: its result is written into the nodes of the tensor, which views of it share."""
         target = args[0]
+        if isinstance(target, Opaque):
+            if target.recording.has_views(target.slot):
+                raise TraceError(
+                    f"{func._overloadpacket.__name__} writes into a value of a tensor function that has views; write "
+                    f"{bare} without the underscore\n  at {self.graph.line}"
+                )
+            written = self._record(_out_of_place(func), args, kwargs)
+            assert isinstance(written, Opaque)
+            target.slot = written.slot
+            return target
         if not isinstance(target, Scalars):
             raise TraceError(
                 "a value of the traced function is written into a tensor made outside it; make the tensor inside "
@@ -452,28 +488,34 @@ class Tracer(TorchDispatchMode):
                 target.nodes.index_put_(list(indices), self.scalars(args[2]).nodes)
                 return target
         else:
-            packet = getattr(torch.ops.aten, bare)
-            overload = getattr(packet, func._overloadname, packet)
-            if not isinstance(overload, torch._ops.OpOverload):
-                overload = overload.default
-            result = self._apply(overload, bare, args, kwargs)
+            result = self._apply(_out_of_place(func), bare, args, kwargs)
         if result is not NotImplemented:
             target.nodes.copy_(self.scalars(result).nodes)
         return target
 
     # Arithmetic
 
-    def _checked(self, nodes: Tensor) -> Tensor:
+    def _checked(self, nodes: Tensor, shapes: Sequence[tuple[int, ...]] = ()) -> Tensor:
         for node in set(nodes.reshape(-1).tolist()):
             mask = self.mask(node)
             if mask & (mask - 1):
                 raise TraceError(
                     "an operator combines values of different nodes; dynamics, path constraints and integrands are "
-                    "functions "
-                    "of one node each: the first dimension is that of nodes, sum over the last ones (dim=-1)\n"
-                    f"  at {self.graph.line}"
+                    "functions of one node each: the first dimension is that of nodes, sum over the last ones (dim=-1)"
+                    f"{self._broadcast(shapes)}\n  at {self.graph.line}"
                 )
         return nodes
+
+    def _broadcast(self, shapes: Sequence[tuple[int, ...]]) -> str:
+        """What is wrong where shapes like (nodes,) and (nodes, 1) meet."""
+        flat = [s for s in shapes if s == (self.lanes,)]
+        deep = [s for s in shapes if len(s) == 2 and s[0] == self.lanes]
+        if not flat or not deep:
+            return ""
+        return (
+            f". Here (nodes,) and (nodes, {deep[0][1]}) meet, which torch broadcasts to (nodes, nodes): take a column "
+            "of the second one, x.name[:, 0], or keep the dimension of the first, sum(-1, keepdim=True)"
+        )
 
     def _pointwise(self, name: str, args: Sequence, kwargs: dict) -> Scalars:
         if kwargs.get("alpha") == 1 or kwargs.get("value") == 1:
@@ -490,7 +532,8 @@ class Tracer(TorchDispatchMode):
         lists = [[None] * shape.numel() if v is None else v.expand(shape).reshape(-1).tolist() for v in values]
         rule, graph = ELEMENTWISE[name], self.graph
         nodes = torch.tensor([rule(graph, *entry) for entry in zip(*lists, strict=True)], dtype=torch.int64)
-        return self.tensor(self._checked(nodes.reshape(shape)), torch.bool if name in COMPARISONS else torch.float64)
+        checked = self._checked(nodes.reshape(shape), [tuple(v.shape) for v in present])
+        return self.tensor(checked, torch.bool if name in COMPARISONS else torch.float64)
 
     def _fold_over(self, x, dims, keepdim: bool, function: Callable[[list[int]], int]) -> Scalars:
         """A reduction: a function of lists of nodes."""
@@ -533,12 +576,13 @@ class Tracer(TorchDispatchMode):
     def _linalg_vector_norm(self, x, ord=2, dim=None, keepdim=False, dtype=None):
         graph = self.graph
         if ord == 2:
-            return self._fold_over(
-                x,
-                dim,
-                keepdim,
-                lambda nodes: graph.apply("sqrt", self._total([graph.apply("mul", n, n) for n in nodes])),
-            )
+
+            def length(nodes):  # with the derivative 0 at 0, as torch has it
+                square = self._total([graph.apply("mul", n, n) for n in nodes])
+                safe = _where_positive(graph, square, square, graph.constant(1.0))
+                return _where_positive(graph, square, graph.apply("sqrt", safe), graph.constant(0.0))
+
+            return self._fold_over(x, dim, keepdim, length)
         absolute = self._pointwise("abs", (x,), {})
         if ord == 1:
             return self._sum(absolute, dim, keepdim)
@@ -568,6 +612,11 @@ class Tracer(TorchDispatchMode):
             parts[n] = self._pointwise("add", (self.tensor(parts[n - 1]), self.tensor(parts[n])), {}).nodes
         return self.tensor(torch.stack(parts, dim))
 
+    def _addbmm(self, x, a, b, **factors):
+        """A sum over the batch is one product."""
+        with self:
+            return torch.addmm(x, a.transpose(0, 1).flatten(1), b.flatten(0, 1), **factors)
+
     def _linalg_cross(self, a, b, *, dim=-1):
         a, b = torch.broadcast_tensors(self.scalars(a).nodes, self.scalars(b).nodes)
         x, y = ([self.tensor(part) for part in nodes.unbind(dim)] for nodes in (a, b))
@@ -583,7 +632,7 @@ class Tracer(TorchDispatchMode):
         a_symbolic, b_symbolic = isinstance(a, Symbolic), isinstance(b, Symbolic)
         outputs = b.shape[-1] if b.dim() > 1 else 1
         if a_symbolic and not b_symbolic and a.dim() > 1:
-            if outputs >= LARGE_OUTPUTS and a.shape[-1] * outputs >= LARGE_PRODUCTS:
+            if outputs >= LARGE_OUTPUTS and a.shape[-1] * outputs >= LARGE_PRODUCTS and self._by_node(args):
                 return self._record(func, args, kwargs)
         x, y = self.scalars(a).nodes, self.scalars(b).nodes
         graph = self.graph
@@ -616,7 +665,7 @@ class Tracer(TorchDispatchMode):
     def _record(self, func, args: tuple, kwargs: dict):
         """Let torch compute an operator, as part of a function of some scalars of each node."""
         sources = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Symbolic)]
-        if any(a.dim() == 0 or a.shape[0] != self.lanes for a in sources if isinstance(a, Scalars)):
+        if not self._by_node(sources):
             raise TraceError(
                 f"{func._overloadpacket.__name__} has no rule for scalars, and its argument has not the nodes in its "
                 f"first "
@@ -631,12 +680,13 @@ class Tracer(TorchDispatchMode):
             if isinstance(a, Scalars):
                 return recording.argument(a.nodes, a.dtype)
             if isinstance(a, Opaque):
-                return recording.slot(a.slot)
+                return Slot(a.slot)
             return a
 
-        slots, shapes = recording.append(func, *tree_map(entered, (args, kwargs)))
+        slots, likes = recording.append(func, *tree_map(entered, (args, kwargs)))
         made = [
-            None if kind is None else Opaque(*kind, recording, slot) for slot, kind in zip(slots, shapes, strict=True)
+            None if like is None else Opaque(like, like.dtype, recording, slot)
+            for slot, like in zip(slots, likes, strict=True)
         ]
         return made[0] if recording.single(slots) else tuple(made)
 
@@ -659,7 +709,7 @@ class Tracer(TorchDispatchMode):
         return rows
 
 
-REDUCTIONS = {"sum", "mean", "prod", "linalg_vector_norm", "amax", "amin", "cumsum", "linalg_cross"}
+RULES = set("sum mean prod linalg_vector_norm amax amin cumsum linalg_cross addbmm".split())
 
 
 def outputs(tracer: Tracer, value: Any, size: int | None, what: str) -> Tensor:
