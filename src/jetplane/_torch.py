@@ -11,8 +11,8 @@ import contextlib
 import functools
 import importlib
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from .errors import TorchVersionError
 
 SUPPORTED = "2.11 to 2.13"
+F = TypeVar("F", bound=Callable[..., Any])
 CHECKED = (2, 13)  # the newest version whose operators' names were checked
 VERSION = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
@@ -49,6 +50,7 @@ DisableTorchFunction: Any = _taken("torch", "_C.DisableTorchFunction")
 DisableTorchFunctionSubclass: Any = _taken("torch", "_C.DisableTorchFunctionSubclass")
 EnableTorchFunction: Any = _taken("torch", "_C._EnableTorchFunction")
 TorchDispatchMode: Any = _taken("torch.utils._python_dispatch", "TorchDispatchMode")
+innermost_mode: Any = _taken("torch.utils._python_dispatch", "_get_current_dispatch_mode")
 disable_current_modes: Any = _taken("torch.utils._python_dispatch", "_disable_current_modes")
 no_dispatch: Any = _taken("torch.utils._mode_utils", "no_dispatch")
 make_wrapper_subclass: Any = _taken("torch", "Tensor._make_wrapper_subclass")
@@ -62,6 +64,13 @@ _composite: Any = _taken("torch", "_C.DispatchKey.CompositeImplicitAutograd")
 _autograd: Any = _taken("torch", "_C.DispatchKey.AutogradFunctionality")
 _is_excluded: Any = _taken("torch", "_C._dispatch_tls_is_dispatch_key_excluded")
 _view_tracking: Any = _taken("torch", "_C.DispatchKey.ADInplaceOrView")
+
+_recording: Any = [
+    _autograd,
+    _view_tracking,
+    _taken("torch", "_C.DispatchKey.AutogradNestedTensor"),
+    *(_taken("torch", f"_C.DispatchKey.{name}") for name in ("Conjugate", "Negative", "ZeroTensor")),
+]
 
 below_autograd: Any = _taken("torch", "_C._AutoDispatchBelowAutograd")
 swap_tensors: Any = _taken("torch", "_C._swap_tensor_impl")
@@ -81,9 +90,18 @@ def user_keys(tracked: bool = False) -> Keys:
     return _included().remove(_python).remove(_python_snapshot), off
 
 
+def recording_keys() -> Keys:
+    """The dispatch keys with which a rule that a compiler traces is recorded by autograd."""
+    off = _excluded()
+    for key in _recording:
+        off = off.remove(key)
+    return _included(), off
+
+
 def records() -> bool:
     """Whether autograd records what is computed here."""
-    return torch.is_grad_enabled() and not _is_excluded(_autograd)
+    by_mode = getattr(innermost_mode(), "records", False)
+    return torch.is_grad_enabled() and (by_mode or not _is_excluded(_autograd))
 
 
 def symbolically_traced() -> bool:
@@ -189,6 +207,13 @@ def compiler_pieces() -> tuple[Any, Any]:
     )
 
 
+def constant_in_graphs(f: F) -> F:
+    """Mark a function that traced code is to run as it is: `torch.compiler.assume_constant_result`, not imported."""
+    f._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return f
+
+
+@constant_in_graphs
 def private_functions_offered() -> bool:
     """Have the compiler offer torch's private functions, such as ``torch._weight_norm``, to function modes too.
 
@@ -202,8 +227,34 @@ def private_functions_offered() -> bool:
     return True
 
 
-# What torch.compiler.assume_constant_result sets, which imports the compiler.
-private_functions_offered._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+def functions_watched(cls: type, message: str) -> bool:
+    """Have the compiler refuse custom autograd functions of tensors of a class, and break its graph there.
+
+    It traces their forward pass with grad mode off, and asks no function mode.
+
+    Args:
+        cls: of tensors.
+        message: what is said then.
+    """
+    if cls in _watched:
+        return True
+    _watched.add(cls)
+    variable = _taken("torch._dynamo.variables.misc", "AutogradFunctionVariable")
+    unimplemented = _taken("torch._dynamo.exc", "unimplemented")
+    apply = variable.call_apply
+
+    def call_apply(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        if any(x.is_tensor() and issubclass(x.python_type(), cls) for x in (*args, *kwargs.values())):
+            unimplemented(gb_type="Jetplane", context=str(self.fn_cls), explanation=message, hints=[])
+        return apply(self, tx, args, kwargs)
+
+    variable.call_apply = call_apply
+    return True
+
+
+_watched: set[type] = set()
+
+
 _functions: Any = _taken("torch", "_C._VariableFunctions")
 
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .._torch import private_functions_offered, tree_map
+from .._torch import constant_in_graphs, functions_watched, private_functions_offered, tree_map
 from ..directions import AbstractDirections
 from ..errors import ArgumentError, DerivativeError, UnknownLossError
 from ..jets import LOSS, MODEL, Deferred, Jet, LowRank, PairStructure, Partial, Space, Stacked, Tangents, carried
 from ..rules.dispatch import inside_loss
 from ..rules.losses import cross_entropy_whole, linear_cross_entropy
 from .checks import NO_LOSS
-from .context import at_depth, nested
+from .context import at_depth, nested, recorded
 from .interception import LINEAR_CROSS_ENTROPY, LOSSES
 from .plane import PlaneModel
 from .specification import PlaneSpec
@@ -29,6 +29,17 @@ PASSED_BY = (
     "does not show: .T, .mT, .H, iteration, vmap, autograd functions. Use functions instead (p.t(), "
     "p.transpose(-1, -2), p.unbind()); detach() tensors from elsewhere, or evaluate without torch.compile"
 )
+
+
+FUNCTION = (
+    "a custom autograd function of a tensor with derivatives, in compiled code, which would lose them. Write it in "
+    "torch operators, or compile without fullgraph=True: these derivatives are then computed uncompiled"
+)
+
+
+@constant_in_graphs
+def _functions_watched() -> bool:
+    return functions_watched(Jet, FUNCTION)
 
 
 class _CompiledInterception(TorchFunctionMode):
@@ -69,6 +80,8 @@ class _CompiledInterception(TorchFunctionMode):
     def _replaced(self, x: Any) -> Any:
         if isinstance(x, self.kind):
             x = self.jets.get(id(x), x)
+        if self.space.recorded:
+            return x
         if isinstance(x, Tensor) and x.requires_grad and self.space.level == 1:  # outer levels ask who it is
             if self.jets and not isinstance(x, Jet) and not x.is_leaf:
                 raise DerivativeError(PASSED_BY)
@@ -131,6 +144,9 @@ def jets_of(
 ) -> tuple[Space, list[Jet]]:
     """The directions of a function's derivatives that a compiler traces, and a jet for each of its tensors that move.
 
+    Rules are recorded for reverse mode, also where nobody asks for it: the compiler leaves out what is not used. Planes
+    around record nothing.
+
     Args:
         leaves: what moves.
         tangents: K for each leaf.
@@ -138,10 +154,11 @@ def jets_of(
         structure: which second coefficients there are.
         order: 1 leaves them out.
     """
-    space = Space(structure, order, nested() + 1)
+    space = Space(structure, order, nested() + 1, recorded=recorded() if nested() else True)
     jets = []
     for x, v, second in zip(leaves, tangents, seconds or [None] * len(leaves), strict=True):
-        x = x if isinstance(x, Jet) else x.detach()  # an outer evaluation goes on through its own jets
+        if not isinstance(x, Jet) and not space.recorded:  # an outer evaluation goes on through its own jets
+            x = x.detach()
         v = v.materialized() if isinstance(v, Tangents) else v
         dtype = carried(x.dtype)
         first, second = (None if c is None else c.to(dtype) for c in (v, second))
@@ -164,7 +181,13 @@ def tracing(space: Space, jets: dict[int, Jet], params: Sequence[Tensor]) -> Ite
     if not torch.compiler.is_compiling():
         raise GraphBroken
     private_functions_offered()
-    with at_depth(space.level), torch.no_grad(), _CompiledInterception(jets, kind, space), torch.enable_grad():
+    _functions_watched()
+    with (
+        at_depth(space.level, space.recorded),
+        torch.no_grad(),
+        _CompiledInterception(jets, kind, space),
+        torch.enable_grad(),
+    ):
         yield
 
 

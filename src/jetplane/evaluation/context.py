@@ -12,7 +12,7 @@ from ..jets import PairStructure, Space
 from ..rules import grad_mode
 from . import compilers, leaving
 
-_evaluations = threading.local()  # depth: how many evaluations are under way in this thread
+_evaluations = threading.local()  # depth: how many are under way in this thread; recorded: whether the innermost is
 
 
 @contextlib.contextmanager
@@ -56,12 +56,22 @@ def nested() -> int:
     return getattr(_evaluations, "depth", 0)
 
 
+def recorded() -> bool:
+    """Whether the evaluation around, which a compiler traces, records a graph for reverse mode."""
+    return getattr(_evaluations, "recorded", False)
+
+
 @contextlib.contextmanager
-def at_depth(depth: int) -> Iterator[None]:
-    """Let evaluations inside be nested in so many others."""
-    before = nested()
-    _evaluations.depth = depth
+def at_depth(depth: int, recording: bool = False) -> Iterator[None]:
+    """Let evaluations inside be nested in so many others.
+
+    Args:
+        depth: how many.
+        recording: see `recorded`.
+    """
+    before = nested(), recorded()
+    _evaluations.depth, _evaluations.recorded = depth, recording
     try:
         yield
     finally:
-        _evaluations.depth = before
+        _evaluations.depth, _evaluations.recorded = before

@@ -30,6 +30,7 @@ from .jet import (
     primal,
     saving,
     set_dispatcher,
+    traced,
     who_detaches,
     whole,
 )
@@ -125,6 +126,7 @@ __all__ = [
     "same_storage",
     "set_dispatcher",
     "symmetric",
+    "traced",
     "whole",
     "writable",
     "write",

@@ -35,8 +35,10 @@ from .._torch import (
     below_view_tracking,
     disabled_torch_dispatch,
     disabled_torch_function,
+    innermost_mode,
     is_stand_in,
     make_wrapper_subclass,
+    recording_keys,
     tree_leaves,
     under,
     user_keys,
@@ -144,7 +146,7 @@ class Jet(torch.Tensor):
         kind: int | None = None,
     ) -> Jet:
         return make_wrapper_subclass(
-            Recorded if cls is Jet and isinstance(space, Space) and space.recorded else cls,
+            Recorded if cls is Jet and isinstance(space, Space) and space.recorded and not space.traced else cls,
             primal.shape,
             strides=primal.stride(),
             storage_offset=primal.storage_offset(),
@@ -338,6 +340,24 @@ class _Between(TorchDispatchMode):
             return func(*args, **kwargs)
         with under(self._keys):
             return func(*args, **kwargs)
+
+
+class _Traced(TorchDispatchMode):
+    """Records what a rule computes of plain tensors, where a compiler traces it; jets are met below autograd."""
+
+    records = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(isinstance(x, Jet) for x in tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        with under(recording_keys()):
+            return func(*args, **kwargs)
+
+
+def traced() -> contextlib.AbstractContextManager[Any]:
+    """Have rules recorded by autograd where a compiler traces them."""
+    return contextlib.nullcontext() if isinstance(innermost_mode(), _Traced) else _Traced()
 
 
 @contextlib.contextmanager

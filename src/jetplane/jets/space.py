@@ -13,7 +13,9 @@ from .pairs import PairStructure, structure_of
 
 PARAMETER, SQUARES, MODEL, LOSS = 0, 1, 2, 3  # kinds of jets: see Space.gauss_newton
 
-Key = tuple[tuple[Any, ...], int, int, bool, bool]  # structure, order, level, gauss_newton and examples of a space
+Key = tuple[
+    tuple[Any, ...], int, int, bool, bool, bool
+]  # structure, order, level, gauss_newton and examples of a space
 
 
 @dataclass(eq=False)
@@ -70,6 +72,11 @@ class Space:
     most: int = 1 << 12
     absent: dict[int, Any] = field(default_factory=dict, repr=False)
 
+    @property
+    def traced(self) -> bool:
+        """Whether a compiler traces this evaluation."""
+        return self.keys is None
+
     def forget(self) -> None:
         """Take jets that are gone out of ``made``. Safe under threads."""
         made = self.made or deque()
@@ -91,7 +98,7 @@ class Space:
     @property
     def key(self) -> Key:
         """What a compiler may hold of a space: plain numbers."""
-        return self.structure.key, self.order, self.level, self.gauss_newton, self.examples
+        return self.structure.key, self.order, self.level, self.gauss_newton, self.examples, self.recorded
 
     @staticmethod
     @functools.cache

@@ -14,9 +14,20 @@ from torch import Tensor
 
 from .._torch import memory_of
 from ..errors import DerivativeError
-from .coefficients import Coefficients, aligned, plain, writable
+from .coefficients import Coefficients, aligned, writable
 from .jet import WRITTEN, Jet, carried, innermost, is_jet, parts, set_refresh
 from .space import Space
+
+OUT_OF_PLACE = "use the out-of-place operation (torch.cat, torch.stack, torch.where, index_put)"
+
+
+def _where(jet: Jet) -> str:
+    """Where a write cannot be followed."""
+    if isinstance(jet.primal, Jet):
+        return (
+            "inside a function that is itself differentiated inside another one (jp.laplacian in jp.jvp, bilaplacian)"
+        )
+    return "in compiled code"
 
 
 def same_storage(a: Tensor, b: Tensor) -> bool:
@@ -79,11 +90,8 @@ def _rebind(base: Jet, target: Jet, p: Tensor) -> None:
     if target is base:
         base.origin = base.primal if base.origin is None else base.origin
         base.primal = p.expand_as(base.primal)
-    elif not (plain(base.primal) and plain(p)):
-        raise DerivativeError(
-            "in-place write to a view, or into a buffer, inside nested jets; use the out-of-place operation "
-            "(torch.cat, torch.stack, torch.where, index_put)"
-        )
+    elif isinstance(base.primal, Jet) or isinstance(p, Jet):
+        raise DerivativeError(f"in-place write to a view {_where(base)}; {OUT_OF_PLACE}")
     else:
         whole, view = base.primal, target.primal
         if base.origin is None:
@@ -146,7 +154,7 @@ def _seen(base: Jet, view: Jet, name: str) -> Coefficients:
 
 def _seen_primal(base: Jet, view: Tensor) -> Tensor:
     """What a view sees of a base whose primal is another one now."""
-    if not plain(base.primal) or base.primal.dtype != view.dtype or view.is_conj() or view.is_neg():
+    if isinstance(base.primal, Jet) or base.primal.dtype != view.dtype or view.is_conj() or view.is_neg():
         raise DerivativeError("a view of a nested jet that was written to in place; take the view after the write")
     return base.primal.as_strided(view.shape, view.stride(), view.storage_offset())
 
@@ -186,6 +194,10 @@ def owner_of(x: Tensor) -> Tensor:
 
 def promote(buffer: Tensor, space: Space) -> Jet:
     """The jet that stands for a plain tensor from now on, since a jet is about to be written into it."""
+    if space.traced:
+        raise DerivativeError(
+            f"a tensor with derivatives is written into a buffer without, in compiled code; {OUT_OF_PLACE}"
+        )
     key = memory_of(buffer)
     if key not in _here.jets:
         memory = buffer.untyped_storage()

@@ -46,6 +46,7 @@ from ..jets import (
     promoted,
     promotions,
     set_dispatcher,
+    traced,
     whole,
     write,
 )
@@ -67,6 +68,9 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     space = _highest(args, _highest(kwargs.values(), None))
     if space is None:  # jets that lost their coefficients to promotion cannot occur; plain calls can
         return func(*args, **kwargs)
+    if space.recorded and space.traced:
+        with traced():
+            return _on_keys(func, space, args, kwargs, original)
     with under(space.keys), EnableTorchFunction() if space.recorded else _nothing:
         # Compiled code has no keys, and the operators of a compiler's graph are not the user's.
         if (space.stopped or not _grad_enabled()) and space.keys and torch.Tag.inplace_view not in func.tags:

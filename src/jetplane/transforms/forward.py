@@ -120,17 +120,25 @@ def along(
 
 
 def _of_graph(call: Call, returned: Any, space: Space, order: int) -> Expansion:
-    """Coefficients of what f returned, in a compiler's graph."""
+    """Coefficients of what f returned, in a compiler's graph; without one for reverse mode where grad mode is off."""
     ys, spec, aux = call.outputs(returned)
     found: list[list[Tensor]] = [[], [], []]
     for y in ys:
-        value, first, second = coefficients(y, space)
+        value, first, second = map(_as_recorded, coefficients(y, space))
         for into, c, n in ((found[1], first, space.k), (found[2], second, space.structure.count)):
             into.append(value.new_zeros(n, *value.shape, dtype=carried(value.dtype)) if c is None else c)
         found[0].append(value)
     return Expansion(
-        found[0], found[1], found[2] if order == 2 else [], spec, _map(lambda t: coefficients(t, space)[0], aux)
+        found[0],
+        found[1],
+        found[2] if order == 2 else [],
+        spec,
+        _map(lambda t: _as_recorded(coefficients(t, space)[0]), aux),
     )
+
+
+def _as_recorded(t: Any) -> Any:
+    return t if t is None or torch.is_grad_enabled() else t.detach()
 
 
 def blockwise(
