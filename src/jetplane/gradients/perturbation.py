@@ -303,7 +303,10 @@ class PerturbedLayer(ABC):
         """Slopes of the loss's parts along the layer's tangents; None if it does not depend on the layer."""
         found = []
         for samples in self.plan.split():
-            tangents = lambda module, *of, samples=samples: self.tangents(*of, samples)  # noqa: E731
+
+            def tangents(module: nn.Module, call: int, x: Tensor, y: Tensor, samples: range = samples) -> Tensor:
+                return self.tangents(call, x, y, samples)
+
             slopes = slopes_along(closure, [self.module], tangents, self.rows, self.plan.calls, len(samples))
             if slopes is None:
                 return None
