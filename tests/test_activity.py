@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import jetplane as jp
+from jetplane.errors import JetplaneWarning
 from jetplane.gradients import OTHERS, Feedback, LayerPlan, allocate, estimate
 from jetplane.gradients.feedback import FeedbackSpec, FeedbackState
 
@@ -434,6 +435,60 @@ class TestMicroBatches:
             found = torch.stack([estimated(closure, net, params, plans, seed) for seed in range(60)])
             error = (found.mean(0) - gradient(closure, params)).norm()
             assert error < 1.4 * found.var(0).sum().sqrt() / math.sqrt(60)
+
+    @pytest.mark.parametrize("wide", [False, True])
+    @pytest.mark.parametrize("form", ["halves", "strided", "each", "uneven", "permuted", "compared"])
+    def test_a_trunk_that_runs_once_is_judged_by_its_own_examples(self, form, wide):
+        """The losses of parts are added up, part by part where these are equally long, or reordered."""
+        torch.manual_seed(5)
+        trunk = nn.Sequential(nn.Linear(5, 40 if wide else 7), nn.Tanh(), nn.Linear(40 if wide else 7, 6), nn.Tanh())
+        net = nn.ModuleList([trunk, nn.Linear(6, 4)]).double()
+        x, y = torch.randn(12, 5).double(), torch.randint(4, (12,))
+        parts = {
+            "halves": [slice(0, 6), slice(6, 12)],
+            "strided": [slice(i, None, 4) for i in range(4)],
+            "each": [slice(i, i + 1) for i in range(12)],
+            "uneven": [slice(0, 2), slice(2, 12)],
+            "permuted": [torch.randperm(12)],
+            "compared": [slice(0, 12)],
+        }
+
+        def closure():
+            h = net[0](x)
+            h = h - h.mean(0) if form == "compared" else h
+            return sum(F.cross_entropy(net[1](h[part]), y[: len(h[part])]) for part in parts[form])
+
+        params = list(net.parameters())
+        plans = allocate(closure, net, params, 20)
+        found = torch.stack([estimated(closure, net, params, plans, seed) for seed in range(30)])
+        error = (found.mean(0) - gradient(closure, params)).norm()
+        assert error < 1.5 * found.var(0).sum().sqrt() / math.sqrt(30) + 1e-9
+
+    def test_parts_of_another_number_than_planned_are_not_guessed(self):
+        """Planned for one part of the batch, a closure may be called with two: nobody knows whose their sums are."""
+        net, x, y = self.network()
+        params, x, y = list(net.parameters()), x[:8], y[:8]
+
+        def closure(n):
+            h = net[:4](x[:n])
+            return sum(F.cross_entropy(net[4](a), b) for a, b in zip(h.split(4), y[:n].split(4), strict=True))
+
+        assert {plan.order for plan in allocate(lambda: closure(4), net, params, 2).values()} == {"own"}
+        plans = {"0": LayerPlan("outputs", 16), "2": LayerPlan("basis", 6), "4": LayerPlan("outputs", 16)}
+        with pytest.warns(JetplaneWarning, match="stay without an estimate"):
+            found = torch.stack([estimated(lambda: closure(8), net, params, plans, seed) for seed in range(80)])
+        exact, moves = gradient(lambda: closure(8), params), found.var(0) > 0
+        error = (found.mean(0) - exact)[moves].norm()
+        assert moves.any() and not bool(found[:, ~moves].any())
+        assert error < 1.5 * found.var(0).sum().sqrt() / math.sqrt(80)
+
+    @pytest.mark.parametrize("first", [nn.BatchNorm1d(7), nn.Identity()])
+    def test_normalized_rows_keep_parts_of_their_own(self, first):
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(5, 7), first, nn.Tanh(), nn.Linear(7, 3)).double()
+        x, y = torch.randn(32, 5).double(), torch.randint(3, (32,))
+        plans = allocate(lambda: F.cross_entropy(net(x), y), net, list(net.parameters()), 3)
+        assert [plan.order for plan in plans.values()][0] == "own"
 
     def test_a_layer_that_reads_its_own_output_is_one(self):
         net = Recurrent().double()

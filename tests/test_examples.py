@@ -166,3 +166,19 @@ def test_sure_predictions_lose_no_digits():
     single, double = plane(torch.float32), plane(torch.float64)
     assert single.examples is not None
     torch.testing.assert_close(single.slope.double(), double.slope, rtol=1e-3, atol=2e-8)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_direction_without_effect_leaves_the_examples_of_others(seed):
+    """Equal changes of all logits cancel within each example, and what is left of them is rounding alone."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2))
+    x, y = 3 * torch.randn(256, 8), torch.randint(2, (256,))
+    params = list(net.parameters())
+    directions = [torch.stack([torch.randn_like(p), torch.zeros_like(p)]) for p in params]
+    directions[-1][1] = 1
+    found = jp.evaluate(lambda: F.cross_entropy(net(x), y), params, directions, "none", examples=True)
+    assert found.examples is not None
+    torch.testing.assert_close(found.examples.sum(0), found.slope)
+    alone = jp.evaluate(lambda: F.cross_entropy(net(x[:1]), y[:1]), params, directions, "none").slope / 256
+    torch.testing.assert_close(found.examples[0], alone, atol=1e-7, rtol=1e-4)

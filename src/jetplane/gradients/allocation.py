@@ -37,8 +37,8 @@ from .layers import (
     registered_modules,
 )
 from .passes import Closure, LayerTrace, hooked, trace
-from .perturbation import perturbed
 from .plan import OTHERS, LayerPlan, Mode
+from .rows import Told, told
 
 _COEFFICIENTS = 1 << 24  # of a layer's output, that one pass carries at most
 _FREE = 1 << 17  # coefficients that cost no time beside what starting a pass costs
@@ -109,8 +109,9 @@ def allocate(
             held = widest[name] / (chunk * max(outputs))
         successor = facts.activity[name].successor if mode == "outputs" and name in facts.activity else None
         plans[name] = LayerPlan(
-            mode, samples, min(samples, math.ceil(samples * held)), name in facts.own_rows, successor, calls=calls
-        )
+            mode, samples, min(samples, math.ceil(samples * held)), name in facts.own_rows, successor, None, calls,
+            "own" if mode == "basis" or name in facts.own_rows else facts.told[name].order,
+        )  # fmt: skip
     return _with_feedback(plans, facts, sum(p.numel() for p in params), whole)
 
 
@@ -167,8 +168,9 @@ class _Facts:
         names: of the modules to perturb that were called, in the order of first calls.
         apart: how many calls have nothing to do with each other, of layers that are called several times.
         positions: how many come out of each positionwise layer that is called once, or as if it were.
-        rows: how many parts the loss tells apart, 1 if none; 0 if it depends on no layer.
-        own_rows: the layers whose positions are taken for examples.
+        told: which of the loss's parts the rows of each layer have.
+        by_position: the layers whose positions have parts of their own.
+        own_rows: those whose positions are taken for examples.
         activity: of layers some of whose outputs are not active.
         normalized: whether some module normalizes by the mean of the batch at hand.
     """
@@ -179,7 +181,8 @@ class _Facts:
     names: list[str]
     apart: dict[str, int]
     positions: dict[str, int]
-    rows: int
+    told: dict[str, Told]
+    by_position: set[str]
     own_rows: set[str]
     activity: dict[str, _Activity]
     normalized: bool
@@ -192,26 +195,28 @@ class _Facts:
         """Noise on the weights where those are fewer than the active outputs of a row, and the layer takes it."""
         t, layer = self.traces[name], layer_of(self.modules[name])
         assert layer is not None
-        outputs = t.outputs / (self.rows if name in self.own_rows else t.rows)
+        told, rows = self.told[name], t.rows
+        if told.order != "own":  # rows that share a part have each other's noise
+            rows = min(t.rows, max(told.parts, 1)) if told.order != "unknown" else 1
+        outputs = t.outputs / (told.parts if name in self.own_rows else rows)
         if name in self.activity:
             outputs *= self.activity[name].part
         flops, total = t.remaining + _NOISE_FLOPS * t.outputs, self.flops or 1
         weights = sum(p.numel() for p in parameters_of(self.modules[name], layer).values())
-        if isinstance(layer, WeightPerturbableLayer) and weights < outputs:
-            return _Demand("weights", weights, (flops + t.flops) / total)
+        if isinstance(layer, WeightPerturbableLayer) and weights * t.rows < outputs * rows:
+            return _Demand("weights", weights * t.rows / rows, (flops + t.flops) / total)
         return _Demand("outputs", outputs, flops / total)
 
     def exact_by_features(self, name: str) -> bool:
         """Whether slopes along each feature of a layer are its output's gradient.
 
-        They are if the loss takes each of the layer's positions for an example. One direction for all examples says
+        They are if each of the layer's positions has parts of the loss of its own. One direction for all examples says
         nothing where a batch is normalized: its mean takes it away.
         """
         layer = layer_of(self.modules[name])
-        t, positions = self.traces[name], self.positions.get(name)
-        if layer is None or not layer.featurewise or positions is None or self.rows % positions:
+        if layer is None or not layer.featurewise or name not in self.by_position:
             return False
-        alone = positions == t.rows or name == self.last or name in self.own_rows
+        alone = self.positions[name] == self.traces[name].rows or name == self.last or name in self.own_rows
         return alone and (name == self.last or not self.normalized)
 
 
@@ -227,16 +232,37 @@ def _observe(closure: Closure, model: nn.Module, params: Sequence[Tensor], per_p
         layer, t = layer_of(modules[name]), traces[name]
         if layer is not None and layer.positionwise and name in once:
             positions[name] = t.outputs // t.shape[-1]
-    rows = 0
-    if positions:
-        single = LayerPlan("outputs", 1, calls=apart.get(names[-1], 1))
-        slopes = perturbed(names[-1], modules[names[-1]], single, stream=0).slopes(closure)
-        rows = 0 if slopes is None else len(slopes.whole())
-    own_rows = {name for name in positions if per_position and positions[name] == rows != traces[name].rows}
     batch_norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     normalized = any(isinstance(m, batch_norms) and (m.training or m.running_mean is None) for m in model.modules())
+    told = _told(closure, modules, traces, names, apart, normalized)
+    every = {n: positions[n] for n in positions if told[n].parts and told[n].parts % positions[n] == 0}
+    others = {name: count for name, count in every.items() if count != traces[name].rows}
+    finer = _told(closure, modules, traces, list(others), apart, True, by_position=True)
+    by_position = {name for name in every if finer.get(name, told[name]).order == "own"}
+    own_rows = {name for name in others if per_position and name in by_position and others[name] == told[name].parts}
     activity = _activity(closure, known, traces, once, names[:-1])
-    return _Facts(modules, traces, flops, names, apart, positions, rows, own_rows, activity, normalized)
+    return _Facts(modules, traces, flops, names, apart, positions, told, by_position, own_rows, activity, normalized)
+
+
+def _told(
+    closure: Closure, modules: Mapping[str, nn.Module], traces: Mapping[str, LayerTrace], names: Sequence[str],
+    apart: Mapping[str, int], roughly: bool, by_position: bool = False,
+) -> dict[str, Told]:  # fmt: skip
+    """Which parts of the loss the rows of layers have, or their positions: those with equally many rows together.
+
+    The last layer is by itself, and strictly: feedback takes what it has for exact.
+    """
+    groups: dict[Any, list[str]] = {}
+    for name in names:
+        t = traces[name]
+        rows = t.outputs // t.shape[-1] if by_position else t.rows
+        groups.setdefault((apart.get(name, 1), rows, name == names[-1]), []).append(name)
+    count = (lambda shape: shape[:-1].numel()) if by_position else (lambda shape: shape[0] if shape else 1)
+    found: dict[str, Told] = {}
+    for (calls, _, last), group in groups.items():
+        each = told(closure, [modules[name] for name in group], count, calls, roughly and not last)
+        found |= dict(zip(group, each, strict=True))
+    return found
 
 
 def _apart(
@@ -316,7 +342,7 @@ def _with_feedback(plans: dict[str, LayerPlan], facts: _Facts, memory: int, whol
         outputs = t.outputs // rows
         needed = 2 * outputs * errors
         alike = plan.calls == plans[facts.last].calls == t.calls
-        if plan.mode != "outputs" or not alike or needed > memory:
+        if plan.mode != "outputs" or plan.order != "own" or not alike or needed > memory:
             continue
         memory -= needed
         if rows == (t.outputs // t.shape[-1] if plan.per_position else t.rows):

@@ -31,13 +31,10 @@ from torch import Tensor, nn
 
 from ..directions import Directions
 from ..directions.laws import key
-from ..errors import ArgumentError, ShapeError, UnusedParametersError
+from ..errors import ArgumentError, JetplaneWarning, ShapeError, UnusedParametersError, warn_user
 from ..evaluation.api import evaluate
-from ..evaluation.context import expansion
-from ..evaluation.interception import Interception
 from ..evaluation.side_effects import without_side_effects
-from ..jets import Coefficients, Diagonal, Jet, carried, parts, promoted
-from ..rules.examples import known
+from ..jets import carried
 from .active_outputs import Finish, visit
 from .feedback import Feedback
 from .layers import (
@@ -49,8 +46,9 @@ from .layers import (
     perturbed_modules,
 )
 from .noise import signs
-from .passes import Closure, hooked, trace
+from .passes import Closure, trace
 from .plan import OTHERS, LayerPlan, Mode
+from .rows import Slopes, grouped, slopes_along
 
 
 class PerturbationEstimate(NamedTuple):
@@ -160,40 +158,6 @@ def accounted_for(closure: Closure, model: nn.Module, params: Sequence[Tensor]) 
     traces, _ = trace(closure, modules, params)
     covered = owned({name: modules[name] for name in traces})
     return sum(p.numel() for p in params if id(p) in covered)
-
-
-class Slopes(NamedTuple):
-    """Slopes of the loss's parts along a layer's tangents.
-
-    Attributes:
-        values: (parts, calls, samples), with ``calls`` those of the layer's plan. One part if the loss does not tell
-            its examples apart.
-        rows: of the output of each call.
-    """
-
-    values: Tensor
-    rows: tuple[int, ...]
-
-    def of(self, call: int) -> Tensor:
-        """Those of a call, (parts, samples): of the loss's parts that its rows have, or of their sum."""
-        apart = self.values.shape[1]
-        own = self.values[:, call % apart]
-        if apart == 1:
-            return own
-        # The losses of micro-batches are added up where they are equally long: see `jetplane.rules.examples`.
-        start = every = 0
-        for i, rows in enumerate(self.rows):
-            added = every in (0, rows) or 1 in (every, rows)
-            start = (0 if added else every) if i == call else start
-            every = max(every, rows) if added else every + rows
-        times = max(1, len(own) // every)
-        begin, end = start * times, (start + self.rows[call]) * times
-        fits = len(own) == times * every and not bool(own[:begin].any() or own[end:].any())
-        return own[begin:end] if fits else own.sum(0, keepdim=True)
-
-    def whole(self) -> Tensor:
-        """Those of all calls side by side, (parts of all calls, samples)."""
-        return torch.cat([self.of(call) for call in range(len(self.rows))]) if self.values.shape[1] > 1 else self.of(0)
 
 
 def _errors(layers: Sequence[PerturbedLayer], slopes: Mapping[nn.Module, Slopes | None]) -> Slopes | None:
@@ -339,34 +303,15 @@ class PerturbedLayer(ABC):
         """Slopes of the loss's parts along the layer's tangents; None if it does not depend on the layer."""
         found = []
         for samples in self.plan.split():
-            slopes = self._slopes(closure, samples)
+
+            def tangents(module: nn.Module, call: int, x: Tensor, y: Tensor, samples: range = samples) -> Tensor:
+                return self.tangents(call, x, y, samples)
+
+            slopes = slopes_along(closure, [self.module], tangents, self.rows, self.plan.calls, len(samples))
             if slopes is None:
                 return None
             found.append(slopes)
         return Slopes(torch.cat([slopes.values for slopes in found], 2), found[0].rows)
-
-    def _slopes(self, closure: Closure, samples: range) -> Slopes | None:
-        apart, count, met = self.plan.calls, len(samples), []
-        with without_side_effects(), expansion(Diagonal(apart * count), 1, examples=True) as space:
-
-            def after(module: nn.Module, call: int, x: Any, y: Any) -> Any:
-                at, first, _ = parts(y, space)
-                met.append(self.rows(at.shape))
-                moved = self.tangents(call, parts(x, space)[0], at, samples)
-                begin = call % apart * count
-                own = None if apart == 1 else tuple(range(begin, begin + count))
-                return Jet(at, first + Coefficients(space, 1, moved, own), None, space)
-
-            with hooked(after, [self.module], space=space), Interception(space).running():
-                loss = closure()
-            jet = promoted(loss)
-            loss = loss if jet is None else jet
-            coefficients = parts(loss, space)[1]
-            if not coefficients:
-                return None
-            slope = coefficients.full((), coefficients.tensor.dtype, coefficients.tensor.device).reshape(-1)
-            found = known(loss, slope)
-            return Slopes((slope if found is None else found).reshape(-1, apart, count), tuple(met))
 
 
 @final
@@ -381,7 +326,7 @@ class _MovedOutputs(PerturbedLayer):
     ) -> tuple[Mapping[str, Tensor], Tensor | None]:
         rows = self.rows(y.shape)
         count = self.plan.samples
-        slopes = _grouped(slopes, rows) / count
+        slopes = grouped(slopes, rows, self.plan.order) / count
         mask = None if active is None else active.reshape(rows, -1)
         prediction = None if control is None else control.predict()
         if prediction is not None and mask is not None:
@@ -418,9 +363,14 @@ class _MovedFeatures(PerturbedLayer):
         self, call: int, x: Tensor, y: Tensor, slopes: Tensor, active: Tensor | None, control: _ControlVariate | None
     ) -> tuple[Mapping[str, Tensor], Tensor | None]:
         rows = self.rows(y.shape)
-        if len(slopes) % rows:  # the loss tells fewer parts than when this was planned: which is whose is not known
+        if self.plan.order != "own" or len(slopes) % rows:
+            warn_user(
+                f"the loss has {len(slopes)} parts for {rows} rows of layer {self.name!r}, another ratio than when "
+                "this was planned: whose they are is not known, and the layer's parameters stay without an estimate",
+                JetplaneWarning,
+            )
             return {name: torch.zeros_like(p) for name, p in self.parameters.items()}, None
-        return self.vjp(x, _grouped(slopes, rows).reshape(y.shape)), None
+        return self.vjp(x, grouped(slopes, rows, self.plan.order).reshape(y.shape)), None
 
 
 @final
@@ -438,7 +388,7 @@ class _MovedWeights(PerturbedLayer):
     def directions(
         self, call: int, x: Tensor, y: Tensor, slopes: Tensor, active: Tensor | None, control: _ControlVariate | None
     ) -> tuple[Mapping[str, Tensor], Tensor | None]:
-        slopes = _grouped(slopes, self.rows(y.shape)) / self.plan.samples
+        slopes = grouped(slopes, self.rows(y.shape), self.plan.order) / self.plan.samples
         total = sum(
             slopes[:, samples.start : samples.stop].mT.reshape(-1) @ self._noise(call, y, samples).flatten(0, 1)
             for samples in self.plan.split()
@@ -473,13 +423,3 @@ def perturbed(name: str, module: nn.Module, plan: LayerPlan, stream: Any, offset
     if layer is None:
         raise ArgumentError(f"module {name!r} cannot be perturbed: its class {type(module).__name__} is not registered")
     return _MODES[plan.mode](name, module, layer, parameters_of(module, layer), plan, stream, offset)
-
-
-def _grouped(slopes: Tensor, n: int) -> Tensor:
-    """Slopes (rows, K) for n groups of rows: consecutive ones added up, or repeated, or all of them for all."""
-    rows = len(slopes)
-    if rows == n:
-        return slopes
-    if rows % n == 0:
-        return slopes.reshape(n, rows // n, -1).sum(1)
-    return slopes.repeat_interleave(n // rows, 0) if n % rows == 0 else slopes.sum(0).expand(n, -1)

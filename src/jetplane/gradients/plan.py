@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from .feedback import FeedbackSpec
+from .rows import Order
 
 Mode = Literal["outputs", "basis", "weights", "parameters"]
 
@@ -29,6 +30,8 @@ class LayerPlan:
         feedback: the shape of the layer's learned feedback (`.feedback`), None if it has none.
         calls: how many calls of the layer in a pass move along directions of their own; 1 if all calls share theirs.
             They are as many as there are micro-batches where a closure runs over these one after another.
+        order: which of the loss's parts a row of the output has: "own" parts of its own, in order, "runs" or "turns" if
+            rows share them, or "unknown", where the slope of the whole loss is each row's.
     """
 
     mode: Mode
@@ -38,6 +41,7 @@ class LayerPlan:
     successor: str | None = None
     feedback: FeedbackSpec | None = None
     calls: int = 1
+    order: Order = "own"
 
     def plain(self) -> dict[str, Any]:
         """The fields as a dictionary of plain numbers and words, for checkpoints."""

@@ -153,8 +153,11 @@ def known(loss: Any, slope: Tensor) -> Tensor | None:
 
 
 def checked(examples: Tensor | None, slope: Tensor) -> Tensor | None:
-    """The examples' parts, if they add up to the slope."""
+    """The examples' parts, if they add up to the slope, within rounding of the largest one's.
+
+    A slope that is small beside others may be the difference of equal numbers within each example.
+    """
     if examples is None:
         return None
-    rounding = 64 * torch.finfo(examples.dtype).eps * examples.abs().sum(0)
+    rounding = 64 * torch.finfo(examples.dtype).eps * examples.abs().sum(0).amax()
     return examples if bool(((examples.sum(0) - slope).abs() <= rounding + 1e-30).all()) else None
