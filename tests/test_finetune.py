@@ -20,6 +20,7 @@ from jetplane.experiments.finetune.classifier import TextClassifier
 from jetplane.experiments.finetune.frozen import cached_states
 from jetplane.experiments.finetune.options import METHODS, Settings, Source
 from jetplane.experiments.finetune.preparing import prepare
+from jetplane.experiments.finetune.stream import StreamError
 from jetplane.experiments.finetune.texts import Example
 from jetplane.experiments.finetune.training import accuracy, run
 
@@ -333,6 +334,76 @@ class TestParameters:
             parameters.choose(model, "lora", 0, rank=0)
 
 
+class TestStreamError:
+    """``dL/du_i = dL/dh`` along the stream, and exact derivatives within a sublayer."""
+
+    @staticmethod
+    def estimate(model, batch):
+        params = model.trained
+        given = jp.gradients.Batch(
+            lambda: methods.loss_of(model, batch), params, model, None, None, [], frozenset(range(len(params))), 0
+        )
+        *gradient, loss = StreamError().measure(given, StreamError().prepare(given, {}))
+        torch.testing.assert_close(loss, methods.loss_of(model, batch).detach())
+        return gradient
+
+    @staticmethod
+    def moved(folder, kind, name):
+        task = prepared(folder, kind, blocks=2).task
+        model = task.prepared(Settings(name), 0).double()
+        for p in model.trained:
+            p.data.add_(0.1 * torch.randn_like(p))
+        batch = task.batch(torch.arange(6))
+        return model, dataclasses.replace(batch, states=batch.states.double())
+
+    @pytest.mark.parametrize("kind", ["llama", "gpt2"])
+    def test_it_leaves_out_what_later_sublayers_make_of_the_stream(self, folder, kind):
+        """Reverse mode through the model where sublayers with later numbers put out constants says the same."""
+        model, batch = self.moved(folder, kind, "last-blocks")
+        found = dict(zip(map(id, model.trained), self.estimate(model, batch), strict=True))
+        names = ("self_attn", "mlp") if kind == "llama" else ("attn", "mlp")
+        sublayers = [getattr(block, name) for block in model.blocks for name in names]
+        kept = []
+        hooks = [f.register_forward_hook(lambda module, args, out: kept.append(out)) for f in sublayers]
+        methods.loss_of(model, batch)
+        for hook in hooks:
+            hook.remove()
+
+        def detached(out):
+            return tuple(None if y is None else y.detach() for y in out) if isinstance(out, tuple) else out.detach()
+
+        for n, sublayer in enumerate(sublayers):
+            hooks = [
+                f.register_forward_hook(lambda module, args, out, y=y: detached(y))
+                for f, y in zip(sublayers[n + 1 :], kept[n + 1 :], strict=True)
+            ]
+            own = list(sublayer.parameters())
+            exact = torch.autograd.grad(methods.loss_of(model, batch), own)
+            for p, g in zip(own, exact, strict=True):
+                torch.testing.assert_close(found[id(p)], g, rtol=1e-5, atol=1e-7)
+            for hook in hooks:
+                hook.remove()
+
+    @pytest.mark.parametrize(
+        ("kind", "name"),
+        [("llama", "lora"), ("llama", "prefix"), ("llama", "norms"), ("gpt2", "prefix"), ("gpt2", "norms")],
+    )
+    def test_all_that_trains_has_an_estimate(self, folder, kind, name):
+        model, batch = self.moved(folder, kind, name)
+        found = self.estimate(model, batch)
+        assert all(bool(g.any()) for g in found)
+        if name == "norms":  # the last norm is after all sublayers
+            exact = torch.autograd.grad(methods.loss_of(model, batch), model.trained[-1])[0]
+            torch.testing.assert_close(found[-1], exact, rtol=1e-5, atol=1e-7)
+
+    def test_what_the_error_does_not_reach_is_refused(self, folder):
+        model, batch = self.moved(folder, "llama", "lora")
+        first = model.blocks[0].forward
+        model.blocks[0].forward = lambda x, *args, **kwargs: first(x.detach(), *args, **kwargs).detach()
+        with pytest.raises(ArgumentError, match="does not reach 4 of 8 parameters.*--method perturbation"):
+            self.estimate(model, batch)
+
+
 class TestTraining:
     def test_all_methods_are_options(self):
         assert tuple(methods.METHODS) == METHODS
@@ -347,7 +418,9 @@ class TestTraining:
     @pytest.mark.parametrize(
         ("kind", "parameters", "local"), [("bert", "lora", True), ("llama", "lora", False), ("llama", "head", True)]
     )
-    def test_plane_search_has_local_heads_where_the_read_out_trains(self, folder, monkeypatch, kind, parameters, local):
+    def test_plane_search_has_local_heads_where_the_read_out_trains_and_else_its_error(
+        self, folder, monkeypatch, kind, parameters, local
+    ):
         made = []
         real = jp.optim.PlaneSearch
         monkeypatch.setattr(
@@ -357,7 +430,7 @@ class TestTraining:
         model = task.prepared(Settings(parameters), 0)
         step = methods.METHODS["plane-search"].build(model, 1.0, 0, 4)
         assert step(next(task.batches(16, 0))) > 0
-        assert isinstance(made[0].gradient, jp.gradients.LocalHeads) == local
+        assert isinstance(made[0].gradient, jp.gradients.LocalHeads if local else StreamError)
 
     def test_it_learns(self, folder):
         task = prepared(folder, "bert").task
