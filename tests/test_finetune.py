@@ -1,5 +1,6 @@
 """Fine-tuning: texts, prompts, the cut model, what trains, each method and the command, on random models."""
 
+import csv
 import dataclasses
 import importlib.util
 import io
@@ -124,6 +125,7 @@ class TestTexts:
             ("a.csv", "label,words\na,b\n", "no column text.*it has label, words.*--text-column"),
             ("a.csv", "text,kind\na,b\n", "no column label.*--label-column"),
             ("a.csv", "label,text\n,b\n", "expected texts with labels"),
+            ("a.csv", 'label,text\na,"b, c"\nb,c, d\n', "1 of 2 rows.*line 3 has 3.*into quotes"),
             ("a.jsonl", "{", "not JSON"),
             ("a.jsonl", "[1]", "JSON object in each line"),
         ],
@@ -139,6 +141,20 @@ class TestTexts:
         rows = [{"label": " sun", "text": "x"}, {"label": "sun ", "text": "x"}, {"label": None, "text": "x"}]
         path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"label": 0, "text": "x"}]))
         assert [example.label for example in texts.read(path)] == ["sun", "sun", "0"]
+
+    @pytest.mark.parametrize(("delimiter", "encoding"), [(";", "utf-8"), ("\t", "utf-16"), (",", "utf-8-sig")])
+    def test_tables_as_spreadsheets_save_them(self, tmp_path, delimiter, encoding):
+        path = tmp_path / "own.csv"
+        rows = [["label", "text"], ["sun", f"dry{delimiter} warm é"], [], ["rain", "wet"]]
+        with open(path, "w", newline="", encoding=encoding) as file:
+            csv.writer(file, delimiter=delimiter).writerows(rows)
+        assert texts.read(path) == [Example("sun", f"dry{delimiter} warm é"), Example("rain", "wet")]
+
+    def test_what_is_not_utf_8_is_replaced_with_a_warning(self, tmp_path):
+        path = tmp_path / "own.csv"
+        path.write_bytes("label,text\nsun,warm\nsun,été\n".encode("latin-1"))
+        with pytest.warns(jp.errors.JetplaneWarning, match="not in UTF-8 .line 3 is the first"):
+            assert texts.read(path)[1].text == "\ufffdt\ufffd"
 
     def test_an_empty_folder(self, tmp_path):
         with pytest.raises(DataError, match="folder for each class"):
@@ -167,6 +183,7 @@ class TestTexts:
         [
             (LABELLED[:20], None, "at least two classes"),
             (LABELLED[::10], None, "too few texts: train, dev and test would have"),
+            ([Example(str(i), "x") for i in range(99)], None, "99 classes of 99 texts: is the label column"),
             (LABELLED, [Example("snow", "white")] * 9, "classes that the training texts lack: .*snow"),
         ],
     )
@@ -538,8 +555,44 @@ class TestCommand:
         assert content["sizes"] == [76, 38, 76] and content["environment"]["torch"] == torch.__version__
         saved = torch.load(io_of(tmp_path / "result" / "plane-search-0.pt"), weights_only=True)
         assert saved["classes"] == ["rain", "sun"] and "head.weight" in saved["weights"]
-        with pytest.raises(RunFolderError, match="--out"):
+        with pytest.raises(RunFolderError, match="other options.*--out"):
             CliRunner().invoke(cli.app, ["finetune", *options], catch_exceptions=False)
+
+    def test_the_same_comparison_goes_on_where_it_was_stopped(self, folder, tmp_path, monkeypatch):
+        source = Source(folder / "bert", folder / "weather.csv", cache=folder / "states")
+        settings, ran = Settings("head", seconds=0.1, scores=1, clock="processor"), []
+        real = comparison.call_apart
+
+        def stopped(work, task, name, *args, **kwargs):
+            ran.append(name)
+            if name == "fgd" and ran.count("fgd") == 1:
+                raise KeyboardInterrupt
+            return real(work, task, name, *args, **kwargs)
+
+        monkeypatch.setattr(comparison, "call_apart", stopped)
+        options = ["--model", str(folder / "bert"), "--data", str(folder / "weather.csv"), "--out", str(tmp_path / "a")]
+        options += [
+            "--parameters",
+            "head",
+            "--seconds",
+            "0.1",
+            "--clock",
+            "processor",
+            "--cache",
+            str(folder / "states"),
+        ]
+        options += ["--method", "mezo", "--method", "fgd"]
+        done = CliRunner().invoke(cli.app, ["finetune", *options])
+        assert done.exit_code == 130 and "stopped; with --out" in done.output
+        done = CliRunner().invoke(cli.app, ["finetune", *options], catch_exceptions=False)
+        assert done.exit_code == 0 and "MeZO" in done.output and "FGD" in done.output
+        assert ran == ["mezo", "fgd", "fgd"]
+        work = command.Comparison(source, dataclasses.replace(settings, scores=Settings.scores), ["fgd", "mezo"])
+        assert [entry["method"] for entry in command.compare(work, tmp_path / "a")["entries"]] == ["mezo", "fgd"]
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / "notes").touch()
+        with pytest.raises(RunFolderError, match="holds no comparison"):
+            command.compare(work, tmp_path / "b")
 
     @pytest.mark.parametrize(
         ("option", "value", "message"),
@@ -549,6 +602,8 @@ class TestCommand:
             ("--rate", "mezo=fast", "a number"),
             ("--rate", "mezo=-1", "positive"),
             ("--rate", "sgd=1", "unknown method 'sgd'"),
+            ("--rate", "fgd=1", "not among the methods: plane-search, mezo"),
+            ("--rate", "plane-search=1", "takes none"),
             ("--word", "=x", "NAME=VALUE after --word"),
         ],
     )

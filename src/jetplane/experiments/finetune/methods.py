@@ -103,10 +103,11 @@ def _stream_error(params: list[nn.Parameter], model: TextClassifier, rate: float
 def _plane_search(model: TextClassifier, rate: float, seed: int, micro_batch: int) -> Step:
     """By local heads where the read-out trains, whose gradient they have exactly; else by the read-out's error.
 
-    Both take the loss of the whole batch at once: their memory is that of inference in any case.
+    Local heads take the loss of the whole batch at once: their memory is near that of inference in any case.
     """
-    make = _local_heads if model.head.weight.requires_grad else _stream_error
-    return _by_closure(make, in_parts=False)(model, rate, seed, micro_batch)
+    local = model.head.weight.requires_grad
+    build = _by_closure(_local_heads, in_parts=False) if local else _by_closure(_stream_error)
+    return build(model, rate, seed, micro_batch)
 
 
 def _fgd(params: list[nn.Parameter], model: TextClassifier, rate: float, seed: int) -> Any:
