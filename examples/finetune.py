@@ -13,8 +13,7 @@ import argparse
 from itertools import islice
 from pathlib import Path
 
-import jetplane as jp
-from jetplane.experiments.finetune.methods import loss_of
+from jetplane.experiments.finetune.methods import method_of
 from jetplane.experiments.finetune.options import Settings, Source
 from jetplane.experiments.finetune.preparing import prepare
 from jetplane.experiments.finetune.training import accuracy
@@ -33,9 +32,9 @@ def main(arguments: list[str] | None = None) -> float:
     model = task.prepared(Settings("lora"), seed=0)
     print(f"{len(prepared.classes)} classes, {task.sizes} texts, {sum(p.numel() for p in model.trained):,} parameters")
 
-    opt = jp.optim.PlaneSearch(model.trained, model)
+    step = method_of("plane-search").build(model, rate=1.0, seed=0, micro_batch=4)  # it takes no rate
     for n, batch in enumerate(islice(task.batches(16, seed=0), args.steps)):
-        loss = opt.step(lambda batch=batch: loss_of(model, batch))
+        loss = step(batch)
         print(f"step {n:3d}  loss {loss:.3f}")
     reached = accuracy(model, task, task.places("test"))
     print(f"test accuracy {reached:.1%}")

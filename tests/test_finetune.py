@@ -1,5 +1,6 @@
 """Fine-tuning: texts, prompts, the cut model, what trains, each method and the command, on random models."""
 
+import csv
 import dataclasses
 import importlib.util
 import io
@@ -20,6 +21,7 @@ from jetplane.experiments.finetune.classifier import TextClassifier
 from jetplane.experiments.finetune.frozen import cached_states
 from jetplane.experiments.finetune.options import METHODS, Settings, Source
 from jetplane.experiments.finetune.preparing import prepare
+from jetplane.experiments.finetune.stream import StreamError
 from jetplane.experiments.finetune.texts import Example
 from jetplane.experiments.finetune.training import accuracy, run
 
@@ -123,6 +125,7 @@ class TestTexts:
             ("a.csv", "label,words\na,b\n", "no column text.*it has label, words.*--text-column"),
             ("a.csv", "text,kind\na,b\n", "no column label.*--label-column"),
             ("a.csv", "label,text\n,b\n", "expected texts with labels"),
+            ("a.csv", 'label,text\na,"b, c"\nb,c, d\n', "1 of 2 rows.*line 3 has 3.*into quotes"),
             ("a.jsonl", "{", "not JSON"),
             ("a.jsonl", "[1]", "JSON object in each line"),
         ],
@@ -138,6 +141,20 @@ class TestTexts:
         rows = [{"label": " sun", "text": "x"}, {"label": "sun ", "text": "x"}, {"label": None, "text": "x"}]
         path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"label": 0, "text": "x"}]))
         assert [example.label for example in texts.read(path)] == ["sun", "sun", "0"]
+
+    @pytest.mark.parametrize(("delimiter", "encoding"), [(";", "utf-8"), ("\t", "utf-16"), (",", "utf-8-sig")])
+    def test_tables_as_spreadsheets_save_them(self, tmp_path, delimiter, encoding):
+        path = tmp_path / "own.csv"
+        rows = [["label", "text"], ["sun", f"dry{delimiter} warm é"], [], ["rain", "wet"]]
+        with open(path, "w", newline="", encoding=encoding) as file:
+            csv.writer(file, delimiter=delimiter).writerows(rows)
+        assert texts.read(path) == [Example("sun", f"dry{delimiter} warm é"), Example("rain", "wet")]
+
+    def test_what_is_not_utf_8_is_replaced_with_a_warning(self, tmp_path):
+        path = tmp_path / "own.csv"
+        path.write_bytes("label,text\nsun,warm\nsun,été\n".encode("latin-1"))
+        with pytest.warns(jp.errors.JetplaneWarning, match="not in UTF-8 .line 3 is the first"):
+            assert texts.read(path)[1].text == "\ufffdt\ufffd"
 
     def test_an_empty_folder(self, tmp_path):
         with pytest.raises(DataError, match="folder for each class"):
@@ -166,6 +183,7 @@ class TestTexts:
         [
             (LABELLED[:20], None, "at least two classes"),
             (LABELLED[::10], None, "too few texts: train, dev and test would have"),
+            ([Example(str(i), "x") for i in range(99)], None, "99 classes of 99 texts: is the label column"),
             (LABELLED, [Example("snow", "white")] * 9, "classes that the training texts lack: .*snow"),
         ],
     )
@@ -333,6 +351,76 @@ class TestParameters:
             parameters.choose(model, "lora", 0, rank=0)
 
 
+class TestStreamError:
+    """``dL/du_i = dL/dh`` along the stream, and exact derivatives within a sublayer."""
+
+    @staticmethod
+    def estimate(model, batch):
+        params = model.trained
+        given = jp.gradients.Batch(
+            lambda: methods.loss_of(model, batch), params, model, None, None, [], frozenset(range(len(params))), 0
+        )
+        *gradient, loss = StreamError().measure(given, StreamError().prepare(given, {}))
+        torch.testing.assert_close(loss, methods.loss_of(model, batch).detach())
+        return gradient
+
+    @staticmethod
+    def moved(folder, kind, name):
+        task = prepared(folder, kind, blocks=2).task
+        model = task.prepared(Settings(name), 0).double()
+        for p in model.trained:
+            p.data.add_(0.1 * torch.randn_like(p))
+        batch = task.batch(torch.arange(6))
+        return model, dataclasses.replace(batch, states=batch.states.double())
+
+    @pytest.mark.parametrize("kind", ["llama", "gpt2"])
+    def test_it_leaves_out_what_later_sublayers_make_of_the_stream(self, folder, kind):
+        """Reverse mode through the model where sublayers with later numbers put out constants says the same."""
+        model, batch = self.moved(folder, kind, "last-blocks")
+        found = dict(zip(map(id, model.trained), self.estimate(model, batch), strict=True))
+        names = ("self_attn", "mlp") if kind == "llama" else ("attn", "mlp")
+        sublayers = [getattr(block, name) for block in model.blocks for name in names]
+        kept = []
+        hooks = [f.register_forward_hook(lambda module, args, out: kept.append(out)) for f in sublayers]
+        methods.loss_of(model, batch)
+        for hook in hooks:
+            hook.remove()
+
+        def detached(out):
+            return tuple(None if y is None else y.detach() for y in out) if isinstance(out, tuple) else out.detach()
+
+        for n, sublayer in enumerate(sublayers):
+            hooks = [
+                f.register_forward_hook(lambda module, args, out, y=y: detached(y))
+                for f, y in zip(sublayers[n + 1 :], kept[n + 1 :], strict=True)
+            ]
+            own = list(sublayer.parameters())
+            exact = torch.autograd.grad(methods.loss_of(model, batch), own)
+            for p, g in zip(own, exact, strict=True):
+                torch.testing.assert_close(found[id(p)], g, rtol=1e-5, atol=1e-7)
+            for hook in hooks:
+                hook.remove()
+
+    @pytest.mark.parametrize(
+        ("kind", "name"),
+        [("llama", "lora"), ("llama", "prefix"), ("llama", "norms"), ("gpt2", "prefix"), ("gpt2", "norms")],
+    )
+    def test_all_that_trains_has_an_estimate(self, folder, kind, name):
+        model, batch = self.moved(folder, kind, name)
+        found = self.estimate(model, batch)
+        assert all(bool(g.any()) for g in found)
+        if name == "norms":  # the last norm is after all sublayers
+            exact = torch.autograd.grad(methods.loss_of(model, batch), model.trained[-1])[0]
+            torch.testing.assert_close(found[-1], exact, rtol=1e-5, atol=1e-7)
+
+    def test_what_the_error_does_not_reach_is_refused(self, folder):
+        model, batch = self.moved(folder, "llama", "lora")
+        first = model.blocks[0].forward
+        model.blocks[0].forward = lambda x, *args, **kwargs: first(x.detach(), *args, **kwargs).detach()
+        with pytest.raises(ArgumentError, match="does not reach 4 of 8 parameters.*--method perturbation"):
+            self.estimate(model, batch)
+
+
 class TestTraining:
     def test_all_methods_are_options(self):
         assert tuple(methods.METHODS) == METHODS
@@ -347,7 +435,9 @@ class TestTraining:
     @pytest.mark.parametrize(
         ("kind", "parameters", "local"), [("bert", "lora", True), ("llama", "lora", False), ("llama", "head", True)]
     )
-    def test_plane_search_has_local_heads_where_the_read_out_trains(self, folder, monkeypatch, kind, parameters, local):
+    def test_plane_search_has_local_heads_where_the_read_out_trains_and_else_its_error(
+        self, folder, monkeypatch, kind, parameters, local
+    ):
         made = []
         real = jp.optim.PlaneSearch
         monkeypatch.setattr(
@@ -357,7 +447,7 @@ class TestTraining:
         model = task.prepared(Settings(parameters), 0)
         step = methods.METHODS["plane-search"].build(model, 1.0, 0, 4)
         assert step(next(task.batches(16, 0))) > 0
-        assert isinstance(made[0].gradient, jp.gradients.LocalHeads) == local
+        assert isinstance(made[0].gradient, jp.gradients.LocalHeads if local else StreamError)
 
     def test_it_learns(self, folder):
         task = prepared(folder, "bert").task
@@ -465,8 +555,44 @@ class TestCommand:
         assert content["sizes"] == [76, 38, 76] and content["environment"]["torch"] == torch.__version__
         saved = torch.load(io_of(tmp_path / "result" / "plane-search-0.pt"), weights_only=True)
         assert saved["classes"] == ["rain", "sun"] and "head.weight" in saved["weights"]
-        with pytest.raises(RunFolderError, match="--out"):
+        with pytest.raises(RunFolderError, match="other options.*--out"):
             CliRunner().invoke(cli.app, ["finetune", *options], catch_exceptions=False)
+
+    def test_the_same_comparison_goes_on_where_it_was_stopped(self, folder, tmp_path, monkeypatch):
+        source = Source(folder / "bert", folder / "weather.csv", cache=folder / "states")
+        settings, ran = Settings("head", seconds=0.1, scores=1, clock="processor"), []
+        real = comparison.call_apart
+
+        def stopped(work, task, name, *args, **kwargs):
+            ran.append(name)
+            if name == "fgd" and ran.count("fgd") == 1:
+                raise KeyboardInterrupt
+            return real(work, task, name, *args, **kwargs)
+
+        monkeypatch.setattr(comparison, "call_apart", stopped)
+        options = ["--model", str(folder / "bert"), "--data", str(folder / "weather.csv"), "--out", str(tmp_path / "a")]
+        options += [
+            "--parameters",
+            "head",
+            "--seconds",
+            "0.1",
+            "--clock",
+            "processor",
+            "--cache",
+            str(folder / "states"),
+        ]
+        options += ["--method", "mezo", "--method", "fgd"]
+        done = CliRunner().invoke(cli.app, ["finetune", *options])
+        assert done.exit_code == 130 and "stopped; with --out" in done.output
+        done = CliRunner().invoke(cli.app, ["finetune", *options], catch_exceptions=False)
+        assert done.exit_code == 0 and "MeZO" in done.output and "FGD" in done.output
+        assert ran == ["mezo", "fgd", "fgd"]
+        work = command.Comparison(source, dataclasses.replace(settings, scores=Settings.scores), ["fgd", "mezo"])
+        assert [entry["method"] for entry in command.compare(work, tmp_path / "a")["entries"]] == ["mezo", "fgd"]
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / "notes").touch()
+        with pytest.raises(RunFolderError, match="holds no comparison"):
+            command.compare(work, tmp_path / "b")
 
     @pytest.mark.parametrize(
         ("option", "value", "message"),
@@ -476,6 +602,8 @@ class TestCommand:
             ("--rate", "mezo=fast", "a number"),
             ("--rate", "mezo=-1", "positive"),
             ("--rate", "sgd=1", "unknown method 'sgd'"),
+            ("--rate", "fgd=1", "not among the methods: plane-search, mezo"),
+            ("--rate", "plane-search=1", "takes none"),
             ("--word", "=x", "NAME=VALUE after --word"),
         ],
     )

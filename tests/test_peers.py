@@ -1,16 +1,19 @@
-"""Cases of other projects' own tests, as data: jet-for-pytorch's to order 4, curvlinops' Hessians and Gauss-Newton.
+"""Other projects beside ours: jet-for-pytorch's and curvlinops' own cases, and steps of zeroth-order optimizers.
 
-    JET_SRC=… CURVLINOPS_SRC=… scripts/test -m peers
+    JET_SRC=… CURVLINOPS_SRC=… MEZO_SRC=… FZOO_SRC=… HIZOO_SRC=… LOZO_SRC=… scripts/test -m peers
 
-Each variable names an unpacked source distribution (``pip download --no-deps --no-binary :all: NAME``), whose tests
-hold the cases; the packages are to be installed beside. Nothing of them is copied. What is expected is reverse mode in
-double precision, and curvlinops' own matrices.
+The first two variables name an unpacked source distribution (``pip download --no-deps --no-binary :all: NAME``), whose
+tests hold the cases; the packages are to be installed beside. What is expected is reverse mode in double precision, and
+curvlinops' own matrices. The others name a checkout of princeton-nlp/MeZO (552cb1b), DKmiyan/FZOO (d4f8a8b),
+Yanjun-Zhao/HiZOO (4f99055) and optsuite/LOZO (5d1ade5): from equal directions, equal steps. Nothing of them is copied.
 """
 
+import ast
 import importlib
 import os
 import sys
 from pathlib import Path
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +22,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import jetplane as jp
+from jetplane.directions.laws import key
+from jetplane.experiments.zeroth_order import FZOO, LOZO, HiZOO, MeZO, ZerothOrder
 
 pytestmark = pytest.mark.peers
 close = torch.testing.assert_close
@@ -151,3 +156,140 @@ def test_curvature(case, kind, chunk):
     tangents = [e.reshape(d, *p.shape) for e, p in zip(axes, params, strict=True)]
     found = jp.evaluate(closure, params, tangents, curvature, chunk=chunk).curvature
     close(found, matrix, rtol=1e-7, atol=1e-9)
+
+
+# --- zeroth-order optimizers ---------------------------------------------------------------------------------------
+# Each project's trainer is one for an old `transformers`. The methods that take its step are compiled from its source
+# and run as they are, on a stand-in that holds parameters and evaluates the loss.
+
+EPS, RATE = 1e-2, 3e-2
+
+
+class Quadratic:
+    """A matrix and a vector, the loss ``theta^T H theta / 2 + b^T theta``, and the method's own arguments."""
+
+    def __init__(self, variable: str, file: str, methods: tuple[str, ...], **arguments: Any) -> None:
+        draw = torch.Generator().manual_seed(1)
+        shapes = {"matrix": (4, 3), "vector": (5,)}
+        self.own = {n: torch.randn(s, generator=draw, dtype=torch.float64) for n, s in shapes.items()}
+        root = torch.randn(17, 17, generator=draw, dtype=torch.float64)
+        self.h, self.b = root @ root.T / 17, torch.randn(17, generator=draw, dtype=torch.float64)
+        self.peer = torch.nn.Module()
+        for name, start in self.own.items():
+            self.peer.register_parameter(name, torch.nn.Parameter(start.clone()))
+            self.own[name] = start.clone().requires_grad_()
+        self.seeds: list[int] = []
+        self.seen: list[list[Tensor]] = []  # where the peer evaluates the loss
+        quiet = SimpleNamespace(step=lambda: None, info=lambda text: None)
+        space = {"torch": torch, "logger": quiet, "np": SimpleNamespace(random=SimpleNamespace(randint=self.seed))}
+        found = trainer_methods(Path(os.environ[variable]) / file, methods)
+        exec(compile(found, file, "exec"), space)  # noqa: S102
+        settings = SimpleNamespace(zo_eps=EPS, weight_decay=0.0, gradient_accumulation_steps=1, **arguments)
+        names = {name: MethodType(space[name], self) for name in methods}
+        everything = names | {"args": settings, "lr_scheduler": quiet, "_get_learning_rate": lambda: RATE}
+        vars(self).update(everything, current_lr=RATE, N=settings.N if "N" in arguments else 0, losses=None)
+
+    def seed(self, most: int) -> int:
+        return self.seeds.pop(0)
+
+    def at(self, params: Any) -> Tensor:
+        theta = torch.cat([p.detach().flatten() for p in params])
+        return theta @ self.h @ theta / 2 + self.b @ theta
+
+    def zo_forward(self, model: Any, inputs: Any) -> Tensor:
+        self.seen.append([p.detach().clone() for p in self.peer.parameters()])
+        return self.at(self.peer.parameters())
+
+    def own_step(self, opt: ZerothOrder) -> None:
+        opt.step(lambda: self.at(self.own.values()))
+
+    def compare(self, **tolerance: float) -> None:
+        for mine, theirs in zip(self.own.values(), self.peer.parameters(), strict=True):
+            close(mine.detach(), theirs.detach(), **tolerance)
+
+
+def trainer_methods(path: Path, names: tuple[str, ...]) -> ast.Module:
+    """Methods of a file's class of trainers, as functions."""
+    (trainer,) = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and "Trainer" in n.name]
+    kept = [n for n in trainer.body if isinstance(n, ast.FunctionDef) and n.name in names]
+    for function in kept:
+        function.returns = None
+        for argument in function.args.args:
+            argument.annotation = None
+    assert {n.name for n in kept} == set(names)
+    return ast.Module(kept, [])
+
+
+def needs(variable: str) -> Any:
+    there = Path(os.environ.get(variable, "")).is_dir() and variable in os.environ
+    return pytest.mark.skipif(not there, reason=f"{variable} names no source tree")
+
+
+def seeds_of(opt: ZerothOrder, samples: int = 1) -> list[int]:
+    """With which the optimizer's next step draws."""
+    return [int(key(opt.seed, opt.steps, sample)) % (1 << 63) for sample in range(samples)]
+
+
+@needs("MEZO_SRC")
+def test_mezos_steps_are_those_of_its_public_code():
+    peer = Quadratic("MEZO_SRC", "large_models/trainer.py", ("zo_perturb_parameters", "zo_step", "zo_update"))
+    opt = MeZO(peer.own.values(), lr=RATE, eps=EPS, seed=3)
+    for _ in range(3):
+        peer.seeds = seeds_of(opt)
+        peer.zo_step(peer.peer, None)
+        peer.zo_update(peer.peer)
+        peer.own_step(opt)
+        peer.compare(rtol=1e-9, atol=1e-11)
+
+
+@needs("FZOO_SRC")
+def test_fzoos_steps_are_those_of_its_public_code():
+    methods = ("zo_perturb_parameters", "zo_step", "zo_update")
+    peer = Quadratic("FZOO_SRC", "trainer.py", methods, N=6)
+    opt = FZOO(peer.own.values(), lr=RATE, eps=EPS, seed=3, samples=6)
+    for _ in range(3):
+        peer.seeds = seeds_of(opt, 6)
+        peer.zo_step(peer.peer, None)
+        peer.zo_update(peer.peer)
+        peer.own_step(opt)
+        peer.compare(rtol=1e-4, atol=1e-5)  # it keeps the losses in single precision
+
+
+@needs("HIZOO_SRC")
+def test_hizoos_steps_are_those_of_its_public_code():
+    peer = Quadratic(
+        "HIZOO_SRC", "trainer.py", ("efficient_Hessian_perturb_parameters", "zo_Hessian_step_update")
+    )  # fmt: skip
+    peer.Hessian_matrix = {name: torch.ones_like(p.data) for name, p in peer.peer.named_parameters()}
+    opt = HiZOO(peer.own.values(), lr=RATE, eps=EPS, seed=3, smooth=0.2)
+    for _ in range(3):
+        peer.seeds = seeds_of(opt)
+        peer.zo_Hessian_step_update(peer.peer, None, RATE, 0.2)
+        peer.own_step(opt)
+        peer.compare(rtol=1e-7, atol=1e-9)
+
+
+@needs("LOZO_SRC")
+def test_lozos_steps_are_those_of_its_public_code(monkeypatch):
+    """Along its directions, as it draws U and V otherwise.
+
+    In the first step of an interval the public code draws V from the same numbers as U, and for the update U alone:
+    it moves along another U than the one whose slope it has. That step is left out of the comparison.
+    """
+    methods = ("lowrank_zo_perturb_parameters", "lowrank_zo_step", "lowrank_zo_update", "random_gaussian_matrix")
+    peer = Quadratic("LOZO_SRC", "large_models/LOZOtrainer.py", methods, step_interval=3, rank_r=2)
+    opt = LOZO(peer.own.values(), lr=RATE, eps=EPS, rank=2, interval=3)
+    right = []
+    for n in range(6):
+        for mine, theirs in zip(peer.own.values(), peer.peer.parameters(), strict=True):
+            mine.data.copy_(theirs.data)
+        peer.seeds, peer.seen, before = [n + 5], [], [p.detach().clone() for p in peer.peer.parameters()]
+        peer.lowrank_zo_step(peer.peer, None)
+        peer.lowrank_zo_update()
+        drawn = [(above - p) / EPS for above, p in zip(peer.seen[0], before, strict=True)]
+        monkeypatch.setattr(opt, "_draw", lambda i, p, generator, drawn=drawn: drawn[i])
+        peer.own_step(opt)
+        right.append(torch.linalg.svd(drawn[0])[2][:2])
+        if n % 3:
+            peer.compare(rtol=1e-7, atol=1e-9)
+            close(right[-1].T @ right[-1], right[-2].T @ right[-2])  # V stays, as ours does: see test_zeroth_order.py

@@ -304,7 +304,15 @@ def finetune(
             shown = "" if loss != loss else f"{loss:.4f}"
             progress.update(task, description=what, completed=min(done, total), total=total, loss=shown)
 
-        command.compare(work, folder, observe)
+        try:
+            command.compare(work, folder, observe)
+        except KeyboardInterrupt:
+            progress.stop()
+            console.print(
+                f"stopped; with --out {folder} the same command goes on with the methods that are not done",
+                soft_wrap=True,
+            )
+            raise typer.Exit(130) from None
     _print(command.rows(folder), left=("method",))
     console.print(f"result  {folder / command.RESULT}", soft_wrap=True)
 

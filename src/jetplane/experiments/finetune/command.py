@@ -24,21 +24,24 @@ Observer = Callable[[str, float, float, float], None]  # (what is done, how much
 def compare(work: Comparison, folder: Path, observe: Observer = lambda what, done, total, loss: None) -> dict[str, Any]:
     """Run a comparison and write its folder: ``result.json`` and the trained weights of each run.
 
-    ``result.json`` grows with each method, so that an interrupted comparison keeps what it has. The weights, in
-    ``METHOD-SEED.pt``, are those with the best accuracy on dev: ``weights`` by their names in the classifier.
+    ``result.json`` grows with each method, so that an interrupted comparison keeps what it has, and the same one with
+    the same folder goes on with the methods that are left. The weights, in ``METHOD-SEED.pt``, are those with the best
+    accuracy on dev: ``weights`` by their names in the classifier.
 
     Returns:
         What ``result.json`` holds.
 
     Raises:
-        RunFolderError: the folder is there already.
+        RunFolderError: the folder has something else in it, or another comparison.
         JetplaneError: see `preparing.prepare` and `comparison.compare`.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise RunFolderError(f"{folder} exists; name another folder with --out")
+    entries = _earlier(work, folder)
+    done = {entry.name for entry in entries}
+    left = [name for name in dict.fromkeys(work.methods) if name not in done]
+    if not left:
+        return json.loads((folder / RESULT).read_text())
     prepared = prepare(work.source, lambda done, total: observe("frozen blocks", done, total, float("nan")))
     folder.mkdir(parents=True, exist_ok=True)
-    entries: list[comparison.Entry] = []
     content: dict[str, Any] = {}
 
     def keep(entry: comparison.Entry) -> None:
@@ -51,20 +54,40 @@ def compare(work: Comparison, folder: Path, observe: Observer = lambda what, don
         store.write_atomically(folder / RESULT, (json.dumps(content, indent=1) + "\n").encode())
 
     comparison.compare(
-        prepared.task, work.methods, work.settings, range(work.seeds), work.trials, observe, work.rates, keep
+        prepared.task, left, work.settings, range(work.seeds), work.trials, observe, work.rates, keep
     )  # fmt: skip
     return content
 
 
-def _content(work: Comparison, prepared: Prepared, entries: Sequence[comparison.Entry]) -> dict[str, Any]:
+def _earlier(work: Comparison, folder: Path) -> list[comparison.Entry]:
+    """What the folder already has of this comparison."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return []
+    try:
+        content = json.loads((folder / RESULT).read_text())
+        same = all(content[name] == value for name, value in json.loads(json.dumps(_asked(work))).items())
+        entries = [comparison.Entry.of(entry) for entry in content["entries"]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise RunFolderError(f"{folder} exists, and holds no comparison; name another folder with --out") from error
+    if not same:
+        raise RunFolderError(f"{folder} exists, with a comparison of other options; name another folder with --out")
+    return entries
+
+
+def _asked(work: Comparison) -> dict[str, Any]:
+    """All of a comparison but its methods."""
     source = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(work.source).items()}
     for name in ("model", "data", "test_data"):
         source[name] = source[name] and Path(source[name]).name
+    runs = {"seeds": work.seeds, "trials": work.trials, "rates": dict(work.rates)}
+    return {"source": source | {"cache": None}, "settings": asdict(work.settings), "runs": runs}
+
+
+def _content(work: Comparison, prepared: Prepared, entries: Sequence[comparison.Entry]) -> dict[str, Any]:
     return {
         "command": ["jetplane", *sys.argv[1:]],
         "environment": environment.describe(torch.device("cpu")),
-        "source": source | {"cache": None},
-        "settings": asdict(work.settings),
+        **_asked(work),
         "classes": prepared.classes,
         "sizes": prepared.task.sizes,
         "frozen": {"blocks": prepared.frozen, "seconds": prepared.seconds},

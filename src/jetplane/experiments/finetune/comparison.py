@@ -81,6 +81,12 @@ class Entry:
     outcomes: list[Outcome]
     memory: Memory
 
+    @staticmethod
+    def of(plain: Mapping[str, Any]) -> Entry:
+        """What `plain` has been made of, without weights."""
+        tuned = None if plain["tuned"] is None else Tuned(**plain["tuned"])
+        return Entry(plain["method"], tuned, [Outcome.of(run) for run in plain["runs"]], Memory(**plain["memory"]))
+
     def plain(self) -> dict[str, Any]:
         """A dictionary that JSON can represent."""
         return {

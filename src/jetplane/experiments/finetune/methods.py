@@ -15,11 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from ... import optim
 from ...errors import ArgumentError, NonFiniteError
 from ...gradients import LocalHeads
+from ...optim.plane_search import ROUND
 from ...subspace.descent import Damped
 from ...subspace.search import FullStep
-from ...subspace.sources import Drawn, Subspace
+from ...subspace.sources import Drawn, FastWeights, Subspace
 from .. import zeroth_order
 from .classifier import TextClassifier
+from .stream import StreamError
 
 SOFO_DIRECTIONS, SOFO_DAMPING, SOFO_CHUNK = 32, 1e-3, 4
 Kind = Literal["forward", "zeroth order", "backprop"]
@@ -93,13 +95,18 @@ def _local_heads(params: list[nn.Parameter], model: TextClassifier, rate: float,
     return optim.PlaneSearch(params, model, seed=seed, gradient=LocalHeads())
 
 
-def _plane_search(model: TextClassifier, rate: float, seed: int, micro_batch: int) -> Step:
-    """By local heads where the read-out trains: it is the one layer whose gradient they have exactly.
+def _stream_error(params: list[nn.Parameter], model: TextClassifier, rate: float, seed: int) -> Any:
+    plan = Subspace([FastWeights()], every=ROUND)
+    return optim.PlaneSearch(params, model, seed=seed, gradient=StreamError(), subspace=plan)
 
-    They take the loss of the whole batch at once: their memory is that of inference in any case.
+
+def _plane_search(model: TextClassifier, rate: float, seed: int, micro_batch: int) -> Step:
+    """By local heads where the read-out trains, whose gradient they have exactly; else by the read-out's error.
+
+    Local heads take the loss of the whole batch at once: their memory is near that of inference in any case.
     """
     local = model.head.weight.requires_grad
-    build = _by_closure(_local_heads, in_parts=False) if local else _by_closure(_activity_perturbation)
+    build = _by_closure(_local_heads, in_parts=False) if local else _by_closure(_stream_error)
     return build(model, rate, seed, micro_batch)
 
 

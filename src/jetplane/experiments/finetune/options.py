@@ -11,6 +11,7 @@ from typing import Literal
 from ...errors import ArgumentError
 
 METHODS = ("plane-search", "perturbation", "fgd", "sofo", "mezo", "fzoo", "hizoo", "lozo", "adam", "adam-checkpointed")
+WITHOUT_RATE = ("plane-search", "perturbation")
 DEFAULT = ["plane-search", "mezo"]
 ParametersName = Literal["lora", "prefix", "last-blocks", "norms", "head"]
 Clock = Literal["wall", "processor"]
@@ -99,7 +100,7 @@ class Comparison:
         rates: given ones by method.
 
     Raises:
-        ArgumentError: there is no such method.
+        ArgumentError: there is no such method, or a rate is given for one that does not run or has none.
     """
 
     source: Source
@@ -113,6 +114,10 @@ class Comparison:
         for name in (*self.methods, *self.rates):
             if name not in METHODS:
                 raise ArgumentError(f"unknown method {name!r}; expected one of {', '.join(METHODS)}")
+        for name in self.rates:
+            if name in WITHOUT_RATE or name not in self.methods:
+                why = "takes none" if name in WITHOUT_RATE else f"is not among the methods: {', '.join(self.methods)}"
+                raise ArgumentError(f"a rate is given for {name}, which {why}")
 
 
 def pairs(given: Sequence[str], option: str) -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -11,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from ...errors import ArgumentError, DataError
+from ...errors import ArgumentError, DataError, JetplaneWarning, warn_user
 from .options import SIZES
 
 LABEL_NAMES = ("label", "class", "category", "sentiment", "topic", "author")  # of columns, where none is named
 TEXT_NAMES = ("text", "content", "sentence", "review", "quote")
 LEAST = 8  # texts in each part
-DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
+DELIMITERS = {".csv": ",;\t", ".tsv": "\t", ".tab": "\t"}  # what may stand between columns
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,15 @@ def read(path: Path, text_column: str | None = None, label_column: str | None = 
     r"""Read labelled texts.
 
     Args:
-        path: a table whose first line names the columns (``.csv``; with tabs ``.tsv``; Orange's ``.tab``, with two
-            lines of types and roles after it), lines of JSON (``.jsonl``), or a folder that has a folder of ``.txt``
-            files for each class.
+        path: a table whose first line names the columns (``.csv``, with commas, semicolons or tabs, whichever the first
+            line has most of; with tabs ``.tsv``; Orange's ``.tab``, with two lines of types and roles after it), lines
+            of JSON (``.jsonl``), or a folder that has a folder of ``.txt`` files for each class. In UTF-8, or in UTF-16
+            with its mark; what is neither is replaced, with a warning.
         text_column: name of the column, or key, of the texts; None for the first of `TEXT_NAMES` that is there.
         label_column: likewise of the classes, `LABEL_NAMES`.
 
     Raises:
-        DataError: there is no such file, it is none of these, or a column is missing.
+        DataError: there is no such file, it is none of these, a column is missing, or a row has too few or too many.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -110,13 +113,19 @@ def split(
 
     Raises:
         ArgumentError: a size is not positive.
-        DataError: a part would have fewer than `LEAST` texts, or there are fewer than two classes.
+        DataError: a part would have fewer than `LEAST` texts, or there are fewer than two classes, or fewer than two
+            texts of a class on average.
     """
     if min(sizes) < 1:
         raise ArgumentError(f"sizes of train, dev and test must be positive, got {sizes}")
     classes = sorted({example.label for example in examples})
     if len(classes) < 2:
         raise DataError(f"expected texts of at least two classes, got {classes}: is the label column the right one?")
+    if 2 * len(classes) > len(examples):
+        raise DataError(
+            f"expected several texts of each class, got {len(classes)} classes of {len(examples)} texts: is the label "
+            "column the right one?"
+        )
     unknown = {example.label for example in held or ()} - set(classes)
     if unknown:
         raise DataError(f"the test texts have classes that the training texts lack: {sorted(unknown)}")
@@ -139,28 +148,53 @@ def _read_folder(path: Path) -> list[Example]:
     files = sorted(path.glob("*/*.txt"))
     if not files:
         raise DataError(f"{path}: expected a folder for each class with .txt files in it, found none")
-    return [Example(file.parent.name, file.read_text(errors="replace")) for file in files]
+    return [Example(file.parent.name, _decoded(file)) for file in files]
+
+
+def _decoded(path: Path) -> str:
+    content = path.read_bytes()
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        where = content.count(b"\n", 0, error.start) + 1
+        warn_user(
+            f"{path}: not in UTF-8 (line {where} is the first): what cannot be read is replaced by U+FFFD; save it as "
+            "UTF-8",
+            JetplaneWarning,
+        )
+        return content.decode(encoding, errors="replace")
 
 
 def _read_table(path: Path, text_column: str | None, label_column: str | None) -> list[Example]:
     csv.field_size_limit(sys.maxsize)
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        rows = list(csv.reader(file, delimiter=DELIMITERS[path.suffix]))
+    whole = _decoded(path)
+    delimiter = max(DELIMITERS[path.suffix], key=whole.partition("\n")[0].count)
+    lines = csv.reader(io.StringIO(whole, newline=""), delimiter=delimiter)
+    rows = [(lines.line_num, row) for row in lines if row]
     if not rows:
         raise DataError(f"{path}: is empty; expected a first line that names the columns")
-    columns, body = rows[0], rows[3 if path.suffix == ".tab" else 1 :]
+    (_, columns), numbered = rows[0], rows[3 if path.suffix == ".tab" else 1 :]
+    other = [(line, len(row)) for line, row in numbered if len(row) != len(columns)]
+    if other:
+        raise DataError(
+            f"{path}: {len(other)} of {len(numbered)} rows have another number of columns than the {len(columns)} that "
+            f"the first line names; line {other[0][0]} has {other[0][1]}. Put texts that contain {delimiter!r} into "
+            "quotes"
+        )
+    body = [row for _, row in numbered]
     text, label = (
         columns.index(_column(path, columns, given, usual, option))
         for given, usual, option in (
             (text_column, TEXT_NAMES, "--text-column"), (label_column, LABEL_NAMES, "--label-column")
         )
     )  # fmt: skip
-    return [Example(row[label], row[text]) for row in body if len(row) == len(columns)]
+    return [Example(row[label], row[text]) for row in body]
 
 
 def _read_lines(path: Path, text_column: str | None, label_column: str | None) -> list[Example]:
     try:
-        rows = [json.loads(line) for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in _decoded(path).splitlines() if line.strip()]
     except ValueError as error:
         raise DataError(f"{path}: a line is not JSON ({error})") from error
     if not rows or not all(isinstance(row, dict) for row in rows):

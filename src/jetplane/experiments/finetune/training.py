@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -94,6 +94,12 @@ class Outcome:
     test: float = math.nan
     curve: list[dict[str, float]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def of(plain: Mapping[str, Any]) -> Outcome:
+        """What `plain` has been made of, without weights."""
+        absent = {name: math.nan for name in ("dev", "test") if plain[name] is None}
+        return Outcome(**{**plain, **absent})
 
     def plain(self) -> dict[str, Any]:
         """A dictionary that JSON can represent, without the weights."""
