@@ -28,6 +28,7 @@ class PlaneSpec:
         examples: whether each example's part of the slope is computed as well.
         chunk: directions carried at a time; None for all of them, "auto" for as many as ``memory`` allows.
         memory: bytes for "auto"; None for half of what is free.
+        penalties: whether "ggn" has the curvature of functions of the parameters alone, too.
 
     Raises:
         ArgumentError: k < 1, pairs that do not divide k, a chunk that cannot be evaluated, an unknown word.
@@ -42,6 +43,7 @@ class PlaneSpec:
     examples: bool = False
     chunk: Chunk = None
     memory: int | None = None
+    penalties: bool = True
 
     def __post_init__(self) -> None:
         k, pairs, chunk = self.k, self.pairs, self.chunk

@@ -36,7 +36,7 @@ from ..evaluation.api import evaluate
 from ..evaluation.context import expansion
 from ..evaluation.interception import Interception
 from ..evaluation.side_effects import without_side_effects
-from ..jets import Coefficients, Diagonal, Jet, carried, parts, promoted
+from ..jets import MODEL, Coefficients, Diagonal, Jet, carried, parts, promoted
 from ..rules.examples import known
 from .active_outputs import Finish, visit
 from .feedback import Feedback
@@ -355,7 +355,7 @@ class PerturbedLayer(ABC):
                 moved = self.tangents(call, parts(x, space)[0], at, samples)
                 begin = call % apart * count
                 own = None if apart == 1 else tuple(range(begin, begin + count))
-                return Jet(at, first + Coefficients(space, 1, moved, own), None, space)
+                return Jet(at, first + Coefficients(space, 1, moved, own), None, space, kind=MODEL)
 
             with hooked(after, [self.module], space=space), Interception(space).running():
                 loss = closure()

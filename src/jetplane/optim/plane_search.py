@@ -106,7 +106,7 @@ class PlaneSearch(PlaneOptimizer):
         kappa = -M F,    theta <- theta + lr * rate * sum_k kappa_k v_k
 
     with F the slope and M the damped inverse of the Gauss-Newton matrix of the plane, both of this batch. That matrix
-    needs a loss function that is known: one of ``torch.nn.functional``, a sum or mean of squares, or marked with
+    needs a loss function that is known: one of ``torch.nn.functional``, a sum of squares or log-probabilities, or marked with
     `jetplane.loss`. For a closure without one the exact curvature of the plane is taken, with a warning. That costs
     more, so that 10 directions are drawn where 64 would be. It has four parts:
 
@@ -530,11 +530,13 @@ class PlaneSearch(PlaneOptimizer):
 def _loss_is_curved(closure: Closure, params: Sequence[Tensor]) -> bool:
     """Whether the loss function of a closure is known, and curved in its input.
 
-    One run with one direction tells: Gauss-Newton curvature of absolute values and margins is zero.
+    One run with one direction tells: Gauss-Newton curvature of absolute values and margins is zero. That of penalties
+    does not count, which would stand for all of it.
     """
     with without_side_effects():
         try:
-            plane = evaluate_plane(closure, params, as_directions(params, Directions(1)), PlaneSpec(1, "ggn"))
+            spec = PlaneSpec(1, "ggn", penalties=False)
+            plane = evaluate_plane(closure, params, as_directions(params, Directions(1)), spec)
         except UnknownLossError:
             return False
     assert plane.curvature is not None
