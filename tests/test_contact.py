@@ -102,7 +102,7 @@ LINEAR = {
     "nll of a view": lambda a, b, c: F.nll_loss(F.log_softmax(a, 1).view(-1, 2), c.view(-1)),
     "nll of a part": lambda a, b, c: F.nll_loss(F.log_softmax(a, 1)[2:], c[2:], reduction="sum"),
     "smoothed": lambda a, b, c: (lambda z: 0.9 * F.nll_loss(z, c) - 0.1 * z.mean(-1).mean())(a.log_softmax(1)),
-    "smoothed, each": lambda a, b, c: (lambda z: F.nll_loss(z, c, reduction="none") - z.mean(1))(a.log_softmax(1)).sum(),
+    "smoothed, each": lambda a, b, c: (lambda z: F.nll_loss(z, c, reduction="none") - z.sum(1))(a.log_softmax(1)).sum(),
     "distilled": lambda a, b, c: F.cross_entropy(a, c) - 4 * (b.softmax(1) * (a / 2).log_softmax(1)).sum(1).mean(),
     "kl of a view": lambda a, b, c: F.kl_div(a.log_softmax(1).view(1, 7, 2), b.softmax(1)[None], reduction="sum"),
     "other axes": lambda a, b, c: -a.log_softmax(0)[:3].mean(),
@@ -403,6 +403,23 @@ def test_reached_by_a_closure_that_goes_back_itself():
     assert unreached(closure, [w, v, u]) == [1, 2]
 
 
+@pytest.mark.parametrize("how", ["argmax", "compared", "integers"])
+def test_what_is_made_integers_is_cut_off(how):
+    """As by hard choices without a straight-through estimator."""
+    net = Cut("")
+    hard = {
+        "argmax": lambda h: F.one_hot(h.argmax(1), 8).float(), "compared": lambda h: (h > 0).float(),
+        "integers": lambda h: h.long().float(),
+    }[how]  # fmt: skip
+    closure = lambda: F.cross_entropy(net.last(hard(net.first(A))), B)  # noqa: E731
+    params = [*net.first.parameters(), *net.last.parameters()]
+    assert jp.audit(closure, params).cut_off == (0, 1)
+    opt, before = jp.optim.FGD(params, lr=1e-2), net.first.weight.clone()
+    with pytest.warns(jp.JetplaneWarning, match="no derivative of the loss reaches"):
+        opt.step(closure)
+    assert torch.equal(net.first.weight, before)
+
+
 def test_without_anything_that_stops_derivatives_no_run_is_added():
     net, calls = network(torch.float32), []
     report = jp.audit(lambda: calls.append(1) or F.mse_loss(net(X.float()), Y.float()), list(net.parameters()))
@@ -460,6 +477,68 @@ WRONG = {
     "momentum": (
         lambda: jp.optim.FoMoH([{"params": [*NET.parameters()], "momentum": 0.9}]), jp.ArgumentError, "momentum",
     ),
+    "a rate by place": (
+        lambda: jp.optim.PlaneSearch(NET.parameters(), NET, 0.1),  # type: ignore[call-arg]
+        jp.ArgumentError, r"expected PlaneSearch\(params, model\) and, by name alone, lr, .*lr=",
+    ),
+    "a rate for the model": (lambda: jp.optim.PlaneSearch(NET.parameters(), 0.1), jp.ArgumentError, "got float"),  # type: ignore[arg-type]
+    "another name of a rate": (
+        lambda: jp.optim.FGD(NET.parameters(), learning_rate=0.1),  # type: ignore[call-arg]
+        jp.ArgumentError, "unexpected keyword argument 'learning_rate'; expected FGD.*lr",
+    ),
+    "another name in a group": (
+        lambda: jp.optim.FGD([{"params": [NET.weight], "learning_rate": 0.1}]), jp.ArgumentError, "learning_rate",
+    ),
+    "a setting in a group": (
+        lambda: jp.optim.FoMoH([{"params": [*NET.parameters()], "clip": 0.1}]), jp.ArgumentError, "no option clip",
+    ),
+    "another model": (lambda: jp.optim.PlaneSearch(NET.parameters(), nn.Linear(2, 3)), jp.ArgumentError, "not a copy"),
+    "no parameters": (lambda: jp.optim.FGD(None), jp.ArgumentError, r"got None: FGD\(model"),  # type: ignore[arg-type]
+    "spent parameters": (lambda: jp.optim.FGD(iter(())), jp.ArgumentError, r"call model.parameters\(\) again"),
+    "a dict": (lambda: jp.optim.FGD(dict(NET.named_parameters())), jp.ArgumentError, "got a dict: give its values"),  # type: ignore[arg-type]
+    "one group": (lambda: jp.optim.FGD({"params": [NET.weight]}), jp.ArgumentError, "put the group in a list"),  # type: ignore[arg-type]
+    "names": (lambda: jp.optim.FGD(["weight"]), jp.ArgumentError, "one of them is 'weight'"),  # type: ignore[list-item]
+    "modules": (lambda: jp.optim.FGD([NET, NET]), jp.ArgumentError, r"\*b.parameters\(\)"),  # type: ignore[list-item]
+    "lists": (lambda: jp.optim.FGD([[*NET.parameters()]]), jp.ArgumentError, "one of them is a list"),  # type: ignore[list-item]
+    "a group of nothing": (lambda: jp.optim.FGD([{"lr": 0.1}]), jp.ArgumentError, 'a dict with "params"'),
+    "a group of a module": (lambda: jp.optim.FGD([{"params": NET}]), jp.ArgumentError, "got a Linear"),
+    "a set": (lambda: jp.optim.FGD([{"params": {NET.weight}}]), jp.ArgumentError, "got a set"),
+    "twice": (lambda: jp.optim.FGD([NET.weight, NET.weight]), jp.ArgumentError, "more than once"),
+    "in two groups": (
+        lambda: jp.optim.FGD([{"params": [NET.weight]}, {"params": [NET.bias, NET.weight]}]),
+        jp.ArgumentError, r"shape \(3, 2\) is given more than once",
+    ),
+    "a result": (lambda: jp.optim.FGD([2 * NET.weight]), jp.ArgumentError, "result of a computation"),
+    "many rates": (lambda: jp.optim.FGD([NET.weight], lr=torch.ones(2)), jp.ArgumentError, "lr must be a number"),  # type: ignore[arg-type]
+    "a clip of words": (lambda: jp.optim.FGD([NET.weight], clip="1"), jp.ArgumentError, "clip.*'1'"),  # type: ignore[arg-type]
+    "a seed of words": (lambda: jp.optim.FGD([NET.weight], seed="1"), jp.ArgumentError, "seed"),  # type: ignore[arg-type]
+    "a long seed": (lambda: jp.optim.FGD([NET.weight], seed=2**70), jp.ArgumentError, "64 bits"),
+    "one generator": (
+        lambda: jp.optim.FGD([NET.weight], generators=torch.Generator()), jp.ArgumentError, r"generators=\[generator\]",  # type: ignore[arg-type]
+    ),
+    "a weight below zero": (
+        lambda: jp.optim.FGD([NET.weight]).step(lambda: NET(POINTS).mean(), weight=-1), jp.ArgumentError, "weight",
+    ),
+    "one source": (
+        lambda: jp.optim.PlaneSearch([NET.weight], subspace=Drawn(2)), jp.ArgumentError, r"subspace=\[Drawn\(",  # type: ignore[arg-type]
+    ),
+    "a loss for a closure": (
+        lambda: jp.evaluate(NET(POINTS).mean(), [NET.weight], jp.Directions(1)), jp.ArgumentError, "lambda:",  # type: ignore[arg-type]
+    ),
+    "a number of directions": (
+        lambda: jp.evaluate(lambda: NET(POINTS).mean(), [NET.weight], 2), jp.ArgumentError, r"jetplane.Directions\(k\)",  # type: ignore[arg-type]
+    ),
+    "arguments the wrong way round": (
+        lambda: jp.audit([NET.weight], lambda: NET(POINTS).mean()), jp.ArgumentError, "expected a closure",  # type: ignore[arg-type]
+    ),
+    "memory in words": (
+        lambda: jp.evaluate(lambda: NET(POINTS).mean(), [NET.weight], jp.Directions(1), memory="1 GB"),  # type: ignore[arg-type]
+        jp.ArgumentError, "number of bytes",
+    ),
+    "a number": (lambda: jp.audit(lambda: NET(POINTS).mean().item(), [NET.weight]), jp.LossError, r"without \.item"),
+    "nothing": (lambda: jp.audit(lambda: None, [NET.weight]), jp.LossError, "return loss"),
+    "several": (lambda: jp.audit(lambda: (NET(POINTS).mean(), 1), [NET.weight]), jp.LossError, "the loss alone"),
+    "an adapter of nothing": (lambda: jp.Adapter(POINTS, NET), jp.ArgumentError, "got Tensor"),  # type: ignore[arg-type]
     "another model's state": (
         lambda: jp.optim.FGD(NET.parameters()).load_state_dict(
             jp.optim.FGD(nn.Linear(2, 4).parameters()).state_dict()
@@ -474,6 +553,17 @@ def test_wrong_calls_name_the_remedy(name):
     call, error, message = WRONG[name]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_group_may_be_empty():
+    """As of parameters without weight decay, of which a model may have none."""
+    net = nn.Linear(2, 3)
+    groups = [{"params": [*net.parameters()], "weight_decay": 0.1}, {"params": [], "weight_decay": 0.0}]
+    before = net.weight.clone()
+    for opt in (jp.optim.FGD(groups), jp.optim.PlaneSearch(groups, net)):
+        opt.step(lambda: net(POINTS).square().mean())
+        opt.load_state_dict(opt.state_dict())
+    assert not torch.equal(net.weight, before)
 
 
 def test_groups_keep_what_is_the_users_own():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..directions import AbstractDirections
 from ..jets import Tangents
-from .checks import as_directions, check_parameters
+from .checks import as_directions, checked_arguments
 from .chunks import evaluate_in_chunks
 from .compiled import GraphBroken, jets_of_parameters, plane_of, tracing
 from .eager import evaluate_at_once
@@ -48,8 +48,8 @@ def evaluate(
             `jetplane.LowRank`.
         curvature: "hessian" for exact curvature; "ggn" for Gauss-Newton curvature, ``J^T Hess(l) J`` with J
             the model's Jacobian and l the loss function, whose number of products is linear in K: one of
-            ``torch.nn.functional``, a sum of squares or log-probabilities, or marked with `jetplane.loss`; "none" for the slope
-            alone.
+            ``torch.nn.functional``, a sum of squares or log-probabilities, or marked with `jetplane.loss`; "none" for
+            the slope alone.
         pairs: "all" K(K+1)/2 pairs, "diagonal", or an int b for independent planes of b consecutive
             directions each.
         examples: also give each example's part of the slope, ``examples[n, i] = grad(L_n) . v_i`` with
@@ -93,8 +93,7 @@ def evaluate(
 
     Source: Cobb et al., arXiv 2408.10419, sections 2 and 3.
     """
-    params = list(params)
-    check_parameters(params)
+    params = checked_arguments(closure, params)
     along = as_directions(params, directions)
     spec = PlaneSpec(along.k, curvature, pairs, examples, chunk, memory)
     if not generators:

@@ -54,6 +54,8 @@ class PlaneSpec:
         whole = isinstance(pairs, int) and not isinstance(pairs, bool)
         if pairs not in ("all", "diagonal") and not (whole and pairs >= 1 and k % pairs == 0):  # type: ignore[operator]
             raise ArgumentError(f"pairs must be 'all', 'diagonal' or a divisor of k = {k}, got {pairs!r}")
+        if self.memory is not None and (type(self.memory) is not int or self.memory < 1):
+            raise ArgumentError(f"memory must be a number of bytes or None, got {self.memory!r}")
         if chunk is None or chunk == "auto":
             return
         crossed = self.crossed and not self.gauss_newton

@@ -192,7 +192,7 @@ def _modulus(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any
 
 def _norm(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[Term]:
     """Terms of the square of a Euclidean norm."""
-    x, order, dim, keepdim = (*args, *(2, None, False)[len(args) - 1 :])
+    x, order, dim, keepdim = _given(args, 2, None, False)
     if order != 2 or kwargs.get("dtype") is not None:
         return ()
     return (Term.of(_of_square, x, _spread(x.shape, dim, keepdim)),)
@@ -282,7 +282,7 @@ def _masked_fill(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str,
 
 
 def _sum(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[Term]:
-    x, dim, keepdim = (*args, *(None, False)[len(args) - 1 :])
+    x, dim, keepdim = _given(args, None, False)
     terms = _terms(x, space)
     if not terms or kwargs.get("dtype") not in (None, x.dtype):
         return ()
@@ -291,6 +291,11 @@ def _sum(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]) -
         count = math.prod(x.shape[d] for d in _dims(x.shape, dim))
         return [term.then(lambda w: back(w) / count) for term in terms]
     return [term.then(back) for term in terms]
+
+
+def _given(args: Sequence[Any], *defaults: Any) -> list[Any]:
+    """The arguments of an operator, of which only the first has to be given."""
+    return [*args, *defaults[len(args) - 1 :]]
 
 
 def _dims(shape: torch.Size, dim: Any) -> list[int]:
@@ -366,9 +371,9 @@ _RULES: dict[Any, Rule] = _ROOTS | {
         _where: "where.self where.ScalarOther where.ScalarSelf",
         _masked_fill: "masked_fill.Scalar masked_fill.Tensor",
         _sum: "sum sum.dim_IntList mean mean.dim",
-        _selection: "view _unsafe_view reshape flatten.using_ints unflatten.int unsqueeze squeeze squeeze.dim squeeze.dims "
-        "transpose.int t numpy_T mT permute movedim.int select.int slice.Tensor narrow index.Tensor index_select "
-        "masked_select gather take expand diagonal flip",
+        _selection: "view _unsafe_view reshape flatten.using_ints unflatten.int unsqueeze squeeze squeeze.dim "
+        "squeeze.dims transpose.int t numpy_T mT permute movedim.int select.int slice.Tensor narrow index.Tensor "
+        "index_select masked_select gather take expand diagonal flip",
         _copied: "clone contiguous alias _to_copy to.dtype to.dtype_layout to.device to.other",
         _joined: "cat stack",
     }.items()
