@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Normal
+from torch.distributions import Normal, StudentT
 from torch.nn import functional as F
 
 import jetplane as jp
@@ -66,6 +66,111 @@ def test_sums_of_squares_have_their_gauss_newton_curvature(name, chunk):
     torch.testing.assert_close(plane.curvature, expected, rtol=1e-9, atol=1e-12)
     assert plane.examples is not None
     torch.testing.assert_close(plane.examples.sum(0), exact.slope, rtol=1e-9, atol=1e-12)
+
+
+# Losses of (output, target, classes), linear in squares or log-probabilities.
+SPOTS, CLASSES, FIRST, SINGLE = (
+    torch.rand(7, 2) > 0.4,
+    torch.randint(0, 2, (7,)),
+    torch.rand(7).double(),
+    WEIGHT.float(),
+)
+ROWS = torch.arange(7)
+LINEAR = {
+    "mask": lambda a, b, c: ((a - b) ** 2 * SPOTS).sum() / SPOTS.sum(),
+    "selected": lambda a, b, c: ((a - b) ** 2)[SPOTS].mean(),
+    "where": lambda a, b, c: torch.where(SPOTS, (a - b) ** 2, 0.5).mean(),
+    "filled": lambda a, b, c: ((a - b) ** 2).masked_fill(SPOTS, 1.0).mean(),
+    "views": lambda a, b, c: ((a - b) ** 2).T.reshape(7, -1).flatten(1).unsqueeze(0).mean(2).squeeze(0).mean(),
+    "repeated": lambda a, b, c: ((a - b).square() * torch.tensor([[[1.0]], [[2.0]]])).mean(),
+    "side by side": lambda a, b, c: torch.cat([(a - b) ** 2, a.square()[:3], b]).mean() + torch.stack([a**2, b]).sum(),
+    "split": lambda a, b, c: sum(s.mean() * n for n, s in enumerate(((a - b) ** 2).split([3, 4]), 1)),
+    "an integer tensor": lambda a, b, c: ((a - b) ** 2 / torch.tensor(3)).sum(),
+    "single precision": lambda a, b, c: ((a - b) ** 2 * SINGLE).mean(),
+    "two squares": lambda a, b, c: (WEIGHT * (a - b) ** 2 - (1 - WEIGHT) * -(a**2) + 1).mean(),
+    "norm": lambda a, b, c: torch.norm(a - b) ** 2 / 7,
+    "norms": lambda a, b, c: ((a - b).norm(dim=1) ** 2 * FIRST).sum(),
+    "modulus": lambda a, b, c: torch.view_as_complex(a - b).abs().square().mean(),
+    "einsum": lambda a, b, c: (lambda r: torch.einsum("nd,nd->n", r, r))(a - b).mean(),
+    "inner": lambda a, b, c: (lambda r: torch.inner(r, r))((a - b).flatten()),
+    "number by number": lambda a, b, c: sum((a[i, 0] - b[i, 0]) ** 2 for i in range(3)) / 3,
+    "weighed": lambda a, b, c: torch.stack([(a - b).square().mean(), a.square().sum()]) @ FIRST[:2],
+    "root": lambda a, b, c: ((a - b) ** 2).mean().sqrt(),
+    "gathered": lambda a, b, c: -a.log_softmax(1).gather(1, c[:, None]).mean(),
+    "indexed": lambda a, b, c: -torch.log_softmax(a, -1)[ROWS, c].mean(),
+    "one hot": lambda a, b, c: -(F.one_hot(c, 2) * F.log_softmax(a / 2, 1)).sum(1).mean(),
+    "nll of a view": lambda a, b, c: F.nll_loss(F.log_softmax(a, 1).view(-1, 2), c.view(-1)),
+    "nll of a part": lambda a, b, c: F.nll_loss(F.log_softmax(a, 1)[2:], c[2:], reduction="sum"),
+    "smoothed": lambda a, b, c: (lambda z: 0.9 * F.nll_loss(z, c) - 0.1 * z.mean(-1).mean())(a.log_softmax(1)),
+    "smoothed, each": lambda a, b, c: (lambda z: F.nll_loss(z, c, reduction="none") - z.sum(1))(a.log_softmax(1)).sum(),
+    "distilled": lambda a, b, c: F.cross_entropy(a, c) - 4 * (b.softmax(1) * (a / 2).log_softmax(1)).sum(1).mean(),
+    "kl of a view": lambda a, b, c: F.kl_div(a.log_softmax(1).view(1, 7, 2), b.softmax(1)[None], reduction="sum"),
+    "other axes": lambda a, b, c: -a.log_softmax(0)[:3].mean(),
+    "binary": lambda a, b, c: -(b.sigmoid() * F.logsigmoid(a) + (1 - b.sigmoid()) * F.logsigmoid(-a)).mean(),
+    "softplus": lambda a, b, c: F.softplus(-a * b.sign()).mean(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 3])
+@pytest.mark.parametrize("name", LINEAR)
+def test_losses_by_hand_have_the_curvature_of_the_outputs(name, chunk):
+    """``J^T Hess(l) J``, with the Hessian of the loss on the outputs linearized."""
+    net, loss = network(), lambda a: LINEAR[name](a, Y, CLASSES)
+    params = list(net.parameters())
+    along = directions(params)
+    plane = jp.evaluate(lambda: loss(net(X)), params, along, "ggn", examples=True, chunk=chunk)
+    y = net(X)
+    rows = [torch.cat([g.flatten() for g in torch.autograd.grad(v, params, retain_graph=True)]) for v in y.flatten()]
+    tangents = (torch.stack(rows) @ torch.cat([v.flatten(1) for v in along], 1).T).reshape(*y.shape, 4)
+    linearized = lambda a: loss(y.detach() + tangents @ a)  # noqa: E731
+    origin = torch.zeros(4, dtype=torch.float64)
+    exact = grad_of_grad(lambda: loss(net(X)), params, along)
+    torch.testing.assert_close(plane.value, exact.value, rtol=1e-12, atol=0)
+    torch.testing.assert_close(plane.slope, exact.slope, rtol=1e-10, atol=1e-12)
+    expected = torch.autograd.functional.hessian(linearized, origin)
+    torch.testing.assert_close(plane.curvature, expected, rtol=1e-10, atol=1e-12)  # type: ignore[arg-type]
+    beside = jp.evaluate(lambda: loss(net(X)), params, along, "none", examples=True)
+    torch.testing.assert_close(beside.slope, exact.slope, rtol=1e-10, atol=1e-12)
+    if name not in ("root", "weighed", "number by number"):
+        for found in (plane, beside):
+            assert found.examples is not None
+            torch.testing.assert_close(found.examples.sum(0), exact.slope, rtol=1e-10, atol=1e-12)
+
+
+# Penalties: exact, and an equal part of each example's loss.
+PENALTIES = {
+    "squares": lambda params: sum(p.square().sum() for p in params),
+    "norms": lambda params: sum(p.norm() ** 2 for p in params),
+    "from a start": lambda params: sum(((p - torch.full_like(p, 0.3)) ** 2).sum() for p in params),
+    "elastic": lambda params: sum((torch.full_like(p, 2.0) * (p - p.detach() - 0.1) ** 2).sum() for p in params),
+    "vector": lambda params: torch.cat([p.flatten() for p in params]).pow(4).sum(),
+}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("curvature", ["ggn", "none"])
+def test_penalties_are_exact_and_no_examples(name, curvature):
+    net, penalty = network(), PENALTIES[name]
+    params = list(net.parameters())
+    along = directions(params)
+    data = lambda: F.cross_entropy(net(X), CLASSES)  # noqa: E731
+    both, alone = (
+        jp.evaluate(f, params, along, curvature, examples=True) for f in (lambda: data() + penalty(params), data)
+    )
+    exact = grad_of_grad(lambda: penalty(params), params, along)
+    if curvature == "ggn":
+        torch.testing.assert_close(both.curvature, alone.curvature + exact.curvature, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(both.examples, alone.examples + exact.slope / 7, rtol=1e-9, atol=1e-10)  # type: ignore[operator]
+
+
+def test_products_of_parameters_have_the_curvature_of_residuals():
+    """As a factorization ``|U V^T - M|^2``, which has no data but M, and whose Hessian is indefinite."""
+    u, v, m = torch.randn(5, 2).double(), torch.randn(4, 2).double(), 9 + torch.randn(5, 4).double()
+    params = [u.requires_grad_(), v.requires_grad_()]
+    along = directions(params)
+    plane = jp.evaluate(lambda: ((u @ v.T - m) ** 2).sum(), params, along, "ggn")
+    expected = gauss_newton(lambda: u @ v.T - m, params, along)
+    torch.testing.assert_close(plane.curvature, expected, rtol=1e-9, atol=1e-10)
 
 
 def test_of_a_model_that_is_linear_in_its_parameters_it_is_the_hessian():
@@ -136,9 +241,13 @@ def test_loss_marks_with_and_without_parentheses():
 
 T = torch.linspace(-1, 1, 64)[:, None]
 S = torch.sin(3 * T)
-KNOWN = {"mean": lambda y: (y - S).square().mean(), "sum": lambda y: ((y - S) ** 2).sum() / 64}
-UNKNOWN = {
+KNOWN = {
+    "mean": lambda y: (y - S).square().mean(),
+    "sum": lambda y: ((y - S) ** 2).sum() / 64,
     "normal": lambda y: -Normal(y, 1.0).log_prob(S).mean(),
+}
+UNKNOWN = {
+    "heavy tails": lambda y: -StudentT(3.0, y).log_prob(S).mean(),
     "beside a known one": lambda y: F.mse_loss(y, S) + 1e-3 * y.abs().mean(),
     "log cosh": lambda y: (y - S).cosh().log().mean(),
 }
@@ -178,7 +287,7 @@ def test_a_square_by_hand_trains_as_the_loss_function():
 
 def test_the_curvature_that_is_asked_for_is_taken():
     net = curve()
-    unknown = lambda: UNKNOWN["normal"](net(T))  # noqa: E731
+    unknown = lambda: UNKNOWN["heavy tails"](net(T))  # noqa: E731
     opt = jp.optim.PlaneSearch(net.parameters(), subspace=Subspace([Drawn(3), PreviousStep()], "ggn"))
     before = [p.clone() for p in net.parameters()]
     with pytest.raises(jp.UnknownLossError, match=r"@jetplane\.loss.*curvature='hessian'.*Subspace"):
@@ -192,7 +301,7 @@ def test_the_curvature_that_is_asked_for_is_taken():
 def test_each_closure_has_its_own_curvature():
     net = curve()
     opt = jp.optim.PlaneSearch(net.parameters(), net)
-    known, unknown = (lambda: KNOWN["mean"](net(T))), (lambda: UNKNOWN["normal"](net(T)))
+    known, unknown = (lambda: KNOWN["mean"](net(T))), (lambda: UNKNOWN["heavy tails"](net(T)))
     opt.step(known)
     with pytest.warns(jp.JetplaneWarning, match="exact curvature"):
         opt.step(unknown)
@@ -294,6 +403,23 @@ def test_reached_by_a_closure_that_goes_back_itself():
     assert unreached(closure, [w, v, u]) == [1, 2]
 
 
+@pytest.mark.parametrize("how", ["argmax", "compared", "integers"])
+def test_what_is_made_integers_is_cut_off(how):
+    """As by hard choices without a straight-through estimator."""
+    net = Cut("")
+    hard = {
+        "argmax": lambda h: F.one_hot(h.argmax(1), 8).float(), "compared": lambda h: (h > 0).float(),
+        "integers": lambda h: h.long().float(),
+    }[how]  # fmt: skip
+    closure = lambda: F.cross_entropy(net.last(hard(net.first(A))), B)  # noqa: E731
+    params = [*net.first.parameters(), *net.last.parameters()]
+    assert jp.audit(closure, params).cut_off == (0, 1)
+    opt, before = jp.optim.FGD(params, lr=1e-2), net.first.weight.clone()
+    with pytest.warns(jp.JetplaneWarning, match="no derivative of the loss reaches"):
+        opt.step(closure)
+    assert torch.equal(net.first.weight, before)
+
+
 def test_without_anything_that_stops_derivatives_no_run_is_added():
     net, calls = network(torch.float32), []
     report = jp.audit(lambda: calls.append(1) or F.mse_loss(net(X.float()), Y.float()), list(net.parameters()))
@@ -351,6 +477,68 @@ WRONG = {
     "momentum": (
         lambda: jp.optim.FoMoH([{"params": [*NET.parameters()], "momentum": 0.9}]), jp.ArgumentError, "momentum",
     ),
+    "a rate by place": (
+        lambda: jp.optim.PlaneSearch(NET.parameters(), NET, 0.1),  # type: ignore[call-arg]
+        jp.ArgumentError, r"expected PlaneSearch\(params, model\) and, by name alone, lr, .*lr=",
+    ),
+    "a rate for the model": (lambda: jp.optim.PlaneSearch(NET.parameters(), 0.1), jp.ArgumentError, "got float"),  # type: ignore[arg-type]
+    "another name of a rate": (
+        lambda: jp.optim.FGD(NET.parameters(), learning_rate=0.1),  # type: ignore[call-arg]
+        jp.ArgumentError, "unexpected keyword argument 'learning_rate'; expected FGD.*lr",
+    ),
+    "another name in a group": (
+        lambda: jp.optim.FGD([{"params": [NET.weight], "learning_rate": 0.1}]), jp.ArgumentError, "learning_rate",
+    ),
+    "a setting in a group": (
+        lambda: jp.optim.FoMoH([{"params": [*NET.parameters()], "clip": 0.1}]), jp.ArgumentError, "no option clip",
+    ),
+    "another model": (lambda: jp.optim.PlaneSearch(NET.parameters(), nn.Linear(2, 3)), jp.ArgumentError, "not a copy"),
+    "no parameters": (lambda: jp.optim.FGD(None), jp.ArgumentError, r"got None: FGD\(model"),  # type: ignore[arg-type]
+    "spent parameters": (lambda: jp.optim.FGD(iter(())), jp.ArgumentError, r"call model.parameters\(\) again"),
+    "a dict": (lambda: jp.optim.FGD(dict(NET.named_parameters())), jp.ArgumentError, "got a dict: give its values"),  # type: ignore[arg-type]
+    "one group": (lambda: jp.optim.FGD({"params": [NET.weight]}), jp.ArgumentError, "put the group in a list"),  # type: ignore[arg-type]
+    "names": (lambda: jp.optim.FGD(["weight"]), jp.ArgumentError, "one of them is 'weight'"),  # type: ignore[list-item]
+    "modules": (lambda: jp.optim.FGD([NET, NET]), jp.ArgumentError, r"\*b.parameters\(\)"),  # type: ignore[list-item]
+    "lists": (lambda: jp.optim.FGD([[*NET.parameters()]]), jp.ArgumentError, "one of them is a list"),  # type: ignore[list-item]
+    "a group of nothing": (lambda: jp.optim.FGD([{"lr": 0.1}]), jp.ArgumentError, 'a dict with "params"'),
+    "a group of a module": (lambda: jp.optim.FGD([{"params": NET}]), jp.ArgumentError, "got a Linear"),
+    "a set": (lambda: jp.optim.FGD([{"params": {NET.weight}}]), jp.ArgumentError, "got a set"),
+    "twice": (lambda: jp.optim.FGD([NET.weight, NET.weight]), jp.ArgumentError, "more than once"),
+    "in two groups": (
+        lambda: jp.optim.FGD([{"params": [NET.weight]}, {"params": [NET.bias, NET.weight]}]),
+        jp.ArgumentError, r"shape \(3, 2\) is given more than once",
+    ),
+    "a result": (lambda: jp.optim.FGD([2 * NET.weight]), jp.ArgumentError, "result of a computation"),
+    "many rates": (lambda: jp.optim.FGD([NET.weight], lr=torch.ones(2)), jp.ArgumentError, "lr must be a number"),  # type: ignore[arg-type]
+    "a clip of words": (lambda: jp.optim.FGD([NET.weight], clip="1"), jp.ArgumentError, "clip.*'1'"),  # type: ignore[arg-type]
+    "a seed of words": (lambda: jp.optim.FGD([NET.weight], seed="1"), jp.ArgumentError, "seed"),  # type: ignore[arg-type]
+    "a long seed": (lambda: jp.optim.FGD([NET.weight], seed=2**70), jp.ArgumentError, "64 bits"),
+    "one generator": (
+        lambda: jp.optim.FGD([NET.weight], generators=torch.Generator()), jp.ArgumentError, r"generators=\[generator\]",  # type: ignore[arg-type]
+    ),
+    "a weight below zero": (
+        lambda: jp.optim.FGD([NET.weight]).step(lambda: NET(POINTS).mean(), weight=-1), jp.ArgumentError, "weight",
+    ),
+    "one source": (
+        lambda: jp.optim.PlaneSearch([NET.weight], subspace=Drawn(2)), jp.ArgumentError, r"subspace=\[Drawn\(",  # type: ignore[arg-type]
+    ),
+    "a loss for a closure": (
+        lambda: jp.evaluate(NET(POINTS).mean(), [NET.weight], jp.Directions(1)), jp.ArgumentError, "lambda:",  # type: ignore[arg-type]
+    ),
+    "a number of directions": (
+        lambda: jp.evaluate(lambda: NET(POINTS).mean(), [NET.weight], 2), jp.ArgumentError, r"jetplane.Directions\(k\)",  # type: ignore[arg-type]
+    ),
+    "arguments the wrong way round": (
+        lambda: jp.audit([NET.weight], lambda: NET(POINTS).mean()), jp.ArgumentError, "expected a closure",  # type: ignore[arg-type]
+    ),
+    "memory in words": (
+        lambda: jp.evaluate(lambda: NET(POINTS).mean(), [NET.weight], jp.Directions(1), memory="1 GB"),  # type: ignore[arg-type]
+        jp.ArgumentError, "number of bytes",
+    ),
+    "a number": (lambda: jp.audit(lambda: NET(POINTS).mean().item(), [NET.weight]), jp.LossError, r"without \.item"),
+    "nothing": (lambda: jp.audit(lambda: None, [NET.weight]), jp.LossError, "return loss"),
+    "several": (lambda: jp.audit(lambda: (NET(POINTS).mean(), 1), [NET.weight]), jp.LossError, "the loss alone"),
+    "an adapter of nothing": (lambda: jp.Adapter(POINTS, NET), jp.ArgumentError, "got Tensor"),  # type: ignore[arg-type]
     "another model's state": (
         lambda: jp.optim.FGD(NET.parameters()).load_state_dict(
             jp.optim.FGD(nn.Linear(2, 4).parameters()).state_dict()
@@ -365,6 +553,17 @@ def test_wrong_calls_name_the_remedy(name):
     call, error, message = WRONG[name]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_group_may_be_empty():
+    """As of parameters without weight decay, of which a model may have none."""
+    net = nn.Linear(2, 3)
+    groups = [{"params": [*net.parameters()], "weight_decay": 0.1}, {"params": [], "weight_decay": 0.0}]
+    before = net.weight.clone()
+    for opt in (jp.optim.FGD(groups), jp.optim.PlaneSearch(groups, net)):
+        opt.step(lambda: net(POINTS).square().mean())
+        opt.load_state_dict(opt.state_dict())
+    assert not torch.equal(net.weight, before)
 
 
 def test_groups_keep_what_is_the_users_own():
@@ -382,15 +581,18 @@ def test_progress_is_printed_where_there_is_no_terminal(capsys, monkeypatch):
     assert "a run: 25 %, loss 0.5000" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("penalty", [0.0, 1e-3])
 @pytest.mark.filterwarnings("ignore:l1_loss has no curvature")
-def test_a_loss_without_curvature_takes_the_exact_one():
+def test_a_loss_without_curvature_takes_the_exact_one(penalty):
+    """Beside a penalty too, whose curvature alone would say nothing of the loss."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
     x = torch.randn(64, 4)
     y = x[:, :1] - x[:, 1:2]
+    closure = lambda: F.l1_loss(model(x), y) + penalty * sum(p.square().sum() for p in model.parameters())  # noqa: E731
     opt = jp.optim.PlaneSearch(model.parameters(), model)
     with pytest.warns(jp.JetplaneWarning, match="no loss function that is known and curved"):
-        first = opt.step(lambda: F.l1_loss(model(x), y))
+        first = opt.step(closure)
     for _ in range(30):
-        last = opt.step(lambda: F.l1_loss(model(x), y))
+        last = opt.step(closure)
     assert last < 0.6 * first

@@ -140,6 +140,8 @@ class Adapter:
         damping: float = 0.1,
         derivative: Rounding = "straight-through",
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(f"expected Adapter(model, source) with a torch.nn.Module, got {type(model).__name__}")
         if isinstance(k, bool) or not isinstance(k, int) or k < 2:
             raise ArgumentError(
                 f"k must be at least 2, for a part of the Gauss-Newton step and the previous step; got {k!r}"

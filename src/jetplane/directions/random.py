@@ -117,8 +117,8 @@ class Directions(AbstractDirections):
             raise ArgumentError(f"rank must be at least 1, got {rank}")
         if density is not None and not 0 < density <= 1:
             raise ArgumentError(f"density must be in (0, 1], got {density}")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ArgumentError(f"seed must be an integer, got {seed!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise ArgumentError(f"seed must be an integer of 64 bits, got {seed!r}")
         self.k = k
         self.law = law
         self.structure: Structure = tangents

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..directions import AbstractDirections
 from ..jets import Tangents
-from .checks import as_directions, check_parameters
+from .checks import as_directions, checked_arguments
 from .chunks import evaluate_in_chunks
 from .compiled import GraphBroken, jets_of_parameters, plane_of, tracing
 from .eager import evaluate_at_once
@@ -48,14 +48,15 @@ def evaluate(
             `jetplane.LowRank`.
         curvature: "hessian" for exact curvature; "ggn" for Gauss-Newton curvature, ``J^T Hess(l) J`` with J
             the model's Jacobian and l the loss function, whose number of products is linear in K: one of
-            ``torch.nn.functional``, a sum or mean of squares, or marked with `jetplane.loss`; "none" for the slope
-            alone.
+            ``torch.nn.functional``, a sum of squares or log-probabilities, or marked with `jetplane.loss`; "none" for
+            the slope alone.
         pairs: "all" K(K+1)/2 pairs, "diagonal", or an int b for independent planes of b consecutive
             directions each.
         examples: also give each example's part of the slope, ``examples[n, i] = grad(L_n) . v_i`` with
             ``L = sum_n L_n``, at next to no cost. Examples are counted along the first axis of the input of the loss
-            function. Their parts are known for torch's own losses, times constants and in sums; with "ggn" also
-            beside regularizers and for losses marked with `jetplane.loss`. Otherwise None.
+            function. Their parts are known for torch's own losses, times constants and in sums; with "ggn" and "none"
+            also beside regularizers and for sums of squares and log-probabilities, with "ggn" for losses marked with
+            `jetplane.loss`. Otherwise None.
         chunk: directions to carry at a time; all by default. The closure then runs once for each chunk, and
             for all pairs of exact curvature once for each two halves of chunks: the same numbers with less
             memory. With "ggn", parameters and losses carry all directions at once, and the model a chunk of
@@ -92,8 +93,7 @@ def evaluate(
 
     Source: Cobb et al., arXiv 2408.10419, sections 2 and 3.
     """
-    params = list(params)
-    check_parameters(params)
+    params = checked_arguments(closure, params)
     along = as_directions(params, directions)
     spec = PlaneSpec(along.k, curvature, pairs, examples, chunk, memory)
     if not generators:

@@ -37,7 +37,7 @@ from ..errors import ArgumentError, AuditError, AuditWarning, RandomClosureError
 from ..jets import detaching, who_detaches
 from ..rules import rounding, scripts
 from ..rules.functions import intercept_functions
-from .checks import check_loss, check_parameters
+from .checks import check_loss, checked_arguments
 from .constructors import CONVERTING, COPYING
 from .eager import evaluate_at_once
 from .leaving import plain_run
@@ -167,8 +167,7 @@ def audit(
     >>> print(jp.audit(lambda: (w**2).sum() + float(copy.sum()), [w], names=["w"]).parameters)
     ('w',)
     """
-    params = list(params)
-    check_parameters(params)
+    params = checked_arguments(closure, params)
     if any(_sharding.is_sharded(p) for p in params):
         raise ArgumentError(
             "sharded parameters cannot be audited: audit the closure in one process, with a small model"
@@ -300,7 +299,7 @@ class _Audit:
         """The slope along a direction, against differences."""
         stops, h = _Stops(self.memories), self.best_step() / 4
         ahead = self.loss(stops, direction, h)
-        self.stopping = self.stopping or bool(stops.values) or stops.under_no_grad
+        self.stopping = self.stopping or bool(stops.values) or stops.under_no_grad or stops.to_integers
         slope, value = self.slope(direction)
         if ahead is not None and not stops.values:  # nothing has to be held at its value of an undisplaced run
             behind = self.loss(stops, direction, -h)
@@ -492,6 +491,7 @@ class _Stops:
         values: in order.
         holding: whether values are repeated, not noted.
         under_no_grad: whether something was computed under `torch.no_grad()`.
+        to_integers: whether integers were made of numbers, as by comparisons and ``argmax``: they have no derivative.
         custom: whether a custom autograd function was called, whose forward torch runs under `torch.no_grad()`.
         in_doubt: why the derivative of the closure need not be that of its loss, or nothing.
         eps: the coarsest rounding that was seen.
@@ -502,6 +502,7 @@ class _Stops:
     values: list[Any] = field(default_factory=list)
     holding: bool = False
     under_no_grad: bool = False
+    to_integers: bool = False
     custom: bool = False
     in_doubt: str = ""
     eps: float = 0.0
@@ -562,10 +563,11 @@ class _HoldingOperators(TorchDispatchMode):
                 who_detaches() == "autograd" or (who_detaches() == "nobody" and scripts.detaches_by_itself())
             )
             return made if goes_on else stops.take(made)
+        moves = any(isinstance(x, Tensor) and x.is_floating_point() for x in args)
         if type(made) is Tensor:
-            return self._made(func, made)
+            return self._made(func, made, moves)
         if type(made) in (list, tuple):
-            return type(made)(self._made(func, x) if type(x) is Tensor else x for x in made)
+            return type(made)(self._made(func, x, moves) if type(x) is Tensor else x for x in made)
         return made
 
     def _written(self, func: Any, made: Tensor, before: Tensor) -> Tensor:
@@ -580,9 +582,10 @@ class _HoldingOperators(TorchDispatchMode):
                 made.copy_(before + (known - at_first) if moves else known)
         return made
 
-    def _made(self, func: Any, made: Tensor) -> Tensor:
+    def _made(self, func: Any, made: Tensor, moves: bool) -> Tensor:
         stops = self._stops
         if not made.is_floating_point():
+            stops.to_integers = stops.to_integers or (moves and not made.is_complex())
             return made
         stops.rounds(made.dtype)
         if not stops.no_grad or torch.is_grad_enabled():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,12 +30,22 @@ CACHED_BYTES = 1 << 26  # of drawn tangents, kept for the next operator, or the 
 NO_LOSS = f"Gauss-Newton curvature ('ggn') found no loss function that is known in the closure. {KNOWN_LOSSES}"
 
 
-def check_parameters(params: Sequence[Any]) -> None:
-    """Check that there are parameters, each a different dense tensor of a floating dtype.
+def checked_arguments(closure: Any, params: Any) -> list[Tensor]:
+    """The parameters of a closure as a list: each a different dense tensor of a floating dtype.
 
     Raises:
-        ArgumentError, DTypeError: they are not.
+        ArgumentError, DTypeError: they are not, or the closure cannot be called.
     """
+    if not callable(closure):
+        raise ArgumentError(
+            f"expected a closure, a function that computes the loss, got {type(closure).__name__}: write "
+            "lambda: loss_function(model(x), y)"
+        )
+    if not isinstance(params, Iterable) or isinstance(params, (Tensor, str, Mapping)):
+        raise ArgumentError(
+            f"params must be an iterable of tensors, got a {type(params).__name__}: list(model.parameters())"
+        )
+    params = list(params)
     if not params:
         raise ArgumentError("no parameters: expected at least one tensor that the closure uses")
     for i, p in enumerate(params):
@@ -52,6 +62,7 @@ def check_parameters(params: Sequence[Any]) -> None:
             )
     if len({id(p) for p in params}) != len(params):
         raise ArgumentError("a parameter is given twice; expected each tensor once")
+    return params
 
 
 def as_directions(
@@ -66,6 +77,10 @@ def as_directions(
         return directions
     if isinstance(directions, AbstractDirections):
         return CachedDirections(directions, params, limit=CACHED_BYTES)
+    if not isinstance(directions, (list, tuple)):
+        raise ArgumentError(
+            f"expected jetplane.Directions(k), or one tensor of tangents for each parameter, got {directions!r}"
+        )
     if len(directions) != len(params):
         raise ShapeError(f"expected one tensor of tangents for each of {len(params)} parameters, got {len(directions)}")
     k = directions[0].shape[0] if len(directions[0].shape) else 0
@@ -88,14 +103,18 @@ def check_loss(loss: Any) -> None:
         LossError: it did not.
     """
     if not isinstance(loss, Tensor):
-        raise LossError(f"the closure must return a scalar tensor, got {type(loss).__name__}")
+        remedy = "the loss alone, as a tensor" if loss is not None else "the loss: return loss"
+        remedy = "the loss without .item(), float() or numpy()" if isinstance(loss, float) else remedy
+        raise LossError(f"the closure must return a scalar tensor, got {type(loss).__name__}; let it return {remedy}")
     if goes_outside(type(loss)):
         raise LossError(
             f"the closure must return a plain tensor, got a {type(loss).__name__}, which wraps others; return the one "
             "inside of it that is to be differentiated"
         )
     if loss.numel() != 1:
-        raise LossError(f"the closure must return a scalar loss, got shape {tuple(loss.shape)}")
+        raise LossError(
+            f"the closure must return a scalar loss, got shape {tuple(loss.shape)}; take its mean() or sum()"
+        )
     if not loss.dtype.is_floating_point:
         raise LossError(f"the closure must return a floating-point loss, got {loss.dtype}")
 

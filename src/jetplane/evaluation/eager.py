@@ -40,7 +40,7 @@ def evaluate_at_once(
     """
     structure = spec.structure
     with expansion(structure, spec.order, spec.gauss_newton, spec.examples) as space:
-        space.entrance, space.remembered = entrance, True
+        space.entrance, space.remembered, space.penalties = entrance, True, spec.penalties
         interception = Interception(space)
         gradient_hooks.announce(params)
         for i, p in enumerate(params):

@@ -43,10 +43,10 @@ from ..jets import (
     promotion_state,
 )
 from ..rules import examples, grad_mode, higher_order, quantized, rounding, sparse
+from ..rules.by_hand import made_of_terms
 from ..rules.dispatch import inside_loss
 from ..rules.dispatch import loss as mark_loss
 from ..rules.functions import intercept_functions, refuse_captured
-from ..rules.logits import of_logits
 from ..rules.losses import linear_cross_entropy
 from . import compilers, constructors, gradient_hooks, inner, leaving, sharded, threads
 from .context import at_depth
@@ -263,14 +263,20 @@ class Interception(TorchFunctionMode):
             raise
 
     def _called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if self.space.gauss_newton and func in LOSSES:
+        if self.space.gauss_newton and func in LOSSES and not self._is_linear(func, args, kwargs):
             with mark_loss():
-                func, args, kwargs = of_logits(func, args, kwargs)
                 return _warn_if_flat(func, func(*args, **kwargs), self.space)
         result = func(*args, **kwargs)
         if self.space.examples and func in LOSSES:
             examples.unreduced(result, self.space)
         return result
+
+    def _is_linear(self, func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether a loss function of log-probabilities is linear in curved functions, and has no curvature but theirs.
+
+        It is then an operator of the model like others, to be followed.
+        """
+        return func in (F.nll_loss, F.kl_div) and made_of_terms(args[0] if args else kwargs.get("input"), self.space)
 
     def _aside(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """A call that asks about a tensor, shows its numbers, or registers a hook."""

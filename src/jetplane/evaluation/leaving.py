@@ -91,8 +91,8 @@ def _carries(jet: Jet) -> bool:
 
 def _into_outer(jet: Jet, value: Jet) -> None:
     """The jet of an inner evaluation becomes that of its value in the outer one, over the same memory."""
-    jet.primal, jet.first, jet.second, jet.kind, jet.examples, jet.squares, jet.softmax_of = (
-        value.primal, value.first, value.second, value.kind, value.examples, value.squares, value.softmax_of
+    jet.primal, jet.first, jet.second, jet.kind, jet.examples, jet.known = (
+        value.primal, value.first, value.second, value.kind, value.examples, value.known
     )  # fmt: skip
     jet.space, jet.base, jet.version, jet.is_seed = value.space, value.root(), value.version, False
     if value.space.made is not None:
@@ -110,7 +110,7 @@ def _into_ordinary(jet: Jet) -> None:
     kind, own = type(plain), dict(vars(plain))
     # What C++ holds, as the base of a view or in another thread's call, stays a jet, without derivatives.
     plain.__class__ = Jet  # type: ignore[assignment]
-    nothing = dict.fromkeys(("base", "examples", "squares", "softmax_of"))
+    nothing = dict.fromkeys(("base", "examples", "known"))
     bare = {"first": absent(jet.space, 1), "second": absent(jet.space, 2)} | nothing
     vars(plain).update(jet.__dict__ | bare)
     swap_tensors(jet, plain)

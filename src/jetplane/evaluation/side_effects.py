@@ -130,6 +130,8 @@ def setting_back(generators: Sequence[Any]) -> Iterator[None]:
     Raises:
         ArgumentError: one of them is something else.
     """
+    if not isinstance(generators, (list, tuple)):
+        raise ArgumentError(f"generators must be a list, got {generators!r}: generators=[generator], or () for none")
     for generator in generators:
         _accessors(generator)
     before = _here.generators

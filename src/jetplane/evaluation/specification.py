@@ -28,6 +28,7 @@ class PlaneSpec:
         examples: whether each example's part of the slope is computed as well.
         chunk: directions carried at a time; None for all of them, "auto" for as many as ``memory`` allows.
         memory: bytes for "auto"; None for half of what is free.
+        penalties: whether "ggn" has the curvature of functions of the parameters alone, too.
 
     Raises:
         ArgumentError: k < 1, pairs that do not divide k, a chunk that cannot be evaluated, an unknown word.
@@ -42,6 +43,7 @@ class PlaneSpec:
     examples: bool = False
     chunk: Chunk = None
     memory: int | None = None
+    penalties: bool = True
 
     def __post_init__(self) -> None:
         k, pairs, chunk = self.k, self.pairs, self.chunk
@@ -52,6 +54,8 @@ class PlaneSpec:
         whole = isinstance(pairs, int) and not isinstance(pairs, bool)
         if pairs not in ("all", "diagonal") and not (whole and pairs >= 1 and k % pairs == 0):  # type: ignore[operator]
             raise ArgumentError(f"pairs must be 'all', 'diagonal' or a divisor of k = {k}, got {pairs!r}")
+        if self.memory is not None and (type(self.memory) is not int or self.memory < 1):
+            raise ArgumentError(f"memory must be a number of bytes or None, got {self.memory!r}")
         if chunk is None or chunk == "auto":
             return
         crossed = self.crossed and not self.gauss_newton

@@ -148,8 +148,8 @@ class ActivityPerturbation(Estimator):
     feedback: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.passes < math.inf:
-            raise ArgumentError(f"passes must be positive and finite, got {self.passes}")
+        if not isinstance(self.passes, (int, float)) or not 0 < self.passes < math.inf:
+            raise ArgumentError(f"passes must be a number, positive and finite, got {self.passes!r}")
 
     def signature(self, params: Sequence[Tensor], model: nn.Module | None) -> str:
         """See `Estimator`: which parameters move, and what layers can be perturbed, in which mode."""

@@ -26,7 +26,7 @@ from ..directions.laws import key
 from ..evaluation.context import expansion
 from ..evaluation.interception import Interception
 from ..evaluation.side_effects import without_side_effects
-from ..jets import Coefficients, Diagonal, Jet, parts, promoted
+from ..jets import MODEL, Coefficients, Diagonal, Jet, parts, promoted
 from ..rules.examples import known
 from .noise import signs
 from .passes import Closure, hooked
@@ -95,7 +95,7 @@ def slopes_along(
             moved = tangents(module, call, parts(x, space)[0], at)
             begin = call % calls * samples
             own = None if calls == 1 else tuple(range(begin, begin + samples))
-            return Jet(at, first + Coefficients(space, 1, moved, own), None, space)
+            return Jet(at, first + Coefficients(space, 1, moved, own), None, space, kind=MODEL)
 
         with hooked(after, modules, space=space), Interception(space).running():
             loss = closure()

@@ -36,7 +36,7 @@ from .jet import (
 )
 from .mirrored import Mirrored, mirrored, reflected
 from .pairs import AllPairs, Diagonal, PairStructure, Planes, Star, Sums, Term
-from .space import LOSS, MODEL, PARAMETER, SQUARES, Key, Space
+from .space import LOSS, MODEL, PARAMETER, TOTAL, Key, Space
 from .sparsity import WORTH, Sparse
 from .storage import (
     adopt_promotions,
@@ -59,7 +59,7 @@ __all__ = [
     "LOST",
     "MODEL",
     "PARAMETER",
-    "SQUARES",
+    "TOTAL",
     "WORTH",
     "WRITTEN",
     "AllPairs",

@@ -113,8 +113,7 @@ class Jet(torch.Tensor):
         kind: see `Space.gauss_newton`.
         examples: each example's part of the slope; of losses that are not added up yet, integers: see
             `jetplane.rules.examples`.
-        squares: what it is the square of, and its version then: see `jetplane.rules.squares`.
-        softmax_of: what it is the ``log_softmax`` of: see `jetplane.rules.logits`.
+        known: the curved functions of which it is a linear one: see `jetplane.rules.by_hand`.
     """
 
     primal: Tensor
@@ -126,8 +125,7 @@ class Jet(torch.Tensor):
     is_seed: bool
     kind: int
     examples: Tensor | None
-    squares: Any
-    softmax_of: Any
+    known: Any
     origin: Tensor | None
     is_argument: bool
 
@@ -179,7 +177,7 @@ class Jet(torch.Tensor):
         self.is_argument = False
         self.kind = space.kind if kind is None else kind
         self.examples = None
-        self.squares = self.softmax_of = None
+        self.known = None
         made = space.made
         if made is not None:
             made.append(ref(self))

@@ -11,7 +11,7 @@ from weakref import ref
 from .memory import Memory
 from .pairs import PairStructure, structure_of
 
-PARAMETER, SQUARES, MODEL, LOSS = 0, 1, 2, 3  # kinds of jets: see Space.gauss_newton
+PARAMETER, TOTAL, MODEL, LOSS = 0, 1, 2, 3  # kinds of jets: see Space.gauss_newton
 
 Key = tuple[
     tuple[Any, ...], int, int, bool, bool, bool
@@ -29,8 +29,9 @@ class Space:
             for this one, which is what rules perturbation confusion out.
         gauss_newton: second coefficients are made by loss functions and by functions of the parameters
             alone (regularizers), not by the model between them. Jets then have a kind: PARAMETER (a
-            function of parameters alone), MODEL (of data too), LOSS (what a loss function made), SQUARES (a sum of
-            squares of the model: a loss, unless the model goes on with it; see `jetplane.rules.squares`).
+            function of parameters alone), MODEL (of data too), LOSS (what a loss function made), TOTAL (a sum
+            of curved functions of the model: a loss, unless the model goes on with it; see `jetplane.rules.by_hand`).
+        penalties: whether functions of the parameters alone make second coefficients too.
         examples: whether each example's part of the slope is kept: see `jetplane.rules.examples`.
         recorded: whether rules record a graph for reverse mode: they run outside of inference mode then.
         points: whether values at many points are carried together, which no operator may mix.
@@ -57,6 +58,7 @@ class Space:
     level: int = 0
     gauss_newton: bool = False
     examples: bool = False
+    penalties: bool = True
     recorded: bool = False
     points: bool = False
     kind: int = PARAMETER
@@ -85,6 +87,11 @@ class Space:
             if kept() is not None:
                 made.append(kept)
         self.most = 2 * len(made) + (1 << 12)
+
+    @property
+    def tells_kinds(self) -> bool:
+        """Whether jets have kinds: with Gauss-Newton curvature, and beside slopes alone where examples are kept."""
+        return self.gauss_newton or (self.examples and self.order == 1)
 
     @property
     def k(self) -> int:

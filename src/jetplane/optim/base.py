@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import is_dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .. import _sharding as sharded
@@ -27,17 +26,16 @@ from ..parallel.ranks import Ranks
 from ..rules.examples import checked
 from ..subspace.descent import Descent
 from ..subspace.search import clipped
+from .arguments import Checked, as_groups, check_clip, check_group, check_rate
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Moving = list[tuple[Tensor, dict[str, Any], int]]  # parameters that may move, their groups and places
 Closure = Callable[[], Any]
-# Options of torch's optimizers for a group; keys that are none of these are the user's own, or a scheduler's.
-FOREIGN = {"alpha", "amsgrad", "betas", "dampening", "eps", "maximize", "momentum", "momentum_decay", "nesterov", "rho"}
 ALL = 1 - 1e-9  # what the part of the processes that say so exceeds, if all do
 STATE = "jetplane"  # where an optimizer's own state lies among that of the parameters
 
 
-class PlaneOptimizer(torch.optim.Optimizer):
+class PlaneOptimizer(torch.optim.Optimizer, metaclass=Checked):
     """Shared part of the optimizers that draw directions; see its subclasses.
 
     Attributes:
@@ -64,29 +62,18 @@ class PlaneOptimizer(torch.optim.Optimizer):
         audit: Auditing = "first", generators: Sequence[Any] = (),
     ) -> None:  # fmt: skip
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            _check_rate(name, value)
-        if clip is not None and not clip > 0:
-            raise ArgumentError(f"clip, the largest norm of a step, must be positive or None, got {clip}")
+            check_rate(name, value)
+        check_clip(clip)
         if isinstance(planes, bool) or not isinstance(planes, int) or planes < 1:
             raise ArgumentError(f"planes must be an integer of at least 1, got {planes!r}")
-        Directions(k, law, tangents, rank=rank, density=density)  # checks them
+        Directions(k, law, tangents, seed, rank=rank, density=density)  # checks them
         if audit not in ("first", "always", "never"):
             raise ArgumentError(f"audit must be 'first', 'always' or 'never', got {audit!r}")
         with setting_back(generators):  # checks them
             pass
         if compile and chunk is not None:
             raise ArgumentError("chunk= and compile=True exclude each other: a chunked step is several runs")
-        if isinstance(params, Tensor):
-            raise ArgumentError("params must be an iterable of tensors or groups, got one tensor: put it in a list")
-        if isinstance(params, nn.Module):
-            raise ArgumentError(
-                f"params must be an iterable of tensors or groups, got the module {type(params).__name__}: "
-                f"{type(self).__name__}(model.parameters(), …)"
-            )
-        params = list(params)  # type: ignore[arg-type]
-        if not params:
-            raise ArgumentError("no parameters: expected at least one, such as model.parameters()")
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})  # type: ignore[arg-type]
+        super().__init__(as_groups(params, type(self).__name__), {"lr": lr, "weight_decay": weight_decay})
         self.k = k
         self.law = law
         self.tangents: Structure = tangents
@@ -126,23 +113,20 @@ class PlaneOptimizer(torch.optim.Optimizer):
             DTypeError: a parameter that may move is of a complex dtype, which this optimizer does not take, or none of
                 the group is of a dtype that can move.
             DeviceError: parameters that may move lie on different devices. Frozen ones may lie anywhere.
-            ArgumentError: a rate of the group is negative, the group has an option of other optimizers that this one
-                would ignore, or parameters are sharded in an unsupported way, were made under
-                `torch.inference_mode`, or have no shape yet.
+            ArgumentError: a rate of the group is negative, the group has an option that this optimizer would ignore,
+                its parameters are no tensors, are not leaves or are given more than once, are sharded in an unsupported
+                way, were made under `torch.inference_mode`, or have no shape yet.
         """
+        param_group = dict(param_group) if isinstance(param_group, dict) else param_group
+        earlier = [p for group in self.param_groups for p in group["params"]]
+        check_group(param_group, earlier, type(self), self._options)
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
             for name in ("lr", "weight_decay"):
-                _check_rate(name, group[name])
-            ignored = sorted(FOREIGN & set(group) - set(self._options))
-            if ignored:
-                raise ArgumentError(
-                    f"{type(self).__name__} has no option {', '.join(ignored)} for a group of parameters; expected "
-                    f"{', '.join(self._options)}"
-                )
+                check_rate(name, group[name])
             self._check_sharding(group["params"])
-            if all(not (p.dtype.is_floating_point or p.dtype.is_complex) for p in group["params"]):
+            if group["params"] and all(not (p.dtype.is_floating_point or p.dtype.is_complex) for p in group["params"]):
                 raise DTypeError(f"none of a group's parameters can move: their dtypes are {_dtypes(group['params'])}")
             self._check_moving([p for p, _, _ in self._moving()])
         except Exception:  # whatever is wrong with the group: it is not kept
@@ -222,6 +206,7 @@ class PlaneOptimizer(torch.optim.Optimizer):
                 f"step() needs a closure, a function that computes the loss, got {type(closure).__name__}: write "
                 "opt.step(lambda: loss_function(model(x), y))"
             )
+        check_rate("weight, this process's part of the mean", weight)
         moving = self._moving()
         if not moving:
             raise ArgumentError(
@@ -539,8 +524,3 @@ def comparable(value: Any) -> Any:
 
 def _dtypes(params: Iterable[Tensor]) -> str:
     return ", ".join(sorted({str(p.dtype) for p in params}))
-
-
-def _check_rate(name: str, value: Any) -> None:
-    if not (isinstance(value, (int, float)) or isinstance(value, Tensor)) or not 0 <= value < math.inf:
-        raise ArgumentError(f"{name} must be finite and at least 0, got {value!r}")

@@ -106,9 +106,9 @@ class PlaneSearch(PlaneOptimizer):
         kappa = -M F,    theta <- theta + lr * rate * sum_k kappa_k v_k
 
     with F the slope and M the damped inverse of the Gauss-Newton matrix of the plane, both of this batch. That matrix
-    needs a loss function that is known: one of ``torch.nn.functional``, a sum or mean of squares, or marked with
-    `jetplane.loss`. For a closure without one the exact curvature of the plane is taken, with a warning. That costs
-    more, so that 10 directions are drawn where 64 would be. It has four parts:
+    needs a loss function that is known: one of ``torch.nn.functional``, a sum of squares or log-probabilities, or
+    marked with `jetplane.loss`. For a closure without one the exact curvature of the plane is taken, with a warning.
+    That costs more, so that 10 directions are drawn where 64 would be. It has four parts:
 
     - ``subspace``: the directions that span the plane. By default these are running averages of gradient estimates
       from earlier batches, the same averages divided by the root mean square of each entry, as in Adam's steps, and
@@ -198,6 +198,8 @@ class PlaneSearch(PlaneOptimizer):
         local = isinstance(gradient, LocalHeads)
         if subspace is None and local:
             subspace = Subspace([FastWeights()], every=ROUND)
+        if isinstance(subspace, Source):
+            raise ArgumentError(f"subspace must be a list of sources or a Subspace, got one: subspace=[{subspace}]")
         plan = subspace if isinstance(subspace, Subspace) else Subspace(subspace)
         solver = None if descent is None else named(descent)
         if model is not None and not isinstance(model, nn.Module):
@@ -220,6 +222,11 @@ class PlaneSearch(PlaneOptimizer):
         self.every = plan.every
         self._given = plan, gradient, solver, search
         moving = [p for p, _, _ in self._moving()]
+        if model is not None and moving and not {id(p) for p in moving} & set(map(id, _tensors(model))):
+            raise ArgumentError(
+                "none of the parameters that may move belongs to the model; expected PlaneSearch(model.parameters(), "
+                "model), with one model, not a copy of it"
+            )
         self._settle(self._called_for(plan.curvature or "ggn", moving, None), moving)
         for source in self.subspace:
             if isinstance(source, Drawn):
@@ -527,14 +534,20 @@ class PlaneSearch(PlaneOptimizer):
         return super()._facts() | {"subspace": ", ".join(self._labels)} | sources | {"remembered": remembered}
 
 
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
 def _loss_is_curved(closure: Closure, params: Sequence[Tensor]) -> bool:
     """Whether the loss function of a closure is known, and curved in its input.
 
-    One run with one direction tells: Gauss-Newton curvature of absolute values and margins is zero.
+    One run with one direction tells: Gauss-Newton curvature of absolute values and margins is zero. That of penalties
+    does not count, which would stand for all of it.
     """
     with without_side_effects():
         try:
-            plane = evaluate_plane(closure, params, as_directions(params, Directions(1)), PlaneSpec(1, "ggn"))
+            spec = PlaneSpec(1, "ggn", penalties=False)
+            plane = evaluate_plane(closure, params, as_directions(params, Directions(1)), spec)
         except UnknownLossError:
             return False
     assert plane.curvature is not None

@@ -31,7 +31,7 @@ from ..jets import (
     LOSS,
     MODEL,
     PARAMETER,
-    SQUARES,
+    TOTAL,
     Jet,
     Space,
     absent,
@@ -50,8 +50,8 @@ from ..jets import (
     whole,
     write,
 )
-from . import examples, fallback, grad_mode, logits, rounding, sparse, squares
-from .registry import ALIASING, RANDOM, RULES
+from . import by_hand, examples, fallback, grad_mode, rounding, sparse
+from .registry import ALIASING, RANDOM, RULES, operator
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -81,18 +81,17 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 def _on_keys(func: Any, space: Space, args: Any, kwargs: dict[str, Any], original: Sequence[Any]) -> Any:
     before = space.order, space.kind
     try:
-        if space.gauss_newton:
+        if space.tells_kinds:
             space.kind = _kind_of_call(func, space, (*args, *kwargs.values()))
-            space.order = 1 if space.kind == MODEL else 2
+        if space.gauss_newton:
+            space.order = 1 if space.kind == MODEL or (space.kind == PARAMETER and not space.penalties) else 2
             if space.kind == LOSS and inside_loss() and not func._schema.is_mutable:
                 args, kwargs = tree_map(lambda x: _entering(x, space), (args, kwargs))
-            if space.entrance is not None:
+            if space.entrance is not None and (func in RULES or not is_composite(func)):  # else its constituents are
                 args, kwargs = space.entrance.admit(func, space, args, kwargs)
         result = _dispatch(func, space, args, kwargs, original)
-        squared = space.kind == MODEL if space.gauss_newton else space.examples and space.order == 1
-        if squared and space.keys:  # compilers would lose what is remembered
-            result = squares.follow(func, space, args, kwargs, result)
-            logits.follow(func, space, args, result)
+        if space.kind == MODEL and space.keys:  # compilers would lose what is remembered
+            result = by_hand.follow(func, space, args, kwargs, result)
     finally:
         space.order, space.kind = before
     if space.examples:
@@ -177,9 +176,10 @@ def _may_alias(func: Any) -> bool:
 # --- Gauss-Newton: which operators make second coefficients -----------------------------------------
 
 KNOWN_LOSSES = (
-    "Known are the losses of torch.nn.functional, sums and means of squares over all elements, and functions marked "
-    "with @jetplane.loss (or code in `with jetplane.loss():`). Mark yours, or take exact curvature, which needs no "
-    "loss function: curvature='hessian', in PlaneSearch subspace=jetplane.sources.Subspace(curvature='hessian')"
+    "Known are the losses of torch.nn.functional, sums of squares and of log-probabilities over all elements, and "
+    "functions marked with @jetplane.loss (or code in `with jetplane.loss():`). Mark yours, or take exact curvature, "
+    "which needs no loss function: curvature='hessian', in PlaneSearch "
+    "subspace=jetplane.sources.Subspace(curvature='hessian')"
 )
 _marked = threading.local()  # not a context variable, which compilers cannot follow
 
@@ -207,7 +207,7 @@ def loss(function: Callable[..., Any] | None = None) -> Any:
     """Marks code as a loss function for ``curvature="ggn"``; a decorator, with or without parentheses, and a context.
 
     What runs inside is differentiated twice in what enters it, the model's outputs, exactly. The losses of
-    ``torch.nn.functional`` are marked already, and sums and means of squares over all elements are recognised.
+    ``torch.nn.functional`` are marked already, and sums of squares and of log-probabilities are recognised.
 
     Raises:
         ArgumentError: something else than a function is given.
@@ -232,10 +232,11 @@ def loss(function: Callable[..., Any] | None = None) -> Any:
 
 def _kind_of_call(func: Any, space: Space, args: Sequence[Any]) -> int:
     kinds, data = _kinds(args, space)
+    data = data and not _among_parameters(func, space, args, kinds)
     if inside_loss():
         return LOSS if data or kinds != {PARAMETER} else PARAMETER
     if LOSS in kinds:
-        if MODEL in kinds:
+        if MODEL in kinds and space.gauss_newton:
             raise UnknownLossError(
                 f"{func} combines the result of a loss function with another output of the model, whose part "
                 f"of the Gauss-Newton curvature is not defined. {KNOWN_LOSSES}"
@@ -243,12 +244,34 @@ def _kind_of_call(func: Any, space: Space, args: Sequence[Any]) -> int:
         return LOSS
     if data or MODEL in kinds:
         return MODEL
-    return SQUARES if SQUARES in kinds else PARAMETER
+    return TOTAL if TOTAL in kinds else PARAMETER
+
+
+def _among_parameters(func: Any, space: Space, args: Sequence[Any], kinds: set[int]) -> bool:
+    """Whether tensors beside parameters, or beside sums, are constants of their own shape and not data.
+
+    So they are in ``((p - p0)**2 * w).sum()``. Of what is not linear in parameters, as a product of matrices, others
+    are subtracted to give a residual, the model's: a sum of its squares has Gauss-Newton curvature.
+    """
+    if kinds == {TOTAL} and func in _WEIGHING:
+        return True
+    if kinds not in ({PARAMETER}, {TOTAL}) or func not in _SCALING and func not in _MOVING:
+        return False
+    shapes = [x.shape for x in args if isinstance(x, Tensor)]
+    jets = [x for x in args if is_jet(x, space)]
+    if torch.broadcast_shapes(*shapes).numel() != torch.broadcast_shapes(*(x.shape for x in jets)).numel():
+        return False
+    return func in _SCALING or not any(x.second for x in jets)
+
+
+_SCALING = set(map(operator, ("mul.Tensor", "div.Tensor")))
+_MOVING = set(map(operator, ("add.Tensor", "sub.Tensor", "rsub.Tensor")))
+_WEIGHING = set(map(operator, ("matmul", "dot", "mv")))
 
 
 def _entering(x: Any, space: Space) -> Any:
-    """What enters a loss function: a sum of squares is an output of the model like any other."""
-    return Jet(x.primal, x.first, None, space, kind=LOSS) if is_jet(x, space) and kind_of(x) == SQUARES else x
+    """What enters a loss function: a sum that may be a loss is an output of the model like any other."""
+    return Jet(x.primal, x.first, None, space, kind=LOSS) if is_jet(x, space) and kind_of(x) == TOTAL else x
 
 
 def _kinds(values: Any, space: Space) -> tuple[set[int], bool]:

@@ -25,13 +25,29 @@ from .registry import ONE_ELEMENT
 
 
 def keep(space: Space, total: Any, x1: Coefficients, weight: Tensor) -> Any:
-    """Note the examples' parts of a loss ``sum(weight * x_i)``, both of shape (…, N, …), and return the loss."""
-    if space.examples and x1 and is_jet(total, space) and weight.dim() > 0:
-        n = weight.shape[0]
-        first = x1.full(weight.shape, x1.tensor.dtype, x1.tensor.device)
-        apart = first.reshape(first.shape[0], n, -1)
-        total.examples = torch.einsum("kni,ni->nk", apart, weight.reshape(n, -1).to(first.dtype))
+    """Note the examples' parts of a loss ``sum(weight * x_i)``, both of shape (…, N, …), and return the loss.
+
+    Those that are known already, by what the loss is made of, stay.
+    """
+    if is_jet(total, space) and total.examples is None and (found := of(space, x1, weight)) is not None:
+        total.examples = found
     return total
+
+
+def of(space: Space, x1: Coefficients, weight: Tensor) -> Tensor | None:
+    """The examples' parts of ``sum(weight * x_i)``; None if they are not kept or there is no axis of examples."""
+    if not (space.examples and x1 and weight.dim() > 0):
+        return None
+    n = weight.shape[0]
+    first = x1.full(weight.shape, x1.tensor.dtype, x1.tensor.device)
+    apart = first.reshape(first.shape[0], n, -1)
+    return torch.einsum("kni,ni->nk", apart, weight.reshape(n, -1).to(first.dtype))
+
+
+def added(terms: Sequence[Tensor | None]) -> Tensor | None:
+    """The examples' parts of a sum of losses; None if those of a term are not known."""
+    known = [t for t in terms if t is not None]
+    return functools.reduce(lambda a, b: _sum(a, b, 1), known) if known and len(known) == len(terms) else None
 
 
 def unreduced(result: Any, space: Space) -> None:
@@ -129,7 +145,7 @@ def _of(x: Any, space: Space) -> Tensor:
         return torch.zeros(1, space.k, device=x.device if isinstance(x, Tensor) else None)
     if x.examples is not None:
         return x.examples
-    if space.gauss_newton and x.kind == PARAMETER:
+    if space.tells_kinds and x.kind == PARAMETER:
         return x.first_tensor.reshape(1, -1)
     return LOST
 

@@ -225,6 +225,14 @@ def _cross_entropy(
     return examples.keep(space, made, x1, d1) if p.dim() > 1 else made
 
 
+def weighed_softmax(
+    space: Space, p: Tensor, x1: Coefficients, goal: Tensor, dim: int
+) -> tuple[Coefficients, Coefficients, Tensor]:
+    """Slope and curvature of ``-sum(goal * log_softmax)`` and, where examples are kept, its derivative in p."""
+    found = _summed_rows(space, p, x1, absent(space, 2), _Goal(dim, goal.sum(dim, keepdim=True), goal))
+    return found[1:]
+
+
 def _summed_rows(
     space: Space, p: Tensor, x1: Coefficients, x2: Coefficients, goal: _Goal
 ) -> tuple[Tensor, Coefficients, Coefficients, Tensor]:

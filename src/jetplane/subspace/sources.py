@@ -136,6 +136,8 @@ class Averages(Source):
     compared = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.decays, (list, tuple)) or not all(isinstance(b, (int, float)) for b in self.decays):
+            raise ArgumentError(f"decays must be numbers in [0, 1), as (0.9, 0.99), got {self.decays!r}")
         if not self.decays or not all(0 <= b < 1 for b in self.decays):
             raise ArgumentError(f"decays must be at least one number in [0, 1), got {self.decays}")
         if isinstance(self.groups, bool) or not isinstance(self.groups, int) or self.groups < 1:
@@ -334,6 +336,10 @@ class Subspace:
             raise ArgumentError(f"every must be an integer of at least 1, got {self.every!r}")
         if self.curvature not in ("ggn", "hessian", None):
             raise ArgumentError(f"curvature must be 'ggn', 'hessian' or None, got {self.curvature!r}")
+        if self.sources is not None and not isinstance(self.sources, (list, tuple)):
+            raise ArgumentError(f"sources must be a list of Source, got {self.sources!r}: put it in a list")
+        if self.chunk not in (None, "auto") and (type(self.chunk) is not int or self.chunk < 1):
+            raise ArgumentError(f"chunk must be 'auto', None or an integer of at least 1, got {self.chunk!r}")
         if self.sources is not None and not (self.sources and all(isinstance(s, Source) for s in self.sources)):
             raise ArgumentError(f"sources must be at least one Source of directions, got {list(self.sources)}")
 
