@@ -1,12 +1,15 @@
 """Train in an inference runtime: forward gradient descent by ONNX Runtime and NumPy, without torch.
 
+    python examples/export_to_onnx.py                       # both of the following, with a temporary file
     python examples/export_to_onnx.py export plane.onnx     # with torch: loss and slopes of an MLP as a program
     python examples/export_to_onnx.py train plane.onnx      # without: 300 steps
 
 Needs ``pip install 'jetplane[export]'``. The task is to tell whether a point lies inside a circle.
 """
 
+import subprocess
 import sys
+import tempfile
 
 import numpy as np
 
@@ -55,7 +58,11 @@ def train(path):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "export":
+    if len(sys.argv) == 1:
+        with tempfile.TemporaryDirectory() as folder:
+            for part in ("export", "train"):
+                subprocess.run([sys.executable, __file__, part, f"{folder}/plane.onnx"], check=True)
+    elif sys.argv[1] == "export":
         export(sys.argv[2])
     else:
         found = train(sys.argv[2])

@@ -1,6 +1,6 @@
 """A pendulum: frequency, damping and the first state, fitted to noisy angles along a long simulation.
 
-    python examples/fit_pendulum.py [number of time steps, 20000 by default]
+    python examples/fit_pendulum.py [number of time steps, 10000 by default]
 
 Data are generated. However long the simulation is, memory stays the same: residuals are yielded as they are computed.
 """
@@ -45,7 +45,7 @@ def fit(steps):
 
 
 if __name__ == "__main__":
-    found = fit(int(sys.argv[1]) if len(sys.argv) > 1 else 20_000)
+    found = fit(int(sys.argv[1]) if len(sys.argv) > 1 else 10_000)
     print(f"{found.message}; {found.nfev} evaluations, {found.residuals} residuals")
     for name, true in TRUTH.items():
         print(f"{name}: {found.params[name]:.5f} ± {found.standard_errors[name]:.5f}; it was {true}")

@@ -174,14 +174,12 @@ def test_tracing_without_jets_is_refused() -> None:
             make_fx(f)(x)
 
 
-def test_training_without_torch(tmp_path: Path) -> None:
+def test_training_without_torch() -> None:
     pytest.importorskip("onnxruntime", reason="the runtime")
     pytest.importorskip("onnxscript", reason="torch's ONNX exporter needs it")
     script = str(Path(__file__).parent.parent / "examples" / "export_to_onnx.py")
-    path = str(tmp_path / "plane.onnx")
-    for word in ("export", "train"):
-        done = subprocess.run([sys.executable, "-W", "ignore", script, word, path], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "-W", "ignore", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert "torch: False" in done.stdout
     first, last = (float(word) for word in done.stdout.split() if word.startswith("0."))
     assert last < 0.8 * first
