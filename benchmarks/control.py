@@ -440,7 +440,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the figures go")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    report: dict[str, Any] = {"machine": machine(1), "command": "python -m benchmarks.control", "cases": {}}
+    command = "python -m benchmarks.control" + " --others-path FOLDER" * bool(given.others_path)
+    report: dict[str, Any] = {"machine": machine(1), "command": command, "cases": {}}
     print(report["machine"])
     if given.banded:
         if given.json and given.json.exists():  # parts that ran before
