@@ -3,7 +3,7 @@
     python -m benchmarks.control                          # every problem, derivatives of 2,000 nodes, a network
     python -m benchmarks.control --cases goddard shuttle --json control.json
     python -m benchmarks.control --others-path FOLDER     # a folder with pockit-optimal-control, opty, dymos
-    python -m benchmarks.control --banded cases large batch --json control-banded.json   # the banded solver and IPOPT
+    python -m benchmarks.control --banded cases large batch chunks --json control-banded.json  # the banded solver
 
 CasADi gets the scalar graph of the same functions as its own expressions (SX, mapped over nodes), the same
 transcription on the same mesh from the same guess, and its own IPOPT with monotone barrier and IPOPT's own scaling: the
@@ -390,6 +390,16 @@ def transfers(problems: int, rivals: int) -> dict[str, Any]:
     }
 
 
+def chunks() -> dict[str, float]:
+    """Milliseconds of an iteration for each of so many low-thrust transfers at once, 60 iterations of all."""
+    found = {}
+    for problems in (1, 10, 25, 50, 100):
+        thrusts = np.linspace(0.28, 0.45, problems)
+        batch = solve_batch(low_thrust(None).problem, {"thrust": thrusts}, mesh=(40, 3), max_iterations=60)
+        found[str(problems)] = 1e3 * sum(batch.seconds.values()) / float(batch.iterations.sum())
+    return found
+
+
 def banded(parts: list[str], names: list[str], problems: int, rivals: int, report: dict[str, Any]) -> None:
     """Tables of the banded solver beside IPOPT."""
     head = "| | variables | banded: iterations | cost | s | ms each | IPOPT: iterations | cost | s | ms | difference |"
@@ -408,6 +418,9 @@ def banded(parts: list[str], names: list[str], problems: int, rivals: int, repor
             for r in (row["banded"], row["IPOPT"])
         ]
         print(f"| {key} | {row['variables']} | {' | '.join(cells)} | {row['difference']:.0e} |", flush=True)
+    if "chunks" in parts:
+        report["chunks"] = chunks()
+        print(f"\nmilliseconds of an iteration by problems of a batch: {json.dumps(report['chunks'])}", flush=True)
     if "batch" in parts:
         report["batch"] = transfers(problems, rivals)
         print(f"\n{problems} low-thrust transfers: {json.dumps(report['batch'], indent=1)}")
@@ -419,18 +432,24 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", default=[name for name in CASES if name != "known"], choices=list(CASES))
     parser.add_argument("--nodes", type=int, default=2000)
     parser.add_argument("--others-path", help="a folder with pockit-optimal-control, opty, dymos and what they need")
-    parser.add_argument("--banded", nargs="+", choices=["cases", "large", "batch"], help="the banded solver and IPOPT")
+    parser.add_argument(
+        "--banded", nargs="+", choices=["cases", "large", "batch", "chunks"], help="the banded solver and IPOPT"
+    )
     parser.add_argument("--problems", type=int, default=500, help="of the batch")
     parser.add_argument("--rivals", type=int, default=20, help="of them by IPOPT")
     parser.add_argument("--json", type=Path, help="where the figures go")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    report: dict[str, Any] = {"machine": machine(1), "command": "python -m benchmarks.control", "cases": {}}
+    command = "python -m benchmarks.control" + " --others-path FOLDER" * bool(given.others_path)
+    report: dict[str, Any] = {"machine": machine(1), "command": command, "cases": {}}
     print(report["machine"])
     if given.banded:
         if given.json and given.json.exists():  # parts that ran before
             report = json.loads(given.json.read_text())
-        report["command"] = "python -m benchmarks.control --banded cases large batch"
+        report["command"] = (
+            f"python -m benchmarks.control --banded cases large batch chunks --problems {given.problems} "
+            f"--rivals {given.rivals}"
+        )
         banded(given.banded, given.cases, given.problems, given.rivals, report)
         if given.json:
             given.json.write_text(json.dumps(report, indent=1) + "\n")

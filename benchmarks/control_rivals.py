@@ -26,7 +26,7 @@ def pockit() -> dict[str, Any]:
     began = time.process_time()
     sp: Any = import_module("sympy")
     radau: Any = import_module("pockit.radau")
-    ipopt: Any = import_module("pockit.optimizer").ipopt
+    ipopt: Any = import_module("pockit.optimizer.ipopt")
     system = radau.System(0)
     phase = system.new_phase(["x", "y", "v"], ["angle"])
     v, (angle,) = phase.x[2], phase.u

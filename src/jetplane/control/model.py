@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 from itertools import count
 from typing import Any
 
@@ -82,14 +83,16 @@ class Model:
                 z[:, nx + nu :],
                 Parts(p, self.parameters),
             )
-            made = dynamics_parts(ph, ph.dynamics(*arguments))  # type: ignore[misc]
-            for name, constraint in ph.integral.items():
-                made.append((f"integral {name!r} of phase {ph.name!r}", constraint.function(*arguments), 1))
+
+            def value(what: str, function: Any, size: int | None) -> tuple[str, Any, int | None]:
+                what = f"{what} of phase {ph.name!r}"
+                return what, called(what, function, "x, u, t, p", *arguments), size
+
+            made = dynamics_parts(ph, value("dynamics", ph.dynamics, None)[1])
+            made += [value(f"integral {name!r}", c.function, 1) for name, c in ph.integral.items()]
             if running:
-                made.append((f"the running cost of phase {ph.name!r}", running(*arguments), 1))
-            for name, constraint in ph.path.items():
-                made.append((f"path constraint {name!r} of phase {ph.name!r}", constraint.function(*arguments), None))
-            return made
+                made.append(value("the running cost", running, 1))
+            return made + [value(f"path constraint {name!r}", c.function, None) for name, c in ph.path.items()]
 
         sizes = {part.stop - part.start for layout in (ph.states, ph.controls) for part in layout.parts.values()}
         # A number of nodes that no part has, so that shapes cannot be mistaken for one another.
@@ -156,12 +159,12 @@ class Model:
             e = Ends(phases, Parts(z[start:], self.parameters))
             made: list[tuple[str, Any, int | None]] = []
             if problem.final is not None:
-                cost = problem.final(e)
+                cost = called("the final cost", problem.final, "e", e)
                 if getattr(cost, "numel", lambda: 1)() != 1:
                     raise ShapeError(f"the final cost must be one number, got shape {tuple(cost.shape)}")
                 made.append(("the final cost", cost.reshape(1, 1) if hasattr(cost, "reshape") else cost, 1))
             for name, constraint in problem.boundary.items():
-                value = constraint.function(e)
+                value = called(f"boundary constraint {name!r}", constraint.function, "e", e)
                 made.append(
                     (
                         f"boundary constraint {name!r}",
@@ -212,9 +215,29 @@ class Model:
             )
 
 
+def called(what: str, function: Any, names: str, *arguments: Any) -> Any:
+    """A function of the user's at its arguments.
+
+    Raises:
+        ArgumentError: it takes others.
+    """
+    try:
+        signature(function).bind(*arguments)
+    except TypeError as error:
+        raise ArgumentError(f"{what} must be a function of ({names}): {error}") from error
+    except ValueError:  # of a builtin, which has no signature
+        pass
+    return function(*arguments)
+
+
 def dynamics_parts(ph: Phase, value: Any) -> list[tuple[str, Any, int | None]]:
     """What a phase's dynamics returned, in the order of its states."""
     what = f"dynamics of phase {ph.name!r}"
+    if isinstance(value, (tuple, list)):
+        raise ShapeError(
+            f"{what} must return a dict by names of states, or one tensor (nodes, {ph.states.size}) as torch.stack or "
+            f"torch.cat makes, got a {type(value).__name__}"
+        )
     if not isinstance(value, dict):
         return [(what, value, ph.states.size)]
     missing, unknown = sorted(set(ph.states.parts) - set(value)), sorted(set(value) - set(ph.states.parts))

@@ -209,7 +209,7 @@ class NLP:
     # Values
 
     def _at(self, y: np.ndarray) -> None:
-        if self._last is not None and np.array_equal(self._last, y):
+        if self._last is not None and self._last.shape == y.shape and (self._last == y).all():
             return
         self._last = np.array(y, float)
         self._fresh = set()
@@ -400,14 +400,14 @@ class _PhaseArrays:
     def constraints(self, out: np.ndarray) -> None:
         nx, _, nq = self.model.sizes
         place, values = self.place, self._shaped(self.values)
-        lines = np.moveaxis(self.states, 0, 1)  # (nodes + 1, states[, problems])
-        slopes = np.moveaxis((self.matrix @ lines.reshape(len(lines), -1)).reshape(self.count, *lines.shape[1:]), 0, 1)
+        lines = self.states.swapaxes(0, 1)  # (nodes + 1, states[, problems])
+        slopes = (self.matrix @ lines.reshape(len(lines), -1)).reshape(self.count, *lines.shape[1:]).swapaxes(0, 1)
         defects = slopes + self.length * self.factors[:nx] * values[:nx]
         out[place.defects] = defects.reshape(-1, *self._tail)
         out[place.path] = values[self.model.timed :].reshape(-1, *self._tail)
-        out[place.integral_rows] = self.integrals - self.length * np.tensordot(
-            self.weight, values[nx : nx + nq], (0, 1)
-        )
+        if nq:
+            integrals = np.tensordot(self.weight, values[nx : nx + nq], (0, 1))
+            out[place.integral_rows] = self.integrals - self.length * integrals
 
     def fill_first(self, sources: np.ndarray, start: int) -> int:
         jacobian = self._shaped(self.nodes.jacobian())

@@ -236,6 +236,12 @@ class Ends:
         self.__dict__.update(phases)
         self.p = p
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        known = [n for n in self.__dict__ if n != "p"]
+        raise ArgumentError(f"there is no phase {name!r}; there are {', '.join(known)}, with ends like e.{known[0]}.tf")
+
 
 @dataclass
 class End:
@@ -313,6 +319,11 @@ class Problem:
                     f"their names"
                 )
             running = {next(iter(self.phases)): running}
+        if not (final is None or callable(final)) or not (running is None or isinstance(running, Mapping)):
+            raise ArgumentError(
+                "minimize takes functions, final=f(e) and running=f(x, u, t, p) or a dict of these by phases, got "
+                f"{', '.join(type(f).__name__ for f in (final, running) if f is not None)}"
+            )
         for name in running or {}:
             self._phase(name)
         self.final, self.running = final, dict(running or {})

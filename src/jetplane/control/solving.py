@@ -92,6 +92,10 @@ def solve(
     path = None if own or solver == "ipopt" else solver
     if own and options:
         raise ArgumentError(f"options are IPOPT's; solver={solver!r} takes none, got {sorted(options)}")
+    if path is not None and path.isidentifier():
+        raise ArgumentError(
+            f"solver must be 'ipopt', 'banded', 'trust-constr' or the path of a libipopt, got {solver!r}"
+        )
     if not own:
         ipopt.library(path)  # that there is none is said before anything is computed
     began, clock = time.monotonic(), time.process_time()

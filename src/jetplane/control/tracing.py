@@ -61,6 +61,15 @@ class Symbolic(Tensor):
             f"torch.where, torch.maximum, …\n  at {user_line()}"
         )
 
+    def __float__(self) -> float:
+        raise TraceError(
+            "a value of a traced function is converted to a Python number (float, math.sin, …), which it has not yet; "
+            f"use torch's functions\n  at {user_line()}"
+        )
+
+    def __int__(self) -> int:
+        return int(self.__float__())
+
     def numpy(self, **_: Any) -> Any:  # type: ignore[override]
         """Refuse: there are no numbers."""
         raise TraceError(
@@ -636,6 +645,14 @@ class Tracer(TorchDispatchMode):
                 return self._record(func, args, kwargs)
         x, y = self.scalars(a).nodes, self.scalars(b).nodes
         graph = self.graph
+        if x.shape[-1] != y.shape[0 if y.dim() == 1 else -2]:
+            shapes = " and ".join(
+                f"({', '.join('nodes' if n == self.lanes else str(n) for n in nodes.shape)})" for nodes in (x, y)
+            )
+            raise TraceError(
+                f"matrices of shapes {shapes} cannot be multiplied; states and controls have the nodes in their first "
+                f"dimension: x @ A.T instead of A @ x\n  at {self.graph.line}"
+            )
         left = x.reshape(1, 1, -1) if x.dim() == 1 else x.unsqueeze(0) if x.dim() == 2 else x
         right = y.reshape(1, -1, 1) if y.dim() == 1 else y.unsqueeze(0) if y.dim() == 2 else y
         result = torch.tensor(
