@@ -1,21 +1,25 @@
-"""Cases of other projects' own tests, as data: jet-for-pytorch's to order 4, curvlinops' Hessians and Gauss-Newton.
+"""Cases of other projects' own tests: jet-for-pytorch's to order 4, curvlinops' matrices, torch's functional ones.
 
-    JET_SRC=… CURVLINOPS_SRC=… scripts/test -m peers
+    JET_SRC=… CURVLINOPS_SRC=… TORCH_SRC=… scripts/test -m peers
 
-Each variable names an unpacked source distribution (``pip download --no-deps --no-binary :all: NAME``), whose tests
-hold the cases; the packages are to be installed beside. Nothing of them is copied. What is expected is reverse mode in
-double precision, and curvlinops' own matrices.
+The first two variables name an unpacked source distribution (``pip download --no-deps --no-binary :all: NAME``), whose
+tests hold the cases; the packages are to be installed beside. The third names a tree of torch's repository at the
+version that is installed, of which ``test/autograd/test_functional.py`` suffices. Nothing of them is copied. What is
+expected is reverse mode in double precision, curvlinops' own matrices, and what `torch.autograd.functional` gives.
 """
 
 import importlib
 import os
 import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import functional
 from torch.utils._pytree import tree_leaves, tree_map
 
 import jetplane as jp
@@ -151,3 +155,73 @@ def test_curvature(case, kind, chunk):
     tangents = [e.reshape(d, *p.shape) for e, p in zip(axes, params, strict=True)]
     found = jp.evaluate(closure, params, tangents, curvature, chunk=chunk).curvature
     close(found, matrix, rtol=1e-7, atol=1e-9)
+
+
+# --- torch ---------------------------------------------------------------------------------------------------------
+
+
+def torch_tests() -> tuple[Any, list[Any]]:
+    """Torch's tests of `torch.autograd.functional`, and the names of those on ordinary tensors."""
+    file = Path(os.environ.get("TORCH_SRC", "nowhere"), "test/autograd/test_functional.py")
+    if not file.is_file():
+        return None, [pytest.param("", marks=pytest.mark.skip(reason="TORCH_SRC names no tree of torch's repository"))]
+    spec = importlib.util.spec_from_file_location("torch_test_functional", file)
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    names = [n for n in dir(found.TestAutogradFunctional) if n.startswith("test_") and n.endswith("base_tensor")]
+    return found, [n for n in names if "vjp_" not in n and "basis" not in n]
+
+
+FUNCTIONAL, NAMES = torch_tests()
+
+
+def one(inputs: Any, v: Any) -> Any:
+    """The vector, which torch takes to be one where a function of a single number is given none."""
+    return torch.ones_like(inputs) if v is None and isinstance(inputs, Tensor) and inputs.numel() == 1 else v
+
+
+def product(f: Any, inputs: Any, v: Any = None) -> tuple[Any, Any]:
+    """The value and ``H v``, which is ``v^T H``."""
+    found = jp.hvp(f, inputs, one(inputs, v))
+    return f(*inputs) if isinstance(inputs, tuple) else f(inputs), found
+
+
+OURS: dict[str, Callable[..., Any]] = {
+    "jvp": lambda f, inputs, v=None: jp.jvp(f, inputs, one(inputs, v)),
+    "hvp": product,
+    "vhp": product,
+    "jacobian": jp.jacobian,
+    "hessian": jp.hessian,
+}
+
+
+def beside(name: str) -> Callable[..., Any]:
+    """A function of torch's that is compared with ours at each call, and gives ours where it has a graph."""
+    theirs, ours = getattr(functional, name), OURS[name]
+
+    def call(f: Any, inputs: Any, *args: Any, strict: bool = False, **options: Any) -> Any:
+        try:
+            expected = theirs(f, inputs, *args, strict=strict, **options)
+        except (RuntimeError, TypeError) as error:
+            several = name == "hessian" and "single" in str(error)  # numbers, which torch.func.hessian takes
+            if not (strict or several):  # "strict" is not an option of ours
+                with pytest.raises(jp.errors.JetplaneError):
+                    ours(f, inputs, *args)
+            raise
+        found = ours(f, inputs, *args)
+        for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+            # Of a result of shape (1, 1), and of mixed dtypes, ours are as torch.func's.
+            close(a.reshape(b.shape).to(b.dtype), b, rtol=1e-5, atol=1e-6)
+        return found if options.get("create_graph") and torch.is_grad_enabled() else expected
+
+    return call
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore")
+def test_autograd_functional(name, monkeypatch):
+    """Torch's own numbers, gradients through them, and list of misuse."""
+    others = {n: getattr(functional, n) for n in ("vjp", "_construct_standard_basis_for")}
+    monkeypatch.setattr(FUNCTIONAL, "autogradF", types.SimpleNamespace(**{n: beside(n) for n in OURS}, **others))
+    getattr(FUNCTIONAL.TestAutogradFunctional(name), name)()
