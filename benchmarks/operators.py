@@ -163,6 +163,12 @@ BUILT: dict[str, Callable[[nn.Module, Tensor], Callable[[], Tensor]]] = {
 NEEDS = {"jet-for-pytorch": "jet", "folx": "folx"}  # packages of rivals that need one
 
 
+def compiled(net: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """The Laplacian by `jetplane.laplacian`, in one graph of `torch.compile`; (B, 1)."""
+    f = torch.compile(lambda x: jp.laplacian(net, x, batch_dim=0), fullgraph=True)
+    return lambda: f(x)
+
+
 def laplacians(d: int, b: int) -> dict[str, Callable[[], Way]]:
     """Laplacians at B points in D dimensions."""
 
@@ -177,10 +183,6 @@ def laplacians(d: int, b: int) -> dict[str, Callable[[], Way]]:
             return run
 
         return build
-
-    def compiled(net: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-        f = torch.compile(lambda x: jp.laplacian(net, x, batch_dim=0), fullgraph=True)
-        return lambda: f(x)
 
     ways = {"jetplane": way(BUILT["jetplane"]), "jetplane, compiled": way(compiled)}
     ways |= {name: way(f) for name, f in BUILT.items() if name != "jetplane"}
@@ -219,7 +221,7 @@ def pinn(d: int, b: int) -> dict[str, Callable[[], Way]]:
 
         return run
 
-    ways = {name: way(f) for name, f in BUILT.items()}
+    ways = {name: way(f) for name, f in BUILT.items()} | {"jetplane, compiled": way(compiled)}
     if b > PART:
         ways[f"jetplane, {PART} points at a time"] = in_parts
     return ways | {"folx": lambda: folx_step(network(d), points(b, d))}

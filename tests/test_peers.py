@@ -1,17 +1,21 @@
-"""Other projects beside ours: jet-for-pytorch's and curvlinops' own cases, and steps of zeroth-order optimizers.
+"""Other projects beside ours: cases of jet-for-pytorch, curvlinops and torch, and steps of zeroth-order optimizers.
 
-    JET_SRC=… CURVLINOPS_SRC=… MEZO_SRC=… FZOO_SRC=… HIZOO_SRC=… LOZO_SRC=… scripts/test -m peers
+    JET_SRC=… CURVLINOPS_SRC=… TORCH_SRC=… MEZO_SRC=… FZOO_SRC=… HIZOO_SRC=… LOZO_SRC=… scripts/test -m peers
 
 The first two variables name an unpacked source distribution (``pip download --no-deps --no-binary :all: NAME``), whose
-tests hold the cases; the packages are to be installed beside. What is expected is reverse mode in double precision, and
-curvlinops' own matrices. The others name a checkout of princeton-nlp/MeZO (552cb1b), DKmiyan/FZOO (d4f8a8b),
-Yanjun-Zhao/HiZOO (4f99055) and optsuite/LOZO (5d1ade5): from equal directions, equal steps. Nothing of them is copied.
+tests hold the cases; the packages are to be installed beside. The third names a tree of torch's repository at the
+version that is installed, of which ``test/autograd/test_functional.py`` suffices. What is expected is reverse mode in
+double precision, curvlinops' own matrices, and what `torch.autograd.functional` gives. The others name a checkout of
+princeton-nlp/MeZO (552cb1b), DKmiyan/FZOO (d4f8a8b), Yanjun-Zhao/HiZOO (4f99055) and optsuite/LOZO (5d1ade5): from
+equal directions, equal steps. Nothing of them is copied.
 """
 
 import ast
 import importlib
 import os
 import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -19,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import functional
 from torch.utils._pytree import tree_leaves, tree_map
 
 import jetplane as jp
@@ -123,6 +128,7 @@ def test_laplacians(case):
 # --- curvlinops --------------------------------------------------------------------------------------------------
 
 CURVLINOPS = module("CURVLINOPS_SRC", "curvlinops", "test.cases")
+MOST = 400  # parameters of an exact Hessian by all pairs
 CLOSURES = {"Hessian": ("HessianLinearOperator", "hessian"), "Gauss-Newton": ("GGNLinearOperator", "ggn")}
 
 
@@ -145,6 +151,10 @@ def test_curvature(case, kind, chunk):
     if not isinstance(data[0][0], Tensor):
         options["batch_size_fn"] = lambda x: x["x"].shape[0]
     d = sum(p.numel() for p in params)
+    if kind == "Hessian" and d > MOST:
+        pytest.skip(
+            f"{d} parameters: the coefficients of all their pairs do not fit into memory, or take hours in chunks"
+        )
     matrix = getattr(curvlinops, operator)(model, loss, params, data, **options) @ torch.eye(d, dtype=torch.float64)
     total = sum(size(y) for _, y in data)
 
@@ -293,3 +303,73 @@ def test_lozos_steps_are_those_of_its_public_code(monkeypatch):
         if n % 3:
             peer.compare(rtol=1e-7, atol=1e-9)
             close(right[-1].T @ right[-1], right[-2].T @ right[-2])  # V stays, as ours does: see test_zeroth_order.py
+
+
+# --- torch ---------------------------------------------------------------------------------------------------------
+
+
+def torch_tests() -> tuple[Any, list[Any]]:
+    """Torch's tests of `torch.autograd.functional`, and the names of those on ordinary tensors."""
+    file = Path(os.environ.get("TORCH_SRC", "nowhere"), "test/autograd/test_functional.py")
+    if not file.is_file():
+        return None, [pytest.param("", marks=pytest.mark.skip(reason="TORCH_SRC names no tree of torch's repository"))]
+    spec = importlib.util.spec_from_file_location("torch_test_functional", file)
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    names = [n for n in dir(found.TestAutogradFunctional) if n.startswith("test_") and n.endswith("base_tensor")]
+    return found, [n for n in names if "vjp_" not in n and "basis" not in n]
+
+
+FUNCTIONAL, NAMES = torch_tests()
+
+
+def one(inputs: Any, v: Any) -> Any:
+    """The vector, which torch takes to be one where a function of a single number is given none."""
+    return torch.ones_like(inputs) if v is None and isinstance(inputs, Tensor) and inputs.numel() == 1 else v
+
+
+def product(f: Any, inputs: Any, v: Any = None) -> tuple[Any, Any]:
+    """The value and ``H v``, which is ``v^T H``."""
+    found = jp.hvp(f, inputs, one(inputs, v))
+    return f(*inputs) if isinstance(inputs, tuple) else f(inputs), found
+
+
+OURS: dict[str, Callable[..., Any]] = {
+    "jvp": lambda f, inputs, v=None: jp.jvp(f, inputs, one(inputs, v)),
+    "hvp": product,
+    "vhp": product,
+    "jacobian": jp.jacobian,
+    "hessian": jp.hessian,
+}
+
+
+def beside(name: str) -> Callable[..., Any]:
+    """A function of torch's that is compared with ours at each call, and gives ours where it has a graph."""
+    theirs, ours = getattr(functional, name), OURS[name]
+
+    def call(f: Any, inputs: Any, *args: Any, strict: bool = False, **options: Any) -> Any:
+        try:
+            expected = theirs(f, inputs, *args, strict=strict, **options)
+        except (RuntimeError, TypeError) as error:
+            several = name == "hessian" and "single" in str(error)  # numbers, which torch.func.hessian takes
+            if not (strict or several):  # "strict" is not an option of ours
+                with pytest.raises(jp.errors.JetplaneError):
+                    ours(f, inputs, *args)
+            raise
+        found = ours(f, inputs, *args)
+        for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+            # Of a result of shape (1, 1), and of mixed dtypes, ours are as torch.func's.
+            close(a.reshape(b.shape).to(b.dtype), b, rtol=1e-5, atol=1e-6)
+        return found if options.get("create_graph") and torch.is_grad_enabled() else expected
+
+    return call
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore")
+def test_autograd_functional(name, monkeypatch):
+    """Torch's own numbers, gradients through them, and list of misuse."""
+    others = {n: getattr(functional, n) for n in ("vjp", "_construct_standard_basis_for")}
+    monkeypatch.setattr(FUNCTIONAL, "autogradF", types.SimpleNamespace(**{n: beside(n) for n in OURS}, **others))
+    getattr(FUNCTIONAL.TestAutogradFunctional(name), name)()

@@ -40,6 +40,8 @@ def residual_plane():
     return plane.value, plane.slope, plane.curvature
 
 
+P = nn.Parameter(torch.rand(3, 3).double() + 0.1)
+Q = torch.rand(3, 3).double()
 MATRICES = torch.linspace(0.5, 6, 32).double().sin().reshape(2, 4, 4)
 MATRICES[1, :, 3] = MATRICES[1, :, 0] - MATRICES[1, :, 1]  # singular
 ALONG_MATRICES = torch.linspace(1, 7, 96).double().cos().reshape(3, 2, 4, 4)
@@ -89,6 +91,166 @@ def test_one_graph(name):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def written(z):
+    """Writes in place, to whole tensors and to views, with parameters among what is written."""
+    h = NET(z).sin()
+    h[:, :2] *= P[0, :2]
+    h[:, 1].add_(h[:, 0].exp())
+    return h.tanh_()
+
+
+def mixed(z):
+    """`torch.func` inside: each point's Jacobian by reverse mode."""
+    return torch.vmap(torch.func.jacrev(NET))(z).flatten(1)
+
+
+WITH_GRAPH = {
+    "laplacian": lambda x: jp.laplacian(NET, x, batch_dim=0),
+    "value_and_laplacian, writes": lambda x: jp.value_and_laplacian(written, x, batch_dim=0),
+    "jvp in parameters and input": lambda x: jp.jvp(F_OF, (dict(NET.named_parameters()), x), (ONE, ALONG[0])),
+    "jacobian": lambda x: jp.jacobian(NET, x, batch_dim=0),
+    "stopped by no_grad and detach": lambda x: jp.jvp(lambda a: NET(a).sum() * stopped(a) * a.detach(), x, ALONG[0]),
+    "nested": lambda x: jp.jvp(lambda a: jp.jvp(NET, a, ALONG[0])[1] * a.sum(), x, ALONG[1]),
+    "torch.func inside": lambda x: jp.laplacian(mixed, x, batch_dim=0),
+    "jet": lambda x: jp.jet(NET, x, ALONG),
+    "linearize": both,
+    "hvp": lambda x: jp.hvp(lambda z: NET(z).sin().prod(), x, ALONG[0]),
+    "vhv": lambda x: jp.vhv(lambda z: NET(z).sin().prod(), x, ALONG[0]),
+    "hessian": lambda x: jp.hessian(lambda z: NET(z).square().sum(), x[:2]),
+    "hessian_diagonal": lambda x: jp.hessian_diagonal(NET, x, batch_dim=0),
+    "divergence": lambda x: jp.divergence(lambda z: NET(z).sum(1, keepdim=True) * z.sin(), x, batch_dim=0),
+    "weighted_laplacian": lambda x: jp.weighted_laplacian(NET, x, torch.eye(4).double() * 2, POINTS, batch_dim=0),
+    "bilaplacian": lambda x: jp.bilaplacian(NET, x, batch_dim=0),
+    "determinants": lambda x: jp.jet(determinants, MATRICES * x.sum(), ALONG_MATRICES),
+}
+REFERENCES = {  # reverse mode through torch.func inside of an uncompiled function raises
+    "torch.func inside": lambda x: jp.laplacian(lambda z: jp.jacobian(NET, z, batch_dim=0).flatten(1), x, batch_dim=0)
+}
+LONG_WITH_GRAPH = [*WITH_GRAPH][6:]
+
+
+def loss_of(f, x):
+    """A number that depends on each result in its own way."""
+    each = [t for t in leaves(f(x)) if isinstance(t, torch.Tensor)]
+    return torch.stack([(t.flatten() * (1 + torch.arange(t.numel())).cos()).square().mean() for t in each]).sum()
+
+
+def gradients(loss, x):
+    value = loss(x)
+    return value, *torch.autograd.grad(value, [x, *NET.parameters()], allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.long) if n in LONG_WITH_GRAPH else n for n in WITH_GRAPH]
+)
+def test_gradients_through_one_graph(name):
+    """Reverse mode through results, in parameters and points, against the uncompiled functions."""
+    torch._dynamo.reset()
+    x = POINTS.clone().requires_grad_()
+    loss = lambda x: loss_of(WITH_GRAPH[name], x)  # noqa: E731
+    expected = gradients(lambda x: loss_of(REFERENCES.get(name, WITH_GRAPH[name]), x), x)
+    found = gradients(torch.compile(loss, fullgraph=True, backend="aot_eager"), x)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_a_compiled_step_of_training():
+    """A physics-informed network by Adam, its loss one graph, in the same steps as uncompiled."""
+
+    def trained(compile):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+        adam = torch.optim.Adam(net.parameters(), lr=1e-2)
+
+        def loss(x):
+            u, _, second = jp.value_and_laplacian(net, x, batch_dim=0)
+            return (second + u.sin()).square().mean() + net(torch.zeros(1, 2).double()).square().mean()
+
+        loss = torch.compile(loss, fullgraph=True, backend="aot_eager") if compile else loss
+        for step in range(4):
+            adam.zero_grad()
+            loss(torch.rand(6, 2, generator=torch.Generator().manual_seed(step)).double()).backward()
+            adam.step()
+        return [p.detach() for p in net.parameters()]
+
+    torch._dynamo.reset()
+    for a, b in zip(trained(True), trained(False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_a_backward_pass_inside_of_the_graph(monkeypatch):
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        pytest.skip("this torch does not trace torch.autograd.grad")
+    monkeypatch.setattr(torch._dynamo.config, "trace_autograd_ops", True)
+    torch._dynamo.reset()
+
+    def step(x):
+        return torch.autograd.grad(jp.laplacian(NET, x, batch_dim=0).square().mean(), list(NET.parameters())[:3])
+
+    for a, b in zip(torch.compile(step, fullgraph=True, backend="aot_eager")(POINTS), step(POINTS), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_results_have_no_graph_under_no_grad():
+    torch._dynamo.reset()
+    with torch.no_grad():
+        value, (inside, _) = torch.compile(both, fullgraph=True, backend="aot_eager")(POINTS)[:2]
+        found = torch.compile(lambda x: jp.laplacian(mixed, x, batch_dim=0), fullgraph=True, backend="eager")(POINTS)
+        expected = jp.laplacian(mixed, POINTS, batch_dim=0)
+    assert not any(t.requires_grad for t in (value, inside, found))
+    torch.testing.assert_close(found, expected)
+
+
+class Straight(torch.autograd.Function):
+    """Its derivative is not that of its forward pass."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(w)
+        return x.round() * w
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0], None
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_custom_functions_are_refused(requires_grad):
+    """A compiler runs them without asking: derivatives would be lost, or those of the forward pass."""
+    weight = torch.full((4,), 2.0).double().requires_grad_(requires_grad)
+    of = lambda x: jp.jvp(lambda z: Straight.apply(z, weight), x, ALONG[0])[1]  # noqa: E731
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises(torch._dynamo.exc.Unsupported, match="custom autograd function of a tensor"):
+        torch.compile(of, fullgraph=True, backend="eager")(POINTS)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(of, backend="eager")(POINTS), 2 * ALONG[0])
+
+
+def test_writes_that_cannot_be_followed():
+    torch._dynamo.reset()
+
+    def filled(z):
+        out = torch.zeros(5, 8).double()
+        out[:, :4] = z.sin()
+        return out
+
+    with pytest.raises(Exception, match="written into a buffer without, in compiled code"):
+        torch.compile(lambda x: jp.laplacian(filled, x, batch_dim=0), fullgraph=True, backend="eager")(POINTS)
+
+
+def test_derivatives_under_no_grad_inside_of_others():
+    torch._dynamo.reset()
+
+    def inner(z):
+        with torch.no_grad():
+            h = jp.hessian_diagonal(lambda y: y.sin().sum(), z)
+        return (h * z**2).sum()
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="the outer ones stop there"):
+        torch.compile(lambda x: jp.laplacian(inner, x), fullgraph=True, backend="eager")(POINTS)
+
+
 class Breaking(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -135,8 +297,6 @@ def test_meanflow_in_one_graph():
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-P = nn.Parameter(torch.rand(3, 3).double() + 0.1)
-Q = torch.rand(3, 3).double()
 SEEN = {
     "private function": lambda: torch._weight_norm(P, P[:, :1], 0).sin().sum(),
     "unflatten": lambda: P.unflatten(0, (3, 1)).sin().sum(),

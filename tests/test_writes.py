@@ -73,3 +73,39 @@ def test_in_place_with_another_order_of_arguments() -> None:
     expected = jp.evaluate(lambda: torch.polygamma(1, w).sum(), [w], [tangent])
     torch.testing.assert_close(found.slope, expected.slope)
     torch.testing.assert_close(found.curvature, expected.curvature)
+
+
+SCATTERED = {
+    "select": lambda v, z: torch.select_scatter(v, z[: v.shape[1]] ** 2, 0, 1),
+    "slice": lambda v, z: torch.slice_scatter(v, z[: v.shape[1]].expand(2, -1) ** 2, 0, 0, 2),
+    "diagonal": lambda v, z: torch.diagonal_scatter(v, z[: min(v.shape)] ** 2),
+}
+OVERLAPPING = {
+    "unfold": lambda y: y.unfold(0, 3, 1),
+    "as_strided": lambda y: y.as_strided((2, 3), (2, 1)),
+}
+APART = {
+    "expanded": lambda y: y[:3].expand(4, 3),
+    "transposed": lambda y: y.reshape(2, 3).t(),
+    "every other": lambda y: y.repeat(4).reshape(4, 6)[:, ::2],
+    "unfold apart": lambda y: y.unfold(0, 3, 3),
+    "contiguous": lambda y: y.unfold(0, 3, 1).contiguous(),
+}
+POINT = torch.linspace(0.3, 1.4, 6, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("view", OVERLAPPING)
+@pytest.mark.parametrize("name", SCATTERED)
+def test_scattering_where_elements_share_memory(name: str, view: str) -> None:
+    """Torch writes to several elements at once there, and its own gradient is wrong."""
+    with pytest.raises(jp.errors.DerivativeError, match="share memory"):
+        jp.jacobian(lambda z: SCATTERED[name](OVERLAPPING[view](z.sin()), z), POINT)
+
+
+@pytest.mark.parametrize("view", APART)
+@pytest.mark.parametrize("name", SCATTERED)
+def test_scattering_into_views(name: str, view: str) -> None:
+    f = lambda z: SCATTERED[name](APART[view](z.sin()), z)  # noqa: E731
+    h = 1e-6
+    columns = [(f(POINT + h * e) - f(POINT - h * e)) / (2 * h) for e in torch.eye(6, dtype=torch.float64)]
+    torch.testing.assert_close(jp.jacobian(f, POINT), torch.stack(columns, -1), rtol=1e-7, atol=1e-8)

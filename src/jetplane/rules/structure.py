@@ -22,6 +22,7 @@ from ..jets import (
     absent,
     carried,
     expand,
+    innermost,
     joined,
     jointly,
     lift,
@@ -574,21 +575,41 @@ def _(space: Space, x: Any, mask: Tensor) -> Any:
     return linear(space, x, lambda p: torch.masked_select(p, mask), on_stack)
 
 
+def _distinct(space: Space, x: Any) -> Tensor:
+    """The primal of what a part is scattered into, its elements checked to lie in memory of their own.
+
+    Raises:
+        DerivativeError: they share some. Torch then writes to several elements at once, and its own gradient is wrong.
+    """
+    p = primal(x, space)
+    inner = innermost(p)
+    axes = sorted((stride, size) for stride, size in zip(inner.stride(), inner.shape, strict=True) if size > 1)
+    extent = 1
+    for stride, size in axes:
+        if 0 < stride < extent and axes[0][0]:  # of an expanded one torch makes a copy that is not
+            raise DerivativeError(
+                "select_scatter, slice_scatter or diagonal_scatter of a tensor whose elements share memory (unfold, "
+                "as_strided), where torch writes to several elements at once; call contiguous() on it first"
+            )
+        extent += stride * (size - 1)
+    return p
+
+
 @register("slice_scatter")
 def _(space: Space, x: Any, src: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
-    y = aten.slice_scatter(primal(x, space), primal(src, space), dim, start, end, step)
+    y = aten.slice_scatter(_distinct(space, x), primal(src, space), dim, start, end, step)
     return jointly(space, (x, src), y, lambda a, b: aten.slice_scatter(a, b, up(dim), start, end, step))
 
 
 @register("select_scatter")
 def _(space: Space, x: Any, src: Any, dim: int, index: int) -> Any:
-    y = aten.select_scatter(primal(x, space), primal(src, space), dim, index)
+    y = aten.select_scatter(_distinct(space, x), primal(src, space), dim, index)
     return jointly(space, (x, src), y, lambda a, b: aten.select_scatter(a, b, up(dim), index))
 
 
 @register("diagonal_scatter")
 def _(space: Space, x: Any, src: Any, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Any:
-    y = aten.diagonal_scatter(primal(x, space), primal(src, space), offset, dim1, dim2)
+    y = aten.diagonal_scatter(_distinct(space, x), primal(src, space), offset, dim1, dim2)
     return jointly(space, (x, src), y, lambda a, b: aten.diagonal_scatter(a, b, offset, up(dim1), up(dim2)))
 
 
