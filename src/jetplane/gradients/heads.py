@@ -338,7 +338,8 @@ class _Pass(TorchFunctionMode):
                 if node is not None and g is not None:
                     own[node] = own[node] + g if node in own else g
             del found
-            found = self._tape.back(own, leaves=True, last=True)  # once, however many heads there are above a layer
+            last = bool(self._heads)  # without, what the pass has met is looked at afterwards
+            found = self._tape.back(own, leaves=True, last=last)  # once, however many heads there are above a layer
         self._add(found)
 
     def shapes(self) -> dict[str, tuple[int, int]]:

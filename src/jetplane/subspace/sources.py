@@ -191,8 +191,9 @@ class FastWeights(Source):
 
     with the bias-corrected running averages m and s of estimates g of the gradient at z, and of g^2. In the plane of
     these directions theta moves to the point at which the loss of the batch is lowest; z continues from where it is.
-    Between planes theta stays the same affine combination of z, mean(z) and the rest of it. So z explores at the cost of an estimate, and theta follows it as far as the loss falls. If the estimates do not
-    lower the loss, theta stays; if the loss at z is much lower, theta moves to z.
+    Between planes theta stays the same affine combination of z, mean(z) and the rest of it. So z explores at the cost
+    of an estimate, and theta follows it as far as the loss falls. If the estimates do not lower the loss, theta stays;
+    if the loss at z is much lower, theta moves to z.
 
     The state is four tensors of each parameter's size.
 
