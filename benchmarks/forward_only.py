@@ -256,7 +256,7 @@ def page(held: dict[str, Any], results: Results) -> str:
         "weights, 3e-3. A spread is the range of as many seeds as the row says. *Forwards a step* is a step's time "
         "over that of a plain forward pass; memory is the peak above weights and data.",
         "",
-        "![Held-out error over seconds](forward_only.png)",
+        "![Held-out error and loss over seconds](forward_only.png)",
         "",
         "## Who is ahead",
         "",

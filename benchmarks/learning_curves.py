@@ -159,7 +159,7 @@ def targets(name: str, curves: list[LearningCurve], at: float | None = None) -> 
     if not ours or not methods:
         return ""
     measure = curves[0].measure
-    word = measure if measure == "accuracy" else "held-out error"
+    word = measure if measure == "accuracy" else held_out(curves)
     lines = [
         f"| {name} | after | train loss | {PLANE} has it after | times sooner | {word} | {PLANE} has it after "
         "| times sooner |",
@@ -209,6 +209,12 @@ def report(results: Results, machine: str, at: float | None = None) -> str:
 # --- the figure ------------------------------------------------------------------------------------------
 
 
+def held_out(curves: list[LearningCurve]) -> str:
+    """What a measure that is no accuracy is called: the loss, where it is the same as that."""
+    same = all(row["measure"] == row.get("loss") for c in curves for row in c.rows)
+    return "held-out loss" if same else "held-out error"
+
+
 def draw(results: Results, path: Path, title: str) -> None:
     """Plot the measure over seconds, a panel for each task."""
     results = {name: curves for name, curves in results.items() if curves}
@@ -228,7 +234,7 @@ def draw(results: Results, path: Path, title: str) -> None:
                 linewidth=2.6 if c.method == PLANE else 1.4, label=c.method,
             )  # fmt: skip
         panel.set(xscale="log", yscale="log", title=name, xlabel="seconds")
-        panel.set_ylabel("test error" if error else "held-out error")
+        panel.set_ylabel("test error" if error else held_out(curves))
         panel.grid(True, which="major", color="#dddddd", linewidth=0.7)
         panel.spines[["top", "right"]].set_visible(False)
     named = {

@@ -60,3 +60,11 @@ def test_files_are_put_together_and_the_later_run_counts(tmp_path: Path) -> None
     assert machines == ["one machine"]
     assert found == {"task": [again, rival], "other": [rival]}
     assert learning_curves.merged({"task": [OURS, rival]}, {"task": [again]}) == {"task": [rival, again]}
+
+
+def test_a_measure_that_is_the_loss_is_called_so():
+    rows = [{"measure": 2.0, "loss": 2.0}, {"measure": 1.0, "loss": 1.0}]
+    same = learning_curves.LearningCurve("a", 0, 0.1, rows=rows, budget=1.0)
+    other = learning_curves.LearningCurve("a", 0, 0.1, rows=[*rows, {"measure": 1.0, "loss": 3.0}], budget=1.0)
+    assert learning_curves.held_out([same]) == "held-out loss"
+    assert learning_curves.held_out([same, other]) == "held-out error"

@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -755,6 +757,66 @@ def test_parameters_go_to_fast_weights_that_have_left_them_behind(monkeypatch):
     fast = [opt.state[p]["FastWeights/fast"].clone() for p in net.parameters()]
     steps(net, opt, 1, 15)
     assert not any(torch.allclose(a, b, atol=1e-6) for a, b in zip(fast, net.parameters(), strict=True))
+
+
+def test_before_the_first_plane_parameters_go_to_fast_weights_with_half_of_the_loss(monkeypatch):
+    net = network()
+    opt = optimizer(net, every=100)
+    before = [p.detach().clone() for p in net.parameters()]
+    monkeypatch.setattr("jetplane.optim.plane_search.CLEARLY", 0.0)
+    losses = steps(net, opt, 8)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    fast = [opt.state[p]["FastWeights/fast"].clone() for p in net.parameters()]
+    monkeypatch.setattr("jetplane.optim.plane_search.CLEARLY", 1e9)
+    losses += steps(net, opt, 1, 8)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(fast, net.parameters(), strict=True))
+    monkeypatch.setattr("jetplane.optim.plane_search.CLEARLY", 0.9 * losses[-1] / losses[0])
+    steps(net, opt, 3, 9)  # less than the first loss, but not than that at which they stand now
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(fast, net.parameters(), strict=True))
+
+
+def test_between_planes_parameters_follow_the_points_to_which_a_plane_has_taken_them(monkeypatch):
+    """They stay the same affine combination of fast weights, their average, and where they have begun."""
+    monkeypatch.setattr("jetplane.optim.plane_search.CLEARLY", 0.0)
+    net = network()
+    opt = optimizer(net, every=4)
+    start = [p.detach().clone() for p in net.parameters()]
+
+    def points():
+        return [[opt.state[p][f"FastWeights/{n}"].clone() for p in net.parameters()] for n in ("fast", "mean")]
+
+    for step in range(14):
+        held = points() if step else None
+        steps(net, opt, 1, step)
+        shares = opt.state["jetplane"]["shares"]
+        if step < 3:
+            assert shares == [] and all(torch.equal(a, p) for a, p in zip(start, net.parameters(), strict=True))
+            continue
+        fast, mean = held if (step + 1) % 4 == 0 else points()  # a plane has seen those before its own step
+        ((a, b),) = shares
+        for p, z, m, begin in zip(net.parameters(), fast, mean, start, strict=True):
+            torch.testing.assert_close(p.detach(), a * z + b * m + (1 - a - b) * begin, atol=2e-5, rtol=1e-4)
+        if (step + 1) % 4 == 0:  # the points have moved since the plane, and parameters follow from here on
+            for begin, z, m, z1, m1 in zip(start, fast, mean, *points(), strict=True):
+                begin += (a * (z - z1) + b * (m - m1)) / (1 - a - b)
+
+
+def test_nothing_of_a_pass_waits_for_the_garbage_collector():
+    net, gone = network(), []
+
+    def closure():
+        h = net(X)
+        gone.append(weakref.ref(h))
+        return F.cross_entropy(h, Y)
+
+    opt = optimizer(net)
+    gc.disable()
+    try:
+        for _ in range(4):
+            opt.step(closure)
+        assert gone and not any(one() is not None for one in gone)
+    finally:
+        gc.enable()
 
 
 def test_a_step_without_a_plane_returns_the_loss_at_the_fast_weights():

@@ -337,7 +337,9 @@ class _Pass(TorchFunctionMode):
                 node, g = reading.node, self._learned(reading)
                 if node is not None and g is not None:
                     own[node] = own[node] + g if node in own else g
-            found = self._tape.back(own, leaves=True)  # once, however many heads there are above a layer
+            del found
+            last = bool(self._heads)  # without, what the pass has met is looked at afterwards
+            found = self._tape.back(own, leaves=True, last=last)  # once, however many heads there are above a layer
         self._add(found)
 
     def shapes(self) -> dict[str, tuple[int, int]]:

@@ -149,12 +149,13 @@ class Tape:
         self._add(plain, list(at.values()), back, own)
         return found
 
-    def back(self, cotangents: Mapping[Node, Tensor], leaves: bool = False) -> dict[Node, Tensor]:
+    def back(self, cotangents: Mapping[Node, Tensor], leaves: bool = False, last: bool = False) -> dict[Node, Tensor]:
         """Sums of products with transposed derivatives.
 
         Args:
             cotangents: by the nodes of results.
             leaves: whether those of leaves alone are kept, which takes less memory.
+            last: whether nothing goes back over these nodes again, so that each function lets go of what it has kept.
 
         Returns:
             The same of all nodes on the way back from these, down to the leaves.
@@ -170,7 +171,12 @@ class Tape:
                 continue
             take = total.pop if leaves else total.__getitem__
             given = [take(nodes[i]).to(nodes[i].dtype) if i in nodes else None for i in range(one.count)]
-            for source, c in zip(one.inputs, one.back(given), strict=True):
+            back = one.back
+            if last:
+                for node in nodes.values():
+                    node.back = None
+            found, back, given = back(given), None, None
+            for source, c in zip(one.inputs, found, strict=True):
                 if c is None:
                     continue
                 total[source] = total[source] + c if source in total else c
@@ -198,11 +204,14 @@ class Tape:
             self._put(y, node)
 
     def _put(self, x: Tensor, node: Node) -> None:
-        self._known[id(x)] = weakref.ref(x, functools.partial(self._forget, id(x))), node
+        # A tape that its tensors refer to would be freed, with all that it keeps, by the garbage collector alone.
+        self._known[id(x)] = weakref.ref(x, functools.partial(_forget, weakref.ref(self), id(x))), node
 
-    def _forget(self, key: int, gone: weakref.ref[Tensor]) -> None:
-        if key in self._known and self._known[key][0] is gone:  # another tensor may have taken its place
-            del self._known[key]
+
+def _forget(tape: weakref.ref[Tape], key: int, gone: weakref.ref[Tensor]) -> None:
+    known = {} if (own := tape()) is None else own._known
+    if key in known and known[key][0] is gone:  # another tensor may have taken its place
+        del known[key]
 
 
 def writes(func: Any, kwargs: Mapping[str, Any]) -> bool:
@@ -250,8 +259,8 @@ _ASSIGNING = {
     "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__",
 }  # fmt: skip
 _CLOSED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "relu": lambda c, y: c * (y > 0),
-    "relu_": lambda c, y: c * (y > 0),
+    "relu": lambda c, y: torch.ops.aten.threshold_backward(c, y, 0),
+    "relu_": lambda c, y: torch.ops.aten.threshold_backward(c, y, 0),
     "tanh": lambda c, y: SLOPES["tanh"](c, y, y),
     "sigmoid": lambda c, y: SLOPES["sigmoid"](c, y, y),
 }

@@ -77,11 +77,13 @@ class _Span:
         directions: all of them, by the places of parameters among those that move.
         squared_norms: of each, (K,) in float64.
         drawn: which of them have ``E[v v^T] = I``.
+        counts: how many each source has given.
     """
 
     directions: CachedDirections
     squared_norms: Tensor
     drawn: Sequence[int]
+    counts: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ class PlaneSearch(PlaneOptimizer):
     ) -> None:  # fmt: skip
         local = isinstance(gradient, LocalHeads)
         if subspace is None and local:
-            subspace = Subspace([FastWeights()], every=ROUND)
+            subspace = Subspace([FastWeights()], chunk=1, every=ROUND)
         if isinstance(subspace, Source):
             raise ArgumentError(f"subspace must be a list of sources or a Subspace, got one: subspace=[{subspace}]")
         plan = subspace if isinstance(subspace, Subspace) else Subspace(subspace)
@@ -318,7 +320,8 @@ class PlaneSearch(PlaneOptimizer):
         """Span a plane, evaluate it, decide how far to step in it, estimate the gradient for later planes, and move.
 
         If a plane is evaluated only in every n-th step (`jetplane.sources.Subspace.every`), the other steps estimate
-        the gradient and update the sources; parameters do not change.
+        the gradient and update the sources; parameters move only as the points to which a plane has taken them
+        (`jetplane.sources.Source.points`).
 
         Args:
             closure: computes and returns the scalar loss. It must not call ``backward``.
@@ -332,35 +335,45 @@ class PlaneSearch(PlaneOptimizer):
             JetplaneError: as `PlaneOptimizer.step`. Parameters and the optimizer's state are then as they were.
         """
         repeated, moving = self._started(closure, weight)
-        own = self.state[STATE]  # type: ignore[index]
+        own, told = self.state[STATE], dict[str, Any]()  # type: ignore[index]
         with torch.no_grad(), setting_back(self.generators):
             contexts = self._contexts(moving)
             shard = _Shard(repeated, weight, RandomState())
             if (own["step"] + 1) % self.every:
-                span, plane, changes, after, told = None, None, [], None, {}
+                span, plane, changes, after, taken = None, None, [], own.get("standing"), None
             else:
                 span = self._spanned(contexts)
                 plane = self._evaluated(repeated, weight, moving, span.directions)
                 proposal = _proposed(plane, self.descent, span.squared_norms)
-                decision, changes, after = self._decided(shard, moving, span, plane, proposal)
-                told = {"search": asdict(decision.state)}
+                decision, changes, after, taken = self._decided(shard, moving, span, plane, proposal)
+                told["search"] = asdict(decision.state)
             wanted = (source.weights(context) for source, context in zip(self.subspace, contexts, strict=True))
             elsewhere = next((weights for weights in wanted if weights is not None), None)
             estimate, signature = self._estimated(shard, contexts[0], elsewhere, span, plane)
-            if elsewhere is not None and after is not None and _is_less(estimate.loss, CLEARLY * after):
-                changes = [(i, elsewhere[i] - moving[i][0]) for i, _ in changes]
+            behind = elsewhere is not None and after is not None and _is_less(estimate.loss, CLEARLY * after)
+            if behind and elsewhere is not None:
+                places = range(len(moving)) if span is None else [i for i, _ in changes]
+                changes = [(i, elsewhere[i] - moving[i][0]) for i in places]
+            shares = own.get("shares", [])
+            if span is not None and taken is not None and self.every > 1:
+                shares = self._shares(contexts, span, taken, shares, behind)
+            elif plane is None and estimate.loss is not None and (elsewhere is None or behind):
+                told["standing"] = estimate.loss.item()
             result = Result(estimate.gradient, [dict(changes).get(i) for i in range(len(moving))])
             pairs = zip(self.subspace, contexts, strict=True)
             remembered = [source.remember(context, result) for source, context in pairs]
             self._move(moving, changes)
+            if plane is None:
+                self._follow(contexts, remembered, shares, [group["lr"] for _, group, _ in moving])
         for i, (p, _, _) in enumerate(moving):
             self.state[p] = _flat(self._labels, [states[i] for states in remembered])
-        told |= {"gradient": estimate.state, "signature": signature, "step": own["step"] + 1}
+        told |= {"gradient": estimate.state, "signature": signature, "step": own["step"] + 1, "shares": shares}
         # A new record: one that state_dict() has handed out must not move on.
         self.state[STATE] = own | told  # type: ignore[index]
         if plane is None:
             assert estimate.loss is not None
             return estimate.loss
+        self.state[STATE].pop("standing", None)  # type: ignore[index]
         self.plane = plane
         return plane.value
 
@@ -377,18 +390,51 @@ class PlaneSearch(PlaneOptimizer):
         """The plane's directions: those of all sources, at most as many as there are parameters."""
         params, places, room = contexts[0].params, contexts[0].places, contexts[0].size
         found: list[CachedDirections] = []
-        for source, context in zip(self.subspace, contexts, strict=True):
+        counts = [0] * len(contexts)
+        for j, (source, context) in enumerate(zip(self.subspace, contexts, strict=True)):
             directions = self._directions_of(source, context)
             if directions is not None and room:
                 fitting = directions if directions.k <= room else SelectedDirections(directions, [slice(room)])
                 found.append(CachedDirections(fitting, params, places, CACHED_BYTES))
                 room -= fitting.k
+                counts[j] = fitting.k
         if not found:
             found.append(CachedDirections(Drawn(1).directions(contexts[0]), params, places, CACHED_BYTES))
         every = ConcatenatedDirections(found)
         isotropic = [one.isotropic for one in found for _ in range(one.k)]
         drawn = [i for i, yes in enumerate(isotropic) if yes]
-        return _Span(CachedDirections(every, params), every.squared_norms(params), drawn)
+        return _Span(CachedDirections(every, params), every.squared_norms(params), drawn, counts)
+
+    def _shares(
+        self, contexts: Sequence[Context], span: _Span, taken: Tensor, before: Sequence[Sequence[float]], behind: bool
+    ) -> list[list[float]]:
+        """What part each point of the sources has in the parameters after a plane's step.
+
+        A step by ``w_j (z_j - theta)`` leads to ``sum_j w_j z_j + (1 - sum_j w_j) theta``, and theta had parts before.
+        """
+        points = [source.points(context) for source, context in zip(self.subspace, contexts, strict=True)]
+        if behind:  # the parameters are at the first point of one source
+            first = next(j for j, of in enumerate(points) if of)
+            return [[float(j == first and k == 0) for k in range(len(of))] for j, of in enumerate(points)]
+        steps = []
+        for of, context, weights in zip(points, contexts, taken.split(list(span.counts)), strict=True):
+            lengths = [_distance(point, context.params) for point in of]
+            given = iter(weights.tolist() if len(weights) == sum(length > 0 for length in lengths) else [])
+            steps.append([next(given, 0.0) / length if length > 0 else 0.0 for length in lengths])
+        left = 1 - sum(map(sum, steps))
+        kept = before if list(map(len, before)) == list(map(len, steps)) else [[0.0] * len(own) for own in steps]
+        return [[w + left * old for w, old in zip(*pair, strict=True)] for pair in zip(steps, kept, strict=True)]
+
+    def _follow(
+        self, contexts: Sequence[Context], remembered: Sequence[Sequence[State]], shares: Sequence[Sequence[float]],
+        rates: Sequence[float],
+    ) -> None:  # fmt: skip
+        """Move the parameters on with the points in which they have a part, where a step has no plane."""
+        for source, context, states, own in zip(self.subspace, contexts, remembered, shares, strict=False):
+            pairs = zip(source.points(context), source.points(replace(context, state=states)), own, strict=False)
+            for before, after, share in pairs if any(own) else ():
+                for p, a, b, rate in zip(context.params, before, after, rates, strict=True):
+                    p.add_(b - a, alpha=float(rate) * share)
 
     def _directions_of(self, source: Source, context: Context) -> AbstractDirections | None:
         """A source's directions; with several processes compared bit by bit, where they are to be."""
@@ -410,11 +456,12 @@ class PlaneSearch(PlaneOptimizer):
 
     def _decided(
         self, shard: _Shard, moving: Moving, span: _Span, plane: PlaneModel, proposal: Proposal
-    ) -> tuple[Decision, Changes, float | None]:
+    ) -> tuple[Decision, Changes, float | None, Tensor]:
         """What the search makes of the proposal, told the losses that it asks for.
 
         Returns:
-            The decision, what is added to parameters, and the loss after that, where the search has asked for it.
+            The decision, what is added to parameters, the loss after that, where the search has asked for it, and the
+            coefficients of what is added.
         """
         params, factor = [p for p, _, _ in moving], max(float(group["lr"]) for _, group, _ in moving)
         trials = self.search.decide(proposal, _restored(self.search, self.state[STATE]))  # type: ignore[index]
@@ -426,7 +473,8 @@ class PlaneSearch(PlaneOptimizer):
                 changes, shortened = self._changes(moving, span.directions, plane, kappa)
             if isinstance(asked, Decision):
                 after = outcome.loss if outcome is not None and tried == asked.rate else None
-                return asked, [(i, asked.rate * change) for i, change in changes], after
+                taken = asked.rate * shortened * kappa
+                return asked, [(i, asked.rate * change) for i, change in changes], after, taken
             with _moved(asked.rate, params, changes):
                 outcome, tried = Outcome(self._loss(shard, params, plane), factor * shortened), asked.rate
 
@@ -560,6 +608,10 @@ def _proposed(plane: PlaneModel, descent: Spectral, squared_norms: Tensor) -> Pr
     value, covariance = plane.value.item(), None if plane.moments is None else plane.moments.covariance
     rounding = 2 * torch.finfo(plane.value.dtype).eps * abs(value)
     return Proposal.of(value, plane.slope, plane.curvature, descent, squared_norms, covariance, rounding)
+
+
+def _distance(point: Sequence[Tensor], params: Sequence[Tensor]) -> float:
+    return torch.stack([(a - p).double().norm() for a, p in zip(point, params, strict=True)]).norm().item()
 
 
 def _is_less(loss: Tensor | None, than: float) -> bool:

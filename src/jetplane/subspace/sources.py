@@ -93,9 +93,18 @@ class Source(ABC):
         """The point at which to estimate the gradient, one tensor for each parameter; None for the current parameters.
 
         If the loss of a plane's batch is less than half as large at this point as after the plane's step, the
-        parameters move to this point instead.
+        parameters move to this point instead. So they do before the first plane, where it is less than half of the
+        loss at which they stand.
         """
         return None
+
+    def points(self, context: Context) -> Sequence[Sequence[Tensor]]:
+        """The points to which the source's directions lead, in their order; none if they lead to no points.
+
+        The first is that of `weights`. In steps without a plane, parameters move as the points do in which a plane has
+        given them a part. A direction may be left out of the plane where the parameters are at its point.
+        """
+        return []
 
     @abstractmethod
     def directions(self, context: Context) -> AbstractDirections | None:
@@ -184,8 +193,9 @@ class FastWeights(Source):
 
     with the bias-corrected running averages m and s of estimates g of the gradient at z, and of g^2. In the plane of
     these directions theta moves to the point at which the loss of the batch is lowest; z continues from where it is.
-    So z explores at the cost of an estimate, and theta follows it as far as the loss falls. If the estimates do not
-    lower the loss, theta stays; if the loss at z is much lower, theta moves to z.
+    Between planes theta stays the same affine combination of z, mean(z) and the rest of it. So z explores at the cost
+    of an estimate, and theta follows it as far as the loss falls. If the estimates do not lower the loss, theta stays;
+    if the loss at z is much lower, theta moves to z.
 
     The state is four tensors of each parameter's size.
 
@@ -215,8 +225,12 @@ class FastWeights(Source):
 
     def weights(self, context: Context) -> Sequence[Tensor] | None:
         """See `Source`: z."""
-        pairs = zip(context.params, context.state, strict=True)
-        return [state.get("fast", p) for p, state in pairs] if any(context.state) else None
+        return next(iter(self.points(context)), None)
+
+    def points(self, context: Context) -> Sequence[Sequence[Tensor]]:
+        """See `Source`: z, and the average of z."""
+        pairs = list(zip(context.params, context.state, strict=True))
+        return [[s.get(name, p) for p, s in pairs] for name in ("fast", "mean")] if any(context.state) else []
 
     def directions(self, context: Context) -> AbstractDirections | None:
         """See `Source`."""
@@ -319,8 +333,9 @@ class Subspace:
             function, else "hessian", with a warning.
         chunk: directions to carry at a time, an integer or "auto"; see `jetplane.evaluate`. None for all of them, or,
             to save memory, for one at a time with "ggn" if less than a tenth of the model moves, as with adapters.
-        every: a plane is evaluated, and parameters move, in one step of ``every``. The other steps only estimate the
-            gradient and update the sources; this needs an estimator that is ``alone`` (`jetplane.gradients.Estimator`).
+        every: a plane is evaluated in one step of ``every``. The other steps estimate the gradient and update the
+            sources, and parameters follow `Source.points`; this needs an estimator that is ``alone``
+            (`jetplane.gradients.Estimator`).
 
     Raises:
         ArgumentError: no source, another curvature, or ``every`` less than 1.
