@@ -57,7 +57,7 @@ class Protocol:
     methods: dict[str, tuple[int, ...]]
 
 
-MAIN, ONE = (0, 1, 2), (0,)
+MAIN, ONE = (0, 1, 2, 3, 4), (0,)
 PROTOCOL: dict[str, Protocol] = {
     "mlp": Protocol(
         60.0,

@@ -613,6 +613,14 @@ class TestCommand:
             CliRunner().invoke(cli.app, ["finetune", *options], catch_exceptions=False)
 
 
+def test_a_table_keeps_its_words_in_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    row = {"method": "Adam, checkpointed", "test": "70.9 ± 1.5", "seconds": "8.1", "of inference": "0.78"}
+    cli._print([row], left=("method",))
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("checkpointed", "70.9 ± 1.5", "of inference"))
+
+
 def test_the_example(folder):
     spec = importlib.util.spec_from_file_location("finetune", Path(__file__).parent.parent / "examples/finetune.py")
     module = importlib.util.module_from_spec(spec)

@@ -486,13 +486,21 @@ def _show(runs: list[Finished]) -> None:
 
 
 def _print(rows: list[dict[str, str]], left: Sequence[str], ends: Sequence[int] = ()) -> None:
-    """Print a table; columns not in ``left`` are aligned right, and a line follows each row in ``ends``."""
+    """Print a table; columns not in ``left`` are aligned right, and a line follows each row in ``ends``.
+
+    It is wider than the terminal where words would be cut off otherwise.
+    """
     shown = Table(box=None, header_style="bold", pad_edge=False, collapse_padding=True)
     for name in rows[0]:
         shown.add_column(name, justify="left" if name in left else "right", no_wrap=name not in left)
     for n, row in enumerate(rows):
         shown.add_row(*row.values(), end_section=n in ends)
-    console.print(shown)
+    cells = {name: [name, *(row[name] for row in rows)] for name in rows[0]}
+    words = [
+        max(map(len, (w for cell in c for w in (cell.split() if n in left else [cell])))) for n, c in cells.items()
+    ]
+    wide = sum(words) + len(words)
+    (console if wide <= console.width else Console(width=wide)).print(shown)
 
 
 def main() -> None:

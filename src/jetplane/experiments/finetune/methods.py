@@ -63,6 +63,7 @@ class Method:
         rates: published rates by the name of the parameters that train, "" for the others; empty where it takes none.
         search: range in which a search looks for the rate, log-uniformly.
         source: of its formula.
+        period: steps after which it has taken all the memory that it ever takes.
     """
 
     title: str
@@ -71,6 +72,7 @@ class Method:
     source: str
     rates: Mapping[str, float] = field(default_factory=dict)
     search: tuple[float, float] | None = None
+    period: int = 4  # by then averages remember all directions that they ever do
 
     def rate(self, parameters: str) -> float | None:
         """The published rate; None for a method without one."""
@@ -160,7 +162,7 @@ def _backprop(model: TextClassifier, rate: float, micro_batch: int | None) -> St
 _MEZO = {"lora": 1e-4, "prefix": 1e-2, "": 1e-5}
 
 METHODS: dict[str, Method] = {
-    "plane-search": Method("PlaneSearch", "forward", _plane_search, "this package"),
+    "plane-search": Method("PlaneSearch", "forward", _plane_search, "this package", period=ROUND),
     "perturbation": Method(
         "PlaneSearch by perturbation", "forward", _by_closure(_activity_perturbation), "this package"
     ),

@@ -21,7 +21,6 @@ from .options import Settings
 from .parameters import choose
 
 SCORED = 50  # texts that are scored at a time
-MEASURED = 4  # steps whose memory is measured: PlaneSearch then remembers all its directions
 Observer = Callable[[float, float], None]  # (seconds trained, loss)
 
 
@@ -186,7 +185,7 @@ class Memory:
     Attributes:
         weights: of the classifier that trains.
         inference: of a pass without training over the same batch, its weights included.
-        training: of `MEASURED` steps, weights and all that the method keeps included.
+        training: of a method's `period` of steps, weights and all that it keeps included.
     """
 
     weights: int
@@ -201,7 +200,7 @@ def measure(task: Task, name: str, settings: Settings) -> Memory:
 
     def steps(model: TextClassifier, batch: Batch) -> None:
         step = method.build(model, rate, 0, settings.micro_batch)
-        for _ in range(MEASURED):
+        for _ in range(method.period):
             step(batch)
 
     steps(task.prepared(settings, 0), batch.split(2)[0])  # what code, libraries and threads take once
