@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import JetplaneWarning, warn_user
 from ..evaluation.context import expansion
 from ..evaluation.interception import Interception
 from ..evaluation.side_effects import without_side_effects
@@ -37,7 +38,7 @@ from .layers import (
     registered_modules,
 )
 from .passes import Closure, LayerTrace, hooked, trace
-from .perturbation import perturbed
+from .perturbation import mixture, perturbed
 from .plan import OTHERS, LayerPlan, Mode
 
 _COEFFICIENTS = 1 << 24  # of a layer's output, that one pass carries at most
@@ -45,6 +46,8 @@ _FREE = 1 << 17  # coefficients that cost no time beside what starting a pass co
 _NOISE_FLOPS = 600.0  # floating-point operations that cost as much as drawing, carrying and using a number of noise
 _ACTIVE = 0.9  # a layer of whose outputs more than this part is active counts as one of which all are
 _MOST_FREE_SAMPLES = 64
+_MIXED = 0.3  # how much of the loss's parts, of others than the examples at their place, shows that they are not theirs
+_APART = 1e-3  # how little of it lets all examples move along one direction
 _MOST_CALLS = 64  # of a layer, that may have directions of their own
 
 
@@ -83,6 +86,13 @@ def allocate(
         them accounts for; it is there if such parameters are. They hold as long as the `signature` is the same.
     """
     facts = _observe(closure, model, params, per_position)
+    if facts.mixed > _MIXED:
+        warn_user(
+            "the parts of the loss are not those of the examples that the model puts out, in their order, as where "
+            "outputs are permuted, sorted or selected before the loss, or compared with each other: estimates of the "
+            "gradient are noisier by as many times as there are examples. Permute or select the inputs instead",
+            JetplaneWarning,
+        )
     demands = {name: facts.demand(name) for name in facts.names}
     covered = owned({name: facts.modules[name] for name in facts.names})
     others = sum(p.numel() for p in params if id(p) not in covered)
@@ -109,8 +119,9 @@ def allocate(
             held = widest[name] / (chunk * max(outputs))
         successor = facts.activity[name].successor if mode == "outputs" and name in facts.activity else None
         plans[name] = LayerPlan(
-            mode, samples, min(samples, math.ceil(samples * held)), name in facts.own_rows, successor, calls=calls
-        )
+            mode, samples, min(samples, math.ceil(samples * held)), name in facts.own_rows, successor, calls=calls,
+            together=facts.mixed > _MIXED,
+        )  # fmt: skip
     return _with_feedback(plans, facts, sum(p.numel() for p in params), whole)
 
 
@@ -168,6 +179,7 @@ class _Facts:
         apart: how many calls have nothing to do with each other, of layers that are called several times.
         positions: how many come out of each positionwise layer that is called once, or as if it were.
         rows: how many parts the loss tells apart, 1 if none; 0 if it depends on no layer.
+        mixed: how much these parts have to do with other examples than those at their place.
         own_rows: the layers whose positions are taken for examples.
         activity: of layers some of whose outputs are not active.
         normalized: whether some module normalizes by the mean of the batch at hand.
@@ -180,6 +192,7 @@ class _Facts:
     apart: dict[str, int]
     positions: dict[str, int]
     rows: int
+    mixed: float
     own_rows: set[str]
     activity: dict[str, _Activity]
     normalized: bool
@@ -209,7 +222,7 @@ class _Facts:
         """
         layer = layer_of(self.modules[name])
         t, positions = self.traces[name], self.positions.get(name)
-        if layer is None or not layer.featurewise or positions is None or self.rows % positions:
+        if layer is None or not layer.featurewise or positions is None or self.rows % positions or self.mixed > _APART:
             return False
         alone = positions == t.rows or name == self.last or name in self.own_rows
         return alone and (name == self.last or not self.normalized)
@@ -227,16 +240,20 @@ def _observe(closure: Closure, model: nn.Module, params: Sequence[Tensor], per_p
         layer, t = layer_of(modules[name]), traces[name]
         if layer is not None and layer.positionwise and name in once:
             positions[name] = t.outputs // t.shape[-1]
-    rows = 0
+    rows, mixed = 0, 0.0
     if positions:
         single = LayerPlan("outputs", 1, calls=apart.get(names[-1], 1))
         slopes = perturbed(names[-1], modules[names[-1]], single, stream=0).slopes(closure)
         rows = 0 if slopes is None else len(slopes.whole())
+        if slopes is not None and rows > 1:
+            single = replace(single, per_position=per_position and positions.get(names[-1]) == rows)
+            mixed = mixture(modules[names[-1]], single, slopes, closure)
+            rows = rows if mixed <= _MIXED else 1
     own_rows = {name for name in positions if per_position and positions[name] == rows != traces[name].rows}
     batch_norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     normalized = any(isinstance(m, batch_norms) and (m.training or m.running_mean is None) for m in model.modules())
     activity = _activity(closure, known, traces, once, names[:-1])
-    return _Facts(modules, traces, flops, names, apart, positions, rows, own_rows, activity, normalized)
+    return _Facts(modules, traces, flops, names, apart, positions, rows, mixed, own_rows, activity, normalized)
 
 
 def _apart(

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
@@ -51,6 +51,8 @@ from .layers import (
 from .noise import signs
 from .passes import Closure, hooked, trace
 from .plan import OTHERS, LayerPlan, Mode
+
+HALVES = 4  # how many times examples are halved, to see what parts of the loss have to do with
 
 
 class PerturbationEstimate(NamedTuple):
@@ -180,6 +182,12 @@ class Slopes(NamedTuple):
         own = self.values[:, call % apart]
         if apart == 1:
             return own
+        # Outputs that are put side by side before the loss have their parts of it one after another.
+        before, side_by_side = sum(self.rows[:call]), sum(self.rows)
+        times = len(own) // side_by_side
+        begin, end = before * times, (before + self.rows[call]) * times
+        if times * side_by_side == len(own) and not bool(own[:begin].any() or own[end:].any()):
+            return own[begin:end]
         # The losses of micro-batches are added up where they are equally long: see `jetplane.rules.examples`.
         start = every = 0
         for i, rows in enumerate(self.rows):
@@ -346,27 +354,8 @@ class PerturbedLayer(ABC):
         return Slopes(torch.cat([slopes.values for slopes in found], 2), found[0].rows)
 
     def _slopes(self, closure: Closure, samples: range) -> Slopes | None:
-        apart, count, met = self.plan.calls, len(samples), []
-        with without_side_effects(), expansion(Diagonal(apart * count), 1, examples=True) as space:
-
-            def after(module: nn.Module, call: int, x: Any, y: Any) -> Any:
-                at, first, _ = parts(y, space)
-                met.append(self.rows(at.shape))
-                moved = self.tangents(call, parts(x, space)[0], at, samples)
-                begin = call % apart * count
-                own = None if apart == 1 else tuple(range(begin, begin + count))
-                return Jet(at, first + Coefficients(space, 1, moved, own), None, space, kind=MODEL)
-
-            with hooked(after, [self.module], space=space), Interception(space).running():
-                loss = closure()
-            jet = promoted(loss)
-            loss = loss if jet is None else jet
-            coefficients = parts(loss, space)[1]
-            if not coefficients:
-                return None
-            slope = coefficients.full((), coefficients.tensor.dtype, coefficients.tensor.device).reshape(-1)
-            found = known(loss, slope)
-            return Slopes((slope if found is None else found).reshape(-1, apart, count), tuple(met))
+        tangents = lambda call, x, y: self.tangents(call, x, y, samples)  # noqa: E731
+        return _along(closure, self.module, tangents, len(samples), self.plan.calls, self.rows, self.plan.together)
 
 
 @final
@@ -473,6 +462,89 @@ def perturbed(name: str, module: nn.Module, plan: LayerPlan, stream: Any, offset
     if layer is None:
         raise ArgumentError(f"module {name!r} cannot be perturbed: its class {type(module).__name__} is not registered")
     return _MODES[plan.mode](name, module, layer, parameters_of(module, layer), plan, stream, offset)
+
+
+def mixture(module: nn.Module, plan: LayerPlan, slopes: Slopes, closure: Closure) -> float:
+    """How much the loss's parts have to do with other examples of a layer than those at their place; a pass tells.
+
+    It is 0 if they are those of the examples, in their order, and about 1 where outputs are permuted, sorted or
+    selected before the loss. The outputs of about half of the examples move along one direction, those of the others
+    along another, several times.
+
+    Args:
+        module: the layer.
+        plan: of whose calls and positions.
+        slopes: along any tangents, which have as many parts.
+        closure: returns the loss.
+    """
+    counts = [len(slopes.of(call)) for call in range(len(slopes.rows))]
+
+    def rows(shape: torch.Size) -> int:
+        return shape[:-1].numel() if plan.per_position else shape[0]
+
+    def chosen(call: int, n: int) -> Tensor:
+        """Which examples move along each direction, (2 * HALVES, n), by runs of as many as a part of the loss has."""
+        block = n // counts[call] if n % counts[call] == 0 else 1
+        half = signs(key(0, call), range(HALVES), (n // block, 1), slopes.values).squeeze(-1) > 0
+        half[:, 0] = ~half[:, -1]
+        return torch.cat([half, ~half]).repeat_interleave(block, 1)
+
+    def tangents(call: int, x: Tensor, y: Tensor) -> Tensor:
+        n = rows(y.shape)
+        noise = signs(key(1, call), range(1), y.shape, y).reshape(n, -1)
+        return (noise * chosen(call, n).unsqueeze(-1)).reshape(-1, *y.shape)
+
+    most, found = 0.0, _along(closure, module, tangents, 2 * HALVES, plan.calls, rows)
+    for call, n in enumerate(found.rows if found is not None else ()):
+        own = found.of(call).abs()  # type: ignore[union-attr]
+        if len(own) == 1 or (len(own) % n and n % len(own)):
+            continue  # one slope for all
+        own, right = _grouped(own, n), chosen(call, n).mT
+        most = max(most, float(own[~right].sum() / own[right].sum().clamp_min(torch.finfo(own.dtype).tiny)))
+    return most
+
+
+def _along(
+    closure: Closure,
+    module: nn.Module,
+    tangents: Callable[[int, Tensor, Tensor], Tensor],
+    count: int,
+    calls: int,
+    rows: Callable[[torch.Size], int],
+    together: bool = False,
+) -> Slopes | None:
+    """Slopes of the loss's parts along tangents of a module's outputs; None if it does not depend on the module.
+
+    Args:
+        closure: returns the loss.
+        module: whose outputs move.
+        tangents: ``count`` of them, of the number of a call, its input and its output.
+        count: how many.
+        calls: how many calls have directions of their own.
+        rows: of an output of this shape.
+        together: whether the loss counts as one part.
+    """
+    met = []
+    with without_side_effects(), expansion(Diagonal(calls * count), 1, examples=True) as space:
+
+        def after(module: nn.Module, call: int, x: Any, y: Any) -> Any:
+            at, first, _ = parts(y, space)
+            met.append(rows(at.shape))
+            moved = tangents(call, parts(x, space)[0], at)
+            begin = call % calls * count
+            own = None if calls == 1 else tuple(range(begin, begin + count))
+            return Jet(at, first + Coefficients(space, 1, moved, own), None, space, kind=MODEL)
+
+        with hooked(after, [module], space=space), Interception(space).running():
+            loss = closure()
+        jet = promoted(loss)
+        loss = loss if jet is None else jet
+        coefficients = parts(loss, space)[1]
+        if not coefficients:
+            return None
+        slope = coefficients.full((), coefficients.tensor.dtype, coefficients.tensor.device).reshape(-1)
+        found = None if together else known(loss, slope)
+        return Slopes((slope if found is None else found).reshape(-1, calls, count), tuple(met))
 
 
 def _grouped(slopes: Tensor, n: int) -> Tensor:

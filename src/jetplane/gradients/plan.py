@@ -29,6 +29,7 @@ class LayerPlan:
         feedback: the shape of the layer's learned feedback (`.feedback`), None if it has none.
         calls: how many calls of the layer in a pass move along directions of their own; 1 if all calls share theirs.
             They are as many as there are micro-batches where a closure runs over these one after another.
+        together: whether the slope of the whole loss judges the noise of all examples, since its parts are not theirs.
     """
 
     mode: Mode
@@ -38,6 +39,7 @@ class LayerPlan:
     successor: str | None = None
     feedback: FeedbackSpec | None = None
     calls: int = 1
+    together: bool = False
 
     def plain(self) -> dict[str, Any]:
         """The fields as a dictionary of plain numbers and words, for checkpoints."""
