@@ -68,9 +68,10 @@ def follow(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any],
             keep(space, result, parts(args[0], space)[1], share)
         return
     if packet in ("stack", "cat") and space.keys and isinstance(args[0], (list, tuple)) and is_jet(result, space):
-        sums = tuple(_of(x, space) for x in args[0] if x.numel() == 1)
+        sums = [_of(x, space) for x in args[0] if x.numel() == 1]
         if len(sums) == len(args[0]) and not any(map(_is_apart, of)) and all(isinstance(t, Tensor) for t in sums):
-            result.examples = LOST if any(t is LOST for t in sums) else sums if len(sums) > 1 else sums[0]
+            whole = sums[0] if len(sums) == 1 else tuple(sums)
+            result.examples = LOST if any(t is LOST for t in sums) else whole
             return
     if any(isinstance(a.examples, tuple) for a in of):
         return _follow_stacked(packet.removesuffix("_"), space, args, kwargs, result)
@@ -90,7 +91,8 @@ def _is_apart(x: Jet) -> bool:
 
 def _follow_stacked(packet: str, space: Space, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
     """As `follow`, where an argument is a tensor of sums of losses."""
-    x, other = args[0], args[1] if len(args) > 1 else None
+    x: Any = args[0]
+    other: Any = args[1] if len(args) > 1 else None
     if packet == "mul" and not (is_jet(x, space) and isinstance(x.examples, tuple)):
         x, other = other, x
     known = x.examples if is_jet(x, space) else None
@@ -193,7 +195,7 @@ def known(loss: Any, slope: Tensor) -> Tensor | None:
     """The examples' parts of an evaluated loss, if they are known and add up to its slope."""
     jet = promoted(loss)
     examples = (loss if jet is None else jet).examples
-    return None if examples is LOST else checked(examples, slope)
+    return None if examples is LOST or isinstance(examples, tuple) else checked(examples, slope)
 
 
 def checked(examples: Tensor | None, slope: Tensor) -> Tensor | None:
