@@ -93,6 +93,7 @@ LINEAR = {
     "modulus": lambda a, b, c: torch.view_as_complex(a - b).abs().square().mean(),
     "einsum": lambda a, b, c: (lambda r: torch.einsum("nd,nd->n", r, r))(a - b).mean(),
     "inner": lambda a, b, c: (lambda r: torch.inner(r, r))((a - b).flatten()),
+    "of one element": lambda a, b, c: (a[0, :1] - b[0, :1]) ** 2 + (a[1, :1] - b[1, :1]) ** 2,
     "number by number": lambda a, b, c: sum((a[i, 0] - b[i, 0]) ** 2 for i in range(3)) / 3,
     "weighed": lambda a, b, c: torch.stack([(a - b).square().mean(), a.square().sum()]) @ FIRST[:2],
     "root": lambda a, b, c: ((a - b) ** 2).mean().sqrt(),
@@ -122,19 +123,19 @@ def test_losses_by_hand_have_the_curvature_of_the_outputs(name, chunk):
     y = net(X)
     rows = [torch.cat([g.flatten() for g in torch.autograd.grad(v, params, retain_graph=True)]) for v in y.flatten()]
     tangents = (torch.stack(rows) @ torch.cat([v.flatten(1) for v in along], 1).T).reshape(*y.shape, 4)
-    linearized = lambda a: loss(y.detach() + tangents @ a)  # noqa: E731
+    linearized = lambda a: loss(y.detach() + tangents @ a).sum()  # noqa: E731
     origin = torch.zeros(4, dtype=torch.float64)
     exact = grad_of_grad(lambda: loss(net(X)), params, along)
-    torch.testing.assert_close(plane.value, exact.value, rtol=1e-12, atol=0)
-    torch.testing.assert_close(plane.slope, exact.slope, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(plane.value, exact.value.reshape(()), rtol=1e-12, atol=0)
+    torch.testing.assert_close(plane.slope, exact.slope.reshape(4), rtol=1e-10, atol=1e-12)
     expected = torch.autograd.functional.hessian(linearized, origin)
     torch.testing.assert_close(plane.curvature, expected, rtol=1e-10, atol=1e-12)  # type: ignore[arg-type]
     beside = jp.evaluate(lambda: loss(net(X)), params, along, "none", examples=True)
-    torch.testing.assert_close(beside.slope, exact.slope, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(beside.slope, exact.slope.reshape(4), rtol=1e-10, atol=1e-12)
     if name not in ("root", "weighed", "number by number"):
         for found in (plane, beside):
             assert found.examples is not None
-            torch.testing.assert_close(found.examples.sum(0), exact.slope, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(found.examples.sum(0), exact.slope.reshape(4), rtol=1e-10, atol=1e-12)
 
 
 # Penalties: exact, and an equal part of each example's loss.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _sharding
 from ..directions import AbstractDirections
+from ..rules.by_hand import as_loss
 from ..rules.examples import known
 from . import gradient_hooks, sharded
 from .checks import checked_finite, coefficients_of
@@ -46,7 +47,7 @@ def evaluate_at_once(
         for i, p in enumerate(params):
             interception.register(p, i, directions, p)
         with interception.running(), _copies_registered(interception, params, directions):
-            loss = sharded.gathered(interception.replaced(closure()))
+            loss = as_loss(sharded.gathered(interception.replaced(closure())), space)
         value, first, second = coefficients_of(loss, space, bool(interception.used or interception.unmoved))
         if second is None and spec.curvature != "none":
             second = value.new_zeros(structure.count)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import JetplaneWarning, warn_user
 from ..evaluation.context import expansion
 from ..evaluation.interception import Interception
 from ..evaluation.side_effects import without_side_effects
@@ -83,6 +84,14 @@ def allocate(
         them accounts for; it is there if such parameters are. They hold as long as the `signature` is the same.
     """
     facts = _observe(closure, model, params, per_position)
+    last = facts.told.get(facts.last)
+    if last is not None and last.order == "unknown" and last.parts > 1:
+        warn_user(
+            "the parts of the loss are not those of the examples that the model puts out, in their order, as where "
+            "outputs are permuted, sorted or selected before the loss, or compared with each other: estimates of the "
+            "gradient are noisier by as many times as there are examples. Permute or select the inputs instead",
+            JetplaneWarning,
+        )
     demands = {name: facts.demand(name) for name in facts.names}
     covered = owned({name: facts.modules[name] for name in facts.names})
     others = sum(p.numel() for p in params if id(p) not in covered)

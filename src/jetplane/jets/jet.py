@@ -111,8 +111,8 @@ class Jet(torch.Tensor):
             gives it another primal.
         origin: the primal that it was made with, if it has another one since.
         kind: see `Space.gauss_newton`.
-        examples: each example's part of the slope; of losses that are not added up yet, integers: see
-            `jetplane.rules.examples`.
+        examples: each example's part of the slope; of losses that are not added up yet, integers, and of
+            sums of losses that are stacked, a tuple: see `jetplane.rules.examples`.
         known: the curved functions of which it is a linear one: see `jetplane.rules.by_hand`.
     """
 
@@ -124,7 +124,7 @@ class Jet(torch.Tensor):
     version: int
     is_seed: bool
     kind: int
-    examples: Tensor | None
+    examples: Any
     known: Any
     origin: Tensor | None
     is_argument: bool

@@ -90,7 +90,7 @@ def check_group(group: Any, earlier: Iterable[Tensor], optimizer: type, options:
     if isinstance(params, (nn.Module, Mapping, str, set)) or not isinstance(params, Iterable):
         raise ArgumentError(f'"params" of a group must be a list of tensors, got {_shown(params)}')
     params = [params] if isinstance(params, Tensor) else list(params)
-    tensors = [each[1] if isinstance(each, tuple) and len(each) == 2 else each for each in params]
+    tensors: list[Any] = [each[1] if isinstance(each, tuple) and len(each) == 2 else each for each in params]
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             raise ArgumentError(f'"params" of a group must be a list of tensors, and one of them is {_shown(tensor)}')

@@ -84,9 +84,15 @@ def follow(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any],
     if rule is None or not is_jet(result, space) or not result.numel():
         return result
     terms = rule(func, space, args, kwargs)
-    if terms and result.numel() == 1 and func not in _ROOTS:
+    if terms and func not in _ROOTS and (result.dim() == 0 or (result.numel() == 1 and rule is _sum)):
         return _total(space, terms, result)
     return _noted(result, space, terms, func in _ROOTS)
+
+
+def as_loss(x: Any, space: Space) -> Any:
+    """What a closure returns: of one element and made of terms, a loss."""
+    terms = _terms(x, space) if space.tells_kinds and is_jet(x, space) and x.numel() == 1 else ()
+    return _total(space, terms, x) if terms else x
 
 
 def made_of_terms(x: Any, space: Space) -> bool:
@@ -145,7 +151,8 @@ def _of_log_softmax(dim: int) -> Curved:
     def curved(space: Space, x: Any, w: Tensor) -> tuple[Coefficients, Coefficients, Tensor]:
         p, x1, x2 = parts(x, space)
         if not space.gauss_newton:
-            return x1, x2, w - torch.softmax(precise(p), dim) * w.sum(dim, keepdim=True)
+            d1 = w - torch.softmax(precise(p), dim) * w.sum(dim, keepdim=True)
+            return x1.total(d1), x2, d1
         return weighed_softmax(space, p, x1, -w, dim)
 
     return curved

@@ -8,6 +8,8 @@ factors, sums of losses, regularizers. Anything else makes them unknown, never w
 Losses that are not reduced (``reduction="none"``) may be weighed, reshaped and put side by side before they are added
 up. `Jet.examples` is then an integer for each of those side by side, the length of its first axis. Adding them up is
 adding their sums: where two are equally long, nobody knows whether they are of the same examples.
+
+Sums of losses may be stacked and weighed before they are added up; `Jet.examples` is then a tuple, of each its own.
 """
 
 from __future__ import annotations
@@ -65,6 +67,14 @@ def follow(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any],
             share = torch.full_like(args[0].primal, 1 / args[0].numel() if packet == "mean" else 1)
             keep(space, result, parts(args[0], space)[1], share)
         return
+    if packet in ("stack", "cat") and space.keys and isinstance(args[0], (list, tuple)) and is_jet(result, space):
+        sums = [_of(x, space) for x in args[0] if x.numel() == 1]
+        if len(sums) == len(args[0]) and not any(map(_is_apart, of)) and all(isinstance(t, Tensor) for t in sums):
+            whole = sums[0] if len(sums) == 1 else tuple(sums)
+            result.examples = LOST if any(t is LOST for t in sums) else whole
+            return
+    if any(isinstance(a.examples, tuple) for a in of):
+        return _follow_stacked(packet.removesuffix("_"), space, args, kwargs, result)
     if any(_is_apart(a) for a in of):
         return _follow_apart(packet.removesuffix("_"), space, args, kwargs, result)
     for made in tree_leaves(result):
@@ -76,7 +86,27 @@ def follow(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any],
 
 def _is_apart(x: Jet) -> bool:
     """Whether it is a tensor of losses, which nobody has added up yet."""
-    return x.examples is not None and not x.examples.is_floating_point()
+    return isinstance(x.examples, Tensor) and not x.examples.is_floating_point()
+
+
+def _follow_stacked(packet: str, space: Space, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
+    """As `follow`, where an argument is a tensor of sums of losses."""
+    x: Any = args[0]
+    other: Any = args[1] if len(args) > 1 else None
+    if packet == "mul" and not (is_jet(x, space) and isinstance(x.examples, tuple)):
+        x, other = other, x
+    known = x.examples if is_jet(x, space) else None
+    for made in tree_leaves(result):
+        if is_jet(made, space):
+            made.examples = LOST
+    if not isinstance(known, tuple) or not is_jet(result, space):
+        return
+    if packet in ("sum", "mean") and result.numel() == 1:
+        total = functools.reduce(lambda a, b: _sum(a, b, 1), known)
+        result.examples = total / len(known) if packet == "mean" else total
+    elif packet in ("mul", "div") and not isinstance(other, Jet) and not kwargs and result.shape == x.shape:
+        factors = torch.as_tensor(other, device=x.device).expand(x.shape).reshape(-1)
+        result.examples = tuple(e * f if packet == "mul" else e / f for e, f in zip(known, factors, strict=True))
 
 
 def _follow_apart(packet: str, space: Space, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
@@ -165,7 +195,7 @@ def known(loss: Any, slope: Tensor) -> Tensor | None:
     """The examples' parts of an evaluated loss, if they are known and add up to its slope."""
     jet = promoted(loss)
     examples = (loss if jet is None else jet).examples
-    return None if examples is LOST else checked(examples, slope)
+    return None if examples is LOST or isinstance(examples, tuple) else checked(examples, slope)
 
 
 def checked(examples: Tensor | None, slope: Tensor) -> Tensor | None:
