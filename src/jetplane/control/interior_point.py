@@ -50,6 +50,7 @@ COMPLEMENTARITY = 1e-4  # products of distances and multipliers, in the units of
 LESS, MUCH_LESS = 0.9, 0.1  # of the infeasibility before, that a restoration is to reach; that a filter is emptied for
 ELASTIC_TOL, ELASTIC_ACCEPTABLE = 1e-6, 1e-4  # of the restoration
 FAR = 1e6  # times the size of the start: where variables go that grow without end
+UNDECIDED = (Status.STALLED, Status.RESTORATION_FAILED, Status.ITERATION_LIMIT, Status.INFEASIBLE)  # of the unbounded
 SMALL, ROUNDING = 1e-2, 1e-10  # violation beside them: of constraints, and of rounding
 
 
@@ -342,7 +343,7 @@ class _InteriorPoint:
             number = int(s.number[k])
             if self.ended[number] is not None:
                 continue
-            how = Status.DIVERGED if not status.success and self._gone(s, k, status) else status
+            how = Status.DIVERGED if status in UNDECIDED and self._gone(s, k, status) else status
             last = how.success or how in (Status.DIVERGED, Status.INFEASIBLE)
             self.ended[number] = Ended(
                 how,
