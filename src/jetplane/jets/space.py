@@ -13,9 +13,8 @@ from .pairs import PairStructure, structure_of
 
 PARAMETER, TOTAL, MODEL, LOSS = 0, 1, 2, 3  # kinds of jets: see Space.gauss_newton
 
-Key = tuple[
-    tuple[Any, ...], int, int, bool, bool, bool
-]  # structure, order, level, gauss_newton and examples of a space
+# Structure, order, level, gauss_newton, examples and recorded of a space.
+Key = tuple[tuple[Any, ...], int, int, bool, bool, bool]
 
 
 @dataclass(eq=False)

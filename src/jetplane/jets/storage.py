@@ -12,22 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import memory_of
+from .._torch import is_stand_in, memory_of
 from ..errors import DerivativeError
-from .coefficients import Coefficients, aligned, writable
+from .coefficients import Coefficients, aligned, plain, writable
 from .jet import WRITTEN, Jet, carried, innermost, is_jet, parts, set_refresh
 from .space import Space
 
 OUT_OF_PLACE = "use the out-of-place operation (torch.cat, torch.stack, torch.where, index_put)"
 
 
-def _where(jet: Jet) -> str:
-    """Where a write cannot be followed."""
-    if isinstance(jet.primal, Jet):
-        return (
-            "inside a function that is itself differentiated inside another one (jp.laplacian in jp.jvp, bilaplacian)"
-        )
-    return "in compiled code"
+def _followed(x: Tensor) -> bool:
+    """Whether views of a tensor can be found again by their place in memory; a compiler's stand-ins have places too."""
+    return plain(x) or is_stand_in(type(x))
+
+
+def _kind(x: Tensor) -> str:
+    return "inside of derivatives of derivatives" if isinstance(x, Jet) else f"of a {type(x).__name__}"
 
 
 def same_storage(a: Tensor, b: Tensor) -> bool:
@@ -85,13 +85,14 @@ def _rebind(base: Jet, target: Jet, p: Tensor) -> None:
     Views take theirs from it when they are read again. Plain memory that a jet stands for gets the values too.
 
     Raises:
-        DerivativeError: a view of nested jets.
+        DerivativeError: a view inside of derivatives of derivatives, or of a tensor that wraps others.
     """
     if target is base:
         base.origin = base.primal if base.origin is None else base.origin
         base.primal = p.expand_as(base.primal)
-    elif isinstance(base.primal, Jet) or isinstance(p, Jet):
-        raise DerivativeError(f"in-place write to a view {_where(base)}; {OUT_OF_PLACE}")
+    elif not (_followed(base.primal) and _followed(p)):
+        kind = _kind(p if _followed(base.primal) else base.primal)
+        raise DerivativeError(f"in-place write to a view, or into a buffer, {kind}; {OUT_OF_PLACE}")
     else:
         whole, view = base.primal, target.primal
         if base.origin is None:
@@ -154,8 +155,8 @@ def _seen(base: Jet, view: Jet, name: str) -> Coefficients:
 
 def _seen_primal(base: Jet, view: Tensor) -> Tensor:
     """What a view sees of a base whose primal is another one now."""
-    if isinstance(base.primal, Jet) or base.primal.dtype != view.dtype or view.is_conj() or view.is_neg():
-        raise DerivativeError("a view of a nested jet that was written to in place; take the view after the write")
+    if not _followed(base.primal) or base.primal.dtype != view.dtype or view.is_conj() or view.is_neg():
+        raise DerivativeError("a view of a tensor that was written to in place since; take the view after the write")
     return base.primal.as_strided(view.shape, view.stride(), view.storage_offset())
 
 

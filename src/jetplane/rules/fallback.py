@@ -125,7 +125,7 @@ def reverse(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
     if forbidden():
         raise missing(func, "jetplane.strict() forbids the local fallback")
     if not all_plain(space, args, kwargs):
-        raise missing(func, "the local fallback does not reach into nested jets")
+        raise missing(func, "the local fallback reaches neither into derivatives of derivatives nor into compiled code")
     try:
         result = reverse_over_reverse(func, space, args, kwargs)
         moves = any(c for a in tree_leaves((args, kwargs)) for c in parts(a, space)[1:])

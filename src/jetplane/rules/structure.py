@@ -472,7 +472,9 @@ def _(space: Space, x: Any, size: Sequence[int], stride: Sequence[int], offset: 
     y = p.as_strided(size, stride, offset)
     base = x.root()
     if not plain(p):
-        raise DerivativeError("as_strided inside nested jets")
+        raise DerivativeError(
+            "as_strided inside of derivatives of derivatives, or in compiled code; use slices, unfold or reshape"
+        )
     view = Jet(y, None, None, space, base)
     if not (x1 or x2):
         return y
