@@ -320,7 +320,7 @@ class PlaneSearch(PlaneOptimizer):
         """Span a plane, evaluate it, decide how far to step in it, estimate the gradient for later planes, and move.
 
         If a plane is evaluated only in every n-th step (`jetplane.sources.Subspace.every`), the other steps estimate
-        the gradient and update the sources; parameters move only as the points to which a plane has taken them
+        the gradient and update the sources; parameters move only with the points to which planes have taken them
         (`jetplane.sources.Source.points`).
 
         Args:
@@ -406,34 +406,33 @@ class PlaneSearch(PlaneOptimizer):
         return _Span(CachedDirections(every, params), every.squared_norms(params), drawn, counts)
 
     def _shares(
-        self, contexts: Sequence[Context], span: _Span, taken: Tensor, before: Sequence[Sequence[float]], behind: bool
-    ) -> list[list[float]]:
-        """What part each point of the sources has in the parameters after a plane's step.
+        self, contexts: Sequence[Context], span: _Span, taken: Tensor, before: Sequence[float], behind: bool
+    ) -> list[float]:
+        """How much of the parameters is at the points of each source after a plane's step.
 
         A step by ``w_j (z_j - theta)`` leads to ``sum_j w_j z_j + (1 - sum_j w_j) theta``, and theta had parts before.
         """
         points = [source.points(context) for source, context in zip(self.subspace, contexts, strict=True)]
         if behind:  # the parameters are at the first point of one source
             first = next(j for j, of in enumerate(points) if of)
-            return [[float(j == first and k == 0) for k in range(len(of))] for j, of in enumerate(points)]
+            return [float(j == first) for j in range(len(points))]
         steps = []
         for of, context, weights in zip(points, contexts, taken.split(list(span.counts)), strict=True):
-            lengths = [_distance(point, context.params) for point in of]
-            given = iter(weights.tolist() if len(weights) == sum(length > 0 for length in lengths) else [])
-            steps.append([next(given, 0.0) / length if length > 0 else 0.0 for length in lengths])
-        left = 1 - sum(map(sum, steps))
-        kept = before if list(map(len, before)) == list(map(len, steps)) else [[0.0] * len(own) for own in steps]
-        return [[w + left * old for w, old in zip(*pair, strict=True)] for pair in zip(steps, kept, strict=True)]
+            lengths = [length for point in of if (length := _distance(point, context.params)) > 0]
+            pairs = zip(weights.tolist(), lengths, strict=True) if len(weights) == len(lengths) else ()
+            steps.append(sum(weight / length for weight, length in pairs))
+        left = 1 - sum(steps)
+        return [step + left * old for step, old in zip(steps, before or [0.0] * len(steps), strict=True)]
 
     def _follow(
-        self, contexts: Sequence[Context], remembered: Sequence[Sequence[State]], shares: Sequence[Sequence[float]],
+        self, contexts: Sequence[Context], remembered: Sequence[Sequence[State]], shares: Sequence[float],
         rates: Sequence[float],
     ) -> None:  # fmt: skip
-        """Move the parameters on with the points in which they have a part, where a step has no plane."""
-        for source, context, states, own in zip(self.subspace, contexts, remembered, shares, strict=False):
-            pairs = zip(source.points(context), source.points(replace(context, state=states)), own, strict=False)
-            for before, after, share in pairs if any(own) else ():
-                for p, a, b, rate in zip(context.params, before, after, rates, strict=True):
+        """Move the parameters on with the last point of each source, where a step has no plane."""
+        for source, context, states, share in zip(self.subspace, contexts, remembered, shares, strict=False):
+            before, after = source.points(context), source.points(replace(context, state=states))
+            if share and before and after:
+                for p, a, b, rate in zip(context.params, before[-1], after[-1], rates, strict=True):
                     p.add_(b - a, alpha=float(rate) * share)
 
     def _directions_of(self, source: Source, context: Context) -> AbstractDirections | None:

@@ -101,8 +101,8 @@ class Source(ABC):
     def points(self, context: Context) -> Sequence[Sequence[Tensor]]:
         """The points to which the source's directions lead, in their order; none if they lead to no points.
 
-        The first is that of `weights`. In steps without a plane, parameters move as the points do in which a plane has
-        given them a part. A direction may be left out of the plane where the parameters are at its point.
+        The first is that of `weights`, the last the steadiest: in steps without a plane, parameters move as it does, by
+        the part that planes have given these points in them.
         """
         return []
 
@@ -193,8 +193,8 @@ class FastWeights(Source):
 
     with the bias-corrected running averages m and s of estimates g of the gradient at z, and of g^2. In the plane of
     these directions theta moves to the point at which the loss of the batch is lowest; z continues from where it is.
-    Between planes theta stays the same affine combination of z, mean(z) and the rest of it. So z explores at the cost
-    of an estimate, and theta follows it as far as the loss falls. If the estimates do not lower the loss, theta stays;
+    Between planes theta moves with mean(z), by the part that z and mean(z) have in it. So z explores at the cost of an
+    estimate, and theta follows it as far as the loss falls. If the estimates do not lower the loss, theta stays;
     if the loss at z is much lower, theta moves to z.
 
     The state is four tensors of each parameter's size.
