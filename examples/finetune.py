@@ -32,7 +32,9 @@ def main(arguments: list[str] | None = None) -> float:
     model = task.prepared(Settings("lora"), seed=0)
     print(f"{len(prepared.classes)} classes, {task.sizes} texts, {sum(p.numel() for p in model.trained):,} parameters")
 
-    step = method_of("plane-search").build(model, rate=1.0, seed=0, micro_batch=4)  # it takes no rate
+    step = method_of("plane-search").build(
+        model, 1.0, 0, 4
+    )  # a rate, of which it makes no use; a seed; texts at a time
     for n, batch in enumerate(islice(task.batches(16, seed=0), args.steps)):
         loss = step(batch)
         print(f"step {n:3d}  loss {loss:.3f}")
