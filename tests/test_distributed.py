@@ -356,6 +356,8 @@ class TestFailuresOfOneRankInASearch:
 def search_refused(rank, changes):
     net, (x, y) = network(), batch()
     options = {"subspace": drawn(3)} | (changes if rank == 1 else {})
+    if "model" in options:
+        options["model"] = net
     opt = jp.optim.PlaneSearch(net.parameters(), process_group=dist.group.WORLD, **options)
     return step_of(opt, lambda: F.cross_entropy(net(x), y))
 
@@ -369,9 +371,9 @@ def search_refused(rank, changes):
         ({"search": FullStep()}, "search: 'FullStep()' on rank 1, 'NoiseAware("),
         ({"lr": 0.5}, "lr: [0.5] on rank 1"),
         ({"subspace": [Drawn(3)]}, "subspace: 'Drawn' on rank 1, 'Drawn, Averages, PreviousStep' on others"),
-        ({"model": nn.Linear(2, 2)}, "model: 'Linear' on rank 1, None on others"),
+        ({"model": True}, "model: 'Sequential' on rank 1, None on others"),
         (
-            {"model": nn.Linear(2, 2), "gradient": ActivityPerturbation(3.0)},
+            {"model": True, "gradient": ActivityPerturbation(3.0)},
             "gradient: 'ActivityPerturbation(passes=3.0, feedback=True)' on rank 1",
         ),
     ],
