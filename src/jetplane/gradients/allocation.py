@@ -84,7 +84,7 @@ def allocate(
         them accounts for; it is there if such parameters are. They hold as long as the `signature` is the same.
     """
     facts = _observe(closure, model, params, per_position)
-    last = facts.told.get(facts.last)
+    last = None if facts.last is None else facts.told.get(facts.last)
     if last is not None and last.order == "unknown" and last.parts > 1:
         warn_user(
             "the parts of the loss are not those of the examples that the model puts out, in their order, as where "

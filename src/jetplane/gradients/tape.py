@@ -26,7 +26,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from .._torch import DisableTorchFunction, no_dispatch, tree_flatten, tree_map, tree_unflatten
 from ..errors import ArgumentError
-from ..rules.elementwise import SLOPES
+from ..rules.formulas import SLOPES
 from ..rules.grad_mode import autograd
 
 Back = Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]  # from cotangents of results to those of inputs
