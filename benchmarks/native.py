@@ -21,13 +21,13 @@ import time
 from pathlib import Path
 
 import torch
-from jetplane.native.translate import INTEGERS
 
 from jetplane.jets import AllPairs
 from jetplane.native.code import Code
 from jetplane.native.coefficients import Layout
 from jetplane.native.module import WORDS
 from jetplane.native.program import Program
+from jetplane.native.registers import INTEGERS
 
 SOURCE = Path(__file__).parent / "native_burgers.c"
 N, STEPS = 50, 50

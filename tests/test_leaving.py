@@ -497,7 +497,7 @@ class TestWhatIsKept:
             t.start()
         try:
             for _ in range(100):
-                jp.evaluate(lambda: (held.__setitem__(0, w * 1), held[0].sum())[1], [w], torch.ones(1, 1, 64))
+                jp.evaluate(lambda: (held.__setitem__(0, w * 1), held[0].sum())[1], [w], [torch.ones(1, 64)])
         finally:
             done.set()
             for t in threads:

@@ -160,13 +160,5 @@ def test_chunks_leave_one_side_effect():
     assert calls == 1
 
 
-def test_results_with_a_graph_are_left_uncompiled():
-    f = torch.compile(lambda z: 2 * jp.laplacian(cubes, z + 1), backend="eager")
-    torch.testing.assert_close(f(x), 2 * jp.laplacian(cubes, x + 1))
-    whole = torch.compile(lambda z: jp.laplacian(cubes, z), backend="eager", fullgraph=True)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="torch.no_grad"):
-        whole(x)
-
-
 def test_amounts():
     assert [amount(n) for n in (12, 4096, 4e12)] == ["12 B", "4.1 kB", "4 TB"]

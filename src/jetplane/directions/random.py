@@ -77,7 +77,7 @@ class Directions(AbstractDirections):
             "sparse": entries are kept with probability ``density`` and divided by its root.
         rank: r of "low-rank".
         density: probability of "sparse".
-        seed: any integer of 64 bits.
+        seed: any integer, taken modulo 2^64.
 
     Attributes:
         step: number of the draw. The owner of the directions increments it; equal steps give equal numbers.
@@ -117,8 +117,8 @@ class Directions(AbstractDirections):
             raise ArgumentError(f"rank must be at least 1, got {rank}")
         if density is not None and not 0 < density <= 1:
             raise ArgumentError(f"density must be in (0, 1], got {density}")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-            raise ArgumentError(f"seed must be an integer of 64 bits, got {seed!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ArgumentError(f"seed must be an integer, got {seed!r}")
         self.k = k
         self.law = law
         self.structure: Structure = tangents

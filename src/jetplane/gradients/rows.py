@@ -188,13 +188,13 @@ def _told(closure: Closure, modules: Sequence[nn.Module], rows: Rows, calls: int
     if n <= 1 or sizes[0] < 1 or not bool(before.any()):
         return Told("unknown", count)
     candidates: tuple[Order, ...] = ("own",) if n % sizes[0] == 0 else ("turns", "runs") if sizes[0] % n == 0 else ()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     for strictly in (True, False):
         for order in candidates if strictly or roughly else ():
             found = []
             for _ in range(1 if strictly else _DRAWS):
                 units = [min(len(s), size) for s, size in zip(own, sizes, strict=True)]
-                drawn = [2 * torch.rand(unit, 1, generator=generator) - 1 for unit in units]
+                drawn = [2 * torch.rand(unit, 1, generator=generator, device="cpu") - 1 for unit in units]
                 moved = slopes(order, drawn)
                 weights = [w.to(s).repeat_interleave(len(s) // len(w), 0) for s, w in zip(own, drawn, strict=True)]
                 if moved is not None:

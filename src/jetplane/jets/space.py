@@ -13,8 +13,8 @@ from .pairs import PairStructure, structure_of
 
 PARAMETER, TOTAL, MODEL, LOSS = 0, 1, 2, 3  # kinds of jets: see Space.gauss_newton
 
-# Structure, order, level, gauss_newton, examples and recorded of a space.
-Key = tuple[tuple[Any, ...], int, int, bool, bool, bool]
+# Structure, order, level, gauss_newton, examples, penalties and recorded of a space.
+Key = tuple[tuple[Any, ...], int, int, bool, bool, bool, bool]
 
 
 @dataclass(eq=False)
@@ -104,7 +104,15 @@ class Space:
     @property
     def key(self) -> Key:
         """What a compiler may hold of a space: plain numbers."""
-        return self.structure.key, self.order, self.level, self.gauss_newton, self.examples, self.recorded
+        return (
+            self.structure.key,
+            self.order,
+            self.level,
+            self.gauss_newton,
+            self.examples,
+            self.penalties,
+            self.recorded,
+        )
 
     @staticmethod
     @functools.cache
