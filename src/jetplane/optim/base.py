@@ -67,6 +67,8 @@ class PlaneOptimizer(torch.optim.Optimizer, metaclass=Checked):
         if isinstance(planes, bool) or not isinstance(planes, int) or planes < 1:
             raise ArgumentError(f"planes must be an integer of at least 1, got {planes!r}")
         Directions(k, law, tangents, seed, rank=rank, density=density)  # checks them
+        if not -(2**63) <= seed < 2**63:  # generators and states of optimizers hold no more
+            raise ArgumentError(f"seed must be an integer of 64 bits, got {seed}")
         if audit not in ("first", "always", "never"):
             raise ArgumentError(f"audit must be 'first', 'always' or 'never', got {audit!r}")
         with setting_back(generators):  # checks them
