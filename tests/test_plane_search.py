@@ -450,7 +450,7 @@ def test_batches_of_a_few_examples_do_not_diverge(loss, size, gradient):
     opt = jp.optim.PlaneSearch(net.parameters(), net, gradient=gradient)
     before = of(net(x), y).item()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "a batch of", jp.RescueWarning)
+        warnings.filterwarnings("ignore", "the spread of", jp.RescueWarning)
         for _ in range(150):
             batch = torch.randint(256, (size,))
             opt.step(lambda batch=batch: of(net(x[batch]), y[batch]))

@@ -116,11 +116,11 @@ def test_the_batch_of_the_last_step_has_no_noise():
     assert as_promised(NoiseAware(), coarse, NoiseState(after=3.1)).rate == NoiseAware().floor
 
 
-def test_a_batch_that_fits_any_plane_has_no_floor():
+def test_no_more_examples_than_directions_have_no_floor():
     step = {n: proposal([4.0], [[1.0]], torch.tensor([[4.0], [0.0]]), value=3.0, count=n) for n in (1, 2, 3)}
     assert as_promised(NoiseAware(floor=0.1), step[2]).rate == 0.1
     assert as_promised(NoiseAware(floor=0.1), step[1]).rate == 1e-3  # the first step: it may be the whole data
-    with pytest.warns(jp.RescueWarning, match="a batch of 1 fits a plane of 1 directions.* at least 2 examples"):
+    with pytest.warns(jp.RescueWarning, match="spread of 1 examples .* along 1 directions.* more than 1 examples"):
         assert as_promised(NoiseAware(floor=0.1), step[1], NoiseState(after=7.0)).rate == 1e-3
 
 

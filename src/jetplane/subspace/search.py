@@ -26,7 +26,6 @@ from torch import Tensor
 from ..errors import ArgumentError, RescueWarning, warn_user
 from .descent import Solution, Spectral
 
-ENOUGH = 2  # examples for each direction: fewer fit almost any plane
 _HOLDS = 0.75  # of the promised decrease: below it a plane's model does not hold where a step leads
 _ATTEMPTS = 5  # with more damping each
 _FIRST_DAMPING = 1e-3  # in parts of the largest curvature
@@ -331,8 +330,8 @@ class NoiseAware(Search):
     A batch whose loss is what the last step left is that step's batch again. It is then all of the data, its slope
     has no noise, and the rate is 1.
 
-    A batch of fewer than two examples for each direction can be fitted by almost any plane. Its steps then have no
-    other floor than 1e-3, and a `RescueWarning` says so. For a single example C is not known: all may be noise.
+    The spread of N examples has rank N - 1 at most, so that of no more examples than directions misses noise. The
+    floor is then 1e-3, and a `RescueWarning` says so. For a single example C is not known: all may be noise.
 
     The model of the plane may be wrong at the end of the step, above all after a long step along directions that are
     mostly noise and so hardly curve. If the loss of the same batch falls by less than three quarters of the decrease
@@ -401,16 +400,14 @@ class NoiseAware(Search):
         return rate, replace(state, noise=noise, signal=signal)
 
     def _floor(self, proposal: Proposal, state: NoiseState) -> float:
-        """The smallest rate: for a small batch, that of a plane which tells nothing of other batches."""
-        directions = len(proposal.slope)
-        least = min(self.floor, NoiseAware.floor)
-        if self.floor == least or proposal.count is None or proposal.count >= ENOUGH * directions:
+        """The smallest rate; less where the examples are too few to tell the noise along all directions."""
+        directions, least = len(proposal.slope), min(self.floor, NoiseAware.floor)
+        if self.floor == least or proposal.count is None or proposal.count > directions:
             return self.floor
         if state.after is not None:
             warn_user(
-                f"a batch of {proposal.count} fits a plane of {directions} directions almost whatever they "
-                f"are, so that steps are as short as their noise demands; take at least "
-                f"{ENOUGH * directions} examples",
+                f"the spread of {proposal.count} examples does not tell the noise along {directions} directions, so "
+                f"that steps have no smallest rate but {least}: take batches of more than {directions} examples",
                 RescueWarning,
             )
         return least
