@@ -6,8 +6,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 import jetplane as jp
+from jetplane.rules import scripts
 
 D, B, H = 2, 3, 6
 close = torch.testing.assert_close
@@ -214,6 +216,50 @@ def test_the_graph_of_a_gradient():
 
     for a, b in zip(twice(jp.laplacian(net, x, batch_dim=0)), twice(torch.einsum("bii->b", h)), strict=True):
         close(a, b)
+
+
+def test_jacobians_of_torch_inside():
+    """With several layers, and constant factors on the way back, whose results depend on no point."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, H, bias=False), nn.Linear(H, 2)).double()
+    x, leaves = torch.randn(B, D, dtype=torch.float64), [p for n, p in net.named_parameters() if n != "3.bias"]
+    f = lambda z: torch.vmap(torch.func.jacrev(net))(z).square().sum((1, 2))  # noqa: E731
+
+    def energy(z):
+        return torch.func.jacrev(net)(z).square().sum()
+
+    expected = torch.vmap(lambda z: torch.func.hessian(energy)(z).trace())(x)
+    found = jp.laplacian(f, x, batch_dim=0)
+    close(found, expected)
+    for a, b in zip(*(torch.autograd.grad(t.sin().sum(), leaves) for t in (found, expected)), strict=True):
+        close(a, b)
+
+
+def test_checkpoints():
+    torch.manual_seed(0)
+    net = NETWORKS["mlp"]().double()
+    x, leaves = torch.randn(B, D, dtype=torch.float64), [*net.parameters()][:-1]
+    inside = lambda z: checkpoint(net, z, use_reentrant=False)  # noqa: E731
+    whole = checkpoint(lambda z: jp.laplacian(net, z, batch_dim=0), x, use_reentrant=False)
+    expected = torch.autograd.grad(jp.laplacian(net, x, batch_dim=0).square().sum(), leaves)
+    for a, b in zip(torch.autograd.grad(whole.square().sum(), leaves), expected, strict=True):
+        close(a, b)
+    with pytest.raises(jp.errors.DerivativeError, match="without checkpoint"):
+        jp.laplacian(inside, x, batch_dim=0)
+    with torch.no_grad():
+        close(jp.laplacian(inside, x, batch_dim=0), whole)
+
+
+def test_detached_numbers_under_vmap_give_no_warning(recwarn, monkeypatch):
+    """Transforms detach what autograd keeps, which is not the author's doing."""
+    monkeypatch.setattr(scripts, "_told", False)
+    torch.manual_seed(0)
+    net = NETWORKS["mlp"]().double()
+    x = torch.randn(B, D, dtype=torch.float64)
+    f = lambda z: (z * net[0].weight.abs()).exp().sum() * z.detach().sum()  # noqa: E731
+    found = jp.laplacian(torch.vmap(f), x, batch_dim=0)
+    close(found, jp.laplacian(lambda z: torch.stack([f(point) for point in z]), x, batch_dim=0))
+    assert not [w for w in recwarn if "detaches" in str(w.message)]
 
 
 def test_third_derivatives_by_nesting():

@@ -174,6 +174,9 @@ FunctionBase: Any = _taken("torch.autograd.function", "_SingleLevelFunction")
 custom_function_call: Any = _taken("torch.autograd.function", "custom_function_call")  # inside torch.func transforms
 
 
+saved_tensors_hooks: Any = _taken("torch", "_C._autograd._top_saved_tensors_default_hooks")  # innermost, None without
+
+
 # --- derivatives of other kinds --------------------------------------------------------------------------------
 
 transform_level: Any = _taken("torch", "_C._functorch.maybe_current_level")  # of torch.func, None outside

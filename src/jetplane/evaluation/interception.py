@@ -25,6 +25,7 @@ from .._torch import (
     DisableTorchFunctionSubclass,
     TorchDispatchMode,
     nested_values,
+    saved_tensors_hooks,
     transform_level,
 )
 from ..directions import AbstractDirections
@@ -41,6 +42,7 @@ from ..jets import (
     parts,
     promoted,
     promotion_state,
+    saving,
 )
 from ..rules import examples, grad_mode, higher_order, quantized, rounding, sparse
 from ..rules.by_hand import made_of_terms
@@ -125,6 +127,7 @@ class Interception(TorchFunctionMode):
         self._params: list[Tensor] = []
         self._unused: dict[int, Callable[[], Tensor]] = {}  # what makes the jet of a parameter at its first use
         self._thread = threading.get_ident()
+        self._around: Any = None  # a checkpoint around the whole evaluation
 
     def register(self, param: Tensor, index: int, directions: AbstractDirections, like: Tensor) -> None:
         """Let a parameter be replaced by its jet.
@@ -159,6 +162,7 @@ class Interception(TorchFunctionMode):
             DerivativeError: another thread used a parameter and did not take part.
         """
         operators = _Operators(self) if self._params else contextlib.nullcontext()
+        self._around = saved_tensors_hooks(False)
         try:
             with threads.refusing(self._params, self), threads.under_way(self), operators, self._intercepting():
                 yield
@@ -249,7 +253,11 @@ class Interception(TorchFunctionMode):
         try:
             if self.space.recorded:
                 inner.refuse(func)
-            if transform_level() is not None or self.space.recorded:
+                self._refuse_checkpoint(args)
+            if transform_level() is not None:
+                with saving():  # transforms keep results in graphs of their own
+                    return self._called(func, args, kwargs)
+            if self.space.recorded:
                 return self._called(func, args, kwargs)
             with inner.recording(func, args, kwargs, lost=self.space.graph_lost):
                 return self._called(func, args, kwargs)
@@ -270,6 +278,19 @@ class Interception(TorchFunctionMode):
         if self.space.examples and func in LOSSES:
             examples.unreduced(result, self.space)
         return result
+
+    def _refuse_checkpoint(self, args: Any) -> None:
+        """Refuse a checkpoint within f whose way back would run a part of f again, where nothing has coefficients."""
+        hooks = saved_tensors_hooks(False)
+        if hooks is None or hooks[0].__module__ != "torch.utils.checkpoint" or self._around == hooks:
+            return
+        if any(isinstance(x, Tensor) and innermost(x).requires_grad for x in args):
+            raise DerivativeError(
+                "torch.utils.checkpoint(..., use_reentrant=False) within a function whose derivatives have a graph for "
+                "reverse mode: backward() would run that part again without them. Call the part without checkpoint, "
+                "put the checkpoint around the whole call of jetplane's function, or, where no graph is wanted, "
+                "evaluate under torch.no_grad()"
+            )
 
     def _is_linear(self, func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         """Whether a loss function of log-probabilities is linear in curved functions, and has no curvature but theirs.

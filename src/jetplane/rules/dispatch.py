@@ -70,12 +70,23 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     if space.recorded and space.traced:
         with traced():
-            return _on_keys(func, space, args, kwargs, original)
+            return _as_jets(func, space, _on_keys(func, space, args, kwargs, original))
     with under(space.keys), EnableTorchFunction() if space.recorded else _nothing:
         # Compiled code has no keys, and the operators of a compiler's graph are not the user's.
         if (space.stopped or not _grad_enabled()) and space.keys and torch.Tag.inplace_view not in func.tags:
             return grad_mode.on_primals(func, args, kwargs, original)
-        return _on_keys(func, space, args, kwargs, original)
+        result = _on_keys(func, space, args, kwargs, original)
+    return _as_jets(func, space, result) if space.recorded else result
+
+
+def _as_jets(func: Any, space: Space, result: Any) -> Any:
+    """Results as jets, also those without derivatives, where autograd takes what an operator on jets returns.
+
+    It adds results to a graph of jets, which nobody asks. A plain tensor would lead from the graph of primals into it.
+    """
+    if is_jet(result, space) or func._schema.is_mutable or func._schema.name == "aten::detach":
+        return result
+    return tree_map(lambda y: Jet(y, None, None, space) if _differentiable(y) and not is_jet(y, space) else y, result)
 
 
 def _on_keys(func: Any, space: Space, args: Any, kwargs: dict[str, Any], original: Sequence[Any]) -> Any:
