@@ -6,7 +6,7 @@ The blocks that do not train run once for each text, and their outputs are cache
     python examples/finetune.py --model FOLDER --data own.csv
 
 The folder is one that transformers wrote, or a .gguf file; the table has columns ``label`` and ``text``. It needs
-``pip install '.[experiments,finetune]'``. Protocol: MeZO, arXiv 2305.17333.
+``pip install '.[cli,finetune]'``. Protocol: MeZO, arXiv 2305.17333.
 """
 
 import argparse

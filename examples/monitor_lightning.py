@@ -4,7 +4,7 @@
 
 A small convolutional network with batch normalization, on the handwritten digits that scikit-learn includes, by AdamW
 with a rate that rises and falls (OneCycleLR). Readings go to Lightning's TensorBoard logger, and the picture is drawn
-from its file. Needs ``pip install 'jetplane[experiments,frameworks]'``.
+from its file. Needs ``pip install 'jetplane[cli,frameworks]'``.
 """
 
 import argparse

@@ -4,7 +4,7 @@
 
 It is trained by AdamW on characters of Python's own documentation, which its standard library includes. Readings use
 one fixed batch, and go to TensorBoard where ``--logdir`` is given. Needs
-``pip install 'jetplane[experiments,frameworks]'``.
+``pip install 'jetplane[cli,frameworks]'``.
 """
 
 import argparse

@@ -96,7 +96,7 @@ set_up() {
     say "installing Jetplane and what its command line and tests need"
     # torch requires setuptools, so the build needs no environment of its own.
     (cd "$root" && pip install "setuptools>=77.0.3" &&
-        pip install --no-build-isolation --editable '.[experiments,dev]') ||
+        pip install --no-build-isolation --editable '.[cli,dev]') ||
         die "the installation failed; pip's message is above."
     echo "$stamp" >"$venv/jetplane-stamp"
 }

@@ -44,7 +44,7 @@ def notebook(path: Path) -> str:
             nbformat.v4.new_code_cell(work),
             nbformat.v4.new_code_cell(call + "\n".join(lines[last.lineno - 1 :])),
         ]
-    made.cells.insert(0, nbformat.v4.new_code_cell("# !pip install 'jetplane[experiments]'"))
+    made.cells.insert(0, nbformat.v4.new_code_cell("# !pip install 'jetplane[cli]'"))
     made.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     for n, cell in enumerate(made.cells):
         cell["id"] = f"cell-{n}"  # the same at each build

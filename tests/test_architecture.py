@@ -1,6 +1,7 @@
 """Imports go down only, and the core needs torch alone."""
 
 import ast
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,13 @@ def test_public_names_are_found():
     assert set(jetplane.__all__) <= set(dir(jetplane))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         jetplane.nothing  # noqa: B018
+
+
+def test_the_version_is_that_of_the_package():
+    version = importlib.metadata.version("jetplane")
+    assert jetplane.__version__ == version
+    shown = subprocess.run([sys.executable, "-m", "jetplane", "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout == f"jetplane {version}\n"
 
 
 def test_help_needs_no_torch():

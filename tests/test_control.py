@@ -14,6 +14,7 @@ pytest.importorskip("scipy", reason="jetplane.control needs SciPy")
 
 from examples.control import CASES  # noqa: E402
 from jetplane.control import ipopt  # noqa: E402
+from jetplane.control.guessing import phase_guess  # noqa: E402
 from jetplane.control.program import Program, trace  # noqa: E402
 from jetplane.control.radau import Mesh, interpolation, radau  # noqa: E402
 from jetplane.llvm import available  # noqa: E402
@@ -783,6 +784,10 @@ class TestSolving:
         np.testing.assert_array_equal(again.x.v, sol.x.v)
         assert again.status is sol.status and again.objective == sol.objective and again.history == sol.history
         assert ocp.solve(mesh=(3, 3), guess=again).iterations <= sol.iterations
+        for mesh in ((3, 3), (4, 4)):  # multipliers go through the file, also those that other meshes start from
+            one, two = (ocp.solve(mesh=mesh, guess=guess) for guess in (sol, again))
+            assert (one.iterations, one.objective) == (two.iterations, two.objective)
+        assert again["move"].duals.keys() == sol["move"].duals.keys() and len(again["move"].duals) == 6
         with pytest.raises(jp.errors.CheckpointError, match="another problem"):
             jp.control.load(tmp_path / "a.npz", CASES["goddard"]().problem)
         (tmp_path / "b.npz").write_bytes(b"no")
@@ -942,6 +947,58 @@ class TestBadInput:
         with pytest.raises(jp.errors.ArgumentError, match="solver must be 'ipopt', 'banded'"):
             double_integrator().solve(solver="bandit")
 
+    @pytest.mark.parametrize(
+        "value",
+        [np.float16(0.25), torch.tensor(0.25, dtype=torch.bfloat16), torch.tensor([0.25], requires_grad=True), [0.25]],
+    )
+    def test_numbers_of_every_kind(self, value):
+        ocp = double_integrator()
+        ocp.phases["move"].start(x=value)
+        ocp.phases["move"].guess(a=value, x=lambda t: torch.as_tensor(t, dtype=torch.bfloat16))
+        nlp = ocp.nlp(mesh=(2, 2))
+        assert nlp.lower[0] == nlp.upper[0] == 0.25
+        _, _, x, u = phase_guess(ocp.phases["move"], Mesh.uniform(2, 2))
+        assert (u == 0.25).all() and abs(x[:, 0] - Mesh.uniform(2, 2).times).max() < 0.01
+
+    @pytest.mark.parametrize("value", ["a", 1j, torch.tensor(1j), {"x": 1}, [[1.0], [1.0, 2.0]]])
+    def test_what_is_no_number(self, value):
+        ocp = double_integrator()
+        with pytest.raises(jp.errors.ArgumentError, match="start of 'move': 'x'.*expected real numbers"):
+            ocp.phases["move"].start(x=value)
+        for name in ("x", "a"):
+            ocp = double_integrator()
+            ocp.phases["move"].guess(**{name: value})
+            with pytest.raises(jp.errors.ArgumentError, match=f"guess of '{name}' in 'move': expected real numbers"):
+                ocp.solve(solver="banded", mesh=(2, 2))
+
+    @pytest.mark.parametrize("value", [math.nan, "a"])
+    def test_guesses_of_times_and_integrals(self, value):
+        for name in ("tf", "effort"):
+            ocp = jp.control.Problem()
+            ph = ocp.phase("a", states={"x": 1}, controls={"u": 1}, t0=0.0, tf=(0.5, 2.0))
+            ph.dynamics = lambda x, u, t, p: {"x": u.u}
+            ph.integral["effort"] = (lambda x, u, t, p: u.u**2, 0.0, 9.0)
+            ph.guess(**{name: value})
+            ocp.minimize(final=lambda e: e.a.tf)
+            with pytest.raises(jp.errors.ArgumentError, match=f"guess of '{name}' in 'a': expected"):
+                ocp.solve(solver="banded", mesh=(2, 2))
+
+    @pytest.mark.parametrize("solver", ["ipopt", "banded", "trust-constr"])
+    @pytest.mark.parametrize(
+        ("name", "values"),
+        [
+            ("tol", ["a", None, -1.0, 0, math.nan]),
+            ("accuracy", ["a", None, 0.0]),
+            ("refinements", [-1, 1.5, None]),
+            ("max_iterations", [-1, 2.5, "a", None, True]),
+            ("time_limit", ["a", -1.0, math.nan]),
+        ],
+    )
+    def test_limits_that_are_none(self, solver, name, values):
+        for value in values:
+            with pytest.raises(jp.errors.ArgumentError, match=f"{name} must be .*got {value!r}"):
+                double_integrator().solve(mesh=(2, 2), solver=solver, **{name: value})
+
     @needs_ipopt
     def test_unknown_options_and_scales(self):
         with pytest.raises(jp.errors.ArgumentError, match="nonsense"):
@@ -954,6 +1011,13 @@ class TestBadInput:
         sol = a.solve(mesh=(2, 2), solver="trust-constr")
         with pytest.raises(jp.errors.ArgumentError, match="the guess has phases"):
             two_phases().solve(guess=sol, solver="trust-constr", mesh=(2, 2))
+        for mesh in ("refine", (2, 2)):
+            with pytest.raises(jp.errors.ArgumentError, match="guess must be a Solution.*got dict"):
+                a.solve(guess={"x": 1.0}, mesh=mesh, solver="banded")
+        with pytest.raises(jp.errors.ArgumentError, match="the guess has phases"):
+            two_phases().solve(guess=sol, solver="banded")
+        with pytest.raises(jp.errors.ArgumentError, match="solver must be a name or a path"):
+            a.solve(solver=None)
 
 
 def test_the_core_does_not_import_control():

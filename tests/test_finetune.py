@@ -284,7 +284,7 @@ class TestModel:
         with pytest.raises(MissingPackageError, match="pip install gguf"):
             language_model.load(tmp_path / "a.gguf")
         monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-        with pytest.raises(MissingPackageError, match="experiments,finetune"):
+        with pytest.raises(MissingPackageError, match="cli,finetune"):
             language_model.load(folder / "llama")
 
     def test_weights_that_are_damaged(self, folder, tmp_path):

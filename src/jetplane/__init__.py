@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from . import control, directions, errors, gradients, optim, testing
     from .adaptation import Adapter
     from .directions import Directions, step_scale
@@ -119,6 +120,10 @@ def __getattr__(name: str) -> Any:
         value = import_module(f".{_MODULES[name]}", __name__)
     elif name in __all__:
         value = getattr(import_module(f".{_HOMES.get(name, 'errors')}", __name__), name)
+    elif name == "__version__":
+        from importlib.metadata import version
+
+        value = version(__name__)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

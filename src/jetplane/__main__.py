@@ -12,7 +12,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("torch", "jetplane"):
             raise
-        sys.exit(f"the command line needs {error.name}: pip install 'jetplane[experiments]'")
+        sys.exit(f"the command line needs {error.name}: pip install 'jetplane[cli]'")
     run()
 
 

@@ -5,6 +5,7 @@ Each command imports what it needs when it runs. Help texts and option errors th
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import sys
@@ -57,6 +58,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False, rich_markup_mode="markdown",  # rich's own markup would take [brackets] for tags
 )  # fmt: skip
 console = Console()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"jetplane {importlib.metadata.version('jetplane')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 # Options of several commands. Their defaults are those of `Config`.
 Schedule = Annotated[ScheduleName, typer.Option(help="Learning rate schedule.")]
 Descent = Annotated[DescentName, typer.Option(help="How fomoh-kd solves for the step in its plane.")]

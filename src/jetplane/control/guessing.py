@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArgumentError, NonFiniteError, ShapeError
+from .model import Model
 from .nlp import NLP
-from .problem import INFINITY, Layout, Phase
+from .problem import INFINITY, Layout, Phase, numbers, vector
 from .radau import Mesh, radau
 from .solution import Solution
 from .status import Outcome, Status
@@ -23,12 +24,12 @@ def middle(lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
 def _sampled(what: str, value: Any, tau: np.ndarray, times: np.ndarray, size: int) -> np.ndarray:
     """A guess at nodes (len(tau), size)."""
     if callable(value):
-        made = np.asarray(value(times), float)
+        made = numbers(what, value(times))
         made = made[:, None] if made.ndim == 1 else made
         if made.shape not in ((len(tau), size), (len(tau), 1)):
             raise ShapeError(f"{what}: the function must give shape ({len(tau)}, {size}), got {made.shape}")
         return np.broadcast_to(made, (len(tau), size))
-    array = np.asarray(value, float)
+    array = numbers(what, value)
     if array.ndim <= 1 and array.shape in ((), (1,), (size,)):
         return np.broadcast_to(array, (len(tau), size))
     if array.ndim == 1 and size == 1:
@@ -45,7 +46,9 @@ def _times(ph: Phase) -> tuple[float, float]:
     found = {}
     for which, (low, high) in (("t0", ph.t0), ("tf", ph.tf)):
         value = ph.guesses.get(which)
-        found[which] = float(middle(np.array([low]), np.array([high]))[0]) if value is None else float(value)
+        if value is None:
+            value = middle(np.array([low]), np.array([high]))
+        found[which] = float(vector(f"guess of {which!r} in {ph.name!r}", 1, value)[0])
     return found["t0"], found["tf"]
 
 
@@ -99,7 +102,7 @@ def trajectory(nlp: NLP, guess: Solution | None) -> np.ndarray:
     """
     y = np.zeros(nlp.n)
     if guess is not None:
-        _require_same(nlp, guess)
+        require_same(nlp.model, guess)
     for name, model in nlp.model.phases.items():
         ph, place, mesh = model.phase, nlp.places[name], nlp.meshes[name]
         if guess is None:
@@ -130,23 +133,26 @@ def set_integrals(nlp: NLP, y: np.ndarray) -> None:
         nx, _, nq = model.sizes
         values = arrays.length * (arrays.nodes.values()[nx : nx + nq] @ arrays.weight)
         for n, key in enumerate(model.phase.integral):
-            values[n] = model.phase.guesses.get(key, values[n])
+            if key in model.phase.guesses:
+                values[n] = vector(f"guess of {key!r} in {name!r}", 1, model.phase.guesses[key])[0]
         y[place.integrals] = np.clip(values, nlp.lower[place.integrals], nlp.upper[place.integrals])
 
 
-def _require_same(nlp: NLP, guess: Solution) -> None:
-    if set(guess.phases) != set(nlp.model.phases):
+def require_same(model: Model, guess: Solution) -> None:
+    """Raise an ArgumentError unless the guess is a solution with the phases, states and controls of the model."""
+    if not isinstance(guess, Solution):
         raise ArgumentError(
-            f"the guess has phases {sorted(guess.phases)}, but the problem has {sorted(nlp.model.phases)}"
+            f"guess must be a Solution, of solve or jp.control.load, got {type(guess).__name__}; numbers, arrays and "
+            "functions of time go to ocp.phases[name].guess(...)"
         )
-    for name, model in nlp.model.phases.items():
-        old, ph = guess[name], model.phase
+    if set(guess.phases) != set(model.phases):
+        raise ArgumentError(f"the guess has phases {sorted(guess.phases)}, but the problem has {sorted(model.phases)}")
+    for name, traced in model.phases.items():
+        old, ph = guess[name], traced.phase
         if old.x.all.shape[1] != ph.states.size or old.u.all.shape[1] != ph.controls.size:
             raise ArgumentError(f"in phase {name!r}, the guess has other states or controls than the problem")
-    if guess.p.all.size != nlp.model.parameters.size:
-        raise ArgumentError(
-            f"the guess has {guess.p.all.size} parameters, but the problem has {nlp.model.parameters.size}"
-        )
+    if guess.p.all.size != model.parameters.size:
+        raise ArgumentError(f"the guess has {guess.p.all.size} parameters, but the problem has {model.parameters.size}")
 
 
 def _multipliers(nlp: NLP, guess: Solution, first: Outcome) -> None:

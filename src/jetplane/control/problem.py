@@ -82,9 +82,25 @@ def bounds(what: str, size: int, lower: Any, upper: Any) -> tuple[np.ndarray, np
     return low, high
 
 
+def numbers(what: str, value: Any) -> np.ndarray:
+    """Real numbers, in lists, arrays or tensors of any dtype, as an array in double precision.
+
+    Raises:
+        ArgumentError: they are complex, or no numbers.
+    """
+    try:
+        if isinstance(value, Tensor):
+            value = value.detach().cpu()
+            value = (value if value.is_complex() else value.double()).numpy()
+        array = np.asarray(value)
+        return array.astype(float, casting="same_kind" if array.dtype.kind == "c" else "unsafe")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"{what}: expected real numbers, got {value!r}: {error}") from error
+
+
 def vector(what: str, size: int, value: Any) -> np.ndarray:
     """A number or `size` of them as an array."""
-    array = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value, float)
+    array = numbers(what, value)
     if array.shape not in ((), (1,), (size,)):
         raise ShapeError(f"{what}: expected a number or {size} of them, got shape {array.shape}")
     if np.isnan(array).any():

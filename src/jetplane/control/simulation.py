@@ -13,7 +13,7 @@ from scipy.integrate import solve_ivp
 from ..errors import ArgumentError, NonFiniteError
 from .guessing import middle, phase_guess
 from .model import dynamics_parts
-from .problem import Layout, Parts, Phase
+from .problem import Layout, Parts, Phase, numbers
 from .radau import Mesh
 from .solution import PhaseSolution, Solution
 
@@ -110,9 +110,9 @@ def simulate_guess(ph: Phase, tf: float | None, steps: int, controls: Mapping[st
         for name, part in ph.controls.parts.items():
             value = ph.guesses.get(name)
             if callable(value):
-                u[part] = np.ravel(np.asarray(value(np.array([t])), float))
+                u[part] = np.ravel(numbers(f"control {name!r} of {ph.name!r}", value(np.array([t]))))
             elif value is not None:
-                array = np.asarray(value, float)
+                array = numbers(f"control {name!r} of {ph.name!r}", value)
                 if array.ndim == 2:
                     grid = np.linspace(t0, tf, len(array))
                     array = np.array([np.interp(t, grid, column) for column in array.T])

@@ -143,6 +143,8 @@ class Solution:
             }
             for key in ("x", "u", "costates", "integral"):
                 arrays[f"{name}.{key}"] = getattr(ph, key).all
+            for key, values in ph.duals.items():
+                arrays[f"{name}.duals.{key}"] = values
             arrays[f"{name}.t"], arrays[f"{name}.error"] = ph.t, ph.error
             arrays[f"{name}.fractions"], arrays[f"{name}.degrees"] = (
                 np.array(ph.mesh.fractions),
@@ -186,6 +188,7 @@ def load(path: str | Path, problem: Problem) -> Solution:
         raise CheckpointError(f"{path} belongs to another problem: it has {found}, this problem has {expected}")
     phases = {}
     for name, parts in description["phases"].items():
+        duals = f"{name}.duals."
         made = {key: Parts(data[f"{name}.{key}"], layout(f"{key} of {name!r}", sizes)) for key, sizes in parts.items()}
         mesh = Mesh(tuple(data[f"{name}.fractions"].tolist()), tuple(data[f"{name}.degrees"].tolist()))
         phases[name] = PhaseSolution(
@@ -197,6 +200,7 @@ def load(path: str | Path, problem: Problem) -> Solution:
             made["costates"],
             made["integral"],
             data[f"{name}.error"],
+            {key.removeprefix(duals): values for key, values in data.items() if key.startswith(duals)},
         )
     status = Status[description["status"]]
     outcome = Outcome(

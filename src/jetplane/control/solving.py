@@ -15,10 +15,10 @@ import torch
 
 from ..errors import ArgumentError, CoarseMeshWarning, NonFiniteError, ShapeError
 from . import interior_point, ipopt, trust
-from .guessing import require_finite, set_integrals, start, trajectory
+from .guessing import require_finite, require_same, set_integrals, start, trajectory
 from .model import Model
 from .nlp import NLP
-from .problem import INFINITY, Parts, Problem
+from .problem import INFINITY, Parts, Problem, numbers, vector
 from .radau import Mesh, as_mesh
 from .refinement import errors, refined
 from .solution import PhaseSolution, Solution, phase_solution
@@ -65,7 +65,7 @@ def solve(
         refinements: how often at most a mesh is refined.
         guess: a solution to start from, of the same states and controls; on the same mesh its multipliers are used too.
         solver: "ipopt"; "banded", the interior point of `jetplane.control.interior_point`, whose linear systems are
-            solved interval by interval, in torch, faster than IPOPT's from some 5,000 variables on; the path of a
+            solved interval by interval, in torch, faster than IPOPT's from some 3,000 variables on; the path of a
             libipopt; or "trust-constr" (SciPy).
         max_iterations: of the solver, for each mesh.
         time_limit: in seconds, for all meshes together.
@@ -86,8 +86,11 @@ def solve(
         NonFiniteError: a function is not finite at the guess.
         MissingPackageError: there is no IPOPT.
     """
-    if not tol > 0 or not accuracy > 0:
-        raise ArgumentError(f"tol and accuracy must be positive, got {tol} and {accuracy}")
+    _require_limits(max_iterations, time_limit, tol=tol, accuracy=accuracy)
+    if not _whole(refinements, 0):
+        raise ArgumentError(f"refinements must be a whole number of at least 0, got {refinements!r}")
+    if not isinstance(solver, str):
+        raise ArgumentError(f"solver must be a name or a path, as a string, got {solver!r}")
     own = solver in ("banded", "trust-constr")
     path = None if own or solver == "ipopt" else solver
     if own and options:
@@ -101,7 +104,7 @@ def solve(
     began, clock = time.monotonic(), time.process_time()
     model = Model(problem, backend)
     refine = isinstance(mesh, str) and mesh == "refine"
-    meshes = _first_meshes(problem, guess) if refine else meshes_of(problem, mesh)
+    meshes = _first_meshes(model, guess) if refine else meshes_of(problem, mesh)
     seconds = {"setup": time.process_time() - clock, "derivatives": 0.0, "solver": 0.0}
     history: list[tuple[int, float, int]] = []
     current, total = guess, 0
@@ -151,6 +154,21 @@ def solve(
     line.close()
     _warn_of_coarse_mesh(current)
     return current
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _require_limits(max_iterations: Any, time_limit: Any, **tolerances: Any) -> None:
+    """Raise an ArgumentError unless limits and tolerances are numbers that a solver can end by."""
+    for name, value in tolerances.items():
+        if not isinstance(value, (int, float)) or not value > 0:
+            raise ArgumentError(f"{name} must be a positive number, got {value!r}")
+    if not _whole(max_iterations, 0):
+        raise ArgumentError(f"max_iterations must be a whole number of at least 0, got {max_iterations!r}")
+    if time_limit is not None and not (isinstance(time_limit, (int, float)) and time_limit >= 0):
+        raise ArgumentError(f"time_limit must be seconds or None, got {time_limit!r}")
 
 
 def _warn_of_coarse_mesh(solution: Solution) -> None:
@@ -271,9 +289,8 @@ def solve_batch(
         >>> batch.objective.round(6).tolist(), batch.success.all().item()
         ([2.0, 4.0], True)
     """
-    if not tol > 0:
-        raise ArgumentError(f"tol must be positive, got {tol}")
-    if chunk is not None and not (isinstance(chunk, int) and chunk >= 1):
+    _require_limits(max_iterations, time_limit, tol=tol)
+    if chunk is not None and not _whole(chunk, 1):
         raise ArgumentError(f"chunk must be a whole number of at least 1, got {chunk!r}")
     began, clock = time.monotonic(), time.process_time()
     model = Model(problem, backend)
@@ -356,11 +373,7 @@ def _values(problem: Problem, parameters: dict[str, Any]) -> tuple[np.ndarray, n
     for name, given in parameters.items():
         part = layout.part(name)
         size = part.stop - part.start
-        try:
-            array = np.asarray(given.detach().cpu() if isinstance(given, torch.Tensor) else given)
-            array = array.astype(float, casting="same_kind" if array.dtype.kind == "c" else "unsafe")
-        except (TypeError, ValueError) as error:
-            raise ArgumentError(f"values of {name!r} must be real numbers (problems, {size}): {error}") from error
+        array = numbers(f"values of {name!r}, (problems, {size})", given)
         array = array[:, None] if array.ndim == 1 and size == 1 else array
         if array.ndim != 2 or array.shape[1] != size or not len(array):
             raise ShapeError(f"values of {name!r} must have shape (problems, {size}), got {array.shape}")
@@ -378,10 +391,11 @@ def _values(problem: Problem, parameters: dict[str, Any]) -> tuple[np.ndarray, n
     return np.concatenate(rows), np.concatenate(places)
 
 
-def _first_meshes(problem: Problem, guess: Solution | None) -> dict[str, Mesh]:
+def _first_meshes(model: Model, guess: Solution | None) -> dict[str, Mesh]:
     if guess is not None:
+        require_same(model, guess)
         return {name: ph.mesh for name, ph in guess.phases.items()}
-    return {name: Mesh.uniform(*FIRST_MESH) for name in problem.phases}
+    return {name: Mesh.uniform(*FIRST_MESH) for name in model.phases}
 
 
 def _solution(problem, nlp: NLP, outcome: Outcome, seconds, history, total: int) -> Solution:
@@ -433,7 +447,7 @@ def scaling_of(nlp: NLP, y: np.ndarray, scaling: Any) -> ipopt.Scaling | None:
         for name, part in layout.parts.items():
             if name in given:
                 used.add(name)
-                values[part] = given[name]
+                values[part] = vector(f"scaling of {name!r}", part.stop - part.start, given[name])
         if not (values > 0).all():
             raise ArgumentError(f"{layout.what}: magnitudes for scaling must be positive")
         return values

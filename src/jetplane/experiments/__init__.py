@@ -1,1 +1,1 @@
-"""Training runs on real data: what the command line is made of. Needs the extra ``jetplane[experiments]``."""
+"""Training runs on real data: what the command line is made of. Needs the extra ``jetplane[cli]``."""

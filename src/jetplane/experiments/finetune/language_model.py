@@ -178,8 +178,6 @@ def _transformers() -> Any:
     try:
         transformers = importlib.import_module("transformers")
     except ImportError as error:
-        raise MissingPackageError(
-            "fine-tuning needs transformers: pip install 'jetplane[experiments,finetune]'"
-        ) from error
+        raise MissingPackageError("fine-tuning needs transformers: pip install 'jetplane[cli,finetune]'") from error
     transformers.utils.logging.disable_progress_bar()
     return transformers
