@@ -235,6 +235,14 @@ def test_a_plane_without_curvature_names_its_directions(descent, slope):
         descent(slope, curvature)
 
 
+@pytest.mark.parametrize("descent", SPECTRAL[:3], ids=lambda d: type(d).__name__)
+def test_without_slope_and_curvature_there_is_no_step(descent):
+    assert torch.equal(descent(torch.zeros(2), torch.zeros(2, 2)), torch.zeros(2).double())
+    alone = descent(torch.ones(2), torch.eye(2))
+    planes = descent(torch.tensor([[1.0, 1.0], [0.0, 0.0]]), torch.stack([torch.eye(2), torch.zeros(2, 2)]))
+    assert torch.equal(planes, torch.stack([alone, torch.zeros(2).double()]) / 2)
+
+
 def test_curvature_of_another_shape():
     with pytest.raises(jp.ShapeError, match=r"slope of shape \(3,\): expected curvature \(3, 3\), got None"):
         Newton()(torch.ones(3), None)

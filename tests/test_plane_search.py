@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -436,6 +437,46 @@ def test_the_loss_after_a_step_sees_the_random_numbers_of_the_plane():
     for _ in range(2):
         opt.step(closure)
     assert drawn[0] == drawn[1] and drawn[2] == drawn[3] and drawn[0] != drawn[2]
+
+
+@pytest.mark.parametrize("loss", ["squares", "classes"])
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("gradient", [None, jp.gradients.LocalHeads()], ids=["perturbation", "heads"])
+def test_batches_of_a_few_examples_do_not_diverge(loss, size, gradient):
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+    x = torch.randn(256, 8)
+    y = torch.tanh(x[:, :3]) if loss == "squares" else x[:, :3].argmax(1)
+    of = F.mse_loss if loss == "squares" else F.cross_entropy
+    opt = jp.optim.PlaneSearch(net.parameters(), net, gradient=gradient)
+    before = of(net(x), y).item()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "a batch of", jp.RescueWarning)
+        for _ in range(150):
+            batch = torch.randint(256, (size,))
+            opt.step(lambda batch=batch: of(net(x[batch]), y[batch]))
+    assert of(net(x), y).item() < 1.05 * before
+
+
+def test_all_of_the_data_has_no_noise():
+    """Four examples, in every step: exclusive or is learned to rounding."""
+    net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    x, y = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]]), torch.tensor([[0.0], [1], [1], [0]])
+    opt = jp.optim.PlaneSearch(net.parameters(), net)
+    losses = [opt.step(lambda: F.mse_loss(net(x), y)).item() for _ in range(60)]
+    assert losses[-1] < 1e-6
+
+
+def test_a_plane_without_curvature_is_not_stepped_along():
+    """A softmax that rounds to 0 and 1 has a slope and no curvature."""
+    net = torch.nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[300.0, 0.0], [-300.0, 0.0]]))
+    x, y = torch.ones(64, 2), torch.ones(64, dtype=torch.long)
+    opt = jp.optim.PlaneSearch(net.parameters(), net, subspace=jp.sources.Subspace(curvature="ggn"))
+    before = net.weight.clone()
+    with pytest.warns(jp.RescueWarning, match="curvature of a plane of .* is zero"):
+        opt.step(lambda: F.cross_entropy(net(x), y))
+    assert torch.equal(net.weight, before)
 
 
 def test_steps_are_clipped_by_their_joint_norm():

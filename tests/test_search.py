@@ -25,10 +25,10 @@ from jetplane.subspace.search import (
 )
 
 
-def proposal(slope, inverse, examples=None, value=1.0):
+def proposal(slope, inverse, examples=None, value=1.0, **settings):
     curvature = torch.linalg.inv(torch.tensor(inverse).double())
     covariance = None if examples is None else SlopeMoments.of(examples).covariance
-    return Proposal.of(value, torch.tensor(slope), curvature, Newton(), covariance=covariance)
+    return Proposal.of(value, torch.tensor(slope), curvature, Newton(), covariance=covariance, **settings)
 
 
 def along(search, step, loss_at, state=None, scale=1.0):
@@ -102,6 +102,31 @@ def test_averages_forget_and_the_floor_holds():
     for _ in range(300):
         decision = as_promised(search, certain, decision.state)
     assert decision.rate == pytest.approx(1.0, abs=1e-4)
+
+
+def test_the_batch_of_the_last_step_has_no_noise():
+    examples = torch.tensor([[4.0], [0.0]])  # as much noise as signal
+    step = proposal([4.0], [[1.0]], examples, value=3.0, rounding=1e-9)
+    again = as_promised(NoiseAware(), step, NoiseState(after=3.0 + 4e-9))
+    assert again.rate == 1.0
+    other = as_promised(NoiseAware(), step, NoiseState(after=3.0 + 4e-8))
+    assert other.rate == NoiseAware().floor
+    assert as_promised(NoiseAware(), step).state.after is not None
+    coarse = proposal([4.0], [[1.0]], examples, value=3.0, rounding=0.05)  # as of half precision
+    assert as_promised(NoiseAware(), coarse, NoiseState(after=3.1)).rate == NoiseAware().floor
+
+
+def test_a_batch_that_fits_any_plane_has_no_floor():
+    step = {n: proposal([4.0], [[1.0]], torch.tensor([[4.0], [0.0]]), value=3.0, count=n) for n in (1, 2, 3)}
+    assert as_promised(NoiseAware(floor=0.1), step[2]).rate == 0.1
+    assert as_promised(NoiseAware(floor=0.1), step[1]).rate == 1e-3  # the first step: it may be the whole data
+    with pytest.warns(jp.RescueWarning, match="a batch of 1 fits a plane of 1 directions.* at least 2 examples"):
+        assert as_promised(NoiseAware(floor=0.1), step[1], NoiseState(after=7.0)).rate == 1e-3
+
+
+def test_all_of_one_example_may_be_noise():
+    lone = proposal([4.0], [[1.0]], torch.tensor([[4.0]]), value=3.0, count=1)
+    assert lone.covariance is None and lone.noise == lone.signal == 16.0
 
 
 def test_a_step_that_raises_the_loss_is_halved():

@@ -191,4 +191,4 @@ class CoarseMeshWarning(JetplaneWarning):
 
 
 class RescueWarning(JetplaneWarning):
-    """A singular or indefinite plane was made solvable; the message says how and by how much."""
+    """A plane determines no good step as it is; the message says what was done instead, and by how much."""

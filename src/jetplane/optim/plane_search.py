@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..directions import AbstractDirections, CachedDirections, ConcatenatedDirections, Directions, SelectedDirections
 from ..directions.laws import key
-from ..errors import ArgumentError, JetplaneWarning, NonFiniteError, UnknownLossError, warn_user
+from ..errors import ArgumentError, JetplaneWarning, NonFiniteError, RescueWarning, UnknownLossError, warn_user
 from ..evaluation.api import evaluate_plane
 from ..evaluation.audit import Auditing
 from ..evaluation.checks import CACHED_BYTES, as_directions
@@ -604,9 +604,18 @@ def _loss_is_curved(closure: Closure, params: Sequence[Tensor]) -> bool:
 def _proposed(plane: PlaneModel, descent: Spectral, squared_norms: Tensor) -> Proposal:
     """What a descent proposes on a plane."""
     assert plane.curvature is not None
-    value, covariance = plane.value.item(), None if plane.moments is None else plane.moments.covariance
+    value, moments = plane.value.item(), plane.moments
+    covariance, count = (None, None) if moments is None else (moments.covariance, moments.count)
     rounding = 2 * torch.finfo(plane.value.dtype).eps * abs(value)
-    return Proposal.of(value, plane.slope, plane.curvature, descent, squared_norms, covariance, rounding)
+    slope = plane.slope
+    if bool(slope.any()) and not bool(plane.curvature.any()):
+        warn_user(
+            f"the curvature of a plane of {len(slope)} directions is zero, as where a softmax rounds to 0 and 1: no "
+            "step was taken along it",
+            RescueWarning,
+        )
+        slope = torch.zeros_like(slope)
+    return Proposal.of(value, slope, plane.curvature, descent, squared_norms, covariance, rounding, count)
 
 
 def _distance(point: Sequence[Tensor], params: Sequence[Tensor]) -> float:

@@ -261,32 +261,34 @@ def _some_rows(
     dim, mass = goal.dim, goal.mass
     z = torch.log_softmax(precise(p), dim)
     loss = goal.loss(z)
-    heavy = overwritten(overwritten(z, "exp"), "mul", mass)
-    curvature, mean = _weighed_gram(space, x1, heavy, dim)
-    # Sure predictions cancel here, entry by entry; the sums of both terms would leave their rounding.
-    curvature -= outer(mean * torch.where(mass == 0, 0, 1 / mass), mean).total()
-    d1 = goal.taken_from(heavy)
+    y = overwritten(z, "exp")
+    curvature = _spread(space, x1, y, mass, dim)
+    d1 = goal.taken_from(overwritten(y, "mul", mass))
     return loss, x1.total(d1), curvature + x2.total(d1), d1
 
 
-def _weighed_gram(space: Space, x1: Coefficients, weight: Tensor, dim: int) -> tuple[Coefficients, Coefficients]:
-    """``sum(weight x_i x_j)`` for each second coefficient, and ``sum(weight x_i)`` over a dimension, which stays.
+def _spread(space: Space, x1: Coefficients, y: Tensor, mass: Tensor, dim: int) -> Coefficients:
+    """``sum(mass y (x_i - a_i) (x_j - a_j))``, ``a_i = sum(y x_i)`` over a dimension: the curvature of log_softmax.
 
-    Where stacks are large, some rows at a time: what is weighed stays in the cache.
+    From ``sum(y x_i x_j) - a_i a_j`` sure predictions would leave rounding. Where stacks are large, some rows at a
+    time: what is weighed stays in the cache.
     """
     curvature = absent(space, 2)
     if not x1 or space.order == 1:
-        return curvature, absent(space, 1)
-    n = len(weight) if dim == 1 else 1
+        return curvature
+    n = len(y) if dim == 1 else 1
     rows = max(1, BLOCK // max(x1.tensor[:, :1].numel(), 1)) if dim == 1 else n
-    means = []
     for start in range(0, max(n, 1), max(rows, 1)):
         part = slice(start, start + rows) if rows < n else slice(None)
-        some = x1.map(lambda c, part=part: c[:, part])
-        weighed = some * weight[part]
-        means.append(weighed.map(lambda c: c.sum(dim + 1, keepdim=True)))
-        curvature += outer(weighed, some).total()
-    return curvature, Coefficients(space, 1, torch.cat([mean.tensor for mean in means], 1), x1.rows)
+        share, of_rows = y[part], mass[part]
+
+        def centred(c: Tensor, part: slice = part, share: Tensor = share) -> Tensor:
+            c = c[:, part]
+            return c - (c * share).sum(dim + 1, keepdim=True)
+
+        apart = x1.map(centred)
+        curvature += outer(apart * (of_rows * share), apart).total()
+    return curvature
 
 
 # A compiler breaks aten's operator up before a jet meets it. This one stays whole, and jets alone meet it.

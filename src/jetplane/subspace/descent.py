@@ -7,14 +7,13 @@ sign is in kappa, and planes are averaged. All of it is done in double precision
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, RescueWarning, ShapeError, SingularPlaneError
+from ..errors import ArgumentError, RescueWarning, ShapeError, SingularPlaneError, warn_user
 
 
 class Descent(ABC):
@@ -106,10 +105,10 @@ class Spectral(Descent):
     """Newton-like steps in the eigenvectors of each plane's curvature: ``kappa = -M F``."""
 
     def __call__(self, slope: Tensor, curvature: Tensor | None) -> Tensor:
-        """See `Descent`; the curvature is (K, K), or (planes, K, K).
+        """See `Descent`; the curvature is (K, K), or (planes, K, K). Without slope and curvature the step is zero.
 
         Raises:
-            SingularPlaneError: a plane has no curvature at all.
+            SingularPlaneError: a plane has a slope and no curvature at all.
         """
         return self.solve(slope, curvature).kappa / (1 if slope.dim() == 1 else slope.shape[0])
 
@@ -126,12 +125,14 @@ class Spectral(Descent):
         basis = basis if scale is None else scale.unsqueeze(-1) * basis
         f = (basis.mT @ slope.double().unsqueeze(-1)).squeeze(-1)
         largest = values.abs().amax(-1, keepdim=True)
-        if not bool((largest > 0).all()):
+        flat = largest == 0
+        if bool((flat & (f != 0)).any()):
             raise SingularPlaneError(
-                f"the curvature of a plane of {values.shape[-1]} directions is zero, which leaves the length of a step "
-                "undetermined"
+                f"the curvature of a plane of {values.shape[-1]} directions is zero and its slope is not, which leaves "
+                "the length of a step undetermined"
             )
-        return Solution(basis, values, f, self._inverse(values, largest, curvature.dtype))
+        weights = self._inverse(torch.where(flat, 1, values), torch.where(flat, 1, largest), curvature.dtype)
+        return Solution(basis, values, f, torch.where(flat, 0, weights))
 
     def _scale(self, h: Tensor, dtype: torch.dtype) -> Tensor | None:
         """What to multiply directions by before anything else; None for nothing."""
@@ -165,15 +166,17 @@ class Newton(Spectral):
         tolerance = 10 * k * torch.finfo(dtype).eps if self.tolerance is None else self.tolerance
         lost = values.abs() <= tolerance * largest
         if bool(lost.any()):
-            _announce(
+            warn_user(
                 f"singular plane: {int(lost.sum())} of {lost.numel()} eigenvalues are below {tolerance:.1e} "
-                "times the largest; the step leaves their directions out"
+                "times the largest; the step leaves their directions out",
+                RescueWarning,
             )
         uphill = (values < 0) & ~lost
         if bool(uphill.any()):
-            _announce(
+            warn_user(
                 f"indefinite plane: the Newton step goes uphill along {int(uphill.sum())} of "
-                f"{uphill.numel()} directions; descent='saddle-free' does not"
+                f"{uphill.numel()} directions; descent='saddle-free' does not",
+                RescueWarning,
             )
         return torch.where(lost, 0, 1 / values)
 
@@ -231,10 +234,6 @@ class Damped(Spectral):
 
     def _scale(self, h: Tensor, dtype: torch.dtype) -> Tensor | None:
         return _to_unit_curvature(h, dtype) if self.scaled else None
-
-
-def _announce(message: str) -> None:
-    warnings.warn(message, RescueWarning, stacklevel=5)  # at the line that calls the descent
 
 
 def _to_unit_curvature(h: Tensor, dtype: torch.dtype) -> Tensor:

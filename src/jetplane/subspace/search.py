@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, RescueWarning, warn_user
 from .descent import Solution, Spectral
 
+ENOUGH = 2  # examples for each direction: fewer fit almost any plane
 _HOLDS = 0.75  # of the promised decrease: below it a plane's model does not hold where a step leads
 _ATTEMPTS = 5  # with more damping each
 _FIRST_DAMPING = 1e-3  # in parts of the largest curvature
@@ -45,6 +46,7 @@ class Proposal:
         covariance: C, the covariance of the slope of a random batch, (K, K) in float64; None if it is not known.
             See `jetplane.evaluation.plane.SlopeMoments`.
         rounding: the rounding error of the loss.
+        count: the number of examples in the batch; None if their parts of the slope are not known.
     """
 
     value: float
@@ -55,18 +57,19 @@ class Proposal:
     squared_norms: Tensor
     covariance: Tensor | None = None
     rounding: float = 0.0
+    count: int | None = None
 
     @staticmethod
     def of(
         value: float, slope: Tensor, curvature: Tensor, descent: Spectral, squared_norms: Tensor | None = None,
-        covariance: Tensor | None = None, rounding: float = 0.0,
+        covariance: Tensor | None = None, rounding: float = 0.0, count: int | None = None,
     ) -> Proposal:  # fmt: skip
         """What a descent proposes; directions are of norm one unless their squared norms are given."""
         norms = (
             torch.ones(len(slope), dtype=torch.float64, device=slope.device) if squared_norms is None else squared_norms
         )
-        solution = descent.solve(slope, curvature)
-        return Proposal(value, slope, curvature, descent, solution, norms.to(slope.device), covariance, rounding)
+        solution, norms = descent.solve(slope, curvature), norms.to(slope.device)
+        return Proposal(value, slope, curvature, descent, solution, norms, covariance, rounding, count)
 
     def damped(self, damping: float) -> Proposal:
         """The plane solved with ``damping * |v_k|^2`` added to each direction's curvature (Levenberg, Marquardt)."""
@@ -92,9 +95,12 @@ class Proposal:
 
     @property
     def noise(self) -> float | None:
-        """``tr(M C)``, C the covariance of the slope: the mean of `signal` if the true gradient were zero."""
+        """``tr(M C)``, C the covariance of the slope: the mean of `signal` if the true gradient were zero.
+
+        One example has no spread: all of its slope may be noise.
+        """
         if self.covariance is None:
-            return None
+            return self.signal if self.count == 1 else None
         basis = self.solution.basis
         return (self.solution.weights * ((self.covariance @ basis) * basis).sum(0)).sum().item()
 
@@ -304,11 +310,13 @@ class NoiseState:
         noise: running average of ``tr(M C)``.
         signal: running average of ``F^T M F``.
         damping: the number added to the curvature of a direction of norm one.
+        after: the loss of the last step's batch after that step; None if it is not known.
     """
 
     noise: float = 0.0
     signal: float = 0.0
     damping: float = 0.0
+    after: float | None = None
 
 
 @dataclass(frozen=True)
@@ -319,6 +327,12 @@ class NoiseAware(Search):
     after ``rate`` times the step ``-M F`` falls most at this rate: in ``E[F^T M F] = G^T M G + tr(M C)`` only the first
     term is signal. C comes from the examples' parts of the slope, at no cost. It is unbiased if the directions do not
     depend on the batch: see `jetplane.gradients.perturbation`.
+
+    A batch whose loss is what the last step left is that step's batch again. It is then all of the data, its slope
+    has no noise, and the rate is 1.
+
+    A batch of fewer than two examples for each direction can be fitted by almost any plane. Its steps then have no
+    other floor than 1e-3, and a `RescueWarning` says so. For a single example C is not known: all may be noise.
 
     The model of the plane may be wrong at the end of the step, above all after a long step along directions that are
     mostly noise and so hardly curve. If the loss of the same batch falls by less than three quarters of the decrease
@@ -351,7 +365,7 @@ class NoiseAware(Search):
 
     def decide(self, proposal: Proposal, state: NoiseState) -> Trials:
         """See `Search`."""
-        if proposal.covariance is None:
+        if proposal.noise is None:
             return (yield from self.otherwise.decide(proposal, state))
         damping, largest = state.damping, proposal.largest_curvature
         kappa, rate, now = proposal.kappa, 0.0, state
@@ -360,25 +374,54 @@ class NoiseAware(Search):
                 damping = max(10 * damping, _FIRST_DAMPING * largest)
             tried = proposal.damped(damping)
             kappa, (rate, now) = tried.kappa, self._shrunk(tried, state)
-            now = replace(now, damping=damping)
+            now = replace(now, damping=damping, after=None)
             if rate == 0:
                 return Decision(kappa, rate, now)
             outcome = yield Trial(kappa, rate)
+            now = replace(now, after=outcome.loss)
             promised = proposal.decrease(kappa, rate * outcome.scale)
             if proposal.value - outcome.loss >= _HOLDS * max(promised, 0.0) - proposal.rounding:
                 if attempt == 0:
                     now = replace(now, damping=damping / 3 if damping > 0.1 * _FIRST_DAMPING * largest else 0.0)
                 return Decision(kappa, rate, now)
         rate = yield from Backtracking().shortened(proposal, kappa, rate)
-        return Decision(kappa, rate, now)
+        return Decision(kappa, rate, replace(now, after=None))
 
     def _shrunk(self, proposal: Proposal, state: NoiseState) -> tuple[float, NoiseState]:
         """What part of a step is not noise, and the averages with this step's noise and signal in them."""
         assert proposal.noise is not None
         noise = self.memory * state.noise + (1 - self.memory) * proposal.noise
         signal = self.memory * state.signal + (1 - self.memory) * proposal.signal
-        rate = max(1 - noise / signal, self.floor) if signal > 0 else 0.0
+        if signal <= 0:
+            rate = 0.0
+        elif _is_again(proposal, state):
+            rate = 1.0
+        else:
+            rate = max(1 - noise / signal, self._floor(proposal, state))
         return rate, replace(state, noise=noise, signal=signal)
+
+    def _floor(self, proposal: Proposal, state: NoiseState) -> float:
+        """The smallest rate: for a small batch, that of a plane which tells nothing of other batches."""
+        directions = len(proposal.slope)
+        least = min(self.floor, NoiseAware.floor)
+        if self.floor == least or proposal.count is None or proposal.count >= ENOUGH * directions:
+            return self.floor
+        if state.after is not None:
+            warn_user(
+                f"a batch of {proposal.count} fits a plane of {directions} directions almost whatever they "
+                f"are, so that steps are as short as their noise demands; take at least "
+                f"{ENOUGH * directions} examples",
+                RescueWarning,
+            )
+        return least
+
+
+def _is_again(proposal: Proposal, state: NoiseState) -> bool:
+    """Whether the batch is that of the last step: its loss is what that step has left."""
+    if state.after is None:
+        return False
+    # Rounding differs a little between a plain pass and one with derivatives; in half precision little else differs.
+    return abs(proposal.value - state.after) <= min(8 * proposal.rounding, 1e-5 * abs(proposal.value))
 
 
 def clipped(steps: Sequence[Tensor], limit: float, norm: Tensor | None = None) -> list[Tensor]:
