@@ -6,6 +6,7 @@ import gc
 import warnings
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 import jetplane as jp
 from jetplane.gradients import ActivityPerturbation, Batch, LocalHeads, local_losses
+from jetplane.gradients.tape import Tape
 from jetplane.subspace.sources import Averages, Context, FastWeights, PreviousStep, Result, Subspace
 
 DOUBLE = {"dtype": torch.float64}
@@ -922,3 +924,39 @@ def test_every_must_be_a_number_of_steps(every):
 def test_rates_must_be_positive():
     with pytest.raises(jp.ArgumentError, match="rate must be positive"):
         LocalHeads(rate=0.0)
+
+
+def test_the_tape_keeps_no_input_that_a_derivative_does_not_need():
+    array = np.ones(8, dtype=np.float32)
+    kept, tape, w = weakref.ref(array), Tape(), torch.ones(8)
+    x = torch.from_numpy(array)
+    del array
+    y = tape.run(torch.add, (x, w), {}, leaves=(x, w))
+    z = tape.run(torch.add, (y, 1.0), {})
+    node = tape.node(y)
+    assert node is not None and kept() is not None
+    node.inputs = [leaf for leaf in node.inputs if leaf.tensor is not x]  # a leaf is kept by its node
+    del x
+    assert kept() is None and tape.node(z) is not None
+
+
+def frozen_between():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3), nn.Tanh(), nn.Linear(3, 3))
+    net[2].requires_grad_(False)
+    return net, [p for p in net.parameters() if p.requires_grad]
+
+
+def test_a_loss_of_what_two_frozen_layers_share_is_refused():
+    net, params = frozen_between()
+    net[4].requires_grad_(False)
+    x, y = torch.randn(12, 6), torch.arange(12) % 3
+    order = torch.arange(11, -1, -1)
+
+    def closure():
+        shared = net[:4](x)
+        return F.cross_entropy(shared[order], y[order]) + F.cross_entropy(net[4](shared), y)
+
+    opt = jp.optim.PlaneSearch(params[:2], net, gradient=LocalHeads())
+    with pytest.raises(jp.ArgumentError, match="which another layer takes too"):
+        opt.step(closure)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, final
 
@@ -294,6 +294,7 @@ class _Pass(TorchFunctionMode):
         self._entered: dict[tuple[int, int], int] = {}  # results that have entered a layer; how many of each layer
         self._swapped: set[int] = set()  # functions whose result has its first two axes swapped
         self._frozen: set[int] = set()  # layers none of whose parameters moves
+        self._ended: set[Node] = set()  # see `_end`
         self._latest: dict[int, Tensor] = {}  # what has become of layers' outputs that no head has read
         self._losses: list[tuple[Node, Node, LocalLoss]] = []  # with the nodes of its input and its result
         self._others: set[str] = set()
@@ -372,6 +373,7 @@ class _Pass(TorchFunctionMode):
             for t, node in nodes:
                 if node not in self._weights:
                     self._reads(t)
+                    self._end(node)
         if func in LOSSES:
             return self._loss(func, args, kwargs)
         along = self._weights.__contains__ if layer else self._is_open
@@ -387,6 +389,25 @@ class _Pass(TorchFunctionMode):
                 self._swapped |= {node.number for _, node in outputs}
             self._note(outputs, func, name, weights, leaves, layer)
         return result
+
+    def _end(self, node: Node) -> None:
+        """Let go of the way back from what enters a layer to frozen layers alone: no derivative goes there."""
+        if node.count == 1 and node.calls <= self._frozen:
+            node.back, node.inputs = None, ()
+            self._ended.add(node)
+
+    def _refuse_ended(self, of: Node, way: Collection[Node]) -> None:
+        """Raise where the way back from a loss to its last layer has been let go of.
+
+        Raises:
+            ArgumentError: the loss takes what a frozen layer has put out and another layer has taken too.
+        """
+        if not self._ended.isdisjoint(way):
+            raise ArgumentError(
+                f"a loss takes numbers, shape {tuple(of.shape)}, that are made of a frozen layer's output, which "
+                "another layer takes too, and local heads do not follow these to their rows. Let that layer's "
+                "parameters move, or take jetplane.gradients.ActivityPerturbation()"
+            )
 
     def _is_open(self, node: Node) -> bool:
         return not self._closing or node in self._weights or not node.calls <= self._read
@@ -505,6 +526,8 @@ class _Pass(TorchFunctionMode):
         marks[:, 0] = 1
         whole = self._tape.back({of: loss.shaped(marks)})
         at = next((node for node in whole if node.number == last.number and node.place == 0), None)
+        if at is None:
+            self._refuse_ended(of, whole)
         if at is None or not bool(((whole[at] == 0) | (whole[at] == 1)).all()):
             return None
         base = 2**20 if of.dtype in (torch.float32, torch.float64) else 2**7  # whole numbers that are exact
@@ -533,6 +556,8 @@ class _Pass(TorchFunctionMode):
             marks[0] = 1
             whole = self._tape.back({of: loss.shaped(marks)})
             at = next((c for node, c in whole.items() if node.number == last.number and node.place == 0), None)
+            if at is None:
+                self._refuse_ended(of, whole)
             axes = () if at is None else range(min(at.dim() - 1, 2))
             met = [int((at != 0).movedim(i, 0).flatten(1).any(1).sum()) for i in axes if at is not None]
             if met and min(met) > 1:

@@ -118,10 +118,10 @@ class Tape:
         target, results, plain = flat[0] if written else None, [], []
         # Hooks of the user's, as checkpoints set them, would run the model again on the way back.
         with DisableTorchFunction(), no_dispatch(), autograd(), saved_tensors_hooks(_kept, _taken):
-            starts = [flat[i].detach().requires_grad_() for i in at]
-            flat = list(flat)
-            for i, start in zip(at, starts, strict=True):
-                flat[i] = start
+            flat, token = list(flat), torch.empty(0, requires_grad=True)
+            for i in at:
+                flat[i] = _Start.apply(flat[i], token)
+            starts = [get_gradient_edge(flat[i]) for i in at]
             if target is not None:
                 flat[0] = flat[0].clone()  # a start may not be written to, and what is written to must not get a graph
             given, named = tree_unflatten(flat, spec)
@@ -206,6 +206,20 @@ class Tape:
     def _put(self, x: Tensor, node: Node) -> None:
         # A tape that its tensors refer to would be freed, with all that it keeps, by the garbage collector alone.
         self._known[id(x)] = weakref.ref(x, functools.partial(_forget, weakref.ref(self), id(x))), node
+
+
+class _Start(torch.autograd.Function):
+    """A tensor as the start of a graph that keeps of it what derivatives need alone: a leaf would keep all of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor) -> Tensor:
+        """The tensor; the token, which requires a gradient, lets it have one."""
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        """None is asked for: derivatives end here."""
+        return None, None
 
 
 def _forget(tape: weakref.ref[Tape], key: int, gone: weakref.ref[Tensor]) -> None:
