@@ -479,6 +479,31 @@ def test_a_plane_without_curvature_is_not_stepped_along():
     assert torch.equal(net.weight, before)
 
 
+def test_a_closure_may_take_planes_in_parts():
+    """Which steps have a plane is told before; parts of the batch, the same numbers up to rounding."""
+
+    def trained(parts):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3)).double()
+        opt = jp.optim.PlaneSearch(net.parameters(), net, gradient=jp.gradients.LocalHeads())
+        x, told, losses = X.double(), [], []
+
+        def loss(size):
+            pieces = zip(x.split(size), Y.split(size), strict=True)
+            return torch.cat([F.cross_entropy(net(a), b, reduction="none") for a, b in pieces]).mean()
+
+        for _ in range(33):
+            told.append(opt.plane_next)
+            size = parts if told[-1] else 128
+            losses.append(opt.step(lambda size=size: loss(size)).item())
+        return told, torch.tensor(losses)
+
+    (told, whole), (_, halves) = trained(128), trained(64)
+    assert [i for i, plane in enumerate(told) if plane] == [15, 31]
+    torch.testing.assert_close(halves, whole, rtol=1e-9, atol=0)
+    assert jp.optim.PlaneSearch([torch.nn.Parameter(torch.ones(2))]).plane_next
+
+
 def test_steps_are_clipped_by_their_joint_norm():
     pair = [nn.Parameter(torch.zeros(3).double()), nn.Parameter(torch.zeros(2).double())]
     loss = lambda: F.mse_loss(torch.cat(list(pair)), torch.full((5,), 10.0).double())  # noqa: E731

@@ -310,6 +310,11 @@ class PlaneSearch(PlaneOptimizer):
             self._settle(settings, moving)
 
     @property
+    def plane_next(self) -> bool:
+        """Whether the next step evaluates a plane: with ``every`` above one, the others estimate the gradient alone."""
+        return (self.state[STATE]["step"] + 1) % self.every == 0  # type: ignore[index]
+
+    @property
     def descent(self) -> Spectral:
         """The rule that solves for the step in the plane."""
         return self._descent
@@ -339,7 +344,7 @@ class PlaneSearch(PlaneOptimizer):
         with torch.no_grad(), setting_back(self.generators):
             contexts = self._contexts(moving)
             shard = _Shard(repeated, weight, RandomState())
-            if (own["step"] + 1) % self.every:
+            if not self.plane_next:
                 span, plane, changes, after, taken = None, None, [], own.get("standing"), None
             else:
                 span = self._spanned(contexts)

@@ -93,8 +93,22 @@ def _activity_perturbation(params: list[nn.Parameter], model: TextClassifier, ra
     return optim.PlaneSearch(params, model, seed=seed)
 
 
-def _local_heads(params: list[nn.Parameter], model: TextClassifier, rate: float, seed: int) -> Any:
-    return optim.PlaneSearch(params, model, seed=seed, gradient=LocalHeads())
+def _local_heads(model: TextClassifier, rate: float, seed: int, micro_batch: int) -> Step:
+    """Estimates take the whole batch; a plane, and the audit before the first step, a half of it at a time.
+
+    These carry two numbers where a plain pass has one.
+    """
+    opt = optim.PlaneSearch(model.trained, model, seed=seed, gradient=LocalHeads())
+    audited = False
+
+    def step(batch: Batch) -> float:
+        nonlocal audited
+        size = len(batch.labels)
+        part = size if audited and not opt.plane_next else (size + 1) // 2
+        audited = True
+        return float(opt.step(lambda: loss_of(model, batch, part)))
+
+    return step
 
 
 def _stream_error(params: list[nn.Parameter], model: TextClassifier, rate: float, seed: int) -> Any:
@@ -103,12 +117,8 @@ def _stream_error(params: list[nn.Parameter], model: TextClassifier, rate: float
 
 
 def _plane_search(model: TextClassifier, rate: float, seed: int, micro_batch: int) -> Step:
-    """By local heads where the read-out trains, whose gradient they have exactly; else by the read-out's error.
-
-    Local heads take the loss of the whole batch at once: their memory is near that of inference in any case.
-    """
-    local = model.head.weight.requires_grad
-    build = _by_closure(_local_heads, in_parts=False) if local else _by_closure(_stream_error)
+    """By local heads where the read-out trains, whose gradient they have exactly; else by the read-out's error."""
+    build = _local_heads if model.head.weight.requires_grad else _by_closure(_stream_error)
     return build(model, rate, seed, micro_batch)
 
 
