@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import DerivativeError
 from ..jets import Coefficients, Space, innermost, is_jet, linear, make, outer, parts, plain, primal
+from .forms import BATCHED
 from .implicit import chord
 from .registry import register
 
@@ -51,7 +52,7 @@ def _(space: Space, a: Any, *, check_errors: bool = False) -> Any:
 def _traces(space: Space, a: Any, inverse: Tensor) -> Any:
     """``tr E - tr(E E) / 2``, a jet whose primal is zero: ``tr(B0 A_i)`` and ``tr(B0 A_ij) - tr(B0 A_i B0 A_j)``."""
     _, a1, a2 = parts(a, space)
-    m = a1.map(lambda c: inverse @ c, True)
+    m = a1.map(lambda c: BATCHED.chosen(inverse, c).right(space, inverse, c), True)
     second = a2.map(lambda c: (c * inverse.mT).sum((-2, -1)), True)
     products = outer(m, m.map(lambda c: c.mT)).map(lambda c: c.sum((-2, -1)), True)
     return make(inverse.new_zeros(inverse.shape[:-2]), m.map(trace, True), second - products, space)
