@@ -23,7 +23,7 @@ from ..errors import DerivativeError
 from ..jets import Coefficients, Space, innermost, is_jet, linear, make, outer, parts, plain, primal
 from .forms import BATCHED
 from .implicit import chord
-from .registry import register
+from .registry import aten, register
 
 DEGREE = 18  # of the Taylor polynomial of exp, in matrices of norm one: its second derivative errs by 1/17!
 GROUP = 4  # powers of a matrix that are formed: Paterson and Stockmeyer, SIAM J. Comput. 2 (1973)
@@ -66,11 +66,11 @@ def _factors(p: Tensor) -> tuple[Tensor, Tensor]:
 @register("_linalg_slogdet")
 def _(space: Space, a: Any) -> Any:
     p = primal(a, space)
-    sign, logabsdet = torch.linalg.slogdet(p)
+    sign, logabsdet, *factors = aten._linalg_slogdet(p)
     change = _traces(space, a, torch.linalg.inv_ex(p)[0])
     if p.is_complex():
         sign, change = sign * torch.exp(1j * change.imag), change.real
-    return sign, logabsdet + change, *_factors(p)
+    return sign, logabsdet + change, *factors
 
 
 @register("_linalg_det")
