@@ -138,6 +138,28 @@ def test_hessians(name, batch):
     torch.testing.assert_close(product, along, rtol=1e-9, atol=1e-10 * scale)
 
 
+@pytest.mark.parametrize("count", [2, 64])  # copies of a factor, or one coefficient at a time
+@pytest.mark.parametrize("name", ["slogdet", "constant on the left", "constant on the right", "transposed"])
+def test_batches_of_products(name, count):
+    generator = torch.Generator().manual_seed(count)
+    w = torch.randn(3, count * 64, generator=generator, dtype=torch.float64) / 3
+    known = torch.randn(count, 8, 8, generator=generator, dtype=torch.float64) + 3 * torch.eye(8)
+    functions = {
+        "slogdet": lambda a: linalg.slogdet(a + known)[1].square(),
+        "constant on the left": lambda a: (known @ a).sin(),
+        "constant on the right": lambda a: (a @ known).sin(),
+        "transposed": lambda a: (known.mT @ a.mT).sin() + (a.mT @ known.mT).cos(),
+    }
+
+    def f(x):
+        return functions[name]((x @ w).sin().view(count, 8, 8)).sum()
+
+    x = torch.tensor([0.3, -0.4, 0.5]).double()
+    expected = hessian(f, x)
+    torch.testing.assert_close(jp.hessian(f, x), expected, rtol=1e-11, atol=1e-12 * expected.abs().max())
+    torch.testing.assert_close(jp.laplacian(f, x), expected.trace(), rtol=1e-11, atol=1e-12 * expected.abs().max())
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_laplacians_inside_a_loss(name):
     """As for a wave function: along parameters, of second derivatives along coordinates, and by reverse mode."""

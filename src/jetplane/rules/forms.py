@@ -24,6 +24,7 @@ from .registry import aten
 
 BLOCK = 1 << 17  # elements of a sum of weights that are held at a time
 IMAGES = 1 << 21  # elements of images that are convolved at a time
+FEW = 1 << 12  # numbers of two batches of matrices up to which a call costs more than copies of one of them
 NARROW = 96  # rows or columns below which reading a factor costs as much as multiplying it
 
 
@@ -341,6 +342,8 @@ class _Batched(Form):
 
 class _BatchedInPlace(_Batched, InPlace):
     def left(self, space: Space, a: Tensor, b: Tensor) -> Tensor:
+        if max(a[0].numel(), b.numel()) < FEW:
+            return super().left(space, a, b)
         out = space.memory.empty((*a.shape[:-1], b.shape[-1]), a)
         b = _matrices(b)
         for y, factor in zip(_matrices(out, 1), _matrices(a, 1), strict=True):
@@ -348,6 +351,8 @@ class _BatchedInPlace(_Batched, InPlace):
         return out
 
     def right(self, space: Space, a: Tensor, b: Tensor) -> Tensor:
+        if max(a.numel(), b[0].numel()) < FEW:
+            return super().right(space, a, b)
         out = space.memory.empty((*b.shape[:-2], a.shape[-2], b.shape[-1]), b)
         a = _matrices(a)
         for y, factor in zip(_matrices(out, 1), _matrices(b, 1), strict=True):

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ..errors import DerivativeError
 from ..jets import Coefficients, Space, innermost, is_jet, linear, make, outer, parts, plain, primal
+from .forms import BATCHED
 from .implicit import chord
-from .registry import register
+from .registry import aten, register
 
 DEGREE = 18  # of the Taylor polynomial of exp, in matrices of norm one: its second derivative errs by 1/17!
 GROUP = 4  # powers of a matrix that are formed: Paterson and Stockmeyer, SIAM J. Comput. 2 (1973)
@@ -51,7 +52,7 @@ def _(space: Space, a: Any, *, check_errors: bool = False) -> Any:
 def _traces(space: Space, a: Any, inverse: Tensor) -> Any:
     """``tr E - tr(E E) / 2``, a jet whose primal is zero: ``tr(B0 A_i)`` and ``tr(B0 A_ij) - tr(B0 A_i B0 A_j)``."""
     _, a1, a2 = parts(a, space)
-    m = a1.map(lambda c: inverse @ c, True)
+    m = a1.map(lambda c: BATCHED.chosen(inverse, c).right(space, inverse, c), True)
     second = a2.map(lambda c: (c * inverse.mT).sum((-2, -1)), True)
     products = outer(m, m.map(lambda c: c.mT)).map(lambda c: c.sum((-2, -1)), True)
     return make(inverse.new_zeros(inverse.shape[:-2]), m.map(trace, True), second - products, space)
@@ -65,11 +66,11 @@ def _factors(p: Tensor) -> tuple[Tensor, Tensor]:
 @register("_linalg_slogdet")
 def _(space: Space, a: Any) -> Any:
     p = primal(a, space)
-    sign, logabsdet = torch.linalg.slogdet(p)
+    sign, logabsdet, *factors = aten._linalg_slogdet(p)
     change = _traces(space, a, torch.linalg.inv_ex(p)[0])
     if p.is_complex():
         sign, change = sign * torch.exp(1j * change.imag), change.real
-    return sign, logabsdet + change, *_factors(p)
+    return sign, logabsdet + change, *factors
 
 
 @register("_linalg_det")

@@ -219,7 +219,8 @@ def _(space: Space, x: Any, weight: Any, bias: Any = None) -> Tensor:
     lead = x.shape[:-1]
     rows = x if x.dim() == 2 else reshape(space, x, (lead.numel(), x.shape[-1]))
     y = F.linear(primal(rows, space), primal(weight, space), primal(bias, space))
-    product = bilinear(space, ROWS, rows, weight, y) if bias is None else _biased(space, rows, weight, bias, y)
+    data = bias is None or not (is_jet(weight, space) or is_jet(bias, space))
+    product = bilinear(space, ROWS, rows, weight, y) if data else _biased(space, rows, weight, bias, y)
     return product if x.dim() == 2 else reshape(space, product, (*lead, weight.shape[0]))
 
 

@@ -189,7 +189,7 @@ class Call:
                 tangents = Axes(own, x)
             else:
                 stack = torch.zeros(len(rows), size, dtype=x.dtype, device=x.device)
-                stack[range(len(rows)), own] = 1
+                stack.scatter_(1, torch.tensor(own, dtype=torch.long, device=x.device).unsqueeze(1), 1)
                 tangents = self.expanded(stack.reshape(-1, *shape))
             start += size
             if not rows:
