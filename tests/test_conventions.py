@@ -173,7 +173,7 @@ def test_another_default_device_changes_nothing(name):
 
 
 @each
-@pytest.mark.filterwarnings("ignore:the spread of 6 examples")  # in half precision no batch is told to be all of the data
+@pytest.mark.filterwarnings("ignore:the spread of 6 examples")  # half precision does not tell that they are all
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(name, dtype):
     net = network(dtype=dtype)

@@ -328,7 +328,7 @@ class NoiseAware(Search):
     depend on the batch: see `jetplane.gradients.perturbation`.
 
     A batch whose loss is what the last step left is that step's batch again. It is then all of the data, its slope
-    has no noise, and the rate is 1.
+    has no noise, and the rate is 1. Losses in half precision do not tell.
 
     The spread of N examples has rank N - 1 at most, so that of no more examples than directions misses noise. The
     floor is then 1e-3, and a `RescueWarning` says so. For a single example C is not known: all may be noise.
