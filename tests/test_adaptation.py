@@ -11,7 +11,7 @@ import jetplane as jp
 from jetplane.adaptation import entropy, moments, weighted_modules
 from jetplane.errors import DataError
 
-pytest.importorskip("typer", reason="needs the extra experiments")
+pytest.importorskip("typer", reason="needs the extra cli")
 from typer.testing import CliRunner  # noqa: E402
 
 from jetplane import cli  # noqa: E402

@@ -575,7 +575,7 @@ def test_groups_keep_what_is_the_users_own():
 
 
 def test_progress_is_printed_where_there_is_no_terminal(capsys, monkeypatch):
-    cli = pytest.importorskip("jetplane.cli", reason="needs the extra experiments")
+    cli = pytest.importorskip("jetplane.cli", reason="needs the extra cli")
     monkeypatch.setattr(cli, "SECONDS", 0.0)
     with cli._progress() as progress:
         task = progress.add_task("a run", total=None, loss="")
