@@ -64,7 +64,7 @@ class System:
 
     def factor(self):
         jacobian, hessian, sigma, damping, fixed = self.tensors("jacobian", "hessian", "sigma", "damping", "fixed")
-        return self.kkt.factor(self.kkt.condense(jacobian), hessian, sigma, damping, fixed)
+        return self.kkt.factor(self.kkt.condense(jacobian, hessian), sigma, damping, fixed)
 
     def solution(self, factor):
         """With a step of refinement, as the interior point has it."""
@@ -144,8 +144,8 @@ class TestLinearAlgebra:
         factor = system.factor()
         system.sigma[:, 1] += 7.0
         chosen = torch.tensor([1])
-        hessian, sigma, damping, fixed = (a[:, chosen] for a in system.tensors("hessian", "sigma", "damping", "fixed"))
-        factor.update(chosen, system.kkt.factor(factor.condensed.select(chosen), hessian, sigma, damping, fixed))
+        sigma, damping, fixed = (a[:, chosen] for a in system.tensors("sigma", "damping", "fixed"))
+        factor.update(chosen, system.kkt.factor(factor.condensed.select(chosen), sigma, damping, fixed))
         for a, b in zip(system.solution(factor), system.solution(system.factor()), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 

@@ -78,13 +78,13 @@ class Group:
     columns: Tensor  # states and controls (intervals, points * local)
     defects: Tensor  # rows of defects (intervals, points * states)
     path_rows: Tensor  # (intervals, points * path constraints)
-    inner: Blocks  # defects by the states after the first
-    outer: Blocks  # defects by controls, first states, border
+    inner: Blocks  # states after the first, by their defects: transposed, as LAPACK wants them
+    outer: Blocks  # controls, first states, border by defects, likewise
     weights: Blocks  # W of each node by states, controls, border
     path: Blocks
     integral: Blocks
-    expand: Tensor  # Z without F, see `jetplane.control.kkt`
-    step: Tensor  # T without F
+    own_source: Tensor  # what of W is of controls, first states and border
+    own_target: Tensor  # where it lies in costs by these
 
 
 class Chain:
@@ -157,7 +157,7 @@ class _Span:
         kind[chain.integral_rows], row_local[chain.integral_rows] = "integral", np.arange(chain.nq)
         targets = {
             "inner": _Targets((self.count, self.points * nx, self.points * nx)),
-            "outer": _Targets((self.count, self.points * nx, u + nx + g)),
+            "outer": _Targets((self.count, u + nx + g, self.points * nx)),
             "path": _Targets((self.count, self.points * chain.np, d + g)),
             "integral": _Targets((self.count, self.points * chain.nq, d)),
         }
@@ -175,10 +175,10 @@ class _Span:
             targets[name].add(source, e[source], lines[source], places[source])
 
         lines, state = row * nx + row_local, local < nx
-        put("inner", defect & near & state & (offset > 0), lines, (offset - 1) * nx + local)
-        put("outer", defect & near & state & (offset == 0), lines, u + local)
-        put("outer", defect & near & ~state, lines, offset * nu + local - nx)
-        put("outer", defect & far, lines, u + nx + border[columns])
+        put("inner", defect & near & state & (offset > 0), (offset - 1) * nx + local, lines)
+        put("outer", defect & near & state & (offset == 0), u + local, lines)
+        put("outer", defect & near & ~state, offset * nu + local - nx, lines)
+        put("outer", defect & far, u + nx + border[columns], lines)
         lines = row * chain.np + row_local
         put("path", path & near & (offset == row), lines, local)
         put("path", path & far, lines, d + border[columns])
@@ -321,13 +321,14 @@ class Bands:
             position = np.full(len(chain.degrees) + 1, -1)  # the end belongs to no interval
             position[members] = np.arange(len(members))
             span = _Span(chain, points, len(members), position[np.append(chain.interval, len(chain.degrees))])
-            expand = torch.zeros(points, d + g, u + nx + g, dtype=torch.float64)
-            expand[0, range(nx), range(u, u + nx)] = 1
-            for j in range(points):
-                expand[j, range(nx, d), range(j * nu, (j + 1) * nu)] = 1
-                expand[j, range(d, d + g), range(u + nx, u + nx + g)] = 1
-            step = torch.zeros(nx + chain.theta, u + nx + chain.theta, dtype=torch.float64)
-            step[range(nx, nx + chain.theta), range(u + nx, u + nx + chain.theta)] = 1
+            # Places in (u, x₀, g) of the variables of nodes; later states have none.
+            own = np.concatenate(
+                [np.full((points, nx), -1), np.arange(u).reshape(points, nu), np.full((points, g), 0)], 1
+            )
+            own[0, :nx], own[:, d:] = u + np.arange(nx), u + nx + np.arange(g)
+            pairs = np.where(
+                (own[:, :, None] >= 0) & (own[:, None, :] >= 0), own[:, :, None] * (u + nx + g) + own[:, None, :], -1
+            ).ravel()
             nodes = chain.starts[members][:, None] + np.arange(points)
             columns = np.concatenate([chain.state_columns[nodes], chain.control_columns[nodes]], 2)
             blocks = {"weights": span.hessian(nlp.hessian_structure, node_of, local_of, border)}
@@ -340,8 +341,8 @@ class Bands:
                     self._index(chain.defect_rows[nodes].reshape(len(members), -1)),
                     self._index(chain.path_rows[nodes].reshape(len(members), -1)),
                     **{name: part.build(self.device) for name, part in blocks.items()},
-                    expand=expand.to(self.device),
-                    step=step.to(self.device),
+                    own_source=self._index(np.flatnonzero(pairs >= 0)),
+                    own_target=self._index(pairs[pairs >= 0]),
                 )
             )
         return groups

@@ -242,7 +242,7 @@ class _InteriorPoint:
         c[self.slack] = s.at_lower[self.n :] - s.at_upper[self.n :]
         damping = torch.where(self.is_slack, 1.0, torch.where(self.program.path, EQUALITY, 0.0))
         damping = damping.expand(-1, y.shape[1]).to(c)
-        factor = self.kkt.factor(self.kkt.condense(jacobian), hessian, torch.ones_like(y), damping, s.fixed)
+        factor = self.kkt.factor(self.kkt.condense(jacobian, hessian), torch.ones_like(y), damping, s.fixed)
         _, dual = self.kkt.solve(factor, right, c)
         small = dual.abs().amax(0) <= MULTIPLIERS  # NaN is not
         return torch.where(small, dual, 0.0)
@@ -452,14 +452,14 @@ class _InteriorPoint:
             d[self.slack] = 1 / total.clamp_min(1e-20)
             return d
 
-        condensed = self.kkt.condense(jacobian)
+        condensed = self.kkt.condense(jacobian, hessian)
 
         def factored(chosen: Tensor | None) -> Factorization:
             which = slice(None) if chosen is None else chosen
             damping = torch.where(self.program.path & ~self.is_slack, EQUALITY, damped(which))
             return self.kkt.factor(
                 condensed if chosen is None else condensed.select(chosen),
-                hessian[:, which], sigma[:n, which] + delta[which], damping, s.fixed[:, which],
+                sigma[:n, which] + delta[which], damping, s.fixed[:, which],
             )  # fmt: skip
 
         everything = torch.arange(len(delta), device=self.device)

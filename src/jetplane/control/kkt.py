@@ -13,7 +13,8 @@ solved in three steps, each by dense tensor operations over all problems:
 2. *Riccati recursion*, from the last interval to the first. The value of what remains is a quadratic function of the
    interval's first state and of θ = (g, σ, μ): the border, the multipliers of the end state and of the integrals. A
    Cholesky factorization eliminates the controls; the matrix has the right inertia if every one of them exists and the
-   border's matrix has it.
+   border's matrix has it. This takes the value's part by states alone; the mixed part by states and θ follows from a
+   second, linear recursion, as right-hand sides do, and the part by θ alone is a sum over all intervals.
 3. *The border*, one small dense symmetric system: first and last states, times, integrals, parameters, and the
    multipliers of constraints on them.
 
@@ -28,35 +29,42 @@ Journal of Optimization Theory and Applications 99 (1998).
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import repeat
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .bands import Banded, Bands, Chain
+from .bands import Banded, Bands, Chain, Group
 
 PENALTY = 1e7  # ρ, in units of the scaled problem
 SINGULAR = 1e-13  # eigenvalues of the equilibrated border below this are zero
+BORDER = 1e200  # is added to diagonals whose Cholesky factors nobody reads, so that these exist
 AHEAD = 25  # intervals of a single problem whose costs are computed together
 
 
 @dataclass
 class _Condensed:
-    """Of a group's intervals (intervals, problems, …), what their defects determine.
+    """Of a group's intervals (intervals, problems, …), what no factor of the inertia changes."""
 
-    Z maps (u, x₀, g) to the variables of all nodes, T maps (u, x₀, θ) to (x₀, θ) of the next interval.
-    """
-
+    weights: Tensor  # W of each node, of the Hessian alone (points, local + border, local + border)
     path: Tensor  # (points * path constraints, local + border)
     integral: Tensor  # (points * integrals, local)
     lu: Tensor
     pivots: Tensor
     inner: Tensor  # F: later states by controls, first states, border
-    expand: Tensor  # Z (points, local + border, …)
-    step: Tensor  # T
 
     def select(self, chosen: Tensor) -> _Condensed:
         return _Condensed(*(getattr(self, f.name)[:, chosen] for f in fields(self)))
+
+
+class _Costs(NamedTuple):
+    """Of a group's intervals, in the making."""
+
+    weights: Tensor  # W of each node
+    by_own: Tensor  # costs by controls, x₀ and border; below them integrals by these
+    lower: Tensor  # Cholesky factors by controls and x₀; of x₀ only rows by controls count
 
 
 @dataclass
@@ -71,20 +79,21 @@ class _GroupFactor:
 
 @dataclass
 class _ChainFactor:
-    values: Tensor  # P of each edge (intervals + 1, problems, x₀ θ, x₀ θ)
+    value: Tensor  # at the first edge (problems, x₀ θ, x₀ θ)
+    values: Tensor  # of each edge, by the states there and by all (intervals + 1, problems, x₀, x₀ θ)
     groups: list[_GroupFactor]
 
 
 @dataclass
 class Condensed:
-    """A Jacobian with its defects factored: what `KKT.condense` has made, for any Hessian."""
+    """A Jacobian with its defects factored, and a Hessian by intervals: what `KKT.condense` has made, for any Σ, D."""
 
-    jacobian: Tensor
+    root: Tensor  # the border's own entries
     chains: list[list[_Condensed]]
 
     def select(self, chosen: Tensor) -> Condensed:
         """That of some problems, given by their numbers."""
-        return Condensed(self.jacobian[:, chosen], [[part.select(chosen) for part in chain] for chain in self.chains])
+        return Condensed(self.root[chosen], [[part.select(chosen) for part in chain] for chain in self.chains])
 
 
 def times(a: Tensor, x: Tensor) -> Tensor:
@@ -116,7 +125,7 @@ class Factorization:
         for mine, new in zip(self.chains, other.chains, strict=True):
             if not new.groups:  # incomplete
                 continue
-            mine.values[:, chosen] = new.values
+            mine.value[chosen], mine.values[:, chosen] = new.value, new.values
             for a, b in zip(mine.groups, new.groups, strict=True):
                 for f in fields(_GroupFactor):
                     getattr(a, f.name)[:, chosen] = getattr(b, f.name)
@@ -185,52 +194,47 @@ class KKT:
 
     # Factorization
 
-    def condense(self, jacobian: Tensor) -> Condensed:
-        """Factor the defects of a Jacobian, given by its nonzeros in the order of the program's structure."""
+    def condense(self, jacobian: Tensor, hessian: Tensor) -> Condensed:
+        """Factor the defects.
+
+        Args:
+            jacobian: its nonzeros, in the order of the program's structure.
+            hessian: nonzeros of its lower triangle, likewise.
+        """
+        rows, columns = self.hessian_places
+        hessian = hessian.masked_fill((self.bands.still[rows] | self.bands.still[columns])[:, None], 0.0)
         jacobian = jacobian.masked_fill(self.bands.still[self.jacobian_places[1]][:, None], 0.0)
         chains = []
-        for chain, groups in zip(self.bands.chains, self.bands.groups, strict=True):
+        for groups in self.bands.groups:
             parts = []
             for group in groups:
-                u = group.points * chain.nu
-                lu, pivots, _ = torch.linalg.lu_factor_ex(group.inner.of(jacobian))
-                inner = torch.linalg.lu_solve(lu, pivots, group.outer.of(jacobian).neg_())
-                count, problems, _, columns = inner.shape
-                expand = group.expand.expand(count, problems, -1, -1, -1).clone()
-                expand[:, :, 1:, : chain.nx] = inner.view(count, problems, group.points, chain.nx, columns)[:, :, :-1]
-                step = group.step.expand(count, problems, -1, -1).clone()
-                step[..., : chain.nx, : u + chain.nx + len(chain.border)] = inner[..., -chain.nx :, :]
+                lu, pivots, _ = torch.linalg.lu_factor_ex(group.inner.of(jacobian).mT)
+                inner = torch.linalg.lu_solve(lu, pivots, group.outer.of(jacobian).mT.neg_())
                 path, integral = group.path.of(jacobian), group.integral.of(jacobian)
-                parts.append(_Condensed(path, integral, lu, pivots, inner, expand, step))
+                parts.append(_Condensed(group.weights.of(hessian), path, integral, lu, pivots, inner))
             chains.append(parts)
-        return Condensed(jacobian, chains)
+        root = (self.bands.root_hessian.of(hessian) + self.bands.root_jacobian.of(jacobian))[0]
+        return Condensed(root, chains)
 
-    def factor(
-        self, condensed: Condensed, hessian: Tensor, sigma: Tensor, damping: Tensor, fixed: Tensor
-    ) -> Factorization:
+    def factor(self, condensed: Condensed, sigma: Tensor, damping: Tensor, fixed: Tensor) -> Factorization:
         """Factor the matrix.
 
         Args:
-            condensed: the Jacobian.
-            hessian: nonzeros of its lower triangle, in the order of the program's structure.
+            condensed: Jacobian and Hessian.
             sigma: Σ (variables, problems).
             damping: D (constraints, problems): positive in path constraints; zero or positive in those of integrals and
                 ends; not used in defects.
             fixed: variables that do not move (variables, problems).
         """
         chains = []
-        jacobian = condensed.jacobian
-        rows, columns = self.hessian_places
-        hessian = hessian.masked_fill((self.bands.still[rows] | self.bands.still[columns])[:, None], 0.0)
         sigma = sigma.masked_fill(self.bands.still[:, None], 1.0)
-        problems = jacobian.shape[1]
-        correct = torch.ones(problems, dtype=torch.bool, device=jacobian.device)
-        root = (self.bands.root_hessian.of(hessian) + self.bands.root_jacobian.of(jacobian))[0]
+        root, problems = condensed.root.clone(), sigma.shape[1]
+        correct = torch.ones(problems, dtype=torch.bool, device=root.device)
         for number, chain in enumerate(self.bands.chains):
-            factor, good = self._factor_chain(number, chain, condensed.chains[number], hessian, sigma, damping)
+            factor, good = self._factor_chain(number, chain, condensed.chains[number], sigma, damping)
             chains.append(factor)
             correct &= good
-            self._add_value(number, chain, factor.values[0], root)
+            self._add_value(number, chain, factor.value, root)
         variables = len(self.bands.root_columns)
         diagonal = torch.diagonal(root, dim1=-2, dim2=-1)
         diagonal[:, :variables] += (sigma[self.bands.root_columns] * self.bands.root_own[:, None]).T
@@ -270,77 +274,129 @@ class KKT:
         root[:, last, nu] -= 1
         root[:, nu, last] -= 1
 
-    def _factor_chain(self, number: int, chain: Chain, parts, hessian, sigma, damping) -> tuple[_ChainFactor, Tensor]:
-        nx, nu, g, d, nq = chain.nx, chain.nu, len(chain.border), chain.local, chain.nq
-        problems = hessian.shape[1]
-        intervals, s = len(chain.degrees), nx + chain.theta
-        steps: list = [None] * intervals
-        costs: list = [None] * intervals
-        groups, weights_of, place = self.bands.groups[number], [], {}
-        for group, part in zip(groups, parts, strict=True):
-            count = len(group.members)
-            weights = group.weights.of(hessian).view(count, problems, group.points, d + g, d + g)
-            diagonal = torch.diagonal(weights, dim1=-2, dim2=-1)[..., :d]
-            diagonal += sigma[group.columns].transpose(1, 2).reshape(diagonal.shape)
-            if chain.np:
-                rows = part.path.view(count, problems, group.points, chain.np, d + g)
-                factors = damping[group.path_rows].transpose(1, 2).reshape(*rows.shape[:-1], 1)
-                weights += rows.mT @ (rows / factors)
-            for i, (e, step) in enumerate(zip(group.members.tolist(), part.step.unbind(0), strict=True)):
-                steps[e], place[e] = step, (len(weights_of), i)
-            weights_of.append(weights)
+    def _factor_chain(self, number: int, chain: Chain, parts, sigma, damping) -> tuple[_ChainFactor, Tensor]:
+        nx, nu, g = chain.nx, chain.nu, len(chain.border)
+        problems, intervals = sigma.shape[1], len(chain.degrees)
+        groups, place, costs = self.bands.groups[number], {}, []
+        for k, (group, part) in enumerate(zip(groups, parts, strict=True)):
+            count, columns = len(group.members), group.points * nu + nx
+            weights = torch.empty_like(part.weights).view(count, problems, group.points, *[chain.local + g] * 2)
+            cost = weights.new_empty(count, problems, columns + g + chain.nq, columns + g)
+            costs.append(_Costs(weights, cost, weights.new_empty(count, problems, columns, columns).mT))
+            place.update((e, (k, i)) for i, e in enumerate(group.members.tolist()))
         # A single problem's recursion ends at the first interval without a factor, mostly one of the last ones.
         alone = problems == 1 and self.device.type == "cpu"
-
-        def reduce(e: int) -> None:
-            """Costs by controls, x₀ and θ of an interval, and of some before it in its group."""
-            k, last = place[e]
-            chosen = slice(max(0, last + 1 - AHEAD) if alone else 0, last + 1)
-            group, expand, weights = groups[k], parts[k].expand[chosen], weights_of[k][chosen]
-            columns = group.points * nu + nx + g
-            cost = weights.new_zeros(len(weights), problems, columns + nx + nq, columns + nx + nq)
-            cost[..., :columns, :columns] = expand.flatten(2, 3).mT @ (weights @ expand).flatten(2, 3)
-            if nq:
-                rows = parts[k].integral.view(-1, problems, group.points, nq, d)[chosen] @ expand[..., :d, :]
-                cost[..., columns + nx :, :columns] = rows.sum(2)
-                cost[..., :columns, columns + nx :] = rows.sum(2).mT
-            for member, one in zip(group.members[chosen].tolist(), cost.unbind(0), strict=True):
-                costs[member] = one
-
-        value = hessian.new_zeros(problems, s, s)
-        value[:, range(nx), range(nx)] = PENALTY
-        value[:, range(nx), range(nx + g, nx + g + nx)] = 1
-        value[:, range(nx + g, nx + g + nx), range(nx)] = 1
-        values: list[Tensor] = [value] * (intervals + 1)
-        factors: list = [None] * intervals
-        bad = torch.zeros(problems, dtype=torch.int32, device=hessian.device)
+        values = sigma.new_zeros(intervals + 1, problems, nx, nx)
+        values[-1, :, range(nx), range(nx)] = PENALTY
+        at = values.unbind(0)
+        bad = torch.zeros(problems, dtype=torch.int32, device=sigma.device)
+        info = torch.empty_like(bad)
+        steps: dict[int, tuple[Tensor, ...]] = {}
         for e in range(intervals - 1, -1, -1):
-            if costs[e] is None:
-                reduce(e)
-            step = steps[e]
-            u = step.shape[-1] - s
-            total = torch.baddbmm(costs[e], step.mT, torch.bmm(value, step))
-            controls, rest = total[:, :u], total[:, u:, u:]
-            cholesky, info = torch.linalg.cholesky_ex(controls[..., :u])
-            half = torch.linalg.solve_triangular(cholesky, controls[..., u:], upper=False)
-            value = torch.baddbmm(rest, half.mT, half, alpha=-1)
+            if e not in steps:
+                k, last = place[e]
+                group, part, cost = groups[k], parts[k], costs[k]
+                chosen = slice(max(0, last + 1 - AHEAD) if alone else 0, last + 1)
+                self._reduce(chain, group, part, cost, chosen, sigma, damping)
+                u = group.points * nu
+                border = torch.diag(torch.arange(u + nx, device=sigma.device) >= u).to(sigma) * BORDER
+                end, total = part.inner[chosen, :, -nx:, : u + nx], cost.by_own[chosen, :, : u + nx, : u + nx]
+                lower = cost.lower[chosen]
+                half = lower[..., u:, :u]
+                views = (end, end.mT, total, total[..., u:, u:], lower, half, half.mT)
+                members = group.members[chosen].tolist()
+                steps.update(zip(members, zip(*(v.unbind(0) for v in views), repeat(border)), strict=False))
+            end, transposed, total, rest, lower, half, half_t, border = steps[e]
+            total.baddbmm_(transposed, torch.bmm(at[e + 1], end))
+            torch.linalg.cholesky_ex(total + border, out=(lower, info))
+            torch.baddbmm(rest, half, half_t, alpha=-1, out=at[e])
             bad |= info
-            values[e], factors[e] = value, (cholesky, half)
             if alone and info.item():
-                return _ChainFactor(values[e][None], []), bad == 0
+                none = sigma.new_zeros(problems, nx + chain.theta, nx + chain.theta)
+                return _ChainFactor(none, none, []), bad == 0
+        return self._with_theta(chain, groups, parts, costs, values, bad == 0)
+
+    @staticmethod
+    def _reduce(chain: Chain, group: Group, part: _Condensed, costs: _Costs, chosen: slice, sigma, damping) -> None:
+        """Costs of some intervals by controls, x₀ and border, and below them what integrals have by these.
+
+        Later states are F (u, x₀, g). Products with F are computed, what is of controls, x₀ and border themselves
+        is added.
+        """
+        nx, nu, g, d = chain.nx, chain.nu, len(chain.border), chain.local
+        weights, cost, points, u = costs.weights[chosen], costs.by_own[chosen], group.points, group.points * nu
+        weights.copy_(part.weights[chosen].view_as(weights))
+        diagonal = torch.diagonal(weights, dim1=-2, dim2=-1)[..., :d]
+        diagonal += sigma[group.columns[chosen]].transpose(1, 2).reshape(diagonal.shape)
+        if chain.np:
+            rows = part.path[chosen].view(*weights.shape[:3], chain.np, d + g)
+            weights += rows.mT @ (rows / damping[group.path_rows[chosen]].transpose(1, 2).reshape(*rows.shape[:-1], 1))
+        later = part.inner[chosen, :, :-nx].unflatten(2, (points - 1, nx))
+        mixed = weights[:, :, 1:, :, :nx] @ later
+        own = cost[..., : u + nx + g, :]
+        torch.matmul(later.flatten(2, 3).mT, mixed[..., :nx, :].flatten(2, 3), out=own)
+        for rows, where in (
+            (mixed[..., nx:d, :].flatten(2, 3), slice(nu, u)),
+            (mixed[..., d:, :].sum(2), slice(u + nx, None)),
+        ):
+            own[..., where, :] += rows
+            own[..., where] += rows.mT
+        own.flatten(2).index_add_(2, group.own_target, weights.flatten(2)[..., group.own_source])
+        if chain.nq:
+            integral = part.integral.view(-1, *weights.shape[1:3], chain.nq, d)[chosen]
+            rows = cost[..., u + nx + g :, :]
+            rows[:] = (integral[:, :, 1:, :, :nx] @ later).sum(2)
+            rows[..., :u] += integral[..., nx:].transpose(2, 3).flatten(3)
+            rows[..., u : u + nx] += integral[:, :, 0, :, :nx]
+
+    def _with_theta(self, chain: Chain, groups, parts, costs, states, good) -> tuple[_ChainFactor, Tensor]:
+        """What the recursion by states has made, and what θ adds to it."""
+        nx, nu, g, theta = chain.nx, chain.nu, len(chain.border), chain.theta
+        problems, intervals = states.shape[1], len(chain.degrees)
+        pieces: list = [None] * intervals
+        loops: list = [None] * intervals
+        kept = []
+        for group, part, found in zip(groups, parts, costs, strict=True):
+            u, end, cost = group.points * nu, part.inner[..., -nx:, :], found.by_own
+            columns = u + nx + g
+            feedback = torch.linalg.solve_triangular(
+                found.lower[..., :u, :u].mT, found.lower[..., u:, :u].mT, upper=True
+            ).neg_()
+            loop = end[..., u : u + nx] + end[..., :u] @ feedback
+            # Costs by (u, x₀, θ) and θ; those of the next interval are still to come.
+            by_theta = cost.new_zeros(*cost.shape[:2], u + nx + theta, theta)
+            by_theta[..., :columns, :g] = cost[..., :columns, u + nx :]
+            by_theta[..., :columns, g + nx :] = cost[..., columns:, :].mT
+            by_theta[..., columns + nx :, :g] = cost[..., columns:, u + nx :]
+            by_theta[..., :columns, :g] += end.mT @ (states[group.members + 1] @ end[..., u + nx :])
+            piece = by_theta[..., u : u + nx, :] + feedback.mT @ by_theta[..., :u, :]
+            for e, one, other in zip(group.members.tolist(), piece.unbind(0), loop.mT.unbind(0), strict=True):
+                pieces[e], loops[e] = one, other
+            kept.append((feedback, loop, by_theta))
+        mixed = states.new_zeros(problems, nx, theta)
+        mixed[:, range(nx), range(g, g + nx)] = 1
+        mixes = [mixed] * (intervals + 1)
+        for e in range(intervals - 1, -1, -1):
+            mixes[e] = mixed = torch.baddbmm(pieces[e], loops[e], mixed)
+        values = torch.cat([states, torch.stack(mixes)], -1)
+        first = states.new_zeros(problems, nx + theta, nx + theta)
+        first[:, :nx], first[:, nx:, :nx] = values[0], mixed.mT
         made = []
-        for group, part, weights in zip(groups, parts, weights_of, strict=True):
-            members = group.members.tolist()
-            cholesky = torch.stack([factors[e][0] for e in members])
-            half = torch.stack([factors[e][1] for e in members])
-            feedback = torch.linalg.solve_triangular(cholesky.mT, half, upper=True).neg_()
+        for group, part, found, (feedback, loop, by_theta) in zip(groups, parts, costs, kept, strict=True):
             u, end = group.points * nu, part.inner[..., -nx:, :]
-            loop = end[..., :u] @ feedback
-            loop[..., : nx + g] += end[..., u:]
-            made.append(_GroupFactor(weights, cholesky, feedback, loop))
-        stacked = torch.stack(values)
-        good = (bad == 0) & stacked[0].isfinite().flatten(1).all(1)
-        return _ChainFactor(stacked, made), good
+            cholesky = found.lower[..., :u, :u]
+            pushed = end.mT @ values[group.members + 1][..., nx:]
+            by_theta[..., : u + nx + g, :] += pushed
+            by_theta[..., u + nx :, :g] += pushed[..., u + nx :, :].mT
+            half = torch.linalg.solve_triangular(cholesky, by_theta[..., :u, :], upper=False)
+            first[:, nx:, nx:] += (by_theta[..., u + nx :, :] - half.mT @ half).sum(0)
+            other = torch.linalg.solve_triangular(cholesky.mT, half, upper=True).neg_()
+            by_loop = end[..., :u] @ other
+            by_loop[..., :g] += end[..., u + nx :]
+            made.append(
+                _GroupFactor(found.weights, cholesky, torch.cat([feedback, other], -1), torch.cat([loop, by_loop], -1))
+            )
+        return _ChainFactor(first, values, made), good & first.isfinite().flatten(1).all(1)
 
     # Solution
 
@@ -415,7 +471,7 @@ class KKT:
                 rows = part.integral.view(*shape, nq, d)[:, :, 1:, :, :nx]
                 q[..., columns + nx :] = times(rows, later).sum(2)
             # p of this edge is (feedback ᵀ, 1) (q + Tᵀ (p of the next edge + P f)).
-            pushed = times(factor.values[group.members + 1][..., :nx], f[..., -nx:])
+            pushed = transposed_times(factor.values[group.members + 1], f[..., -nx:])
             q[..., :columns] += transposed_times(part.inner[..., -nx:, :], pushed[..., :nx])
             q[..., u + nx :] += pushed[..., nx:]
             piece = q[..., u:] + transposed_times(made.feedback, q[..., :u])
@@ -464,7 +520,7 @@ class KKT:
             x = torch.baddbmm(constants[e], loops[e], x)
             trajectory.append(x)
         full = torch.cat([torch.stack(trajectory)[..., 0], theta.expand(intervals + 1, -1, -1)], -1)
-        push = times(factor.values[..., :nx, :], full) + edges  # costates at the edges
+        push = times(factor.values, full) + edges  # costates at the edges
         for group, part, made, (f, linear, _, _), k in zip(
             groups,
             factorization.condensed.chains[number],
