@@ -360,12 +360,19 @@ def transfers(problems: int, rivals: int) -> dict[str, Any]:
     thrusts = np.linspace(0.28, 0.45, problems)
     batch = solve_batch(low_thrust(None).problem, {"thrust": thrusts}, mesh=(40, 3), max_iterations=1000)
     seconds = sum(batch.seconds.values())
-    chosen = np.linspace(0, problems - 1, rivals).astype(int)
-    theirs = []
-    for number in chosen:
+
+    def ipopt(number: int) -> tuple[float, int, float, str]:
         began = time.process_time()
         solution = low_thrust(float(thrusts[number])).problem.solve(mesh=(40, 3))
-        theirs.append((solution.objective, solution.iterations, time.process_time() - began, solution.status.name))
+        return solution.objective, solution.iterations, time.process_time() - began, solution.status.name
+
+    chosen = np.linspace(0, problems - 1, rivals).astype(int)
+    theirs = [ipopt(number) for number in chosen]
+    failed = {
+        f"{thrusts[number]:.9g}": {"status": batch.status[number].name, "iterations": int(batch.iterations[number]),
+                                   "IPOPT": ipopt(number)}
+        for number in np.flatnonzero(~np.asarray(batch.success))
+    }  # fmt: skip
     difference = (batch.objective[chosen] - [t[0] for t in theirs]) / [t[0] for t in theirs]
     return {
         "problems": problems,
@@ -374,6 +381,8 @@ def transfers(problems: int, rivals: int) -> dict[str, Any]:
         "seconds a problem": seconds / problems,
         "iterations, median": float(np.median(batch.iterations)),
         "iterations, most": int(batch.iterations.max()),
+        "cost, least and most": [float(batch.objective.min()), float(batch.objective.max())],
+        "failed": failed,
         "IPOPT": {
             "problems": rivals,
             "solved": sum(t[3] == "SOLVED" for t in theirs),

@@ -1,8 +1,11 @@
 """Optimal control: tracing, exact derivatives, known optima, and what is said about bad input."""
 
+import copy
 import math
 import os
+import pickle
 import signal
+import threading
 
 import pytest
 import torch
@@ -1018,6 +1021,155 @@ class TestBadInput:
             two_phases().solve(guess=sol, solver="banded")
         with pytest.raises(jp.errors.ArgumentError, match="solver must be a name or a path"):
             a.solve(solver=None)
+
+
+class TestHabits:
+    """What engineers write otherwise than the documentation: it works as meant, or is refused."""
+
+    @staticmethod
+    def cart(states=None, controls=None, t0=0.0, tf=(0.1, 10.0)):
+        """From rest to rest at distance 1 with accelerations of at most 1, which takes 2."""
+        ocp = jp.control.Problem()
+        names = list(states or ("x", "v"))
+        ph = ocp.phase(
+            "cart", states=states or {"x": 1, "v": 1}, controls=controls or {"a": (1, -1.0, 1.0)}, t0=t0, tf=tf
+        )
+        ph.dynamics = lambda x, u, t, p: dict(zip(names, (x[names[1]], u.a), strict=True))
+        ph.start(**dict.fromkeys(names, 0.0))
+        ph.end(**dict(zip(names, (1.0, 0.0), strict=True)))
+        ocp.minimize(final=lambda e: e.cart.tf)
+        return ocp
+
+    def time_of(self, ocp, **options):
+        sol = ocp.solve(**{"mesh": (4, 2), "solver": "banded", **options})
+        assert sol.success
+        return sol.objective
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"tf": [0.1, 10.0]},
+            {"tf": np.array([0.1, 10.0])},
+            {"t0": 0, "tf": torch.tensor([1, 10])},
+            {"controls": {"a": [1, -1, np.ones(1)]}},
+            {"states": {"x": np.int64(1), "v": np.int32(1)}},
+            {"states": {"self": 1, "items": 1}},
+        ],
+    )
+    def test_bounds_sizes_and_names(self, change):
+        assert self.time_of(self.cart(**change)) == pytest.approx(2.0, abs=1e-5)
+
+    @needs_ipopt
+    def test_numbers_of_numpy(self):
+        options = {"tol": np.float32(1e-8), "max_iterations": np.int64(200), "time_limit": np.float32(60)}
+        for solver in ("banded", "ipopt"):
+            for mesh in (np.array([4, 2]), (np.int64(4), np.int32(2))):
+                assert self.time_of(self.cart(), mesh=mesh, solver=solver, **options) == pytest.approx(2.0, abs=1e-5)
+        ocp = self.cart()
+        ocp.parameter("k", np.int64(2), 1, 3)
+        assert ocp.parameters.size == 2
+
+    @pytest.mark.parametrize("name", ["_v", "__class__", "_layout", "t0", "tf"])
+    def test_names_that_are_taken(self, name):
+        with pytest.raises(jp.errors.ArgumentError, match="Python's own|reserved for the"):
+            self.cart(states={"x": 1, name: 1})
+
+    def test_a_tuple_that_may_be_values_or_bounds_is_refused(self):
+        ph = jp.control.Problem().phase("a", states={"r": 2, "s": 3}, t0=0.0, tf=1.0)
+        with pytest.raises(jp.errors.ArgumentError, match=r"\(1.0, 2.0\) may be their values or their bounds"):
+            ph.start(r=(1.0, 2.0))
+        ph.start(r=(0.5, 0.5), s=(1.0, 2.0))
+        ph.end(r=([1.0, 2.0], [1.0, 3.0]), s=(1.0, 2.0, 3.0))
+        assert ph.at_start[0].tolist() == [0.5, 0.5, 1.0, 1.0, 1.0] and ph.at_start[1].tolist()[2:] == [2.0] * 3
+        assert ph.at_end[1].tolist() == [1.0, 3.0, 1.0, 2.0, 3.0]
+
+    def test_constraints_as_of_any_dict(self):
+        slow = (lambda x, u, t, p: x.v, -9, 0.5)
+
+        def assigned(ph):
+            ph.path = {"slow": slow}
+
+        def joined(ph):
+            ph.path |= {"slow": slow}
+
+        ways = [
+            lambda ph: ph.path.update({"slow": slow}),
+            lambda ph: ph.path.update(slow=list(slow)),
+            lambda ph: ph.path.setdefault("slow", slow),
+            assigned,
+            joined,
+        ]
+        for way in ways:
+            ocp = self.cart()
+            way(ocp.phases["cart"])
+            assert ocp.nlp((2, 2)).constraint_upper.max() == 0.5
+        for way in (lambda ph: ph.path.update(slow=3), lambda ph: setattr(ph, "path", [slow])):
+            with pytest.raises(jp.errors.ArgumentError, match="function, lower, upper"):
+                way(self.cart().phases["cart"])
+
+    def test_functions_made_in_a_loop(self):
+        ocp = self.cart()
+        for k in (1, 2):
+            ocp.phases["cart"].path[f"p{k}"] = (lambda x, u, t, p, k=k: k * x.v, None, 1.0)
+        assert self.time_of(ocp) == pytest.approx(2.5, abs=0.1)  # no faster than 1/2
+
+    def test_an_integral_named_as_a_state(self):
+        ph = self.cart().phases["cart"]
+        ph.integral["x"] = (lambda x, u, t, p: u.a**2, 0.0, 9.0)
+        ph.guess(v=0.1)
+        with pytest.raises(jp.errors.ArgumentError, match="'x' is an integral, and a state"):
+            ph.guess(x=0.1)
+
+    @pytest.mark.parametrize("order", ["abc", "cab", "bca"])
+    def test_phases_of_free_times_in_any_order_do_not_run_backwards(self, order):
+        ocp = jp.control.Problem()
+        times = {"a": (0.0, (0.1, 5.0)), "b": ((0.1, 5.0), (0.2, 6.0)), "c": ((0.2, 6.0), (0.3, 10.0))}
+        made = {}
+        for name in order:
+            t0, tf = times[name]
+            made[name] = ocp.phase(name, states={"x": 1, "v": 1}, controls={"a": (1, -1.0, 1.0)}, t0=t0, tf=tf)
+            made[name].dynamics = lambda x, u, t, p: {"x": x.v, "v": u.a}
+        made["a"].start(x=0.0, v=0.0)
+        made["c"].end(x=1.0, v=0.0)
+        ocp.link(made["b"], "c")
+        ocp.link("a", made["b"], states=("x", "v"))
+        ocp.minimize(final=lambda e: e.c.tf)
+        sol = ocp.solve(mesh=(6, 2), solver="banded")
+        assert sol.success and sol.objective == pytest.approx(2.0, abs=1e-5)
+        assert all((np.diff(ph.t) >= -1e-7).all() for ph in sol.phases.values())
+
+    def test_a_link_of_no_states_and_of_one(self):
+        ocp = jp.control.Problem()
+        for name, t0 in (("a", 0.0), ("b", 1.0)):
+            ocp.phase(name, states={"place": 2, "v": 1}, t0=t0, tf=t0 + 1).dynamics = lambda x, u, t, p: 0 * x.all
+        ocp.minimize(final=lambda e: e.a.xf.v + e.b.xf.v)
+        for states, rows in (([], 1), ("place", 3), (None, 4)):
+            ocp.link("a", "b", states)
+            assert len(ocp.nlp((1, 2)).model.lower) == rows
+
+    def test_one_problem_in_threads_and_twice(self):
+        ocp, found = self.cart(), []
+        threads = [threading.Thread(target=lambda: found.append(self.time_of(ocp))) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == [pytest.approx(2.0, abs=1e-5)] * 3
+        ocp.phases["cart"].end(x=4.0)
+        assert self.time_of(ocp) == pytest.approx(4.0, abs=1e-5)
+
+    def test_pickled_and_copied(self):
+        sol = self.cart().solve(mesh=(4, 2), solver="banded")
+        for made in (pickle.loads(pickle.dumps(sol)), copy.copy(sol), copy.deepcopy(sol)):
+            assert made.objective == sol.objective and (made.x.v == sol.x.v).all()
+            again = self.cart().solve(mesh=(4, 2), solver="banded", guess=made)
+            assert again.iterations < sol.iterations
+        assert copy.deepcopy(sol).simulate().difference["cart"] < 1e-6
+        lost = pickle.loads(pickle.dumps(sol))
+        with pytest.raises(jp.errors.ArgumentError, match="set its .problem"):
+            lost.simulate()
+        lost.problem = sol.problem
+        assert lost.simulate().difference["cart"] < 1e-6
 
 
 def test_the_core_does_not_import_control():

@@ -275,6 +275,7 @@ def solve(
             }
         for name, value in {"print_level": 0, "sb": "yes", **options}.items():
             key = name.encode()
+            value = int(value) if isinstance(value, np.integer) else value
             if isinstance(value, bool):
                 value = "yes" if value else "no"
             if isinstance(value, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from itertools import count
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArgumentError, ShapeError
-from .problem import End, Ends, Layout, Parts, Phase, Problem, bounds
+from .problem import Constraint, End, Ends, Layout, Parts, Phase, Problem, bounds
 from .program import Program, trace
 
 
@@ -163,7 +164,7 @@ class Model:
                 if getattr(cost, "numel", lambda: 1)() != 1:
                     raise ShapeError(f"the final cost must be one number, got shape {tuple(cost.shape)}")
                 made.append(("the final cost", cost.reshape(1, 1) if hasattr(cost, "reshape") else cost, 1))
-            for name, constraint in problem.boundary.items():
+            for name, constraint in constraints.items():
                 value = called(f"boundary constraint {name!r}", constraint.function, "e", e)
                 made.append(
                     (
@@ -174,10 +175,16 @@ class Model:
                 )
             return made
 
+        constraints = {
+            f"length of {name}": Constraint(partial(_length, name), 0.0, None)
+            for name, model in self.phases.items()
+            if model.phase.t0[1] > model.phase.tf[0]  # its bounds would let it run backwards
+        }
+        constraints.update(problem.boundary)
         graph, variables, results = trace(run, 0, start + self.parameters.size, 0)
         self.has_final = problem.final is not None
         lower, upper, names = [], [], ["final cost"] * self.has_final
-        for (name, constraint), nodes in zip(problem.boundary.items(), results[self.has_final :], strict=True):
+        for (name, constraint), nodes in zip(constraints.items(), results[self.has_final :], strict=True):
             low, high = bounds(f"boundary constraint {name!r}", len(nodes), constraint.lower, constraint.upper)
             lower.append(low)
             upper.append(high)
@@ -213,6 +220,11 @@ class Model:
                 f"nothing links phase {apart[0]!r} to the others: call ocp.link(before, after), or add a boundary "
                 f"constraint on both"
             )
+
+
+def _length(name: str, e: Ends) -> Any:
+    phase = getattr(e, name)
+    return phase.tf - phase.t0
 
 
 def called(what: str, function: Any, names: str, *arguments: Any) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import keyword
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +21,11 @@ if TYPE_CHECKING:
 
 Function = Callable[[Any, Any, Any, Any], Any]
 INFINITY = 1e20  # what is beyond is no bound
+RESERVED = {
+    "all": "the whole vector",
+    "t0": "the initial time",
+    "tf": "the final time",
+}
 
 
 @dataclass
@@ -39,13 +46,17 @@ class Layout:
         """A part: its size, or (size, lower, upper)."""
         if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
             raise ArgumentError(f"a name in {self.what} must be a Python identifier, got {name!r}")
-        if name == "all":
-            raise ArgumentError(f"{self.what}: the name 'all' is reserved for the whole vector; choose another")
+        if name in RESERVED:
+            raise ArgumentError(f"{self.what}: the name {name!r} is reserved for {RESERVED[name]}; choose another")
+        if name.startswith("_"):
+            raise ArgumentError(f"{self.what}: names that begin with '_' are Python's own, got {name!r}")
         if name in self.parts:
             raise ArgumentError(f"{self.what} have two parts called {name!r}")
-        size, low, high = spec if isinstance(spec, tuple) and len(spec) == 3 else (spec, None, None)
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        given: Any
+        given, low, high = spec if isinstance(spec, (tuple, list)) and len(spec) == 3 else (spec, None, None)
+        if not is_whole(given, 1):
             raise ArgumentError(f"{self.what}: {name!r} must be a size or (size, lower, upper), got {spec!r}")
+        size = operator.index(given)
         lower, upper = bounds(f"{self.what}: {name!r}", size, low, high)
         self.parts[name] = slice(self.size, self.size + size)
         self.lower, self.upper = np.append(self.lower, lower), np.append(self.upper, upper)
@@ -66,6 +77,11 @@ class Layout:
         if name not in self.parts:
             raise ArgumentError(f"{self.what} have no {name!r}; they are {', '.join(self.parts) or 'none'}")
         return self.parts[name]
+
+
+def is_whole(value: Any, least: int) -> bool:
+    """Whether a value is a whole number of at least so much, Python's or NumPy's."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def bounds(what: str, size: int, lower: Any, upper: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -152,14 +168,46 @@ class Constraints(dict[str, Any]):
         self._what = what
 
     def __setitem__(self, name: str, value: Any) -> None:
-        if not (isinstance(value, tuple) and len(value) == 3 and callable(value[0])):
+        if isinstance(value, Constraint):
+            value = (value.function, value.lower, value.upper)
+        if not (isinstance(value, (tuple, list)) and len(value) == 3 and callable(value[0])):
             raise ArgumentError(f"{self._what} {name!r} must be (function, lower, upper), got {value!r}")
         if not isinstance(name, str) or not name.isidentifier():
             raise ArgumentError(f"a name of {self._what} must be a Python identifier, got {name!r}")
         super().__setitem__(name, Constraint(*value))
 
+    # A dict's own would not look at values.
 
-class Phase:
+    def update(self, *given: Any, **named: Any) -> None:
+        """Set constraints from a dict."""
+        for name, value in dict(*given, **named).items():
+            self[name] = value
+
+    def setdefault(self, name: str, value: Any = None) -> Constraint:
+        """Set a constraint where there is none of that name."""
+        if name not in self:
+            self[name] = value
+        return self[name]
+
+    def __ior__(self, other: Any) -> Constraints:  # type: ignore[override, misc]
+        self.update(other)
+        return self
+
+
+class _Constrained:
+    """What has constraints; a dict that is assigned to them takes their place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        mine = self.__dict__.get(name)
+        if isinstance(mine, Constraints) and value is not mine:
+            if not isinstance(value, Mapping):
+                raise ArgumentError(f"{name} must be a dict of (function, lower, upper), got {type(value).__name__}")
+            given, value = value, Constraints(mine._what)
+            value.update(given)
+        super().__setattr__(name, value)
+
+
+class Phase(_Constrained):
     """A part of the trajectory with one set of states, controls and dynamics; made by `Problem.phase`.
 
     Attributes:
@@ -190,15 +238,23 @@ class Phase:
         self.guesses: dict[str, Any] = {}
 
     def _time(self, which: str, value: Any) -> tuple[float, float]:
-        low, high = value if isinstance(value, tuple) and len(value) == 2 else (value, value)
-        lower, upper = bounds(f"phase {self.name!r}, {which}", 1, low, high)
+        what = f"phase {self.name!r}, {which}"
+        # Bounds may be None, which no array of numbers holds.
+        pair = value if isinstance(value, (tuple, list)) else np.atleast_1d(numbers(what, value))
+        low, high = pair if len(pair) == 2 else (value, value)
+        lower, upper = bounds(what, 1, low, high)
         return float(lower[0]), float(upper[0])
 
-    def start(self, **values: Any) -> None:
-        """States at the start: a number, a list or tensor of numbers; or bounds, as a tuple (lower, upper)."""
+    def start(self, /, **values: Any) -> None:
+        """States at the start: a number, a list or tensor of numbers; or bounds, as a tuple (lower, upper).
+
+        Raises:
+            ArgumentError: no such state; bounds that cross, or lie outside of the state's; a tuple of two numbers for a
+                state with two entries, which may be either.
+        """
         self._fix("start", self.at_start, values)
 
-    def end(self, **values: Any) -> None:
+    def end(self, /, **values: Any) -> None:
         """States at the end, as for `start`."""
         self._fix("end", self.at_end, values)
 
@@ -207,7 +263,14 @@ class Phase:
             part = self.states.part(name)
             low, high = value if isinstance(value, tuple) and len(value) == 2 else (value, value)
             what = f"{which} of {self.name!r}: {name!r}"
-            lower, upper = bounds(what, part.stop - part.start, low, high)
+            size = part.stop - part.start
+            if size == 2 and isinstance(value, tuple) and len(value) == 2 and all(np.ndim(v) == 0 for v in value):
+                if None not in value and value[0] != value[1]:
+                    raise ArgumentError(
+                        f"{what} has two entries, so {value!r} may be their values or their bounds: write "
+                        f"[{value[0]}, {value[1]}] for values, ([{value[0]}] * 2, [{value[1]}] * 2) for bounds"
+                    )
+            lower, upper = bounds(what, size, low, high)
             outside = (upper < self.states.lower[part]) | (lower > self.states.upper[part])
             if outside.any():
                 n = part.start + int(np.argmax(outside))
@@ -221,7 +284,7 @@ class Phase:
                 np.minimum(upper, self.states.upper[part]),
             )
 
-    def guess(self, **values: Any) -> None:
+    def guess(self, /, **values: Any) -> None:
         """What the solver starts from: ``t0``, ``tf``, states, controls and integrals by name.
 
         A state or control is a number or one for each entry, an array (points, size) at equal distances over the phase,
@@ -232,6 +295,8 @@ class Phase:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ArgumentError(f"phase {self.name!r} has no {unknown}; it has {sorted(known)}")
+        for name in set(values) & set(self.integral) & {*self.states.parts, *self.controls.parts}:
+            raise ArgumentError(f"guess of phase {self.name!r}: {name!r} is an integral, and a state or control, too")
         self.guesses.update(values)
 
     def guess_by_simulation(self, tf: float | None = None, steps: int = 200, **controls: Any) -> None:
@@ -270,7 +335,7 @@ class End:
     integral: Parts
 
 
-class Problem:
+class Problem(_Constrained):
     """An optimal control problem: phases, static parameters, constraints between ends, and a cost.
 
     minimize  final(ends) + sum over phases of ∫ running(x, u, t, p) dt
@@ -307,8 +372,9 @@ class Problem:
             name: of the phase, an identifier.
             states: by name: the size, or (size, lower, upper).
             controls: likewise.
-            t0: initial time: a number, or bounds as a tuple (lower, upper).
-            tf: final time, likewise.
+            t0: initial time: a number, or bounds (lower, upper).
+            tf: final time, likewise. No phase ends before it starts: where the bounds leave that open, it is a
+                constraint.
 
         Raises:
             ArgumentError: bounds that cross, names that are taken or no identifiers.
@@ -344,15 +410,19 @@ class Problem:
             self._phase(name)
         self.final, self.running = final, dict(running or {})
 
-    def _phase(self, name: str) -> Phase:
+    def _phase(self, name: str | Phase) -> Phase:
+        name = name.name if isinstance(name, Phase) else name
         if name not in self.phases:
             raise ArgumentError(f"there is no phase {name!r}; there are {', '.join(self.phases) or 'none'}")
         return self.phases[name]
 
-    def link(self, before: str, after: str, states: Any = None) -> None:
+    def link(self, before: str | Phase, after: str | Phase, states: Any = None) -> None:
         """Let a phase begin where another ends: in time and in the states of the same names, or those named."""
         first, second = self._phase(before), self._phase(after)
-        names = list(states or [n for n in first.states.parts if n in second.states.parts])
+        before, after = first.name, second.name
+        if states is None:
+            states = [n for n in first.states.parts if n in second.states.parts]
+        names = [states] if isinstance(states, str) else list(states)
         for name in names:
             a, b = first.states.part(name), second.states.part(name)
             if a.stop - a.start != b.stop - b.start:

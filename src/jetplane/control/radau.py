@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from numbers import Integral
 
 import numpy as np
 from numpy.polynomial import legendre
@@ -173,6 +174,6 @@ def as_mesh(value: object) -> Mesh:
     """A mesh, or (intervals, degree)."""
     if isinstance(value, Mesh):
         return value
-    if isinstance(value, Sequence) and len(value) == 2 and all(isinstance(v, int) for v in value):
-        return Mesh.uniform(*value)
+    if isinstance(value, (Sequence, np.ndarray)) and len(value) == 2 and all(isinstance(v, Integral) for v in value):
+        return Mesh.uniform(*map(int, value))
     raise ArgumentError(f"a mesh must be a jp.control.Mesh, (intervals, degree) or 'refine'; got {value!r}")

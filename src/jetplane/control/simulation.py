@@ -58,6 +58,8 @@ def rates(ph: Phase, parameters: Parts) -> Callable[[float, np.ndarray, np.ndarr
 
 def simulate(solution: Solution, rtol: float) -> Simulation:
     """Integrate each phase from its own start with its controls, interval by interval, by DOP853."""
+    if solution.problem is None:
+        raise ArgumentError("the solution was pickled without its functions: set its .problem before you simulate")
     t, x, difference = {}, {}, {}
     for name, ph in solution.phases.items():
         found = _phase(solution.problem.phases[name], ph, solution.p, rtol)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from dataclasses import dataclass, field
+import pickle
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,7 @@ class Solution:
     Of a problem with one phase, `t`, `x`, `u`, `costates`, `integral` and `error` are that phase's.
 
     Attributes:
+        problem: what was solved; None after pickling where its functions are lambdas. Set it, to simulate.
         status: how the solver ended; ``status.value`` says what it means, ``status.success`` whether it is a solution.
         objective: the cost.
         phases: by name; ``sol["descent"]`` too.
@@ -98,6 +101,20 @@ class Solution:
                 f"there are {len(self.phases)} phases: use sol[name].{name} with one of {', '.join(self.phases)}"
             )
         raise AttributeError(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle keeps: the problem becomes None where its functions cannot be pickled, as lambdas cannot."""
+        try:
+            pickle.dumps(self.problem)
+        except (pickle.PicklingError, AttributeError, TypeError):
+            return {**self.__dict__, "problem": None}
+        return self.__dict__
+
+    def __copy__(self) -> Solution:
+        return replace(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Solution:
+        return replace(self, **{f.name: copy.deepcopy(getattr(self, f.name), memo) for f in fields(self)})
 
     def __repr__(self) -> str:
         nodes = sum(p.mesh.nodes for p in self.phases.values())

@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from . import interior_point, ipopt, trust
 from .guessing import require_finite, require_same, set_integrals, start, trajectory
 from .model import Model
 from .nlp import NLP
-from .problem import INFINITY, Parts, Problem, numbers, vector
+from .problem import INFINITY, Parts, Problem, is_whole, numbers, vector
 from .radau import Mesh, as_mesh
 from .refinement import errors, refined
 from .solution import PhaseSolution, Solution, phase_solution
@@ -87,7 +88,7 @@ def solve(
         MissingPackageError: there is no IPOPT.
     """
     _require_limits(max_iterations, time_limit, tol=tol, accuracy=accuracy)
-    if not _whole(refinements, 0):
+    if not is_whole(refinements, 0):
         raise ArgumentError(f"refinements must be a whole number of at least 0, got {refinements!r}")
     if not isinstance(solver, str):
         raise ArgumentError(f"solver must be a name or a path, as a string, got {solver!r}")
@@ -156,18 +157,14 @@ def solve(
     return current
 
 
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
 def _require_limits(max_iterations: Any, time_limit: Any, **tolerances: Any) -> None:
     """Raise an ArgumentError unless limits and tolerances are numbers that a solver can end by."""
     for name, value in tolerances.items():
-        if not isinstance(value, (int, float)) or not value > 0:
+        if not isinstance(value, Real) or not float(value) > 0:
             raise ArgumentError(f"{name} must be a positive number, got {value!r}")
-    if not _whole(max_iterations, 0):
+    if not is_whole(max_iterations, 0):
         raise ArgumentError(f"max_iterations must be a whole number of at least 0, got {max_iterations!r}")
-    if time_limit is not None and not (isinstance(time_limit, (int, float)) and time_limit >= 0):
+    if time_limit is not None and not (isinstance(time_limit, Real) and float(time_limit) >= 0):
         raise ArgumentError(f"time_limit must be seconds or None, got {time_limit!r}")
 
 
@@ -290,7 +287,7 @@ def solve_batch(
         ([2.0, 4.0], True)
     """
     _require_limits(max_iterations, time_limit, tol=tol)
-    if chunk is not None and not _whole(chunk, 1):
+    if chunk is not None and not is_whole(chunk, 1):
         raise ArgumentError(f"chunk must be a whole number of at least 1, got {chunk!r}")
     began, clock = time.monotonic(), time.process_time()
     model = Model(problem, backend)
