@@ -382,10 +382,12 @@ def transfers(problems: int, rivals: int) -> dict[str, Any]:
         "iterations, median": float(np.median(batch.iterations)),
         "iterations, most": int(batch.iterations.max()),
         "cost, least and most": [float(batch.objective.min()), float(batch.objective.max())],
+        "started twice": int((batch.starts == 2).sum()),
         "failed": failed,
         "IPOPT": {
             "problems": rivals,
             "solved": sum(t[3] == "SOLVED" for t in theirs),
+            "failed": {f"{thrusts[n]:.9g}": t[3] for n, t in zip(chosen, theirs, strict=True) if t[3] != "SOLVED"},
             "seconds a problem": statistics.mean(t[2] for t in theirs),
             "iterations, median": statistics.median(t[1] for t in theirs),
         },

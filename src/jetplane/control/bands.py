@@ -83,8 +83,7 @@ class Group:
     weights: Blocks  # W of each node by states, controls, border
     path: Blocks
     integral: Blocks
-    own_source: Tensor  # what of W is of controls, first states and border
-    own_target: Tensor  # where it lies in costs by these
+    expand: Tensor  # nodes' variables by controls, first states, border; rows of later states are zero
 
 
 class Chain:
@@ -321,14 +320,11 @@ class Bands:
             position = np.full(len(chain.degrees) + 1, -1)  # the end belongs to no interval
             position[members] = np.arange(len(members))
             span = _Span(chain, points, len(members), position[np.append(chain.interval, len(chain.degrees))])
-            # Places in (u, x₀, g) of the variables of nodes; later states have none.
-            own = np.concatenate(
-                [np.full((points, nx), -1), np.arange(u).reshape(points, nu), np.full((points, g), 0)], 1
-            )
-            own[0, :nx], own[:, d:] = u + np.arange(nx), u + nx + np.arange(g)
-            pairs = np.where(
-                (own[:, :, None] >= 0) & (own[:, None, :] >= 0), own[:, :, None] * (u + nx + g) + own[:, None, :], -1
-            ).ravel()
+            expand = torch.zeros(points, d + g, u + nx + g, dtype=torch.float64)
+            expand[0, range(nx), range(u, u + nx)] = 1
+            for j in range(points):
+                expand[j, range(nx, d), range(j * nu, (j + 1) * nu)] = 1
+                expand[j, range(d, d + g), range(u + nx, u + nx + g)] = 1
             nodes = chain.starts[members][:, None] + np.arange(points)
             columns = np.concatenate([chain.state_columns[nodes], chain.control_columns[nodes]], 2)
             blocks = {"weights": span.hessian(nlp.hessian_structure, node_of, local_of, border)}
@@ -341,8 +337,7 @@ class Bands:
                     self._index(chain.defect_rows[nodes].reshape(len(members), -1)),
                     self._index(chain.path_rows[nodes].reshape(len(members), -1)),
                     **{name: part.build(self.device) for name, part in blocks.items()},
-                    own_source=self._index(np.flatnonzero(pairs >= 0)),
-                    own_target=self._index(pairs[pairs >= 0]),
+                    expand=expand.to(self.device),
                 )
             )
         return groups

@@ -54,6 +54,7 @@ class _Condensed:
     lu: Tensor
     pivots: Tensor
     inner: Tensor  # F: later states by controls, first states, border
+    expand: Tensor  # variables of all nodes by controls, first states, border (points, local + border, …)
 
     def select(self, chosen: Tensor) -> _Condensed:
         return _Condensed(*(getattr(self, f.name)[:, chosen] for f in fields(self)))
@@ -205,13 +206,15 @@ class KKT:
         hessian = hessian.masked_fill((self.bands.still[rows] | self.bands.still[columns])[:, None], 0.0)
         jacobian = jacobian.masked_fill(self.bands.still[self.jacobian_places[1]][:, None], 0.0)
         chains = []
-        for groups in self.bands.groups:
-            parts = []
+        for chain, groups in zip(self.bands.chains, self.bands.groups, strict=True):
+            parts, nx = [], chain.nx
             for group in groups:
                 lu, pivots, _ = torch.linalg.lu_factor_ex(group.inner.of(jacobian).mT)
                 inner = torch.linalg.lu_solve(lu, pivots, group.outer.of(jacobian).mT.neg_())
+                expand = group.expand.expand(*inner.shape[:2], -1, -1, -1).clone()
+                expand[:, :, 1:, :nx] = inner[:, :, :-nx].unflatten(2, (group.points - 1, nx))
                 path, integral = group.path.of(jacobian), group.integral.of(jacobian)
-                parts.append(_Condensed(group.weights.of(hessian), path, integral, lu, pivots, inner))
+                parts.append(_Condensed(group.weights.of(hessian), path, integral, lu, pivots, inner, expand))
             chains.append(parts)
         root = (self.bands.root_hessian.of(hessian) + self.bands.root_jacobian.of(jacobian))[0]
         return Condensed(root, chains)
@@ -318,36 +321,20 @@ class KKT:
 
     @staticmethod
     def _reduce(chain: Chain, group: Group, part: _Condensed, costs: _Costs, chosen: slice, sigma, damping) -> None:
-        """Costs of some intervals by controls, x₀ and border, and below them what integrals have by these.
-
-        Later states are F (u, x₀, g). Products with F are computed, what is of controls, x₀ and border themselves
-        is added.
-        """
+        """Costs of some intervals by controls, x₀ and border, and below them what integrals have by these."""
         nx, nu, g, d = chain.nx, chain.nu, len(chain.border), chain.local
-        weights, cost, points, u = costs.weights[chosen], costs.by_own[chosen], group.points, group.points * nu
+        weights, cost, u = costs.weights[chosen], costs.by_own[chosen], group.points * nu
         weights.copy_(part.weights[chosen].view_as(weights))
         diagonal = torch.diagonal(weights, dim1=-2, dim2=-1)[..., :d]
         diagonal += sigma[group.columns[chosen]].transpose(1, 2).reshape(diagonal.shape)
         if chain.np:
             rows = part.path[chosen].view(*weights.shape[:3], chain.np, d + g)
             weights += rows.mT @ (rows / damping[group.path_rows[chosen]].transpose(1, 2).reshape(*rows.shape[:-1], 1))
-        later = part.inner[chosen, :, :-nx].unflatten(2, (points - 1, nx))
-        mixed = weights[:, :, 1:, :, :nx] @ later
-        own = cost[..., : u + nx + g, :]
-        torch.matmul(later.flatten(2, 3).mT, mixed[..., :nx, :].flatten(2, 3), out=own)
-        for rows, where in (
-            (mixed[..., nx:d, :].flatten(2, 3), slice(nu, u)),
-            (mixed[..., d:, :].sum(2), slice(u + nx, None)),
-        ):
-            own[..., where, :] += rows
-            own[..., where] += rows.mT
-        own.flatten(2).index_add_(2, group.own_target, weights.flatten(2)[..., group.own_source])
+        expand, columns = part.expand[chosen], u + nx + g
+        torch.matmul(expand.flatten(2, 3).mT, (weights @ expand).flatten(2, 3), out=cost[..., :columns, :])
         if chain.nq:
             integral = part.integral.view(-1, *weights.shape[1:3], chain.nq, d)[chosen]
-            rows = cost[..., u + nx + g :, :]
-            rows[:] = (integral[:, :, 1:, :, :nx] @ later).sum(2)
-            rows[..., :u] += integral[..., nx:].transpose(2, 3).flatten(3)
-            rows[..., u : u + nx] += integral[:, :, 0, :, :nx]
+            cost[..., columns:, :] = (integral @ expand[..., :d, :]).sum(2)
 
     def _with_theta(self, chain: Chain, groups, parts, costs, states, good) -> tuple[_ChainFactor, Tensor]:
         """What the recursion by states has made, and what θ adds to it."""

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
 
@@ -26,6 +26,7 @@ from .solution import PhaseSolution, Solution, phase_solution
 from .status import Iteration, Outcome, Status
 
 FIRST_MESH = (8, 4)
+SECOND_START = (Status.INFEASIBLE, Status.RESTORATION_FAILED, Status.STALLED, Status.ITERATION_LIMIT)
 COARSE = 0.05  # relative error of states from which a solution is not to be trusted
 
 
@@ -201,6 +202,7 @@ class Batch:
     Attributes:
         status: of each problem.
         objective, iterations: arrays (problems,).
+        starts: how often each was started, once or twice (problems,); iterations are those of all starts.
         seconds: processor time of all of them together: set-up, derivatives and the rest of the solver.
     """
 
@@ -208,6 +210,7 @@ class Batch:
     status: list[Status]
     objective: np.ndarray
     iterations: np.ndarray
+    starts: np.ndarray
     seconds: dict[str, float]
     nlp: NLP = field(repr=False)
     outcomes: list[Outcome] = field(repr=False)
@@ -244,7 +247,8 @@ def solve_batch(
 
     Each value makes a problem of its own, where these parameters are fixed; others stay free. All of them go through
     the iterations of `jetplane.control.interior_point` together, on one mesh: functions, derivatives and linear algebra
-    are computed for all at once, and a problem leaves when it has ended.
+    are computed for all at once, and a problem leaves when it has ended. Problems that end infeasible, stalled or at
+    the limit of iterations are started once more, each from the solution of the problem with the nearest parameters.
 
     Args:
         problem: what to solve.
@@ -252,7 +256,7 @@ def solve_batch(
         mesh: for all problems, as for `solve`.
         tol: as for `solve`.
         guess: a solution whose trajectory all problems start from.
-        max_iterations: as for `solve`.
+        max_iterations: as for `solve`, of each start.
         time_limit: in seconds, for all problems together.
         scaling: as for `solve`, from the first problem whose functions are finite at the guess.
         progress: as for `solve`, of the problem with the largest error.
@@ -304,38 +308,69 @@ def solve_batch(
     clock = time.process_time()
     line = _Line(progress)
     factors = scaling_of(nlp, y[:, sound], scaling)
-    outcomes: list[Outcome] = []
     size = chunk or (100 if torch.device(device).type == "cpu" else y.shape[1])
     stop = threading.Event()
-    with ipopt.interrupts(stop):  # Ctrl-C ends those that wait, too
-        for first_problem in range(0, y.shape[1], size):
+    derivatives = 0.0
+
+    def solved(numbers: np.ndarray, y: np.ndarray) -> list[Outcome]:
+        """Outcomes of some problems from first iterates of theirs, chunk by chunk."""
+        nonlocal derivatives
+        found: list[Outcome] = []
+        for first_problem in range(0, len(numbers), size):
             part = slice(first_problem, first_problem + size)
             left = None if time_limit is None else max(time_limit - (time.monotonic() - began), 1e-3)
-            outcomes += interior_point.solve_batch(
+            found += interior_point.solve_batch(
                 nlp,
                 y[:, part],
-                lower[:, part],
-                upper[:, part],
+                lower[:, numbers[part]],
+                upper[:, numbers[part]],
                 options={"tol": tol, "max_iterations": max_iterations, "time_limit": left},
                 scaling=factors,
                 on_iteration=line.of(nlp),
                 device=device,
                 stop=stop,
             )
+        derivatives += sum(o.callback_seconds for o in found)
+        return found
+
+    with ipopt.interrupts(stop):  # Ctrl-C ends those that wait, too
+        outcomes = solved(np.arange(y.shape[1]), y)
+        again, nearest = _second_starts(values, outcomes)
+        starts = np.ones(len(outcomes), int)
+        if len(again) and not stop.is_set():
+            y = np.stack([outcomes[number].y for number in nearest], 1)
+            y[columns] = values[:, again]
+            starts[again] = 2
+            for number, second in zip(again.tolist(), solved(again, y), strict=True):
+                iterations = outcomes[number].iterations + second.iterations
+                better = second if second.status.success else outcomes[number]
+                outcomes[number] = replace(better, iterations=iterations)
     line.close()
-    derivatives = sum(o.callback_seconds for o in outcomes)
     seconds = {"setup": setup, "derivatives": derivatives, "solver": time.process_time() - clock - derivatives}
     batch = Batch(
         problem,
         [o.status for o in outcomes],
         np.array([o.objective for o in outcomes]),
         np.array([o.iterations for o in outcomes]),
+        starts,
         seconds,
         nlp,
         outcomes,
     )
     _warn_of_coarse_meshes(batch)
     return batch
+
+
+def _second_starts(values: np.ndarray, outcomes: list[Outcome]) -> tuple[np.ndarray, np.ndarray]:
+    """Problems that ended without a solution, and for each of them the solved one with the nearest parameters."""
+    solved = np.flatnonzero([o.status.success for o in outcomes])
+    failed = np.flatnonzero([o.status in SECOND_START for o in outcomes])
+    if not len(solved) or not len(failed):
+        return failed[:0], failed[:0]
+    spans = np.ptp(values, axis=1, keepdims=True)
+    scaled = values / np.where(spans > 0, spans, 1.0)
+    distances = np.square(scaled[:, failed, None] - scaled[:, None, solved]).sum(0)
+    return failed, solved[distances.argmin(1)]
 
 
 def _with_integrals(nlp: NLP, y: np.ndarray) -> int:
