@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ pytest.importorskip("scipy", reason="jetplane.control needs SciPy")
 from test_control import double_integrator, two_phases  # noqa: E402
 
 from examples.control import CASES, flight  # noqa: E402
-from jetplane.control import Mesh, Status, ipopt  # noqa: E402
+from jetplane.control import Mesh, Status, interior_point, ipopt  # noqa: E402
 from jetplane.control.kkt import KKT  # noqa: E402
 
 needs_ipopt = pytest.mark.skipif(ipopt.library_path() is None, reason="no libipopt: pip install casadi")
@@ -444,6 +445,36 @@ class TestBatches:
             assert value < 0 or objective == pytest.approx(12.0 / value, rel=1e-6)
         with pytest.raises(jp.errors.NonFiniteError, match="rate of v"):
             jp.control.solve_batch(ocp, {"strength": [-1.0, -2.0]}, mesh=(3, 4))
+
+    def test_those_that_fail_start_again_from_the_nearest_solution(self, monkeypatch):
+        solve, starts = interior_point.solve_batch, []
+
+        def failing_once(nlp, y, *rest, **options):
+            starts.append(y)
+            found = solve(nlp, y, *rest, **options)
+            return [replace(o, status=Status.STALLED) if k == 1 == len(starts) else o for k, o in enumerate(found)]
+
+        monkeypatch.setattr(interior_point, "solve_batch", failing_once)
+        parameters = {"distance": np.array([1.0, 3.0, 4.0, 50.0]), "limits": np.ones((4, 2))}
+        batch = jp.control.solve_batch(cart(), parameters, mesh=(6, 2))
+        assert batch.starts.tolist() == [1, 2, 1, 2]  # 50 m take more than 10 s
+        assert [s.name for s in batch.status] == ["SOLVED", "SOLVED", "SOLVED", "INFEASIBLE"]
+        assert batch[1].objective == pytest.approx(2 * 3**0.5, rel=1e-6)
+        assert batch.iterations[1] > batch.iterations[2]
+        first, second = starts
+        others = np.ones(len(first), bool)
+        others[batch.nlp.parameters] = False
+        assert second.shape[1] == 2 and (second[others] == batch.outcomes[2].y[others, None]).all()
+        assert (second[batch.nlp.parameters] == first[batch.nlp.parameters][:, [1, 3]]).all()
+        alone = jp.control.solve_batch(cart(), {name: values[3:] for name, values in parameters.items()}, mesh=(6, 2))
+        assert alone.status == [Status.INFEASIBLE] and alone.starts.tolist() == [1]
+
+    @pytest.mark.parametrize("device", ["gpu", "cuda:99", 1.5])
+    def test_a_device_that_is_not_there(self, device):
+        with pytest.raises(jp.errors.ArgumentError, match=f"device {device!r} cannot be used"):
+            jp.control.solve_batch(cart(), {"distance": [1.0]}, mesh=(3, 2), device=device)
+        with pytest.raises(jp.errors.ArgumentError, match="one mesh for all problems"):
+            jp.control.solve_batch(cart(), {"distance": [1.0]}, mesh="refine")
 
     def test_a_coarse_mesh_is_warned_of(self):
         ocp = double_integrator()

@@ -272,7 +272,7 @@ def solve_batch(
         CoarseMeshWarning: as for `solve`, once, with the number of such solutions.
 
     Raises:
-        ArgumentError: no parameters, unknown ones, values outside of their bounds.
+        ArgumentError: no parameters, unknown ones, values outside of their bounds; a device that is not there.
         ShapeError: values of a wrong shape.
         NonFiniteError: in every problem, a function is not finite at the guess; a problem where it is so while it is
             finite in another one has the status NOT_A_NUMBER.
@@ -293,6 +293,12 @@ def solve_batch(
     _require_limits(max_iterations, time_limit, tol=tol)
     if chunk is not None and not is_whole(chunk, 1):
         raise ArgumentError(f"chunk must be a whole number of at least 1, got {chunk!r}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ArgumentError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if isinstance(mesh, str):
+        raise ArgumentError(f"solve_batch takes one mesh for all problems, as (intervals, points), got {mesh!r}")
     began, clock = time.monotonic(), time.process_time()
     model = Model(problem, backend)
     nlp = NLP(model, meshes_of(problem, mesh))
