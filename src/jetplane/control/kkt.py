@@ -109,7 +109,7 @@ def transposed_times(a: Tensor, x: Tensor) -> Tensor:
 
 @dataclass
 class Factorization:
-    """What `KKT.factor` has made; complete where the inertia is that of a minimum: `correct` (problems,)."""
+    """What `KKT.factor` has made; of use where the inertia is that of a minimum: `correct` (problems,)."""
 
     condensed: Condensed
     chains: list[_ChainFactor]
@@ -121,11 +121,17 @@ class Factorization:
     damping: Tensor  # D (constraints, problems)
     correct: Tensor
 
+    @property
+    def complete(self) -> bool:
+        """Whether the recursions went through, as they do where the inertia is right."""
+        return bool(self.chains[-1].groups)
+
     def update(self, chosen: Tensor, other: Factorization) -> None:
         """Replace the factors of some problems, given by their numbers."""
+        if not other.complete:
+            self.correct[chosen] = False
+            return
         for mine, new in zip(self.chains, other.chains, strict=True):
-            if not new.groups:  # incomplete
-                continue
             mine.value[chosen], mine.values[:, chosen] = new.value, new.values
             for a, b in zip(mine.groups, new.groups, strict=True):
                 for f in fields(_GroupFactor):
@@ -237,6 +243,9 @@ class KKT:
             factor, good = self._factor_chain(number, chain, condensed.chains[number], sigma, damping)
             chains.append(factor)
             correct &= good
+            if not factor.groups:
+                nothing = root[:, :0]
+                return Factorization(condensed, chains, nothing, nothing, nothing, nothing, nothing, damping, correct)
             self._add_value(number, chain, factor.value, root)
         variables = len(self.bands.root_columns)
         diagonal = torch.diagonal(root, dim1=-2, dim2=-1)
@@ -315,8 +324,7 @@ class KKT:
             torch.baddbmm(rest, half, half_t, alpha=-1, out=at[e])
             bad |= info
             if alone and info.item():
-                none = sigma.new_zeros(problems, nx + chain.theta, nx + chain.theta)
-                return _ChainFactor(none, none, []), bad == 0
+                return _ChainFactor(values[0], values, []), bad == 0
         return self._with_theta(chain, groups, parts, costs, values, bad == 0)
 
     @staticmethod
