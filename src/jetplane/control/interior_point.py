@@ -47,6 +47,7 @@ EQUALITY = 1e-8  # D of equality constraints of the path, which iterative refine
 REFINEMENTS, RESIDUAL = 6, 1e-10
 VIOLATION = 1e-4  # of constraints and bounds, in the units of the problem, at most
 COMPLEMENTARITY = 1e-4  # products of distances and multipliers, in the units of the cost, at most
+SHORT, SHORT_STEPS, RESETS = 1e-2, 5, 5  # length of steps; so many in a row empty the filter, so often at most
 LESS, MUCH_LESS = 0.9, 0.1  # of the infeasibility before, that a restoration is to reach; that a filter is emptied for
 ELASTIC_TOL, ELASTIC_ACCEPTABLE = 1e-6, 1e-4  # of the restoration
 FAR = 1e6  # times the size of the start: where variables go that grow without end
@@ -226,7 +227,7 @@ class _InteriorPoint:
         state = State(
             torch.arange(len(mu), device=self.device), w, w.new_zeros(self.m, len(mu)),
             lower.isfinite().to(w), upper.isfinite().to(w), lower, upper, fixed, mu, zeros,
-            zeros, zeros, none, none, zeros, zeros,
+            zeros, zeros, none, none, zeros, zeros, zeros, zeros,
         )  # fmt: skip
         theta = evaluate(self.program, state, w).theta.clamp_min(1)
         state.theta_least, state.theta_most = 1e-4 * theta, 1e4 * theta
@@ -424,6 +425,11 @@ class _InteriorPoint:
         adds = ~(accepted & step.by_cost)
         if bool(adds.any()):
             s.add_to_filter(point, adds)
+        # Near an optimum, what the filter has kept may refuse Newton's steps; IPOPT forgets it then, too.
+        short = torch.where(step.length < SHORT, s.short + 1, 0.0)
+        stuck = (short >= SHORT_STEPS) & (s.resets < RESETS)
+        if bool(stuck.any()):
+            s.empty_filter(stuck)
         s = replace(
             s,
             w=torch.where(accepted, step.w, s.w),
@@ -431,6 +437,8 @@ class _InteriorPoint:
             at_lower=torch.where(accepted, s.at_lower + beta * d_lower, s.at_lower),
             at_upper=torch.where(accepted, s.at_upper + beta * d_upper, s.at_upper),
             last_delta=torch.where(delta > 0, delta, s.last_delta),
+            short=torch.where(stuck, 0.0, short),
+            resets=s.resets + stuck,
         )
         if not bool(accepted.all()):
             s = self._restore(s, point, ~accepted)

@@ -38,6 +38,8 @@ class State:
     filter_phi: Tensor
     acceptable: Tensor  # iterations in a row
     iterations: Tensor
+    short: Tensor  # steps in a row of hardly any length
+    resets: Tensor  # of the filter, for these
 
     def select(self, chosen: Tensor) -> State:
         """Some of the problems, given by their numbers."""
