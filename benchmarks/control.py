@@ -367,10 +367,10 @@ def transfers(problems: int, rivals: int) -> dict[str, Any]:
         return solution.objective, solution.iterations, time.process_time() - began, solution.status.name
 
     chosen = np.linspace(0, problems - 1, rivals).astype(int)
-    theirs = [ipopt(number) for number in chosen]
+    theirs = [ipopt(int(number)) for number in chosen]
     failed = {
         f"{thrusts[number]:.9g}": {"status": batch.status[number].name, "iterations": int(batch.iterations[number]),
-                                   "IPOPT": ipopt(number)}
+                                   "IPOPT": ipopt(int(number))}
         for number in np.flatnonzero(~np.asarray(batch.success))
     }  # fmt: skip
     difference = (batch.objective[chosen] - [t[0] for t in theirs]) / [t[0] for t in theirs]
