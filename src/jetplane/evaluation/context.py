@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from .._torch import symbolically_traced
 from ..errors import DerivativeError
-from ..jets import PairStructure, Space
+from ..jets import PairStructure, Space, keep_freed
 from ..rules import grad_mode
 from . import compilers, leaving
 
@@ -40,6 +40,7 @@ def expansion(
             "make_fx and exporters do not see the operators of jets: their graph would hold this result as a constant "
             "that does not depend on the inputs. Use jetplane.export"
         )
+    keep_freed()
     with compilers.eager():
         depth = nested() + 1
         space = Space(structure, order, depth, gauss_newton, examples, recorded=recorded)
