@@ -13,7 +13,15 @@ from ..errors import ArgumentError, DerivativeError
 
 Rounding = Literal["straight-through", "exact"]
 
-_state = threading.local()  # not a context variable, which compilers cannot follow
+
+class _State(threading.local):  # not a context variable, which compilers cannot follow
+    """What this thread has chosen."""
+
+    def __init__(self) -> None:  # not a default of the class: compiled code would be made anew once the thread has one
+        self.chosen: Rounding | None = None
+
+
+_state = _State()
 
 # What floating-point numbers are quantized to. Wider integers are mostly indices, which these cannot be.
 QUANTIZED = {
@@ -70,7 +78,7 @@ def quantization(derivative: Rounding) -> Iterator[None]:
 
 def chosen() -> Rounding | None:
     """The choice that the code runs under."""
-    return getattr(_state, "chosen", None)
+    return _state.chosen
 
 
 @contextlib.contextmanager
