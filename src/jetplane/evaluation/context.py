@@ -16,7 +16,9 @@ from . import compilers, leaving
 class _Evaluations(threading.local):
     """Those that are under way in this thread: how many, and whether the innermost, if it is traced, is recorded."""
 
-    def __init__(self) -> None:  # not defaults of the class: compiled code would be made anew once the thread has its own
+    def __init__(
+        self,
+    ) -> None:  # not defaults of the class: compiled code would be made anew once the thread has its own
         self.depth, self.recorded = 0, False
 
 

@@ -22,8 +22,8 @@ FREED = 1 << 24  # bytes of a block that is freed once: see `keep_freed`
 def keep_freed() -> None:
     """Have the C library keep up to 32 MiB of freed memory for the next evaluation, which would otherwise map it anew.
 
-    At the end of its heap glibc keeps free memory up to twice the size of the largest block that it has mapped and freed
-    so far. Here it frees such a block, which nobody has written to. Thresholds that the user has set
+    At the end of its heap glibc keeps free memory up to twice the size of the largest block that it has mapped and
+    freed so far. Here it frees such a block, which nobody has written to. Thresholds that the user has set
     (``MALLOC_TRIM_THRESHOLD_``, ``mallopt``) stay as they are; for other C libraries nothing changes.
     """
     torch.empty(FREED, dtype=torch.uint8, device="cpu")

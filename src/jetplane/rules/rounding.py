@@ -56,7 +56,7 @@ def quantization(derivative: Rounding) -> Iterator[None]:
     actual loss.
 
     Raises:
-        ArgumentError: another value of ``derivative``.
+        ArgumentError: another value of ``derivative``; in code that `torch.compile` traces, whose operators run later.
 
     >>> import torch, jetplane as jp
     >>> w, x = torch.tensor([2.0]), torch.tensor([3.3])
@@ -68,6 +68,11 @@ def quantization(derivative: Rounding) -> Iterator[None]:
     """
     if derivative not in ("straight-through", "exact"):
         raise ArgumentError(f"quantization must be 'straight-through' or 'exact', got {derivative!r}")
+    if torch.compiler.is_compiling():
+        raise ArgumentError(
+            "jetplane.quantization inside of compiled code, whose operators meet their derivatives when the choice is "
+            "gone. Put it around the call of the compiled function"
+        )
     before = chosen()
     _state.chosen = derivative
     try:
