@@ -65,6 +65,16 @@ def test_large_sums_are_written_in_blocks_that_change_nothing():
     torch.testing.assert_close(out, 1 + a.square().sum(0, keepdim=True))
 
 
+@pytest.mark.parametrize("k", [40, 37])
+def test_sums_over_many_directions_are_added_in_blocks_of_them(k):
+    a, b = torch.randn(k, 3, 1000).double(), torch.randn(k, 1, 1000).double()
+    out = torch.ones(1, 3, 1000).double()
+    Sums.trace(k).add_outer(out, a, b)
+    torch.testing.assert_close(out, 1 + (a * b).sum(0, keepdim=True))
+    Sums.trace(k).add_outer(out, a, b[:1])  # the same for all directions
+    torch.testing.assert_close(out, 1 + (a * b).sum(0, keepdim=True) + (a * b[:1]).sum(0, keepdim=True))
+
+
 @pytest.mark.parametrize("structure", [*STRUCTURES, Listed(K, ((0, 2), (1, 5)))], ids=str)
 def test_a_structure_is_made_again_from_its_key(structure):
     assert structure_of(structure.key) == structure

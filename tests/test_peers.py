@@ -128,44 +128,100 @@ def test_laplacians(case):
 # --- curvlinops --------------------------------------------------------------------------------------------------
 
 CURVLINOPS = module("CURVLINOPS_SRC", "curvlinops", "test.cases")
-MOST = 400  # parameters of an exact Hessian by all pairs
+KRONECKER = module("CURVLINOPS_SRC", "curvlinops", "test.kfac_cases")
+MOST = 400  # parameters of an exact Hessian by all pairs; of more it is made of products, by reverse mode
+COLUMNS = 64  # of a matrix of curvlinops' at a time
 CLOSURES = {"Hessian": ("HessianLinearOperator", "hessian"), "Gauss-Newton": ("GGNLinearOperator", "ggn")}
+
+
+def curvature_cases() -> list[Any]:
+    """Each case of curvlinops once: with what it sets of weight sharing, and in each of its blocks of parameters.
+
+    Its list of inverses is a part of the first one.
+    """
+    if CURVLINOPS is None or KRONECKER is None:
+        (skipped,) = cases(None)
+        return [pytest.param(None, None, None, marks=skipped.marks)]
+    listed = [
+        (name, n, case)
+        for found in (CURVLINOPS, KRONECKER)
+        for name in sorted(vars(found))
+        if name.endswith("CASES") and name not in ("INV_CASES", "ADJOINT_CASES")
+        for n, case in enumerate(getattr(found, name))
+    ]
+    every = []
+    for name, n, case in listed:
+        for setting in ("expand", "reduce") if "WEIGHT_SHARING" in name else (None,):
+            for blocks in CURVLINOPS.BLOCK_SIZES_FNS if name in ("CASES", "CNN_CASES") else ("full",):
+                words = [name.removesuffix("_CASES").lower(), str(n), setting, None if blocks == "full" else blocks]
+                every.append(pytest.param(case, setting, blocks, id="-".join(w for w in words if w)))
+    return every
+
+
+def of_curvlinops(case: Any, setting: str | None) -> tuple[torch.nn.Module, torch.nn.Module, list[Any]]:
+    """Model, loss and batches of a case in double precision.
+
+    In evaluation mode: dropout draws anew in each run, and curvlinops refuses buffers that batch norm writes to.
+    """
+    wide = lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
+    batch = lambda x: {k: wide(t) for k, t in x.items()} if hasattr(x, "items") else wide(x)  # noqa: E731
+    torch.manual_seed(case["seed"])
+    model = case["model_func"]()
+    if setting is not None:
+        model.setting = setting
+    data = case["data"]() if setting is None else case["data"]()[setting]
+    return model.double().eval(), case["loss_func"]().double(), [(batch(x), wide(y)) for x, y in data]
+
+
+def by_products(model: torch.nn.Module, closure: Callable[..., Tensor], names: list[str], params: Any) -> Tensor:
+    """The Hessian of a closure in some parameters of a model, made of Hessian-vector products by reverse mode."""
+    f, _ = jp.functional(model)
+
+    def of(*ps: Tensor) -> Tensor:
+        return closure(lambda x: f(dict(zip(names, ps, strict=True)), x))
+
+    rows = jp.hessian(of, tuple(params), mode="forward-over-reverse")
+    flat = [[h.reshape(p.numel(), -1) for h in row] for row, p in zip(rows, params, strict=True)]
+    return torch.cat([torch.cat(row, 1) for row in flat])
 
 
 @pytest.mark.parametrize("chunk", [None, 6])
 @pytest.mark.parametrize("kind", CLOSURES)
-@pytest.mark.parametrize("case", cases(CURVLINOPS, "CASES", "CNN_CASES"))
+@pytest.mark.parametrize(("case", "setting", "blocks"), curvature_cases())
 @pytest.mark.filterwarnings("ignore")
-def test_curvature(case, kind, chunk):
+def test_curvature(case, setting, blocks, kind, chunk):
     import curvlinops
 
     operator, curvature = CLOSURES[kind]
-    torch.manual_seed(case["seed"])
-    model, loss = case["model_func"]().double(), case["loss_func"]().double()
-    wide = lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
-    batch = lambda x: {k: wide(t) for k, t in x.items()} if hasattr(x, "items") else wide(x)  # noqa: E731
-    data = [(batch(x), wide(y)) for x, y in case["data"]()]
-    size = lambda y: y.shape[0]  # noqa: E731
+    model, loss, data = of_curvlinops(case, setting)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
     params = [p for p in model.parameters() if p.requires_grad]
     options: dict[str, Any] = {"check_deterministic": False}
     if not isinstance(data[0][0], Tensor):
         options["batch_size_fn"] = lambda x: x["x"].shape[0]
-    d = sum(p.numel() for p in params)
-    if kind == "Hessian" and d > MOST:
-        pytest.skip(
-            f"{d} parameters: the coefficients of all their pairs do not fit into memory, or take hours in chunks"
-        )
-    matrix = getattr(curvlinops, operator)(model, loss, params, data, **options) @ torch.eye(d, dtype=torch.float64)
+    size = lambda y: y.shape[0]  # noqa: E731
     total = sum(size(y) for _, y in data)
 
-    def closure() -> Tensor:
-        parts = [loss(model(x), y) * (size(y) / total if loss.reduction == "mean" else 1) for x, y in data]
+    def closure(run: Callable[[Any], Tensor] = model) -> Tensor:
+        parts = [loss(run(x), y) * (size(y) / total if loss.reduction == "mean" else 1) for x, y in data]
         return torch.stack(parts).sum()
 
-    axes = torch.eye(d, dtype=torch.float64).split([p.numel() for p in params], 1)
-    tangents = [e.reshape(d, *p.shape) for e, p in zip(axes, params, strict=True)]
-    found = jp.evaluate(closure, params, tangents, curvature, chunk=chunk).curvature
-    close(found, matrix, rtol=1e-7, atol=1e-9)
+    done = 0
+    for count in CURVLINOPS.BLOCK_SIZES_FNS[blocks](params) or [len(params)]:
+        moving, own = params[done : done + count], names[done : done + count]
+        d, done = sum(p.numel() for p in moving), done + count
+        eye = torch.eye(d, dtype=torch.float64)
+        theirs = getattr(curvlinops, operator)(model, loss, moving, data, **options)
+        matrix = torch.cat([theirs @ columns for columns in eye.split(COLUMNS, 1)], 1)
+        if kind == "Hessian" and d > MOST:
+            if chunk is not None:
+                pytest.skip(f"{d} parameters: products with a Hessian have no pairs, and no chunks of them")
+            found = by_products(model, closure, own, moving)
+        else:
+            axes = eye.split([p.numel() for p in moving], 1)
+            tangents = [e.reshape(d, *p.shape) for e, p in zip(axes, moving, strict=True)]
+            found = jp.evaluate(closure, moving, tangents, curvature, chunk=chunk).curvature
+        close(found, matrix, rtol=1e-7, atol=1e-9)
 
 
 # --- zeroth-order optimizers ---------------------------------------------------------------------------------------

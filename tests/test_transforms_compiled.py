@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -51,7 +53,18 @@ def determinants(x):
     return torch.linalg.det(x + x**2 / 4)
 
 
+def attended(z):
+    """Attention at each point by `torch.vmap`: among three tokens, of which the layers make query, key and value."""
+
+    def at(point):
+        tokens = NET(torch.stack([point, point.sin(), point.cos()])).sin()
+        return F.scaled_dot_product_attention(tokens, tokens.flip(0), tokens * 2, is_causal=True).sum(0)
+
+    return torch.vmap(at)(z)
+
+
 CASES = {
+    "attention under vmap": lambda: jp.laplacian(attended, POINTS[:2], batch_dim=0),
     "jet in parameters and input": lambda: jp.jet(F_OF, (PARAMS, POINTS), (TANGENTS, ALONG)),
     "jet, planes": lambda: jp.jet(NET, POINTS, torch.cat([ALONG, ALONG.sin()]), pairs=2),
     "jet, first order": lambda: jp.jet(NET, POINTS, ALONG, order=1)[:2],
@@ -130,6 +143,7 @@ WITH_GRAPH = {
     "weighted_laplacian": lambda x: jp.weighted_laplacian(NET, x, torch.eye(4).double() * 2, POINTS, batch_dim=0),
     "bilaplacian": lambda x: jp.bilaplacian(NET, x, batch_dim=0),
     "determinants": lambda x: jp.jet(determinants, MATRICES * x.sum(), ALONG_MATRICES),
+    "attention under vmap": lambda x: jp.laplacian(attended, x[:2], batch_dim=0),
 }
 REFERENCES = {  # by other functions
     "torch.func inside": lambda x: jp.laplacian(lambda z: jp.jacobian(NET, z, batch_dim=0).flatten(1), x, batch_dim=0)
@@ -184,6 +198,56 @@ def test_a_compiled_step_of_training():
     torch._dynamo.reset()
     for a, b in zip(trained(True), trained(False), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def in_a_new_thread(f):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(f()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+@pytest.mark.parametrize("name", ["laplacian", "loss"])
+def test_a_thread_that_has_not_evaluated_compiles_once(name):
+    """What a trace leaves behind in its thread is not what its guards have asked for."""
+    params, axes = list(NET.parameters()), list(TANGENTS.values())
+
+    @jp.loss
+    def loss(y):
+        return y.pow(4).mean()
+
+    f = {
+        "laplacian": lambda x: jp.laplacian(NET, x, batch_dim=0),
+        "loss": lambda x: jp.evaluate(lambda: loss(NET(x)), params, axes, "ggn").curvature,
+    }[name]
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compiled = torch.compile(f, fullgraph=True, backend="eager")
+    found = in_a_new_thread(lambda: [compiled(POINTS) for _ in range(2)])
+    torch.testing.assert_close(found, [f(POINTS)] * 2)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1
+
+
+def test_the_derivative_of_rounding_is_that_of_each_call():
+    """It was that of the first call, and zero where the choice was inside of the compiled code."""
+
+    def rounded(x):
+        return jp.jvp(lambda z: NET((z * 8).round() / 8), x, ALONG[0])[1]
+
+    def inside(x):
+        with jp.quantization("straight-through"):
+            return rounded(x)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(rounded, fullgraph=True, backend="aot_eager")
+    assert not compiled(POINTS).any()
+    for _ in range(2):
+        with jp.quantization("straight-through"):
+            torch.testing.assert_close(compiled(POINTS), inside(POINTS))
+        assert not compiled(POINTS).any()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="around the call of the compiled function"):
+        torch.compile(inside, fullgraph=True, backend="aot_eager")(POINTS)
 
 
 def test_a_backward_pass_inside_of_the_graph(monkeypatch):

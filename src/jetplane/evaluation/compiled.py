@@ -16,6 +16,7 @@ from .._torch import constant_in_graphs, functions_watched, private_functions_of
 from ..directions import AbstractDirections
 from ..errors import ArgumentError, DerivativeError, UnknownLossError
 from ..jets import LOSS, MODEL, Deferred, Jet, LowRank, PairStructure, Partial, Space, Stacked, Tangents, carried
+from ..rules import rounding
 from ..rules.dispatch import inside_loss
 from ..rules.losses import cross_entropy_whole, linear_cross_entropy
 from .checks import NO_LOSS
@@ -182,6 +183,8 @@ def tracing(space: Space, jets: dict[int, Jet], params: Sequence[Tensor]) -> Ite
         raise GraphBroken
     private_functions_offered()
     _functions_watched()
+    # Rules will ask for it: a comparison is guarded, and under another choice the code is compiled anew.
+    _ = rounding.chosen() == "straight-through"
     with (
         at_depth(space.level, space.recorded),
         torch.no_grad(),

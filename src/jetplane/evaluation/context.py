@@ -8,11 +8,21 @@ from collections.abc import Iterator
 
 from .._torch import symbolically_traced
 from ..errors import DerivativeError
-from ..jets import PairStructure, Space
+from ..jets import PairStructure, Space, keep_freed
 from ..rules import grad_mode
 from . import compilers, leaving
 
-_evaluations = threading.local()  # depth: how many are under way in this thread; recorded: whether the innermost is
+
+class _Evaluations(threading.local):
+    """Those that are under way in this thread: how many, and whether the innermost, if it is traced, is recorded."""
+
+    def __init__(
+        self,
+    ) -> None:  # not defaults of the class: compiled code would be made anew once the thread has its own
+        self.depth, self.recorded = 0, False
+
+
+_evaluations = _Evaluations()
 
 
 @contextlib.contextmanager
@@ -40,6 +50,7 @@ def expansion(
             "make_fx and exporters do not see the operators of jets: their graph would hold this result as a constant "
             "that does not depend on the inputs. Use jetplane.export"
         )
+    keep_freed()
     with compilers.eager():
         depth = nested() + 1
         space = Space(structure, order, depth, gauss_newton, examples, recorded=recorded)
@@ -53,12 +64,12 @@ def expansion(
 
 def nested() -> int:
     """How many evaluations are under way in this thread."""
-    return getattr(_evaluations, "depth", 0)
+    return _evaluations.depth
 
 
 def recorded() -> bool:
     """Whether the evaluation around, which a compiler traces, records a graph for reverse mode."""
-    return getattr(_evaluations, "recorded", False)
+    return _evaluations.recorded
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ from .jet import (
     who_detaches,
     whole,
 )
+from .memory import keep_freed
 from .mirrored import Mirrored, mirrored, reflected
 from .pairs import AllPairs, Diagonal, PairStructure, Planes, Star, Sums, Term
 from .space import LOSS, MODEL, PARAMETER, TOTAL, Key, Space
@@ -103,6 +104,7 @@ __all__ = [
     "is_jet",
     "joined",
     "jointly",
+    "keep_freed",
     "kind_of",
     "lift",
     "linear",

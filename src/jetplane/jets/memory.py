@@ -1,4 +1,4 @@
-"""Memory for large stacks of coefficients: fresh pages cost several times what writing to them does."""
+"""Memory of coefficients: fresh pages cost several times what writing to them does."""
 
 from __future__ import annotations
 
@@ -15,6 +15,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 LARGE, LARGEST = 1 << 23, 1 << 25  # bytes from which on the C library may, and does, ask for fresh pages each time
 FEW = 3  # directions up to which little memory matters more than little time
+FREED = 1 << 24  # bytes of a block that is freed once: see `keep_freed`
+
+
+@functools.cache
+def keep_freed() -> None:
+    """Have the C library keep up to 32 MiB of freed memory for the next evaluation, which would otherwise map it anew.
+
+    At the end of its heap glibc keeps free memory up to twice the size of the largest block that it has mapped and
+    freed so far. Here it frees such a block, which nobody has written to. Thresholds that the user has set
+    (``MALLOC_TRIM_THRESHOLD_``, ``mallopt``) stay as they are; for other C libraries nothing changes.
+    """
+    torch.empty(FREED, dtype=torch.uint8, device="cpu")
 
 
 class Memory:

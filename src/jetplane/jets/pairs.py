@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 16  # elements of sums of products that are held at a time: they fit into the cache
+FEW = 8  # directions in a block below which they are added one by one
 
 
 class Term(NamedTuple):
@@ -392,6 +393,11 @@ class Sums(PairStructure):
         size = into[:1].numel()
         if size * self.k <= BLOCK:  # so small that calls would cost more than memory
             into.add_(self.outer(a, b))
+        elif self.is_trace and size * FEW <= BLOCK and len(a) == len(b) == self.k:
+            step = BLOCK // size
+            for start in range(0, self.k, step):
+                run = slice(start, start + step)
+                into.add_((a[run] * b[run]).sum(0, keepdim=True))
         elif size > BLOCK and all(c.is_contiguous() and c.shape[1:] == into.shape[1:] for c in (into, a, b)):
             into, a, b = into.view(-1, size), a.view(-1, size), b.view(-1, size)
             for start in range(0, size, BLOCK):

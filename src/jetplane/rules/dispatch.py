@@ -192,12 +192,21 @@ KNOWN_LOSSES = (
     "which needs no loss function: curvature='hessian', in PlaneSearch "
     "subspace=jetplane.sources.Subspace(curvature='hessian')"
 )
-_marked = threading.local()  # not a context variable, which compilers cannot follow
+
+
+class _Marked(threading.local):  # not a context variable, which compilers cannot follow
+    """Whether the code that runs in this thread is marked as a loss function."""
+
+    def __init__(self) -> None:  # not a default of the class: compiled code would be made anew once the thread has one
+        self.loss = False
+
+
+_marked = _Marked()
 
 
 def inside_loss() -> bool:
     """Whether the code that runs is marked as a loss function."""
-    return getattr(_marked, "loss", False)
+    return _marked.loss
 
 
 @contextlib.contextmanager

@@ -13,7 +13,15 @@ from ..errors import ArgumentError, DerivativeError
 
 Rounding = Literal["straight-through", "exact"]
 
-_state = threading.local()  # not a context variable, which compilers cannot follow
+
+class _State(threading.local):  # not a context variable, which compilers cannot follow
+    """What this thread has chosen."""
+
+    def __init__(self) -> None:  # not a default of the class: compiled code would be made anew once the thread has one
+        self.chosen: Rounding | None = None
+
+
+_state = _State()
 
 # What floating-point numbers are quantized to. Wider integers are mostly indices, which these cannot be.
 QUANTIZED = {
@@ -48,7 +56,7 @@ def quantization(derivative: Rounding) -> Iterator[None]:
     actual loss.
 
     Raises:
-        ArgumentError: another value of ``derivative``.
+        ArgumentError: another value of ``derivative``; in code that `torch.compile` traces, whose operators run later.
 
     >>> import torch, jetplane as jp
     >>> w, x = torch.tensor([2.0]), torch.tensor([3.3])
@@ -60,6 +68,11 @@ def quantization(derivative: Rounding) -> Iterator[None]:
     """
     if derivative not in ("straight-through", "exact"):
         raise ArgumentError(f"quantization must be 'straight-through' or 'exact', got {derivative!r}")
+    if torch.compiler.is_compiling():
+        raise ArgumentError(
+            "jetplane.quantization inside of compiled code, whose operators meet their derivatives when the choice is "
+            "gone. Put it around the call of the compiled function"
+        )
     before = chosen()
     _state.chosen = derivative
     try:
@@ -70,7 +83,7 @@ def quantization(derivative: Rounding) -> Iterator[None]:
 
 def chosen() -> Rounding | None:
     """The choice that the code runs under."""
-    return getattr(_state, "chosen", None)
+    return _state.chosen
 
 
 @contextlib.contextmanager
