@@ -184,6 +184,9 @@ class Averages(Source):
         return new
 
 
+LATEST = 4.0  # an average of n fast weights is about that of their latest n / 4, until its memory is shorter
+
+
 @final
 @dataclass(frozen=True)
 class FastWeights(Source):
@@ -193,9 +196,12 @@ class FastWeights(Source):
 
     with the bias-corrected running averages m and s of estimates g of the gradient at z, and of g^2. In the plane of
     these directions theta moves to the point at which the loss of the batch is lowest; z continues from where it is.
-    Between planes theta moves with mean(z), by the part that z and mean(z) have in it. So z explores at the cost of an
-    estimate, and theta follows it as far as the loss falls. If the estimates do not lower the loss, theta stays;
-    if the loss at z is much lower, theta moves to z.
+    The next batch, to which no plane is fitted, judges that point: theta moves to z or mean(z) if the loss there is
+    lower. Before the first plane, the second and the fifth batch judge. In the other steps theta moves with mean(z), by
+    the part that z and mean(z) have in it. So z explores at the cost of an estimate, and theta follows it as far as the
+    loss falls. If the estimates do not lower the loss, theta stays.
+
+    After n steps the part 4 / (n + 4) of mean(z) is new, or ``1 - average`` if that is more.
 
     The state is four tensors of each parameter's size.
 
@@ -208,6 +214,7 @@ class FastWeights(Source):
         ArgumentError: a rate that is not positive, or a decay outside of [0, 1).
 
     Sources: Adam, arXiv 1412.6980; averages of iterates, Polyak and Juditsky, SIAM J. Control Optim. 30, 1992;
+    of which the latest part weighs most, Shamir and Zhang, arXiv 1212.1824;
     Lookahead, arXiv 1907.08610, whose slow weights go a fixed part of the way to fast ones; SEBOOST, arXiv 1609.00629,
     whose planes are spanned by where another method has gone.
     """
@@ -249,7 +256,7 @@ class FastWeights(Source):
         average = mixed("average", gradient, self.decays[0])
         square = mixed("square", gradient.square(), self.decays[1])
         fast = torch.addcdiv(old["fast"], average, square.sqrt().add_(ADAM_EPSILON), value=-self.rate)
-        mean = mixed("mean", fast, self.average)
+        mean = torch.lerp(fast, old.get("mean", fast), min(self.average, n / (n + LATEST)))
         return {"fast": fast, "mean": mean, "average": average, "square": square}
 
 
