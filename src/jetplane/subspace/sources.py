@@ -92,9 +92,8 @@ class Source(ABC):
     def weights(self, context: Context) -> Sequence[Tensor] | None:
         """The point at which to estimate the gradient, one tensor for each parameter; None for the current parameters.
 
-        If the loss of a plane's batch is less than half as large at this point as after the plane's step, the
-        parameters move to this point instead. So they do before the first plane, where it is less than half of the
-        loss at which they stand.
+        The batches of some steps judge whether parameters move to it, or to another of `points`: of the step after each
+        plane's, and before the first plane of the second and the fifth.
         """
         return None
 
