@@ -187,6 +187,15 @@ def test_ten_times_the_damping_is_tried_where_it_did_not_hold(before, after):
     assert kappas == pytest.approx([-1 / (4 + 4 * before), -1 / (4 + 4 * after)], rel=1e-9)
 
 
+def test_damping_is_bounded_where_no_step_lowers_the_loss():
+    """As at a loss that rounding keeps from falling; the bound is that of the curvature now, here 4."""
+    state = NoiseState()
+    for _ in range(20):
+        state = decided(NoiseAware(), certain(), state, lambda trial: Outcome(1.0)).state
+    assert state.damping == 4e6
+    assert as_promised(NoiseAware(), certain(), NoiseState(damping=1e30)).state.damping == pytest.approx(4e6 / 3)
+
+
 def test_exactly_three_quarters_are_enough():
     falls = lambda trial: Outcome(-0.75 / 8)  # noqa: E731 (an eighth is promised)
     assert decided(NoiseAware(), certain(), NoiseState(), falls).state.damping == 0.0

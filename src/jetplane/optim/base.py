@@ -17,6 +17,7 @@ from ..errors import ArgumentError, DeviceError, DTypeError, JetplaneWarning, No
 from ..evaluation.api import evaluate, evaluate_plane
 from ..evaluation.audit import Auditing, audit, identity, still_cut_off
 from ..evaluation.checks import CACHED_BYTES, as_directions, checked_finite
+from ..evaluation.inputs import INPUTS_OF_ONE, in_span
 from ..evaluation.plane import PlaneModel
 from ..evaluation.repeats import RepeatedClosure
 from ..evaluation.side_effects import setting_back
@@ -66,7 +67,9 @@ class PlaneOptimizer(torch.optim.Optimizer, metaclass=Checked):
         check_clip(clip)
         if isinstance(planes, bool) or not isinstance(planes, int) or planes < 1:
             raise ArgumentError(f"planes must be an integer of at least 1, got {planes!r}")
-        Directions(k, law, tangents, seed, rank=rank, density=density)  # checks them
+        Directions(k, law, "dense" if tangents == "inputs" else tangents, seed, rank=rank, density=density)  # checks
+        if tangents == "inputs" and process_group is not None:
+            raise ArgumentError(INPUTS_OF_ONE)
         if not -(2**63) <= seed < 2**63:  # generators and states of optimizers hold no more
             raise ArgumentError(f"seed must be an integer of 64 bits, got {seed}")
         if audit not in ("first", "always", "never"):
@@ -322,9 +325,13 @@ class PlaneOptimizer(torch.optim.Optimizer, metaclass=Checked):
     def _directions(self, moving: Moving, closure: Closure) -> AbstractDirections:
         """What spans the plane of this step."""
         own = self.state[STATE]  # type: ignore[index]
-        directions = Directions(self.k * self.planes, self.law, self.tangents, own["seed"])
-        directions.step = own["step"]
-        return CachedDirections(directions, [p for p, _, _ in moving], [i for _, _, i in moving], CACHED_BYTES)
+        params, places = [p for p, _, _ in moving], [i for _, _, i in moving]
+        k, law, seed, step = self.k * self.planes, self.law, own["seed"], own["step"]
+        if self.tangents == "inputs":
+            return CachedDirections(in_span(k, law, seed, step, closure, params, places), params, places, CACHED_BYTES)
+        directions = Directions(k, law, self.tangents, seed)
+        directions.step = step
+        return CachedDirections(directions, params, places, CACHED_BYTES)
 
     def _spec(self, directions: AbstractDirections) -> PlaneSpec:
         """The plane that the descent needs on these directions."""

@@ -342,7 +342,7 @@ class PlaneSearch(PlaneOptimizer):
         repeated, moving = self._started(closure, weight)
         own, told = self.state[STATE], dict[str, Any]()  # type: ignore[index]
         with torch.no_grad(), setting_back(self.generators):
-            contexts = self._contexts(moving)
+            contexts = self._contexts(moving, repeated if self.ranks is None else None)
             shard = _Shard(repeated, weight, RandomState())
             if not self.plane_next:
                 span, plane, changes, after, taken = None, None, [], own.get("standing"), None
@@ -382,12 +382,14 @@ class PlaneSearch(PlaneOptimizer):
         self.plane = plane
         return plane.value
 
-    def _contexts(self, moving: Moving) -> list[Context]:
+    def _contexts(self, moving: Moving, closure: Closure | None) -> list[Context]:
         """What each source sees."""
         params, places = [p for p, _, _ in moving], [place for _, _, place in moving]
         own, states = self.state[STATE], [self.state.get(p, {}) for p in params]  # type: ignore[index]
         return [
-            Context(params, places, [_of(state, label) for state in states], own["step"], own["seed"], self.model)
+            Context(
+                params, places, [_of(state, label) for state in states], own["step"], own["seed"], self.model, closure
+            )
             for label in self._labels
         ]
 

@@ -28,7 +28,7 @@ from .descent import Solution, Spectral
 
 _HOLDS = 0.75  # of the promised decrease: below it a plane's model does not hold where a step leads
 _ATTEMPTS = 5  # with more damping each
-_FIRST_DAMPING = 1e-3  # in parts of the largest curvature
+_FIRST_DAMPING, _MOST_DAMPING = 1e-3, 1e6  # in parts of the largest curvature
 
 
 @dataclass(frozen=True)
@@ -336,8 +336,9 @@ class NoiseAware(Search):
     The model of the plane may be wrong at the end of the step, above all after a long step along directions that are
     mostly noise and so hardly curve. If the loss of the same batch falls by less than three quarters of the decrease
     that the model predicts, the plane is solved again with ``damping`` times the squared length of the step added to
-    it (Levenberg, Marquardt), ten times as much for each attempt. The damping that was needed is kept, and reduced to
-    a third after each good step. If damping does not help, the step is halved until the loss falls.
+    it (Levenberg, Marquardt), ten times as much for each attempt, up to a million times the largest curvature. The
+    damping that was needed is kept, and reduced to a third after each good step. If damping does not help, the step is
+    halved until the loss falls.
 
     Attributes:
         memory: the fraction of the averages that is kept from step to step.
@@ -366,11 +367,12 @@ class NoiseAware(Search):
         """See `Search`."""
         if proposal.noise is None:
             return (yield from self.otherwise.decide(proposal, state))
-        damping, largest = state.damping, proposal.largest_curvature
+        largest = proposal.largest_curvature
+        damping = min(state.damping, _MOST_DAMPING * largest)
         kappa, rate, now = proposal.kappa, 0.0, state
         for attempt in range(_ATTEMPTS):
             if attempt:
-                damping = max(10 * damping, _FIRST_DAMPING * largest)
+                damping = min(max(10 * damping, _FIRST_DAMPING * largest), _MOST_DAMPING * largest)
             tried = proposal.damped(damping)
             kappa, (rate, now) = tried.kappa, self._shrunk(tried, state)
             now = replace(now, damping=damping, after=None)
