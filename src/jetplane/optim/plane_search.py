@@ -275,7 +275,7 @@ class PlaneSearch(PlaneOptimizer):
         otherwise = ExactLine(10) if exact else Backtracking()
         draws = any(isinstance(source, Drawn) for source in self.subspace)
         self.search = search or NoiseAware(floor=NoiseAware.floor if draws else LEAST, otherwise=otherwise)
-        self.chunk = plan.chunk
+        self.chunk = max(plan.chunk, 2) if exact and isinstance(plan.chunk, int) else plan.chunk  # pairs need two
         if plan.chunk is None and not exact and self.model is not None:
             self.chunk = 1 if size < FEW * sum(p.numel() for p in self.model.parameters()) else None
         self._settled = settings
@@ -382,7 +382,7 @@ class PlaneSearch(PlaneOptimizer):
         self.plane = plane
         return plane.value
 
-    def _contexts(self, moving: Moving, closure: Closure | None) -> list[Context]:
+    def _contexts(self, moving: Moving, closure: Closure | None = None) -> list[Context]:
         """What each source sees."""
         params, places = [p for p, _, _ in moving], [place for _, _, place in moving]
         own, states = self.state[STATE], [self.state.get(p, {}) for p in params]  # type: ignore[index]
@@ -424,7 +424,8 @@ class PlaneSearch(PlaneOptimizer):
             first = next(j for j, of in enumerate(points) if of)
             return [float(j == first) for j in range(len(points))]
         steps = []
-        for of, context, weights in zip(points, contexts, taken.split(list(span.counts)), strict=True):
+        parts = taken[: sum(span.counts)].split(list(span.counts))  # without the one that is drawn where there are none
+        for of, context, weights in zip(points, contexts, parts, strict=True):
             lengths = [length for point in of if (length := _distance(point, context.params)) > 0]
             pairs = zip(weights.tolist(), lengths, strict=True) if len(weights) == len(lengths) else ()
             steps.append(sum(weight / length for weight, length in pairs))

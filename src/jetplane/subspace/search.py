@@ -71,16 +71,24 @@ class Proposal:
         return Proposal(value, slope, curvature, descent, solution, norms, covariance, rounding, count)
 
     def damped(self, damping: float) -> Proposal:
-        """The plane solved with ``damping * |v_k|^2`` added to each direction's curvature (Levenberg, Marquardt)."""
+        """The plane solved with ``damping * |v_k|^2`` added to each direction's curvature (Levenberg, Marquardt).
+
+        Negative curvature counts by its absolute value: less of it would make the step longer.
+        """
         if not damping:
             return self
-        curvature = (self.curvature + damping * self.squared_norms.diag()).to(self.curvature.dtype)
+        curvature, values = self.curvature, self.solution.values
+        rounding = 10 * len(values) * torch.finfo(curvature.dtype).eps * values.abs().max()
+        if bool((values < -rounding).any()):
+            back = torch.linalg.inv(self.solution.basis)
+            curvature = back.mT * values.abs() @ back
+        curvature = (curvature + damping * self.squared_norms.diag()).to(self.curvature.dtype)
         return replace(self, solution=self.descent.solve(self.slope, curvature))
 
     @property
     def largest_curvature(self) -> float:
-        """The largest curvature of a direction over its squared norm: ``max_k H_kk / |v_k|^2``."""
-        return (self.curvature.diagonal() / self.squared_norms).max().item()
+        """The largest curvature of a direction over its squared norm: ``max_k |H_kk| / |v_k|^2``."""
+        return (self.curvature.diagonal() / self.squared_norms).abs().max().item()
 
     @property
     def kappa(self) -> Tensor:
@@ -404,12 +412,15 @@ class NoiseAware(Search):
     def _floor(self, proposal: Proposal, state: NoiseState) -> float:
         """The smallest rate; less where the examples are too few to tell the noise along all directions."""
         directions, least = len(proposal.slope), min(self.floor, NoiseAware.floor)
-        if self.floor == least or proposal.count is None or proposal.count > directions:
+        few = proposal.count is not None and proposal.count <= directions
+        if not few or (self.floor == least and proposal.count != 1):
             return self.floor
         if state.after is not None:
+            single = "; put the outputs for single examples together, with torch.cat, before the loss function"
             warn_user(
                 f"the spread of {proposal.count} examples does not tell the noise along {directions} directions, so "
-                f"that steps have no smallest rate but {least}: take batches of more than {directions} examples",
+                f"that steps have no smallest rate but {least}: take batches of more than {directions} examples"
+                + (single if proposal.count == 1 else ""),
                 RescueWarning,
             )
         return least

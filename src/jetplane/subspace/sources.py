@@ -200,7 +200,7 @@ class FastWeights(Source):
     estimate, and theta follows it as far as the loss falls. If the estimates do not lower the loss, theta stays;
     if the loss at z is much lower, theta moves to z.
 
-    The state is four tensors of each parameter's size.
+    The state is four tensors of each parameter's size, in single precision at least.
 
     Attributes:
         rate: learning rate of Adam's steps. It may be larger than usual, since theta takes averages, not z.
@@ -238,12 +238,14 @@ class FastWeights(Source):
     def directions(self, context: Context) -> AbstractDirections | None:
         """See `Source`."""
         known = [(i, p, s) for i, p, s in zip(context.places, context.params, context.state, strict=True) if s]
-        return UnitDirections.of([{i: Term(s[name] - p) for i, p, s in known} for name in ("fast", "mean")])
+        points = [{i: Term((s[name] - p).to(p.dtype)) for i, p, s in known} for name in ("fast", "mean")]
+        return UnitDirections.of(points)
 
     def remember(self, context: Context, result: Result) -> Sequence[State]:
         """See `Source`."""
         every = zip(context.params, context.state, result.gradient, strict=True)
-        return [self._moved(old or {"fast": p}, g, context.step if old else 0) for p, old, g in every]
+        moved = [(old or {"fast": p.to(carried(p.dtype))}, g.to(carried(g.dtype)), old) for p, old, g in every]
+        return [self._moved(state, g, context.step if old else 0) for state, g, old in moved]
 
     def _moved(self, old: State, gradient: Tensor, n: int) -> State:
         def mixed(name: str, value: Tensor, decay: float) -> Tensor:
