@@ -140,20 +140,19 @@ class Orders:
             start: gives the order of an argument in the order of the batch.
         """
         nodes = [(t, node) for t, node in nodes if t.dim()]
-        if not nodes:
-            return
         name, known = getattr(func, "__name__", ""), any(self.of(node) for _, node in nodes)
+        moving = func in _TRANSPOSING or name in _MOVING or name in _SLICING or (known and name in _VIEWS)
+        if not nodes or not (known or moving):
+            return
         every = [(t, self.of(node) or start(t, node)) for t, node in nodes]
-        if func in _TRANSPOSING or name in _MOVING or name in _SLICING or (known and name in _VIEWS):
+        if moving:
             moves = name in _MOVING or (name in _INDEXING and _takes_places(args[1]))
             found = _moved(func, args, kwargs, _comparable(every), moves)
-        elif known and name.strip("_") in _ADDING:
+        elif name.strip("_") in _ADDING:
             found = [None if node is None else _agreed(every, y.shape) for y, node in results]
-        elif known:
+        else:
             every = every[:1]
             found = [None if node is None else every[0][1].passed(y.shape) for y, node in results]
-        else:
-            return
         lost = any(order.moved for _, order in every)
         for (y, node), order in zip_longest(results, found or ()):
             if node is not None and y.dim() and (order is not None or lost):
@@ -228,7 +227,13 @@ def _moved(func: Any, args: Any, kwargs: Any, every: Sequence[tuple[Tensor, Orde
         result = func(*given, **named)
         found = [flat[0]] if written else tree_leaves(result)
         moved = any(order.moved for _, order in every) or moves
-        return [one.replaced(y, moved or not _rising(y)) for y in found]
+        return [one.replaced(_slim(y), moved or not _rising(y)) for y in found]
+
+
+def _slim(ids: Tensor) -> Tensor:
+    """The same in less memory where all features of a position come from one."""
+    first = ids[..., :1] if ids.dim() and ids.shape[-1] else ids
+    return first.clone().expand(ids.shape) if bool((ids == first).all()) else ids
 
 
 def _comparable(every: Sequence[tuple[Tensor, Order]]) -> Sequence[tuple[Tensor, Order]]:
