@@ -824,6 +824,44 @@ def test_between_planes_parameters_follow_the_average_by_the_part_that_planes_ha
             torch.testing.assert_close(flat(net, opt) - theta, follows, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_trains(dtype):
+    """Squares of gradients and small steps are kept in single precision."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3)).to(dtype)
+    x, y = ROWS.to(dtype), LABELS
+    opt = jp.optim.PlaneSearch(model.parameters(), model, gradient=LocalHeads())
+    losses = [opt.step(lambda: F.cross_entropy(model(x).float(), y)).item() for _ in range(64)]
+    assert min(losses) < 0.7 * losses[0]
+    state = opt.state[model[0].weight]
+    assert {t.dtype for t in state.values()} == {torch.float32} and model[0].weight.dtype == dtype
+
+
+def test_a_plane_where_the_fast_weights_have_not_moved():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    before = [p.detach().clone() for p in model.parameters()]
+    opt = jp.optim.PlaneSearch(model.parameters(), model, gradient=LocalHeads(), audit="never")
+    for _ in range(33):
+        assert opt.step(lambda: 0 * F.cross_entropy(model(ROWS), LABELS) + 1.0) == 1
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    "loss", [lambda z: F.multi_margin_loss(z, LABELS), lambda z: F.l1_loss(z, F.one_hot(LABELS, 3).double())]
+)
+def test_losses_without_curvature_have_planes(loss):
+    """Their planes are evaluated with exact curvature, whose pairs need two directions at a time."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    opt = jp.optim.PlaneSearch(model.parameters(), model, gradient=LocalHeads())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*curv", jp.JetplaneWarning)
+        losses = [opt.step(lambda: loss(model(ROWS))).item() for _ in range(32)]
+    assert opt.curvature == "hessian" and opt.plane is not None
+    assert loss(model(ROWS)).item() < 0.99 * losses[-1]  # the last step had a plane
+
+
 def test_nothing_of_a_pass_waits_for_the_garbage_collector():
     net, gone = network(), []
 

@@ -343,8 +343,13 @@ class _Audit:
         return _Measured("unclear", slope, nearest, (base, base), "the loss is rough or rounded near this place")
 
     def difference(self, ahead: float, behind: float, base: float, h: float) -> _Difference:
-        """The difference of two runs, whose loss between them is ``base``."""
-        return _Difference((ahead - behind) / (2 * h), (ahead - 2 * base + behind) / h, self.rounding(base) / h)
+        """The difference of two runs, whose loss between them is ``base``.
+
+        A loss that does not change at all may be rounded against numbers of size one, as the logarithm of a softmax is
+        where that rounds to one.
+        """
+        rounding = self.rounding(1.0 if ahead == behind == base else base)
+        return _Difference((ahead - behind) / (2 * h), (ahead - 2 * base + behind) / h, rounding / h)
 
     def rounding(self, base: float) -> float:
         """By how much a run's loss may be off."""

@@ -274,7 +274,7 @@ class PlaneSearch(PlaneOptimizer):
         otherwise = ExactLine(10) if exact else Backtracking()
         draws = any(isinstance(source, Drawn) for source in self.subspace)
         self.search = search or NoiseAware(floor=NoiseAware.floor if draws else LEAST, otherwise=otherwise)
-        self.chunk = plan.chunk
+        self.chunk = max(plan.chunk, 2) if exact and isinstance(plan.chunk, int) else plan.chunk  # pairs need two
         if plan.chunk is None and not exact and self.model is not None:
             self.chunk = 1 if size < FEW * sum(p.numel() for p in self.model.parameters()) else None
         self._settled = settings
@@ -341,7 +341,8 @@ class PlaneSearch(PlaneOptimizer):
         repeated, moving = self._started(closure, weight)
         own, told = self.state[STATE], dict[str, Any]()  # type: ignore[index]
         with torch.no_grad(), setting_back(self.generators):
-            contexts, rates = self._contexts(moving), [float(group["lr"]) for _, group, _ in moving]
+            contexts = self._contexts(moving, repeated if self.ranks is None else None)
+            rates = [float(group["lr"]) for _, group, _ in moving]
             shard = _Shard(repeated, weight, RandomState())
             span, plane, changes, shares = None, None, [], own.get("shares", [])
             if self.plane_next:
@@ -351,7 +352,9 @@ class PlaneSearch(PlaneOptimizer):
                 decision, changes, taken = self._decided(shard, moving, span, plane, proposal)
                 told["search"] = asdict(decision.state)
                 if self.every > 1:
-                    shares = points.shares(self.subspace, contexts, taken.split(list(span.counts)), shares)
+                    # The one that is drawn where no source has any is of none.
+                    weights = taken[: sum(span.counts)].split(list(span.counts))
+                    shares = points.shares(self.subspace, contexts, weights, shares)
             wanted = (source.weights(context) for source, context in zip(self.subspace, contexts, strict=True))
             elsewhere = next((weights for weights in wanted if weights is not None), None)
             estimate, signature = self._estimated(shard, contexts[0], elsewhere, span, plane)
@@ -380,12 +383,14 @@ class PlaneSearch(PlaneOptimizer):
         self.plane = plane
         return plane.value
 
-    def _contexts(self, moving: Moving) -> list[Context]:
+    def _contexts(self, moving: Moving, closure: Closure | None = None) -> list[Context]:
         """What each source sees."""
         params, places = [p for p, _, _ in moving], [place for _, _, place in moving]
         own, states = self.state[STATE], [self.state.get(p, {}) for p in params]  # type: ignore[index]
         return [
-            Context(params, places, [_of(state, label) for state in states], own["step"], own["seed"], self.model)
+            Context(
+                params, places, [_of(state, label) for state in states], own["step"], own["seed"], self.model, closure
+            )
             for label in self._labels
         ]
 
