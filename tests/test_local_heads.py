@@ -817,7 +817,7 @@ def test_between_planes_parameters_follow_the_average_by_the_part_that_planes_ha
         steps(net, opt, 1, step)
         if points is not None and (step + 1) % 4 == 0:
             w = torch.linalg.lstsq((points - theta).T, (flat(net, opt) - theta).unsqueeze(1)).solution.sum().item()
-            part = w + (1 - w) * part
+            part = min(max(w + (1 - w) * part, 0.0), 1.0)
             assert abs(part) > 0.05
         elif points is not None:
             follows = part * (flat(net, opt, "mean") - points[1])

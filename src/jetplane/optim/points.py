@@ -69,7 +69,9 @@ def shares(
 ) -> list[float]:
     """The shares of the sources after a plane's step.
 
-    A step by ``w_j (z_j - theta)`` leads to ``sum_j w_j z_j + (1 - sum_j w_j) theta``, and theta had parts before.
+    A step by ``w_j (z_j - theta)`` leads to ``sum_j w_j z_j + (1 - sum_j w_j) theta``, and theta had parts before. Where a
+    step goes past the points, or away from them, the shares stay within [0, 1]: parameters do not move on by more than
+    the points do.
 
     Args:
         sources: of the plane's directions.
@@ -83,7 +85,8 @@ def shares(
         pairs = zip(of.tolist(), lengths, strict=True) if len(of) == len(lengths) else ()
         steps.append(sum(weight / length for weight, length in pairs))
     left = 1 - sum(steps)
-    return [step + left * old for step, old in zip(steps, before or [0.0] * len(steps), strict=True)]
+    parts = zip(steps, before or [0.0] * len(steps), strict=True)
+    return [min(max(step + left * old, 0.0), 1.0) for step, old in parts]
 
 
 def follow(
