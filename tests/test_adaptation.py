@@ -230,3 +230,46 @@ class TestLongStreams:
     def test_decay_is_a_number_of_at_least_zero(self) -> None:
         with pytest.raises(jp.ArgumentError, match="decay"):
             jp.Adapter(nn.Sequential(nn.LayerNorm(4)).eval(), torch.randn(8, 4), decay=-1.0)
+
+
+class Sharp(nn.Module):
+    """A model far from linear in its scales and shifts."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.first, self.b, self.second = (
+            nn.Linear(8, 16),
+            nn.LayerNorm(16),
+            nn.Linear(16, 16),
+            nn.LayerNorm(16),
+        )
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.out(self.second(self.b((3 * self.first(self.a(x))).sin())).exp())
+
+
+def test_no_step_raises_the_loss_of_its_batch():
+    """Of 30 whole steps 12 do here; they are shortened, or left out where no part of them lowers the loss."""
+    model = Sharp().eval()
+    torch.manual_seed(1)
+    adapter = jp.Adapter(model, torch.randn(256, 8), entropy_weight=3.0, damping=1e-3)
+
+    def loss(batch):
+        logits, r = adapter._shift(adapter.offsets, batch)
+        return (3 * entropy(logits) + r.square().sum()).item()
+
+    left = 0
+    for i in range(30):
+        batch, offsets = 2 * torch.randn(10, 8) + i % 3, adapter.offsets
+        before, step = loss(batch), adapter._step
+        logits = adapter(batch)
+        assert loss(batch) <= before * (1 + 1e-6)
+        torch.testing.assert_close(logits, adapter.predicted(batch))
+        if torch.equal(adapter.offsets, offsets):
+            left += 1
+            assert adapter._step is step
+        else:
+            torch.testing.assert_close(adapter._step, adapter.offsets - offsets, rtol=1e-3, atol=1e-5)
+    assert 0 < left < 10

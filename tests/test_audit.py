@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import jetplane as jp
-from jetplane.evaluation import interception, threads
+from jetplane.evaluation import audit, interception, threads
 from jetplane.experiments import models
 from jetplane.subspace.search import FullStep
 from jetplane.subspace.sources import Drawn, Subspace
@@ -107,6 +107,16 @@ def test_no_false_alarm_at_any_scale(scale):
         y = torch.randint(0, 5, (len(x),))
         params = list(net.parameters())
         not_convicted(lambda n=net, x=x, y=y: SCALES[scale](F.cross_entropy(n(x), y)), params, seed)
+
+
+def test_no_false_alarm_where_a_loss_has_been_rounded_to_zero():
+    """The logarithm of a softmax that is one but for rounding does not change, and its slope is not zero."""
+    z, y = torch.tensor([[20.0, 0.0, -3.0]]), torch.tensor([0])
+    report = jp.audit(lambda: F.cross_entropy(z, y), [z])
+    assert report.losses[0] == 0 and report.slope != 0
+    assert report.verdict == "unclear" and not report.suspicious
+    hidden = z.numpy()  # what is missed, of a size that rounding does not hide, is still found
+    assert jp.audit(lambda: F.cross_entropy(z, y) + 1e-2 * (z.sum() - float(hidden.sum())), [z]).verdict == "differs"
 
 
 KINKS = {
@@ -378,6 +388,21 @@ def test_audits_cost_few_runs_and_no_more():
 
     report = jp.audit(closure, [w])
     assert report.verdict == "agrees" and report.runs == len(calls) == 3
+
+
+def test_another_direction_is_drawn_where_the_loss_is_level_along_the_first(monkeypatch):
+    w, level = torch.linspace(1, 2, 8), torch.zeros(8)
+    level[0], level[1], level[2] = w[1], -w[0], 1e-5  # along which (w ** 2).sum() hardly changes
+    drawn = audit._Audit.direction
+    calls = []
+
+    def direction(self, places):
+        calls.append(drawn(self, places))
+        return {0: level} if len(calls) == 1 else calls[-1]
+
+    monkeypatch.setattr(audit._Audit, "direction", direction)
+    report = jp.audit(lambda: (w**2).sum(), [w])
+    assert report.verdict == "agrees" and abs(report.slope) > 0.1 and len(calls) == 2 and report.runs == 6
 
 
 def test_the_report_is_readable():

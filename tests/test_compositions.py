@@ -125,6 +125,14 @@ def test_vectors_of_zeros_are_left_out():
     torch.testing.assert_close(found.draw(1, torch.empty(1)), torch.tensor([[0.8]]))
 
 
+def test_vectors_too_short_to_be_scaled_are_left_out():
+    """In single precision their inverse norm is infinite, and zeros beside it NaN."""
+    assert UnitDirections.of([{0: Term(torch.tensor([1e-41, 0.0]))}]) is None
+    found = UnitDirections.of([{0: Term(torch.tensor([0.0, 2e-38]))}])
+    assert found is not None
+    torch.testing.assert_close(found.draw(0, torch.empty(2)), torch.tensor([[0.0, 1.0]]))
+
+
 @pytest.mark.parametrize("drawn", ["dense", "rank-one"])
 def test_compositions_keep_absence(drawn):
     """Behind each other, selected and cached: the same numbers, and nothing is stored for what does not move."""

@@ -369,3 +369,67 @@ def test_compiled_steps_are_those_of_eager_ones(kind, monkeypatch):
     assert torch.equal(unused, torch.ones(3))
     with pytest.raises(jp.NonFiniteError):
         opts[1].step(lambda net=nets[1], x=x, y=y: F.cross_entropy(net(x * float("nan")), y))
+
+
+@pytest.mark.parametrize("name", ["FGD", "PlaneSearch"])
+def test_a_loss_that_runs_away_is_said_once(name):
+    torch.manual_seed(0)
+    w = torch.nn.Parameter(torch.randn(6, dtype=torch.float64))
+    opt, steps = (jp.optim.FGD([w], lr=1.0, k=6), 20) if name == "FGD" else (jp.optim.PlaneSearch([w]), 6)
+    with warnings.catch_warnings(record=True) as met:
+        warnings.simplefilter("always")
+        losses = [opt.step(lambda: -(w**2).sum()).item() for _ in range(steps)]
+    said = [str(m.message) for m in met if "it may have no least value" in str(m.message)]
+    assert len(said) == 1 and losses[-1] < -1e7 and f"from {losses[0]:.3g} to" in said[0]
+
+
+def test_losses_that_are_large_and_negative_are_not_said():
+    torch.manual_seed(0)
+    w = torch.nn.Parameter(torch.randn(6, dtype=torch.float64))
+    opt = jp.optim.FGD([w], lr=1e-2, k=6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(30):
+            opt.step(lambda: (w**2).sum() - 1e9)
+
+
+@pytest.mark.parametrize("name", ["FGD", "FoMoHKD", "PlaneSearch"])
+def test_a_closure_that_begins_to_detach_is_looked_at_again(name):
+    """Under the same code. The step that meets it may still move what is cut off, later ones do not."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    x, y = torch.randn(64, 5), torch.randint(3, (64,))
+    make = {
+        "FGD": lambda: jp.optim.FGD(model.parameters(), 1e-2, 4),
+        "FoMoHKD": lambda: jp.optim.FoMoHKD(model.parameters(), 1e-2, 4, descent="saddle-free"),
+        "PlaneSearch": lambda: jp.optim.PlaneSearch(model.parameters(), model),
+    }
+    opt, detached = make[name](), False
+
+    def closure():
+        h = model[1](model[0](x))
+        return torch.nn.functional.cross_entropy(model[2](h.detach() if detached else h), y)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            opt.step(closure)
+        detached = True
+        opt.step(closure)
+    before, last = model[0].weight.detach().clone(), model[2].weight.detach().clone()
+    with pytest.warns(jp.JetplaneWarning, match=r"no derivative of the loss reaches parameter 0 .*, parameter 1"):
+        opt.step(closure)
+    assert torch.equal(before, model[0].weight) and not torch.equal(last, model[2].weight)
+
+
+def test_a_closure_that_always_detaches_is_looked_at_once(monkeypatch):
+    from jetplane.optim import base
+
+    torch.manual_seed(0)
+    w, calls = torch.nn.Parameter(torch.randn(6)), []
+    found = base.audit
+    monkeypatch.setattr(base, "audit", lambda *a, **k: calls.append(0) or found(*a, **k))
+    opt = jp.optim.FGD([w], lr=1e-2, k=2)
+    for _ in range(4):
+        opt.step(lambda: (w * w.detach()).sum())
+    assert len(calls) == 1

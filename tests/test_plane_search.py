@@ -706,3 +706,18 @@ def test_few_parameters_of_a_model_take_little_memory():
     assert jp.optim.PlaneSearch(head, net).chunk == 1
     assert jp.optim.PlaneSearch(head, net, subspace=Subspace(chunk=2)).chunk == 2
     assert jp.optim.PlaneSearch(head, net, subspace=Subspace(curvature="hessian")).chunk is None
+
+
+@pytest.mark.parametrize(("model", "count"), [(True, 1), (False, 40)])
+def test_it_goes_on_where_the_loss_has_come_to_zero(model, count):
+    """Steps without effect raise nothing, and the parameters stay finite."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 3))
+    x, y = torch.randn(count, 10), torch.randint(0, 3, (count,))
+    opt = jp.optim.PlaneSearch(net.parameters(), net if model else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", jp.RescueWarning)
+        losses = [opt.step(lambda: F.cross_entropy(net(x), y)).item() for _ in range(48)]
+        assert losses[-1] < 1e-6
+        opt.step(lambda: 1 * F.cross_entropy(net(x), y))  # another closure, which is audited
+    assert all(bool(p.isfinite().all()) for p in net.parameters())

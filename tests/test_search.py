@@ -1,6 +1,7 @@
 """Searches: how far a step is taken."""
 
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import jetplane as jp
 from jetplane.evaluation.plane import SlopeMoments
-from jetplane.subspace.descent import Damped, Newton
+from jetplane.subspace.descent import Damped, Newton, SaddleFree
 from jetplane.subspace.search import (
     Backtracking,
     Decision,
@@ -122,6 +123,8 @@ def test_no_more_examples_than_directions_have_no_floor():
     assert as_promised(NoiseAware(floor=0.1), step[1]).rate == 1e-3  # the first step: it may be the whole data
     with pytest.warns(jp.RescueWarning, match="spread of 1 examples .* along 1 directions.* more than 1 examples"):
         assert as_promised(NoiseAware(floor=0.1), step[1], NoiseState(after=7.0)).rate == 1e-3
+    with pytest.warns(jp.RescueWarning, match=r"put the outputs for single examples together, with torch\.cat"):
+        assert as_promised(NoiseAware(), step[1], NoiseState(after=7.0)).rate == 1e-3  # also where that is the floor
 
 
 def test_all_of_one_example_may_be_noise():
@@ -187,6 +190,15 @@ def test_ten_times_the_damping_is_tried_where_it_did_not_hold(before, after):
     assert kappas == pytest.approx([-1 / (4 + 4 * before), -1 / (4 + 4 * after)], rel=1e-9)
 
 
+def test_damping_is_bounded_where_no_step_lowers_the_loss():
+    """As at a loss that rounding keeps from falling; the bound is that of the curvature now, here 4."""
+    state = NoiseState()
+    for _ in range(20):
+        state = decided(NoiseAware(), certain(), state, lambda trial: Outcome(1.0)).state
+    assert state.damping == 4e6
+    assert as_promised(NoiseAware(), certain(), NoiseState(damping=1e30)).state.damping == pytest.approx(4e6 / 3)
+
+
 def test_exactly_three_quarters_are_enough():
     falls = lambda trial: Outcome(-0.75 / 8)  # noqa: E731 (an eighth is promised)
     assert decided(NoiseAware(), certain(), NoiseState(), falls).state.damping == 0.0
@@ -218,6 +230,29 @@ def test_directions_are_damped_by_their_squared_norms():
     scaled = Proposal.of(0.0, step.slope, step.curvature, Damped(0.1, scaled=True)).damped(1.0)
     expected = Damped(0.1, scaled=True)(step.slope, step.curvature + torch.eye(2))
     torch.testing.assert_close(scaled.kappa, expected)
+
+
+def test_negative_curvature_is_damped_by_its_absolute_value():
+    turned = torch.linalg.qr(torch.tensor([[1.0, 2.0], [3.0, -1.0]]).double()).Q
+    hessian = turned * torch.tensor([2.0, -3.0]).double() @ turned.mT
+    slope = torch.tensor([0.3, 0.7]).double()
+    for descent in (SaddleFree(None), Newton()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", jp.RescueWarning)
+            step = Proposal.of(0.0, slope, hessian, descent).damped(0.5)
+        wanted = -turned @ ((turned.mT @ slope) / torch.tensor([2.5, 3.5]).double())
+        torch.testing.assert_close(step.kappa, wanted)
+    assert Proposal.of(0.0, slope, -torch.eye(2).double(), SaddleFree()).largest_curvature == 1.0
+
+
+def test_a_plane_of_negative_curvature_is_damped_until_the_loss_falls():
+    """Along it the model promises more the longer the step; the loss of a kink does not keep it."""
+    slope, hessian = torch.tensor([-1.0]).double(), torch.tensor([[-0.1]]).double()
+    sure = SlopeMoments.of(slope.repeat(2, 1) / 2).covariance
+    step = Proposal.of(0.0, slope, hessian, SaddleFree(None), covariance=sure)
+    found = decided(NoiseAware(), step, NoiseState(), of_kappa(lambda kappa: max(-kappa, kappa - 2).item()))
+    assert 0 < found.rate * found.kappa.item() < 2
+    assert found.kappa.item() == pytest.approx(1 / (0.1 + 0.1)) and found.state.damping == pytest.approx(0.1)
 
 
 def test_a_plane_whose_model_holds_is_not_damped():

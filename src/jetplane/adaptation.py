@@ -18,6 +18,10 @@ parameters the user names, such as prompts. They are stored beside the model, wh
    a plane. One evaluation (`jetplane.evaluate`) gives the slope and the Gauss-Newton curvature of the current L along
    them, and these determine the coefficient of each direction.
 
+4. The pass that predicts also tells the loss after the step. Where that is higher than before, half of the step is
+   tried, then a quarter, then the batch is predicted without one. A step that does not suit later batches is taken
+   back by their planes, which have it as a direction.
+
 With K directions a step costs as many products as 1 + K forward passes for the plane, and one pass that predicts.
 """
 
@@ -60,6 +64,7 @@ NORMALIZATION = (nn.LayerNorm, nn.RMSNorm, *BY_SECOND_AXIS)
 WITH_MODES = (*BY_SECOND_AXIS[1:], nn.modules.dropout._DropoutNd, nn.RReLU, nn.MultiheadAttention, nn.RNNBase)
 EPS = 1e-5  # added to variances
 SMALLEST = 1e-2  # standard deviation that a distance is measured in
+PARTS = (1.0, 0.5, 0.25)  # of a step that are tried
 EXAMPLES, DIRECTIONS = 128, 16  # of source data that J is measured on, and how many at a time
 
 Moments = tuple[Tensor, Tensor]  # mean and standard deviation of each channel
@@ -204,11 +209,14 @@ class Adapter:
         with _without_autocast(offsets):
             directions = self._directions(self._newton @ last)
 
+        def loss(logits: Tensor, r: Tensor) -> Tensor:
+            return self.entropy_weight * entropy(logits) + r.square().sum()
+
         def closure() -> Tensor:
             logits, found = self._run(offsets, batch)
             r = self._residuals(found, offsets)
             with loss_function():
-                return self.entropy_weight * entropy(logits) + r.square().sum()
+                return loss(logits, r)
 
         try:
             with quantization(self.derivative):
@@ -217,8 +225,18 @@ class Adapter:
             raise NonFiniteError(NOT_FINITE.format("a batch")) from error
         with _without_autocast(offsets):
             step = SaddleFree()(plane.slope, plane.curvature).to(offsets) @ directions
-        logits, last = self._shift(offsets + step, batch)
-        self.offsets, self._step, self._last = offsets + step, step, last
+        for part in (*PARTS, 0.0):
+            try:
+                logits, last = self._shift(offsets + part * step, batch)
+            except NonFiniteError:
+                if part == 0:
+                    raise
+                continue
+            with _without_autocast(offsets):
+                if part == 0 or bool(loss(logits, last) <= plane.value):
+                    break
+        self.offsets, self._last = offsets + part * step, last
+        self._step = part * step if part else self._step
         return logits
 
     @torch.inference_mode(False)

@@ -1,7 +1,13 @@
 """What a plane is spanned by: laws, drawn directions, and directions made of others."""
 
 from .base import AbstractDirections, as_real, weighted_sum
-from .compositions import CachedDirections, ConcatenatedDirections, SelectedDirections, StoredDirections
+from .compositions import (
+    CachedDirections,
+    ConcatenatedDirections,
+    SelectedDirections,
+    SpannedDirections,
+    StoredDirections,
+)
 from .random import KURTOSIS, Directions, Structure, step_scale
 from .unit import Term, UnitDirections
 
@@ -12,6 +18,7 @@ __all__ = [
     "ConcatenatedDirections",
     "Directions",
     "SelectedDirections",
+    "SpannedDirections",
     "StoredDirections",
     "Structure",
     "Term",

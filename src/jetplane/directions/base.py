@@ -22,6 +22,7 @@ class AbstractDirections(ABC):
     Attributes:
         k: number of directions.
         isotropic: whether ``E[v v^T] = I`` for each of them: forward gradients ``mean_k (F_k v_k)`` are then unbiased.
+            With `SpannedDirections` this holds in a subspace.
         cacheable: whether drawing them again costs more than keeping them.
     """
 

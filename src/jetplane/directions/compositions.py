@@ -205,6 +205,80 @@ class SelectedDirections(AbstractDirections):
 
 
 @final
+class SpannedDirections(AbstractDirections):
+    """``v = R A^T``, with A an orthonormal basis of a subspace in which the rows of a matrix may move.
+
+        E[v v^T] = I (x) A A^T
+
+    if R has ``E[R R^T] = I``: forward gradients ``mean_k (F_k v_k)`` estimate the gradient's part in the subspace,
+    without bias, and nothing of the rest. It is all of the gradient where A spans the inputs of a linear layer.
+
+    Args:
+        source: where R, (K, rows, rank), comes from, and the directions of parameters without a basis.
+        bases: matrices A, (columns, rank), by the index of parameters.
+
+    >>> import torch, jetplane as jp
+    >>> w = torch.zeros(3, 2)
+    >>> directions = SpannedDirections(jp.Directions(4), {0: torch.tensor([[0.6], [0.8]])})
+    >>> v = directions.draw(0, w)
+    >>> torch.allclose(v[..., 1] / v[..., 0], torch.tensor(4 / 3))
+    True
+
+    Source: AGZO, arXiv 2601.17261.
+    """
+
+    def __init__(self, source: AbstractDirections, bases: Mapping[int, Tensor]) -> None:
+        self.k, self.isotropic, self.cacheable = source.k, source.isotropic, source.cacheable
+        self._source, self._bases = source, bases
+
+    def _inner(self, index: int, param: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the source draws for, and the basis."""
+        basis = self._bases.get(index)
+        if basis is None:
+            return param, None
+        if basis.dim() != 2 or param.shape[1:].numel() != basis.shape[0] or param.dim() < 2:
+            raise ShapeError(
+                f"parameter {index} of shape {tuple(param.shape)}: expected a basis ({param.shape[1:].numel()}, rank), "
+                f"got {tuple(basis.shape)}"
+            )
+        return param.new_empty(len(param), basis.shape[1]), basis.to(param)
+
+    def prepare(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> None:
+        """Prepare the source."""
+        places = places or range(len(params))
+        self._source.prepare([self._inner(i, p)[0] for i, p in zip(places, params, strict=True)], places)
+
+    def forget(self) -> None:
+        """Let the source forget."""
+        self._source.forget()
+
+    def squared_norms(self, params: Sequence[Tensor], places: Sequence[int] | None = None) -> Tensor:
+        """Those of R: A is orthonormal."""
+        places = places or range(len(params))
+        return self._source.squared_norms([self._inner(i, p)[0] for i, p in zip(places, params, strict=True)], places)
+
+    def draw(self, index: int, param: Tensor, directions: slice | None = None) -> Tensor:
+        """The tangents (K, *param.shape) of the parameter at this index, or some of the K."""
+        inner, basis = self._inner(index, param)
+        drawn = self._source.draw(index, inner, directions)
+        return drawn if basis is None else (drawn @ basis.mT).reshape(len(drawn), *param.shape)
+
+    def structured(self, index: int, param: Tensor) -> Tensor | Tangents | None:
+        """R and A as factors."""
+        inner, basis = self._inner(index, param)
+        if basis is None:
+            return self._source.structured(index, param)
+        left = self._source.draw(index, inner).mT
+        return LowRank(left, basis.mT.expand(self.k, -1, -1), param.shape)
+
+    def combine(self, index: int, param: Tensor, kappa: Tensor) -> Tensor:
+        """``sum_k kappa[k] v_k`` for one parameter, in its shape and dtype."""
+        inner, basis = self._inner(index, param)
+        combined = self._source.combine(index, inner, kappa)
+        return combined if basis is None else (combined @ basis.mT).reshape(param.shape)
+
+
+@final
 class CachedDirections(AbstractDirections):
     """The tangents of given parameters in one step: kept once drawn while they fit, drawn again otherwise.
 

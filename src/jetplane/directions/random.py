@@ -19,7 +19,7 @@ from ..jets import LowRank, Tangents
 from .base import AbstractDirections, as_real, checked, working_dtype
 from .laws import LAWS, coins, key, pieces, twists, windows
 
-Structure = Literal["dense", "rank-one", "low-rank", "sparse"]
+Structure = Literal["dense", "rank-one", "low-rank", "sparse", "inputs"]
 
 # The fourth moment of one entry, for rules that set the step size by it. "sphere": 3 P / (P + 2) for P
 # parameters, here its limit.
@@ -75,6 +75,7 @@ class Directions(AbstractDirections):
             Products use the factors, so such tangents cost little more than the plain forward pass.
             "low-rank": ``(a_1 b_1^T + ... + a_r b_r^T) / sqrt(r)``.
             "sparse": entries are kept with probability ``density`` and divided by its root.
+            ("inputs" needs a batch: optimizers and `jetplane.sources.Drawn` take it.)
         rank: r of "low-rank".
         density: probability of "sparse".
         seed: any integer, taken modulo 2^64.
@@ -110,6 +111,11 @@ class Directions(AbstractDirections):
             raise ArgumentError(f"law must be one of {', '.join(KURTOSIS)}; got {law!r}")
         if tangents not in get_args(Structure):
             raise ArgumentError(f"tangents must be one of {', '.join(get_args(Structure))}; got {tangents!r}")
+        if tangents == "inputs":
+            raise ArgumentError(
+                'tangents="inputs" needs the inputs of a batch, which optimizers have: jetplane.optim.FGD(params, '
+                'tangents="inputs"), jetplane.sources.Drawn(tangents="inputs")'
+            )
         for name, value, needed in (("rank", rank, "low-rank"), ("density", density, "sparse")):
             if (value is None) != (tangents != needed):
                 raise ArgumentError(f"{name} belongs to tangents={needed!r}; got {name}={value!r}, {tangents!r}")

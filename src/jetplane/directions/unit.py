@@ -14,6 +14,8 @@ from .._sharding import local
 from ..jets import Deferred, Partial, Tangents
 from .base import AbstractDirections, checked, working_dtype
 
+_SHORTEST = torch.finfo(torch.float32).tiny  # vector: a shorter one cannot be scaled to norm one
+
 
 @dataclass(frozen=True)
 class Term:
@@ -53,7 +55,8 @@ class UnitDirections(AbstractDirections):
     """K directions of Euclidean norm one over all parameters, which hold no memory of their own.
 
     `UnitDirections.of` makes them of vectors of any length: for each its `Term` at every parameter that it moves, by
-    the parameter's index. Vectors that are zero are left out; where all are, it returns None.
+    the parameter's index. Vectors that are zero, or shorter than the smallest number that single precision holds in
+    full, are left out; where all are, it returns None.
 
     >>> import torch
     >>> w = torch.zeros(2)
@@ -73,12 +76,12 @@ class UnitDirections(AbstractDirections):
 
     @staticmethod
     def of(vectors: Sequence[Mapping[int, Term]]) -> UnitDirections | None:
-        """The directions of these vectors that are not zero."""
+        """The directions of these vectors that have a length."""
         kept = []
         for vector in vectors:
             norms = [term.materialized().double().norm() for term in vector.values()]
             norm = torch.stack(norms).norm().item() if norms else 0.0
-            if norm > 0:
+            if norm >= _SHORTEST:
                 kept.append({i: replace(term, weight=term.weight / norm) for i, term in vector.items()})
         return UnitDirections(kept) if kept else None
 

@@ -50,6 +50,7 @@ FIRST = 0.1  # part of the slope up to which rounding may explain what the first
 START = 4e-2  # part of the slope that rounding may make up in the first step of a longer search
 FAR = 1e-2  # relative difference from which on they may be held to differ
 STEADY = 0.1  # of their difference from the slope: how much D(h) may vary over the steps to be believed
+REDRAWN = 2  # directions that may take the place of one along which the loss is level
 ROUGH = 0.3  # part of a difference that rounding may make up if it is to say anything
 LADDER = (1 / 256, 1 / 64, 1 / 16, 1 / 4, 1, 4, 16)  # steps, in parts of the best one for smooth losses
 LONGEST = 0.5  # step, relative to the parameters
@@ -223,7 +224,7 @@ class _Audit:
         self.stopping = False  # whether the closure stops derivatives somewhere
 
     def report(self) -> AuditReport:
-        found = self.compare(self.direction(range(len(self.params))))
+        found = self.compare(self.direction(range(len(self.params))), REDRAWN)
         agreed = tolerance(found.losses, [p.dtype for p in self.params])
         if abs(found.losses[0] - found.losses[1]) > agreed:
             again = self.loss(Stops(self.memories))
@@ -289,8 +290,14 @@ class _Audit:
         """The step, relative to the parameters, at which truncation and rounding of a smooth loss are about equal."""
         return min(self.eps ** (1 / 3), 0.2)
 
-    def compare(self, direction: dict[int, Tensor]) -> _Measured:
-        """The slope along a direction, against differences."""
+    def compare(self, direction: dict[int, Tensor], redrawn: int = 0) -> _Measured:
+        """The slope along a direction, against differences.
+
+        Args:
+            direction: tangents of parameters, by their places.
+            redrawn: how often another direction may be drawn in its place, where the loss is so level along it that a
+                difference shows its rounding alone.
+        """
         stops, h = Stops(self.memories), self.best_step() / 4
         ahead = self.loss(stops, direction, h)
         self.stopping = self.stopping or bool(stops.values) or stops.under_no_grad or stops.to_integers
@@ -300,6 +307,8 @@ class _Audit:
             first = None if behind is None else self.difference(ahead, behind, value, h)
             if first is not None and first.within(slope, FIRST):
                 return _Measured("agrees", slope, first.value, (value, value))
+            if redrawn and first is not None and first.noise > FIRST * max(abs(first.value), abs(slope)):
+                return self.compare(self.direction(list(direction)), redrawn - 1)
         stops = Stops(self.memories)
         base = self.loss(stops)
         if base is None or not math.isfinite(base):
@@ -334,8 +343,13 @@ class _Audit:
         return _Measured("unclear", slope, nearest, (base, base), "the loss is rough or rounded near this place")
 
     def difference(self, ahead: float, behind: float, base: float, h: float) -> _Difference:
-        """The difference of two runs, whose loss between them is ``base``."""
-        return _Difference((ahead - behind) / (2 * h), (ahead - 2 * base + behind) / h, self.rounding(base) / h)
+        """The difference of two runs, whose loss between them is ``base``.
+
+        A loss that does not change at all may be rounded against numbers of size one, as the logarithm of a softmax is
+        where that rounds to one.
+        """
+        rounding = self.rounding(1.0 if ahead == behind == base else base)
+        return _Difference((ahead - behind) / (2 * h), (ahead - 2 * base + behind) / h, rounding / h)
 
     def rounding(self, base: float) -> float:
         """By how much a run's loss may be off."""

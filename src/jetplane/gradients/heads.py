@@ -38,7 +38,8 @@ from ..evaluation.side_effects import without_side_effects
 from .allocation import signature
 from .estimators import Batch, Estimate, Estimator, State, model_of
 from .local_losses import NAMES, LocalLoss, met
-from .tape import Node, Tape, unwritten
+from .order import Order, Orders, paired
+from .tape import Node, Tape, unwritten, writes
 
 MOST = 4096  # features that a head reads of a row; of a layer with more, the means over positions
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam's steps of the heads
@@ -116,7 +117,7 @@ class LocalHeads(Estimator):
             found = _Pass(model, batch.params, {key: head["weight"] for key, head in heads.items()})
             found.run(batch.closure)
         _say_what_is_left(set(found.total), batch.params)
-        return {"heads": heads, "steps": state.get("steps", 0)}
+        return {"heads": heads, "steps": state.get("steps", 0), "moved": found.orders.moved}
 
     def shapes(self, batch: Batch, state: State) -> Sequence[torch.Size]:
         """See `Estimator`: those of the parameters, of the heads, and the loss."""
@@ -126,18 +127,19 @@ class LocalHeads(Estimator):
     def measure(self, batch: Batch, state: State) -> Sequence[Tensor]:
         """See `Estimator`."""
         heads = {name: head["weight"] for name, head in state["heads"].items()}
-        goals = None
+        goals, following = None, state.get("moved", True)
         if self.recompute:
-            first = _Pass(model_of(batch), batch.params, {}, closing=True)
+            first = _Pass(model_of(batch), batch.params, {}, closing=True, following=following)
             with without_side_effects():
                 first.run(batch.closure)
             goals = [reading.goals for reading in first.readings]
-        found = _Pass(model_of(batch), batch.params, heads, goals)
+        found = _Pass(model_of(batch), batch.params, heads, goals, following=following and goals is None)
         with contextlib.nullcontext() if batch.plane is None else without_side_effects():
             found.run(batch.closure)
         if found.unmet:
             warn_user(
-                f"layers are called in another way than in the first step, without a head: {sorted(found.unmet)}",
+                "layers are called in another way than in the first step, or in an order of examples that is not "
+                f"known, without a head: {sorted(found.unmet)}",
                 JetplaneWarning,
             )
         total = found.total
@@ -152,7 +154,7 @@ class LocalHeads(Estimator):
             average, square = torch.lerp(g, head["average"], BETAS[0]), torch.lerp(g * g, head["square"], BETAS[1])
             step = (average / (1 - BETAS[0] ** steps)) / ((square / (1 - BETAS[1] ** steps)).sqrt() + EPSILON)
             heads[name] = {"weight": head["weight"] - self.rate * step, "average": average, "square": square}
-        return Estimate(means[:count], {"heads": heads, "steps": steps}, means[-1])
+        return Estimate(means[:count], state | {"heads": heads, "steps": steps}, means[-1])
 
 
 def _dtype(batch: Batch) -> torch.dtype:
@@ -190,7 +192,8 @@ class _Reading:
         shape: of the tensor.
         version: of the tensor.
         swapped: whether its first two axes have been swapped on the way, as attention does.
-        goals: what its heads learn, once it is known.
+        order: of its positions; None for that of the batch.
+        goals: what its heads learn, once it is known; None for a loss whose rows cannot be told in it.
     """
 
     name: str
@@ -201,7 +204,8 @@ class _Reading:
     shape: torch.Size
     version: int
     swapped: bool
-    goals: Sequence[_Goal] = ()
+    order: Order | None
+    goals: Sequence[_Goal | None] = ()
 
 
 class _Goal(NamedTuple):
@@ -211,11 +215,13 @@ class _Goal(NamedTuple):
         loss: it.
         swap: whether the first two axes of what is read are the other way round than in what the loss takes.
         positions: which position of what is read each of its rows is; None where they are in order.
+        places: which row of what is read each of its rows is; None where they are in order.
     """
 
     loss: LocalLoss
     swap: bool
     positions: _Positions | None
+    places: Tensor | None = None
 
 
 class _Positions(NamedTuple):
@@ -261,20 +267,23 @@ class _Pass(TorchFunctionMode):
         earlier: goals of each reading, in their order, where they are known before.
         closing: whether a tensor's reach ends where a head reads it. If not, what is made of it later is read too: the
             stream that the blocks of a residual model add to.
+        following: whether positions are followed through functions that move them between layers.
 
     Attributes:
         total: gradients by the ids of parameters.
         of_heads: gradients of the heads' weights.
         value: the closure's loss.
         readings: in the order in which they were met.
-        unmet: heads that would be needed and are not there.
+        unmet: heads that would be needed and are not there, and those whose rows cannot be told.
+        orders: of what comes from layers.
     """
 
     def __init__(
         self, model: nn.Module, params: Sequence[Tensor], heads: Mapping[str, Tensor],
-        earlier: Sequence[Sequence[_Goal]] | None = None, closing: bool = False,
+        earlier: Sequence[Sequence[_Goal | None]] | None = None, closing: bool = False, following: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
+        self.orders = Orders(following)
         self.total: dict[int, Tensor] = {}
         self.of_heads: dict[str, Tensor] = {}
         self.value = torch.zeros(())
@@ -348,8 +357,8 @@ class _Pass(TorchFunctionMode):
         found: dict[str, tuple[int, int]] = {}
         for reading in self.readings:
             for place, goal in enumerate(reading.goals):
-                features = _features(reading, goal)
-                if features is not None:
+                features = None if goal is None else _features(reading, goal)
+                if goal is not None and features is not None:
                     shape = goal.loss.width, features
                     found[_key(reading.name, place, shape, found)] = shape
         return found
@@ -384,6 +393,10 @@ class _Pass(TorchFunctionMode):
         elif layer and not outputs and self._tape.number:  # a frozen one, above one that moves
             outputs = [(y, self._tape.start(y)) for y in tree_leaves(result) if _is_real(y)]
             self._frozen |= {node.number for _, node in outputs}
+        if self.orders.following and len(weights) < len(tensors):
+            written = [args[0]] if writes(func, kwargs) else tree_leaves(result)
+            found = [(y, self._tape.node(y)) for y in written]
+            self.orders.follow(func, args, kwargs, [n for n in nodes if n[1] not in self._weights], found, self._start)
         if outputs and len(weights) < len(tensors):
             if any(node.number in self._swapped for _, node in nodes) != _swaps(name, args, kwargs):
                 self._swapped |= {node.number for _, node in outputs}
@@ -451,7 +464,8 @@ class _Pass(TorchFunctionMode):
         keep = bool(self._heads) and not now
         name = last.name if count == 1 else f"{last.name}, place {count}"
         swapped = node.number in self._swapped
-        reading = _Reading(name, node, h, last.channels, node.number, h.shape, h._version, swapped)
+        order = self.orders.of(node)
+        reading = _Reading(name, node, h, last.channels, node.number, h.shape, h._version, swapped, order)
         self.readings.append(reading)
         if now and len(self.readings) <= len(self._earlier or ()):
             reading.goals = (self._earlier or ())[len(self.readings) - 1]
@@ -498,12 +512,37 @@ class _Pass(TorchFunctionMode):
             those = [(of, loss) for of, own, loss in later if own.number <= end]
             reading.goals = [self._goal(of, loss, reading) for of, loss in those]
 
-    def _goal(self, of: Node, loss: LocalLoss, reading: _Reading) -> _Goal:
+    def _goal(self, of: Node, loss: LocalLoss, reading: _Reading) -> _Goal | None:
+        """What a head learns; None if the loss's rows cannot be told in what it reads."""
         last = self._last(of)
         swap = last is not None and last.swapped != reading.swapped and len(reading.shape) > 2
         axes = reading.shape
         shape = torch.Size((axes[1], axes[0], *axes[2:])) if swap else axes
-        return _Goal(loss, swap, None if last is None else self._positions(of, loss, last, shape))
+        goal = _Goal(loss, swap, None if last is None else self._positions(of, loss, last, shape))
+        before, order = self.orders.of(of), reading.order
+        if before is order or not any(one is not None and one.moved for one in (before, order)):
+            return goal
+        if before is None:
+            ids = torch.arange(1, loss.rows + 1, device=loss.output.device).unsqueeze(1).expand(-1, loss.width)
+            before = Order(0, loss.rows, loss.shaped(ids))
+        order = order or Order.start(reading.shape, reading.channels, before.ids.device)
+        if swap:
+            order = order.replaced(order.ids.transpose(0, 1))
+        goal = goal._replace(positions=None)
+        by_rows = _features(reading, goal) is not None
+        found = paired(before, loss.axis, order, reading.channels, loss.rows, by_rows)
+        if found is None:
+            return None
+        at = None if found[1] is None else _Positions(order.ids.shape[:-1], found[1])
+        return goal._replace(places=found[0], positions=at)
+
+    def _start(self, t: Tensor, node: Node) -> Order:
+        """The order of the batch in a tensor that comes from layers."""
+        last = self._last(node)
+        if t.dim() == 1 and last is not None and len(last.shape) > 1:  # a number of each example
+            found = Order.start(torch.Size((len(t), 1)), None, t.device)
+            return found.replaced(found.ids.squeeze(1))
+        return Order.start(t.shape, None if last is None else last.channels, t.device)
 
     def _positions(self, of: Node, loss: LocalLoss, last: _Layer, shape: torch.Size) -> _Positions | None:
         """Which positions of the last layer's output the rows of a loss are, where a reading has the same positions."""
@@ -572,6 +611,9 @@ class _Pass(TorchFunctionMode):
         h, total = reading.h, None
         reading.h = reading.node = None
         for place, goal in enumerate(reading.goals if h is not None else ()):
+            if goal is None:
+                self.unmet |= {reading.name} & self._heads.keys()
+                continue
             features = _features(reading, goal)
             if features is None or h is None:
                 continue
@@ -633,6 +675,9 @@ def _read(h: Tensor, channels: int | None, goal: _Goal) -> Read | None:
             return None
         features, unread = found
         return features, lambda g: unread(g).transpose(0, 1)
+    if goal.places is not None:
+        found = _read(h, channels, goal._replace(places=None))
+        return None if found is None else _placed(*found, goal.places)
     rows, positions, shape = goal.loss.rows, goal.positions, h.shape
     if h.dim() < 2:
         single = rows == 1 and h.dim() == 1
@@ -656,6 +701,13 @@ def _read(h: Tensor, channels: int | None, goal: _Goal) -> Read | None:
         means = h.reshape(rows, channels, count).mean(2)
         return means, lambda g: (g / count).unsqueeze(2).expand(-1, -1, count).reshape(shape)
     return h.reshape(rows, -1), lambda g: g.reshape(shape)
+
+
+def _placed(features: Tensor, unread: Callable[[Tensor], Tensor], places: Tensor) -> Read:
+    """The rows of a tensor in the order of the loss."""
+    if features.is_meta:
+        return features, unread
+    return features.index_select(0, places), lambda g: unread(torch.zeros_like(g).index_add_(0, places, g))
 
 
 def _at(h: Tensor, places: Tensor) -> Read:

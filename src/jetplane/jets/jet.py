@@ -63,6 +63,7 @@ class _Detaching(threading.local):
 
     by_user = False
     by_autograd = False
+    times = 0
 
 
 _detaching = _Detaching()
@@ -82,10 +83,16 @@ def saving() -> Iterator[None]:
 def detaching() -> Iterator[None]:
     """Let ``aten.detach`` stop derivatives: the user's own code calls ``detach()``."""
     before, _detaching.by_user = _detaching.by_user, True
+    _detaching.times += 1
     try:
         yield
     finally:
         _detaching.by_user = before
+
+
+def times_detached() -> int:
+    """How often code of users in this thread has called ``detach()`` of what carries derivatives."""
+    return _detaching.times
 
 
 def who_detaches() -> str:

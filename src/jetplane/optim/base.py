@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import is_dataclass, replace
@@ -13,15 +14,25 @@ from torch.nn.parameter import is_lazy
 
 from .. import _sharding as sharded
 from ..directions import AbstractDirections, CachedDirections, Directions, Structure, as_real
-from ..errors import ArgumentError, DeviceError, DTypeError, JetplaneWarning, NonFiniteError, ShapeError, warn_user
+from ..errors import (
+    ArgumentError,
+    DeviceError,
+    DTypeError,
+    JetplaneWarning,
+    NonFiniteError,
+    RescueWarning,
+    ShapeError,
+    warn_user,
+)
 from ..evaluation.api import evaluate, evaluate_plane
 from ..evaluation.audit import Auditing, audit, identity, still_cut_off
 from ..evaluation.checks import CACHED_BYTES, as_directions, checked_finite
+from ..evaluation.inputs import INPUTS_OF_ONE, in_span
 from ..evaluation.plane import PlaneModel
 from ..evaluation.repeats import RepeatedClosure
 from ..evaluation.side_effects import setting_back
 from ..evaluation.specification import Chunk, Pairs, PlaneSpec
-from ..jets import Deferred, Partial, Stacked
+from ..jets import Deferred, Partial, Stacked, times_detached
 from ..parallel.ranks import Ranks
 from ..rules.examples import checked
 from ..subspace.descent import Descent
@@ -32,6 +43,7 @@ Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tenso
 Moving = list[tuple[Tensor, dict[str, Any], int]]  # parameters that may move, their groups and places
 Closure = Callable[[], Any]
 ALL = 1 - 1e-9  # what the part of the processes that say so exceeds, if all do
+FAR_BELOW = 1e6  # times the size of the first loss: a negative loss beyond it runs away
 STATE = "jetplane"  # where an optimizer's own state lies among that of the parameters
 
 
@@ -49,6 +61,8 @@ class PlaneOptimizer(torch.optim.Optimizer, metaclass=Checked):
     generators: tuple[Any, ...] = ()
     _looked_at: Any = None  # the closure that was looked at last, as audits tell closures apart
     _cut_off: frozenset[int] = frozenset()  # identities of parameters that no derivative reaches
+    _stops = False  # whether the closure that was looked at calls detach()
+    _first: float | None = None  # the loss of the first step
     # What a copy needs beside what every torch optimizer has.
     _own: tuple[str, ...] = (
         "k", "law", "tangents", "planes", "clip", "chunk", "compile", "plane", "_descent", "audit"
@@ -66,7 +80,9 @@ class PlaneOptimizer(torch.optim.Optimizer, metaclass=Checked):
         check_clip(clip)
         if isinstance(planes, bool) or not isinstance(planes, int) or planes < 1:
             raise ArgumentError(f"planes must be an integer of at least 1, got {planes!r}")
-        Directions(k, law, tangents, seed, rank=rank, density=density)  # checks them
+        Directions(k, law, "dense" if tangents == "inputs" else tangents, seed, rank=rank, density=density)  # checks
+        if tangents == "inputs" and process_group is not None:
+            raise ArgumentError(INPUTS_OF_ONE)
         if not -(2**63) <= seed < 2**63:  # generators and states of optimizers hold no more
             raise ArgumentError(f"seed must be an integer of 64 bits, got {seed}")
         if audit not in ("first", "always", "never"):
@@ -244,6 +260,7 @@ class PlaneOptimizer(torch.optim.Optimizer, metaclass=Checked):
             found = set(self._audit(closure, params))
             return [i in found for i in range(len(params))]
 
+        before = times_detached()
         parts = self._over_ranks(told, len(params), weight)
         cut_off = [i for i, part in enumerate(parts) if part > ALL]
         identities = frozenset(id(params[i]) for i in cut_off)
@@ -255,7 +272,7 @@ class PlaneOptimizer(torch.optim.Optimizer, metaclass=Checked):
                 "and saves looking again in each step",
                 JetplaneWarning,
             )
-        self._cut_off = identities
+        self._cut_off, self._stops = identities, times_detached() != before
 
     def _still_cut_off(self, closure: Closure, params: list[Tensor], weight: float) -> bool:
         """Whether those that were cut off still are, all of them."""
@@ -274,11 +291,27 @@ class PlaneOptimizer(torch.optim.Optimizer, metaclass=Checked):
         """The plane of the whole batch."""
         params, spec = [p for p, _, _ in moving], self._spec(directions)
         if self.ranks is None:
-            return self._evaluate(closure, params, directions, spec)
+            before = times_detached()
+            plane = self._evaluate(closure, params, directions, spec)
+            if not self._stops and times_detached() != before:
+                self._looked_at = None  # it has begun to stop derivatives: the next step looks at it anew
+            self._watch(plane.value.item())
+            return plane
         return self.ranks.evaluate(
             closure, lambda part: self._evaluate(closure, params, part, spec.restricted(part.k)), directions,
             spec, params, self._progress(), self._facts, weight, self._held(moving),
         )  # fmt: skip
+
+    def _watch(self, loss: float) -> None:
+        """Warn once of a loss that has fallen far below zero."""
+        self._first = loss if self._first is None else self._first
+        if loss < -FAR_BELOW * max(1.0, abs(self._first)):
+            warn_user(
+                f"the loss has fallen from {self._first:.3g} to {loss:.3g}: it may have no least value, as a "
+                "likelihood whose variance goes to zero, or have the wrong sign. Bound what runs away",
+                RescueWarning,
+            )
+            self._first = -math.inf
 
     def _advance(
         self, closure: Closure, weight: float, moving: Moving, directions: AbstractDirections, plane: PlaneModel
@@ -322,9 +355,13 @@ class PlaneOptimizer(torch.optim.Optimizer, metaclass=Checked):
     def _directions(self, moving: Moving, closure: Closure) -> AbstractDirections:
         """What spans the plane of this step."""
         own = self.state[STATE]  # type: ignore[index]
-        directions = Directions(self.k * self.planes, self.law, self.tangents, own["seed"])
-        directions.step = own["step"]
-        return CachedDirections(directions, [p for p, _, _ in moving], [i for _, _, i in moving], CACHED_BYTES)
+        params, places = [p for p, _, _ in moving], [i for _, _, i in moving]
+        k, law, seed, step = self.k * self.planes, self.law, own["seed"], own["step"]
+        if self.tangents == "inputs":
+            return CachedDirections(in_span(k, law, seed, step, closure, params, places), params, places, CACHED_BYTES)
+        directions = Directions(k, law, self.tangents, seed)
+        directions.step = step
+        return CachedDirections(directions, params, places, CACHED_BYTES)
 
     def _spec(self, directions: AbstractDirections) -> PlaneSpec:
         """The plane that the descent needs on these directions."""

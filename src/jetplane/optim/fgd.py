@@ -32,7 +32,9 @@ class FGD(PlaneOptimizer):
         k: number of directions per step.
         momentum: factor of the heavy ball, in [0, 1).
         law: distribution of the tangents; see `jetplane.Directions`.
-        tangents: "dense" or "rank-one" (nearly free beside the plain forward); see `jetplane.Directions`.
+        tangents: "dense" or "rank-one" (nearly free beside the plain forward); see `jetplane.Directions`. "inputs": for
+            weights of linear layers ``a b^T``, with a drawn and b the direction in which the inputs of the batch are
+            largest (AGZO, arXiv 2601.17261), at one more forward pass: see `jetplane.directions.SpannedDirections`.
         planes: multiplies the number of directions; the results are averaged.
         clip: largest Euclidean norm of a step over all parameters, or None.
         weight_decay: decoupled weight decay: ``theta <- theta - lr * weight_decay * theta`` beside the step.

@@ -32,7 +32,9 @@ class FoMoHKD(PlaneOptimizer):
         descent: "newton" as above, "saddle-free" (eigenvalues of H by absolute value and bounded away from
             zero), "damped", or a `jetplane.subspace.descent.Descent`.
         law: distribution of the tangents; see `jetplane.Directions`.
-        tangents: "dense" or "rank-one" (nearly free beside the plain forward); see `jetplane.Directions`.
+        tangents: "dense" or "rank-one" (nearly free beside the plain forward); see `jetplane.Directions`. "inputs": for
+            weights of linear layers ``a b^T``, with a drawn and b the direction in which the inputs of the batch are
+            largest (AGZO, arXiv 2601.17261), at one more forward pass: see `jetplane.directions.SpannedDirections`.
         planes: independent planes of one evaluation, whose steps are averaged.
         clip: largest Euclidean norm of a step over all parameters, or None.
         weight_decay: decoupled weight decay: ``theta <- theta - lr * weight_decay * theta`` beside the step.

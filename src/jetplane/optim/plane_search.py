@@ -39,19 +39,18 @@ from ..subspace.sources import (
     State,
     Subspace,
 )
+from . import points
 from .base import ALL, STATE, Closure, Moving, Params, PlaneOptimizer, comparable
+from .points import Changes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 LEAST = 0.1  # of a step, in a plane of nothing but averages over many batches
-CLEARLY = 0.5  # as many times the loss after a step, or less, is one that a single batch can tell from it
 DRAWN_EXACT = 10  # directions beside exact curvature, whose cost grows with their square
 ROUND = 16  # steps from one plane to the next, where estimates are made by local heads
 FEW = 0.1  # of a model's parameters: where fewer move, memory for all directions at a time is not spent
-
-Changes = list[tuple[int, Tensor]]  # what is added to parameters, by their place among those that move
 
 
 @dataclass(frozen=True)
@@ -275,7 +274,7 @@ class PlaneSearch(PlaneOptimizer):
         otherwise = ExactLine(10) if exact else Backtracking()
         draws = any(isinstance(source, Drawn) for source in self.subspace)
         self.search = search or NoiseAware(floor=NoiseAware.floor if draws else LEAST, otherwise=otherwise)
-        self.chunk = plan.chunk
+        self.chunk = max(plan.chunk, 2) if exact and isinstance(plan.chunk, int) else plan.chunk  # pairs need two
         if plan.chunk is None and not exact and self.model is not None:
             self.chunk = 1 if size < FEW * sum(p.numel() for p in self.model.parameters()) else None
         self._settled = settings
@@ -342,34 +341,37 @@ class PlaneSearch(PlaneOptimizer):
         repeated, moving = self._started(closure, weight)
         own, told = self.state[STATE], dict[str, Any]()  # type: ignore[index]
         with torch.no_grad(), setting_back(self.generators):
-            contexts = self._contexts(moving)
+            contexts = self._contexts(moving, repeated if self.ranks is None else None)
+            rates = [float(group["lr"]) for _, group, _ in moving]
             shard = _Shard(repeated, weight, RandomState())
-            if not self.plane_next:
-                span, plane, changes, after, taken = None, None, [], own.get("standing"), None
-            else:
+            span, plane, changes, shares = None, None, [], own.get("shares", [])
+            if self.plane_next:
                 span = self._spanned(contexts)
                 plane = self._evaluated(repeated, weight, moving, span.directions)
                 proposal = _proposed(plane, self.descent, span.squared_norms)
-                decision, changes, after, taken = self._decided(shard, moving, span, plane, proposal)
+                decision, changes, taken = self._decided(shard, moving, span, plane, proposal)
                 told["search"] = asdict(decision.state)
+                if self.every > 1:
+                    # The one that is drawn where no source has any is of none.
+                    weights = taken[: sum(span.counts)].split(list(span.counts))
+                    shares = points.shares(self.subspace, contexts, weights, shares)
             wanted = (source.weights(context) for source, context in zip(self.subspace, contexts, strict=True))
             elsewhere = next((weights for weights in wanted if weights is not None), None)
             estimate, signature = self._estimated(shard, contexts[0], elsewhere, span, plane)
-            behind = elsewhere is not None and after is not None and _is_less(estimate.loss, CLEARLY * after)
-            if behind and elsewhere is not None:
-                places = range(len(moving)) if span is None else [i for i, _ in changes]
-                changes = [(i, elsewhere[i] - moving[i][0]) for i in places]
-            shares = own.get("shares", [])
-            if span is not None and taken is not None and self.every > 1:
-                shares = self._shares(contexts, span, taken, shares, behind)
-            elif plane is None and estimate.loss is not None and (elsewhere is None or behind):
-                told["standing"] = estimate.loss.item()
+            if plane is None and points.is_judged(own["step"], self.every):
+
+                def loss(changes: Changes) -> float:
+                    with _moved(1.0, contexts[0].params, changes):
+                        return self._loss(shard, contexts[0].params)
+
+                known = None if elsewhere is None or estimate.loss is None else (elsewhere, estimate.loss.item())
+                changes, shares = points.judged(self.subspace, contexts, rates, shares, loss, known)
             result = Result(estimate.gradient, [dict(changes).get(i) for i in range(len(moving))])
             pairs = zip(self.subspace, contexts, strict=True)
             remembered = [source.remember(context, result) for source, context in pairs]
             self._move(moving, changes)
             if plane is None:
-                self._follow(contexts, remembered, shares, [group["lr"] for _, group, _ in moving])
+                points.follow(self.subspace, contexts, remembered, rates, shares)
         for i, (p, _, _) in enumerate(moving):
             self.state[p] = _flat(self._labels, [states[i] for states in remembered])
         told |= {"gradient": estimate.state, "signature": signature, "step": own["step"] + 1, "shares": shares}
@@ -378,16 +380,17 @@ class PlaneSearch(PlaneOptimizer):
         if plane is None:
             assert estimate.loss is not None
             return estimate.loss
-        self.state[STATE].pop("standing", None)  # type: ignore[index]
         self.plane = plane
         return plane.value
 
-    def _contexts(self, moving: Moving) -> list[Context]:
+    def _contexts(self, moving: Moving, closure: Closure | None = None) -> list[Context]:
         """What each source sees."""
         params, places = [p for p, _, _ in moving], [place for _, _, place in moving]
         own, states = self.state[STATE], [self.state.get(p, {}) for p in params]  # type: ignore[index]
         return [
-            Context(params, places, [_of(state, label) for state in states], own["step"], own["seed"], self.model)
+            Context(
+                params, places, [_of(state, label) for state in states], own["step"], own["seed"], self.model, closure
+            )
             for label in self._labels
         ]
 
@@ -410,36 +413,6 @@ class PlaneSearch(PlaneOptimizer):
         drawn = [i for i, yes in enumerate(isotropic) if yes]
         return _Span(CachedDirections(every, params), every.squared_norms(params), drawn, counts)
 
-    def _shares(
-        self, contexts: Sequence[Context], span: _Span, taken: Tensor, before: Sequence[float], behind: bool
-    ) -> list[float]:
-        """How much of the parameters is at the points of each source after a plane's step.
-
-        A step by ``w_j (z_j - theta)`` leads to ``sum_j w_j z_j + (1 - sum_j w_j) theta``, and theta had parts before.
-        """
-        points = [source.points(context) for source, context in zip(self.subspace, contexts, strict=True)]
-        if behind:  # the parameters are at the first point of one source
-            first = next(j for j, of in enumerate(points) if of)
-            return [float(j == first) for j in range(len(points))]
-        steps = []
-        for of, context, weights in zip(points, contexts, taken.split(list(span.counts)), strict=True):
-            lengths = [length for point in of if (length := _distance(point, context.params)) > 0]
-            pairs = zip(weights.tolist(), lengths, strict=True) if len(weights) == len(lengths) else ()
-            steps.append(sum(weight / length for weight, length in pairs))
-        left = 1 - sum(steps)
-        return [step + left * old for step, old in zip(steps, before or [0.0] * len(steps), strict=True)]
-
-    def _follow(
-        self, contexts: Sequence[Context], remembered: Sequence[Sequence[State]], shares: Sequence[float],
-        rates: Sequence[float],
-    ) -> None:  # fmt: skip
-        """Move the parameters on with the last point of each source, where a step has no plane."""
-        for source, context, states, share in zip(self.subspace, contexts, remembered, shares, strict=False):
-            before, after = source.points(context), source.points(replace(context, state=states))
-            if share and before and after:
-                for p, a, b, rate in zip(context.params, before[-1], after[-1], rates, strict=True):
-                    p.add_(b - a, alpha=float(rate) * share)
-
     def _directions_of(self, source: Source, context: Context) -> AbstractDirections | None:
         """A source's directions; with several processes compared bit by bit, where they are to be."""
         if self.ranks is None or not source.compared:
@@ -460,27 +433,25 @@ class PlaneSearch(PlaneOptimizer):
 
     def _decided(
         self, shard: _Shard, moving: Moving, span: _Span, plane: PlaneModel, proposal: Proposal
-    ) -> tuple[Decision, Changes, float | None, Tensor]:
+    ) -> tuple[Decision, Changes, Tensor]:
         """What the search makes of the proposal, told the losses that it asks for.
 
         Returns:
-            The decision, what is added to parameters, the loss after that, where the search has asked for it, and the
-            coefficients of what is added.
+            The decision, what is added to parameters, and the coefficients of what is added.
         """
         params, factor = [p for p, _, _ in moving], max(float(group["lr"]) for _, group, _ in moving)
         trials = self.search.decide(proposal, _restored(self.search, self.state[STATE]))  # type: ignore[index]
-        kappa, changes, shortened, outcome, tried = None, [], 1.0, None, None
+        kappa, changes, shortened, outcome = None, [], 1.0, None
         while True:
             asked = advance(trials, outcome)
             if kappa is None or not torch.equal(asked.kappa, kappa):
-                kappa, tried = asked.kappa, None
+                kappa = asked.kappa
                 changes, shortened = self._changes(moving, span.directions, plane, kappa)
             if isinstance(asked, Decision):
-                after = outcome.loss if outcome is not None and tried == asked.rate else None
                 taken = asked.rate * shortened * kappa
-                return asked, [(i, asked.rate * change) for i, change in changes], after, taken
+                return asked, [(i, asked.rate * change) for i, change in changes], taken
             with _moved(asked.rate, params, changes):
-                outcome, tried = Outcome(self._loss(shard, params, plane), factor * shortened), asked.rate
+                outcome = Outcome(self._loss(shard, params), factor * shortened)
 
     def _changes(
         self, moving: Moving, directions: CachedDirections, plane: PlaneModel, kappa: Tensor
@@ -493,18 +464,21 @@ class PlaneSearch(PlaneOptimizer):
         shortened = min(1.0, self.clip / norm) if norm > 0 else 1.0
         return [(i, shortened * change) for i, change in changes], shortened
 
-    def _loss(self, shard: _Shard, params: Sequence[Tensor], plane: PlaneModel) -> float:
-        """The loss where parameters are now, with the random numbers of the plane's evaluation."""
+    def _loss(self, shard: _Shard, params: Sequence[Tensor]) -> float:
+        """The loss where parameters are now, with the random numbers of the step's first evaluation."""
+        kind: list[torch.dtype] = []
 
         def of_shard() -> float:
             with shard.closure.elsewhere(), without_side_effects(shard.begin), plain_run(params, again=True):
-                return float(shard.closure().detach())  # it may be in a graph of the closure's own
+                loss = shard.closure().detach()  # it may be in a graph of the closure's own
+                kind.append(loss.dtype)
+                return float(loss)
 
         if self.ranks is None:
             return of_shard()
-        options: dict[str, Any] = {"dtype": torch.float64, "device": plane.value.device}
+        options: dict[str, Any] = {"dtype": torch.float64, "device": params[0].device}
         mean = self.ranks.mean(lambda: torch.tensor([of_shard()], **options), 1, shard.weight, **options)
-        return mean.to(plane.value.dtype).item()  # rounded as that of one process
+        return mean.to(kind[0] if kind else torch.float64).item()  # rounded as that of one process
 
     def _estimated(
         self, shard: _Shard, context: Context, elsewhere: Sequence[Tensor] | None, span: _Span | None,
@@ -621,14 +595,6 @@ def _proposed(plane: PlaneModel, descent: Spectral, squared_norms: Tensor) -> Pr
         )
         slope = torch.zeros_like(slope)
     return Proposal.of(value, slope, plane.curvature, descent, squared_norms, covariance, rounding, count)
-
-
-def _distance(point: Sequence[Tensor], params: Sequence[Tensor]) -> float:
-    return torch.stack([(a - p).double().norm() for a, p in zip(point, params, strict=True)]).norm().item()
-
-
-def _is_less(loss: Tensor | None, than: float) -> bool:
-    return loss is not None and loss.item() < than
 
 
 def _restored(search: Search, own: dict[str, Any]) -> Any:

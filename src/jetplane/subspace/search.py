@@ -28,7 +28,7 @@ from .descent import Solution, Spectral
 
 _HOLDS = 0.75  # of the promised decrease: below it a plane's model does not hold where a step leads
 _ATTEMPTS = 5  # with more damping each
-_FIRST_DAMPING = 1e-3  # in parts of the largest curvature
+_FIRST_DAMPING, _MOST_DAMPING = 1e-3, 1e6  # in parts of the largest curvature
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,24 @@ class Proposal:
         return Proposal(value, slope, curvature, descent, solution, norms, covariance, rounding, count)
 
     def damped(self, damping: float) -> Proposal:
-        """The plane solved with ``damping * |v_k|^2`` added to each direction's curvature (Levenberg, Marquardt)."""
+        """The plane solved with ``damping * |v_k|^2`` added to each direction's curvature (Levenberg, Marquardt).
+
+        Negative curvature counts by its absolute value: less of it would make the step longer.
+        """
         if not damping:
             return self
-        curvature = (self.curvature + damping * self.squared_norms.diag()).to(self.curvature.dtype)
+        curvature, values = self.curvature, self.solution.values
+        rounding = 10 * len(values) * torch.finfo(curvature.dtype).eps * values.abs().max()
+        if bool((values < -rounding).any()):
+            back = torch.linalg.inv(self.solution.basis)
+            curvature = back.mT * values.abs() @ back
+        curvature = (curvature + damping * self.squared_norms.diag()).to(self.curvature.dtype)
         return replace(self, solution=self.descent.solve(self.slope, curvature))
 
     @property
     def largest_curvature(self) -> float:
-        """The largest curvature of a direction over its squared norm: ``max_k H_kk / |v_k|^2``."""
-        return (self.curvature.diagonal() / self.squared_norms).max().item()
+        """The largest curvature of a direction over its squared norm: ``max_k |H_kk| / |v_k|^2``."""
+        return (self.curvature.diagonal() / self.squared_norms).abs().max().item()
 
     @property
     def kappa(self) -> Tensor:
@@ -336,8 +344,9 @@ class NoiseAware(Search):
     The model of the plane may be wrong at the end of the step, above all after a long step along directions that are
     mostly noise and so hardly curve. If the loss of the same batch falls by less than three quarters of the decrease
     that the model predicts, the plane is solved again with ``damping`` times the squared length of the step added to
-    it (Levenberg, Marquardt), ten times as much for each attempt. The damping that was needed is kept, and reduced to
-    a third after each good step. If damping does not help, the step is halved until the loss falls.
+    it (Levenberg, Marquardt), ten times as much for each attempt, up to a million times the largest curvature. The
+    damping that was needed is kept, and reduced to a third after each good step. If damping does not help, the step is
+    halved until the loss falls.
 
     Attributes:
         memory: the fraction of the averages that is kept from step to step.
@@ -366,11 +375,12 @@ class NoiseAware(Search):
         """See `Search`."""
         if proposal.noise is None:
             return (yield from self.otherwise.decide(proposal, state))
-        damping, largest = state.damping, proposal.largest_curvature
+        largest = proposal.largest_curvature
+        damping = min(state.damping, _MOST_DAMPING * largest)
         kappa, rate, now = proposal.kappa, 0.0, state
         for attempt in range(_ATTEMPTS):
             if attempt:
-                damping = max(10 * damping, _FIRST_DAMPING * largest)
+                damping = min(max(10 * damping, _FIRST_DAMPING * largest), _MOST_DAMPING * largest)
             tried = proposal.damped(damping)
             kappa, (rate, now) = tried.kappa, self._shrunk(tried, state)
             now = replace(now, damping=damping, after=None)
@@ -402,12 +412,15 @@ class NoiseAware(Search):
     def _floor(self, proposal: Proposal, state: NoiseState) -> float:
         """The smallest rate; less where the examples are too few to tell the noise along all directions."""
         directions, least = len(proposal.slope), min(self.floor, NoiseAware.floor)
-        if self.floor == least or proposal.count is None or proposal.count > directions:
+        few = proposal.count is not None and proposal.count <= directions
+        if not few or (self.floor == least and proposal.count != 1):
             return self.floor
         if state.after is not None:
+            single = "; put the outputs for single examples together, with torch.cat, before the loss function"
             warn_user(
                 f"the spread of {proposal.count} examples does not tell the noise along {directions} directions, so "
-                f"that steps have no smallest rate but {least}: take batches of more than {directions} examples",
+                f"that steps have no smallest rate but {least}: take batches of more than {directions} examples"
+                + (single if proposal.count == 1 else ""),
                 RescueWarning,
             )
         return least

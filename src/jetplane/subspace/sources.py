@@ -16,15 +16,16 @@ tensor([[0.0000, 0.6000, 0.8000]])
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
 
 from ..directions import AbstractDirections, Directions, StoredDirections, Structure, Term, UnitDirections
 from ..errors import ArgumentError
+from ..evaluation.inputs import INPUTS_OF_ONE, in_span
 from ..jets import carried
 
 State = Mapping[str, Tensor]  # what a source remembers of one parameter, {} at first
@@ -48,6 +49,7 @@ class Context:
         step: number of earlier steps.
         seed: seed of the optimizer.
         model: model of the optimizer, or None.
+        closure: returns the loss of this step's batch; None with a process group.
     """
 
     params: Sequence[Tensor]
@@ -56,6 +58,7 @@ class Context:
     step: int
     seed: int
     model: nn.Module | None = None
+    closure: Callable[[], Any] | None = None
 
     @property
     def size(self) -> int:
@@ -92,9 +95,8 @@ class Source(ABC):
     def weights(self, context: Context) -> Sequence[Tensor] | None:
         """The point at which to estimate the gradient, one tensor for each parameter; None for the current parameters.
 
-        If the loss of a plane's batch is less than half as large at this point as after the plane's step, the
-        parameters move to this point instead. So they do before the first plane, where it is less than half of the
-        loss at which they stand.
+        The batches of some steps judge whether parameters move to it, or to another of `points`: of the step after each
+        plane's, and before the first plane of the second and the fifth.
         """
         return None
 
@@ -184,6 +186,9 @@ class Averages(Source):
         return new
 
 
+LATEST = 4.0  # an average of n fast weights is about that of their latest n / 4, until its memory is shorter
+
+
 @final
 @dataclass(frozen=True)
 class FastWeights(Source):
@@ -193,11 +198,14 @@ class FastWeights(Source):
 
     with the bias-corrected running averages m and s of estimates g of the gradient at z, and of g^2. In the plane of
     these directions theta moves to the point at which the loss of the batch is lowest; z continues from where it is.
-    Between planes theta moves with mean(z), by the part that z and mean(z) have in it. So z explores at the cost of an
-    estimate, and theta follows it as far as the loss falls. If the estimates do not lower the loss, theta stays;
-    if the loss at z is much lower, theta moves to z.
+    The next batch, to which no plane is fitted, judges that point: theta moves to z or mean(z) if the loss there is
+    lower. Before the first plane, the second and the fifth batch judge. In the other steps theta moves with mean(z), by
+    the part that z and mean(z) have in it. So z explores at the cost of an estimate, and theta follows it as far as the
+    loss falls. If the estimates do not lower the loss, theta stays.
 
-    The state is four tensors of each parameter's size.
+    After n steps the part 4 / (n + 4) of mean(z) is new, or ``1 - average`` if that is more.
+
+    The state is four tensors of each parameter's size, in single precision at least.
 
     Attributes:
         rate: learning rate of Adam's steps. It may be larger than usual, since theta takes averages, not z.
@@ -208,6 +216,7 @@ class FastWeights(Source):
         ArgumentError: a rate that is not positive, or a decay outside of [0, 1).
 
     Sources: Adam, arXiv 1412.6980; averages of iterates, Polyak and Juditsky, SIAM J. Control Optim. 30, 1992;
+    of which the latest part weighs most, Shamir and Zhang, arXiv 1212.1824;
     Lookahead, arXiv 1907.08610, whose slow weights go a fixed part of the way to fast ones; SEBOOST, arXiv 1609.00629,
     whose planes are spanned by where another method has gone.
     """
@@ -235,12 +244,14 @@ class FastWeights(Source):
     def directions(self, context: Context) -> AbstractDirections | None:
         """See `Source`."""
         known = [(i, p, s) for i, p, s in zip(context.places, context.params, context.state, strict=True) if s]
-        return UnitDirections.of([{i: Term(s[name] - p) for i, p, s in known} for name in ("fast", "mean")])
+        points = [{i: Term((s[name] - p).to(p.dtype)) for i, p, s in known} for name in ("fast", "mean")]
+        return UnitDirections.of(points)
 
     def remember(self, context: Context, result: Result) -> Sequence[State]:
         """See `Source`."""
         every = zip(context.params, context.state, result.gradient, strict=True)
-        return [self._moved(old or {"fast": p}, g, context.step if old else 0) for p, old, g in every]
+        moved = [(old or {"fast": p.to(carried(p.dtype))}, g.to(carried(g.dtype)), old) for p, old, g in every]
+        return [self._moved(state, g, context.step if old else 0) for state, g, old in moved]
 
     def _moved(self, old: State, gradient: Tensor, n: int) -> State:
         def mixed(name: str, value: Tensor, decay: float) -> Tensor:
@@ -249,7 +260,7 @@ class FastWeights(Source):
         average = mixed("average", gradient, self.decays[0])
         square = mixed("square", gradient.square(), self.decays[1])
         fast = torch.addcdiv(old["fast"], average, square.sqrt().add_(ADAM_EPSILON), value=-self.rate)
-        mean = mixed("mean", fast, self.average)
+        mean = torch.lerp(fast, old.get("mean", fast), min(self.average, n / (n + LATEST)))
         return {"fast": fast, "mean": mean, "average": average, "square": square}
 
 
@@ -282,8 +293,11 @@ class Drawn(Source):
     Attributes:
         k: number of directions; None for 64, or for the number of parameters if that is smaller.
         law: see `jetplane.Directions`, also for the following.
-        tangents: structure of the tangents.
-        rank: rank of "low-rank" tangents.
+        tangents: structure of the tangents; also "inputs", which are ``R A^T`` for the weights of linear layers, with R
+            drawn and A an orthonormal basis of what their inputs in this batch mostly span, and dense for others
+            (AGZO, arXiv 2601.17261). This costs a forward pass, and forward gradients then estimate the part of the
+            gradient in that span: see `jetplane.directions.SpannedDirections`.
+        rank: rank of "low-rank" tangents, or of A (1 by default).
         density: density of "sparse" tangents.
 
     Raises:
@@ -299,7 +313,13 @@ class Drawn(Source):
     compared = False
 
     def __post_init__(self) -> None:
-        Directions(1 if self.k is None else self.k, self.law, self.tangents, rank=self.rank, density=self.density)
+        k = 1 if self.k is None else self.k
+        if self.tangents != "inputs":
+            Directions(k, self.law, self.tangents, rank=self.rank, density=self.density)
+            return
+        Directions(k, self.law, density=self.density)
+        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
+            raise ArgumentError(f"rank must be an integer of at least 1, got {self.rank!r}")
 
     def count(self, size: int) -> int:
         """How many directions there are for so many parameters."""
@@ -312,6 +332,11 @@ class Drawn(Source):
         k = self.count(context.size)
         if k == context.size:
             return StoredDirections(dict(zip(context.places, _coordinates(context.params), strict=True)))
+        if self.tangents == "inputs":
+            if context.closure is None:
+                raise ArgumentError(INPUTS_OF_ONE)
+            params, places = context.params, context.places
+            return in_span(k, self.law, context.seed, context.step, context.closure, params, places, self.rank or 1)
         drawn = Directions(k, self.law, self.tangents, context.seed, rank=self.rank, density=self.density)
         drawn.step = context.step
         return drawn
