@@ -69,9 +69,9 @@ def shares(
 ) -> list[float]:
     """The shares of the sources after a plane's step.
 
-    A step by ``w_j (z_j - theta)`` leads to ``sum_j w_j z_j + (1 - sum_j w_j) theta``, and theta had parts before. Where a
-    step goes past the points, or away from them, the shares stay within [0, 1]: parameters do not move on by more than
-    the points do.
+    A step by ``w_j (z_j - theta)`` leads to ``sum_j w_j z_j + (1 - sum_j w_j) theta``, and theta had parts before.
+    Where a step goes past the points, or away from them, the shares stay within [0, 1]: parameters do not move on by
+    more than the points do.
 
     Args:
         sources: of the plane's directions.
