@@ -992,3 +992,14 @@ class TestPlainRuns:
             opt.step(closure)
         jp.evaluate(closure, list(net.parameters()), jp.Directions(k=4), "none", chunk="auto")
         assert all(type(t) is Tensor for t in kept[-1][1:])
+
+    def test_a_profiler_that_refers_to_tensors_is_a_typed_error(self):
+        net, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), torch.randn(3)
+        expected = jp.laplacian(net, x)
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities):
+            assert torch.equal(jp.laplacian(net, x), expected)
+        profiled = torch.profiler.profile(activities=activities, record_shapes=True)
+        with profiled, pytest.raises(DerivativeError, match="record_shapes=True; profile without it"):
+            jp.laplacian(net, x)
+        assert torch.equal(jp.laplacian(net, x), expected)

@@ -113,7 +113,13 @@ def _into_ordinary(jet: Jet) -> None:
     nothing = dict.fromkeys(("base", "examples", "known"))
     bare = {"first": absent(jet.space, 1), "second": absent(jet.space, 2)} | nothing
     vars(plain).update(jet.__dict__ | bare)
-    swap_tensors(jet, plain)
+    try:
+        swap_tensors(jet, plain)
+    except RuntimeError as error:
+        raise DerivativeError(
+            "a tensor that leaves an evaluation cannot become an ordinary one, since a part of torch refers to it "
+            "weakly: torch.profiler does with record_shapes=True; profile without it"
+        ) from error
     jet.__class__ = kind  # type: ignore[assignment]
     jet.__dict__ = own  # type: ignore[assignment]
 
