@@ -114,10 +114,12 @@ class LocalHeads(Estimator):
             zeros = torch.zeros_like(weight)
             heads[key] = old if fits else {"weight": weight, "average": zeros, "square": zeros}
         with without_side_effects():
-            found = _Pass(model, batch.params, {key: head["weight"] for key, head in heads.items()})
+            moved = found.orders.moved
+            weights = {key: head["weight"] for key, head in heads.items()}
+            found = _Pass(model, batch.params, weights, following=moved)
             found.run(batch.closure)
         _say_what_is_left(set(found.total), batch.params)
-        return {"heads": heads, "steps": state.get("steps", 0), "moved": found.orders.moved}
+        return {"heads": heads, "steps": state.get("steps", 0), "moved": moved}
 
     def shapes(self, batch: Batch, state: State) -> Sequence[torch.Size]:
         """See `Estimator`: those of the parameters, of the heads, and the loss."""
@@ -523,7 +525,8 @@ class _Pass(TorchFunctionMode):
         if before is order or not any(one is not None and one.moved for one in (before, order)):
             return goal
         if before is None:
-            ids = torch.arange(1, loss.rows + 1, device=loss.output.device).unsqueeze(1).expand(-1, loss.width)
+            ids = torch.arange(1, loss.rows + 1, dtype=torch.int32, device=loss.output.device)
+            ids = ids.unsqueeze(1).expand(-1, loss.width)
             before = Order(0, loss.rows, loss.shaped(ids))
         order = order or Order.start(reading.shape, reading.channels, before.ids.device)
         if swap:
