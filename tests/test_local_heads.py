@@ -787,12 +787,53 @@ def test_before_the_first_plane_the_second_and_fifth_batch_judge():
     assert moved == [False, True, False, False, True, True]
 
 
+def test_a_plane_of_few_examples_does_not_step_past_the_farthest_point():
+    """Parameters follow the average at a small distance, along which a plane would go tens of times as far."""
+    net = network()
+    opt = optimizer(net, every=8)
+    steps(net, opt, 7)
+    points = [flat(net, opt, name) for name in ("fast", "mean")]
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(opt.state[p]["FastWeights/mean"] + 1e-4 * torch.randn_like(p))
+    start = flat(net, opt)
+    steps(net, opt, 1, 7)
+    farthest = max((point - start).norm() for point in points)
+    assert 0 < (flat(net, opt) - start).norm() <= 1.001 * farthest
+
+
+@pytest.mark.parametrize("with_heads", [True, False])
+def test_a_slope_that_is_not_finite_is_an_error_and_nothing_of_it_remains(with_heads):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+    x, y = torch.randn(32, 4), torch.randn(32, 1)
+    opt = jp.optim.PlaneSearch(net.parameters(), net, gradient=jp.gradients.LocalHeads() if with_heads else None)
+
+    def step(infinite: bool) -> torch.Tensor:
+        def closure():
+            out = net(x)
+            return F.mse_loss(out + (out - out.detach()).sqrt() if infinite else out, y)
+
+        return opt.step(closure)
+
+    for _ in range(3):
+        step(False)
+    before = copy.deepcopy((opt.state_dict()["state"], net.state_dict()))
+    with pytest.raises(jp.errors.NonFiniteError, match="finite"):
+        step(True)
+    torch.testing.assert_close((opt.state_dict()["state"], net.state_dict()), before, rtol=0, atol=0)
+    assert opt.state["jetplane"]["step"] == 3
+    assert step(False) < 10
+
+
 def test_parameters_do_not_go_to_points_at_which_the_loss_is_not_finite():
     net = network()
     opt = optimizer(net, every=8)
     steps(net, opt, 8)
-    for p in net.parameters():
-        opt.state[p]["FastWeights/mean"].fill_(float("nan"))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(opt.state[p]["FastWeights/fast"])
+            opt.state[p]["FastWeights/mean"].fill_(float("nan"))
     opt.state["jetplane"]["shares"] = [0.0]
     steps(net, opt, 1, 8)
     assert torch.isfinite(flat(net, opt)).all()

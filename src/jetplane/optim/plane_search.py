@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, final
@@ -349,7 +350,7 @@ class PlaneSearch(PlaneOptimizer):
                 span = self._spanned(contexts)
                 plane = self._evaluated(repeated, weight, moving, span.directions)
                 proposal = _proposed(plane, self.descent, span.squared_norms)
-                decision, changes, taken = self._decided(shard, moving, span, plane, proposal)
+                decision, changes, taken = self._decided(shard, moving, contexts, span, plane, proposal)
                 told["search"] = asdict(decision.state)
                 if self.every > 1:
                     # The one that is drawn where no source has any is of none.
@@ -432,7 +433,13 @@ class PlaneSearch(PlaneOptimizer):
         return found[0] if found else None
 
     def _decided(
-        self, shard: _Shard, moving: Moving, span: _Span, plane: PlaneModel, proposal: Proposal
+        self,
+        shard: _Shard,
+        moving: Moving,
+        contexts: Sequence[Context],
+        span: _Span,
+        plane: PlaneModel,
+        proposal: Proposal,
     ) -> tuple[Decision, Changes, Tensor]:
         """What the search makes of the proposal, told the losses that it asks for.
 
@@ -441,12 +448,13 @@ class PlaneSearch(PlaneOptimizer):
         """
         params, factor = [p for p, _, _ in moving], max(float(group["lr"]) for _, group, _ in moving)
         trials = self.search.decide(proposal, _restored(self.search, self.state[STATE]))  # type: ignore[index]
+        limit = min(points.reach(self.subspace, contexts), math.inf if self.clip is None else self.clip)
         kappa, changes, shortened, outcome = None, [], 1.0, None
         while True:
             asked = advance(trials, outcome)
             if kappa is None or not torch.equal(asked.kappa, kappa):
                 kappa = asked.kappa
-                changes, shortened = self._changes(moving, span.directions, plane, kappa)
+                changes, shortened = self._changes(moving, span.directions, plane, kappa, limit)
             if isinstance(asked, Decision):
                 taken = asked.rate * shortened * kappa
                 return asked, [(i, asked.rate * change) for i, change in changes], taken
@@ -454,14 +462,14 @@ class PlaneSearch(PlaneOptimizer):
                 outcome = Outcome(self._loss(shard, params), factor * shortened)
 
     def _changes(
-        self, moving: Moving, directions: CachedDirections, plane: PlaneModel, kappa: Tensor
+        self, moving: Moving, directions: CachedDirections, plane: PlaneModel, kappa: Tensor, limit: float
     ) -> tuple[Changes, float]:
-        """``lr * sum_k kappa_k v_k`` of each parameter that the loss uses, and by how much clipping shortens it."""
+        """``lr * sum_k kappa_k v_k`` of each parameter that the loss uses, and by how much the limit shortens it."""
         changes = list(self._unclipped(moving, directions, plane, kappa))
-        if self.clip is None:
+        if limit == math.inf:
             return changes, 1.0
         norm = torch.stack([change.double().norm() for _, change in changes]).norm().item()
-        shortened = min(1.0, self.clip / norm) if norm > 0 else 1.0
+        shortened = min(1.0, limit / norm) if norm > 0 else 1.0
         return [(i, shortened * change) for i, change in changes], shortened
 
     def _loss(self, shard: _Shard, params: Sequence[Tensor]) -> float:
@@ -502,6 +510,11 @@ class PlaneSearch(PlaneOptimizer):
             found = self._measured(shard, batch, state, prepared)
         if plane is None and not (found.loss is not None and bool(torch.isfinite(found.loss))):
             raise NonFiniteError(f"the loss is not finite where the gradient is estimated: {found.loss}")
+        if not all(bool(torch.isfinite(gradient).all()) for gradient in found.gradient):
+            raise NonFiniteError(
+                "the estimate of the gradient is not finite on this batch, as where a root or a logarithm is taken of "
+                "zero: no step was taken, and nothing of it is remembered"
+            )
         return found, signature
 
     def _measured(self, shard: _Shard, batch: Batch, state: dict[str, Any], prepared: bool) -> Estimate:

@@ -64,6 +64,17 @@ def judged(
     return found
 
 
+def reach(sources: Sequence[Source], contexts: Sequence[Context]) -> float:
+    """The distance from the parameters to the farthest point; infinite where there is none but where they are.
+
+    No step in a plane is longer. Parameters move on with the points between two planes, so that the way to some of
+    them is short, and of any direction. A plane of few examples would go tens of times as far along it.
+    """
+    pairs = zip(sources, contexts, strict=True)
+    lengths = [_distance(point, context.params) for source, context in pairs for point in source.points(context)]
+    return max((length for length in lengths if 0 < length < math.inf), default=math.inf)
+
+
 def shares(
     sources: Sequence[Source], contexts: Sequence[Context], weights: Sequence[Tensor], before: Sequence[float]
 ) -> list[float]:

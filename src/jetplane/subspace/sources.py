@@ -197,7 +197,8 @@ class FastWeights(Source):
         z <- z - rate * m / (sqrt(s) + 1e-8),    v_1 = z - theta,    v_2 = mean(z) - theta
 
     with the bias-corrected running averages m and s of estimates g of the gradient at z, and of g^2. In the plane of
-    these directions theta moves to the point at which the loss of the batch is lowest; z continues from where it is.
+    these directions theta moves to the point at which the loss of the batch is lowest, by no more than the distance
+    to the farther of z and mean(z); z continues from where it is.
     The next batch, to which no plane is fitted, judges that point: theta moves to z or mean(z) if the loss there is
     lower. Before the first plane, the second and the fifth batch judge. In the other steps theta moves with mean(z), by
     the part that z and mean(z) have in it. So z explores at the cost of an estimate, and theta follows it as far as the
