@@ -84,7 +84,8 @@ class ResidualStream(Estimator):
     ...     gradient=jp.gradients.ResidualStream(),
     ...     subspace=jp.sources.Subspace([jp.sources.FastWeights()], chunk=1, every=16),
     ... )
-    >>> losses = [opt.step(lambda: F.cross_entropy(model(x).flatten(0, 1), x.cumsum(1).flatten() % 5)) for _ in range(48)]
+    >>> y = x.cumsum(1).flatten() % 5
+    >>> losses = [opt.step(lambda: F.cross_entropy(model(x).flatten(0, 1), y)) for _ in range(48)]
     >>> bool(losses[-1] < 0.7 * losses[0])
     True
     """
@@ -215,7 +216,7 @@ def _hooked(model: nn.Module, run: _Joined) -> Iterator[None]:
             enter = functools.partial(run.enter, name)
             stack.callback(modules[name].register_forward_pre_hook(enter, with_kwargs=True).remove)
             leave = functools.partial(run.leave, name)
-            stack.callback(modules[name].register_forward_hook(leave, with_kwargs=True, prepend=True).remove)
+            stack.callback(modules[name].register_forward_hook(leave, always_call=True).remove)
         yield
 
 
@@ -251,10 +252,12 @@ class _Joined:
             self._within(call, {flat[i]: begun[i] is None for i in begun})
             return tree_unflatten(flat, spec)
 
-    def leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+    def leave(self, name: str, module: nn.Module, args: Any, out: Any) -> Any:
         """Its call ends; returns what it puts out."""
         begun, call = self._open.pop()
         call.close()
+        if out is None:  # an error ends it, or a checkpoint that has all that it needs
+            return None
         with DisableTorchFunction():
             flat, spec = tree_flatten(out)
             if not all(j < len(flat) and is_state(flat[j]) for _, j in self.blocks[name]):
@@ -304,7 +307,7 @@ class _Errors(_Joined, TorchFunctionMode):
                         "block what it puts out alone; here they read more. Take ResidualStream(recompute=False)"
                     )
                 for y in tree_leaves(result) if self._open else ():
-                    if is_state(y):
+                    if _is_real(y) and not any(y is t for t in given):
                         self._inside.add(y)
         return result
 
@@ -317,7 +320,7 @@ class _Errors(_Joined, TorchFunctionMode):
     def _end(self, flat: list[Any], joined: Mapping[int, Tensor | None]) -> list[Any]:
         found = []
         for j, y in enumerate(flat):
-            if is_state(y) and not self._open:
+            if _is_real(y) and not self._open:
                 self.ends.append(y.detach().requires_grad_())
                 y = _Join.apply(self.ends[-1], joined.get(j))
             found.append(y)
@@ -354,13 +357,17 @@ class _Finished(_Joined):
     def _end(self, flat: list[Any], joined: Mapping[int, Tensor | None]) -> list[Any]:
         if self._open:
             return super()._end(flat, joined)
-        ends = [(y, next(self._errors, None)) for y in flat if is_state(y)]
+        ends = [(y, next(self._errors, None)) for y in flat if _is_real(y)]
         known = [(y, e) for y, e in ends if e is not None and y.requires_grad]
         if known:
             outputs, errors = zip(*known, strict=True)
             own = torch.autograd.grad(outputs, self._params, errors, retain_graph=True, allow_unused=True)
             self.total = [g if h is None else h if g is None else g + h for g, h in zip(self.total, own, strict=True)]
-        return [_Join.apply(y.detach().requires_grad_(), None) if is_state(y) else y for y in flat]
+        return [_Join.apply(y.detach().requires_grad_(), None) if _is_real(y) else y for y in flat]
+
+
+def _is_real(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def _as_is(x: Tensor) -> Tensor:

@@ -152,7 +152,8 @@ class _Trace(TorchFunctionMode):
 
     def _follow(self, func: Any, args: Any, kwargs: Any, result: Any, before: Tensor | None) -> None:
         """What is known of a function's result; ``before`` is its first argument, where that is written to."""
-        own = [self._of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        own = [self._of(t) for t in given]
         depends = frozenset().union(*(known.depends for known in own))
         if not depends:
             return
@@ -166,9 +167,9 @@ class _Trace(TorchFunctionMode):
                         if not (scaled and one is operands[1]):
                             part = other if before is None or other is not args[0] else before
                             sums.setdefault(token, (*parts, part))
-        for y in (*tree_leaves(result), *args[: before is not None]):
-            if isinstance(y, Tensor):
-                self._known[y] = _Known(depends, sums)
+        made = [y for y in tree_leaves(result) if isinstance(y, Tensor) and not any(y is t for t in given)]
+        for y in (*made, *args[: before is not None]):
+            self._known[y] = _Known(depends, sums)
 
     def _of(self, x: Tensor) -> _Known:
         return self._known.get(x) or _Known()
