@@ -271,7 +271,8 @@ def page(held: dict[str, Any], results: Results) -> str:
         "one thread; held-out scores are taken outside of the clock. Nothing of ours is set: `plane-search` is "
         "`PlaneSearch(params, model)`, `plane-search, local heads` the same with `gradient=jp.gradients.LocalHeads()`, "
         "`plane-search, residual stream` with `gradient=jp.gradients.ResidualStream()` and the subspace that local "
-        "heads have by default, `one block at a time` with `recompute=True`. Rivals have the rate that their row states; Adam and local heads with Adam also have that of our fast "
+        "heads have by default, `one block at a time` with `recompute=True`. Rivals have the rate that their row "
+        "states; Adam and local heads with Adam also have that of our fast "
         "weights, 3e-3. A spread is the range of as many seeds as the row says. *Forwards a step* is a step's time "
         "over that of a plain forward pass; memory is the peak above weights and data.",
         "",
