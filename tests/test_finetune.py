@@ -412,12 +412,13 @@ class TestResidualStream:
             exact = torch.autograd.grad(methods.loss_of(model, batch), model.trained[-1])[0]
             torch.testing.assert_close(found[-1], exact, rtol=1e-5, atol=1e-7)
 
-    def test_what_the_error_does_not_reach_is_refused(self, folder):
+    def test_what_the_error_does_not_reach_stays(self, folder):
         model, batch = self.moved(folder, "llama", "lora")
         first = model.blocks[0].forward
         model.blocks[0].forward = lambda x, *args, **kwargs: first(x.detach(), *args, **kwargs).detach()
-        with pytest.raises(ArgumentError, match="does not reach 4 of 8 parameters"):
-            self.estimate(model, batch)
+        with pytest.warns(jp.JetplaneWarning, match="depends on 4 of 8 parameters.*they stay"):
+            found = self.estimate(model, batch)
+        assert [bool(g.any()) for g in found] == 4 * [False] + 4 * [True]
 
     def test_blocks_that_add_nothing_to_their_input_are_refused_with_another_method(self, folder):
         model, batch = self.moved(folder, "llama", "lora")

@@ -684,12 +684,45 @@ def test_settings_that_cannot_be_are_refused(settings, message):
         ResidualStream(**settings)
 
 
-def test_parameters_that_the_error_does_not_reach_are_refused():
+@pytest.mark.parametrize("part", ["block", "sublayer"])
+def test_parameters_that_the_loss_does_not_depend_on_stay(part):
+    class More(Language):
+        def __init__(self):
+            super().__init__()
+            self.unused = nn.Linear(2, 2)
+
+    model = doubled(More)
+    with pytest.warns(
+        jp.JetplaneWarning, match=r"depends on 2 of 38 parameters, shapes \[\(2, 2\), \(2,\)\].*they stay"
+    ):
+        found = estimated(model, exact=part)
+    assert not found["unused.weight"].any() and bool(found["token.weight"].any())
+
+
+def test_parameters_that_sublayers_apart_would_lose_are_refused():
+    """What is added to the stream in a sublayer, and read there alone, is taken for a sublayer of its own."""
+
+    class Convolved(Block):
+        def __init__(self):
+            super().__init__()
+            self.near = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return x + self.fed(x + self.near(x))
+
+    model = doubled(lambda: Language(Convolved))
+    kept = [p for n, p in model.named_parameters() if ".mix" not in n and "norm1" not in n]
+    for p in model.parameters():
+        p.requires_grad_(any(p is q for q in kept))
+    same(estimated(model), exact(model), ["blocks.2.near.weight"])
+    with pytest.raises(ArgumentError, match='does not reach 6 of 30 parameters where sublayers.*Take exact="block"'):
+        estimated(model, exact="sublayer")
+
+
+def test_a_loss_without_derivatives_is_refused():
     model = doubled(Language)
-    first = model.blocks[0].forward
-    model.blocks[0].forward = lambda x: first(x.detach()).detach()
-    with pytest.raises(ArgumentError, match="does not reach 12 of 36 parameters"):
-        estimated(model)
+    with pytest.raises(ArgumentError, match="no derivative of the loss reaches any parameter"):
+        estimated(model, lambda: loss_of(model).detach().requires_grad_())
 
 
 def test_a_block_that_is_called_in_another_way_is_an_error():

@@ -28,7 +28,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, final, get_args
 
 import torch
@@ -38,7 +38,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._torch import DisableTorchFunction, tree_flatten, tree_leaves, tree_map, tree_unflatten
-from ..errors import ArgumentError, LossError
+from ..errors import ArgumentError, JetplaneWarning, LossError, warn_user
 from ..evaluation.compilers import eager
 from ..evaluation.leaving import HARMLESS, WeakTensors
 from ..evaluation.side_effects import without_side_effects
@@ -58,7 +58,8 @@ class ResidualStream(Estimator):
 
     Blocks are modules that put out one of their inputs with something added that depends on it: a layer of
     `torch.nn.TransformerEncoder` with ``norm_first=True``, of GPT-2 or Llama, a residual module of your own. They are
-    found in the first step, by what the closure computes. What is not within a block has the exact derivative, as by
+    found in the first step, by what the closure computes. Parameters that the loss does not depend on stay, which a
+    warning says. What is not within a block has the exact derivative, as by
     reverse mode; so has what a block reads beside the stream (the memory of a decoder).
 
     Attributes:
@@ -69,7 +70,7 @@ class ResidualStream(Estimator):
 
     Raises:
         ArgumentError: ``exact`` is something else; (in the first step) no blocks are found, a module of ``blocks`` is
-            none, or a parameter is not reached; (with ``recompute``) a block reads what an earlier one has put out in
+            none, or parameters are not reached; (with ``recompute``) a block reads what an earlier one has put out in
             another way than by the stream.
 
     >>> import torch, jetplane as jp
@@ -115,7 +116,8 @@ class ResidualStream(Estimator):
         """See `Estimator`: a pass finds the blocks, another which parameters the error reaches.
 
         Raises:
-            ArgumentError: there are no blocks, or not those that were given, or the error does not reach a parameter.
+            ArgumentError: there are no blocks, or not those that were given, or the error does not reach parameters
+                that the loss depends on.
         """
         model = model_of(batch)
         with without_side_effects(), eager(), autograd():
@@ -126,14 +128,21 @@ class ResidualStream(Estimator):
                 f"transformer do. Put what is added in a module together with the sum, or {_OTHERWISE}"
             )
         state = {"blocks": {name: [list(pair) for pair in pairs] for name, pairs in found.items()}}
-        with without_side_effects():
-            reached, _ = self._run(batch, state)
-        lost = [tuple(p.shape) for p, g in zip(batch.params, reached, strict=True) if g is None]
-        if lost:
+        left = self._left(batch, state)
+        apart = left if self.exact == "block" else replace(self, exact="block")._left(batch, state)
+        if len(apart) < len(left):
             raise ArgumentError(
-                f"the error does not reach {len(lost)} of {len(reached)} parameters along the residual stream, shapes "
-                f"{lost[:4]}: the loss does not depend on them, or a derivative ends on the way. Freeze them, or "
-                f"{_OTHERWISE}"
+                f"the error does not reach {len(left) - len(apart)} of {len(batch.params)} parameters where sublayers "
+                f"are apart, of shapes {left}: what they make of the stream is added to it and read in one sublayer. "
+                'Take exact="block"'
+            )
+        if len(left) == len(batch.params):
+            raise ArgumentError("no derivative of the loss reaches any parameter: something detaches all of them")
+        if left:
+            warn_user(
+                f"the loss depends on {len(left)} of {len(batch.params)} parameters, shapes {left}, in no way that a "
+                "derivative follows: they stay",
+                JetplaneWarning,
             )
         return state
 
@@ -150,6 +159,12 @@ class ResidualStream(Estimator):
     def estimate(self, batch: Batch, means: Sequence[Tensor], state: State) -> Estimate:
         """See `Estimator`."""
         return Estimate(means[:-1], state, means[-1])
+
+    def _left(self, batch: Batch, state: State) -> list[tuple[int, ...]]:
+        """The shapes of parameters that the error does not reach."""
+        with without_side_effects():
+            reached, _ = self._run(batch, state)
+        return [tuple(p.shape) for p, g in zip(batch.params, reached, strict=True) if g is None]
 
     def _run(self, batch: Batch, state: State) -> tuple[Sequence[Tensor | None], Tensor]:
         """The estimate, None for what is not reached, and the loss."""
