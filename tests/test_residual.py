@@ -629,6 +629,23 @@ def test_with_recompute_one_block_is_kept_at_a_time():
         assert max(counts) == most
 
 
+def test_with_recompute_what_a_block_writes_to_later_is_an_error():
+    class Writing(Block):
+        def forward(self, x):
+            h = self.up(self.norm2(x)).tanh()
+            y = x + self.down(h)
+            h.zero_()
+            return y
+
+    model = doubled(lambda: Language(Writing))
+    params = [p for n, p in model.named_parameters() if ".mix" not in n and "norm1" not in n]
+    given = batch_of(model, lambda: loss_of(model), params)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        ResidualStream().prepare(given, {})
+    with pytest.raises(ArgumentError, match="writes to a tensor that the derivative of an earlier function needs"):
+        ResidualStream(recompute=True).prepare(given, {})
+
+
 # --- as an estimator of PlaneSearch ------------------------------------------------------------------------------
 
 

@@ -46,6 +46,7 @@ from ..rules.grad_mode import autograd
 from .allocation import signature
 from .estimators import Batch, Estimate, Estimator, State, model_of
 from .residual_blocks import ADDING, find_blocks, is_state
+from .tape import pack, unpack
 
 Part = Literal["block", "sublayer"]
 _OTHERWISE = "take jetplane.gradients.LocalHeads() or jetplane.gradients.ActivityPerturbation()"
@@ -177,10 +178,10 @@ class ResidualStream(Estimator):
                     return torch.autograd.grad(loss, params, allow_unused=True), loss.detach().reshape(())
             first = _Errors(blocks)
             with without_side_effects(), _hooked(model, first), first:
-                loss, ends = _scalar(batch.closure()), first.ends
-                found = torch.autograd.grad(loss, [*params, *ends], allow_unused=True)
+                loss = _scalar(batch.closure())
+                *outside, _ = torch.autograd.grad(loss, [*params, first.token], allow_unused=True)
             del loss
-            second = _Finished(blocks, apart, params, found)
+            second = _Finished(blocks, apart, params, outside, first.errors)
             with _hooked(model, second):
                 loss = _scalar(batch.closure())
             return second.total, loss.detach().reshape(())
@@ -196,16 +197,24 @@ def _scalar(loss: Any) -> Tensor:
 
 
 class _Join(torch.autograd.Function):
-    """What a block puts out; its error also goes to what the block began with, past the block."""
+    """What a block puts out; its error also goes to what the block began with, past the block.
+
+    With a token, which requires a gradient so that errors come here, the error is told and does not enter the block.
+    """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor | None) -> Tensor:
-        ctx.dtype = None if x is None else x.dtype
+    def forward(ctx: Any, y: Tensor, x: Tensor | None, token: Tensor | None, tell: Any) -> Tensor:
+        ctx.dtype, ctx.tell = None if x is None else x.dtype, tell
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, *errors: Tensor) -> Any:
-        return errors[0], None if ctx.dtype is None else errors[0].to(ctx.dtype)
+        (e,) = errors
+        past = None if ctx.dtype is None else e.to(ctx.dtype)
+        if ctx.tell is None:
+            return e, past, None, None
+        ctx.tell(e)
+        return None, past, e.new_zeros(()), None
 
 
 def _above(x: Tensor) -> bool:
@@ -290,7 +299,7 @@ class _Joined:
 
     def _end(self, flat: list[Any], joined: Mapping[int, Tensor | None]) -> list[Any]:
         """What leaves a block, with what each of its sums began with; None in the first block."""
-        return [_Join.apply(y, joined[j]) if j in joined else y for j, y in enumerate(flat)]
+        return [_Join.apply(y, joined[j], None, None) if j in joined else y for j, y in enumerate(flat)]
 
 
 def _changed(name: str) -> ArgumentError:
@@ -299,16 +308,18 @@ def _changed(name: str) -> ArgumentError:
 
 @final
 class _Errors(_Joined, TorchFunctionMode):
-    """A pass without graphs within blocks, of which the errors at all that blocks put out are asked.
+    """A pass without graphs within blocks, which is told the errors at all that blocks put out.
 
     Attributes:
-        ends: all that blocks put out, in the order of calls.
+        token: the derivative with respect to it asks for all errors.
+        errors: at what blocks put out, in the order of calls; None where the loss does not depend on it.
     """
 
     def __init__(self, blocks: Mapping[str, Sequence[tuple[int, int]]]) -> None:
         TorchFunctionMode.__init__(self)
         _Joined.__init__(self, blocks, False)
-        self.ends: list[Tensor] = []
+        self.token = torch.zeros((), requires_grad=True)
+        self.errors: list[Tensor | None] = []
         self._inside = WeakTensors()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -333,11 +344,14 @@ class _Errors(_Joined, TorchFunctionMode):
         call.enter_context(torch.no_grad())
 
     def _end(self, flat: list[Any], joined: Mapping[int, Tensor | None]) -> list[Any]:
+        if self._open:
+            return flat
         found = []
         for j, y in enumerate(flat):
-            if _is_real(y) and not self._open:
-                self.ends.append(y.detach().requires_grad_())
-                y = _Join.apply(self.ends[-1], joined.get(j))
+            if _is_real(y):
+                self.errors.append(None)
+                tell = functools.partial(self.errors.__setitem__, len(self.errors) - 1)
+                y = _Join.apply(y.detach(), joined.get(j), self.token, tell)
             found.append(y)
         return found
 
@@ -350,7 +364,8 @@ class _Finished(_Joined):
         blocks: their pairs by their names.
         apart: whether sublayers are apart.
         params: those that move.
-        found: gradients of what is outside of blocks, and the errors at all that blocks put out.
+        outside: gradients of what is outside of blocks.
+        errors: at all that blocks put out, in the order of calls.
 
     Attributes:
         total: gradients.
@@ -358,15 +373,15 @@ class _Finished(_Joined):
 
     def __init__(
         self, blocks: Mapping[str, Sequence[tuple[int, int]]], apart: bool, params: Sequence[Tensor],
-        found: Sequence[Tensor | None],
+        outside: Sequence[Tensor | None], errors: Sequence[Tensor | None],
     ) -> None:  # fmt: skip
         super().__init__(blocks, apart)
-        self.total = list(found[: len(params)])
+        self.total = list(outside)
         self._params = params
-        self._errors = iter(found[len(params) :])
+        self._errors = iter(errors)
 
     def _within(self, call: contextlib.ExitStack, begun: dict[Tensor, bool]) -> None:
-        call.enter_context(saved_tensors_hooks(_as_is, _as_is))  # a checkpoint around the block would run it again
+        call.enter_context(saved_tensors_hooks(pack, unpack))  # a checkpoint around the block would run it again
         super()._within(call, begun)
 
     def _end(self, flat: list[Any], joined: Mapping[int, Tensor | None]) -> list[Any]:
@@ -378,15 +393,11 @@ class _Finished(_Joined):
             outputs, errors = zip(*known, strict=True)
             own = torch.autograd.grad(outputs, self._params, errors, retain_graph=True, allow_unused=True)
             self.total = [g if h is None else h if g is None else g + h for g, h in zip(self.total, own, strict=True)]
-        return [_Join.apply(y.detach().requires_grad_(), None) if _is_real(y) else y for y in flat]
+        return [_Join.apply(y.detach().requires_grad_(), None, None, None) if _is_real(y) else y for y in flat]
 
 
 def _is_real(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
-
-
-def _as_is(x: Tensor) -> Tensor:
-    return x
 
 
 @final
