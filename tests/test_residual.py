@@ -736,18 +736,29 @@ def test_parameters_that_sublayers_apart_would_lose_are_refused():
         estimated(model, exact="sublayer")
 
 
-def test_a_loss_without_derivatives_is_refused():
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_loss_without_derivatives_is_refused(recompute):
     model = doubled(Language)
     with pytest.raises(ArgumentError, match="no derivative of the loss reaches any parameter"):
-        estimated(model, lambda: loss_of(model).detach().requires_grad_())
+        estimated(model, lambda: loss_of(model).detach(), recompute=recompute)
+    with pytest.raises(jp.LossError, match="must return a scalar loss, got Tensor"):
+        estimated(model, lambda: model(IDS), recompute=recompute)
 
 
-def test_a_block_that_is_called_in_another_way_is_an_error():
+@pytest.mark.parametrize(
+    "other",
+    [lambda block, x: block(x)[None, 0].mT, lambda block, x: (None, block(x)), lambda block, x: block(x).long()],
+)
+@pytest.mark.parametrize("settings", [{}, {"recompute": True}, {"exact": "sublayer"}])
+def test_a_block_that_puts_out_something_else_is_an_error(other, settings):
     model = doubled(Language)
-    estimator, given = ResidualStream(), batch_of(model, lambda: loss_of(model))
+    estimator, given = ResidualStream(**settings), batch_of(model, lambda: loss_of(model))
     state = estimator.prepare(given, {})
-    first = model.blocks[1].forward
-    model.blocks[1].forward = lambda x: (None, first(x))
-    closure = lambda: model.blocks[1](model.embedded(IDS))[1].sum()  # noqa: E731
+    inner = copy.deepcopy(model.blocks[1])
+    model.blocks[1].forward = lambda x: other(inner, x)
     with pytest.raises(ArgumentError, match=r"block blocks.1 is called, or puts out, in another way"):
-        estimator.measure(batch_of(model, closure), state)
+        estimator.measure(given, state)
+    del model.blocks[1].forward
+    with pytest.raises(ArgumentError, match=r"block blocks.1 is called, or puts out, in another way"):
+        estimator.measure(batch_of(model, lambda: model.blocks[1](IDS).sum()), state)
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())

@@ -175,11 +175,11 @@ class ResidualStream(Estimator):
             if not self.recompute:
                 with _hooked(model, _Joined(blocks, apart)):
                     loss = _scalar(batch.closure())
-                    return torch.autograd.grad(loss, params, allow_unused=True), loss.detach().reshape(())
+                    return _gradients(loss, params), loss.detach().reshape(())
             first = _Errors(blocks)
             with without_side_effects(), _hooked(model, first), first:
                 loss = _scalar(batch.closure())
-                *outside, _ = torch.autograd.grad(loss, [*params, first.token], allow_unused=True)
+                *outside, _ = _gradients(loss, [*params, first.token])
             del loss
             second = _Finished(blocks, apart, params, outside, first.errors)
             with _hooked(model, second):
@@ -191,6 +191,10 @@ def _scalar(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise LossError(f"the closure must return a scalar loss, got {type(loss).__name__}")
     return loss
+
+
+def _gradients(loss: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    return torch.autograd.grad(loss, inputs, allow_unused=True) if loss.requires_grad else [None] * len(inputs)
 
 
 # --- blocks in a pass ------------------------------------------------------------------------------------------
@@ -266,13 +270,13 @@ class _Joined:
         with DisableTorchFunction():
             flat, spec = tree_flatten((args, kwargs))
             begun: dict[int, Tensor | None] = {}
+            call = self.calls.enter_context(contextlib.ExitStack())
+            self._open.append((begun, call))
             for i, _ in self.blocks[name]:
                 if not (i < len(flat) and is_state(flat[i])):
                     raise _changed(name)
                 begun[i] = flat[i] if _above(flat[i]) else None
                 flat[i] = self._start(flat[i], begun[i] is None)
-            call = self.calls.enter_context(contextlib.ExitStack())
-            self._open.append((begun, call))
             self._within(call, {flat[i]: begun[i] is None for i in begun})
             return tree_unflatten(flat, spec)
 
@@ -284,9 +288,11 @@ class _Joined:
             return None
         with DisableTorchFunction():
             flat, spec = tree_flatten(out)
-            if not all(j < len(flat) and is_state(flat[j]) for _, j in self.blocks[name]):
-                raise _changed(name)
-            return tree_unflatten(self._end(flat, {j: begun[i] for i, j in self.blocks[name]}), spec)
+            joined = {j: begun[i] for i, j in self.blocks[name]}
+            for j, x in joined.items():
+                if not (j < len(flat) and is_state(flat[j]) and (x is None or x.shape == flat[j].shape)):
+                    raise _changed(name)
+            return tree_unflatten(self._end(flat, joined), spec)
 
     def _start(self, x: Tensor, first: bool) -> Tensor:
         """With what a block begins, given whether no other block is below it."""
