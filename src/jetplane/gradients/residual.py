@@ -76,6 +76,7 @@ class ResidualStream(Estimator):
 
     >>> import torch, jetplane as jp
     >>> from torch.nn import functional as F
+    >>> _ = torch.manual_seed(0)
     >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True, norm_first=True)
     >>> encoder = torch.nn.TransformerEncoder(layer, 3, torch.nn.LayerNorm(16), enable_nested_tensor=False)
     >>> model = torch.nn.Sequential(torch.nn.Embedding(5, 16), encoder, torch.nn.Linear(16, 5))
@@ -86,9 +87,9 @@ class ResidualStream(Estimator):
     ...     gradient=jp.gradients.ResidualStream(),
     ...     subspace=jp.sources.Subspace([jp.sources.FastWeights()], chunk=1, every=16),
     ... )
-    >>> y = x.cumsum(1).flatten() % 5
+    >>> y = (2 * x + 1).flatten() % 5
     >>> losses = [opt.step(lambda: F.cross_entropy(model(x).flatten(0, 1), y)) for _ in range(48)]
-    >>> bool(losses[-1] < 0.7 * losses[0])
+    >>> bool(losses[-1] < 0.5 * losses[0])
     True
     """
 
