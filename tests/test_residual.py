@@ -153,7 +153,8 @@ def test_one_block_is_exact_with_all_that_comes_before_it():
         same(estimated(model, recompute=recompute), exact(model))
 
 
-def test_sums_with_what_does_not_depend_on_the_stream_are_read_with_its_derivative():
+@pytest.mark.parametrize("written", [False, True])
+def test_sums_with_what_does_not_depend_on_the_stream_are_read_with_its_derivative(written):
     """As positions that are added to the stream before it is read, and a bias that is added to the stream itself."""
 
     class Placed(Block):
@@ -163,8 +164,11 @@ def test_sums_with_what_does_not_depend_on_the_stream_are_read_with_its_derivati
 
         def forward(self, x, read=None):
             read = x if read is None else read
-            first = self.attended(read + self.place)
-            x = x + first + self.bias
+            x = x + self.attended(read + self.place)
+            if written:
+                x += self.bias
+            else:
+                x = self.bias + x
             return x + self.fed(x)
 
         def apart(self, x, read):

@@ -429,19 +429,14 @@ class _Apart(TorchFunctionMode):
             return func(*args, **kwargs)
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         stream = [t for t in given if t in self._read]
+        reads = tree_map(lambda t: self._read[t] if isinstance(t, Tensor) and t in self._read else t, (args, kwargs))
         if stream and getattr(func, "__name__", "") in ADDING:
-            others = [t for t in given if t not in self._read]
-            result = func(*args, **kwargs)
-            if len(stream) == 1 and len(others) <= 1 and not any(t in self._derived for t in others):
-                own = tree_map(lambda t: self._read[t] if isinstance(t, Tensor) and t in self._read else t, args)
-                self._read[result] = torch.add(*own[:2], **kwargs)
-            else:
-                self._read[result] = result.detach()
+            whole = len(stream) > 1 or any(t in self._derived for t in given)
+            read = None if whole else torch.add(*reads[0], **reads[1])
+            result = func(*args, **kwargs)  # may write to what is read
+            self._read[result] = result.detach() if read is None else read
             return result
-        if stream:
-            args, kwargs = tree_map(
-                lambda t: self._read[t] if isinstance(t, Tensor) and t in self._read else t, (args, kwargs)
-            )
+        args, kwargs = reads
         result = func(*args, **kwargs)
         if stream or any(t in self._derived for t in given):
             for y in tree_leaves(result):
