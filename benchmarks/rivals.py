@@ -39,6 +39,7 @@ PLANE = "plane-search"
 HEADS = f"{PLANE}, local heads"
 EACH = f"{HEADS}, a plane in each step"
 STREAM = f"{PLANE}, residual stream"
+SLOW_STREAM = f"{STREAM}, fast weights at 1e-3"
 BLOCKWISE = f"{STREAM}, one block at a time"
 MONO, GRAPE, AGZO = "local heads, Adam", "aligned feedback (GrAPE)", "AGZO"
 ADAM, CHECKPOINTED = "Adam, backprop", "Adam, checkpointed"
@@ -260,6 +261,7 @@ _FOMOH = {"": methods.METHODS["fomoh"].rates["mlp"]} | {
     model: methods.METHODS["fomoh"].rates[model] for model in methods.METHODS["fomoh"].published
 }
 _SEQUENTIAL = ("logreg", "mlp", "cnn")
+_TRANSFORMERS = ("characters", "gpt2", "llama")
 _PAPER: dict[str, Any] = {"tasks": _SEQUENTIAL, "source": "FOMOH_SRC"}
 
 ROUNDS = Subspace([FastWeights()], chunk=1, every=16)  # what local heads have by default
@@ -267,11 +269,18 @@ LEAN = [Averages(decays=(0.9,)), PreviousStep()]
 
 METHODS: dict[str, Method] = {
     PLANE: Method(plane_search(), None),
-    HEADS: Method(plane_search(gradient=LocalHeads()), None, tasks=(*_SEQUENTIAL, "characters", "lora")),
+    HEADS: Method(plane_search(gradient=LocalHeads()), None, tasks=(*_SEQUENTIAL, *_TRANSFORMERS, "lora")),
     EACH: Method(plane_search(gradient=LocalHeads(rate=1e-2), subspace=LEAN), None, tasks=("characters", "lora")),
-    STREAM: Method(plane_search(gradient=ResidualStream(), subspace=ROUNDS), None, tasks=("characters",)),
+    STREAM: Method(plane_search(gradient=ResidualStream(), subspace=ROUNDS), None, tasks=_TRANSFORMERS),
+    SLOW_STREAM: Method(
+        plane_search(
+            gradient=ResidualStream(), subspace=Subspace([FastWeights(rate=1e-3)], chunk=1, every=ROUNDS.every)
+        ),
+        None,
+        tasks=_TRANSFORMERS,
+    ),
     BLOCKWISE: Method(
-        plane_search(gradient=ResidualStream(recompute=True), subspace=ROUNDS), None, tasks=("characters",)
+        plane_search(gradient=ResidualStream(recompute=True), subspace=ROUNDS), None, tasks=_TRANSFORMERS
     ),
     MONO: Method(local(MonoForward), {"": 1e-3}, tasks=_SEQUENTIAL),
     FAST_MONO: Method(local(MonoForward), {"": 3e-3}, tasks=_SEQUENTIAL),

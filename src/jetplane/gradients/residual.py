@@ -59,14 +59,15 @@ class ResidualStream(Estimator):
 
     Blocks are modules that put out one of their inputs with something added that depends on it: a layer of
     `torch.nn.TransformerEncoder` with ``norm_first=True``, of GPT-2 or Llama, a residual module of your own. They are
-    found in the first step, by what the closure computes. Parameters that the loss does not depend on stay, which a
-    warning says. What is not within a block has the exact derivative, as by
-    reverse mode; so has what a block reads beside the stream (the memory of a decoder).
+    found in the first step, by what the closure computes. What is not within a block has the exact derivative, as by
+    reverse mode; so has what a block reads beside the stream (the memory of a decoder). Parameters that the loss does
+    not depend on stay, which a warning says.
 
     Attributes:
         exact: within what the derivative is exact: "block", or "sublayer" for each part that a block adds.
-        recompute: find the errors in an extra pass, so that what one block needs is kept at a time; by default the
-            extra pass is saved, and what all blocks need is kept until the loss is computed, as in reverse mode.
+        recompute: find the errors in an extra pass, so that what one block needs is kept at a time (in the first step
+            what all blocks add, too); by default the extra pass is saved, and what all blocks need is kept until the
+            loss is computed, as in reverse mode.
         blocks: names of the blocks in the model (`torch.nn.Module.named_modules`); None for those that are found.
 
     Raises:
@@ -122,7 +123,7 @@ class ResidualStream(Estimator):
                 that the loss depends on.
         """
         model = model_of(batch)
-        with without_side_effects(), eager(), autograd():
+        with without_side_effects(), eager(), autograd(not self.recompute):
             found = find_blocks(batch.closure, model, self.blocks)
         if not found:
             raise ArgumentError(
