@@ -27,19 +27,34 @@ import torch
 from torch import Tensor, nn
 
 from jetplane.experiments.environment import describe
-from jetplane.gradients import ActivityPerturbation, Batch, Estimator, LocalHeads
+from jetplane.gradients import ActivityPerturbation, Batch, Estimator, LocalHeads, ResidualStream
 from jetplane.optim import PlaneSearch
 
 from .convergence import curves_of, methods
 from .learning_curves import LearningCurve, Results, by_method, draw, load, merged, shown, table
 from .local_rivals import ActivationGuided, AlignedFeedback, MonoForward
 from .measuring import ROOT, machine
-from .rivals import ADAM, AGZO, CHECKPOINTED, FAST_ADAM, FAST_MONO, GRAPE, HEADS, MONO, PLANE, label
+from .rivals import (
+    ADAM,
+    AGZO,
+    BLOCKWISE,
+    CHECKPOINTED,
+    FAST_ADAM,
+    FAST_MONO,
+    GRAPE,
+    HEADS,
+    MONO,
+    PLANE,
+    ROUNDS,
+    STREAM,
+    label,
+)
 from .tasks import TASKS, Task
 
 OUT = ROOT / "docs" / "results" / "forward_only"
 THREADS = 1
 COSINE_STEPS = 200  # of training, after which estimates are held against the gradient
+OURS = {STREAM, BLOCKWISE, HEADS, PLANE}
 BACKPROP = {ADAM, FAST_ADAM, CHECKPOINTED, label("sgd")}
 BASE = label("fgd")  # where the gap to backprop begins, if it has runs
 
@@ -69,7 +84,9 @@ PROTOCOL: dict[str, Protocol] = {
         dict.fromkeys((HEADS, MONO, FAST_MONO, ADAM, FAST_ADAM), MAIN)
         | dict.fromkeys((CHECKPOINTED, GRAPE, PLANE, label("fgd"), AGZO), ONE),
     ),
-    "characters": Protocol(30.0, dict.fromkeys((HEADS, PLANE, ADAM, CHECKPOINTED, AGZO), ONE)),
+    "characters": Protocol(
+        30.0, dict.fromkeys((STREAM, BLOCKWISE, HEADS, PLANE, ADAM, FAST_ADAM, CHECKPOINTED, AGZO), ONE)
+    ),
 }
 
 # --- runs ---------------------------------------------------------------------------------------------------
@@ -124,9 +141,9 @@ def cosines(task: Task, method: str) -> dict[str, float]:
 Estimates = Callable[[Any], list[Tensor]]  # of a batch
 
 
-def _ours(estimator: Estimator) -> Callable[[Task, nn.Module, list[Any]], Estimates]:
+def _ours(estimator: Estimator, **settings: Any) -> Callable[[Task, nn.Module, list[Any]], Estimates]:
     def trained(task: Task, model: nn.Module, batches: list[Any]) -> Estimates:
-        opt = PlaneSearch(model.parameters(), model, gradient=estimator)
+        opt = PlaneSearch(model.parameters(), model, gradient=estimator, **settings)
         for b in batches:
             opt.step(lambda b=b: task.loss(model, b))
         params = list(model.parameters())
@@ -190,6 +207,7 @@ def _grads(model: nn.Module) -> list[Tensor]:
 
 
 _ESTIMATES: dict[str, Callable[[Task, nn.Module, list[Any]], Estimates]] = {
+    STREAM: _ours(ResidualStream(), subspace=ROUNDS),
     HEADS: _ours(LocalHeads()),
     PLANE: _ours(ActivityPerturbation()),
     MONO: _mono,
@@ -231,8 +249,8 @@ def ahead(name: str, curves: list[LearningCurve]) -> str:
         for word, chosen in (
             ("with a backward pass", [m for m in at if m in BACKPROP]),
             ("local heads with Adam", [m for m in at if m in (MONO, FAST_MONO)]),
-            ("ours", [m for m in at if m in (HEADS, PLANE)]),
-            ("other forward-only methods", [m for m in at if m not in BACKPROP | {MONO, FAST_MONO, HEADS, PLANE}]),
+            ("ours", [m for m in at if m in OURS]),
+            ("other forward-only methods", [m for m in at if m not in BACKPROP | OURS | {MONO, FAST_MONO}]),
         ):
             if chosen:
                 m = pick(chosen, key=at.__getitem__)
@@ -251,8 +269,10 @@ def page(held: dict[str, Any], results: Results) -> str:
         "",
         "All methods have the same initial weights, batches, order of data and seeds, and the same processor time on "
         "one thread; held-out scores are taken outside of the clock. Nothing of ours is set: `plane-search` is "
-        "`PlaneSearch(params, model)`, `plane-search, local heads` the same with `gradient=jp.gradients.LocalHeads()`. "
-        "Rivals have the rate that their row states; Adam and local heads with Adam also have that of our fast "
+        "`PlaneSearch(params, model)`, `plane-search, local heads` the same with `gradient=jp.gradients.LocalHeads()`, "
+        "`plane-search, residual stream` with `gradient=jp.gradients.ResidualStream()` and the subspace that local "
+        "heads have by default, `one block at a time` with `recompute=True`. Rivals have the rate that their row "
+        "states; Adam and local heads with Adam also have that of our fast "
         "weights, 3e-3. A spread is the range of as many seeds as the row says. *Forwards a step* is a step's time "
         "over that of a plain forward pass; memory is the peak above weights and data.",
         "",

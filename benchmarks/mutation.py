@@ -42,6 +42,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     "subspace/sources.py": ("test_sources.py",),
     "gradients/feedback.py": ("test_feedback.py",),
     "gradients/perturbation.py": ("test_activity.py",),
+    "gradients/residual.py": ("test_residual.py",),
+    "gradients/residual_blocks.py": ("test_residual.py",),
     "gradients/active_outputs.py": ("test_effects.py", "test_activity.py"),
     "directions/base.py": ("test_compositions.py",),
     "directions/laws.py": ("test_laws.py",),

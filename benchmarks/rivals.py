@@ -25,10 +25,10 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 import jetplane as jp
 from jetplane.experiments import methods
 from jetplane.experiments.zeroth_order import MeZO
-from jetplane.gradients import ActivityPerturbation, LocalHeads
+from jetplane.gradients import ActivityPerturbation, LocalHeads, ResidualStream
 from jetplane.subspace.descent import Damped
 from jetplane.subspace.search import FullStep, NoiseAware
-from jetplane.subspace.sources import Averages, Drawn, PreviousStep, Subspace
+from jetplane.subspace.sources import Averages, Drawn, FastWeights, PreviousStep, Subspace
 
 from .local_rivals import ActivationGuided, AlignedFeedback, MonoForward
 from .tasks import Batch, Task
@@ -38,6 +38,9 @@ Step = Callable[[Closure, Batch], Any]  # a step on a batch, and the loss before
 PLANE = "plane-search"
 HEADS = f"{PLANE}, local heads"
 EACH = f"{HEADS}, a plane in each step"
+STREAM = f"{PLANE}, residual stream"
+SLOW_STREAM = f"{STREAM}, fast weights at 1e-3"
+BLOCKWISE = f"{STREAM}, one block at a time"
 MONO, GRAPE, AGZO = "local heads, Adam", "aligned feedback (GrAPE)", "AGZO"
 ADAM, CHECKPOINTED = "Adam, backprop", "Adam, checkpointed"
 FAST_MONO, FAST_ADAM = f"{MONO} at 3e-3", f"{ADAM} at 3e-3"  # the rate of our own fast weights
@@ -258,14 +261,27 @@ _FOMOH = {"": methods.METHODS["fomoh"].rates["mlp"]} | {
     model: methods.METHODS["fomoh"].rates[model] for model in methods.METHODS["fomoh"].published
 }
 _SEQUENTIAL = ("logreg", "mlp", "cnn")
+_TRANSFORMERS = ("characters", "gpt2", "llama")
 _PAPER: dict[str, Any] = {"tasks": _SEQUENTIAL, "source": "FOMOH_SRC"}
 
+ROUNDS = Subspace([FastWeights()], chunk=1, every=16)  # what local heads have by default
 LEAN = [Averages(decays=(0.9,)), PreviousStep()]
 
 METHODS: dict[str, Method] = {
     PLANE: Method(plane_search(), None),
-    HEADS: Method(plane_search(gradient=LocalHeads()), None, tasks=(*_SEQUENTIAL, "characters", "lora")),
+    HEADS: Method(plane_search(gradient=LocalHeads()), None, tasks=(*_SEQUENTIAL, *_TRANSFORMERS, "lora")),
     EACH: Method(plane_search(gradient=LocalHeads(rate=1e-2), subspace=LEAN), None, tasks=("characters", "lora")),
+    STREAM: Method(plane_search(gradient=ResidualStream(), subspace=ROUNDS), None, tasks=_TRANSFORMERS),
+    SLOW_STREAM: Method(
+        plane_search(
+            gradient=ResidualStream(), subspace=Subspace([FastWeights(rate=1e-3)], chunk=1, every=ROUNDS.every)
+        ),
+        None,
+        tasks=_TRANSFORMERS,
+    ),
+    BLOCKWISE: Method(
+        plane_search(gradient=ResidualStream(recompute=True), subspace=ROUNDS), None, tasks=_TRANSFORMERS
+    ),
     MONO: Method(local(MonoForward), {"": 1e-3}, tasks=_SEQUENTIAL),
     FAST_MONO: Method(local(MonoForward), {"": 3e-3}, tasks=_SEQUENTIAL),
     GRAPE: Method(local(AlignedFeedback), {"": 1e-3}, tasks=_SEQUENTIAL),

@@ -198,8 +198,8 @@ class Characters(nn.Module):
         return self.head(self.norm(h))
 
 
-def characters(folder: Path | None) -> Task:
-    """Prediction of the next character in the help texts that are part of Python."""
+def characters(folder: Path | None, build: Callable[[int], nn.Module] = Characters, batch: int = 32) -> Task:
+    """Prediction of the next character in the help texts that are part of Python, by a model of so many characters."""
     text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
     alphabet = sorted(set(text))
     codes = torch.tensor([alphabet.index(c) for c in text])
@@ -222,7 +222,46 @@ def characters(folder: Path | None) -> Task:
         value = loss(model, held).item()
         return value, value
 
-    return Task(lambda: Characters(len(alphabet)), loss, batches, 32, score, "error", epoch=len(train) // CONTEXT)
+    return Task(lambda: build(len(alphabet)), loss, batches, batch, score, "error", epoch=len(train) // CONTEXT)
+
+
+class Logits(nn.Module):
+    """A model of transformers, of which the logits are taken."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x, use_cache=False).logits
+
+
+def gpt2(folder: Path | None) -> Task:
+    """The same by GPT-2 with four blocks, untrained."""
+
+    def build(vocabulary: int) -> nn.Module:
+        transformers = importlib.import_module("transformers")
+        config = transformers.GPT2Config(
+            vocab_size=vocabulary, n_embd=96, n_layer=4, n_head=4, n_positions=CONTEXT, bos_token_id=0, eos_token_id=0,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )  # fmt: skip
+        return Logits(transformers.GPT2LMHeadModel(config))
+
+    return characters(folder, build, 16)
+
+
+def llama(folder: Path | None) -> Task:
+    """The same by Llama with four blocks, untrained."""
+
+    def build(vocabulary: int) -> nn.Module:
+        transformers = importlib.import_module("transformers")
+        config = transformers.LlamaConfig(
+            vocab_size=vocabulary, hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=CONTEXT, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        )  # fmt: skip
+        return Logits(transformers.LlamaForCausalLM(config))
+
+    return characters(folder, build, 16)
 
 
 # --- fine-tuning --------------------------------------------------------------------------------------------
@@ -356,5 +395,7 @@ TASKS: dict[str, Callable[[Path | None], Task]] = {
     "adding": adding,
     "poisson": poisson,
     "characters": characters,
+    "gpt2": gpt2,
+    "llama": llama,
     "lora": lora,
 }

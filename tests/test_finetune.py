@@ -21,7 +21,6 @@ from jetplane.experiments.finetune.classifier import TextClassifier
 from jetplane.experiments.finetune.frozen import cached_states
 from jetplane.experiments.finetune.options import METHODS, Settings, Source
 from jetplane.experiments.finetune.preparing import prepare
-from jetplane.experiments.finetune.stream import StreamError
 from jetplane.experiments.finetune.texts import Example
 from jetplane.experiments.finetune.training import accuracy, run
 
@@ -351,16 +350,16 @@ class TestParameters:
             parameters.choose(model, "lora", 0, rank=0)
 
 
-class TestStreamError:
+class TestResidualStream:
     """``dL/du_i = dL/dh`` along the stream, and exact derivatives within a sublayer."""
 
     @staticmethod
     def estimate(model, batch):
-        params = model.trained
+        params, estimator = model.trained, jp.gradients.ResidualStream(exact="sublayer")
         given = jp.gradients.Batch(
             lambda: methods.loss_of(model, batch), params, model, None, None, [], frozenset(range(len(params))), 0
         )
-        *gradient, loss = StreamError().measure(given, StreamError().prepare(given, {}))
+        *gradient, loss = estimator.measure(given, estimator.prepare(given, {}))
         torch.testing.assert_close(loss, methods.loss_of(model, batch).detach())
         return gradient
 
@@ -413,12 +412,20 @@ class TestStreamError:
             exact = torch.autograd.grad(methods.loss_of(model, batch), model.trained[-1])[0]
             torch.testing.assert_close(found[-1], exact, rtol=1e-5, atol=1e-7)
 
-    def test_what_the_error_does_not_reach_is_refused(self, folder):
+    def test_what_the_error_does_not_reach_stays(self, folder):
         model, batch = self.moved(folder, "llama", "lora")
         first = model.blocks[0].forward
         model.blocks[0].forward = lambda x, *args, **kwargs: first(x.detach(), *args, **kwargs).detach()
-        with pytest.raises(ArgumentError, match="does not reach 4 of 8 parameters.*--method perturbation"):
-            self.estimate(model, batch)
+        with pytest.warns(jp.JetplaneWarning, match="depends on 4 of 8 parameters.*they stay"):
+            found = self.estimate(model, batch)
+        assert [bool(g.any()) for g in found] == 4 * [False] + 4 * [True]
+
+    def test_blocks_that_add_nothing_to_their_input_are_refused_with_another_method(self, folder):
+        model, batch = self.moved(folder, "llama", "lora")
+        for block in model.blocks:
+            block.forward = lambda *args, inner=block.forward, **kwargs: 0.5 * inner(*args, **kwargs)
+        with pytest.raises(ArgumentError, match="no block of TextClassifier.*--method perturbation"):
+            methods.METHODS["plane-search"].build(model, 1.0, 0, 16)(batch)
 
 
 class TestTraining:
@@ -447,7 +454,7 @@ class TestTraining:
         model = task.prepared(Settings(parameters), 0)
         step = methods.METHODS["plane-search"].build(model, 1.0, 0, 4)
         assert step(next(task.batches(16, 0))) > 0
-        assert isinstance(made[0].gradient, jp.gradients.LocalHeads if local else StreamError)
+        assert isinstance(made[0].gradient, jp.gradients.LocalHeads if local else jp.gradients.ResidualStream)
 
     def test_it_learns(self, folder):
         task = prepared(folder, "bert").task

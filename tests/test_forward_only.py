@@ -91,3 +91,26 @@ def test_cosines_are_one_where_a_single_layer_sees_the_loss(monkeypatch, method)
     else:
         assert found["2.weight"] == pytest.approx(1.0, abs=1e-5)
         assert method == PLANE or found["0.weight"] < 0.9999  # whose noise goes along all eight outputs
+
+
+class _Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.f(x).tanh()
+
+
+def test_cosines_of_the_residual_stream_are_one_from_the_last_block_on(monkeypatch):
+    monkeypatch.setattr(forward_only, "COSINE_STEPS", 3)
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+    task = Task(
+        lambda: nn.Sequential(nn.Linear(6, 8), _Block(), _Block(), nn.Linear(8, 3)),
+        lambda model, b: F.cross_entropy(model(b[0]), b[1]), lambda size, generator: iter([(x, y)] * 4), 64,
+        lambda model: (0.0, 0.0), "accuracy",
+    )  # fmt: skip
+    found = forward_only.cosines(task, forward_only.STREAM)
+    assert found["2.f.weight"] == pytest.approx(1.0, abs=1e-5) == found["3.weight"]
+    assert 0.5 < found["1.f.weight"] < 0.9999

@@ -13,6 +13,7 @@ from .heads import LocalHeads
 from .layers import PerturbableLayer, WeightPerturbableLayer, perturbable, register_layer
 from .perturbation import PerturbationEstimate, estimate
 from .plan import OTHERS, LayerPlan
+from .residual import ResidualStream
 
 __all__ = [
     "OTHERS",
@@ -28,6 +29,7 @@ __all__ = [
     "LocalHeads",
     "PerturbableLayer",
     "PerturbationEstimate",
+    "ResidualStream",
     "WeightPerturbableLayer",
     "allocate",
     "estimate",

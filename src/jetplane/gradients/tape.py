@@ -117,7 +117,7 @@ class Tape:
     def _recorded(self, func: Any, flat: list[Any], spec: Any, at: dict[int, Node], written: bool, own: bool) -> Any:
         target, results, plain = flat[0] if written else None, [], []
         # Hooks of the user's, as checkpoints set them, would run the model again on the way back.
-        with DisableTorchFunction(), no_dispatch(), autograd(), saved_tensors_hooks(_kept, _taken):
+        with DisableTorchFunction(), no_dispatch(), autograd(), saved_tensors_hooks(pack, unpack):
             flat, token = list(flat), torch.empty(0, requires_grad=True)
             for i in at:
                 flat[i] = _Start.apply(flat[i], token)
@@ -245,13 +245,14 @@ def _closed(slope: Callable[[Tensor, Tensor], Tensor], y: Tensor) -> Back:
     return back
 
 
-def _kept(x: Tensor) -> tuple[Tensor, int]:
+def pack(x: Tensor) -> tuple[Tensor, int]:
     """What a derivative needs, detached, as a result would else keep itself alive."""
     x = x.detach()
     return x, x._version
 
 
-def _taken(kept: tuple[Tensor, int]) -> Tensor:
+def unpack(kept: tuple[Tensor, int]) -> Tensor:
+    """What `pack` has kept, if it has not been written to since."""
     return unwritten(*kept)
 
 

@@ -14,14 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ... import optim
 from ...errors import ArgumentError, NonFiniteError
-from ...gradients import LocalHeads
+from ...gradients import LocalHeads, ResidualStream
 from ...optim.plane_search import ROUND
 from ...subspace.descent import Damped
 from ...subspace.search import FullStep
 from ...subspace.sources import Drawn, FastWeights, Subspace
 from .. import zeroth_order
 from .classifier import TextClassifier
-from .stream import StreamError
 
 SOFO_DIRECTIONS, SOFO_DAMPING, SOFO_CHUNK = 32, 1e-3, 4
 Kind = Literal["forward", "zeroth order", "backprop"]
@@ -111,14 +110,26 @@ def _local_heads(model: TextClassifier, rate: float, seed: int, micro_batch: int
     return step
 
 
-def _stream_error(params: list[nn.Parameter], model: TextClassifier, rate: float, seed: int) -> Any:
-    plan = Subspace([FastWeights()], every=ROUND)
-    return optim.PlaneSearch(params, model, seed=seed, gradient=StreamError(), subspace=plan)
+def _residual_stream(model: TextClassifier, rate: float, seed: int, micro_batch: int) -> Step:
+    """The error of the frozen read-out along the residual stream, apart for attention and feed-forward network.
+
+    Exact within whole blocks it would be reverse mode, where the last block alone trains.
+    """
+    plan, estimator = Subspace([FastWeights()], every=ROUND), ResidualStream(exact="sublayer")
+    opt = optim.PlaneSearch(model.trained, model, seed=seed, gradient=estimator, subspace=plan)
+
+    def step(batch: Batch) -> float:
+        try:
+            return float(opt.step(lambda: loss_of(model, batch, micro_batch)))
+        except ArgumentError as error:
+            raise ArgumentError(f"{error}. Of this command: --method perturbation") from error
+
+    return step
 
 
 def _plane_search(model: TextClassifier, rate: float, seed: int, micro_batch: int) -> Step:
     """By local heads where the read-out trains, whose gradient they have exactly; else by the read-out's error."""
-    build = _local_heads if model.head.weight.requires_grad else _by_closure(_stream_error)
+    build = _local_heads if model.head.weight.requires_grad else _residual_stream
     return build(model, rate, seed, micro_batch)
 
 

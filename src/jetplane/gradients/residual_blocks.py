@@ -1,0 +1,235 @@
+"""Internal: which modules of a model are residual blocks, found by what it computes.
+
+A block is a module that puts out one of its inputs with something added that depends on it,
+
+    y = x + f_1(x) + f_2(x + f_1(x)) + ...
+
+A pass follows, function by function, which tensors are such sums and what each tensor depends on. The sum of the parts
+that were met is then held against the block's output, so that what functions do not show (a write through a view) is
+no block. A module that only runs blocks one after another on its input, as a stack does, is left out: they are found.
+
+>>> import torch
+>>> class Residual(torch.nn.Module):
+...     def __init__(self):
+...         super().__init__()
+...         self.f = torch.nn.Linear(3, 3)
+...     def forward(self, x):
+...         return x + self.f(x).relu()
+>>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), Residual(), Residual(), torch.nn.Linear(3, 1))
+>>> find_blocks(lambda: model(torch.randn(5, 2)), model)
+{'1': [(0, 0)], '2': [(0, 0)]}
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .._torch import DisableTorchFunction, no_dispatch, tree_leaves
+from ..errors import ArgumentError
+from .tape import writes
+
+Pairs = list[tuple[int, int]]  # places of a block's inputs and of the outputs to which something was added
+ADDING = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+
+
+def find_blocks(
+    closure: Callable[[], Any], model: nn.Module, names: Collection[str] | None = None
+) -> dict[str, Pairs]:  # fmt: skip
+    """The residual blocks that a closure calls, by their names in the order of their calls.
+
+    Args:
+        closure: calls the model.
+        model: holds the blocks.
+        names: of those that are meant, which may add what functions do not show to depend on their input; None for all.
+
+    Returns:
+        For each block the places, among the leaves of its arguments and of its result, of what it began with and of
+        the sum.
+
+    Raises:
+        ArgumentError: a module of ``names`` is not in the model, is not called, or is no block.
+    """
+    modules = {n: m for n, m in model.named_modules() if any(True for _ in m.parameters())}
+    if names is not None:
+        unknown = [name for name in names if name not in modules]
+        if unknown:
+            raise ArgumentError(f"blocks names modules that the model does not have, with parameters: {unknown}")
+        modules = {name: modules[name] for name in names}
+    trace = _Trace(names is not None)
+    with contextlib.ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_pre_hook(trace.enter, with_kwargs=True).remove)
+            leave = module.register_forward_hook(lambda m, args, out, name=name: trace.leave(name, out))
+            stack.callback(leave.remove)
+        stack.enter_context(trace)
+        closure()
+    found = {f.name: list(f.pairs) for f in trace.found if f.name not in trace.irregular}
+    others = [name for name in names or () if name not in found]
+    if others:
+        raise ArgumentError(
+            f"modules {others} of blocks are not called, or do not put out one of their inputs with something added: "
+            "no function besides sums may lie between that input and the output"
+        )
+    return found
+
+
+class Found(NamedTuple):
+    """A call of a block: its name, its pairs, tokens of the sums that it was given and of what it gave, its parts."""
+
+    name: str
+    pairs: tuple[tuple[int, int], ...]
+    taken: frozenset[int]
+    given: frozenset[int]
+    parts: int
+
+
+@dataclass(eq=False)
+class _Known:
+    """What is known of a tensor.
+
+    Attributes:
+        depends: on which tokens.
+        sums: by tokens, what was added to the tensor that has the token.
+    """
+
+    depends: frozenset[int] = frozenset()
+    sums: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Call:
+    """A call of a module that has not ended: the copies of its inputs by tokens, their places, and blocks inside."""
+
+    inputs: dict[int, tuple[int, Tensor]]
+    taken: frozenset[int]
+    after: bool
+    found: list[Found] = field(default_factory=list)
+
+
+@final
+class _Trace(TorchFunctionMode):
+    """A pass in which sums and dependences are followed. A token stands for an input of a call, or a block's output.
+
+    Attributes:
+        irregular: names of modules of which some calls are blocks, and others not or with other pairs.
+    """
+
+    def __init__(self, named: bool) -> None:
+        super().__init__()
+        self.irregular: set[str] = set()
+        self._named = named
+        self._pairs: dict[str, tuple[tuple[int, int], ...]] = {}
+        self._whole = _Call({}, frozenset(), False)
+        self._calls = [self._whole]
+        self._tokens = 0
+        self._given: set[int] = set()  # tokens of what blocks gave
+        self._known: Any = WeakTensorKeyDictionary()
+
+    @property
+    def found(self) -> list[Found]:
+        """Calls of blocks, in their order."""
+        return self._whole.found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        before = None
+        if writes(func, kwargs) and args and isinstance(args[0], Tensor):
+            with DisableTorchFunction(), no_dispatch():
+                before = args[0].detach().clone()
+                self._known[before] = self._of(args[0])
+        result = func(*args, **kwargs)
+        with DisableTorchFunction(), no_dispatch():
+            self._follow(func, args, kwargs, result, before)
+        return result
+
+    def _follow(self, func: Any, args: Any, kwargs: Any, result: Any, before: Tensor | None) -> None:
+        """What is known of a function's result; ``before`` is its first argument, where that is written to."""
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        own = [self._of(t) for t in given]
+        depends = frozenset().union(*(known.depends for known in own))
+        if not depends:
+            return
+        sums: dict[int, tuple[Tensor, ...]] = {}
+        operands = [*args[:2], *(kwargs[n] for n in ("input", "other") if n in kwargs)]
+        if getattr(func, "__name__", "") in ADDING and isinstance(result, Tensor) and len(operands) == 2:
+            scaled = kwargs.get("alpha", 1) != 1 or len(args) > 2
+            for one, other in ((operands[0], operands[1]), (operands[1], operands[0])):
+                if isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == result.shape:
+                    for token, parts in self._of(one).sums.items():
+                        if not (scaled and one is operands[1]):
+                            part = other if before is None or other is not args[0] else before
+                            sums.setdefault(token, (*parts, part))
+        made = [y for y in tree_leaves(result) if isinstance(y, Tensor) and not any(y is t for t in given)]
+        for y in (*made, *args[: before is not None]):
+            self._known[y] = _Known(depends, sums)
+
+    def _of(self, x: Tensor) -> _Known:
+        return self._known.get(x) or _Known()
+
+    def _token(self, x: Tensor) -> int:
+        """A new token for a tensor."""
+        self._tokens += 1
+        old = self._of(x)
+        self._known[x] = _Known(old.depends | {self._tokens}, old.sums | {self._tokens: ()})
+        return self._tokens
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A module is called."""
+        with DisableTorchFunction(), no_dispatch():
+            inputs = [(i, x) for i, x in enumerate(tree_leaves((args, kwargs))) if is_state(x)]
+            taken = frozenset().union(*(self._of(x).sums for _, x in inputs))
+            after = any(self._of(x).depends & self._given for _, x in inputs)
+            self._calls.append(_Call({self._token(x): (i, x.detach().clone()) for i, x in inputs}, taken, after))
+
+    def leave(self, name: str, out: Any) -> None:
+        """A call ends: note whether the module is a block."""
+        with DisableTorchFunction(), no_dispatch():
+            call, outer = self._calls.pop(), self._calls[-1]
+            pairs, parts, last = [], 0, []
+            for j, y in enumerate(tree_leaves(out)):
+                known = self._of(y) if is_state(y) else _Known()
+                for token in call.inputs.keys() & known.sums.keys():
+                    i, x = call.inputs[token]
+                    added = known.sums[token]
+                    depends = any(token in self._of(part).depends for part in added)
+                    if not (depends or (self._named and added)) or not _adds_up(x, added, y):
+                        continue
+                    pairs.append((i, j))
+                    last.append(y)
+                    parts += len(added)
+            if self._pairs.setdefault(name, tuple(pairs)) != tuple(pairs):
+                self.irregular.add(name)
+            if not pairs:
+                outer.found += call.found
+                return
+            ends = frozenset().union(*(self._of(y).sums for y in last))
+            along = [f for f in call.found if f.taken & call.inputs.keys() and f.given & ends]
+            whole = along and sum(f.parts for f in along) == parts
+            outermost = call.found and not along and not call.after
+            if not self._named and (whole or outermost):
+                outer.found += call.found
+                return
+            given = frozenset(self._token(y) for y in last)
+            self._given |= given
+            inside = [f for f in call.found if f not in along]
+            outer.found += [*inside, Found(name, tuple(pairs), call.taken, given, parts)]
+
+
+def is_state(x: Any) -> bool:
+    """Whether something may be what blocks add to."""
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0
+
+
+def _adds_up(x: Tensor, parts: Sequence[Tensor], y: Tensor) -> bool:
+    total = x
+    for part in parts:
+        total = total + part
+    return total.shape == y.shape and bool(torch.isclose(total, y, rtol=1e-3, atol=1e-5, equal_nan=True).all())

@@ -1,0 +1,770 @@
+"""Residual streams: how blocks are found, and the error at the end of the stream against hand-written autograd."""
+
+import copy
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import jetplane as jp
+from jetplane.errors import ArgumentError
+from jetplane.gradients import Batch, ResidualStream
+from jetplane.gradients.residual_blocks import find_blocks
+from jetplane.subspace.sources import FastWeights, Subspace
+
+WIDTH, VOCABULARY = 6, 5
+
+
+def doubled(module, seed=0):
+    torch.manual_seed(seed)
+    module = module().double()
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.5)
+    return module
+
+
+class Block(nn.Module):
+    """A pre-norm block with two sublayers, of which the first mixes positions."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.mix, self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 8), nn.Linear(8, WIDTH)
+        self.dropout = nn.Dropout(dropout)
+
+    def attended(self, x):
+        h = self.norm1(x)
+        return self.dropout((h @ h.mT).softmax(-1) @ self.mix(h))
+
+    def fed(self, x):
+        return self.down(F.gelu(self.up(self.norm2(x))))
+
+    def forward(self, x):
+        x = x + self.attended(x)
+        return x + self.fed(x)
+
+
+class Language(nn.Module):
+    """A small causal transformer's shape."""
+
+    def __init__(self, block=Block, depth=3):
+        super().__init__()
+        self.token, self.place = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(4, WIDTH)
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY)
+
+    def embedded(self, ids):
+        return self.token(ids) + self.place(torch.arange(4))
+
+    def forward(self, ids):
+        x = self.embedded(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+IDS = torch.randint(VOCABULARY, (3, 4), generator=torch.Generator().manual_seed(3))
+GOALS = torch.randint(VOCABULARY, (12,), generator=torch.Generator().manual_seed(4))
+
+
+def loss_of(model, ids=IDS, goals=GOALS):
+    return F.cross_entropy(model(ids).flatten(0, 1), goals)
+
+
+def batch_of(model, closure, params=None):
+    params = [p for p in model.parameters() if p.requires_grad] if params is None else params
+    return Batch(closure, params, model, None, None, [], frozenset(range(len(params))), 0)
+
+
+def estimated(model, closure=None, **settings):
+    """By the names of parameters."""
+    estimator = ResidualStream(**settings)
+    given = batch_of(model, closure or (lambda: loss_of(model)))
+    state = estimator.prepare(given, {})
+    with torch.no_grad():
+        *found, loss = estimator.measure(given, state)
+    torch.testing.assert_close(loss, given.closure().detach())
+    assert [g.shape for g in (*found, loss)] == list(estimator.shapes(given, state))
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    return dict(zip(names, found, strict=True))
+
+
+def exact(model, closure=None):
+    names, params = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    return dict(zip(names, torch.autograd.grad((closure or (lambda: loss_of(model)))(), params), strict=True))
+
+
+def same(found, expected, names=None):
+    for name in names or expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+def found_in(model, closure, names=None):
+    return find_blocks(closure, model, names)
+
+
+# --- the formula ----------------------------------------------------------------------------------------------
+
+
+def by_hand(model, part):
+    """``x_i = x_{i-1} + f_i(x_{i-1})`` with f_i of a constant, but for the first block or sublayer."""
+
+    class Hand(nn.Module):
+        def forward(self, ids):
+            x = model.embedded(ids)
+            for n, block in enumerate(model.blocks):
+                read = x if n == 0 else x.detach()
+                if part == "block":
+                    x = x + block.attended(read) + block.fed(read + block.attended(read))
+                else:
+                    x = x + block.attended(read)
+                    x = x + block.fed(x.detach())
+            return model.head(model.norm(x))
+
+    return exact(model, lambda: loss_of(Hand()))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("part", ["block", "sublayer"])
+def test_the_estimate_is_that_of_autograd_with_constants_where_blocks_read(part, recompute):
+    model = doubled(Language)
+    expected = by_hand(model, part)
+    same(estimated(model, exact=part, recompute=recompute), expected)
+    whole = exact(model)
+    assert not torch.allclose(expected["blocks.0.down.weight"], whole["blocks.0.down.weight"])  # it is biased
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_last_block_and_what_follows_it_are_exact(recompute):
+    model = doubled(Language)
+    whole = exact(model)
+    after = [n for n in whole if n.startswith(("blocks.2.", "norm", "head"))]
+    same(estimated(model, recompute=recompute), whole, after)
+    last = [n for n in after if not n.startswith(("blocks.2.norm1", "blocks.2.mix"))]
+    same(estimated(model, exact="sublayer", recompute=recompute), whole, last)
+
+
+def test_one_block_is_exact_with_all_that_comes_before_it():
+    model = doubled(lambda: Language(depth=1))
+    for recompute in (False, True):
+        same(estimated(model, recompute=recompute), exact(model))
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_sums_with_what_does_not_depend_on_the_stream_are_read_with_its_derivative(written):
+    """As positions that are added to the stream before it is read, and a bias that is added to the stream itself."""
+
+    class Placed(Block):
+        def __init__(self):
+            super().__init__()
+            self.place, self.bias = nn.Parameter(torch.zeros(4, WIDTH)), nn.Parameter(torch.zeros(WIDTH))
+
+        def forward(self, x, read=None):
+            read = x if read is None else read
+            x = x + self.attended(read + self.place)
+            if written:
+                x += self.bias
+            else:
+                x = self.bias + x
+            return x + self.fed(x)
+
+        def apart(self, x, read):
+            x = x + self.attended(read + self.place) + self.bias
+            return x + self.fed(x.detach() + self.bias - self.bias.detach())
+
+    model = doubled(lambda: Language(Placed, 2))
+
+    class Hand(nn.Module):
+        def forward(self, ids):
+            x = model.embedded(ids)
+            x = model.blocks[0].apart(x, x)
+            return model.head(model.norm(model.blocks[1].apart(x, x.detach())))
+
+    same(estimated(model, exact="sublayer"), exact(model, lambda: loss_of(Hand())))
+
+
+# --- blocks are found ------------------------------------------------------------------------------------------
+
+
+def test_layers_of_torchs_encoder_are_found_and_its_stack_is_left_out():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True, norm_first=True)
+    encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    model = nn.Sequential(nn.Linear(4, 8), encoder, nn.Linear(8, 2))
+    x = torch.randn(2, 5, 4)
+    assert found_in(model, lambda: model(x)) == {f"1.layers.{i}": [(0, 0)] for i in range(3)}
+
+
+def test_layers_of_torchs_decoder_keep_the_derivative_of_the_memory():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            make = {"dim_feedforward": 8, "dropout": 0.0, "batch_first": True, "norm_first": True}
+            self.source, self.goal = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(VOCABULARY, WIDTH)
+            encoder, decoder = (
+                kind(WIDTH, 2, **make) for kind in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+            )
+            self.encoder = nn.TransformerEncoder(encoder, 2, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
+            self.decoder = nn.TransformerDecoder(decoder, 2)
+            self.head = nn.Linear(WIDTH, VOCABULARY)
+
+        def forward(self, ids):
+            return self.head(self.decoder(self.goal(ids.flip(1)), self.encoder(self.source(ids))))
+
+    model = doubled(Both)
+    closure = lambda: loss_of(model)  # noqa: E731
+    assert set(found_in(model, closure)) == {f"{k}.layers.{i}" for k in ("encoder", "decoder") for i in (0, 1)}
+    found, whole = estimated(model), exact(model)
+    same(found, whole, [n for n in whole if n.startswith(("decoder.layers.1", "head"))])
+    assert bool(found["source.weight"].any())
+    with pytest.raises(ArgumentError, match="with recompute a block may read of earlier blocks the stream alone"):
+        estimated(model, recompute=True)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_blocks_of_transformers_are_found(kind, recompute):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=11, n_embd=8, n_layer=3, n_head=2, n_positions=8, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+        )
+        model, names = transformers.GPT2LMHeadModel(config), "transformer.h"
+    else:
+        config = transformers.LlamaConfig(
+            vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=3, num_attention_heads=2,
+            num_key_value_heads=1, tie_word_embeddings=True,
+        )  # fmt: skip
+        model, names = transformers.LlamaForCausalLM(config), "model.layers"
+    model.double()
+    ids = torch.randint(11, (2, 6))
+    closure = lambda: F.cross_entropy(model(ids, use_cache=False).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())  # noqa: E731
+    assert list(found_in(model, closure)) == [f"{names}.{i}" for i in range(3)]
+    found, whole = estimated(model, closure, recompute=recompute), exact(model, closure)
+    assert ("lm_head.weight" in whole) is False  # tied
+    same(found, whole, [n for n in whole if n.startswith(f"{names}.2.")])
+    table = next(n for n in whole if "embed_tokens" in n or "wte" in n)
+    assert F.cosine_similarity(found[table].flatten(), whole[table].flatten(), 0) > 0.5
+
+
+class Written(Block):
+    """A block that adds in place, with the sum's operands in either order."""
+
+    def forward(self, x):
+        x = self.attended(x).add_(x)
+        y = self.fed(x)
+        y += x
+        return (y, None)
+
+
+class Shifted(Language):
+    def forward(self, ids):
+        x = self.embedded(ids)
+        for block in self.blocks:
+            x, _ = block(x)
+        return self.head(self.norm(x))
+
+
+def test_sums_that_are_written_in_place():
+    model = doubled(lambda: Shifted(Written))
+    assert list(found_in(model, lambda: loss_of(model))) == ["blocks.0", "blocks.1", "blocks.2"]
+    plain = doubled(Language)
+    plain.load_state_dict(model.state_dict())
+    for part in ("block", "sublayer"):
+        same(estimated(model, exact=part), by_hand(plain, part))
+
+
+class Wrapped(nn.Module):
+    """A residual module around one sublayer."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) + x
+
+
+def sublayer():
+    return Wrapped(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Tanh()))
+
+
+def test_the_finest_blocks_along_a_stream_are_taken():
+    stack = nn.Sequential(sublayer(), nn.Sequential(sublayer(), sublayer()))
+    model = nn.Sequential(nn.Linear(3, WIDTH), stack, nn.Linear(WIDTH, 1))
+    x = torch.randn(4, 3)
+    assert list(found_in(model, lambda: model(x))) == ["1.0", "1.1.0", "1.1.1"]
+
+
+def test_a_skip_around_the_whole_model_hides_no_blocks():
+    model = Wrapped(nn.Sequential(nn.Linear(3, WIDTH), sublayer(), sublayer(), nn.Linear(WIDTH, 3)))
+    x = torch.randn(4, 3)
+    assert list(found_in(model, lambda: model(x))) == ["inner.1", "inner.2"]
+
+
+def test_a_block_that_adds_more_than_the_blocks_in_it_is_one():
+    class Mixed(Block):
+        def __init__(self):
+            super().__init__()
+            self.second = sublayer()
+
+        def forward(self, x):
+            return self.second(x + self.attended(x))
+
+    model = nn.Sequential(nn.Linear(3, WIDTH), Mixed(), Mixed())
+    x = torch.randn(2, 4, 3)
+    assert list(found_in(model, lambda: model(x))) == ["1", "2"]
+
+
+def _scaled(x, f):
+    return 0.5 * (x + f)
+
+
+def _normed(x, f):
+    return F.layer_norm(x + f, (WIDTH,))
+
+
+def _weighed(x, f):
+    return torch.add(f, x, alpha=0.5)
+
+
+def _written_through_a_view(x, f):
+    y = x + f
+    y[:, 0].add_(1.0)
+    return y
+
+
+def _overwritten(x, f):
+    y = x + f
+    y[:, 0] = 0.0
+    return y
+
+
+def _of_a_constant(x, f):
+    return x + f.detach() * 0 + torch.ones(WIDTH)
+
+
+@pytest.mark.parametrize("join", [_scaled, _normed, _weighed, _written_through_a_view, _overwritten])
+def test_what_is_no_sum_with_the_input_is_no_block(join):
+    class Other(Block):
+        def forward(self, x):
+            return join(x, self.fed(x))
+
+    model = doubled(lambda: Language(Other))
+    assert found_in(model, lambda: loss_of(model)) == {}
+    with pytest.raises(ArgumentError, match=r"no block of Language.*LocalHeads\(\)"):
+        estimated(model)
+    with pytest.raises(ArgumentError, match=r"\['blocks.1'\] of blocks are not called, or do not put out"):
+        estimated(model, blocks=["blocks.1"])
+
+
+def test_a_sum_with_what_does_not_depend_on_the_input_is_no_block():
+    class Places(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.place = nn.Parameter(torch.zeros(WIDTH))
+
+        def forward(self, x):
+            return x + self.place
+
+    model = nn.Sequential(nn.Linear(3, WIDTH), Places(), sublayer())
+    x = torch.randn(2, 3)
+    assert list(found_in(model, lambda: model(x))) == ["2"]
+
+
+def test_blocks_that_are_named_alone_are_apart():
+    model = doubled(Language)
+    found = estimated(model, blocks=["blocks.0", "blocks.2"])
+
+    class Hand(nn.Module):
+        def forward(self, ids):
+            x = model.blocks[1](model.blocks[0](model.embedded(ids)))
+            return model.head(model.norm(x + (model.blocks[2](x.detach()) - x.detach())))
+
+    same(found, exact(model, lambda: loss_of(Hand())))
+    with pytest.raises(ArgumentError, match=r"does not have, with parameters: \['layers.0'\]"):
+        estimated(model, blocks=["layers.0"])
+
+
+class Cubed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.from_numpy(x.detach().numpy() ** 3)
+
+    @staticmethod
+    def backward(ctx, c):
+        return 3 * ctx.saved_tensors[0] ** 2 * c
+
+
+def test_named_blocks_may_add_what_torch_does_not_see():
+    class Custom(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return x + Cubed.apply(self.f(x))
+
+    model = doubled(lambda: Language(Custom))
+    assert found_in(model, lambda: loss_of(model)) == {}
+    names = [f"blocks.{i}" for i in range(3)]
+    same(estimated(model, blocks=names), exact(model), ["blocks.2.f.weight", "head.weight"])
+
+
+# --- habits of models and closures ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_micro_batches_are_added_up(recompute):
+    model = doubled(Language)
+
+    def in_parts():
+        parts = zip(IDS.split(2), GOALS.split(8), strict=True)
+        return sum(loss_of(model, i, g) * (len(i) / len(IDS)) for i, g in parts)
+
+    same(estimated(model, in_parts, recompute=recompute), estimated(model))
+
+
+def test_the_mean_over_shards_is_the_estimate_of_the_batch():
+    model = doubled(Language)
+    shards = [estimated(model, lambda n=n: loss_of(model, IDS[n : n + 1], GOALS[4 * n : 4 * n + 4])) for n in range(3)]
+    whole = estimated(model)
+    same({name: sum(s[name] for s in shards) / 3 for name in whole}, whole)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("part", ["block", "sublayer"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_checkpoints_change_nothing(reentrant, part, recompute):
+    model = doubled(Language)
+    before = estimated(model, exact=part, recompute=recompute)
+
+    class Checkpointed(Language):
+        def forward(self, ids):
+            x = self.embedded(ids)
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=reentrant)
+            return self.head(self.norm(x))
+
+    model.__class__ = Checkpointed
+    if reentrant:  # torch's own answer to `torch.autograd.grad`
+        with pytest.raises(RuntimeError, match="use_reentrant"):
+            estimated(model, exact=part, recompute=recompute)
+    else:
+        same(estimated(model, exact=part, recompute=recompute), before)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_frozen_parameters_have_no_part(recompute):
+    model = doubled(Language)
+    whole = estimated(model)
+    for module in (model.token, model.place, model.blocks[0], model.blocks[1].up, model.head):
+        module.requires_grad_(False)
+    found = estimated(model, recompute=recompute)
+    assert "head.weight" not in found
+    # Nothing trains below block 1, so it is taken as the first one: its own part is the same.
+    same(found, {name: whole[name] for name in found})
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_table_that_is_the_read_out_too_gets_both_parts(recompute):
+    untied = doubled(Language)
+    with torch.no_grad():
+        untied.head.weight.copy_(untied.token.weight)
+    parts = estimated(untied)
+    tied = copy.deepcopy(untied)
+    tied.head.weight = tied.token.weight
+    found = estimated(tied, recompute=recompute)
+    same(found, {"token.weight": parts["token.weight"] + parts["head.weight"]})
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_one_block_that_is_called_several_times(recompute):
+    model = doubled(lambda: Language(depth=1))
+
+    class Repeated(Language):
+        def forward(self, ids):
+            x = self.embedded(ids)
+            for _ in range(3):
+                x = self.blocks[0](x)
+            return self.head(self.norm(x))
+
+    apart = doubled(Language)
+    for block in apart.blocks:
+        block.load_state_dict(model.blocks[0].state_dict())
+    apart.load_state_dict(model.state_dict(), strict=False)
+    parts = estimated(apart)
+    model.__class__ = Repeated
+    found = estimated(model, recompute=recompute)
+    same(found, {n: sum(parts[n.replace("0", str(i), 1)] for i in range(3)) for n in found if n.startswith("blocks")})
+
+
+def test_losses_of_what_a_block_puts_out_beside_the_stream_are_exact_within_it():
+    class Balanced(Block):
+        def forward(self, x):
+            y = super().forward(x)
+            return y, self.up(x).square().mean()
+
+    class Summed(Language):
+        def forward(self, ids):
+            x, self.balance = self.embedded(ids), 0.0
+            for block in self.blocks:
+                x, extra = block(x)
+                self.balance = self.balance + extra
+            return self.head(self.norm(x))
+
+    model = doubled(lambda: Summed(Balanced))
+    closure = lambda: loss_of(model) + model.balance  # noqa: E731
+    plain = doubled(Language)
+    plain.load_state_dict(model.state_dict())
+    base, found = by_hand(plain, "block"), estimated(model, closure)
+    x = plain.embedded(IDS)
+    for block in plain.blocks:
+        (own,) = torch.autograd.grad(block.up(x).square().mean(), [block.up.weight])
+        name = f"blocks.{[*plain.blocks].index(block)}.up.weight"
+        torch.testing.assert_close(found[name], base[name] + own, rtol=1e-9, atol=1e-12)
+        x = block(x).detach()
+    same(estimated(model, closure, recompute=True), found)
+
+
+def test_what_a_block_keeps_elsewhere_is_refused_with_recompute():
+    class Keeping(Block):
+        def forward(self, x):
+            self.kept = self.attended(x)
+            return x + self.kept + self.fed(x)
+
+    model = doubled(lambda: Language(Keeping))
+    closure = lambda: loss_of(model) + model.blocks[0].kept.square().mean()  # noqa: E731
+    same(estimated(model, closure), exact(model, closure), ["blocks.2.up.weight"])
+    with pytest.raises(ArgumentError, match=r"Take ResidualStream\(recompute=False\)"):
+        estimated(model, closure, recompute=True)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_random_numbers_and_buffers_move_once(recompute):
+    class Normed(Block):
+        def __init__(self):
+            super().__init__(dropout=0.5)
+            self.batch = nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return super().forward(x) + self.batch(x)
+
+    model = doubled(lambda: Language(Normed))
+    estimator, given = ResidualStream(recompute=recompute), batch_of(model, lambda: loss_of(model))
+    state = estimator.prepare(given, {})
+    plain = copy.deepcopy(model)
+    before = torch.random.get_rng_state()
+    *_, loss = estimator.measure(given, state)
+    after = torch.random.get_rng_state()
+    torch.random.set_rng_state(before)
+    torch.testing.assert_close(loss, loss_of(plain).detach())
+    assert torch.equal(after, torch.random.get_rng_state())
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(buffer, model.get_buffer(name)), name
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_dropout_has_the_same_masks_in_both_passes(recompute):
+    model = doubled(lambda: Language(lambda: Block(0.5)))
+    estimator, given = ResidualStream(recompute=recompute), batch_of(model, lambda: loss_of(model))
+    state = estimator.prepare(given, {})
+    torch.manual_seed(1)
+    found = estimator.measure(given, state)
+    torch.manual_seed(1)
+    names = [n for n, _ in model.named_parameters()]
+    whole = exact(model)
+    same(dict(zip(names, found, strict=False)), whole, [n for n in whole if n.startswith(("blocks.2.", "head"))])
+
+
+def test_nothing_is_left_behind():
+    model = doubled(Language)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    hooks = lambda: [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]  # noqa: E731
+    before, params = hooks(), [p.clone() for p in model.parameters()]
+    for part in ("block", "sublayer"):
+        for recompute in (False, True):
+            with torch.inference_mode():
+                pass
+            estimated(model, exact=part, recompute=recompute)
+    assert hooks() == before
+    assert all(torch.equal(p, q) and bool((p.grad == 1).all()) for p, q in zip(model.parameters(), params, strict=True))
+
+
+def test_an_error_in_a_block_closes_what_was_open():
+    model = doubled(Language)
+    for part in ("block", "sublayer"):
+        for recompute in (False, True):
+            estimator, given = ResidualStream(part, recompute), batch_of(model, lambda: loss_of(model))
+            state = estimator.prepare(given, {})
+            model.blocks[1].fed = lambda x: 1 / 0
+            with pytest.raises(ZeroDivisionError):
+                estimator.measure(given, state)
+            del model.blocks[1].fed
+            assert torch.is_grad_enabled()
+            assert not model.blocks[1]._forward_hooks and loss_of(model).requires_grad
+            assert len(estimator.measure(given, state)) == len(given.params) + 1
+
+
+def test_with_recompute_one_block_is_kept_at_a_time():
+    alive = []
+
+    class Watched(Block):
+        def fed(self, x):
+            inner = self.up(self.norm2(x))
+            alive.append(weakref.ref(inner))
+            counts.append(sum(ref() is not None for ref in alive))
+            return self.down(F.gelu(inner))
+
+    model = doubled(lambda: Language(Watched, 6))
+    estimator, given = ResidualStream(recompute=True), batch_of(model, lambda: loss_of(model))
+    counts = []
+    state = estimator.prepare(given, {})
+    assert max(counts) == 1
+    for recompute, most in ((True, 1), (False, 6)):
+        alive.clear()
+        counts.clear()
+        ResidualStream(recompute=recompute).measure(given, state)
+        assert max(counts) == most
+
+
+def test_with_recompute_what_a_block_writes_to_later_is_an_error():
+    class Writing(Block):
+        def forward(self, x):
+            h = self.up(self.norm2(x)).tanh()
+            y = x + self.down(h)
+            h.zero_()
+            return y
+
+    model = doubled(lambda: Language(Writing))
+    params = [p for n, p in model.named_parameters() if ".mix" not in n and "norm1" not in n]
+    given = batch_of(model, lambda: loss_of(model), params)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        ResidualStream().prepare(given, {})
+    with pytest.raises(ArgumentError, match="writes to a tensor that the derivative of an earlier function needs"):
+        ResidualStream(recompute=True).prepare(given, {})
+
+
+# --- as an estimator of PlaneSearch ------------------------------------------------------------------------------
+
+
+def optimizer(model, every=4, **settings):
+    plan = Subspace([FastWeights(rate=1e-2)], chunk=1, every=every)
+    return jp.optim.PlaneSearch(
+        model.parameters(), model, gradient=ResidualStream(**settings), subspace=plan, audit="never"
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"recompute": True}, {"exact": "sublayer"}])
+def test_it_trains(settings):
+    torch.manual_seed(0)
+    model = Language()
+    opt = optimizer(model, **settings)
+    ids = torch.randint(VOCABULARY, (32, 4))
+    goals = (2 * ids + 1).flatten() % VOCABULARY
+    losses = [opt.step(lambda: loss_of(model, ids, goals)).item() for _ in range(64)]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_training_resumes_bit_for_bit():
+    torch.manual_seed(0)
+    model = Language()
+    opt = optimizer(model)
+    step = lambda model, opt: opt.step(lambda: loss_of(model))  # noqa: E731
+    for _ in range(6):
+        step(model, opt)
+    again = copy.deepcopy(model)
+    other = optimizer(again)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for _ in range(6):
+        assert torch.equal(step(model, opt), step(again, other))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_model_is_needed():
+    model = Language()
+    opt = jp.optim.PlaneSearch(
+        model.parameters(), gradient=ResidualStream(), subspace=Subspace([FastWeights()], every=4)
+    )
+    with pytest.raises(ArgumentError, match="needs the model whose blocks it looks for"):
+        opt.step(lambda: loss_of(model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"exact": "layer"}, "'block' or 'sublayer', got 'layer'"), ({"blocks": "blocks.0"}, "list of names"),
+     ({"blocks": [1]}, "list of names")],
+)  # fmt: skip
+def test_settings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ArgumentError, match=message):
+        ResidualStream(**settings)
+
+
+@pytest.mark.parametrize("part", ["block", "sublayer"])
+def test_parameters_that_the_loss_does_not_depend_on_stay(part):
+    class More(Language):
+        def __init__(self):
+            super().__init__()
+            self.unused = nn.Linear(2, 2)
+
+    model = doubled(More)
+    with pytest.warns(
+        jp.JetplaneWarning, match=r"depends on 2 of 38 parameters, shapes \[\(2, 2\), \(2,\)\].*they stay"
+    ):
+        found = estimated(model, exact=part)
+    assert not found["unused.weight"].any() and bool(found["token.weight"].any())
+
+
+def test_parameters_that_sublayers_apart_would_lose_are_refused():
+    """What is added to the stream in a sublayer, and read there alone, is taken for a sublayer of its own."""
+
+    class Convolved(Block):
+        def __init__(self):
+            super().__init__()
+            self.near = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return x + self.fed(x + self.near(x))
+
+    model = doubled(lambda: Language(Convolved))
+    kept = [p for n, p in model.named_parameters() if ".mix" not in n and "norm1" not in n]
+    for p in model.parameters():
+        p.requires_grad_(any(p is q for q in kept))
+    same(estimated(model), exact(model), ["blocks.2.near.weight"])
+    with pytest.raises(ArgumentError, match='does not reach 6 of 30 parameters where sublayers.*Take exact="block"'):
+        estimated(model, exact="sublayer")
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_loss_without_derivatives_is_refused(recompute):
+    model = doubled(Language)
+    with pytest.raises(ArgumentError, match="no derivative of the loss reaches any parameter"):
+        estimated(model, lambda: loss_of(model).detach(), recompute=recompute)
+    with pytest.raises(jp.LossError, match="must return a scalar loss, got Tensor"):
+        estimated(model, lambda: model(IDS), recompute=recompute)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [lambda block, x: block(x)[None, 0].mT, lambda block, x: (None, block(x)), lambda block, x: block(x).long()],
+)
+@pytest.mark.parametrize("settings", [{}, {"recompute": True}, {"exact": "sublayer"}])
+def test_a_block_that_puts_out_something_else_is_an_error(other, settings):
+    model = doubled(Language)
+    estimator, given = ResidualStream(**settings), batch_of(model, lambda: loss_of(model))
+    state = estimator.prepare(given, {})
+    inner = copy.deepcopy(model.blocks[1])
+    model.blocks[1].forward = lambda x: other(inner, x)
+    with pytest.raises(ArgumentError, match=r"block blocks.1 is called, or puts out, in another way"):
+        estimator.measure(given, state)
+    del model.blocks[1].forward
+    with pytest.raises(ArgumentError, match=r"block blocks.1 is called, or puts out, in another way"):
+        estimator.measure(batch_of(model, lambda: model.blocks[1](IDS).sum()), state)
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
