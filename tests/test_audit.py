@@ -96,6 +96,7 @@ SCALES = {
     "tiny": lambda loss: 1e-12 * loss,
     "huge": lambda loss: 1e12 * loss,
     "offset": lambda loss: loss + 1e3,
+    "offset that hides it": lambda loss: loss + 1e9,
 }
 
 

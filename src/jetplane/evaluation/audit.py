@@ -348,7 +348,7 @@ class _Audit:
         A loss that does not change at all may be rounded against numbers of size one, as the logarithm of a softmax is
         where that rounds to one.
         """
-        rounding = self.rounding(1.0 if ahead == behind == base else base)
+        rounding = self.rounding(max(1.0, abs(base)) if ahead == behind == base else base)
         return _Difference((ahead - behind) / (2 * h), (ahead - 2 * base + behind) / h, rounding / h)
 
     def rounding(self, base: float) -> float:
