@@ -300,3 +300,18 @@ def test_errors_in_any_run_of_the_closure_change_nothing(error):
             runs.clear()
             break
     assert opt.state["jetplane"]["step"] == 9
+
+
+def test_steps_under_inference_mode_are_as_those_outside():
+    """Nothing is made in it that a later step outside could not compute with."""
+    ends = []
+    for inside in (False, True):
+        net = network()
+        opt = optimizer(net)
+        with torch.inference_mode(inside):
+            for i in range(6):
+                opt.step(lambda i=i: F.cross_entropy(net(X[i::4]), Y[i::4]))
+        steps(net, opt, 6, 6)
+        net(X).sum().backward()
+        ends.append(flat(net))
+    assert torch.equal(*ends)

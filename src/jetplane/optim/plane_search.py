@@ -324,6 +324,7 @@ class PlaneSearch(PlaneOptimizer):
 
     # --- one step, from top to bottom ---------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # what is remembered in it could not be computed with outside of it
     def step(self, closure: Closure | None = None, *, weight: float = 1.0) -> Tensor:  # type: ignore[override]
         """Span a plane, evaluate it, decide how far to step in it, estimate the gradient for later planes, and move.
 
