@@ -307,7 +307,7 @@ def test_all_passes_of_a_batch_see_the_same_random_numbers():
 
 
 def test_where_nothing_is_left_to_gain_steps_are_not_halved():
-    """A batch that comes again and again: its loss falls no more, but for rounding, and parts of a step tell nothing."""
+    """A batch that comes again and again: its loss falls no more, and parts of a step would tell nothing."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 3)).eval()
     adapter, passes = jp.Adapter(model, torch.randn(256, 8)), []

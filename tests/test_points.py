@@ -310,8 +310,21 @@ def test_steps_under_inference_mode_are_as_those_outside():
         opt = optimizer(net)
         with torch.inference_mode(inside):
             for i in range(6):
-                opt.step(lambda i=i: F.cross_entropy(net(X[i::4]), Y[i::4]))
+                opt.step(lambda net=net, i=i: F.cross_entropy(net(X[i::4]), Y[i::4]))
         steps(net, opt, 6, 6)
         net(X).sum().backward()
         ends.append(flat(net))
     assert torch.equal(*ends)
+
+
+def test_a_rate_that_is_not_finite_is_refused_before_anything_changes():
+    net = network()
+    opt = optimizer(net)
+    steps(net, opt, 4)
+    opt.param_groups[0]["lr"] = float("nan")
+    before = held(net, opt)
+    with pytest.raises(jp.errors.ArgumentError, match="lr must be finite"):
+        steps(net, opt, 1, 4)
+    after = held(net, opt)
+    assert same(*([x for x in found if isinstance(x, torch.Tensor)] for found in (before, after)))
+    assert opt.state["jetplane"]["step"] == 4

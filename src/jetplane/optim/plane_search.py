@@ -348,6 +348,8 @@ class PlaneSearch(PlaneOptimizer):
         with torch.no_grad(), setting_back(self.generators):
             contexts = self._contexts(moving, repeated if self.ranks is None else None)
             rates = [float(group["lr"]) for _, group, _ in moving]
+            if not all(map(math.isfinite, rates)):
+                raise ArgumentError(f"lr must be finite, got {rates} for the parameters that may move")
             shard = _Shard(repeated, weight, RandomState())
             span, plane, changes, limit = None, None, [], math.inf if self.clip is None else self.clip
             shares: Sequence[float] = [own.get("shares", {}).get(label, 0.0) for label in self._labels]
