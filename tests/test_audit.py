@@ -97,6 +97,7 @@ SCALES = {
     "huge": lambda loss: 1e12 * loss,
     "offset": lambda loss: loss + 1e3,
     "offset that hides it": lambda loss: loss + 1e9,
+    "difference of large numbers": lambda loss: (loss + 1e4) - 1e4,
 }
 
 

@@ -195,11 +195,13 @@ class _Difference(NamedTuple):
         value: the symmetric difference.
         jump: by how much the difference ahead exceeds the one behind: in proportion to the step where it is smooth.
         noise: what rounding may change of the value.
+        changed: whether the loss has changed at all.
     """
 
     value: float
     jump: float
     noise: float
+    changed: bool
 
     def within(self, slope: float, most: float) -> bool:
         """Whether it is the slope, within 1 %, or within rounding where that makes up no more than a part of it."""
@@ -336,11 +338,15 @@ class _Audit:
             found[h] = now = self.difference(ahead, behind, base, h)
             if now.within(slope, ROUGH):
                 return _Measured("agrees", slope, now.value, (base, base))
-            steady = _steady([found[h] for h in sorted(found)], slope)
+            steady = _steady([found[h] for h in sorted(found) if found[h].changed], slope)
             if steady is not None:
                 return _Measured("differs", slope, steady, (base, base))
         if not found:
             return _Measured("unclear", slope, math.nan, (base, base), "the loss is not finite nearby")
+        if not any(d.changed for d in found.values()):  # if only long steps change it, something larger has rounded it
+            steady = _steady([found[h] for h in sorted(found)], slope)
+            if steady is not None:
+                return _Measured("differs", slope, steady, (base, base))
         nearest = min((d.value for d in found.values()), key=lambda d: abs(d - slope))
         return _Measured("unclear", slope, nearest, (base, base), "the loss is rough or rounded near this place")
 
@@ -350,8 +356,9 @@ class _Audit:
         A loss that does not change at all may be rounded against numbers of size one, as the logarithm of a softmax is
         where that rounds to one.
         """
-        rounding = self.rounding(max(1.0, abs(base)) if ahead == behind == base else base)
-        return _Difference((ahead - behind) / (2 * h), (ahead - 2 * base + behind) / h, rounding / h)
+        changed = not ahead == behind == base
+        rounding = self.rounding(base if changed else max(1.0, abs(base)))
+        return _Difference((ahead - behind) / (2 * h), (ahead - 2 * base + behind) / h, rounding / h, changed)
 
     def rounding(self, base: float) -> float:
         """By how much a run's loss may be off."""
