@@ -263,10 +263,15 @@ def test_a_source_that_goes_wrong_changes_nothing(where, error):
     assert i in (1, 2)
 
 
-def test_a_batch_whose_squares_overflow_is_not_learned_from():
+@pytest.mark.parametrize("kind", ["local heads", "noise on layers", "forward gradients"])
+def test_a_batch_whose_squares_overflow_is_not_learned_from(kind):
     """The loss and its slope are finite, the average of squares would not be, and NaN from the next step on."""
     net = network()
-    opt = optimizer(net)
+    opt = {
+        "local heads": lambda: optimizer(net),
+        "noise on layers": lambda: jp.optim.PlaneSearch(net.parameters(), net),
+        "forward gradients": lambda: jp.optim.PlaneSearch(net.parameters()),
+    }[kind]()
     steps(net, opt, 6)
     before = held(net, opt)
     with pytest.raises(jp.errors.NonFiniteError, match="square"):

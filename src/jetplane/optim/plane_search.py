@@ -533,14 +533,16 @@ class PlaneSearch(PlaneOptimizer):
             span.drawn if span else [], frozenset(span.directions.used if span else every),
             int(key(own["seed"], own["step"])), chunk=self.chunk if isinstance(self.chunk, int) else None,
         )  # fmt: skip
-        if not estimator.measures:
-            return estimator.estimate(batch, [], state), signature
-        prepared = signature == own.get("signature")
-        with _at(elsewhere, context.params, shard.closure):
-            found = self._measured(shard, batch, state, prepared)
+        if estimator.measures:
+            prepared = signature == own.get("signature")
+            with _at(elsewhere, context.params, shard.closure):
+                found = self._measured(shard, batch, state, prepared)
+        else:
+            found = estimator.estimate(batch, [], state)
         if plane is None and not (found.loss is not None and bool(torch.isfinite(found.loss))):
             raise NonFiniteError(f"the loss is not finite where the gradient is estimated: {found.loss}")
-        if not (_finite(found.gradient, squared=True) and _finite(_tensors_in(found.state))):
+        heads = _tensors_in(found.state) if isinstance(estimator, LocalHeads) else []
+        if not (_finite(found.gradient, squared=True) and _finite(heads)):
             raise NonFiniteError(
                 "the estimate of the gradient or its square is not finite on this batch, as where a root or a "
                 "logarithm is taken of zero: no step was taken, and nothing of it is remembered"
