@@ -333,3 +333,22 @@ def test_a_rate_that_is_not_finite_is_refused_before_anything_changes():
     after = held(net, opt)
     assert same(*([x for x in found if isinstance(x, torch.Tensor)] for found in (before, after)))
     assert opt.state["jetplane"]["step"] == 4
+
+
+ESTIMATORS = {
+    "local heads": lambda net: optimizer(net),
+    "noise on layers": lambda net: jp.optim.PlaneSearch(net.parameters(), net),
+    "forward gradients": lambda net: jp.optim.PlaneSearch(net.parameters()),
+}
+
+
+@pytest.mark.parametrize("to", ESTIMATORS)
+@pytest.mark.parametrize("of", ESTIMATORS)
+def test_another_estimator_begins_anew(of, to):
+    """The state of an optimizer with one is loaded by an optimizer with another."""
+    net = network()
+    first, second = ESTIMATORS[of](net), ESTIMATORS[to](net)
+    steps(net, first, 6)
+    second.load_state_dict(first.state_dict())
+    steps(net, second, 30, 6)
+    assert second.state["jetplane"]["step"] == 36 and loss_of(net) < 0.85

@@ -383,6 +383,7 @@ class PlaneSearch(PlaneOptimizer):
         for i, (p, _, _) in enumerate(moving):
             self.state[p] = _flat(self._labels, [states[i] for states in remembered])
         told |= {"gradient": estimate.state, "signature": signature, "step": own["step"] + 1}
+        told["estimator"] = type(self.gradient).__name__
         told["shares"] = dict(zip(self._labels, shares, strict=True))
         # A new record: one that state_dict() has handed out must not move on.
         self.state[STATE] = own | told  # type: ignore[index]
@@ -524,7 +525,8 @@ class PlaneSearch(PlaneOptimizer):
     ) -> tuple[Estimate, str]:  # fmt: skip
         """An estimate of the gradient on this batch, for planes of later ones, and what its preparation depended on."""
         own, estimator = self.state[STATE], self.gradient  # type: ignore[index]
-        state, signature = own.get("gradient", {}), estimator.signature(context.params, self.model)
+        signature, is_its = estimator.signature(context.params, self.model), self._is_of_estimator(own)
+        state = own.get("gradient", {}) if is_its else {}
         if not any(source.learns for source in self.subspace):
             return Estimate([], state), signature
         every = range(len(context.params))
@@ -534,7 +536,7 @@ class PlaneSearch(PlaneOptimizer):
             int(key(own["seed"], own["step"])), chunk=self.chunk if isinstance(self.chunk, int) else None,
         )  # fmt: skip
         if estimator.measures:
-            prepared = signature == own.get("signature")
+            prepared = is_its and signature == own.get("signature")
             with _at(elsewhere, context.params, shard.closure):
                 found = self._measured(shard, batch, state, prepared)
         else:
@@ -548,6 +550,11 @@ class PlaneSearch(PlaneOptimizer):
                 "logarithm is taken of zero: no step was taken, and nothing of it is remembered"
             )
         return found, signature
+
+    def _is_of_estimator(self, own: dict[str, Any]) -> bool:
+        """Whether what an estimator remembers is of this kind of estimator; if not, it begins anew."""
+        name = type(self.gradient).__name__
+        return own.get("estimator", name) == name
 
     def _measured(self, shard: _Shard, batch: Batch, state: dict[str, Any], prepared: bool) -> Estimate:
         """The estimate on a batch, of all processes."""
