@@ -273,3 +273,49 @@ def test_no_step_raises_the_loss_of_its_batch():
         else:
             torch.testing.assert_close(adapter._step, adapter.offsets - offsets, rtol=1e-3, atol=1e-5)
     assert 0 < left < 10
+
+
+class Noisy(nn.Module):
+    """A model that draws random numbers in evaluation mode too."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 3))
+        self.drawn = []
+
+    def forward(self, x):
+        noise = torch.randn(x.shape)
+        self.drawn.append(noise)
+        return self.net(x + noise)
+
+
+def test_all_passes_of_a_batch_see_the_same_random_numbers():
+    """Or the noise of two passes decides whether a step is taken."""
+    model = Noisy().eval()
+    torch.manual_seed(1)
+    adapter = jp.Adapter(model, torch.randn(256, 8))
+    for _ in range(4):
+        batch, begin = 2 * torch.randn(32, 8) + 1, torch.get_rng_state()
+        model.drawn.clear()
+        adapter(batch)
+        assert len(model.drawn) >= 2 and all(torch.equal(noise, model.drawn[0]) for noise in model.drawn)
+        end = torch.get_rng_state()
+        torch.set_rng_state(begin)
+        torch.randn(batch.shape)
+        assert torch.equal(torch.get_rng_state(), end)  # as after one pass
+
+
+def test_where_nothing_is_left_to_gain_steps_are_not_halved():
+    """A batch that comes again and again: its loss falls no more, and parts of a step would tell nothing."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    adapter, passes = jp.Adapter(model, torch.randn(256, 8)), []
+    batch = 2 * torch.randn(64, 8) + 1
+    for _ in range(60):
+        seen = []
+        hook = model.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        adapter(batch)
+        hook.remove()
+        passes.append(len(seen))
+    assert max(passes[30:]) <= 3  # that of the plane, that of the step, that without it

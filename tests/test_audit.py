@@ -96,6 +96,8 @@ SCALES = {
     "tiny": lambda loss: 1e-12 * loss,
     "huge": lambda loss: 1e12 * loss,
     "offset": lambda loss: loss + 1e3,
+    "offset that hides it": lambda loss: loss + 1e9,
+    "difference of large numbers": lambda loss: (loss + 1e4) - 1e4,
 }
 
 
@@ -524,6 +526,22 @@ def test_optimizers_refuse_random_closures(name):
     with pytest.raises(jp.RandomClosureError):
         opt.step(lambda: (net.weight.sum() * next(stream)).square().mean())
     assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
+
+
+def test_closures_whose_losses_differ_by_little_are_told_from_rough_ones():
+    """Two of their runs agree by chance now and then."""
+    verdicts = []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        net, generator = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), torch.Generator()
+        generator.manual_seed(seed)
+        x, y = torch.randn(64, 8), torch.randint(3, (64,))
+
+        def loss(net=net, generator=generator, x=x, y=y):
+            return F.cross_entropy(net(x * (torch.rand(x.shape, generator=generator) > 0.01)), y)
+
+        verdicts.append(jp.audit(loss, list(net.parameters()), seed=seed).verdict)
+    assert verdicts == 40 * ["random"]
 
 
 @pytest.mark.parametrize("draw", [lambda: np.random.randn(), random.random], ids=["numpy", "random"])

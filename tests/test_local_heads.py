@@ -767,12 +767,12 @@ def test_the_batch_after_a_planes_judges_its_step(monkeypatch, best):
             good = opt.state[p]["FastWeights/fast"].clone()
             opt.state[p] |= {f"FastWeights/{name}": good if name == best else 30 * good for name in ("fast", "mean")}
             p.copy_(good if best == "theta" else 30 * good)
-    opt.state["jetplane"]["shares"] = [0.0]
+    opt.state["jetplane"]["shares"] = {}
     start, mean = flat(net, opt, None if best == "theta" else best), flat(net, opt, "mean")
     steps(net, opt, 1, 8)
     follows = flat(net, opt, "mean") - mean if best != "theta" else 0.0
     torch.testing.assert_close(flat(net, opt), start + follows, atol=1e-5, rtol=1e-4)
-    assert opt.state["jetplane"]["shares"] == [float(best != "theta")]
+    assert opt.state["jetplane"]["shares"] == {"FastWeights": float(best != "theta")}
 
 
 def test_before_the_first_plane_the_second_and_fifth_batch_judge():
@@ -783,7 +783,7 @@ def test_before_the_first_plane_the_second_and_fifth_batch_judge():
         steps(net, opt, 1, step)
         moved.append(not all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True)))
         if moved[-1] and step < 4:
-            opt.state["jetplane"]["shares"] = [0.0]  # or parameters go on with the average
+            opt.state["jetplane"]["shares"] = {}  # or parameters go on with the average
     assert moved == [False, True, False, False, True, True]
 
 
@@ -834,7 +834,7 @@ def test_parameters_do_not_go_to_points_at_which_the_loss_is_not_finite():
         for p in net.parameters():
             p.copy_(opt.state[p]["FastWeights/fast"])
             opt.state[p]["FastWeights/mean"].fill_(float("nan"))
-    opt.state["jetplane"]["shares"] = [0.0]
+    opt.state["jetplane"]["shares"] = {}
     steps(net, opt, 1, 8)
     assert torch.isfinite(flat(net, opt)).all()
 

@@ -19,8 +19,9 @@ parameters the user names, such as prompts. They are stored beside the model, wh
    them, and these determine the coefficient of each direction.
 
 4. The pass that predicts also tells the loss after the step. Where that is higher than before, half of the step is
-   tried, then a quarter, then the batch is predicted without one. A step that does not suit later batches is taken
-   back by their planes, which have it as a direction.
+   tried, then a quarter, then the batch is predicted without one; at once, where the plane promises no more than
+   rounding. All passes of a batch see the same random numbers, if the model draws some. A step that does not suit later
+   batches is taken back by their planes, which have it as a direction.
 
 With K directions a step costs as many products as 1 + K forward passes for the plane, and one pass that predicts.
 """
@@ -52,6 +53,7 @@ from .errors import (
 from .evaluation.api import evaluate
 from .evaluation.chunks import free_memory
 from .evaluation.compilers import eager
+from .evaluation.side_effects import RandomState
 from .rules import loss as loss_function
 from .rules import quantization
 from .rules.rounding import Rounding
@@ -204,7 +206,7 @@ class Adapter:
         if transform_level() is not None:
             raise ArgumentError("an adapter cannot be called inside torch.vmap or torch.func's transforms; use a loop")
         self._check_frozen()
-        offsets = self.offsets
+        offsets, begin = self.offsets, RandomState()
         last = self._shift(offsets, batch)[1] if self._last is None else self._last
         with _without_autocast(offsets):
             directions = self._directions(self._newton @ last)
@@ -219,13 +221,18 @@ class Adapter:
                 return loss(logits, r)
 
         try:
+            begin.restore()
             with quantization(self.derivative):
                 plane = evaluate(closure, [offsets], [directions], "ggn")
         except NonFiniteError as error:
             raise NonFiniteError(NOT_FINITE.format("a batch")) from error
         with _without_autocast(offsets):
-            step = SaddleFree()(plane.slope, plane.curvature).to(offsets) @ directions
-        for part in (*PARTS, 0.0):
+            kappa = SaddleFree()(plane.slope, plane.curvature)
+            step = kappa.to(offsets) @ directions
+            decrease = -(plane.slope.to(kappa) @ kappa) / 2
+            tells = bool(decrease > torch.finfo(plane.value.dtype).eps * plane.value.abs())
+        for part in (*(PARTS if tells else PARTS[:1]), 0.0):
+            begin.restore()
             try:
                 logits, last = self._shift(offsets + part * step, batch)
             except NonFiniteError:

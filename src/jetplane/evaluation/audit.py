@@ -51,6 +51,7 @@ START = 4e-2  # part of the slope that rounding may make up in the first step of
 FAR = 1e-2  # relative difference from which on they may be held to differ
 STEADY = 0.1  # of their difference from the slope: how much D(h) may vary over the steps to be believed
 REDRAWN = 2  # directions that may take the place of one along which the loss is level
+AGAIN = 2  # runs at the same place that tell a closure which gives different losses
 ROUGH = 0.3  # part of a difference that rounding may make up if it is to say anything
 LADDER = (1 / 256, 1 / 64, 1 / 16, 1 / 4, 1, 4, 16)  # steps, in parts of the best one for smooth losses
 LONGEST = 0.5  # step, relative to the parameters
@@ -194,11 +195,13 @@ class _Difference(NamedTuple):
         value: the symmetric difference.
         jump: by how much the difference ahead exceeds the one behind: in proportion to the step where it is smooth.
         noise: what rounding may change of the value.
+        changed: whether the loss has changed at all.
     """
 
     value: float
     jump: float
     noise: float
+    changed: bool
 
     def within(self, slope: float, most: float) -> bool:
         """Whether it is the slope, within 1 %, or within rounding where that makes up no more than a part of it."""
@@ -226,11 +229,12 @@ class _Audit:
     def report(self) -> AuditReport:
         found = self.compare(self.direction(range(len(self.params))), REDRAWN)
         agreed = tolerance(found.losses, [p.dtype for p in self.params])
-        if abs(found.losses[0] - found.losses[1]) > agreed:
-            again = self.loss(Stops(self.memories))
-            if again is None or abs(again - found.losses[1]) > agreed:
-                losses = found.losses if again is None else (found.losses[1], again)
-                return self._report("random", found, losses=losses)
+        if found.verdict != "agrees" or abs(found.losses[0] - found.losses[1]) > agreed:
+            for _ in range(AGAIN):  # two runs may agree by chance
+                again = self.loss(Stops(self.memories))
+                if again is None or abs(again - found.losses[1]) > agreed:
+                    losses = found.losses if again is None else (found.losses[1], again)
+                    return self._report("random", found, losses=losses)
         if found.verdict != "differs":
             return self._report(found.verdict, found, reason=found.reason)
         verdicts = []
@@ -334,11 +338,15 @@ class _Audit:
             found[h] = now = self.difference(ahead, behind, base, h)
             if now.within(slope, ROUGH):
                 return _Measured("agrees", slope, now.value, (base, base))
-            steady = _steady([found[h] for h in sorted(found)], slope)
+            steady = _steady([found[h] for h in sorted(found) if found[h].changed], slope)
             if steady is not None:
                 return _Measured("differs", slope, steady, (base, base))
         if not found:
             return _Measured("unclear", slope, math.nan, (base, base), "the loss is not finite nearby")
+        if not any(d.changed for d in found.values()):  # if only long steps change it, something larger has rounded it
+            steady = _steady([found[h] for h in sorted(found)], slope)
+            if steady is not None:
+                return _Measured("differs", slope, steady, (base, base))
         nearest = min((d.value for d in found.values()), key=lambda d: abs(d - slope))
         return _Measured("unclear", slope, nearest, (base, base), "the loss is rough or rounded near this place")
 
@@ -348,8 +356,9 @@ class _Audit:
         A loss that does not change at all may be rounded against numbers of size one, as the logarithm of a softmax is
         where that rounds to one.
         """
-        rounding = self.rounding(1.0 if ahead == behind == base else base)
-        return _Difference((ahead - behind) / (2 * h), (ahead - 2 * base + behind) / h, rounding / h)
+        changed = not ahead == behind == base
+        rounding = self.rounding(base if changed else max(1.0, abs(base)))
+        return _Difference((ahead - behind) / (2 * h), (ahead - 2 * base + behind) / h, rounding / h, changed)
 
     def rounding(self, base: float) -> float:
         """By how much a run's loss may be off."""

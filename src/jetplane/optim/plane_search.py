@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
+from .._torch import tree_leaves
 from ..directions import AbstractDirections, CachedDirections, ConcatenatedDirections, Directions, SelectedDirections
 from ..directions.laws import key
 from ..errors import ArgumentError, JetplaneWarning, NonFiniteError, RescueWarning, UnknownLossError, warn_user
@@ -26,6 +27,7 @@ from ..gradients.estimators import ActivityPerturbation, Batch, Estimate, Estima
 from ..gradients.heads import LocalHeads
 from ..gradients.layers import perturbable
 from ..gradients.perturbation import accounted_for
+from ..jets import carried
 from ..subspace.descent import Damped, Descent, SaddleFree, Spectral, named
 from ..subspace.search import Backtracking, Decision, ExactLine, NoiseAware, Outcome, Proposal, Search, advance
 from ..subspace.sources import (
@@ -42,7 +44,7 @@ from ..subspace.sources import (
 )
 from . import points
 from .base import ALL, STATE, Closure, Moving, Params, PlaneOptimizer, comparable
-from .points import Changes
+from .points import Changes, Following
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -138,14 +140,15 @@ class PlaneSearch(PlaneOptimizer):
     Args:
         params: parameters or groups of them, as for any torch optimizer. Groups may set ``lr`` (if the rates differ,
             the step is not the plane's solution and may be rejected) and ``weight_decay``. Frozen parameters do not
-            change.
+            change; those of a group with a rate of zero count as frozen, unless all rates are zero.
         model: holds the layers to perturb, and tells layers apart. The closure is called several times per step and
             must compute the same each time; buffers and torch's random state advance once. If the loss differentiates
             the model itself, as a residual of an equation does, directions are drawn as without a model, with a
             warning.
         lr: a factor on the step, which schedulers may change.
         weight_decay: decoupled weight decay: ``theta <- theta - lr * weight_decay * theta`` before the step is added.
-        clip: largest Euclidean norm of ``lr * sum_k kappa_k v_k`` over all parameters, or None.
+        clip: largest Euclidean norm of ``lr * sum_k kappa_k v_k`` over all parameters, or None. Steps between planes
+            are no longer either.
         seed: seed of the directions and the noise. The seed and the state of the sources are part of
             ``state_dict()``, so that training resumes bit for bit.
         subspace: a list of `jetplane.sources.Source`, or a `jetplane.sources.Subspace` of them, which also says
@@ -321,6 +324,7 @@ class PlaneSearch(PlaneOptimizer):
 
     # --- one step, from top to bottom ---------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # what is remembered in it could not be computed with outside of it
     def step(self, closure: Closure | None = None, *, weight: float = 1.0) -> Tensor:  # type: ignore[override]
         """Span a plane, evaluate it, decide how far to step in it, estimate the gradient for later planes, and move.
 
@@ -344,8 +348,11 @@ class PlaneSearch(PlaneOptimizer):
         with torch.no_grad(), setting_back(self.generators):
             contexts = self._contexts(moving, repeated if self.ranks is None else None)
             rates = [float(group["lr"]) for _, group, _ in moving]
+            if not all(map(math.isfinite, rates)):
+                raise ArgumentError(f"lr must be finite, got {rates} for the parameters that may move")
             shard = _Shard(repeated, weight, RandomState())
-            span, plane, changes, shares = None, None, [], own.get("shares", [])
+            span, plane, changes, limit = None, None, [], math.inf if self.clip is None else self.clip
+            shares: Sequence[float] = [own.get("shares", {}).get(label, 0.0) for label in self._labels]
             if self.plane_next:
                 span = self._spanned(contexts)
                 plane = self._evaluated(repeated, weight, moving, span.directions)
@@ -356,8 +363,7 @@ class PlaneSearch(PlaneOptimizer):
                     # The one that is drawn where no source has any is of none.
                     weights = taken[: sum(span.counts)].split(list(span.counts))
                     shares = points.shares(self.subspace, contexts, weights, shares)
-            wanted = (source.weights(context) for source, context in zip(self.subspace, contexts, strict=True))
-            elsewhere = next((weights for weights in wanted if weights is not None), None)
+            elsewhere = self._elsewhere(contexts)
             estimate, signature = self._estimated(shard, contexts[0], elsewhere, span, plane)
             if plane is None and points.is_judged(own["step"], self.every):
 
@@ -366,16 +372,19 @@ class PlaneSearch(PlaneOptimizer):
                         return self._loss(shard, contexts[0].params)
 
                 known = None if elsewhere is None or estimate.loss is None else (elsewhere, estimate.loss.item())
-                changes, shares = points.judged(self.subspace, contexts, rates, shares, loss, known)
-            result = Result(estimate.gradient, [dict(changes).get(i) for i in range(len(moving))])
-            pairs = zip(self.subspace, contexts, strict=True)
-            remembered = [source.remember(context, result) for source, context in pairs]
+                changes, shares = points.judged(self.subspace, contexts, rates, shares, loss, known, limit)
+            steps = dict(changes)
+            remembered = self._remembered(contexts, Result(estimate.gradient, [*map(steps.get, range(len(moving)))]))
+            following = Following.of(self.subspace, contexts, remembered, shares) if plane is None else None
             self._move(moving, changes)
-            if plane is None:
-                points.follow(self.subspace, contexts, remembered, rates, shares)
+            if following is not None:
+                taken = points.norm(steps.values()) if steps and self.clip is not None else 0.0
+                following.move(contexts[0].params, rates, max(limit - taken, 0.0))
         for i, (p, _, _) in enumerate(moving):
             self.state[p] = _flat(self._labels, [states[i] for states in remembered])
-        told |= {"gradient": estimate.state, "signature": signature, "step": own["step"] + 1, "shares": shares}
+        told |= {"gradient": estimate.state, "signature": signature, "step": own["step"] + 1}
+        told["estimator"] = type(self.gradient).__name__
+        told["shares"] = dict(zip(self._labels, shares, strict=True))
         # A new record: one that state_dict() has handed out must not move on.
         self.state[STATE] = own | told  # type: ignore[index]
         if plane is None:
@@ -394,6 +403,28 @@ class PlaneSearch(PlaneOptimizer):
             )
             for label in self._labels
         ]
+
+    def _elsewhere(self, contexts: Sequence[Context]) -> Sequence[Tensor] | None:
+        """Where the gradient is estimated: where the first source says that has a wish."""
+        for source, context in zip(self.subspace, contexts, strict=True):
+            wanted = source.weights(context)
+            if wanted is not None:
+                points.check_point(source, "weights", wanted, context.params)
+                return wanted
+        return None
+
+    def _remembered(self, contexts: Sequence[Context], result: Result) -> list[Sequence[State]]:
+        """What each source remembers of each parameter."""
+        found = []
+        for source, context in zip(self.subspace, contexts, strict=True):
+            states = source.remember(context, result)
+            if len(states) != len(context.params):
+                raise ArgumentError(
+                    f"{type(source).__name__}.remember must return a dictionary for each of {len(context.params)} "
+                    f"parameters, got {len(states)}"
+                )
+            found.append(states)
+        return found
 
     def _spanned(self, contexts: Sequence[Context]) -> _Span:
         """The plane's directions: those of all sources, at most as many as there are parameters."""
@@ -494,7 +525,8 @@ class PlaneSearch(PlaneOptimizer):
     ) -> tuple[Estimate, str]:  # fmt: skip
         """An estimate of the gradient on this batch, for planes of later ones, and what its preparation depended on."""
         own, estimator = self.state[STATE], self.gradient  # type: ignore[index]
-        state, signature = own.get("gradient", {}), estimator.signature(context.params, self.model)
+        signature, is_its = estimator.signature(context.params, self.model), self._is_of_estimator(own)
+        state = own.get("gradient", {}) if is_its else {}
         if not any(source.learns for source in self.subspace):
             return Estimate([], state), signature
         every = range(len(context.params))
@@ -503,19 +535,26 @@ class PlaneSearch(PlaneOptimizer):
             span.drawn if span else [], frozenset(span.directions.used if span else every),
             int(key(own["seed"], own["step"])), chunk=self.chunk if isinstance(self.chunk, int) else None,
         )  # fmt: skip
-        if not estimator.measures:
-            return estimator.estimate(batch, [], state), signature
-        prepared = signature == own.get("signature")
-        with _at(elsewhere, context.params, shard.closure):
-            found = self._measured(shard, batch, state, prepared)
+        if estimator.measures:
+            prepared = is_its and signature == own.get("signature")
+            with _at(elsewhere, context.params, shard.closure):
+                found = self._measured(shard, batch, state, prepared)
+        else:
+            found = estimator.estimate(batch, [], state)
         if plane is None and not (found.loss is not None and bool(torch.isfinite(found.loss))):
             raise NonFiniteError(f"the loss is not finite where the gradient is estimated: {found.loss}")
-        if not all(bool(torch.isfinite(gradient).all()) for gradient in found.gradient):
+        heads = _tensors_in(found.state) if isinstance(estimator, LocalHeads) else []
+        if not (_finite(found.gradient, squared=True) and _finite(heads)):
             raise NonFiniteError(
-                "the estimate of the gradient is not finite on this batch, as where a root or a logarithm is taken of "
-                "zero: no step was taken, and nothing of it is remembered"
+                "the estimate of the gradient or its square is not finite on this batch, as where a root or a "
+                "logarithm is taken of zero: no step was taken, and nothing of it is remembered"
             )
         return found, signature
+
+    def _is_of_estimator(self, own: dict[str, Any]) -> bool:
+        """Whether what an estimator remembers is of this kind of estimator; if not, it begins anew."""
+        name = type(self.gradient).__name__
+        return own.get("estimator", name) == name
 
     def _measured(self, shard: _Shard, batch: Batch, state: dict[str, Any], prepared: bool) -> Estimate:
         """The estimate on a batch, of all processes."""
@@ -544,6 +583,11 @@ class PlaneSearch(PlaneOptimizer):
         names = [type(source).__name__ for source in self.subspace]
         counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
         return [name if n == 1 else f"{name} {n}" for name, n in zip(names, counts, strict=True)]
+
+    def _moving(self) -> Moving:
+        """Parameters that may move now: where some have a learning rate of zero, the others."""
+        every = super()._moving()
+        return [found for found in every if float(found[1]["lr"])] or every
 
     def _spec(self, directions: AbstractDirections) -> PlaneSpec:
         return PlaneSpec(directions.k, self.curvature, "all", self.search.examples, self.chunk)
@@ -625,6 +669,18 @@ def _flat(labels: Sequence[str], states: Sequence[State]) -> dict[str, Tensor]:
     """A parameter's state, of what each source remembers of it."""
     pairs = zip(labels, states, strict=True)
     return {f"{label}/{name}": t for label, state in pairs for name, t in state.items()}
+
+
+def _finite(tensors: Sequence[Tensor], squared: bool = False) -> bool:
+    """Whether tensors are finite; if so asked, their squares too, in single precision at least."""
+    most = [torch.stack(torch.aminmax(t)).abs().max().double() for t in tensors if t.numel()]
+    bounds = [torch.finfo(carried(t.dtype)).max ** (0.5 if squared else 1) for t in tensors if t.numel()]
+    return not most or all(size <= bound for size, bound in zip(torch.stack(most).tolist(), bounds, strict=True))
+
+
+def _tensors_in(state: Any) -> list[Tensor]:
+    """The floating tensors in an estimator's state."""
+    return [t for t in tree_leaves(state) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def _widest(params: Sequence[Tensor]) -> torch.dtype:

@@ -9,12 +9,14 @@ go to one of the points altogether.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import final
 
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError
 from ..subspace.sources import Context, Source, State
 
 EARLY = {1, 4}  # steps after which a batch judges, besides those after a plane
@@ -34,7 +36,7 @@ def is_judged(step: int, every: int) -> bool:
 
 def judged(
     sources: Sequence[Source], contexts: Sequence[Context], rates: Sequence[float], shares: Sequence[float],
-    loss: Callable[[Changes], float], known: tuple[Sequence[Tensor], float] | None,
+    loss: Callable[[Changes], float], known: tuple[Sequence[Tensor], float] | None, limit: float = math.inf,
 ) -> tuple[Changes, Sequence[float]]:  # fmt: skip
     """What leads to the point at which a batch has a lower loss than where the parameters are.
 
@@ -45,23 +47,30 @@ def judged(
         shares: of the sources, now.
         loss: the batch's loss after changes.
         known: a point, and the loss there.
+        limit: the largest norm of the changes.
 
     Returns:
-        The changes, none where the parameters are best, and the shares after them.
+        The changes of the parameters that move, none where they are best, and the shares after them.
     """
     params, (least, found) = contexts[0].params, (loss([]), (Changes(), shares))
     for j, (source, context) in enumerate(zip(sources, contexts, strict=True)):
-        for point in source.points(context):
+        for point in points_of(source, context):
             changes = [
                 (i, rate * (there - p)) for i, (p, there, rate) in enumerate(zip(params, point, rates, strict=True))
             ]
             if not any(change.any() for _, change in changes):
                 continue
-            is_known = known is not None and point[0] is known[0][0] and all(rate == 1 for rate in rates)
+            is_whole, is_known = all(rate == 1 for rate in rates), False
+            if limit < math.inf:
+                part = min(1.0, limit / norm(change for _, change in changes))
+                changes, is_whole = [(i, part * change) for i, change in changes], is_whole and part == 1
+            if known is not None and is_whole:
+                is_known = all(there is other for there, other in zip(point, known[0], strict=True))
             value = known[1] if known is not None and is_known else loss(changes)
-            if value < least or not math.isfinite(least):
+            if value < least or (math.isfinite(value) and not math.isfinite(least)):
                 least, found = value, (changes, [float(i == j) for i in range(len(contexts))])
-    return found
+    changes, shares = found
+    return [(i, change) for i, change in changes if change.any()], shares
 
 
 def reach(sources: Sequence[Source], contexts: Sequence[Context]) -> float:
@@ -71,7 +80,7 @@ def reach(sources: Sequence[Source], contexts: Sequence[Context]) -> float:
     them is short, and of any direction. A plane of few examples would go tens of times as far along it.
     """
     pairs = zip(sources, contexts, strict=True)
-    lengths = [_distance(point, context.params) for source, context in pairs for point in source.points(context)]
+    lengths = [_distance(point, context.params) for source, context in pairs for point in points_of(source, context)]
     return max((length for length in lengths if 0 < length < math.inf), default=math.inf)
 
 
@@ -81,36 +90,111 @@ def shares(
     """The shares of the sources after a plane's step.
 
     A step by ``w_j (z_j - theta)`` leads to ``sum_j w_j z_j + (1 - sum_j w_j) theta``, and theta had parts before.
-    Where a step goes past the points, or away from them, the shares stay within [0, 1]: parameters do not move on by
-    more than the points do.
+    Where a step goes past the points, or away from them, the shares and their sum stay within [0, 1]: parameters do not
+    move on by more than the points do.
 
     Args:
         sources: of the plane's directions.
         contexts: what each of them has seen.
-        weights: the coefficients of each source's directions, which have unit length.
+        weights: the coefficients of each source's directions, which have unit length; of the first ones, where there
+            was no room for others.
         before: the shares before the step.
     """
     steps = []
     for source, context, of in zip(sources, contexts, weights, strict=True):
-        lengths = [length for point in source.points(context) if (length := _distance(point, context.params)) > 0]
-        pairs = zip(of.tolist(), lengths, strict=True) if len(of) == len(lengths) else ()
+        lengths = [length for point in points_of(source, context) if (length := _distance(point, context.params)) > 0]
+        pairs = zip(of.tolist(), lengths, strict=False) if len(of) <= len(lengths) else ()
         steps.append(sum(weight / length for weight, length in pairs))
     left = 1 - sum(steps)
-    parts = zip(steps, before or [0.0] * len(steps), strict=True)
-    return [min(max(step + left * old, 0.0), 1.0) for step, old in parts]
+    parts = [min(max(step + left * old, 0.0), 1.0) for step, old in zip(steps, before, strict=True)]
+    return [part / max(sum(parts), 1.0) for part in parts]
 
 
-def follow(
-    sources: Sequence[Source], contexts: Sequence[Context], remembered: Sequence[Sequence[State]],
-    rates: Sequence[float], shares: Sequence[float],
-) -> None:  # fmt: skip
-    """Move the parameters on with the last point of each source, by its share and their learning rates."""
-    for source, context, states, share in zip(sources, contexts, remembered, shares, strict=False):
-        before, after = source.points(context), source.points(replace(context, state=states))
-        if share and before and after:
-            for p, a, b, rate in zip(context.params, before[-1], after[-1], rates, strict=True):
-                p.add_(b - a, alpha=rate * share)
+@final
+@dataclass(frozen=True)
+class Following:
+    """How parameters move on with the last points of sources.
+
+    Attributes:
+        before: the last point of each source that they follow.
+        after: the same after the step.
+        shares: of these sources.
+    """
+
+    before: Sequence[Sequence[Tensor]]
+    after: Sequence[Sequence[Tensor]]
+    shares: Sequence[float]
+
+    @staticmethod
+    def of(
+        sources: Sequence[Source], contexts: Sequence[Context], remembered: Sequence[Sequence[State]],
+        shares: Sequence[float],
+    ) -> Following:  # fmt: skip
+        """That of all sources that have a share.
+
+        Args:
+            sources: all.
+            contexts: what each of them has seen.
+            remembered: the new state of each.
+            shares: of the sources.
+        """
+        found = []
+        for source, context, states, share in zip(sources, contexts, remembered, shares, strict=True):
+            before, after = points_of(source, context), points_of(source, replace(context, state=states))
+            if share and before and after:
+                found.append((before[-1], after[-1], share))
+        return Following(*(list(part) for part in zip(*found, strict=True))) if found else Following([], [], [])
+
+    def move(self, params: Sequence[Tensor], rates: Sequence[float], limit: float = math.inf) -> None:
+        """Move the parameters, each by its learning rate, and by no more than a limit altogether."""
+        part = 1.0
+        if limit < math.inf and self.shares:
+            whole = norm(sum(moves, torch.zeros(())) for moves in self._moves(rates))
+            part = min(1.0, limit / whole) if whole > 0 else 1.0
+        for a, b, share in zip(self.before, self.after, self.shares, strict=True):
+            for i, (p, rate) in enumerate(zip(params, rates, strict=True)):
+                p.add_(b[i] - a[i], alpha=part * rate * share)
+
+    def _moves(self, rates: Sequence[float]) -> Iterator[list[Tensor]]:
+        """Of each parameter, with each source."""
+        for i, rate in enumerate(rates):
+            triples = zip(self.before, self.after, self.shares, strict=True)
+            yield [rate * share * (b[i] - a[i]) for a, b, share in triples]
+
+
+def points_of(source: Source, context: Context) -> Sequence[Sequence[Tensor]]:
+    """The points of a source, of the parameters' shapes.
+
+    Raises:
+        ArgumentError: they are not.
+    """
+    points = source.points(context)
+    if not isinstance(points, (list, tuple)):
+        raise ArgumentError(f"points of {type(source).__name__} must be a list, got {type(points).__name__}")
+    for point in points:
+        check_point(source, "points", point, context.params)
+    return points
+
+
+def check_point(source: Source, name: str, point: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    """Check that a source has given one tensor for each parameter, of its shape.
+
+    Raises:
+        ArgumentError: it has not.
+    """
+    is_list = isinstance(point, (list, tuple)) and all(isinstance(t, Tensor) for t in point)
+    if not is_list or [t.shape for t in point] != [p.shape for p in params]:
+        got = [tuple(t.shape) for t in point] if is_list else type(point).__name__
+        raise ArgumentError(
+            f"{name} of {type(source).__name__} must have a tensor for each parameter that may move, of shapes "
+            f"{[tuple(p.shape) for p in params]}, got {got}"
+        )
+
+
+def norm(tensors: Iterable[Tensor]) -> float:
+    """The Euclidean norm of all tensors together."""
+    return torch.stack([t.double().norm() for t in tensors]).norm().item()
 
 
 def _distance(point: Sequence[Tensor], params: Sequence[Tensor]) -> float:
-    return torch.stack([(a - p).double().norm() for a, p in zip(point, params, strict=True)]).norm().item()
+    return norm(a - p for a, p in zip(point, params, strict=True))

@@ -103,6 +103,7 @@ class Source(ABC):
     def points(self, context: Context) -> Sequence[Sequence[Tensor]]:
         """The points to which the source's directions lead, in their order; none if they lead to no points.
 
+        A list of points, each a tensor for each parameter, of its shape.
         The first is that of `weights`, the last the steadiest: in steps without a plane, parameters move as it does, by
         the part that planes have given these points in them.
         """
@@ -251,10 +252,11 @@ class FastWeights(Source):
     def remember(self, context: Context, result: Result) -> Sequence[State]:
         """See `Source`."""
         every = zip(context.params, context.state, result.gradient, strict=True)
-        moved = [(old or {"fast": p.to(carried(p.dtype))}, g.to(carried(g.dtype)), old) for p, old, g in every]
-        return [self._moved(state, g, context.step if old else 0) for state, g, old in moved]
+        return [self._moved(old or {"fast": p}, g, carried(p.dtype), context.step if old else 0) for p, old, g in every]
 
-    def _moved(self, old: State, gradient: Tensor, n: int) -> State:
+    def _moved(self, old: State, gradient: Tensor, dtype: torch.dtype, n: int) -> State:
+        old, gradient = {name: t.to(dtype) for name, t in old.items()}, gradient.to(dtype)
+
         def mixed(name: str, value: Tensor, decay: float) -> Tensor:
             return value if name not in old else torch.lerp(value, old[name], kept_of_average(decay, n))
 
