@@ -45,7 +45,6 @@ from .rivals import (
     HEADS,
     MONO,
     PLANE,
-    ROUNDS,
     STREAM,
     label,
 )
@@ -207,7 +206,7 @@ def _grads(model: nn.Module) -> list[Tensor]:
 
 
 _ESTIMATES: dict[str, Callable[[Task, nn.Module, list[Any]], Estimates]] = {
-    STREAM: _ours(ResidualStream(), subspace=ROUNDS),
+    STREAM: _ours(ResidualStream()),
     HEADS: _ours(LocalHeads()),
     PLANE: _ours(ActivityPerturbation()),
     MONO: _mono,
@@ -270,11 +269,10 @@ def page(held: dict[str, Any], results: Results) -> str:
         "All methods have the same initial weights, batches, order of data and seeds, and the same processor time on "
         "one thread; held-out scores are taken outside of the clock. Nothing of ours is set: `plane-search` is "
         "`PlaneSearch(params, model)`, `plane-search, local heads` the same with `gradient=jp.gradients.LocalHeads()`, "
-        "`plane-search, residual stream` with `gradient=jp.gradients.ResidualStream()` and the subspace that local "
-        "heads have by default, `one block at a time` with `recompute=True`. Rivals have the rate that their row "
-        "states; Adam and local heads with Adam also have that of our fast "
-        "weights, 3e-3. A spread is the range of as many seeds as the row says. *Forwards a step* is a step's time "
-        "over that of a plain forward pass; memory is the peak above weights and data.",
+        "`plane-search, residual stream` with `gradient=jp.gradients.ResidualStream()`, `one block at a time` with "
+        "`recompute=True`. Rivals have the rate that their row states; Adam and local heads with Adam also have that "
+        "of our fast weights, 3e-3. A spread is the range of as many seeds as the row says. *Forwards a step* is a "
+        "step's time over that of a plain forward pass; memory is the peak above weights and data.",
         "",
         "![Held-out error and loss over seconds](forward_only.png)",
         "",

@@ -264,24 +264,19 @@ _SEQUENTIAL = ("logreg", "mlp", "cnn")
 _TRANSFORMERS = ("characters", "gpt2", "llama")
 _PAPER: dict[str, Any] = {"tasks": _SEQUENTIAL, "source": "FOMOH_SRC"}
 
-ROUNDS = Subspace([FastWeights()], chunk=1, every=16)  # what local heads have by default
 LEAN = [Averages(decays=(0.9,)), PreviousStep()]
 
 METHODS: dict[str, Method] = {
     PLANE: Method(plane_search(), None),
     HEADS: Method(plane_search(gradient=LocalHeads()), None, tasks=(*_SEQUENTIAL, *_TRANSFORMERS, "lora")),
     EACH: Method(plane_search(gradient=LocalHeads(rate=1e-2), subspace=LEAN), None, tasks=("characters", "lora")),
-    STREAM: Method(plane_search(gradient=ResidualStream(), subspace=ROUNDS), None, tasks=_TRANSFORMERS),
+    STREAM: Method(plane_search(gradient=ResidualStream()), None, tasks=_TRANSFORMERS),
     SLOW_STREAM: Method(
-        plane_search(
-            gradient=ResidualStream(), subspace=Subspace([FastWeights(rate=1e-3)], chunk=1, every=ROUNDS.every)
-        ),
+        plane_search(gradient=ResidualStream(), subspace=Subspace([FastWeights(rate=1e-3)], chunk=1, every=16)),
         None,
         tasks=_TRANSFORMERS,
     ),
-    BLOCKWISE: Method(
-        plane_search(gradient=ResidualStream(recompute=True), subspace=ROUNDS), None, tasks=_TRANSFORMERS
-    ),
+    BLOCKWISE: Method(plane_search(gradient=ResidualStream(recompute=True)), None, tasks=_TRANSFORMERS),
     MONO: Method(local(MonoForward), {"": 1e-3}, tasks=_SEQUENTIAL),
     FAST_MONO: Method(local(MonoForward), {"": 3e-3}, tasks=_SEQUENTIAL),
     GRAPE: Method(local(AlignedFeedback), {"": 1e-3}, tasks=_SEQUENTIAL),

@@ -59,7 +59,7 @@ SEARCHES = {
         net.parameters(), net, gradient=LocalHeads(), subspace=Subspace([FastWeights()], every=3), **kw
     ),
     "residual stream": lambda net, **kw: jp.optim.PlaneSearch(
-        net.parameters(), net, gradient=ResidualStream(), subspace=[Averages(), PreviousStep()], **kw
+        net.parameters(), net, gradient=ResidualStream(), subspace=Subspace([FastWeights()], every=3), **kw
     ),
 }
 

@@ -802,6 +802,18 @@ def test_a_plane_of_few_examples_does_not_step_past_the_farthest_point():
     assert 0 < (flat(net, opt) - start).norm() <= 1.001 * farthest
 
 
+def test_rounding_between_parameters_and_the_average_is_no_direction():
+    net = network()
+    opt = optimizer(net, every=100)
+    steps(net, opt, 3)
+    for distance, k in ((1e-4, 2), (1e-7, 1)):
+        with torch.no_grad():
+            for p in net.parameters():
+                p.copy_(opt.state[p]["FastWeights/mean"] * (1 + distance))
+        (context,) = opt._contexts(opt._moving())
+        assert opt.subspace[0].directions(context).k == k
+
+
 @pytest.mark.parametrize("with_heads", [True, False])
 def test_a_slope_that_is_not_finite_is_an_error_and_nothing_of_it_remains(with_heads):
     torch.manual_seed(0)

@@ -82,7 +82,8 @@ class Estimator(ABC):
     Attributes:
         measures: whether the estimator evaluates the batch again. If not, `measure` is not called.
         alone: whether it works without a plane (`jetplane.sources.Subspace`). If the batch's ``plane`` is None,
-            `measure` then runs the closure once with all of its side effects, and the estimate contains the loss.
+            `measure` then runs the closure once with all of its side effects, and the estimate contains the loss. By
+            default fast weights then follow the estimates, and a plane is evaluated in every 16th step.
     """
 
     measures: bool = True

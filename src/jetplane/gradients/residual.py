@@ -82,12 +82,7 @@ class ResidualStream(Estimator):
     >>> encoder = torch.nn.TransformerEncoder(layer, 3, torch.nn.LayerNorm(16), enable_nested_tensor=False)
     >>> model = torch.nn.Sequential(torch.nn.Embedding(5, 16), encoder, torch.nn.Linear(16, 5))
     >>> x = torch.randint(5, (32, 6))
-    >>> opt = jp.optim.PlaneSearch(
-    ...     model.parameters(),
-    ...     model,
-    ...     gradient=jp.gradients.ResidualStream(),
-    ...     subspace=jp.sources.Subspace([jp.sources.FastWeights()], chunk=1, every=16),
-    ... )
+    >>> opt = jp.optim.PlaneSearch(model.parameters(), model, gradient=jp.gradients.ResidualStream())
     >>> y = (2 * x + 1).flatten() % 5
     >>> losses = [opt.step(lambda: F.cross_entropy(model(x).flatten(0, 1), y)) for _ in range(48)]
     >>> bool(losses[-1] < 0.5 * losses[0])

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 LEAST = 0.1  # of a step, in a plane of nothing but averages over many batches
 DRAWN_EXACT = 10  # directions beside exact curvature, whose cost grows with their square
-ROUND = 16  # steps from one plane to the next, where estimates are made by local heads
+ROUND = 16  # steps from one plane to the next, where estimates are made without one
 FEW = 0.1  # of a model's parameters: where fewer move, memory for all directions at a time is not spent
 
 
@@ -122,9 +122,11 @@ class PlaneSearch(PlaneOptimizer):
     - ``gradient``: how gradients are estimated. With a model, by noise on the outputs of its layers
       (`jetplane.gradients.ActivityPerturbation`); otherwise as the forward gradients ``mean_k (F_k v_k)`` of the drawn
       directions (`jetplane.gradients.ForwardGradients`). `jetplane.gradients.LocalHeads` uses a local loss for each
-      layer, at a twentieth of the cost; the default subspace is then that of `jetplane.sources.FastWeights`, and a
-      plane is evaluated in every 16th step. Estimates enter the plane one step after their batch: if directions were
-      fitted to the same batch that judges them, the slope would be biased, and its noise mistaken for signal.
+      layer, at a twentieth of the cost, `jetplane.gradients.ResidualStream` the error at the end of a residual stream.
+      With these and others that need no plane (`jetplane.gradients.Estimator.alone`) the default subspace is that of
+      `jetplane.sources.FastWeights`, and a plane is evaluated in every 16th step. Estimates enter the plane one step
+      after their batch: if directions were fitted to the same batch that judges them, the slope would be biased, and
+      its noise mistaken for signal.
     - ``descent``: how the step in the plane is solved for: `jetplane.descent.Damped` on directions of unit curvature,
       with exact curvature `jetplane.descent.SaddleFree`. It does not choose the curvature: ``subspace`` does.
     - ``search``: how far to go. By default the noise in the step is estimated from the spread of the examples' slopes
@@ -201,7 +203,7 @@ class PlaneSearch(PlaneOptimizer):
         generators: Sequence[Any] = (),
     ) -> None:  # fmt: skip
         local = isinstance(gradient, LocalHeads)
-        if subspace is None and local:
+        if subspace is None and isinstance(gradient, Estimator) and gradient.alone:
             subspace = Subspace([FastWeights()], chunk=1, every=ROUND)
         if isinstance(subspace, Source):
             raise ArgumentError(f"subspace must be a list of sources or a Subspace, got one: subspace=[{subspace}]")

@@ -16,7 +16,7 @@ tensor([[0.0000, 0.6000, 0.8000]])
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
@@ -247,7 +247,12 @@ class FastWeights(Source):
         """See `Source`."""
         known = [(i, p, s) for i, p, s in zip(context.places, context.params, context.state, strict=True) if s]
         points = [{i: Term((s[name] - p).to(p.dtype)) for i, p, s in known} for name in ("fast", "mean")]
-        return UnitDirections.of(points)
+        if not known:
+            return None
+        # Parameters that have moved on with the average differ from it by rounding, which is no direction.
+        noise = _norm(2 * torch.finfo(p.dtype).eps * p for _, p, _ in known)
+        is_apart = _norm(term.materialized() for term in points[1].values()) > noise
+        return UnitDirections.of(points if is_apart else points[:1])
 
     def remember(self, context: Context, result: Result) -> Sequence[State]:
         """See `Source`."""
@@ -446,3 +451,7 @@ def _coordinates(params: Sequence[Tensor]) -> list[Tensor]:
     sizes = [p.numel() for p in params]
     parts = torch.eye(sum(sizes), device=params[0].device).split(sizes, 1)
     return [part.reshape(-1, *p.shape).to(p.dtype) for part, p in zip(parts, params, strict=True)]
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return torch.stack([t.double().norm() for t in tensors]).norm().item()
