@@ -688,11 +688,19 @@ def test_training_resumes_bit_for_bit():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_by_default_fast_weights_follow_it():
+    model = Language()
+    opt = jp.optim.PlaneSearch(model.parameters(), model, gradient=ResidualStream())
+    assert opt.subspace == (FastWeights(),) and opt.every == 16
+    before = copy.deepcopy(model.state_dict())
+    opt.step(lambda: loss_of(model))
+    opt.step(lambda: loss_of(model))
+    assert opt.plane is None and any(not torch.equal(p, before[n]) for n, p in model.state_dict().items())
+
+
 def test_a_model_is_needed():
     model = Language()
-    opt = jp.optim.PlaneSearch(
-        model.parameters(), gradient=ResidualStream(), subspace=Subspace([FastWeights()], every=4)
-    )
+    opt = jp.optim.PlaneSearch(model.parameters(), gradient=ResidualStream())
     with pytest.raises(ArgumentError, match="needs the model whose blocks it looks for"):
         opt.step(lambda: loss_of(model))
 
