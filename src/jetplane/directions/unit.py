@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -50,6 +50,12 @@ class Term:
         return F.threshold(square, 0, torch.inf).rsqrt_()
 
 
+def joint_norm(tensors: Iterable[Tensor]) -> float:
+    """The Euclidean norm of all tensors together, in double precision; zero of none."""
+    norms = [t.double().norm() for t in tensors]
+    return torch.stack(norms).norm().item() if norms else 0.0
+
+
 @final
 class UnitDirections(AbstractDirections):
     """K directions of Euclidean norm one over all parameters, which hold no memory of their own.
@@ -79,8 +85,7 @@ class UnitDirections(AbstractDirections):
         """The directions of these vectors that have a length."""
         kept = []
         for vector in vectors:
-            norms = [term.materialized().double().norm() for term in vector.values()]
-            norm = torch.stack(norms).norm().item() if norms else 0.0
+            norm = joint_norm(term.materialized() for term in vector.values())
             if norm >= _SHORTEST:
                 kept.append({i: replace(term, weight=term.weight / norm) for i, term in vector.items()})
         return UnitDirections(kept) if kept else None

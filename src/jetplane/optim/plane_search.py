@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .._torch import tree_leaves
 from ..directions import AbstractDirections, CachedDirections, ConcatenatedDirections, Directions, SelectedDirections
 from ..directions.laws import key
+from ..directions.unit import joint_norm
 from ..errors import ArgumentError, JetplaneWarning, NonFiniteError, RescueWarning, UnknownLossError, warn_user
 from ..evaluation.api import evaluate_plane
 from ..evaluation.audit import Auditing
@@ -380,7 +381,7 @@ class PlaneSearch(PlaneOptimizer):
             following = Following.of(self.subspace, contexts, remembered, shares) if plane is None else None
             self._move(moving, changes)
             if following is not None:
-                taken = points.norm(steps.values()) if steps and self.clip is not None else 0.0
+                taken = joint_norm(steps.values()) if steps and self.clip is not None else 0.0
                 following.move(contexts[0].params, rates, max(limit - taken, 0.0))
         for i, (p, _, _) in enumerate(moving):
             self.state[p] = _flat(self._labels, [states[i] for states in remembered])
@@ -501,7 +502,7 @@ class PlaneSearch(PlaneOptimizer):
         changes = list(self._unclipped(moving, directions, plane, kappa))
         if limit == math.inf:
             return changes, 1.0
-        norm = torch.stack([change.double().norm() for _, change in changes]).norm().item()
+        norm = joint_norm(change for _, change in changes)
         shortened = min(1.0, limit / norm) if norm > 0 else 1.0
         return [(i, shortened * change) for i, change in changes], shortened
 

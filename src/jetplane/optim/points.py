@@ -9,13 +9,14 @@ go to one of the points altogether.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
+from ..directions.unit import joint_norm
 from ..errors import ArgumentError
 from ..subspace.sources import Context, Source, State
 
@@ -62,7 +63,7 @@ def judged(
                 continue
             is_whole, is_known = all(rate == 1 for rate in rates), False
             if limit < math.inf:
-                part = min(1.0, limit / norm(change for _, change in changes))
+                part = min(1.0, limit / joint_norm(change for _, change in changes))
                 changes, is_whole = [(i, part * change) for i, change in changes], is_whole and part == 1
             if known is not None and is_whole:
                 is_known = all(there is other for there, other in zip(point, known[0], strict=True))
@@ -149,7 +150,7 @@ class Following:
         """Move the parameters, each by its learning rate, and by no more than a limit altogether."""
         part = 1.0
         if limit < math.inf and self.shares:
-            whole = norm(sum(moves, torch.zeros(())) for moves in self._moves(rates))
+            whole = joint_norm(sum(moves, torch.zeros(())) for moves in self._moves(rates))
             part = min(1.0, limit / whole) if whole > 0 else 1.0
         for a, b, share in zip(self.before, self.after, self.shares, strict=True):
             for i, (p, rate) in enumerate(zip(params, rates, strict=True)):
@@ -191,10 +192,5 @@ def check_point(source: Source, name: str, point: Sequence[Tensor], params: Sequ
         )
 
 
-def norm(tensors: Iterable[Tensor]) -> float:
-    """The Euclidean norm of all tensors together."""
-    return torch.stack([t.double().norm() for t in tensors]).norm().item()
-
-
 def _distance(point: Sequence[Tensor], params: Sequence[Tensor]) -> float:
-    return norm(a - p for a, p in zip(point, params, strict=True))
+    return joint_norm(a - p for a, p in zip(point, params, strict=True))

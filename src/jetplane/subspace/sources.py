@@ -16,7 +16,7 @@ tensor([[0.0000, 0.6000, 0.8000]])
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..directions import AbstractDirections, Directions, StoredDirections, Structure, Term, UnitDirections
+from ..directions.unit import joint_norm
 from ..errors import ArgumentError
 from ..evaluation.inputs import INPUTS_OF_ONE, in_span
 from ..jets import carried
@@ -250,8 +251,8 @@ class FastWeights(Source):
         if not known:
             return None
         # Parameters that have moved on with the average differ from it by rounding, which is no direction.
-        noise = _norm(2 * torch.finfo(p.dtype).eps * p for _, p, _ in known)
-        is_apart = _norm(term.materialized() for term in points[1].values()) > noise
+        noise = joint_norm(2 * torch.finfo(p.dtype).eps * p for _, p, _ in known)
+        is_apart = joint_norm(term.materialized() for term in points[1].values()) > noise
         return UnitDirections.of(points if is_apart else points[:1])
 
     def remember(self, context: Context, result: Result) -> Sequence[State]:
@@ -451,7 +452,3 @@ def _coordinates(params: Sequence[Tensor]) -> list[Tensor]:
     sizes = [p.numel() for p in params]
     parts = torch.eye(sum(sizes), device=params[0].device).split(sizes, 1)
     return [part.reshape(-1, *p.shape).to(p.dtype) for part, p in zip(parts, params, strict=True)]
-
-
-def _norm(tensors: Iterable[Tensor]) -> float:
-    return torch.stack([t.double().norm() for t in tensors]).norm().item()
