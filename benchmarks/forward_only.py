@@ -71,23 +71,13 @@ class Protocol:
     methods: dict[str, tuple[int, ...]]
 
 
-MAIN, ONE = (0, 1, 2, 3, 4), (0,)
-PROTOCOL: dict[str, Protocol] = {
-    "mlp": Protocol(
-        60.0,
-        dict.fromkeys((HEADS, MONO, FAST_MONO, ADAM, FAST_ADAM), MAIN)
-        | dict.fromkeys((CHECKPOINTED, GRAPE, PLANE, label("fgd"), AGZO), ONE),
-    ),
-    "cnn": Protocol(
-        30.0,
-        dict.fromkeys((HEADS, MONO, FAST_MONO, ADAM, FAST_ADAM), MAIN)
-        | dict.fromkeys((CHECKPOINTED, GRAPE, PLANE, label("fgd"), AGZO), ONE),
-    ),
-    "characters": Protocol(
-        30.0,
-        dict.fromkeys((STREAM, ADAM), MAIN)
-        | dict.fromkeys((BLOCKWISE, HEADS, PLANE, FAST_ADAM, CHECKPOINTED, AGZO), ONE),
-    ),
+MAIN = (0, 1, 2, 3, 4)
+IMAGES = (HEADS, MONO, FAST_MONO, ADAM, FAST_ADAM, CHECKPOINTED, GRAPE, PLANE, label("fgd"), AGZO)
+TEXT = (STREAM, BLOCKWISE, HEADS, PLANE, ADAM, FAST_ADAM, CHECKPOINTED, AGZO)
+PROTOCOL = {
+    "mlp": Protocol(60.0, dict.fromkeys(IMAGES, MAIN)),
+    "cnn": Protocol(30.0, dict.fromkeys(IMAGES, MAIN)),
+    "characters": Protocol(30.0, dict.fromkeys(TEXT, MAIN)),
 }
 
 # --- runs ---------------------------------------------------------------------------------------------------
