@@ -270,7 +270,7 @@ METHODS: dict[str, Method] = {
     PLANE: Method(plane_search(), None),
     HEADS: Method(plane_search(gradient=LocalHeads()), None, tasks=(*_SEQUENTIAL, *_TRANSFORMERS, "lora")),
     EACH: Method(plane_search(gradient=LocalHeads(rate=1e-2), subspace=LEAN), None, tasks=("characters", "lora")),
-    STREAM: Method(plane_search(gradient=ResidualStream()), None, tasks=_TRANSFORMERS),
+    STREAM: Method(plane_search(gradient=ResidualStream()), None, tasks=(*_TRANSFORMERS, "lora")),
     SLOW_STREAM: Method(
         plane_search(gradient=ResidualStream(), subspace=Subspace([FastWeights(rate=1e-3)], chunk=1, every=16)),
         None,

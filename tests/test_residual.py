@@ -47,6 +47,24 @@ class Block(nn.Module):
         return x + self.fed(x)
 
 
+class PostNorm(Block):
+    """The same with norms of the sums, one of them without a bias."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__(dropout)
+        self.norm2 = nn.RMSNorm(WIDTH, eps=1e-3)
+
+    def attended(self, x):
+        return self.dropout((x @ x.mT).softmax(-1) @ self.mix(x))
+
+    def fed(self, x):
+        return self.down(F.gelu(self.up(x)))
+
+    def forward(self, x):
+        x = self.norm1(self.attended(x) + x)
+        return self.norm2(x + self.fed(x))
+
+
 class Language(nn.Module):
     """A small causal transformer's shape."""
 
@@ -127,6 +145,80 @@ def by_hand(model, part):
     return exact(model, lambda: loss_of(Hand()))
 
 
+def by_hand_past_norms(model, part, carried=True):
+    """The same where the derivative of x_i with respect to x_{i-1} is that of the norms, or one if it is not carried."""
+
+    class Hand(nn.Module):
+        def forward(self, ids):
+            x = model.embedded(ids)
+            for n, block in enumerate(model.blocks):
+                read = x if n == 0 else x.detach()
+                attended = block.attended(read)
+                h = block.norm1(read + attended)
+                fed = block.fed(h if part == "block" else block.norm1((read + attended).detach()))
+                y = block.norm2(h + fed)
+                if n > 0:
+                    norm1, norm2 = copy.deepcopy(block.norm1), copy.deepcopy(block.norm2)
+                    past = norm2(norm1(x + attended.detach()) + fed.detach()) if carried else x
+                    y = y + past - past.detach()
+                x = y
+            return model.head(model.norm(x))
+
+    return exact(model, lambda: loss_of(Hand()))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("part", ["block", "sublayer"])
+def test_past_norms_of_the_stream_the_error_goes_by_their_derivative(part, recompute):
+    model = doubled(lambda: Language(PostNorm))
+    places = {f"blocks.{i}": [(0, 0, (0, 1))] for i in range(3)}
+    assert found_in(model, lambda: loss_of(model)) == places
+    expected = by_hand_past_norms(model, part)
+    same(estimated(model, exact=part, recompute=recompute), expected)
+    whole = exact(model)
+    same(expected, whole, ["blocks.2.up.weight", "blocks.2.norm2.weight", "norm.weight"])
+    constant = by_hand_past_norms(model, part, carried=False)
+    name = "blocks.0.down.weight"
+    assert not torch.allclose(expected[name], constant[name])
+    near, far = (F.cosine_similarity(g[name].flatten(), whole[name].flatten(), 0) for g in (expected, constant))
+    assert near > far
+
+
+def test_norms_that_a_block_reads_by_are_told_from_those_of_its_stream():
+    """A norm of the stream is met before a sum that goes around it, and after one that it ends with."""
+
+    class Both(PostNorm):
+        def __init__(self):
+            super().__init__()
+            self.norm3 = nn.LayerNorm(WIDTH)
+
+        def forward(self, x):
+            h = self.norm3(x)  # read by the sublayer alone
+            return self.norm1(x + self.mix(F.layer_norm(h.sin(), [WIDTH])))
+
+    model = doubled(lambda: Language(Both, 2))
+    assert found_in(model, lambda: loss_of(model)) == {f"blocks.{i}": [(0, 0, (2,))] for i in range(2)}
+
+    class Hand(nn.Module):
+        def forward(self, ids):
+            x = model.blocks[0](model.embedded(ids))
+            y, norm = model.blocks[1](x.detach()), copy.deepcopy(model.blocks[1].norm1)
+            added = model.blocks[1].mix(F.layer_norm(model.blocks[1].norm3(x).sin(), [WIDTH])).detach()
+            past = norm(x + added)
+            return model.head(model.norm(y + past - past.detach()))
+
+    hand = Hand()
+    params = [p for n, p in model.named_parameters() if "norm2" not in n and "up" not in n and "down" not in n]
+    expected = torch.autograd.grad(loss_of(hand), params)
+    for settings in ({}, {"recompute": True}, {"exact": "sublayer"}, {"exact": "sublayer", "recompute": True}):
+        estimator, given = ResidualStream(**settings), batch_of(model, lambda: loss_of(model), params)
+        state = estimator.prepare(given, {})
+        with torch.no_grad():
+            *found, _ = estimator.measure(given, state)
+        for g, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("part", ["block", "sublayer"])
 def test_the_estimate_is_that_of_autograd_with_constants_where_blocks_read(part, recompute):
@@ -189,20 +281,22 @@ def test_sums_with_what_does_not_depend_on_the_stream_are_read_with_its_derivati
 # --- blocks are found ------------------------------------------------------------------------------------------
 
 
-def test_layers_of_torchs_encoder_are_found_and_its_stack_is_left_out():
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_layers_of_torchs_encoder_are_found_and_its_stack_is_left_out(norm_first):
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True, norm_first=True)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True, norm_first=norm_first)
     encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
     model = nn.Sequential(nn.Linear(4, 8), encoder, nn.Linear(8, 2))
-    x = torch.randn(2, 5, 4)
-    assert found_in(model, lambda: model(x)) == {f"1.layers.{i}": [(0, 0)] for i in range(3)}
+    x, norms = torch.randn(2, 5, 4), () if norm_first else (0, 1)
+    assert found_in(model, lambda: model(x)) == {f"1.layers.{i}": [(0, 0, norms)] for i in range(3)}
 
 
-def test_layers_of_torchs_decoder_keep_the_derivative_of_the_memory():
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_layers_of_torchs_decoder_keep_the_derivative_of_the_memory(norm_first):
     class Both(nn.Module):
         def __init__(self):
             super().__init__()
-            make = {"dim_feedforward": 8, "dropout": 0.0, "batch_first": True, "norm_first": True}
+            make = {"dim_feedforward": 8, "dropout": 0.0, "batch_first": True, "norm_first": norm_first}
             self.source, self.goal = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(VOCABULARY, WIDTH)
             encoder, decoder = (
                 kind(WIDTH, 2, **make) for kind in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -224,7 +318,7 @@ def test_layers_of_torchs_decoder_keep_the_derivative_of_the_memory():
         estimated(model, recompute=True)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert", "distilbert"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_blocks_of_transformers_are_found(kind, recompute):
     transformers = pytest.importorskip("transformers")
@@ -234,6 +328,17 @@ def test_blocks_of_transformers_are_found(kind, recompute):
             vocab_size=11, n_embd=8, n_layer=3, n_head=2, n_positions=8, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
         )
         model, names = transformers.GPT2LMHeadModel(config), "transformer.h"
+    elif kind == "bert":
+        config = transformers.BertConfig(
+            vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=3, num_attention_heads=2,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        model, names = transformers.BertForMaskedLM(config), "bert.encoder.layer"
+    elif kind == "distilbert":
+        config = transformers.DistilBertConfig(
+            vocab_size=11, dim=8, hidden_dim=12, n_layers=3, n_heads=2, dropout=0.0, attention_dropout=0.0
+        )
+        model, names = transformers.DistilBertForMaskedLM(config), "distilbert.transformer.layer"
     else:
         config = transformers.LlamaConfig(
             vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=3, num_attention_heads=2,
@@ -241,13 +346,13 @@ def test_blocks_of_transformers_are_found(kind, recompute):
         )  # fmt: skip
         model, names = transformers.LlamaForCausalLM(config), "model.layers"
     model.double()
-    ids = torch.randint(11, (2, 6))
-    closure = lambda: F.cross_entropy(model(ids, use_cache=False).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())  # noqa: E731
+    ids, options = torch.randint(11, (2, 6)), {} if "bert" in kind else {"use_cache": False}
+    closure = lambda: F.cross_entropy(model(ids, **options).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())  # noqa: E731
     assert list(found_in(model, closure)) == [f"{names}.{i}" for i in range(3)]
     found, whole = estimated(model, closure, recompute=recompute), exact(model, closure)
-    assert ("lm_head.weight" in whole) is False  # tied
+    assert not {"lm_head.weight", "cls.predictions.decoder.weight", "vocab_projector.weight"} & set(whole)  # tied
     same(found, whole, [n for n in whole if n.startswith(f"{names}.2.")])
-    table = next(n for n in whole if "embed_tokens" in n or "wte" in n)
+    table = next(n for n in whole if "embed_tokens" in n or "wte" in n or "word_embeddings" in n)
     assert F.cosine_similarity(found[table].flatten(), whole[table].flatten(), 0) > 0.5
 
 
@@ -324,8 +429,8 @@ def _scaled(x, f):
     return 0.5 * (x + f)
 
 
-def _normed(x, f):
-    return F.layer_norm(x + f, (WIDTH,))
+def _activated(x, f):
+    return F.relu(x + f)
 
 
 def _weighed(x, f):
@@ -348,7 +453,7 @@ def _of_a_constant(x, f):
     return x + f.detach() * 0 + torch.ones(WIDTH)
 
 
-@pytest.mark.parametrize("join", [_scaled, _normed, _weighed, _written_through_a_view, _overwritten])
+@pytest.mark.parametrize("join", [_scaled, _activated, _weighed, _written_through_a_view, _overwritten])
 def test_what_is_no_sum_with_the_input_is_no_block(join):
     class Other(Block):
         def forward(self, x):

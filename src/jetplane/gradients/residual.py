@@ -1,13 +1,14 @@
 """The error of the loss, carried down a residual stream: no derivative crosses a block.
 
-The blocks of a pre-norm transformer add to a stream that the read-out reads in the end,
+The blocks of a transformer add to a stream that the read-out reads in the end; post-norm ones normalize the sum,
 
-    x_i = x_{i-1} + f_i(x_{i-1}),    i = 1, ..., L,    loss = l(x_L)
+    x_i = N_i(x_{i-1} + f_i(x_{i-1})),    i = 1, ..., L,    loss = l(x_L)
 
-The derivative of the loss at its end, e_L, is exact: it comes from the loss, the read-out and the last norm. Below, the
-derivative of x_i with respect to x_{i-1} is taken to be one, so that the same error reaches the output of every block,
+with N_i the identity in pre-norm ones. The derivative of the loss at its end, e_L, is exact: it comes from the loss,
+the read-out and the last norm. Below, f_i counts as a constant in the derivative of x_i with respect to x_{i-1}, which
+is that of the norm then, and one without a norm, so that the same error reaches the output of every block,
 
-    e_{i-1} = e_i,    estimate_i = (d f_i / d theta_i)^T e_i
+    e_{i-1} = (d N_i)^T e_i,    estimate_i = (d f_i / d theta_i)^T (d N_i)^T e_i
 
 with the exact derivative within the block, or within each of the sublayers that a block adds, attention or feed-forward
 network. It is exact for what follows the last block and for the last block, and biased elsewhere; what a plane makes of
@@ -27,7 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, final, get_args
 
@@ -45,7 +46,7 @@ from ..evaluation.side_effects import without_side_effects
 from ..rules.grad_mode import autograd
 from .allocation import signature
 from .estimators import Batch, Estimate, Estimator, State, model_of
-from .residual_blocks import ADDING, find_blocks, is_state
+from .residual_blocks import ADDING, Pair, find_blocks, is_norm, is_state, normed
 from .tape import pack, unpack
 
 Part = Literal["block", "sublayer"]
@@ -57,17 +58,17 @@ _OTHERWISE = "take jetplane.gradients.LocalHeads() or jetplane.gradients.Activit
 class ResidualStream(Estimator):
     """The error at the end of a residual stream, for all blocks that add to it: see `jetplane.gradients.residual`.
 
-    Blocks are modules that put out one of their inputs with something added that depends on it: a layer of
-    `torch.nn.TransformerEncoder` with ``norm_first=True``, of GPT-2 or Llama, a residual module of your own. They are
-    found in the first step, by what the closure computes. What is not within a block has the exact derivative, as by
-    reverse mode; so has what a block reads beside the stream (the memory of a decoder). Parameters that the loss does
-    not depend on stay, which a warning says.
+    Blocks are modules that put out one of their inputs with something added that depends on it, and maybe the sum's
+    norm (``layer_norm``, ``rms_norm``): a layer of `torch.nn.TransformerEncoder`, of BERT, GPT-2 or Llama, a residual
+    module of your own. They are found in the first step, by what the closure computes. What is not within a block has
+    the exact derivative, as by reverse mode; so has what a block reads beside the stream (the memory of a decoder).
+    Parameters that the loss does not depend on stay, which a warning says.
 
     Attributes:
         exact: within what the derivative is exact: "block", or "sublayer" for each part that a block adds.
         recompute: find the errors in an extra pass, so that what one block needs is kept at a time (in the first step
-            what all blocks add, too); by default the extra pass is saved, and what all blocks need is kept until the
-            loss is computed, as in reverse mode.
+            what all blocks add, too; of norms of the stream, their inputs); by default the extra pass is saved, and
+            what all blocks need is kept until the loss is computed, as in reverse mode.
         blocks: names of the blocks in the model (`torch.nn.Module.named_modules`); None for those that are found.
 
     Raises:
@@ -122,10 +123,10 @@ class ResidualStream(Estimator):
             found = find_blocks(batch.closure, model, self.blocks)
         if not found:
             raise ArgumentError(
-                f"no block of {type(model).__name__} puts out its input with something added, as those of a pre-norm "
+                f"no block of {type(model).__name__} puts out its input with something added, as those of a "
                 f"transformer do. Put what is added in a module together with the sum, or {_OTHERWISE}"
             )
-        state = {"blocks": {name: [list(pair) for pair in pairs] for name, pairs in found.items()}}
+        state = {"blocks": {name: [[i, j, list(norms)] for i, j, norms in pairs] for name, pairs in found.items()}}
         left = self._left(batch, state)
         apart = left if self.exact == "block" else replace(self, exact="block")._left(batch, state)
         if len(apart) < len(left):
@@ -166,7 +167,7 @@ class ResidualStream(Estimator):
 
     def _run(self, batch: Batch, state: State) -> tuple[Sequence[Tensor | None], Tensor]:
         """The estimate, None for what is not reached, and the loss."""
-        blocks = {name: [(i, j) for i, j in pairs] for name, pairs in state["blocks"].items()}
+        blocks = {name: [(i, j, tuple(norms)) for i, j, norms in pairs] for name, pairs in state["blocks"].items()}
         model, params, apart = model_of(batch), list(batch.params), self.exact == "sublayer"
         with eager(), autograd():
             if not self.recompute:
@@ -245,6 +246,21 @@ def _hooked(model: nn.Module, run: _Joined) -> Iterator[None]:
         yield
 
 
+@dataclass
+class _Call:
+    """A call of a block that has not ended.
+
+    Attributes:
+        begun: with what it began, by places of its arguments; None where no other block is below it.
+        ends: to be closed with it.
+        stream: what follows the stream in it, where norms or sublayers apart need that.
+    """
+
+    begun: dict[int, Tensor | None]
+    ends: contextlib.ExitStack
+    stream: _Stream | None
+
+
 class _Joined:
     """A pass with the graphs of all blocks: each begins at a constant, and its error goes past it.
 
@@ -256,49 +272,61 @@ class _Joined:
         calls: what is to be closed where the pass ends, of calls that have not.
     """
 
-    def __init__(self, blocks: Mapping[str, Sequence[tuple[int, int]]], apart: bool) -> None:
+    def __init__(self, blocks: Mapping[str, Sequence[Pair]], apart: bool) -> None:
         self.blocks = blocks
         self.calls = contextlib.ExitStack()
         self._apart = apart
-        self._open: list[tuple[dict[int, Tensor | None], contextlib.ExitStack]] = []
+        self._open: list[_Call] = []
 
     def enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A block is called; returns its arguments."""
         with DisableTorchFunction():
             flat, spec = tree_flatten((args, kwargs))
-            begun: dict[int, Tensor | None] = {}
-            call = self.calls.enter_context(contextlib.ExitStack())
-            self._open.append((begun, call))
-            for i, _ in self.blocks[name]:
+            ends = self.calls.enter_context(contextlib.ExitStack())
+            call = _Call({}, ends, None)
+            self._open.append(call)
+            for i, _, _ in self.blocks[name]:
                 if not (i < len(flat) and is_state(flat[i])):
                     raise _changed(name)
-                begun[i] = flat[i] if _above(flat[i]) else None
-                flat[i] = self._start(flat[i], begun[i] is None)
-            self._within(call, {flat[i]: begun[i] is None for i in begun})
+                call.begun[i] = flat[i] if _above(flat[i]) else None
+                flat[i] = self._start(flat[i], call.begun[i] is None)
+            self._within(ends)
+            norms = {n for _, _, found in self.blocks[name] for n in found}
+            if norms or self._apart:
+                begun = {flat[i]: x for i, x in call.begun.items()}
+                call.stream = ends.enter_context(_Stream(begun, norms, self._apart, self._goes_past()))
             return tree_unflatten(flat, spec)
 
     def leave(self, name: str, module: nn.Module, args: Any, out: Any) -> Any:
         """Its call ends; returns what it puts out."""
-        begun, call = self._open.pop()
-        call.close()
+        call = self._open.pop()
+        call.ends.close()
         if out is None:  # an error ends it, or a checkpoint that has all that it needs
             return None
         with DisableTorchFunction():
             flat, spec = tree_flatten(out)
-            joined = {j: begun[i] for i, j in self.blocks[name]}
-            for j, x in joined.items():
-                if not (j < len(flat) and is_state(flat[j]) and (x is None or x.shape == flat[j].shape)):
+            joined: dict[int, Tensor | None] = {}
+            for i, j, norms in self.blocks[name]:
+                if not (j < len(flat) and is_state(flat[j])):
                     raise _changed(name)
+                x = call.begun[i]
+                if x is not None and norms and call.stream is not None:
+                    x = call.stream.past(flat[j], name)
+                if x is not None and x.shape != flat[j].shape:
+                    raise _changed(name)
+                joined[j] = x
             return tree_unflatten(self._end(flat, joined), spec)
 
     def _start(self, x: Tensor, first: bool) -> Tensor:
         """With what a block begins, given whether no other block is below it."""
         return x if first else x.detach()
 
-    def _within(self, call: contextlib.ExitStack, begun: dict[Tensor, bool]) -> None:
+    def _within(self, ends: contextlib.ExitStack) -> None:
         """Enter what holds until the call ends."""
-        if self._apart:
-            call.enter_context(_Apart(begun))
+
+    def _goes_past(self) -> bool:
+        """Whether the error of the call that has begun goes past it."""
+        return True
 
     def _end(self, flat: list[Any], joined: Mapping[int, Tensor | None]) -> list[Any]:
         """What leaves a block, with what each of its sums began with; None in the first block."""
@@ -318,7 +346,7 @@ class _Errors(_Joined, TorchFunctionMode):
         errors: at what blocks put out, in the order of calls; None where the loss does not depend on it.
     """
 
-    def __init__(self, blocks: Mapping[str, Sequence[tuple[int, int]]]) -> None:
+    def __init__(self, blocks: Mapping[str, Sequence[Pair]]) -> None:
         TorchFunctionMode.__init__(self)
         _Joined.__init__(self, blocks, False)
         self.token = torch.zeros((), requires_grad=True)
@@ -343,8 +371,8 @@ class _Errors(_Joined, TorchFunctionMode):
     def _start(self, x: Tensor, first: bool) -> Tensor:
         return x.detach()
 
-    def _within(self, call: contextlib.ExitStack, begun: dict[Tensor, bool]) -> None:
-        call.enter_context(torch.no_grad())
+    def _within(self, ends: contextlib.ExitStack) -> None:
+        ends.enter_context(torch.no_grad())
 
     def _end(self, flat: list[Any], joined: Mapping[int, Tensor | None]) -> list[Any]:
         if self._open:
@@ -375,7 +403,7 @@ class _Finished(_Joined):
     """
 
     def __init__(
-        self, blocks: Mapping[str, Sequence[tuple[int, int]]], apart: bool, params: Sequence[Tensor],
+        self, blocks: Mapping[str, Sequence[Pair]], apart: bool, params: Sequence[Tensor],
         outside: Sequence[Tensor | None], errors: Sequence[Tensor | None],
     ) -> None:  # fmt: skip
         super().__init__(blocks, apart)
@@ -383,9 +411,11 @@ class _Finished(_Joined):
         self._params = params
         self._errors = iter(errors)
 
-    def _within(self, call: contextlib.ExitStack, begun: dict[Tensor, bool]) -> None:
-        call.enter_context(saved_tensors_hooks(pack, unpack))  # a checkpoint around the block would run it again
-        super()._within(call, begun)
+    def _within(self, ends: contextlib.ExitStack) -> None:
+        ends.enter_context(saved_tensors_hooks(pack, unpack))  # a checkpoint around the block would run it again
+
+    def _goes_past(self) -> bool:
+        return len(self._open) > 1
 
     def _end(self, flat: list[Any], joined: Mapping[int, Tensor | None]) -> list[Any]:
         if self._open:
@@ -404,38 +434,82 @@ def _is_real(x: Any) -> bool:
 
 
 @final
-class _Apart(TorchFunctionMode):
-    """Functions in a block in which no derivative goes from a sublayer to the stream that it reads.
+class _Stream(TorchFunctionMode):
+    """Functions in a block, followed along its stream: what it begins with, and sums with that and norms of these.
 
-    The stream is what the block begins with, and its sums with what depends on it. A sum with what does not, as with
-    an embedding of positions, is read with the derivative of the latter.
+    For each tensor of the stream there is one that its error goes to past the block: with what the block begins, or
+    the last norm of the stream, in a graph of norms and sums with constants.
+
+    Where sublayers are apart there is another, that they read: no derivative goes from a sublayer to the stream. A sum
+    with what does not depend on the stream, as with an embedding of positions, is read with the derivative of the
+    latter, a norm with that of its own parameters.
 
     Args:
-        begun: with what the block begins, and whether that is read as it is.
+        begun: with what the block begins, and what that was outside of it; None where it is read as it is.
+        norms: the places of the norms of the stream among all calls of norms.
+        apart: whether sublayers are apart.
+        goes_past: whether errors go past the block.
     """
 
-    def __init__(self, begun: dict[Tensor, bool]) -> None:
+    def __init__(
+        self, begun: Mapping[Tensor, Tensor | None], norms: Collection[int], apart: bool, goes_past: bool
+    ) -> None:  # fmt: skip
         super().__init__()
-        self._read: Any = WeakTensorKeyDictionary({x: x if as_is else x.detach() for x, as_is in begun.items()})
+        past = {x: outside if goes_past else None for x, outside in begun.items()}
+        self._past: Any = WeakTensorKeyDictionary(past)
+        self._read: Any = WeakTensorKeyDictionary(
+            {x: x if outside is None else x.detach() for x, outside in begun.items()} if apart else {}
+        )
         self._derived = WeakTensors()
+        self._norms, self._apart, self._met = norms, apart, 0
+
+    def past(self, y: Tensor, name: str) -> Tensor | None:
+        """What the error of the block's output goes to past the block."""
+        if y not in self._past:
+            raise _changed(name)
+        return self._past[y]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in HARMLESS:
             return func(*args, **kwargs)
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        stream = [t for t in given if t in self._read]
-        reads = tree_map(lambda t: self._read[t] if isinstance(t, Tensor) and t in self._read else t, (args, kwargs))
+        stream = [t for t in given if t in self._past]
+        reads = self._reads((args, kwargs))
         if stream and getattr(func, "__name__", "") in ADDING:
             whole = len(stream) > 1 or any(t in self._derived for t in given)
-            read = None if whole else torch.add(*reads[0], **reads[1])
+            read = torch.add(*reads[0], **reads[1]) if self._apart and not whole else None
+            past = self._past[stream[0]]
             result = func(*args, **kwargs)  # may write to what is read
-            self._read[result] = result.detach() if read is None else read
+            self._past[result] = past
+            if self._apart:
+                self._read[result] = result.detach() if read is None else read
             return result
-        args, kwargs = reads
-        result = func(*args, **kwargs)
+        if is_norm(func):
+            self._met += 1
+            if self._met - 1 in self._norms and normed(args, kwargs)[0] in self._past:
+                return self._normed(func, args, kwargs, reads)
+        result = func(*reads[0], **reads[1])
         if stream or any(t in self._derived for t in given):
             for y in tree_leaves(result):
                 if isinstance(y, Tensor):
                     self._derived.add(y)
+        return result
+
+    def _reads(self, given: Any) -> Any:
+        """Arguments as sublayers read them."""
+        return tree_map(lambda t: self._read[t] if isinstance(t, Tensor) and t in self._read else t, given)
+
+    def _normed(self, func: Any, args: Any, kwargs: Any, reads: Any) -> Tensor:
+        """A norm of the stream."""
+        result, (x, rest) = func(*args, **kwargs), normed(args, kwargs)
+        with DisableTorchFunction():
+            past = self._past[x]
+            if past is not None:
+                others = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, rest)
+                with torch.enable_grad():
+                    past = func(_Join.apply(x.detach(), past, None, None), *others[0], **others[1])
+            self._past[result] = past
+            if self._apart:
+                self._read[result] = func(*reads[0], **reads[1])
         return result

@@ -4,9 +4,11 @@ A block is a module that puts out one of its inputs with something added that de
 
     y = x + f_1(x) + f_2(x + f_1(x)) + ...
 
-A pass follows, function by function, which tensors are such sums and what each tensor depends on. The sum of the parts
-that were met is then held against the block's output, so that what functions do not show (a write through a view) is
-no block. A module that only runs blocks one after another on its input, as a stack does, is left out: they are found.
+or that, with norms of the sums on the way, as in a post-norm transformer: ``h = norm(x + f_1(x))``,
+``y = norm(h + f_2(h))``. A pass follows, function by function, which tensors are such sums and what each tensor depends
+on. What was met on the way is then computed again and held against the block's output, so that what functions do not
+show (a write through a view) is no block. A module that only runs blocks one after another on its input, as a stack
+does, is left out: they are found.
 
 >>> import torch
 >>> class Residual(torch.nn.Module):
@@ -17,7 +19,7 @@ no block. A module that only runs blocks one after another on its input, as a st
 ...         return x + self.f(x).relu()
 >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), Residual(), Residual(), torch.nn.Linear(3, 1))
 >>> find_blocks(lambda: model(torch.randn(5, 2)), model)
-{'1': [(0, 0)], '2': [(0, 0)]}
+{'1': [(0, 0, ())], '2': [(0, 0, ())]}
 """
 
 from __future__ import annotations
@@ -36,13 +38,14 @@ from .._torch import DisableTorchFunction, no_dispatch, tree_leaves
 from ..errors import ArgumentError
 from .tape import writes
 
-Pairs = list[tuple[int, int]]  # places of a block's inputs and of the outputs to which something was added
+Pair = tuple[int, int, tuple[int, ...]]  # places of an input and an output, and of the calls of norms on the way
 ADDING = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+NORMS = {"layer_norm", "rms_norm"}
 
 
 def find_blocks(
     closure: Callable[[], Any], model: nn.Module, names: Collection[str] | None = None
-) -> dict[str, Pairs]:  # fmt: skip
+) -> dict[str, list[Pair]]:  # fmt: skip
     """The residual blocks that a closure calls, by their names in the order of their calls.
 
     Args:
@@ -52,7 +55,7 @@ def find_blocks(
 
     Returns:
         For each block the places, among the leaves of its arguments and of its result, of what it began with and of
-        the sum.
+        the sum; and, among the calls of `NORMS` within the block, those of the norms of sums on the way.
 
     Raises:
         ArgumentError: a module of ``names`` is not in the model, is not called, or is no block.
@@ -76,7 +79,7 @@ def find_blocks(
     if others:
         raise ArgumentError(
             f"modules {others} of blocks are not called, or do not put out one of their inputs with something added: "
-            "no function besides sums may lie between that input and the output"
+            "no function besides sums, and layer_norm and rms_norm of sums, may lie between that input and the output"
         )
     return found
 
@@ -85,10 +88,20 @@ class Found(NamedTuple):
     """A call of a block: its name, its pairs, tokens of the sums that it was given and of what it gave, its parts."""
 
     name: str
-    pairs: tuple[tuple[int, int], ...]
+    pairs: tuple[Pair, ...]
     taken: frozenset[int]
     given: frozenset[int]
     parts: int
+
+
+class _Norm(NamedTuple):
+    """A norm of a sum: its place among all calls of norms, and its function."""
+
+    place: int
+    function: Callable[[Tensor], Tensor]
+
+
+Step = Tensor | _Norm  # on the way from a tensor: what is added, or a norm
 
 
 @dataclass(eq=False)
@@ -97,20 +110,24 @@ class _Known:
 
     Attributes:
         depends: on which tokens.
-        sums: by tokens, what was added to the tensor that has the token.
+        sums: by tokens, the steps from the tensor that has the token.
     """
 
     depends: frozenset[int] = frozenset()
-    sums: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    sums: dict[int, tuple[Step, ...]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
 class _Call:
-    """A call of a module that has not ended: the copies of its inputs by tokens, their places, and blocks inside."""
+    """A call of a module that has not ended: the copies of its inputs by tokens, their places, and blocks inside.
+
+    ``norms`` is how many calls of norms were before it.
+    """
 
     inputs: dict[int, tuple[int, Tensor]]
     taken: frozenset[int]
     after: bool
+    norms: int
     found: list[Found] = field(default_factory=list)
 
 
@@ -126,10 +143,11 @@ class _Trace(TorchFunctionMode):
         super().__init__()
         self.irregular: set[str] = set()
         self._named = named
-        self._pairs: dict[str, tuple[tuple[int, int], ...]] = {}
-        self._whole = _Call({}, frozenset(), False)
+        self._pairs: dict[str, tuple[Pair, ...]] = {}
+        self._whole = _Call({}, frozenset(), False, 0)
         self._calls = [self._whole]
         self._tokens = 0
+        self._norms = 0
         self._given: set[int] = set()  # tokens of what blocks gave
         self._known: Any = WeakTensorKeyDictionary()
 
@@ -148,6 +166,7 @@ class _Trace(TorchFunctionMode):
         result = func(*args, **kwargs)
         with DisableTorchFunction(), no_dispatch():
             self._follow(func, args, kwargs, result, before)
+        self._norms += is_norm(func)
         return result
 
     def _follow(self, func: Any, args: Any, kwargs: Any, result: Any, before: Tensor | None) -> None:
@@ -157,7 +176,7 @@ class _Trace(TorchFunctionMode):
         depends = frozenset().union(*(known.depends for known in own))
         if not depends:
             return
-        sums: dict[int, tuple[Tensor, ...]] = {}
+        sums: dict[int, tuple[Step, ...]] = {}
         operands = [*args[:2], *(kwargs[n] for n in ("input", "other") if n in kwargs)]
         if getattr(func, "__name__", "") in ADDING and isinstance(result, Tensor) and len(operands) == 2:
             scaled = kwargs.get("alpha", 1) != 1 or len(args) > 2
@@ -167,6 +186,10 @@ class _Trace(TorchFunctionMode):
                         if not (scaled and one is operands[1]):
                             part = other if before is None or other is not args[0] else before
                             sums.setdefault(token, (*parts, part))
+        if is_norm(func) and isinstance(result, Tensor):
+            x, rest = normed(args, kwargs)
+            step = _Norm(self._norms, lambda t: func(t, *rest[0], **rest[1]))
+            sums = {token: (*steps, step) for token, steps in self._of(x).sums.items()}
         made = [y for y in tree_leaves(result) if isinstance(y, Tensor) and not any(y is t for t in given)]
         for y in (*made, *args[: before is not None]):
             self._known[y] = _Known(depends, sums)
@@ -187,7 +210,8 @@ class _Trace(TorchFunctionMode):
             inputs = [(i, x) for i, x in enumerate(tree_leaves((args, kwargs))) if is_state(x)]
             taken = frozenset().union(*(self._of(x).sums for _, x in inputs))
             after = any(self._of(x).depends & self._given for _, x in inputs)
-            self._calls.append(_Call({self._token(x): (i, x.detach().clone()) for i, x in inputs}, taken, after))
+            copies = {self._token(x): (i, x.detach().clone()) for i, x in inputs}
+            self._calls.append(_Call(copies, taken, after, self._norms))
 
     def leave(self, name: str, out: Any) -> None:
         """A call ends: note whether the module is a block."""
@@ -198,11 +222,12 @@ class _Trace(TorchFunctionMode):
                 known = self._of(y) if is_state(y) else _Known()
                 for token in call.inputs.keys() & known.sums.keys():
                     i, x = call.inputs[token]
-                    added = known.sums[token]
+                    steps = known.sums[token]
+                    added = [step for step in steps if isinstance(step, Tensor)]
                     depends = any(token in self._of(part).depends for part in added)
-                    if not (depends or (self._named and added)) or not _adds_up(x, added, y):
+                    if not (depends or (self._named and added)) or not _adds_up(x, steps, y):
                         continue
-                    pairs.append((i, j))
+                    pairs.append((i, j, tuple(step.place - call.norms for step in steps if isinstance(step, _Norm))))
                     last.append(y)
                     parts += len(added)
             if self._pairs.setdefault(name, tuple(pairs)) != tuple(pairs):
@@ -228,8 +253,20 @@ def is_state(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0
 
 
-def _adds_up(x: Tensor, parts: Sequence[Tensor], y: Tensor) -> bool:
+def is_norm(func: Any) -> bool:
+    """Whether a function is one of `NORMS`."""
+    return getattr(func, "__name__", "") in NORMS
+
+
+def normed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What a norm is called on, and its other arguments."""
+    if args:
+        return args[0], (args[1:], kwargs)
+    return kwargs["input"], ((), {name: value for name, value in kwargs.items() if name != "input"})
+
+
+def _adds_up(x: Tensor, steps: Sequence[Step], y: Tensor) -> bool:
     total = x
-    for part in parts:
-        total = total + part
+    for step in steps:
+        total = step.function(total) if isinstance(step, _Norm) else total + step
     return total.shape == y.shape and bool(torch.isclose(total, y, rtol=1e-3, atol=1e-5, equal_nan=True).all())
