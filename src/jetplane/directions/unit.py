@@ -19,30 +19,36 @@ _SHORTEST = torch.finfo(torch.float32).tiny  # vector: a shorter one cannot be s
 
 @dataclass(frozen=True)
 class Term:
-    """What a direction is at one parameter: ``weight * tensor / sqrt(square)``.
+    """What a direction is at one parameter: ``weight * (tensor - origin) / sqrt(square)``.
 
     Attributes:
         tensor: of the parameter's shape.
         weight: a number.
         square: of the same shape, positive or zero; None to divide by nothing. Where it is zero the direction is zero.
+        origin: of the same shape, or None for zero. The difference, in its dtype, is made when it is asked for, so that
+            it takes no memory; the origin must not change before.
     """
 
     tensor: Tensor
     weight: float = 1.0
     square: Tensor | None = None
+    origin: Tensor | None = None
 
     def materialized(self) -> Tensor:
         """The tensor that this stands for."""
         if self.square is None:
-            return self.weight * self.tensor
-        return self._scale(self.square).mul_(self.tensor).mul_(self.weight)
+            return self.weight * self._vector()
+        return self._scale(self.square).mul_(self._vector()).mul_(self.weight)
 
     def added_to(self, total: Tensor, factor: float) -> None:
         """Add this times a factor in place."""
         if self.square is None:
-            total.add_(self.tensor, alpha=factor * self.weight)
+            total.add_(self._vector(), alpha=factor * self.weight)
         else:
-            total.addcmul_(self._scale(self.square), self.tensor, value=factor * self.weight)
+            total.addcmul_(self._scale(self.square), self._vector(), value=factor * self.weight)
+
+    def _vector(self) -> Tensor:
+        return self.tensor if self.origin is None else (self.tensor - self.origin).to(self.origin.dtype)
 
     @staticmethod
     def _scale(square: Tensor) -> Tensor:

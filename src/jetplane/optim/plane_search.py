@@ -366,25 +366,18 @@ class PlaneSearch(PlaneOptimizer):
                     # The one that is drawn where no source has any is of none.
                     weights = taken[: sum(span.counts)].split(list(span.counts))
                     shares = points.shares(self.subspace, contexts, weights, shares)
-            elsewhere = self._elsewhere(contexts)
-            estimate, signature = self._estimated(shard, contexts[0], elsewhere, span, plane)
+            estimate, signature = self._estimated(shard, contexts, span, plane)
             if plane is None and points.is_judged(own["step"], self.every):
-
-                def loss(changes: Changes) -> float:
-                    with _moved(1.0, contexts[0].params, changes):
-                        return self._loss(shard, contexts[0].params)
-
-                known = None if elsewhere is None or estimate.loss is None else (elsewhere, estimate.loss.item())
-                changes, shares = points.judged(self.subspace, contexts, rates, shares, loss, known, limit)
-            steps = dict(changes)
-            remembered = self._remembered(contexts, Result(estimate.gradient, [*map(steps.get, range(len(moving)))]))
-            following = Following.of(self.subspace, contexts, remembered, shares) if plane is None else None
+                changes, shares = self._judged(shard, contexts, estimate, rates, shares, limit)
+            steps, gradient, params = dict(changes), list(estimate.gradient), contexts[0].params
+            estimate, contexts, span = replace(estimate, gradient=[]), [], None  # memory, that the next line lets go of
+            following = self._remember(
+                moving, repeated if self.ranks is None else None, gradient, [*map(steps.get, range(len(moving)))],
+                shares if plane is None else [0.0] * len(shares),
+            )  # fmt: skip
             self._move(moving, changes)
-            if following is not None:
-                taken = joint_norm(steps.values()) if steps and self.clip is not None else 0.0
-                following.move(contexts[0].params, rates, max(limit - taken, 0.0))
-        for i, (p, _, _) in enumerate(moving):
-            self.state[p] = _flat(self._labels, [states[i] for states in remembered])
+            taken = joint_norm(steps.values()) if steps and self.clip is not None else 0.0
+            following.move(params, rates, max(limit - taken, 0.0))
         told |= {"gradient": estimate.state, "signature": signature, "step": own["step"] + 1}
         told["estimator"] = type(self.gradient).__name__
         told["shares"] = dict(zip(self._labels, shares, strict=True))
@@ -416,18 +409,52 @@ class PlaneSearch(PlaneOptimizer):
                 return wanted
         return None
 
-    def _remembered(self, contexts: Sequence[Context], result: Result) -> list[Sequence[State]]:
-        """What each source remembers of each parameter."""
-        found = []
-        for source, context in zip(self.subspace, contexts, strict=True):
-            states = source.remember(context, result)
-            if len(states) != len(context.params):
-                raise ArgumentError(
-                    f"{type(source).__name__}.remember must return a dictionary for each of {len(context.params)} "
-                    f"parameters, got {len(states)}"
-                )
-            found.append(states)
-        return found
+    def _judged(
+        self, shard: _Shard, contexts: Sequence[Context], estimate: Estimate, rates: Sequence[float],
+        shares: Sequence[float], limit: float,
+    ) -> tuple[Changes, Sequence[float]]:  # fmt: skip
+        """What leads to the point that this batch finds the best, and the shares of the sources then."""
+        params, elsewhere = contexts[0].params, self._elsewhere(contexts)
+
+        def loss(changes: Changes) -> float:
+            with _moved(1.0, params, changes):
+                return self._loss(shard, params)
+
+        known = None if elsewhere is None or estimate.loss is None else (elsewhere, estimate.loss.item())
+        return points.judged(self.subspace, contexts, rates, shares, loss, known, limit)
+
+    def _remember(
+        self, moving: Moving, closure: RepeatedClosure | None, gradient: list[Tensor], steps: list[Tensor | None],
+        shares: Sequence[float],
+    ) -> Following:  # fmt: skip
+        """Have each source remember what it does of each parameter.
+
+        Where sources are separable, the old state and the gradient of each parameter are let go of before the next.
+
+        Returns:
+            How parameters follow the points of sources, by these shares.
+        """
+        known: dict[int, tuple[Sequence[State], Sequence[Tensor]]] = {}
+        if not all(source.separable for source in self.subspace):
+            contexts, result = self._contexts(moving, closure), Result([*gradient], steps)
+            for j, (source, context, share) in enumerate(zip(self.subspace, contexts, shares, strict=True)):
+                if not source.separable:
+                    known[j] = _remembered(source, context, result, share)
+            del contexts, result
+        following = Following([], shares)
+        for i, (p, _, _) in enumerate(moving):
+            found, advances, contexts = [], [], self._contexts(moving[i : i + 1], closure)
+            for j, (source, context, share) in enumerate(zip(self.subspace, contexts, shares, strict=True)):
+                if j in known:
+                    states, advance = (part[i : i + 1] for part in known[j])
+                else:
+                    states, advance = _remembered(source, context, Result(gradient[i : i + 1], steps[i : i + 1]), share)
+                found += states
+                advances.append(advance[0] if advance else None)
+            following.advances.append(advances)
+            self.state[p] = _flat(self._labels, found)
+            gradient[i : i + 1] = [p.new_empty(0)] if gradient else []
+        return following
 
     def _spanned(self, contexts: Sequence[Context]) -> _Span:
         """The plane's directions: those of all sources, at most as many as there are parameters."""
@@ -523,18 +550,18 @@ class PlaneSearch(PlaneOptimizer):
         return mean.to(kind[0] if kind else torch.float64).item()  # rounded as that of one process
 
     def _estimated(
-        self, shard: _Shard, context: Context, elsewhere: Sequence[Tensor] | None, span: _Span | None,
-        plane: PlaneModel | None,
-    ) -> tuple[Estimate, str]:  # fmt: skip
+        self, shard: _Shard, contexts: Sequence[Context], span: _Span | None, plane: PlaneModel | None
+    ) -> tuple[Estimate, str]:
         """An estimate of the gradient on this batch, for planes of later ones, and what its preparation depended on."""
-        own, estimator = self.state[STATE], self.gradient  # type: ignore[index]
+        own, estimator, context = self.state[STATE], self.gradient, contexts[0]  # type: ignore[index]
+        elsewhere = self._elsewhere(contexts)
         signature, is_its = estimator.signature(context.params, self.model), self._is_of_estimator(own)
         state = own.get("gradient", {}) if is_its else {}
         if not any(source.learns for source in self.subspace):
             return Estimate([], state), signature
-        every = range(len(context.params))
+        every, away = range(len(context.params)), estimator.measures and elsewhere is not None
         batch = Batch(
-            shard.closure, context.params, self.model, span.directions if span else None, plane,
+            shard.closure, context.params, self.model, span.directions if span and not away else None, plane,
             span.drawn if span else [], frozenset(span.directions.used if span else every),
             int(key(own["seed"], own["step"])), chunk=self.chunk if isinstance(self.chunk, int) else None,
         )  # fmt: skip
@@ -618,6 +645,19 @@ class PlaneSearch(PlaneOptimizer):
         remembered = sorted({name for p, _, _ in self._moving() for name in self.state.get(p, {})})
         sources = dict(zip(self._labels, map(comparable, self.subspace), strict=True))
         return super()._facts() | {"subspace": ", ".join(self._labels)} | sources | {"remembered": remembered}
+
+
+def _remembered(
+    source: Source, context: Context, result: Result, share: float
+) -> tuple[Sequence[State], Sequence[Tensor]]:  # fmt: skip
+    """What a source remembers, and by how much its last point moves, if it has a share."""
+    states, count = source.remember(context, result), len(context.params)
+    if len(states) != count:
+        raise ArgumentError(
+            f"{type(source).__name__}.remember must return a dictionary for each of {count} parameters, "
+            f"got {len(states)}"
+        )
+    return states, points.advance(source, context, states) if share else []
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

@@ -111,56 +111,41 @@ def shares(
     return [part / max(sum(parts), 1.0) for part in parts]
 
 
+def advance(source: Source, context: Context, states: Sequence[State]) -> Sequence[Tensor]:
+    """By how much the last point of a source moves with its new states, for each parameter; empty if it has none."""
+    before, after = points_of(source, context), points_of(source, replace(context, state=states))
+    return [b - a for a, b in zip(before[-1], after[-1], strict=True)] if before and after else []
+
+
 @final
 @dataclass(frozen=True)
 class Following:
     """How parameters move on with the last points of sources.
 
     Attributes:
-        before: the last point of each source that they follow.
-        after: the same after the step.
-        shares: of these sources.
+        advances: of each parameter, for each source by how much its last point moves, or None.
+        shares: of the sources.
     """
 
-    before: Sequence[Sequence[Tensor]]
-    after: Sequence[Sequence[Tensor]]
+    advances: list[Sequence[Tensor | None]]
     shares: Sequence[float]
-
-    @staticmethod
-    def of(
-        sources: Sequence[Source], contexts: Sequence[Context], remembered: Sequence[Sequence[State]],
-        shares: Sequence[float],
-    ) -> Following:  # fmt: skip
-        """That of all sources that have a share.
-
-        Args:
-            sources: all.
-            contexts: what each of them has seen.
-            remembered: the new state of each.
-            shares: of the sources.
-        """
-        found = []
-        for source, context, states, share in zip(sources, contexts, remembered, shares, strict=True):
-            before, after = points_of(source, context), points_of(source, replace(context, state=states))
-            if share and before and after:
-                found.append((before[-1], after[-1], share))
-        return Following(*(list(part) for part in zip(*found, strict=True))) if found else Following([], [], [])
 
     def move(self, params: Sequence[Tensor], rates: Sequence[float], limit: float = math.inf) -> None:
         """Move the parameters, each by its learning rate, and by no more than a limit altogether."""
         part = 1.0
-        if limit < math.inf and self.shares:
-            whole = joint_norm(sum(moves, torch.zeros(())) for moves in self._moves(rates))
+        if limit < math.inf:
+            moves = [[alpha * change for change, alpha in self._of(i, rate)] for i, rate in enumerate(rates)]
+            whole = joint_norm(sum(changes, torch.zeros(())) for changes in moves)
             part = min(1.0, limit / whole) if whole > 0 else 1.0
-        for a, b, share in zip(self.before, self.after, self.shares, strict=True):
-            for i, (p, rate) in enumerate(zip(params, rates, strict=True)):
-                p.add_(b[i] - a[i], alpha=part * rate * share)
+        for i, (p, rate) in enumerate(zip(params, rates, strict=True)):
+            for change, alpha in self._of(i, rate):
+                p.add_(change, alpha=part * alpha)
 
-    def _moves(self, rates: Sequence[float]) -> Iterator[list[Tensor]]:
-        """Of each parameter, with each source."""
-        for i, rate in enumerate(rates):
-            triples = zip(self.before, self.after, self.shares, strict=True)
-            yield [rate * share * (b[i] - a[i]) for a, b, share in triples]
+    def _of(self, i: int, rate: float) -> Iterator[tuple[Tensor, float]]:
+        """What a parameter moves by, and times what."""
+        for change, share in zip(self.advances[i], self.shares, strict=True):
+            if change is not None:
+                yield change, rate * share
 
 
 def points_of(source: Source, context: Context) -> Sequence[Sequence[Tensor]]:

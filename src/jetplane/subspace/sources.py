@@ -88,10 +88,14 @@ class Source(ABC):
         learns: whether the source uses estimates of the gradient, which cost extra passes.
         compared: whether processes that step together compare its directions bit by bit. This is not needed for
             directions that follow from the state and the seed alone, since these are compared anyway.
+        separable: whether `remember` treats each parameter by itself. It is then called for one at a time, and the old
+            state of each is let go of before the next: the new ones of all are not held beside the old. It must not
+            raise an error then.
     """
 
     learns: bool = True
     compared: bool = True
+    separable: bool = False
 
     def weights(self, context: Context) -> Sequence[Tensor] | None:
         """The point at which to estimate the gradient, one tensor for each parameter; None for the current parameters.
@@ -147,6 +151,7 @@ class Averages(Source):
     scaled: bool = True
     groups: int = 3
     compared = False
+    separable = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.decays, (list, tuple)) or not all(isinstance(b, (int, float)) for b in self.decays):
@@ -228,6 +233,7 @@ class FastWeights(Source):
     decays: tuple[float, float] = (0.9, 0.999)
     average: float = 0.99
     compared = False
+    separable = True
 
     def __post_init__(self) -> None:
         if not self.rate > 0 or not all(0 <= b < 1 for b in (*self.decays, self.average)):
@@ -247,7 +253,7 @@ class FastWeights(Source):
     def directions(self, context: Context) -> AbstractDirections | None:
         """See `Source`."""
         known = [(i, p, s) for i, p, s in zip(context.places, context.params, context.state, strict=True) if s]
-        points = [{i: Term((s[name] - p).to(p.dtype)) for i, p, s in known} for name in ("fast", "mean")]
+        points = [{i: Term(s[name], origin=p) for i, p, s in known} for name in ("fast", "mean")]
         if not known:
             return None
         # Parameters that have moved on with the average differ from it by rounding, which is no direction.
