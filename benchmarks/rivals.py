@@ -276,7 +276,7 @@ METHODS: dict[str, Method] = {
         None,
         tasks=_TRANSFORMERS,
     ),
-    BLOCKWISE: Method(plane_search(gradient=ResidualStream(recompute=True)), None, tasks=_TRANSFORMERS),
+    BLOCKWISE: Method(plane_search(gradient=ResidualStream(recompute=True)), None, tasks=(*_TRANSFORMERS, "lora")),
     MONO: Method(local(MonoForward), {"": 1e-3}, tasks=_SEQUENTIAL),
     FAST_MONO: Method(local(MonoForward), {"": 3e-3}, tasks=_SEQUENTIAL),
     GRAPE: Method(local(AlignedFeedback), {"": 1e-3}, tasks=_SEQUENTIAL),

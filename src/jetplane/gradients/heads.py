@@ -690,9 +690,9 @@ def _read(h: Tensor, channels: int | None, goal: _Goal) -> Read | None:
         return _at(h, positions.of_rows)
     if first is not None and h.numel() // first == rows != shape[0]:
         last_first = h.movedim(1, -1)
-        return last_first.reshape(rows, -1), lambda g: g.reshape(last_first.shape).movedim(-1, 1)
+        return last_first.reshape(rows, first), lambda g: g.reshape(last_first.shape).movedim(-1, 1)
     if first is None and shape[:-1].numel() == rows and (channels is None or h.dim() > 2):
-        return h.reshape(rows, -1), lambda g: g.reshape(shape)
+        return h.reshape(rows, shape[-1]), lambda g: g.reshape(shape)
     if shape[0] != rows:
         return None
     if first is None and h.dim() > 2:

@@ -363,7 +363,7 @@ class _MovedFeatures(PerturbedLayer):
         self, call: int, x: Tensor, y: Tensor, slopes: Tensor, active: Tensor | None, control: _ControlVariate | None
     ) -> tuple[Mapping[str, Tensor], Tensor | None]:
         rows = self.rows(y.shape)
-        if self.plan.order != "own" or len(slopes) % rows:
+        if self.plan.order != "own" or len(slopes) % max(rows, 1):
             warn_user(
                 f"the loss has {len(slopes)} parts for {rows} rows of layer {self.name!r}, another ratio than when "
                 "this was planned: whose they are is not known, and the layer's parameters stay without an estimate",

@@ -344,6 +344,8 @@ def _joined(func: Any, space: Space, args: Sequence[Any], kwargs: dict[str, Any]
     tensors, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
     found, start, stacked = [], 0, "stack" in func._schema.name
     for x in tensors:
+        if not stacked and x.shape == (0,):
+            continue  # as torch does, whatever the dimension
         terms = _terms(x, space)
         if isinstance(x, Jet) and not terms:
             return ()

@@ -40,10 +40,10 @@ def of(space: Space, x1: Coefficients, weight: Tensor) -> Tensor | None:
     """The examples' parts of ``sum(weight * x_i)``; None if they are not kept or there is no axis of examples."""
     if not (space.examples and x1 and weight.dim() > 0):
         return None
-    n = weight.shape[0]
+    n, rest = weight.shape[0], weight.shape[1:].numel()
     first = x1.full(weight.shape, x1.tensor.dtype, x1.tensor.device)
-    apart = first.reshape(first.shape[0], n, -1)
-    return torch.einsum("kni,ni->nk", apart, weight.reshape(n, -1).to(first.dtype))
+    apart = first.reshape(first.shape[0], n, rest)
+    return torch.einsum("kni,ni->nk", apart, weight.reshape(n, rest).to(first.dtype))
 
 
 def added(terms: Sequence[Tensor | None]) -> Tensor | None:

@@ -6,6 +6,7 @@ curvature ``sum(l' x_ij) + sum(l'' x_i x_j)``, a matrix-vector product and a Gra
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,6 +215,8 @@ def _cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Any:
+    if reduction == MEAN and x.shape.numel() == 0:
+        return torch.mul(_cross_entropy(space, x, target, weight, SUM, ignore_index, label_smoothing), math.nan)
     if reduction == NONE or is_jet(target, space) or is_jet(weight, space) or not is_jet(x, space):
         return _composed_cross_entropy(space, x, target, weight, reduction, ignore_index, label_smoothing)
     dim = 0 if x.dim() == 1 else 1
