@@ -1,7 +1,11 @@
 """Residual streams: how blocks are found, and the error at the end of the stream against hand-written autograd."""
 
 import copy
+import threading
+import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -318,6 +322,43 @@ def test_a_block_that_adds_more_than_the_blocks_in_it_is_one():
     model = nn.Sequential(nn.Linear(3, WIDTH), Mixed(), Mixed())
     x = torch.randn(2, 4, 3)
     assert list(found_in(model, lambda: model(x))) == ["1", "2"]
+
+
+def _by_alpha(x, f):
+    return torch.add(x, f, alpha=0.5)
+
+
+def _subtracted_by_alpha(x, f):
+    return torch.sub(x, f, alpha=2.0)
+
+
+def _subtracted(x, f):
+    return x - f
+
+
+def _listed(x, f):
+    return sum([x, f, 0.5 * f, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("join", "as_plain"),
+    [(_by_alpha, lambda f: 0.5 * f), (_subtracted_by_alpha, lambda f: -2 * f), (_subtracted, lambda f: -f),
+     (_listed, lambda f: 1.5 * f + 2.0)],
+)  # fmt: skip
+@pytest.mark.parametrize("part", ["block", "sublayer"])
+def test_sums_by_other_functions(join, as_plain, part):
+    class Other(Block):
+        def forward(self, x):
+            x = x + self.attended(x)
+            return join(x, self.fed(x))
+
+    class Plain(Block):
+        def fed(self, x):
+            return as_plain(super().fed(x))
+
+    model, plain = doubled(lambda: Language(Other)), doubled(lambda: Language(Plain))
+    assert list(found_in(model, lambda: loss_of(model))) == ["blocks.0", "blocks.1", "blocks.2"]
+    same(estimated(model, exact=part), by_hand(plain, part))
 
 
 def _scaled(x, f):
@@ -652,6 +693,402 @@ def test_with_recompute_what_a_block_writes_to_later_is_an_error():
         ResidualStream(recompute=True).prepare(given, {})
 
 
+# --- what blocks are given and put out ---------------------------------------------------------------------------
+
+both = pytest.mark.parametrize("recompute", [False, True])
+
+
+@both
+def test_an_error_goes_to_all_that_a_sum_is_made_of(recompute):
+    """As to the stream and to positions, or a skip, of the same shape that a block adds to it before it reads it."""
+
+    class Placed(Block):
+        def forward(self, x, place):
+            return super().forward(x + place)
+
+    class Places(Language):
+        def __init__(self):
+            super().__init__(Placed)
+            self.near = nn.Parameter(torch.zeros(3, 4, WIDTH))
+
+        def forward(self, ids, cut=lambda x: x):
+            x = self.embedded(ids)
+            for n, block in enumerate(self.blocks):
+                y = cut(x) if n else x
+                x = block(y, self.near) + (x - y)
+            return self.head(self.norm(x))
+
+    model = doubled(Places)
+    state = ResidualStream().prepare(batch_of(model, lambda: loss_of(model)), {})
+    assert state["blocks"]["blocks.1"] == [[0, 0], [1, 0]]
+    expected = exact(model, lambda: F.cross_entropy(model(IDS, torch.Tensor.detach).flatten(0, 1), GOALS))
+    same(estimated(model, recompute=recompute), expected, [n for n in expected if n != "near"])
+
+
+@both
+def test_a_tensor_that_a_block_is_given_twice_is_one_stream(recompute):
+    class Twice(Block):
+        def forward(self, x, memory):
+            return x + self.attended(memory) + self.fed(x + self.attended(memory))
+
+    class Self(Language):
+        def forward(self, ids):
+            x = self.embedded(ids)
+            for block in self.blocks:
+                x = block(x, memory=x)
+            return self.head(self.norm(x))
+
+    model = doubled(lambda: Self(Twice))
+    same(estimated(model, recompute=recompute), by_hand(model, "block"))
+
+
+def test_a_block_of_several_streams_is_one_in_all_of_its_calls():
+    class Two(Block):
+        def forward(self, x, y, z):
+            read = self.fed(x + y + z)
+            return x + read, y + read, z + read
+
+    class Streams(Language):
+        def forward(self, ids):
+            streams = [self.embedded(ids) * n for n in (1, 2, 3)]
+            for _ in range(9):
+                streams = self.blocks[0](*streams)
+            return self.head(self.norm(sum(streams)))
+
+    model = doubled(lambda: Streams(Two, 1))
+    assert found_in(model, lambda: loss_of(model)) == {"blocks.0": [(0, 0), (1, 1), (2, 2)]}
+
+
+@both
+@pytest.mark.parametrize("same_one", [False, True])
+def test_an_input_that_a_block_also_puts_out_keeps_its_error(same_one, recompute):
+    class Beside(Block):
+        def forward(self, batch):
+            put = batch if same_one else dict(batch)
+            put["sum"] = super().forward(batch["input"])
+            return put
+
+    class Skips(Language):
+        inside: Any = False
+
+        def forward(self, ids):
+            x, skips = self.embedded(ids), []
+            for block in self.blocks:
+                out = block({"input": x})
+                skips.append(out["input"] if self.inside else x)
+                x = out["sum"]
+            return self.head(self.norm(x + torch.stack(skips).sum(0).tanh()))
+
+    model = doubled(lambda: Skips(Beside))
+    expected = estimated(model)
+    model.inside = True
+    same(estimated(model, recompute=recompute), expected)
+
+
+class Noting(Block):
+    """A block that also writes to a list or dictionary that it is given."""
+
+    def forward(self, x, notes):
+        h = self.attended(x)
+        if isinstance(notes, list):
+            notes.append(h.square().mean())
+        else:
+            notes[len(notes)] = h.square().mean()
+        return x + h + self.fed(x + h)
+
+
+@pytest.mark.parametrize("notes", [list, dict])
+def test_lists_and_dictionaries_of_the_model_stay_its_own(notes):
+    class Noted(Language):
+        def forward(self, ids):
+            x, self.notes = self.embedded(ids), notes()
+            for block in self.blocks:
+                x = block(x, notes=self.notes)
+            return self.head(self.norm(x))
+
+    model = doubled(lambda: Noted(Noting))
+    terms = lambda: sum(model.notes if notes is list else model.notes.values())  # noqa: E731
+    closure = lambda: loss_of(model) + terms()  # noqa: E731
+    found, whole = estimated(model, closure), exact(model, closure)
+    same(found, whole, [n for n in whole if n.startswith(("blocks.2.", "norm", "head"))])
+    with pytest.raises(ArgumentError, match=r"Take ResidualStream\(recompute=False\)"):
+        estimated(model, closure, recompute=True)
+
+
+@both
+@pytest.mark.parametrize("returned", [False, True])
+def test_a_stream_may_be_in_a_dictionary_that_blocks_write_to(returned, recompute):
+    class Batched(Block):
+        def forward(self, batch):
+            batch["x"] = super().forward(batch["x"])
+            return batch
+
+    class Stored(Language):
+        def forward(self, ids):
+            batch = {"x": self.embedded(ids), "ids": ids}
+            for block in self.blocks:
+                batch = block(batch) if returned else (block(batch), batch)[1]
+            return self.head(self.norm(batch["x"]))
+
+    model = doubled(lambda: Stored(Batched))
+    same(estimated(model, recompute=recompute), by_hand(model, "block"))
+
+
+@both
+def test_what_holds_the_stream_holds_after_a_block_what_it_held_before(recompute):
+    class Reading(Block):
+        def forward(self, batch):
+            return super().forward(batch["x"])
+
+    class Kept(Language):
+        def forward(self, ids):
+            x = self.embedded(ids)
+            for block in self.blocks:
+                batch = {"x": x}
+                y = block(batch)
+                x = y + (batch["x"] - x)  # of derivative zero
+            return self.head(self.norm(x))
+
+    model = doubled(lambda: Kept(Reading))
+    same(estimated(model, recompute=recompute), by_hand(model, "block"))
+
+
+@both
+def test_the_stream_may_be_written_to(recompute):
+    class Inside(Block):
+        def forward(self, x):
+            x += self.attended(x.clone())
+            return x.add_(self.fed(x.clone()))
+
+    class Outside(Language):
+        def forward(self, ids):
+            x = self.embedded(ids)
+            for block in self.blocks:
+                x = block(x)
+                x += 1.0
+                x[:, 0] = 0.0
+            return self.head(self.norm(x.relu_()))
+
+    written, plain = doubled(lambda: Language(Inside)), doubled(Language)
+    same(estimated(written, recompute=recompute), by_hand(plain, "block"))
+    model = doubled(Outside)
+    whole = exact(model)
+    same(estimated(model, recompute=recompute), whole, [n for n in whole if n.startswith(("blocks.2.", "head"))])
+
+
+def test_a_sum_in_a_narrower_dtype_is_one():
+    class Narrow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            h = self.f(x.float())
+            x += h
+            return x
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Narrow(), Narrow())
+    x = torch.randn(5, WIDTH).bfloat16()
+    assert list(found_in(model, lambda: model(x.clone()).sum())) == ["0", "1"]
+
+
+@both
+def test_complex_numbers_that_a_block_puts_out_keep_their_error(recompute):
+    class Waves(Block):
+        def forward(self, x):
+            return super().forward(x), torch.fft.fft(self.mix(x))
+
+    class Both(Language):
+        def forward(self, ids):
+            x = self.embedded(ids)
+            for block in self.blocks:
+                x, waves = block(x)
+            self.waves = waves
+            return self.head(self.norm(x))
+
+    model = doubled(lambda: Both(Waves))
+    closure = lambda: loss_of(model) + model.waves.abs().square().mean()  # noqa: E731
+    found, whole = estimated(model, closure, recompute=recompute), exact(model, closure)
+    same(found, whole, [n for n in whole if n.startswith(("blocks.2.", "norm", "head"))])
+
+
+# --- closures that cannot be followed ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("create", [False, True])
+def test_a_derivative_that_the_closure_takes_through_blocks_is_refused(create):
+    class Vectors(Language):
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return self.head(self.norm(x))
+
+    model = doubled(Vectors)
+    x = torch.randn(3, 4, WIDTH, dtype=torch.double, requires_grad=True)
+
+    def penalized():
+        out = model(x)
+        (slope,) = torch.autograd.grad(out.sum(), x, create_graph=create, retain_graph=True)
+        return out.square().mean() + slope.square().mean()
+
+    with pytest.raises(ArgumentError, match=r"the closure, or something that has kept.*LocalHeads\(\)"):
+        estimated(model, penalized)
+    with pytest.raises(
+        ArgumentError, match="with recompute blocks run without graphs, and here the closure takes a der"
+    ):
+        estimated(model, penalized, recompute=True)
+
+
+@both
+def test_what_a_block_put_out_has_no_derivative_after_the_step(recompute):
+    class Kept(Language):
+        def forward(self, ids):
+            x = self.embedded(ids)
+            for block in self.blocks:
+                x = block(x)
+            self.last = x
+            return self.head(self.norm(x))
+
+    model = doubled(Kept)
+    estimator, given = ResidualStream(recompute=recompute), batch_of(model, lambda: loss_of(model))
+    estimator.measure(given, estimator.prepare(given, {}))
+    with pytest.raises(ArgumentError, match="the derivative past a block is an estimate"):
+        model.last.sum().backward()
+
+
+def test_derivatives_that_cross_no_block_are_the_closures_own():
+    model = doubled(Language)
+
+    def penalized():
+        x = model.embedded(IDS)
+        for block in model.blocks:
+            x = block(x)
+        read = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(model.head(model.norm(read)).sum(), read, create_graph=True)
+        return F.cross_entropy(model.head(model.norm(x)).flatten(0, 1), GOALS) + slope.square().mean()
+
+    whole = exact(model, penalized)
+    same(estimated(model, penalized), whole, ["head.weight", "norm.weight", "blocks.2.down.weight"])
+
+
+def test_calls_in_transforms_are_no_blocks():
+    model = doubled(Language)
+    mapped = lambda: torch.vmap(lambda ids: model(ids[None])[0])(IDS)  # noqa: E731
+    with pytest.raises(ArgumentError, match="no block of Language.*outside of torch.func"):
+        estimated(model, lambda: F.cross_entropy(mapped().flatten(0, 1), GOALS))
+    closure = lambda: loss_of(model) + F.cross_entropy(mapped().flatten(0, 1), GOALS)  # noqa: E731
+    with pytest.raises(ArgumentError, match="in each of its calls"):
+        estimated(model, closure)
+    given = batch_of(model, lambda: loss_of(model))
+    state = ResidualStream().prepare(given, {})
+    with pytest.raises(ArgumentError, match="in another way than in the first step"):
+        ResidualStream().measure(batch_of(model, closure), state)
+
+
+def test_with_recompute_both_runs_must_compute_the_same():
+    model = doubled(lambda: Language(depth=4))
+    runs, longer = [], 1
+
+    def other_loss():
+        runs.append(1)
+        return loss_of(model) * (1 + 1e-3 * len(runs))
+
+    def other_blocks():
+        runs.append(1)
+        x = model.embedded(IDS)
+        for block in model.blocks[: 4 if len(runs) == longer else 3]:
+            x = block(x)
+        return F.cross_entropy(model.head(model.norm(x)).flatten(0, 1), GOALS)
+
+    given = batch_of(model, lambda: loss_of(model))
+    state = ResidualStream().prepare(given, {})
+    estimator = ResidualStream(recompute=True)
+    with pytest.raises(jp.RandomClosureError, match=r"gives a loss of .* after .*generators=\[\.\.\.\]"):
+        estimator.measure(batch_of(model, other_loss), state)
+    for run in (1, 2):
+        longer = run
+        runs.clear()
+        with pytest.raises(jp.RandomClosureError, match="calls other blocks the second time"):
+            estimator.measure(batch_of(model, other_blocks), state)
+
+
+@both
+def test_a_checkpoint_in_a_block(recompute):
+    class Within(Block):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    model, plain = doubled(lambda: Language(Within)), doubled(Language)
+    same(estimated(model, recompute=recompute), estimated(plain))
+    with pytest.raises(ArgumentError, match="a checkpoint within a block would run.*exact='block'"):
+        estimated(model, exact="sublayer", recompute=recompute)
+
+
+@both
+def test_other_threads_may_use_the_model(recompute):
+    """Another thread is within a block while this one leaves one."""
+    main, inside, done, others = threading.get_ident(), threading.Event(), threading.Event(), []
+
+    class Watched(Block):
+        def fed(self, x):
+            if threading.get_ident() != main:
+                inside.set()
+                done.wait(5)
+            elif watching and self is model.blocks[1] and not others:
+                others.append(pool.submit(lambda: loss_of(model)))
+                inside.wait(5)
+            return super().fed(x)
+
+    model, watching = doubled(lambda: Language(Watched)), False
+    expected = estimated(model)
+    estimator, given = ResidualStream(recompute=recompute), batch_of(model, lambda: loss_of(model))
+    state, watching = estimator.prepare(given, {}), True
+    with ThreadPoolExecutor(1) as pool:
+        found = estimator.measure(given, state)
+        done.set()
+        torch.testing.assert_close(others[0].result(), loss_of(model))
+    names = [n for n, _ in model.named_parameters()]
+    same(dict(zip(names, found, strict=False)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+def test_hooks_for_the_way_back_hide_no_blocks():
+    model, plain = doubled(Language), doubled(Language)
+    called = []
+    for block in model.blocks:
+        block.register_full_backward_hook(lambda *given: called.append(1))
+        block.register_full_backward_pre_hook(lambda *given: called.append(1))
+    assert list(found_in(model, lambda: loss_of(model))) == ["blocks.0", "blocks.1", "blocks.2"]
+    assert not called and all(b._backward_hooks and b._backward_pre_hooks for b in model.blocks)
+    same(estimated(model), estimated(plain))
+
+
+def test_scripts_are_no_blocks():
+    class Scripted(Block):
+        def __init__(self):
+            super().__init__()
+            self.script: Any = torch.jit.script(nn.Linear(WIDTH, WIDTH))
+
+        def fed(self, x):
+            return super().fed(self.script(x))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = doubled(lambda: Language(Scripted))
+    same(estimated(model), exact(model), ["blocks.2.script.weight", "blocks.2.down.weight"])
+    with pytest.raises(ArgumentError, match=r"\['blocks.0.script'\].*model.named_modules"):
+        estimated(model, blocks=["blocks.0.script"])
+
+
+def test_a_block_of_several_names_may_be_named_by_any():
+    model = doubled(lambda: Language(depth=1))
+    model.blocks.append(model.blocks[0])
+    whole = estimated(model)
+    for names in (["blocks.1"], ["blocks.1", "blocks.0"]):
+        same(estimated(model, blocks=names), whole)
+
+
 # --- as an estimator of PlaneSearch ------------------------------------------------------------------------------
 
 
@@ -708,7 +1145,8 @@ def test_a_model_is_needed():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"exact": "layer"}, "'block' or 'sublayer', got 'layer'"), ({"blocks": "blocks.0"}, "list of names"),
-     ({"blocks": [1]}, "list of names")],
+     ({"blocks": [1]}, "list of names"), ({"blocks": []}, "list of names"), ({"blocks": 2}, "list of names"),
+     ({"blocks": iter(["blocks.0"])}, "list of names"), ({"recompute": "yes"}, "True or False, got 'yes'")],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ArgumentError, match=message):

@@ -27,8 +27,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, final, get_args
 
 import torch
@@ -37,15 +38,17 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._torch import DisableTorchFunction, tree_flatten, tree_leaves, tree_map, tree_unflatten
-from ..errors import ArgumentError, JetplaneWarning, LossError, warn_user
+from .._torch import DisableTorchFunction, transform_around, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from .._torch import saved_tensors_hooks as innermost_hooks
+from ..errors import ArgumentError, JetplaneWarning, LossError, RandomClosureError, warn_user
 from ..evaluation.compilers import eager
 from ..evaluation.leaving import HARMLESS, WeakTensors
+from ..evaluation.repeats import ADVICE, tolerance
 from ..evaluation.side_effects import without_side_effects
 from ..rules.grad_mode import autograd
 from .allocation import signature
 from .estimators import Batch, Estimate, Estimator, State, model_of
-from .residual_blocks import ADDING, find_blocks, is_state
+from .residual_blocks import ADDING, SUBTRACTING, find_blocks, is_state
 from .tape import pack, unpack
 
 Part = Literal["block", "sublayer"]
@@ -73,7 +76,8 @@ class ResidualStream(Estimator):
     Raises:
         ArgumentError: ``exact`` is something else; (in the first step) no blocks are found, a module of ``blocks`` is
             none, or parameters are not reached; (with ``recompute``) a block reads what an earlier one has put out in
-            another way than by the stream.
+            another way than by the stream; the closure takes a derivative through blocks.
+        RandomClosureError: (with ``recompute``) the closure's two runs differ.
 
     >>> import torch, jetplane as jp
     >>> from torch.nn import functional as F
@@ -97,8 +101,10 @@ class ResidualStream(Estimator):
     def __post_init__(self) -> None:
         if self.exact not in get_args(Part):
             raise ArgumentError(f"exact must be 'block' or 'sublayer', got {self.exact!r}")
-        if isinstance(self.blocks, str) or not all(isinstance(name, str) for name in self.blocks or ()):
-            raise ArgumentError(f"blocks must be a list of names of modules, or None, got {self.blocks!r}")
+        if not isinstance(self.recompute, bool):
+            raise ArgumentError(f"recompute must be True or False, got {self.recompute!r}")
+        if self.blocks is not None and not _are_names(self.blocks):
+            raise ArgumentError(f"blocks must be a list of names of modules, or None for all, got {self.blocks!r}")
 
     def signature(self, params: Sequence[Tensor], model: nn.Module | None) -> str:
         """See `Estimator`: which parameters move, and of which layers they are.
@@ -118,12 +124,21 @@ class ResidualStream(Estimator):
                 that the loss depends on.
         """
         model = model_of(batch)
-        with without_side_effects(), eager(), autograd(not self.recompute):
-            found = find_blocks(batch.closure, model, self.blocks)
+        try:
+            with without_side_effects(), eager(), autograd(not self.recompute):
+                found = find_blocks(batch.closure, model, self.blocks)
+        except RuntimeError as error:
+            if not (self.recompute and "does not require grad" in str(error)):
+                raise
+            raise ArgumentError(
+                "with recompute blocks run without graphs, and here the closure takes a derivative. Take "
+                "ResidualStream(recompute=False) if it goes through no block"
+            ) from error
         if not found:
             raise ArgumentError(
                 f"no block of {type(model).__name__} puts out its input with something added, as those of a pre-norm "
-                f"transformer do. Put what is added in a module together with the sum, or {_OTHERWISE}"
+                f"transformer do, in each of its calls and outside of torch.func. Put what is added in a module "
+                f"together with the sum, or {_OTHERWISE}"
             )
         state = {"blocks": {name: [list(pair) for pair in pairs] for name, pairs in found.items()}}
         left = self._left(batch, state)
@@ -170,18 +185,26 @@ class ResidualStream(Estimator):
         model, params, apart = model_of(batch), list(batch.params), self.exact == "sublayer"
         with eager(), autograd():
             if not self.recompute:
-                with _hooked(model, _Joined(blocks, apart)):
+                run = _Joined(blocks, apart)
+                with _hooked(model, run):
                     loss = _scalar(batch.closure())
-                    return _gradients(loss, params), loss.detach().reshape(())
+                    return run.derivative([loss], params), loss.detach().reshape(())
             first = _Errors(blocks)
             with without_side_effects(), _hooked(model, first), first:
                 loss = _scalar(batch.closure())
-                *outside, _ = _gradients(loss, [*params, first.token])
+                calls, before = len(first.errors), loss.detach()
+                *outside, _ = first.derivative([loss], [*params, first.token])
             del loss
-            second = _Finished(blocks, apart, params, outside, first.errors)
+            second = _Finished(blocks, apart, params, outside, first.errors[:calls])
             with _hooked(model, second):
                 loss = _scalar(batch.closure())
+            second.close(before, loss.detach())
             return second.total, loss.detach().reshape(())
+
+
+def _are_names(blocks: Any) -> bool:
+    many = isinstance(blocks, Collection) and not isinstance(blocks, str)
+    return many and bool(blocks) and all(isinstance(name, str) for name in blocks)
 
 
 def _scalar(loss: Any) -> Tensor:
@@ -190,11 +213,24 @@ def _scalar(loss: Any) -> Tensor:
     return loss
 
 
-def _gradients(loss: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    return torch.autograd.grad(loss, inputs, allow_unused=True) if loss.requires_grad else [None] * len(inputs)
-
-
 # --- blocks in a pass ------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Call:
+    """A call of a block that has not ended.
+
+    Attributes:
+        begun: what it began with, by its place; None if no block is below.
+        within: what is to be closed where it ends.
+        given: its arguments, with the constants that stand in place of what it began with.
+        back: the latter by the identity of the former.
+    """
+
+    begun: dict[int, Tensor | None] = field(default_factory=dict)
+    within: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    given: Any = ()
+    back: dict[int, Tensor] = field(default_factory=dict)
 
 
 class _Join(torch.autograd.Function):
@@ -204,18 +240,25 @@ class _Join(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor | None, token: Tensor | None, tell: Any) -> Tensor:
-        ctx.dtype, ctx.tell = None if x is None else x.dtype, tell
-        return y.view_as(y)
+    def forward(ctx: Any, y: Tensor, run: _Joined, token: Tensor | None, tell: Any, *begun: Tensor) -> Tensor:
+        ctx.run, ctx.tell, ctx.dtypes = run, tell, [x.dtype for x in begun]
+        ctx.zero = None if token is None else token.detach()
+        return y.detach()  # what is no view to autograd may be written to
 
     @staticmethod
     def backward(ctx: Any, *errors: Tensor) -> Any:
+        if not ctx.run.differentiating:
+            raise ArgumentError(
+                "the derivative past a block is an estimate, for the steps of an optimizer alone; here the closure, or "
+                "something that has kept what a block put out, takes a derivative through it. For such losses "
+                + _OTHERWISE
+            )
         (e,) = errors
-        past = None if ctx.dtype is None else e.to(ctx.dtype)
+        past = [e.to(dtype) for dtype in ctx.dtypes]
         if ctx.tell is None:
-            return e, past, None, None
+            return e, None, None, None, *past
         ctx.tell(e)
-        return None, past, e.new_zeros(()), None
+        return None, None, ctx.zero, None, *past
 
 
 def _above(x: Tensor) -> bool:
@@ -235,7 +278,7 @@ def _above(x: Tensor) -> bool:
 @contextlib.contextmanager
 def _hooked(model: nn.Module, run: _Joined) -> Iterator[None]:
     """Tell a pass of the calls of its blocks."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     with run.calls, contextlib.ExitStack() as stack:
         for name in run.blocks:
             enter = functools.partial(run.enter, name)
@@ -254,42 +297,82 @@ class _Joined:
 
     Attributes:
         calls: what is to be closed where the pass ends, of calls that have not.
+        differentiating: whether the estimate is being made; what else takes a derivative is refused.
     """
 
     def __init__(self, blocks: Mapping[str, Sequence[tuple[int, int]]], apart: bool) -> None:
         self.blocks = blocks
         self.calls = contextlib.ExitStack()
+        self.differentiating = False
         self._apart = apart
-        self._open: list[tuple[dict[int, Tensor | None], contextlib.ExitStack]] = []
+        self._threads: dict[int, list[_Call]] = {}
+        self._thread = threading.get_ident()
+
+    @property
+    def _open(self) -> list[_Call]:
+        """Calls in this thread that have not ended."""
+        return self._threads.setdefault(threading.get_ident(), [])
+
+    def derivative(
+        self, of: Sequence[Tensor], inputs: Sequence[Tensor], errors: Sequence[Tensor] | None = None, keep: bool = False
+    ) -> Sequence[Tensor | None]:
+        """By reverse mode, past blocks; the graph stays if it is to be kept."""
+        if not any(y.requires_grad for y in of):
+            return [None] * len(inputs)
+        outer, self.differentiating = self.differentiating, True
+        try:
+            return torch.autograd.grad(of, inputs, errors, retain_graph=keep, allow_unused=True)
+        finally:
+            self.differentiating = outer
 
     def enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """A block is called; returns its arguments."""
+        """A block is called; returns its arguments, None for those that it has."""
+        if not self.differentiating and threading.get_ident() != self._thread:
+            return None  # another thread uses the model meanwhile
+        if transform_around() is not None:
+            raise _changed(name)
         with DisableTorchFunction():
-            flat, spec = tree_flatten((args, kwargs))
-            begun: dict[int, Tensor | None] = {}
-            call = self.calls.enter_context(contextlib.ExitStack())
-            self._open.append((begun, call))
+            given = tree_leaves((args, kwargs))
+            call = _Call()
+            self.calls.enter_context(call.within)
+            self._open.append(call)
+            starts: dict[int, tuple[Tensor, bool]] = {}
             for i, _ in self.blocks[name]:
-                if not (i < len(flat) and is_state(flat[i])):
+                if not (i < len(given) and is_state(given[i])):
                     raise _changed(name)
-                begun[i] = flat[i] if _above(flat[i]) else None
-                flat[i] = self._start(flat[i], begun[i] is None)
-            self._within(call, {flat[i]: begun[i] is None for i in begun})
-            return tree_unflatten(flat, spec)
+                x = given[i]
+                first = not _above(x)
+                call.begun[i] = None if first else x
+                if id(x) not in starts:
+                    starts[id(x)] = self._start(x, first), first
+                    call.back[id(starts[id(x)][0])] = x
+            self._within(call.within, dict(starts.values()))
+            call.given = _put((args, kwargs), {key: start for key, (start, _) in starts.items()})
+            return call.given
 
     def leave(self, name: str, module: nn.Module, args: Any, out: Any) -> Any:
-        """Its call ends; returns what it puts out."""
-        begun, call = self._open.pop()
-        call.close()
-        if out is None:  # an error ends it, or a checkpoint that has all that it needs
+        """Its call ends; returns what it puts out, None for what it has."""
+        if not self._open:
             return None
+        call = self._open.pop()
+        call.within.close()
         with DisableTorchFunction():
-            flat, spec = tree_flatten(out)
-            joined = {j: begun[i] for i, j in self.blocks[name]}
-            for j, x in joined.items():
-                if not (j < len(flat) and is_state(flat[j]) and (x is None or x.shape == flat[j].shape)):
-                    raise _changed(name)
-            return tree_unflatten(self._end(flat, joined), spec)
+            try:
+                # None after an error, or in a checkpoint that has all that it needs
+                return None if out is None else self._left(name, call.begun, out)
+            finally:
+                _put(call.given, call.back)  # lists and dictionaries hold again what they held
+
+    def _left(self, name: str, begun: Mapping[int, Tensor | None], out: Any) -> Any:
+        """What a block puts out, joined with what it began with."""
+        flat = tree_leaves(out)
+        joined: dict[int, list[Tensor]] = {}
+        for i, j in self.blocks[name]:
+            x = begun[i]
+            if not (j < len(flat) and is_state(flat[j]) and (x is None or x.shape == flat[j].shape)):
+                raise _changed(name)
+            joined.setdefault(id(flat[j]), []).extend([] if x is None else [x])
+        return _put(out, self._end({id(y): y for y in flat if _is_differentiable(y)}, joined))
 
     def _start(self, x: Tensor, first: bool) -> Tensor:
         """With what a block begins, given whether no other block is below it."""
@@ -300,13 +383,39 @@ class _Joined:
         if self._apart:
             call.enter_context(_Apart(begun))
 
-    def _end(self, flat: list[Any], joined: Mapping[int, Tensor | None]) -> list[Any]:
-        """What leaves a block, with what each of its sums began with; None in the first block."""
-        return [_Join.apply(y, joined[j], None, None) if j in joined else y for j, y in enumerate(flat)]
+    def _end(self, ends: Mapping[int, Tensor], joined: Mapping[int, list[Tensor]]) -> dict[int, Tensor]:
+        """What takes the place of tensors that a block puts out.
+
+        Args:
+            ends: the tensors by their identity.
+            joined: what its sums began with, beside the first block.
+        """
+        return {key: _Join.apply(ends[key], self, None, None, *begun) for key, begun in joined.items()}
+
+
+def _put(tree: Any, new: Mapping[int, Tensor]) -> Any:
+    """A tree with other tensors by the identity of its own; lists, dictionaries and what has none stay the same."""
+    if isinstance(tree, Tensor):
+        return new.get(id(tree), tree)
+    parts, spec = tree_flatten(tree, is_leaf=lambda part: part is not tree)
+    put = [part if part is tree else _put(part, new) for part in parts]
+    if all(a is b for a, b in zip(parts, put, strict=True)):
+        return tree
+    other = tree_unflatten(put, spec)
+    if isinstance(tree, list):
+        tree[:] = other
+    elif isinstance(tree, dict):
+        tree.update(other)
+    else:
+        return other
+    return tree
 
 
 def _changed(name: str) -> ArgumentError:
-    return ArgumentError(f"block {name} is called, or puts out, in another way than in the first step")
+    return ArgumentError(
+        f"block {name} is called, or puts out, in another way than in the first step. Where that is meant, make a new "
+        "optimizer for the model as it is now"
+    )
 
 
 @final
@@ -336,7 +445,7 @@ class _Errors(_Joined, TorchFunctionMode):
                         "block what it puts out alone; here they read more. Take ResidualStream(recompute=False)"
                     )
                 for y in tree_leaves(result) if self._open else ():
-                    if _is_real(y) and not any(y is t for t in given):
+                    if _is_differentiable(y) and not any(y is t for t in given):
                         self._inside.add(y)
         return result
 
@@ -346,16 +455,14 @@ class _Errors(_Joined, TorchFunctionMode):
     def _within(self, call: contextlib.ExitStack, begun: dict[Tensor, bool]) -> None:
         call.enter_context(torch.no_grad())
 
-    def _end(self, flat: list[Any], joined: Mapping[int, Tensor | None]) -> list[Any]:
+    def _end(self, ends: Mapping[int, Tensor], joined: Mapping[int, list[Tensor]]) -> dict[int, Tensor]:
         if self._open:
-            return flat
-        found = []
-        for j, y in enumerate(flat):
-            if _is_real(y):
-                self.errors.append(None)
-                tell = functools.partial(self.errors.__setitem__, len(self.errors) - 1)
-                y = _Join.apply(y.detach(), joined.get(j), self.token, tell)
-            found.append(y)
+            return {}
+        found = {}
+        for key, y in ends.items():
+            self.errors.append(None)
+            tell = functools.partial(self.errors.__setitem__, len(self.errors) - 1)
+            found[key] = _Join.apply(y.detach(), self, self.token, tell, *joined.get(key, ()))
         return found
 
 
@@ -372,6 +479,9 @@ class _Finished(_Joined):
 
     Attributes:
         total: gradients.
+
+    Raises:
+        RandomClosureError: the closure calls blocks, or puts out a loss, in another way than in the first pass.
     """
 
     def __init__(
@@ -387,20 +497,37 @@ class _Finished(_Joined):
         call.enter_context(saved_tensors_hooks(pack, unpack))  # a checkpoint around the block would run it again
         super()._within(call, begun)
 
-    def _end(self, flat: list[Any], joined: Mapping[int, Tensor | None]) -> list[Any]:
-        if self._open:
-            return super()._end(flat, joined)
-        ends = [(y, next(self._errors, None)) for y in flat if _is_real(y)]
-        known = [(y, e) for y, e in ends if e is not None and y.requires_grad]
+    def _end(self, ends: Mapping[int, Tensor], joined: Mapping[int, list[Tensor]]) -> dict[int, Tensor]:
+        if self._open or self.differentiating:
+            return super()._end(ends, joined)
+        known = []
+        for y in ends.values():
+            e = next(self._errors, y)
+            if e is y or (e is not None and e.shape != y.shape):
+                raise _random("calls other blocks")
+            if e is not None and y.requires_grad:
+                known.append((y, e))
         if known:
             outputs, errors = zip(*known, strict=True)
-            own = torch.autograd.grad(outputs, self._params, errors, retain_graph=True, allow_unused=True)
+            own = self.derivative(outputs, self._params, errors, keep=True)
             self.total = [g if h is None else h if g is None else g + h for g, h in zip(self.total, own, strict=True)]
-        return [_Join.apply(y.detach().requires_grad_(), None, None, None) if _is_real(y) else y for y in flat]
+        return {key: _Join.apply(y.detach().requires_grad_(), self, None, None) for key, y in ends.items()}
+
+    def close(self, before: Tensor, after: Tensor) -> None:
+        """Hold the second pass against the first one, given their losses."""
+        if any(True for _ in self._errors):
+            raise _random("calls other blocks")
+        a, b = before.item(), after.item()
+        if abs(a - b) > tolerance((a, b), [after.dtype, *(p.dtype for p in self._params)]):
+            raise _random(f"gives a loss of {b:.9g} after {a:.9g}")
 
 
-def _is_real(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
+def _random(what: str) -> RandomClosureError:
+    return RandomClosureError(f"with recompute the closure runs twice, and {what} the second time. {ADVICE}")
+
+
+def _is_differentiable(x: Any) -> bool:
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
 @final
@@ -412,10 +539,14 @@ class _Apart(TorchFunctionMode):
 
     Args:
         begun: with what the block begins, and whether that is read as it is.
+
+    Raises:
+        ArgumentError: there is a checkpoint within the block.
     """
 
     def __init__(self, begun: dict[Tensor, bool]) -> None:
         super().__init__()
+        self._around = innermost_hooks(False)
         self._read: Any = WeakTensorKeyDictionary({x: x if as_is else x.detach() for x, as_is in begun.items()})
         self._derived = WeakTensors()
 
@@ -423,12 +554,20 @@ class _Apart(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in HARMLESS:
             return func(*args, **kwargs)
+        hooks = innermost_hooks(False)
+        if hooks is not None and hooks != self._around and hooks[0].__module__ == "torch.utils.checkpoint":
+            raise ArgumentError(
+                "a checkpoint within a block would run its functions again, where exact='sublayer' cannot tell "
+                "sublayers apart: put it around the block, or take it away (recompute=True keeps what one block "
+                "needs), or take exact='block'"
+            )
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         stream = [t for t in given if t in self._read]
         reads = tree_map(lambda t: self._read[t] if isinstance(t, Tensor) and t in self._read else t, (args, kwargs))
-        if stream and getattr(func, "__name__", "") in ADDING:
+        name = getattr(func, "__name__", "")
+        if stream and (name in ADDING or (name in SUBTRACTING and given[0] is stream[0])):
             whole = len(stream) > 1 or any(t in self._derived for t in given)
-            read = None if whole else torch.add(*reads[0], **reads[1])
+            read = None if whole else (torch.add if name in ADDING else torch.sub)(*reads[0], **reads[1])
             result = func(*args, **kwargs)  # may write to what is read
             self._read[result] = result.detach() if read is None else read
             return result

@@ -29,15 +29,17 @@ from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._torch import DisableTorchFunction, no_dispatch, tree_leaves
+from .._torch import DisableTorchFunction, no_dispatch, transform_around, tree_leaves
 from ..errors import ArgumentError
 from .tape import writes
 
 Pairs = list[tuple[int, int]]  # places of a block's inputs and of the outputs to which something was added
 ADDING = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+SUBTRACTING = {"sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__"}
 
 
 def find_blocks(
@@ -52,27 +54,37 @@ def find_blocks(
 
     Returns:
         For each block the places, among the leaves of its arguments and of its result, of what it began with and of
-        the sum.
+        the sum, or of the former as it came.
 
     Raises:
         ArgumentError: a module of ``names`` is not in the model, is not called, or is no block.
     """
-    modules = {n: m for n, m in model.named_modules() if any(True for _ in m.parameters())}
+    every = model.named_modules(remove_duplicate=False)
+    modules = {n: m for n, m in every if any(True for _ in m.parameters()) and not isinstance(m, ScriptModule)}
     if names is not None:
         unknown = [name for name in names if name not in modules]
         if unknown:
-            raise ArgumentError(f"blocks names modules that the model does not have, with parameters: {unknown}")
+            some = [name for name in modules if name][:4]
+            raise ArgumentError(
+                f"blocks names modules that the model does not have, with parameters: {unknown}. Names are those of "
+                f"model.named_modules(): {', '.join(some)}, …"
+            )
         modules = {name: modules[name] for name in names}
+    first = {module: name for name, module in reversed(modules.items())}  # of a module that has several names
     trace = _Trace(names is not None)
     with contextlib.ExitStack() as stack:
-        for name, module in modules.items():
+        for module in model.modules():  # what hooks for the way back would make of tensors is no function
+            for hooks in (module._backward_hooks, module._backward_pre_hooks):
+                stack.callback(hooks.update, dict(hooks))
+                hooks.clear()
+        for module, name in reversed(first.items()):
             stack.callback(module.register_forward_pre_hook(trace.enter, with_kwargs=True).remove)
             leave = module.register_forward_hook(lambda m, args, out, name=name: trace.leave(name, out))
             stack.callback(leave.remove)
         stack.enter_context(trace)
         closure()
     found = {f.name: list(f.pairs) for f in trace.found if f.name not in trace.irregular}
-    others = [name for name in names or () if name not in found]
+    others = [name for name in names or () if first[modules[name]] not in found]
     if others:
         raise ArgumentError(
             f"modules {others} of blocks are not called, or do not put out one of their inputs with something added: "
@@ -159,17 +171,28 @@ class _Trace(TorchFunctionMode):
             return
         sums: dict[int, tuple[Tensor, ...]] = {}
         operands = [*args[:2], *(kwargs[n] for n in ("input", "other") if n in kwargs)]
-        if getattr(func, "__name__", "") in ADDING and isinstance(result, Tensor) and len(operands) == 2:
-            scaled = kwargs.get("alpha", 1) != 1 or len(args) > 2
-            for one, other in ((operands[0], operands[1]), (operands[1], operands[0])):
-                if isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == result.shape:
+        name = getattr(func, "__name__", "")
+        if name in ADDING | SUBTRACTING and isinstance(result, Tensor) and len(operands) == 2:
+            factor = kwargs.get("alpha", 1) * (-1 if name in SUBTRACTING else 1)
+            if before is not None:
+                operands = [before if x is args[0] else x for x in operands]
+            first, second = operands
+            for one, other, by in ((first, second, factor), (second, first, 1))[: 1 if factor != 1 else 2]:
+                if isinstance(one, Tensor) and one.shape == result.shape:
                     for token, parts in self._of(one).sums.items():
-                        if not (scaled and one is operands[1]):
-                            part = other if before is None or other is not args[0] else before
-                            sums.setdefault(token, (*parts, part))
+                        sums.setdefault(token, (*parts, self._part(other, by)))
         made = [y for y in tree_leaves(result) if isinstance(y, Tensor) and not any(y is t for t in given)]
         for y in (*made, *args[: before is not None]):
             self._known[y] = _Known(depends, sums)
+
+    def _part(self, x: Any, factor: float) -> Tensor:
+        """What a sum adds, a tensor or a number."""
+        x = x if isinstance(x, Tensor) else torch.tensor(x, device="cpu")
+        if factor == 1:
+            return x
+        part = x.detach() * factor
+        self._known[part] = _Known(self._of(x).depends)
+        return part
 
     def _of(self, x: Tensor) -> _Known:
         return self._known.get(x) or _Known()
@@ -184,7 +207,11 @@ class _Trace(TorchFunctionMode):
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module is called."""
         with DisableTorchFunction(), no_dispatch():
-            inputs = [(i, x) for i, x in enumerate(tree_leaves((args, kwargs))) if is_state(x)]
+            distinct: dict[int, tuple[int, Tensor]] = {}
+            for i, x in enumerate(tree_leaves((args, kwargs))):
+                if is_state(x):
+                    distinct.setdefault(id(x), (i, x))
+            inputs = [*distinct.values()]
             taken = frozenset().union(*(self._of(x).sums for _, x in inputs))
             after = any(self._of(x).depends & self._given for _, x in inputs)
             self._calls.append(_Call({self._token(x): (i, x.detach().clone()) for i, x in inputs}, taken, after))
@@ -193,18 +220,22 @@ class _Trace(TorchFunctionMode):
         """A call ends: note whether the module is a block."""
         with DisableTorchFunction(), no_dispatch():
             call, outer = self._calls.pop(), self._calls[-1]
-            pairs, parts, last = [], 0, []
+            pairs, parts, last, passed = [], 0, [], []
+            transformed = transform_around() is not None  # its values are not those of the closure
             for j, y in enumerate(tree_leaves(out)):
                 known = self._of(y) if is_state(y) else _Known()
-                for token in call.inputs.keys() & known.sums.keys():
+                for token in sorted(call.inputs.keys() & known.sums.keys()):
                     i, x = call.inputs[token]
                     added = known.sums[token]
+                    passed += [] if added else [(i, j)]
                     depends = any(token in self._of(part).depends for part in added)
-                    if not (depends or (self._named and added)) or not _adds_up(x, added, y):
+                    if not (depends or (self._named and added)) or transformed or not _adds_up(x, added, y):
                         continue
                     pairs.append((i, j))
                     last.append(y)
                     parts += len(added)
+            begun = {i for i, _ in pairs}
+            pairs += [(i, j) for i, j in passed if i in begun]  # what is put out as it came, beside the sum
             if self._pairs.setdefault(name, tuple(pairs)) != tuple(pairs):
                 self.irregular.add(name)
             if not pairs:
@@ -229,7 +260,9 @@ def is_state(x: Any) -> bool:
 
 
 def _adds_up(x: Tensor, parts: Sequence[Tensor], y: Tensor) -> bool:
-    total = x
+    total, rtol = x, max(1e-3, 4 * torch.finfo(y.dtype).eps)
     for part in parts:
         total = total + part
-    return total.shape == y.shape and bool(torch.isclose(total, y, rtol=1e-3, atol=1e-5, equal_nan=True).all())
+    return total.shape == y.shape and bool(
+        torch.isclose(total.to(y.dtype), y, rtol=rtol, atol=1e-5, equal_nan=True).all()
+    )
