@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -986,6 +987,29 @@ def test_calls_in_transforms_are_no_blocks():
         ResidualStream().measure(batch_of(model, closure), state)
 
 
+def test_calls_with_derivatives_of_forward_mode_are_no_blocks():
+    class Vectors(Language):
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return self.head(self.norm(x))
+
+    model = doubled(Vectors)
+    x, params = torch.randn(3, 4, WIDTH, dtype=torch.double), [*model.blocks.parameters()]
+
+    def slope():
+        with forward_ad.dual_level():
+            _, tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(x, torch.ones_like(x))))
+            assert tangent is not None
+            return tangent.square().mean()
+
+    with pytest.raises(ArgumentError, match="no block of Vectors"):
+        estimated(model, slope)
+    state = ResidualStream().prepare(batch_of(model, lambda: model(x).square().mean(), params), {})
+    with pytest.raises(ArgumentError, match="in another way than in the first step"):
+        ResidualStream().measure(batch_of(model, slope, params), state)
+
+
 def test_with_recompute_both_runs_must_compute_the_same():
     model = doubled(lambda: Language(depth=4))
     runs, longer = [], 1
@@ -1011,6 +1035,18 @@ def test_with_recompute_both_runs_must_compute_the_same():
         runs.clear()
         with pytest.raises(jp.RandomClosureError, match="calls other blocks the second time"):
             estimator.measure(batch_of(model, other_blocks), state)
+
+
+@both
+@pytest.mark.parametrize("tied", [False, True])
+def test_sparse_derivatives_become_dense(tied, recompute):
+    model, plain = doubled(Language), doubled(Language)
+    model.token.sparse = True
+    for each in (model, plain):
+        each.head.weight = each.token.weight if tied else each.head.weight
+    found = estimated(model, recompute=recompute)
+    assert all(g.layout is torch.strided for g in found.values())
+    same(found, estimated(plain))
 
 
 @both

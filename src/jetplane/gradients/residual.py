@@ -38,7 +38,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._torch import DisableTorchFunction, transform_around, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from .._torch import DisableTorchFunction, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from .._torch import saved_tensors_hooks as innermost_hooks
 from ..errors import ArgumentError, JetplaneWarning, LossError, RandomClosureError, warn_user
 from ..evaluation.compilers import eager
@@ -48,7 +48,7 @@ from ..evaluation.side_effects import without_side_effects
 from ..rules.grad_mode import autograd
 from .allocation import signature
 from .estimators import Batch, Estimate, Estimator, State, model_of
-from .residual_blocks import ADDING, SUBTRACTING, find_blocks, is_state
+from .residual_blocks import ADDING, SUBTRACTING, find_blocks, is_state, is_transformed
 from .tape import pack, unpack
 
 Part = Literal["block", "sublayer"]
@@ -321,7 +321,8 @@ class _Joined:
             return [None] * len(inputs)
         outer, self.differentiating = self.differentiating, True
         try:
-            return torch.autograd.grad(of, inputs, errors, retain_graph=keep, allow_unused=True)
+            found = torch.autograd.grad(of, inputs, errors, retain_graph=keep, allow_unused=True)
+            return [g.to_dense() if g is not None and g.layout is not torch.strided else g for g in found]
         finally:
             self.differentiating = outer
 
@@ -329,8 +330,6 @@ class _Joined:
         """A block is called; returns its arguments, None for those that it has."""
         if not self.differentiating and threading.get_ident() != self._thread:
             return None  # another thread uses the model meanwhile
-        if transform_around() is not None:
-            raise _changed(name)
         with DisableTorchFunction():
             given = tree_leaves((args, kwargs))
             call = _Call()
@@ -338,7 +337,7 @@ class _Joined:
             self._open.append(call)
             starts: dict[int, tuple[Tensor, bool]] = {}
             for i, _ in self.blocks[name]:
-                if not (i < len(given) and is_state(given[i])):
+                if not (i < len(given) and is_state(given[i])) or is_transformed(given[i]):
                     raise _changed(name)
                 x = given[i]
                 first = not _above(x)

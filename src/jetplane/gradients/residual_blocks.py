@@ -29,6 +29,7 @@ from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.jit import ScriptModule
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -221,7 +222,6 @@ class _Trace(TorchFunctionMode):
         with DisableTorchFunction(), no_dispatch():
             call, outer = self._calls.pop(), self._calls[-1]
             pairs, parts, last, passed = [], 0, [], []
-            transformed = transform_around() is not None  # its values are not those of the closure
             for j, y in enumerate(tree_leaves(out)):
                 known = self._of(y) if is_state(y) else _Known()
                 for token in sorted(call.inputs.keys() & known.sums.keys()):
@@ -229,7 +229,7 @@ class _Trace(TorchFunctionMode):
                     added = known.sums[token]
                     passed += [] if added else [(i, j)]
                     depends = any(token in self._of(part).depends for part in added)
-                    if not (depends or (self._named and added)) or transformed or not _adds_up(x, added, y):
+                    if not (depends or (self._named and added)) or is_transformed(y) or not _adds_up(x, added, y):
                         continue
                     pairs.append((i, j))
                     last.append(y)
@@ -257,6 +257,11 @@ class _Trace(TorchFunctionMode):
 def is_state(x: Any) -> bool:
     """Whether something may be what blocks add to."""
     return isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether a tensor is one of a transform of torch.func, or carries a derivative of torch's forward mode."""
+    return transform_around() is not None or unpack_dual(x).tangent is not None
 
 
 def _adds_up(x: Tensor, parts: Sequence[Tensor], y: Tensor) -> bool:
