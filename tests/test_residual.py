@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils._pytree import register_pytree_node
 from torch.utils.checkpoint import checkpoint
 
 import jetplane as jp
@@ -786,6 +787,18 @@ def test_an_input_that_a_block_also_puts_out_keeps_its_error(same_one, recompute
     same(estimated(model, recompute=recompute), expected)
 
 
+class Output(dict):
+    """As those of transformers: items may be set alone."""
+
+    def update(self, *given):
+        raise TypeError("not to be updated")
+
+
+register_pytree_node(
+    Output, lambda d: ([*d.values()], [*d]), lambda values, keys: Output(zip(keys, values, strict=True))
+)
+
+
 class Noting(Block):
     """A block that also writes to a list or dictionary that it is given."""
 
@@ -818,7 +831,8 @@ def test_lists_and_dictionaries_of_the_model_stay_its_own(notes):
 
 @both
 @pytest.mark.parametrize("returned", [False, True])
-def test_a_stream_may_be_in_a_dictionary_that_blocks_write_to(returned, recompute):
+@pytest.mark.parametrize("kind", [dict, Output])
+def test_a_stream_may_be_in_a_dictionary_that_blocks_write_to(kind, returned, recompute):
     class Batched(Block):
         def forward(self, batch):
             batch["x"] = super().forward(batch["x"])
@@ -826,7 +840,7 @@ def test_a_stream_may_be_in_a_dictionary_that_blocks_write_to(returned, recomput
 
     class Stored(Language):
         def forward(self, ids):
-            batch = {"x": self.embedded(ids), "ids": ids}
+            batch = kind(x=self.embedded(ids), ids=ids)
             for block in self.blocks:
                 batch = block(batch) if returned else (block(batch), batch)[1]
             return self.head(self.norm(batch["x"]))
@@ -892,6 +906,24 @@ def test_a_sum_in_a_narrower_dtype_is_one():
     model = nn.Sequential(Narrow(), Narrow())
     x = torch.randn(5, WIDTH).bfloat16()
     assert list(found_in(model, lambda: model(x.clone()).sum())) == ["0", "1"]
+
+
+def test_nested_tensors_are_no_streams():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside, self.block, self.head = sublayer(), sublayer(), nn.Linear(WIDTH, 1)
+
+        def forward(self, x):
+            x = self.inside(x)
+            x += 1.0
+            return self.head(self.block(x.values()))
+
+    torch.manual_seed(0)
+    parts = [torch.randn(n, WIDTH) for n in (3, 5)]
+    x, model = torch.nested.nested_tensor(parts, layout=torch.jagged), Nested()
+    assert found_in(model, lambda: model(x)) == {"block": [(0, 0)]}
+    same(estimated(model, lambda: model(x).square().mean()), exact(model, lambda: model(x).square().mean()))
 
 
 @both

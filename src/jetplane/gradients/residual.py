@@ -224,12 +224,14 @@ class _Call:
         begun: what it began with, by its place; None if no block is below.
         within: what is to be closed where it ends.
         given: its arguments, with the constants that stand in place of what it began with.
-        back: the latter by the identity of the former.
+        starts: these constants, and whether no block is below, by the identity of the latter.
+        back: the latter by the identity of the constants.
     """
 
     begun: dict[int, Tensor | None] = field(default_factory=dict)
     within: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     given: Any = ()
+    starts: dict[int, tuple[Tensor, bool]] = field(default_factory=dict)
     back: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -335,7 +337,7 @@ class _Joined:
             call = _Call()
             self.calls.enter_context(call.within)
             self._open.append(call)
-            starts: dict[int, tuple[Tensor, bool]] = {}
+            starts = call.starts
             for i, _ in self.blocks[name]:
                 if not (i < len(given) and is_state(given[i])) or is_transformed(given[i]):
                     raise _changed(name)
@@ -401,12 +403,10 @@ def _put(tree: Any, new: Mapping[int, Tensor]) -> Any:
     if all(a is b for a, b in zip(parts, put, strict=True)):
         return tree
     other = tree_unflatten(put, spec)
-    if isinstance(tree, list):
-        tree[:] = other
-    elif isinstance(tree, dict):
-        tree.update(other)
-    else:
+    if not isinstance(tree, (list, dict)):
         return other
+    for key, value in enumerate(other) if isinstance(tree, list) else other.items():
+        tree[key] = value
     return tree
 
 

@@ -34,7 +34,7 @@ from torch.jit import ScriptModule
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._torch import DisableTorchFunction, no_dispatch, transform_around, tree_leaves
+from .._torch import DisableTorchFunction, disabled_torch_dispatch, no_dispatch, transform_around, tree_leaves
 from ..errors import ArgumentError
 from .tape import writes
 
@@ -156,7 +156,7 @@ class _Trace(TorchFunctionMode):
         before = None
         if writes(func, kwargs) and args and isinstance(args[0], Tensor):
             with DisableTorchFunction(), no_dispatch():
-                before = args[0].detach().clone()
+                before = args[0].detach().clone() if _is_plain(args[0]) else args[0]
                 self._known[before] = self._of(args[0])
         result = func(*args, **kwargs)
         with DisableTorchFunction(), no_dispatch():
@@ -179,7 +179,7 @@ class _Trace(TorchFunctionMode):
                 operands = [before if x is args[0] else x for x in operands]
             first, second = operands
             for one, other, by in ((first, second, factor), (second, first, 1))[: 1 if factor != 1 else 2]:
-                if isinstance(one, Tensor) and one.shape == result.shape:
+                if _is_plain(one) and _is_plain(result) and one.shape == result.shape:
                     for token, parts in self._of(one).sums.items():
                         sums.setdefault(token, (*parts, self._part(other, by)))
         made = [y for y in tree_leaves(result) if isinstance(y, Tensor) and not any(y is t for t in given)]
@@ -256,7 +256,14 @@ class _Trace(TorchFunctionMode):
 
 def is_state(x: Any) -> bool:
     """Whether something may be what blocks add to."""
-    return isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0
+    return _is_plain(x) and x.is_floating_point() and x.dim() > 0
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether something is a tensor with memory of its own; nested ones and those of other libraries may have none."""
+    if not isinstance(x, Tensor) or x.is_nested:
+        return False
+    return type(x).__torch_dispatch__ is disabled_torch_dispatch  # type: ignore[attr-defined]
 
 
 def is_transformed(x: Tensor) -> bool:
