@@ -1,6 +1,7 @@
 """Residual streams: how blocks are found, and the error at the end of the stream against hand-written autograd."""
 
 import copy
+import gc
 import threading
 import warnings
 import weakref
@@ -639,6 +640,27 @@ def test_nothing_is_left_behind():
             estimated(model, exact=part, recompute=recompute)
     assert hooks() == before
     assert all(torch.equal(p, q) and bool((p.grad == 1).all()) for p, q in zip(model.parameters(), params, strict=True))
+
+
+@pytest.mark.parametrize("part", ["block", "sublayer"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_nothing_waits_for_the_garbage_collector(part, recompute):
+    model = doubled(Language)
+    estimator, given = ResidualStream(part, recompute), batch_of(model, lambda: loss_of(model))
+    state = estimator.prepare(given, {})
+
+    def tensors():
+        return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        estimator.measure(given, state)
+        before = tensors()
+        estimator.measure(given, state)
+        assert tensors() == before
+    finally:
+        gc.enable()
 
 
 def test_an_error_in_a_block_closes_what_was_open():

@@ -398,7 +398,8 @@ def _put(tree: Any, new: Mapping[int, Tensor]) -> Any:
     """A tree with other tensors by the identity of its own; lists, dictionaries and what has none stay the same."""
     if isinstance(tree, Tensor):
         return new.get(id(tree), tree)
-    parts, spec = tree_flatten(tree, is_leaf=lambda part: part is not tree)
+    key = id(tree)  # what torch's function keeps in a cycle must not hold tensors
+    parts, spec = tree_flatten(tree, is_leaf=lambda part: id(part) != key)
     put = [part if part is tree else _put(part, new) for part in parts]
     if all(a is b for a, b in zip(parts, put, strict=True)):
         return tree
