@@ -784,6 +784,53 @@ def test_a_block_of_several_streams_is_one_in_all_of_its_calls():
 
 
 @both
+def test_what_hooks_of_the_user_keep_of_the_stream_has_its_error(recompute):
+    """As features for a loss of their own."""
+
+    class Listed(Language):
+        def forward(self, ids):
+            x, self.states = self.embedded(ids), []
+            for block in self.blocks:
+                x = block(x)
+                self.states.append(x)
+            return self.head(self.norm(x))
+
+    listed, model, states = doubled(Listed), doubled(Language), []
+    expected = estimated(listed, lambda: loss_of(listed) + sum(x.tanh().square().mean() for x in listed.states))
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, out: states.append(out))
+
+    def closure():
+        states.clear()
+        return loss_of(model) + sum(x.tanh().square().mean() for x in states)
+
+    same(estimated(model, closure, recompute=recompute), expected)
+
+
+@both
+def test_what_hooks_of_the_user_add_to_the_stream_is_exact(recompute):
+    class Steered(Language):
+        def __init__(self):
+            super().__init__()
+            self.steer = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, ids):
+            x = self.embedded(ids)
+            for block in self.blocks:
+                x = block(x)
+                x = x if self.by_hook else (x + self.steer(x)).tanh()
+            return self.head(self.norm(x))
+
+        by_hook: Any = False
+
+    plain, model = doubled(Steered), doubled(Steered)
+    model.by_hook = True
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, out: (out + model.steer(out)).tanh())
+    same(estimated(model, recompute=recompute), estimated(plain))
+
+
+@both
 @pytest.mark.parametrize("same_one", [False, True])
 def test_an_input_that_a_block_also_puts_out_keeps_its_error(same_one, recompute):
     class Beside(Block):

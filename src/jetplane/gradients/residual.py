@@ -279,14 +279,14 @@ def _above(x: Tensor) -> bool:
 
 @contextlib.contextmanager
 def _hooked(model: nn.Module, run: _Joined) -> Iterator[None]:
-    """Tell a pass of the calls of its blocks."""
+    """Tell a pass of the calls of its blocks; hooks of the user's are given what is joined."""
     modules = dict(model.named_modules(remove_duplicate=False))
     with run.calls, contextlib.ExitStack() as stack:
         for name in run.blocks:
             enter = functools.partial(run.enter, name)
             stack.callback(modules[name].register_forward_pre_hook(enter, with_kwargs=True).remove)
             leave = functools.partial(run.leave, name)
-            stack.callback(modules[name].register_forward_hook(leave, always_call=True).remove)
+            stack.callback(modules[name].register_forward_hook(leave, always_call=True, prepend=True).remove)
         yield
 
 

@@ -23,6 +23,7 @@ no block. A module that only runs blocks one after another on its input, as a st
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, final
@@ -80,8 +81,8 @@ def find_blocks(
                 hooks.clear()
         for module, name in reversed(first.items()):
             stack.callback(module.register_forward_pre_hook(trace.enter, with_kwargs=True).remove)
-            leave = module.register_forward_hook(lambda m, args, out, name=name: trace.leave(name, out))
-            stack.callback(leave.remove)
+            leave = functools.partial(trace.leave, name)
+            stack.callback(module.register_forward_hook(leave, prepend=True).remove)
         stack.enter_context(trace)
         closure()
     found = {f.name: list(f.pairs) for f in trace.found if f.name not in trace.irregular}
@@ -217,7 +218,7 @@ class _Trace(TorchFunctionMode):
             after = any(self._of(x).depends & self._given for _, x in inputs)
             self._calls.append(_Call({self._token(x): (i, x.detach().clone()) for i, x in inputs}, taken, after))
 
-    def leave(self, name: str, out: Any) -> None:
+    def leave(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
         """A call ends: note whether the module is a block."""
         with DisableTorchFunction(), no_dispatch():
             call, outer = self._calls.pop(), self._calls[-1]
