@@ -717,6 +717,16 @@ def test_with_recompute_what_a_block_writes_to_later_is_an_error():
         ResidualStream(recompute=True).prepare(given, {})
 
 
+def test_functions_that_return_the_stream_as_it_is():
+    class Same(Block):
+        def forward(self, x):
+            x = (x + self.attended(x.contiguous())).contiguous().to(torch.double)
+            return F.dropout(x + self.fed(x), 0.5, training=False)
+
+    model, plain = doubled(lambda: Language(Same)), doubled(Language)
+    same(estimated(model, exact="sublayer"), by_hand(plain, "sublayer"))
+
+
 # --- what blocks are given and put out ---------------------------------------------------------------------------
 
 both = pytest.mark.parametrize("recompute", [False, True])

@@ -573,6 +573,9 @@ class _Apart(TorchFunctionMode):
             return result
         args, kwargs = reads
         result = func(*args, **kwargs)
+        for x in stream:
+            if result is self._read[x]:  # as of contiguous(), or dropout that is off
+                return x
         if stream or any(t in self._derived for t in given):
             for y in tree_leaves(result):
                 if isinstance(y, Tensor):
