@@ -1173,25 +1173,33 @@ def test_a_checkpoint_in_a_block(recompute):
 
 
 @both
-def test_other_threads_may_use_the_model(recompute):
-    """Another thread is within a block while this one leaves one."""
+@pytest.mark.parametrize("when", ["found", "run", "differentiated"])
+def test_other_threads_may_use_the_model(when, recompute):
+    """Another thread is within a block while this one leaves one, or takes its derivative."""
     main, inside, done, others = threading.get_ident(), threading.Event(), threading.Event(), []
+
+    def start(which):
+        if which == when and watching and not others:
+            others.append(pool.submit(lambda: loss_of(model)))
+            assert inside.wait(5)
 
     class Watched(Block):
         def fed(self, x):
             if threading.get_ident() != main:
                 inside.set()
                 done.wait(5)
-            elif watching and self is model.blocks[1] and not others:
-                others.append(pool.submit(lambda: loss_of(model)))
-                inside.wait(5)
+            elif self is model.blocks[1]:
+                start("found" if state is None else "run")
             return super().fed(x)
 
-    model, watching = doubled(lambda: Language(Watched)), False
+    model, watching, state = doubled(lambda: Language(Watched)), False, None
     expected = estimated(model)
+    model.blocks[1].mix.weight.register_hook(lambda g: start("differentiated"))
     estimator, given = ResidualStream(recompute=recompute), batch_of(model, lambda: loss_of(model))
-    state, watching = estimator.prepare(given, {}), True
     with ThreadPoolExecutor(1) as pool:
+        watching = when == "found"
+        state = estimator.prepare(given, {})
+        watching = True
         found = estimator.measure(given, state)
         done.set()
         torch.testing.assert_close(others[0].result(), loss_of(model))

@@ -38,7 +38,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._torch import DisableTorchFunction, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from .._torch import DisableTorchFunction, graph_task, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from .._torch import saved_tensors_hooks as innermost_hooks
 from ..errors import ArgumentError, JetplaneWarning, LossError, RandomClosureError, warn_user
 from ..evaluation.compilers import eager
@@ -330,8 +330,8 @@ class _Joined:
 
     def enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A block is called; returns its arguments, None for those that it has."""
-        if not self.differentiating and threading.get_ident() != self._thread:
-            return None  # another thread uses the model meanwhile
+        if threading.get_ident() != self._thread and not (self.differentiating and graph_task() >= 0):
+            return None  # another thread, which is none of the backward pass, uses the model meanwhile
         with DisableTorchFunction():
             given = tree_leaves((args, kwargs))
             call = _Call()

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, final
@@ -140,6 +141,7 @@ class _Trace(TorchFunctionMode):
         super().__init__()
         self.irregular: set[str] = set()
         self._named = named
+        self._thread = threading.get_ident()  # others may use the model meanwhile
         self._pairs: dict[str, tuple[tuple[int, int], ...]] = {}
         self._whole = _Call({}, frozenset(), False)
         self._calls = [self._whole]
@@ -208,6 +210,8 @@ class _Trace(TorchFunctionMode):
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module is called."""
+        if threading.get_ident() != self._thread:
+            return
         with DisableTorchFunction(), no_dispatch():
             distinct: dict[int, tuple[int, Tensor]] = {}
             for i, x in enumerate(tree_leaves((args, kwargs))):
@@ -220,6 +224,8 @@ class _Trace(TorchFunctionMode):
 
     def leave(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
         """A call ends: note whether the module is a block."""
+        if threading.get_ident() != self._thread:
+            return
         with DisableTorchFunction(), no_dispatch():
             call, outer = self._calls.pop(), self._calls[-1]
             pairs, parts, last, passed = [], 0, [], []
