@@ -1044,7 +1044,7 @@ def test_a_derivative_that_the_closure_takes_through_blocks_is_refused(create):
         (slope,) = torch.autograd.grad(out.sum(), x, create_graph=create, retain_graph=True)
         return out.square().mean() + slope.square().mean()
 
-    with pytest.raises(ArgumentError, match=r"the closure, or something that has kept.*LocalHeads\(\)"):
+    with pytest.raises(ArgumentError, match=r"the closure, or something that has kept.*ActivityPerturbation\(\)"):
         estimated(model, penalized)
     with pytest.raises(
         ArgumentError, match="with recompute blocks run without graphs, and here the closure takes a der"
@@ -1194,7 +1194,7 @@ def test_other_threads_may_use_the_model(when, recompute):
 
     model, watching, state = doubled(lambda: Language(Watched)), False, None
     expected = estimated(model)
-    model.blocks[1].mix.weight.register_hook(lambda g: start("differentiated"))
+    model.get_parameter("blocks.1.mix.weight").register_hook(lambda g: start("differentiated"))
     estimator, given = ResidualStream(recompute=recompute), batch_of(model, lambda: loss_of(model))
     with ThreadPoolExecutor(1) as pool:
         watching = when == "found"

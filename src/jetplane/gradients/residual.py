@@ -132,7 +132,8 @@ class ResidualStream(Estimator):
                 raise
             raise ArgumentError(
                 "with recompute blocks run without graphs, and here the closure takes a derivative. Take "
-                "ResidualStream(recompute=False) if it goes through no block"
+                "ResidualStream(recompute=False) if it goes through no block, else "
+                "jetplane.gradients.ActivityPerturbation()"
             ) from error
         if not found:
             raise ArgumentError(
@@ -154,7 +155,7 @@ class ResidualStream(Estimator):
         if left:
             warn_user(
                 f"the loss depends on {len(left)} of {len(batch.params)} parameters, shapes {left}, in no way that a "
-                "derivative follows: they stay",
+                "derivative follows: they stay in steps where that is so",
                 JetplaneWarning,
             )
         return state
@@ -252,8 +253,8 @@ class _Join(torch.autograd.Function):
         if not ctx.run.differentiating:
             raise ArgumentError(
                 "the derivative past a block is an estimate, for the steps of an optimizer alone; here the closure, or "
-                "something that has kept what a block put out, takes a derivative through it. For such losses "
-                + _OTHERWISE
+                "something that has kept what a block put out, takes a derivative through it. For such losses take "
+                "jetplane.gradients.ActivityPerturbation()"
             )
         (e,) = errors
         past = [e.to(dtype) for dtype in ctx.dtypes]
