@@ -76,7 +76,8 @@ class ResidualStream(Estimator):
     Raises:
         ArgumentError: ``exact`` is something else; (in the first step) no blocks are found, a module of ``blocks`` is
             none, or parameters are not reached; (with ``recompute``) a block reads what an earlier one has put out in
-            another way than by the stream; the closure takes a derivative through blocks.
+            another way than by the stream; (with "sublayer") there is a checkpoint within a block; the closure takes a
+            derivative through blocks.
         RandomClosureError: (with ``recompute``) the closure's two runs differ.
 
     >>> import torch, jetplane as jp
@@ -224,14 +225,14 @@ class _Call:
     Attributes:
         begun: what it began with, by its place; None if no block is below.
         within: what is to be closed where it ends.
-        given: its arguments, with the constants that stand in place of what it began with.
+        given: its arguments, but for tensors, with the constants that stand in place of what it began with.
         starts: these constants, and whether no block is below, by the identity of the latter.
         back: the latter by the identity of the constants.
     """
 
     begun: dict[int, Tensor | None] = field(default_factory=dict)
     within: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    given: Any = ()
+    given: Sequence[Any] = ()
     starts: dict[int, tuple[Tensor, bool]] = field(default_factory=dict)
     back: dict[int, Tensor] = field(default_factory=dict)
 
@@ -349,8 +350,9 @@ class _Joined:
                     starts[id(x)] = self._start(x, first), first
                     call.back[id(starts[id(x)][0])] = x
             self._within(call.within, dict(starts.values()))
-            call.given = _put((args, kwargs), {key: start for key, (start, _) in starts.items()})
-            return call.given
+            args, kwargs = _put((args, kwargs), {key: start for key, (start, _) in starts.items()})
+            call.given = [x for x in (*args, *kwargs.values()) if not isinstance(x, Tensor)]
+            return args, kwargs
 
     def leave(self, name: str, module: nn.Module, args: Any, out: Any) -> Any:
         """Its call ends; returns what it puts out, None for what it has."""
@@ -363,7 +365,8 @@ class _Joined:
                 # None after an error, or in a checkpoint that has all that it needs
                 return None if out is None else self._left(name, call.begun, out)
             finally:
-                _put(call.given, call.back)  # lists and dictionaries hold again what they held
+                for x in call.given:
+                    _put(x, call.back)  # lists and dictionaries hold again what they held
 
     def _left(self, name: str, begun: Mapping[int, Tensor | None], out: Any) -> Any:
         """What a block puts out, joined with what it began with."""
@@ -397,7 +400,7 @@ class _Joined:
 
 def _put(tree: Any, new: Mapping[int, Tensor]) -> Any:
     """A tree with other tensors by the identity of its own; lists, dictionaries and what has none stay the same."""
-    if isinstance(tree, Tensor):
+    if tree is None or isinstance(tree, (Tensor, int, float, str)):
         return new.get(id(tree), tree)
     key = id(tree)  # what torch's function keeps in a cycle must not hold tensors
     parts, spec = tree_flatten(tree, is_leaf=lambda part: id(part) != key)
