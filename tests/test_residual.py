@@ -794,6 +794,28 @@ def test_a_block_of_several_streams_is_one_in_all_of_its_calls():
 
 
 @both
+def test_a_sum_that_is_put_out_twice_has_the_error_of_both(recompute):
+    class Twice(Block):
+        def forward(self, x):
+            y = super().forward(x)
+            return y, {"again": y}
+
+    class Both(Language):
+        def forward(self, ids, cut=lambda x: x):
+            x, read = self.embedded(ids), 0.0
+            for n, block in enumerate(self.blocks):
+                start = cut(x) if n else x
+                y, more = block(start)
+                past = x - start
+                x, read = y + past, read + (more["again"] + past).tanh()
+            return self.head(self.norm(x + read))
+
+    model = doubled(lambda: Both(Twice))
+    expected = exact(model, lambda: F.cross_entropy(model(IDS, torch.Tensor.detach).flatten(0, 1), GOALS))
+    same(estimated(model, recompute=recompute), expected)
+
+
+@both
 def test_what_hooks_of_the_user_keep_of_the_stream_has_its_error(recompute):
     """As features for a loss of their own."""
 

@@ -371,13 +371,14 @@ class _Joined:
     def _left(self, name: str, begun: Mapping[int, Tensor | None], out: Any) -> Any:
         """What a block puts out, joined with what it began with."""
         flat = tree_leaves(out)
-        joined: dict[int, list[Tensor]] = {}
+        joined: dict[int, dict[int, Tensor]] = {}  # by places, as one tensor may be put out twice
         for i, j in self.blocks[name]:
             x = begun[i]
             if not (j < len(flat) and is_state(flat[j]) and (x is None or x.shape == flat[j].shape)):
                 raise _changed(name)
-            joined.setdefault(id(flat[j]), []).extend([] if x is None else [x])
-        return _put(out, self._end({id(y): y for y in flat if _is_differentiable(y)}, joined))
+            joined.setdefault(id(flat[j]), {}).update({} if x is None else {i: x})
+        ends = {id(y): y for y in flat if _is_differentiable(y)}
+        return _put(out, self._end(ends, {key: [*xs.values()] for key, xs in joined.items()}))
 
     def _start(self, x: Tensor, first: bool) -> Tensor:
         """With what a block begins, given whether no other block is below it."""
