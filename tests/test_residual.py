@@ -307,6 +307,22 @@ def test_the_finest_blocks_along_a_stream_are_taken():
     assert list(found_in(model, lambda: model(x))) == ["1.0", "1.1.0", "1.1.1"]
 
 
+@pytest.mark.parametrize("states", [False, True])
+def test_a_stack_that_puts_out_its_last_state_twice_or_all_states_is_left_out(states):
+    class Stack(nn.ModuleList):
+        def forward(self, x):
+            every = [x]
+            for block in self:
+                every.append(block(every[-1]))
+            return {"last": every[-1], "states": every if states else every[-1:]}
+
+    stack = Stack(sublayer() for _ in range(3))
+    model = nn.ModuleList([nn.Linear(3, WIDTH), stack])
+    x = torch.randn(4, 3)
+    found = found_in(model, lambda: stack(model[0](x))["last"])
+    assert found == {f"1.{n}": [(0, 0)] for n in range(3)}
+
+
 def test_a_skip_around_the_whole_model_hides_no_blocks():
     model = Wrapped(nn.Sequential(nn.Linear(3, WIDTH), sublayer(), sublayer(), nn.Linear(WIDTH, 3)))
     x = torch.randn(4, 3)

@@ -182,9 +182,10 @@ class _Trace(TorchFunctionMode):
                 operands = [before if x is args[0] else x for x in operands]
             first, second = operands
             for one, other, by in ((first, second, factor), (second, first, 1))[: 1 if factor != 1 else 2]:
-                if _is_plain(one) and _is_plain(result) and one.shape == result.shape:
+                if _is_plain(one) and _is_plain(result) and one.shape == result.shape and self._of(one).sums:
+                    part = self._part(other, by)
                     for token, parts in self._of(one).sums.items():
-                        sums.setdefault(token, (*parts, self._part(other, by)))
+                        sums.setdefault(token, (*parts, part))
         made = [y for y in tree_leaves(result) if isinstance(y, Tensor) and not any(y is t for t in given)]
         for y in (*made, *args[: before is not None]):
             self._known[y] = _Known(depends, sums)
@@ -228,7 +229,7 @@ class _Trace(TorchFunctionMode):
             return
         with DisableTorchFunction(), no_dispatch():
             call, outer = self._calls.pop(), self._calls[-1]
-            pairs, parts, last, passed = [], 0, [], []
+            pairs, parts, last, passed = [], set(), [], []
             for j, y in enumerate(tree_leaves(out)):
                 known = self._of(y) if is_state(y) else _Known()
                 for token in sorted(call.inputs.keys() & known.sums.keys()):
@@ -240,7 +241,7 @@ class _Trace(TorchFunctionMode):
                         continue
                     pairs.append((i, j))
                     last.append(y)
-                    parts += len(added)
+                    parts |= {id(part) for part in added}  # the same of a sum that is put out twice
             begun = {i for i, _ in pairs}
             pairs += [(i, j) for i, j in passed if i in begun]  # what is put out as it came, beside the sum
             if self._pairs.setdefault(name, tuple(pairs)) != tuple(pairs):
@@ -250,7 +251,7 @@ class _Trace(TorchFunctionMode):
                 return
             ends = frozenset().union(*(self._of(y).sums for y in last))
             along = [f for f in call.found if f.taken & call.inputs.keys() and f.given & ends]
-            whole = along and sum(f.parts for f in along) == parts
+            whole = along and sum(f.parts for f in along) == len(parts)
             outermost = call.found and not along and not call.after
             if not self._named and (whole or outermost):
                 outer.found += call.found
@@ -258,7 +259,7 @@ class _Trace(TorchFunctionMode):
             given = frozenset(self._token(y) for y in last)
             self._given |= given
             inside = [f for f in call.found if f not in along]
-            outer.found += [*inside, Found(name, tuple(pairs), call.taken, given, parts)]
+            outer.found += [*inside, Found(name, tuple(pairs), call.taken, given, len(parts))]
 
 
 def is_state(x: Any) -> bool:
