@@ -1,12 +1,19 @@
 """Residual streams: how blocks are found, and the error at the end of the stream against hand-written autograd."""
 
 import copy
+import gc
+import threading
+import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils._pytree import register_pytree_node
 from torch.utils.checkpoint import checkpoint
 
 import jetplane as jp
@@ -146,7 +153,7 @@ def by_hand(model, part):
 
 
 def by_hand_past_norms(model, part, carried=True):
-    """The same where the derivative of x_i with respect to x_{i-1} is that of the norms, or one if it is not carried."""
+    """The same where the derivative of x_i with respect to x_{i-1} is that of the norms; one if not carried."""
 
     class Hand(nn.Module):
         def forward(self, ids):
@@ -405,6 +412,22 @@ def test_the_finest_blocks_along_a_stream_are_taken():
     assert list(found_in(model, lambda: model(x))) == ["1.0", "1.1.0", "1.1.1"]
 
 
+@pytest.mark.parametrize("states", [False, True])
+def test_a_stack_that_puts_out_its_last_state_twice_or_all_states_is_left_out(states):
+    class Stack(nn.ModuleList):
+        def forward(self, x):
+            every = [x]
+            for block in self:
+                every.append(block(every[-1]))
+            return {"last": every[-1], "states": every if states else every[-1:]}
+
+    stack = Stack(sublayer() for _ in range(3))
+    model = nn.ModuleList([nn.Linear(3, WIDTH), stack])
+    x = torch.randn(4, 3)
+    found = found_in(model, lambda: stack(model[0](x))["last"])
+    assert found == {f"1.{n}": [(0, 0, ())] for n in range(3)}
+
+
 def test_a_skip_around_the_whole_model_hides_no_blocks():
     model = Wrapped(nn.Sequential(nn.Linear(3, WIDTH), sublayer(), sublayer(), nn.Linear(WIDTH, 3)))
     x = torch.randn(4, 3)
@@ -423,6 +446,43 @@ def test_a_block_that_adds_more_than_the_blocks_in_it_is_one():
     model = nn.Sequential(nn.Linear(3, WIDTH), Mixed(), Mixed())
     x = torch.randn(2, 4, 3)
     assert list(found_in(model, lambda: model(x))) == ["1", "2"]
+
+
+def _by_alpha(x, f):
+    return torch.add(x, f, alpha=0.5)
+
+
+def _subtracted_by_alpha(x, f):
+    return torch.sub(x, f, alpha=2.0)
+
+
+def _subtracted(x, f):
+    return x - f
+
+
+def _listed(x, f):
+    return sum([x, f, 0.5 * f, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("join", "as_plain"),
+    [(_by_alpha, lambda f: 0.5 * f), (_subtracted_by_alpha, lambda f: -2 * f), (_subtracted, lambda f: -f),
+     (_listed, lambda f: 1.5 * f + 2.0)],
+)  # fmt: skip
+@pytest.mark.parametrize("part", ["block", "sublayer"])
+def test_sums_by_other_functions(join, as_plain, part):
+    class Other(Block):
+        def forward(self, x):
+            x = x + self.attended(x)
+            return join(x, self.fed(x))
+
+    class Plain(Block):
+        def fed(self, x):
+            return as_plain(super().fed(x))
+
+    model, plain = doubled(lambda: Language(Other)), doubled(lambda: Language(Plain))
+    assert list(found_in(model, lambda: loss_of(model))) == ["blocks.0", "blocks.1", "blocks.2"]
+    same(estimated(model, exact=part), by_hand(plain, part))
 
 
 def _scaled(x, f):
@@ -703,6 +763,27 @@ def test_nothing_is_left_behind():
     assert all(torch.equal(p, q) and bool((p.grad == 1).all()) for p, q in zip(model.parameters(), params, strict=True))
 
 
+@pytest.mark.parametrize("part", ["block", "sublayer"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_nothing_waits_for_the_garbage_collector(part, recompute):
+    model = doubled(Language)
+    estimator, given = ResidualStream(part, recompute), batch_of(model, lambda: loss_of(model))
+    state = estimator.prepare(given, {})
+
+    def tensors():
+        return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        estimator.measure(given, state)
+        before = tensors()
+        estimator.measure(given, state)
+        assert tensors() == before
+    finally:
+        gc.enable()
+
+
 def test_an_error_in_a_block_closes_what_was_open():
     model = doubled(Language)
     for part in ("block", "sublayer"):
@@ -755,6 +836,620 @@ def test_with_recompute_what_a_block_writes_to_later_is_an_error():
         ResidualStream().prepare(given, {})
     with pytest.raises(ArgumentError, match="writes to a tensor that the derivative of an earlier function needs"):
         ResidualStream(recompute=True).prepare(given, {})
+
+
+def test_functions_that_return_the_stream_as_it_is():
+    class Same(Block):
+        def forward(self, x):
+            x = (x + self.attended(x.contiguous())).contiguous().to(torch.double)
+            return F.dropout(x + self.fed(x), 0.5, training=False)
+
+    model, plain = doubled(lambda: Language(Same)), doubled(Language)
+    same(estimated(model, exact="sublayer"), by_hand(plain, "sublayer"))
+
+
+# --- what blocks are given and put out ---------------------------------------------------------------------------
+
+both = pytest.mark.parametrize("recompute", [False, True])
+
+
+@both
+def test_an_error_goes_to_all_that_a_sum_is_made_of(recompute):
+    """As to the stream and to positions, or a skip, of the same shape that a block adds to it before it reads it."""
+
+    class Placed(Block):
+        def forward(self, x, place):
+            return super().forward(x + place)
+
+    class Places(Language):
+        def __init__(self):
+            super().__init__(Placed)
+            self.near = nn.Parameter(torch.zeros(3, 4, WIDTH))
+
+        def forward(self, ids, cut=lambda x: x):
+            x = self.embedded(ids)
+            for n, block in enumerate(self.blocks):
+                y = cut(x) if n else x
+                x = block(y, self.near) + (x - y)
+            return self.head(self.norm(x))
+
+    model = doubled(Places)
+    state = ResidualStream().prepare(batch_of(model, lambda: loss_of(model)), {})
+    assert state["blocks"]["blocks.1"] == [[0, 0, []], [1, 0, []]]
+    expected = exact(model, lambda: F.cross_entropy(model(IDS, torch.Tensor.detach).flatten(0, 1), GOALS))
+    same(estimated(model, recompute=recompute), expected, [n for n in expected if n != "near"])
+
+
+@both
+def test_an_error_goes_past_norms_to_all_that_a_sum_is_made_of(recompute):
+    class Placed(PostNorm):
+        def forward(self, x, place):
+            return super().forward(x + place)
+
+    class Places(Language):
+        def __init__(self):
+            super().__init__(Placed, 2)
+            self.near, self.first = nn.Parameter(torch.zeros(3, 4, WIDTH)), Block()
+
+        def forward(self, ids):
+            x = self.first(self.embedded(ids))
+            for block in self.blocks:
+                x = block(x, self.near.sin())
+            return self.head(self.norm(x))
+
+    model = doubled(Places)
+    whole, found = exact(model), estimated(model, recompute=recompute)
+    state = ResidualStream().prepare(batch_of(model, lambda: loss_of(model)), {})
+    assert state["blocks"]["blocks.0"] == [[0, 0, [0, 1]], [1, 0, [0, 1]]]
+
+    class Hand(nn.Module):
+        def forward(self, ids):
+            x = model.first(model.embedded(ids))
+            for block in model.blocks:
+                norm1, norm2, place = copy.deepcopy(block.norm1), copy.deepcopy(block.norm2), model.near.sin()
+                read = x.detach() + place.detach()
+                attended = block.attended(read)
+                fed = block.fed(block.norm1(read + attended))
+                y = block.norm2(block.norm1(read + attended) + fed)
+                past = norm2(norm1(x + place + attended.detach()) + fed.detach())
+                x = y + past - past.detach()
+            return model.head(model.norm(x))
+
+    same(found, exact(model, lambda: loss_of(Hand())), [n for n in whole if n != "near"])
+    assert bool(found["near"].any())
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_checkpoints_change_nothing_where_norms_are_in_the_stream(within):
+    class Checked(PostNorm):
+        on = False
+
+        def forward(self, x):
+            if self.on and within:
+                return checkpoint(super().forward, x, use_reentrant=False)
+            return super().forward(x)
+
+    class Around(Language):
+        on = False
+
+        def forward(self, ids):
+            x = self.embedded(ids)
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False) if self.on and not within else block(x)
+            return self.head(self.norm(x))
+
+    model = doubled(lambda: Around(Checked))
+    expected = estimated(model)
+    Checked.on = Around.on = True
+    for recompute in (False, True):
+        same(estimated(model, recompute=recompute), expected)
+
+
+@both
+def test_a_tensor_that_a_block_is_given_twice_is_one_stream(recompute):
+    class Twice(Block):
+        def forward(self, x, memory):
+            return x + self.attended(memory) + self.fed(x + self.attended(memory))
+
+    class Self(Language):
+        def forward(self, ids):
+            x = self.embedded(ids)
+            for block in self.blocks:
+                x = block(x, memory=x)
+            return self.head(self.norm(x))
+
+    model = doubled(lambda: Self(Twice))
+    same(estimated(model, recompute=recompute), by_hand(model, "block"))
+
+
+def test_a_block_of_several_streams_is_one_in_all_of_its_calls():
+    class Two(Block):
+        def forward(self, x, y, z):
+            read = self.fed(x + y + z)
+            return x + read, y + read, z + read
+
+    class Streams(Language):
+        def forward(self, ids):
+            streams = [self.embedded(ids) * n for n in (1, 2, 3)]
+            for _ in range(9):
+                streams = self.blocks[0](*streams)
+            return self.head(self.norm(sum(streams)))
+
+    model = doubled(lambda: Streams(Two, 1))
+    assert found_in(model, lambda: loss_of(model)) == {"blocks.0": [(i, i, ()) for i in range(3)]}
+
+
+@both
+def test_a_sum_that_is_put_out_twice_has_the_error_of_both(recompute):
+    class Twice(Block):
+        def forward(self, x):
+            y = super().forward(x)
+            return y, {"again": y}
+
+    class Both(Language):
+        def forward(self, ids, cut=lambda x: x):
+            x, read = self.embedded(ids), 0.0
+            for n, block in enumerate(self.blocks):
+                start = cut(x) if n else x
+                y, more = block(start)
+                past = x - start
+                x, read = y + past, read + (more["again"] + past).tanh()
+            return self.head(self.norm(x + read))
+
+    model = doubled(lambda: Both(Twice))
+    expected = exact(model, lambda: F.cross_entropy(model(IDS, torch.Tensor.detach).flatten(0, 1), GOALS))
+    same(estimated(model, recompute=recompute), expected)
+
+
+@both
+def test_what_hooks_of_the_user_keep_of_the_stream_has_its_error(recompute):
+    """As features for a loss of their own."""
+
+    class Listed(Language):
+        def forward(self, ids):
+            x, self.states = self.embedded(ids), []
+            for block in self.blocks:
+                x = block(x)
+                self.states.append(x)
+            return self.head(self.norm(x))
+
+    listed, model, states = doubled(Listed), doubled(Language), []
+    expected = estimated(listed, lambda: loss_of(listed) + sum(x.tanh().square().mean() for x in listed.states))
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, out: states.append(out))
+
+    def closure():
+        states.clear()
+        return loss_of(model) + sum(x.tanh().square().mean() for x in states)
+
+    same(estimated(model, closure, recompute=recompute), expected)
+
+
+@both
+def test_what_hooks_of_the_user_add_to_the_stream_is_exact(recompute):
+    class Steered(Language):
+        def __init__(self):
+            super().__init__()
+            self.steer = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, ids):
+            x = self.embedded(ids)
+            for block in self.blocks:
+                x = block(x)
+                x = x if self.by_hook else (x + self.steer(x)).tanh()
+            return self.head(self.norm(x))
+
+        by_hook: Any = False
+
+    plain, model = doubled(Steered), doubled(Steered)
+    model.by_hook = True
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, out: (out + model.steer(out)).tanh())
+    same(estimated(model, recompute=recompute), estimated(plain))
+
+
+@both
+@pytest.mark.parametrize("same_one", [False, True])
+def test_an_input_that_a_block_also_puts_out_keeps_its_error(same_one, recompute):
+    class Beside(Block):
+        def forward(self, batch):
+            put = batch if same_one else dict(batch)
+            put["sum"] = super().forward(batch["input"])
+            return put
+
+    class Skips(Language):
+        inside: Any = False
+
+        def forward(self, ids):
+            x, skips = self.embedded(ids), []
+            for block in self.blocks:
+                out = block({"input": x})
+                skips.append(out["input"] if self.inside else x)
+                x = out["sum"]
+            return self.head(self.norm(x + torch.stack(skips).sum(0).tanh()))
+
+    model = doubled(lambda: Skips(Beside))
+    expected = estimated(model)
+    model.inside = True
+    same(estimated(model, recompute=recompute), expected)
+
+
+class Output(dict):
+    """As those of transformers: items may be set alone."""
+
+    def update(self, *given):
+        raise TypeError("not to be updated")
+
+
+register_pytree_node(
+    Output, lambda d: ([*d.values()], [*d]), lambda values, keys: Output(zip(keys, values, strict=True))
+)
+
+
+class Noting(Block):
+    """A block that also writes to a list or dictionary that it is given."""
+
+    def forward(self, x, notes):
+        h = self.attended(x)
+        if isinstance(notes, list):
+            notes.append(h.square().mean())
+        else:
+            notes[len(notes)] = h.square().mean()
+        return x + h + self.fed(x + h)
+
+
+@pytest.mark.parametrize("notes", [list, dict])
+def test_lists_and_dictionaries_of_the_model_stay_its_own(notes):
+    class Noted(Language):
+        def forward(self, ids):
+            x, self.notes = self.embedded(ids), notes()
+            for block in self.blocks:
+                x = block(x, notes=self.notes)
+            return self.head(self.norm(x))
+
+    model = doubled(lambda: Noted(Noting))
+    terms = lambda: sum(model.notes if notes is list else model.notes.values())  # noqa: E731
+    closure = lambda: loss_of(model) + terms()  # noqa: E731
+    found, whole = estimated(model, closure), exact(model, closure)
+    same(found, whole, [n for n in whole if n.startswith(("blocks.2.", "norm", "head"))])
+    with pytest.raises(ArgumentError, match=r"Take ResidualStream\(recompute=False\)"):
+        estimated(model, closure, recompute=True)
+
+
+@both
+@pytest.mark.parametrize("returned", [False, True])
+@pytest.mark.parametrize("kind", [dict, Output])
+def test_a_stream_may_be_in_a_dictionary_that_blocks_write_to(kind, returned, recompute):
+    class Batched(Block):
+        def forward(self, batch):
+            batch["x"] = super().forward(batch["x"])
+            return batch
+
+    class Stored(Language):
+        def forward(self, ids):
+            batch = kind(x=self.embedded(ids), ids=ids)
+            for block in self.blocks:
+                batch = block(batch) if returned else (block(batch), batch)[1]
+            return self.head(self.norm(batch["x"]))
+
+    model = doubled(lambda: Stored(Batched))
+    same(estimated(model, recompute=recompute), by_hand(model, "block"))
+
+
+@both
+def test_what_holds_the_stream_holds_after_a_block_what_it_held_before(recompute):
+    class Reading(Block):
+        def forward(self, batch):
+            return super().forward(batch["x"])
+
+    class Kept(Language):
+        def forward(self, ids):
+            x = self.embedded(ids)
+            for block in self.blocks:
+                batch = {"x": x}
+                y = block(batch)
+                x = y + (batch["x"] - x)  # of derivative zero
+            return self.head(self.norm(x))
+
+    model = doubled(lambda: Kept(Reading))
+    same(estimated(model, recompute=recompute), by_hand(model, "block"))
+
+
+@both
+def test_the_stream_may_be_written_to(recompute):
+    class Inside(Block):
+        def forward(self, x):
+            x += self.attended(x.clone())
+            return x.add_(self.fed(x.clone()))
+
+    class Outside(Language):
+        def forward(self, ids):
+            x = self.embedded(ids)
+            for block in self.blocks:
+                x = block(x)
+                x += 1.0
+                x[:, 0] = 0.0
+            return self.head(self.norm(x.relu_()))
+
+    written, plain = doubled(lambda: Language(Inside)), doubled(Language)
+    same(estimated(written, recompute=recompute), by_hand(plain, "block"))
+    model = doubled(Outside)
+    whole = exact(model)
+    same(estimated(model, recompute=recompute), whole, [n for n in whole if n.startswith(("blocks.2.", "head"))])
+
+
+def test_a_sum_in_a_narrower_dtype_is_one():
+    class Narrow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            h = self.f(x.float())
+            x += h
+            return x
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Narrow(), Narrow())
+    x = torch.randn(5, WIDTH).bfloat16()
+    assert list(found_in(model, lambda: model(x.clone()).sum())) == ["0", "1"]
+
+
+def test_nested_tensors_are_no_streams():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside, self.block, self.head = sublayer(), sublayer(), nn.Linear(WIDTH, 1)
+
+        def forward(self, x):
+            x = self.inside(x)
+            x += 1.0
+            return self.head(self.block(x.values()))
+
+    torch.manual_seed(0)
+    parts = [torch.randn(n, WIDTH) for n in (3, 5)]
+    x, model = torch.nested.nested_tensor(parts, layout=torch.jagged), Nested()
+    assert found_in(model, lambda: model(x)) == {"block": [(0, 0, ())]}
+    same(estimated(model, lambda: model(x).square().mean()), exact(model, lambda: model(x).square().mean()))
+
+
+@both
+def test_complex_numbers_that_a_block_puts_out_keep_their_error(recompute):
+    class Waves(Block):
+        def forward(self, x):
+            return super().forward(x), torch.fft.fft(self.mix(x))
+
+    class Both(Language):
+        def forward(self, ids):
+            x = self.embedded(ids)
+            for block in self.blocks:
+                x, waves = block(x)
+            self.waves = waves
+            return self.head(self.norm(x))
+
+    model = doubled(lambda: Both(Waves))
+    closure = lambda: loss_of(model) + model.waves.abs().square().mean()  # noqa: E731
+    found, whole = estimated(model, closure, recompute=recompute), exact(model, closure)
+    same(found, whole, [n for n in whole if n.startswith(("blocks.2.", "norm", "head"))])
+
+
+# --- closures that cannot be followed ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("create", [False, True])
+def test_a_derivative_that_the_closure_takes_through_blocks_is_refused(create):
+    class Vectors(Language):
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return self.head(self.norm(x))
+
+    model = doubled(Vectors)
+    x = torch.randn(3, 4, WIDTH, dtype=torch.double, requires_grad=True)
+
+    def penalized():
+        out = model(x)
+        (slope,) = torch.autograd.grad(out.sum(), x, create_graph=create, retain_graph=True)
+        return out.square().mean() + slope.square().mean()
+
+    with pytest.raises(ArgumentError, match=r"the closure, or something that has kept.*ActivityPerturbation\(\)"):
+        estimated(model, penalized)
+    with pytest.raises(
+        ArgumentError, match="with recompute blocks run without graphs, and here the closure takes a der"
+    ):
+        estimated(model, penalized, recompute=True)
+
+
+@both
+def test_what_a_block_put_out_has_no_derivative_after_the_step(recompute):
+    class Kept(Language):
+        def forward(self, ids):
+            x = self.embedded(ids)
+            for block in self.blocks:
+                x = block(x)
+            self.last = x
+            return self.head(self.norm(x))
+
+    model = doubled(Kept)
+    estimator, given = ResidualStream(recompute=recompute), batch_of(model, lambda: loss_of(model))
+    estimator.measure(given, estimator.prepare(given, {}))
+    with pytest.raises(ArgumentError, match="the derivative past a block is an estimate"):
+        model.last.sum().backward()
+
+
+def test_derivatives_that_cross_no_block_are_the_closures_own():
+    model = doubled(Language)
+
+    def penalized():
+        x = model.embedded(IDS)
+        for block in model.blocks:
+            x = block(x)
+        read = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(model.head(model.norm(read)).sum(), read, create_graph=True)
+        return F.cross_entropy(model.head(model.norm(x)).flatten(0, 1), GOALS) + slope.square().mean()
+
+    whole = exact(model, penalized)
+    same(estimated(model, penalized), whole, ["head.weight", "norm.weight", "blocks.2.down.weight"])
+
+
+def test_calls_in_transforms_are_no_blocks():
+    model = doubled(Language)
+    mapped = lambda: torch.vmap(lambda ids: model(ids[None])[0])(IDS)  # noqa: E731
+    with pytest.raises(ArgumentError, match="no block of Language.*outside of torch.func"):
+        estimated(model, lambda: F.cross_entropy(mapped().flatten(0, 1), GOALS))
+    closure = lambda: loss_of(model) + F.cross_entropy(mapped().flatten(0, 1), GOALS)  # noqa: E731
+    with pytest.raises(ArgumentError, match="in each of its calls"):
+        estimated(model, closure)
+    given = batch_of(model, lambda: loss_of(model))
+    state = ResidualStream().prepare(given, {})
+    with pytest.raises(ArgumentError, match="in another way than in the first step"):
+        ResidualStream().measure(batch_of(model, closure), state)
+
+
+def test_calls_with_derivatives_of_forward_mode_are_no_blocks():
+    class Vectors(Language):
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return self.head(self.norm(x))
+
+    model = doubled(Vectors)
+    x, params = torch.randn(3, 4, WIDTH, dtype=torch.double), [*model.blocks.parameters()]
+
+    def slope():
+        with forward_ad.dual_level():
+            _, tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(x, torch.ones_like(x))))
+            assert tangent is not None
+            return tangent.square().mean()
+
+    with pytest.raises(ArgumentError, match="no block of Vectors"):
+        estimated(model, slope)
+    state = ResidualStream().prepare(batch_of(model, lambda: model(x).square().mean(), params), {})
+    with pytest.raises(ArgumentError, match="in another way than in the first step"):
+        ResidualStream().measure(batch_of(model, slope, params), state)
+
+
+def test_with_recompute_both_runs_must_compute_the_same():
+    model = doubled(lambda: Language(depth=4))
+    runs, longer = [], 1
+
+    def other_loss():
+        runs.append(1)
+        return loss_of(model) * (1 + 1e-3 * len(runs))
+
+    def other_blocks():
+        runs.append(1)
+        x = model.embedded(IDS)
+        for block in model.blocks[: 4 if len(runs) == longer else 3]:
+            x = block(x)
+        return F.cross_entropy(model.head(model.norm(x)).flatten(0, 1), GOALS)
+
+    given = batch_of(model, lambda: loss_of(model))
+    state = ResidualStream().prepare(given, {})
+    estimator = ResidualStream(recompute=True)
+    with pytest.raises(jp.RandomClosureError, match=r"gives a loss of .* after .*generators=\[\.\.\.\]"):
+        estimator.measure(batch_of(model, other_loss), state)
+    for run in (1, 2):
+        longer = run
+        runs.clear()
+        with pytest.raises(jp.RandomClosureError, match="calls other blocks the second time"):
+            estimator.measure(batch_of(model, other_blocks), state)
+
+
+@both
+@pytest.mark.parametrize("tied", [False, True])
+def test_sparse_derivatives_become_dense(tied, recompute):
+    model, plain = doubled(Language), doubled(Language)
+    model.token.sparse = True
+    for each in (model, plain):
+        each.head.weight = each.token.weight if tied else each.head.weight
+    found = estimated(model, recompute=recompute)
+    assert all(g.layout is torch.strided for g in found.values())
+    same(found, estimated(plain))
+
+
+@both
+def test_a_checkpoint_in_a_block(recompute):
+    class Within(Block):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    model, plain = doubled(lambda: Language(Within)), doubled(Language)
+    same(estimated(model, recompute=recompute), estimated(plain))
+    with pytest.raises(ArgumentError, match="a checkpoint within a block would run.*exact='block'"):
+        estimated(model, exact="sublayer", recompute=recompute)
+
+
+@both
+@pytest.mark.parametrize("when", ["found", "run", "differentiated"])
+def test_other_threads_may_use_the_model(when, recompute):
+    """Another thread is within a block while this one leaves one, or takes its derivative."""
+    main, inside, done, others = threading.get_ident(), threading.Event(), threading.Event(), []
+
+    def start(which):
+        if which == when and watching and not others:
+            others.append(pool.submit(lambda: loss_of(model)))
+            assert inside.wait(5)
+
+    class Watched(Block):
+        def fed(self, x):
+            if threading.get_ident() != main:
+                inside.set()
+                done.wait(5)
+            elif self is model.blocks[1]:
+                start("found" if state is None else "run")
+            return super().fed(x)
+
+    model, watching, state = doubled(lambda: Language(Watched)), False, None
+    expected = estimated(model)
+    model.get_parameter("blocks.1.mix.weight").register_hook(lambda g: start("differentiated"))
+    estimator, given = ResidualStream(recompute=recompute), batch_of(model, lambda: loss_of(model))
+    with ThreadPoolExecutor(1) as pool:
+        watching = when == "found"
+        state = estimator.prepare(given, {})
+        watching = True
+        found = estimator.measure(given, state)
+        done.set()
+        torch.testing.assert_close(others[0].result(), loss_of(model))
+    names = [n for n, _ in model.named_parameters()]
+    same(dict(zip(names, found, strict=False)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+def test_hooks_for_the_way_back_hide_no_blocks():
+    model, plain = doubled(Language), doubled(Language)
+    called = []
+    for block in model.blocks:
+        block.register_full_backward_hook(lambda *given: called.append(1))
+        block.register_full_backward_pre_hook(lambda *given: called.append(1))
+    assert list(found_in(model, lambda: loss_of(model))) == ["blocks.0", "blocks.1", "blocks.2"]
+    assert not called and all(b._backward_hooks and b._backward_pre_hooks for b in model.blocks)
+    same(estimated(model), estimated(plain))
+
+
+def test_scripts_are_no_blocks():
+    class Scripted(Block):
+        def __init__(self):
+            super().__init__()
+            self.script: Any = torch.jit.script(nn.Linear(WIDTH, WIDTH))
+
+        def fed(self, x):
+            return super().fed(self.script(x))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = doubled(lambda: Language(Scripted))
+    same(estimated(model), exact(model), ["blocks.2.script.weight", "blocks.2.down.weight"])
+    with pytest.raises(ArgumentError, match=r"\['blocks.0.script'\].*model.named_modules"):
+        estimated(model, blocks=["blocks.0.script"])
+
+
+def test_a_block_of_several_names_may_be_named_by_any():
+    model = doubled(lambda: Language(depth=1))
+    model.blocks.append(model.blocks[0])
+    whole = estimated(model)
+    for names in (["blocks.1"], ["blocks.1", "blocks.0"]):
+        same(estimated(model, blocks=names), whole)
 
 
 # --- as an estimator of PlaneSearch ------------------------------------------------------------------------------
@@ -813,7 +1508,8 @@ def test_a_model_is_needed():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"exact": "layer"}, "'block' or 'sublayer', got 'layer'"), ({"blocks": "blocks.0"}, "list of names"),
-     ({"blocks": [1]}, "list of names")],
+     ({"blocks": [1]}, "list of names"), ({"blocks": []}, "list of names"), ({"blocks": 2}, "list of names"),
+     ({"blocks": iter(["blocks.0"])}, "list of names"), ({"recompute": "yes"}, "True or False, got 'yes'")],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ArgumentError, match=message):

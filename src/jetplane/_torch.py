@@ -175,6 +175,7 @@ custom_function_call: Any = _taken("torch.autograd.function", "custom_function_c
 
 
 saved_tensors_hooks: Any = _taken("torch", "_C._autograd._top_saved_tensors_default_hooks")  # innermost, None without
+graph_task: Any = _taken("torch", "_C._current_graph_task_id")  # of the backward pass that this thread runs, -1 without
 
 
 # --- derivatives of other kinds --------------------------------------------------------------------------------

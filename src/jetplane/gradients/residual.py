@@ -28,8 +28,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, final, get_args
 
 import torch
@@ -38,15 +39,17 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._torch import DisableTorchFunction, tree_flatten, tree_leaves, tree_map, tree_unflatten
-from ..errors import ArgumentError, JetplaneWarning, LossError, warn_user
+from .._torch import DisableTorchFunction, graph_task, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from .._torch import saved_tensors_hooks as innermost_hooks
+from ..errors import ArgumentError, JetplaneWarning, LossError, RandomClosureError, warn_user
 from ..evaluation.compilers import eager
 from ..evaluation.leaving import HARMLESS, WeakTensors
+from ..evaluation.repeats import ADVICE, tolerance
 from ..evaluation.side_effects import without_side_effects
 from ..rules.grad_mode import autograd
 from .allocation import signature
 from .estimators import Batch, Estimate, Estimator, State, model_of
-from .residual_blocks import ADDING, Pair, find_blocks, is_norm, is_state, normed
+from .residual_blocks import ADDING, SUBTRACTING, Pair, find_blocks, is_norm, is_state, is_transformed, normed
 from .tape import pack, unpack
 
 Part = Literal["block", "sublayer"]
@@ -74,7 +77,9 @@ class ResidualStream(Estimator):
     Raises:
         ArgumentError: ``exact`` is something else; (in the first step) no blocks are found, a module of ``blocks`` is
             none, or parameters are not reached; (with ``recompute``) a block reads what an earlier one has put out in
-            another way than by the stream.
+            another way than by the stream; (with "sublayer") there is a checkpoint within a block; the closure takes a
+            derivative through blocks.
+        RandomClosureError: (with ``recompute``) the closure's two runs differ.
 
     >>> import torch, jetplane as jp
     >>> from torch.nn import functional as F
@@ -98,8 +103,10 @@ class ResidualStream(Estimator):
     def __post_init__(self) -> None:
         if self.exact not in get_args(Part):
             raise ArgumentError(f"exact must be 'block' or 'sublayer', got {self.exact!r}")
-        if isinstance(self.blocks, str) or not all(isinstance(name, str) for name in self.blocks or ()):
-            raise ArgumentError(f"blocks must be a list of names of modules, or None, got {self.blocks!r}")
+        if not isinstance(self.recompute, bool):
+            raise ArgumentError(f"recompute must be True or False, got {self.recompute!r}")
+        if self.blocks is not None and not _are_names(self.blocks):
+            raise ArgumentError(f"blocks must be a list of names of modules, or None for all, got {self.blocks!r}")
 
     def signature(self, params: Sequence[Tensor], model: nn.Module | None) -> str:
         """See `Estimator`: which parameters move, and of which layers they are.
@@ -119,12 +126,22 @@ class ResidualStream(Estimator):
                 that the loss depends on.
         """
         model = model_of(batch)
-        with without_side_effects(), eager(), autograd(not self.recompute):
-            found = find_blocks(batch.closure, model, self.blocks)
+        try:
+            with without_side_effects(), eager(), autograd(not self.recompute):
+                found = find_blocks(batch.closure, model, self.blocks)
+        except RuntimeError as error:
+            if not (self.recompute and "does not require grad" in str(error)):
+                raise
+            raise ArgumentError(
+                "with recompute blocks run without graphs, and here the closure takes a derivative. Take "
+                "ResidualStream(recompute=False) if it goes through no block, else "
+                "jetplane.gradients.ActivityPerturbation()"
+            ) from error
         if not found:
             raise ArgumentError(
                 f"no block of {type(model).__name__} puts out its input with something added, as those of a "
-                f"transformer do. Put what is added in a module together with the sum, or {_OTHERWISE}"
+                f"transformer do, in each of its calls and outside of torch.func. Put what is added in a module "
+                f"together with the sum, or {_OTHERWISE}"
             )
         state = {"blocks": {name: [[i, j, list(norms)] for i, j, norms in pairs] for name, pairs in found.items()}}
         left = self._left(batch, state)
@@ -140,7 +157,7 @@ class ResidualStream(Estimator):
         if left:
             warn_user(
                 f"the loss depends on {len(left)} of {len(batch.params)} parameters, shapes {left}, in no way that a "
-                "derivative follows: they stay",
+                "derivative follows: they stay in steps where that is so",
                 JetplaneWarning,
             )
         return state
@@ -171,18 +188,26 @@ class ResidualStream(Estimator):
         model, params, apart = model_of(batch), list(batch.params), self.exact == "sublayer"
         with eager(), autograd():
             if not self.recompute:
-                with _hooked(model, _Joined(blocks, apart)):
+                run = _Joined(blocks, apart)
+                with _hooked(model, run):
                     loss = _scalar(batch.closure())
-                    return _gradients(loss, params), loss.detach().reshape(())
+                    return run.derivative([loss], params), loss.detach().reshape(())
             first = _Errors(blocks)
             with without_side_effects(), _hooked(model, first), first:
                 loss = _scalar(batch.closure())
-                *outside, _ = _gradients(loss, [*params, first.token])
+                calls, before = len(first.errors), loss.detach()
+                *outside, _ = first.derivative([loss], [*params, first.token])
             del loss
-            second = _Finished(blocks, apart, params, outside, first.errors)
+            second = _Finished(blocks, apart, params, outside, first.errors[:calls])
             with _hooked(model, second):
                 loss = _scalar(batch.closure())
+            second.close(before, loss.detach())
             return second.total, loss.detach().reshape(())
+
+
+def _are_names(blocks: Any) -> bool:
+    many = isinstance(blocks, Collection) and not isinstance(blocks, str)
+    return many and bool(blocks) and all(isinstance(name, str) for name in blocks)
 
 
 def _scalar(loss: Any) -> Tensor:
@@ -191,11 +216,28 @@ def _scalar(loss: Any) -> Tensor:
     return loss
 
 
-def _gradients(loss: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    return torch.autograd.grad(loss, inputs, allow_unused=True) if loss.requires_grad else [None] * len(inputs)
-
-
 # --- blocks in a pass ------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Call:
+    """A call of a block that has not ended.
+
+    Attributes:
+        begun: what it began with, by its place; None if no block is below.
+        within: what is to be closed where it ends.
+        given: its arguments, but for tensors, with the constants that stand in place of what it began with.
+        starts: these constants, and whether no block is below, by the identity of the latter.
+        back: the latter by the identity of the constants.
+        stream: what follows the stream, where norms of it or sublayers apart need that.
+    """
+
+    begun: dict[int, Tensor | None] = field(default_factory=dict)
+    within: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    given: Sequence[Any] = ()
+    starts: dict[int, tuple[Tensor, bool]] = field(default_factory=dict)
+    back: dict[int, Tensor] = field(default_factory=dict)
+    stream: _Stream | None = None
 
 
 class _Join(torch.autograd.Function):
@@ -205,18 +247,25 @@ class _Join(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor | None, token: Tensor | None, tell: Any) -> Tensor:
-        ctx.dtype, ctx.tell = None if x is None else x.dtype, tell
-        return y.view_as(y)
+    def forward(ctx: Any, y: Tensor, run: _Joined, token: Tensor | None, tell: Any, *begun: Tensor) -> Tensor:
+        ctx.run, ctx.tell, ctx.dtypes = run, tell, [x.dtype for x in begun]
+        ctx.zero = None if token is None else token.detach()
+        return y.detach()  # what is no view to autograd may be written to
 
     @staticmethod
     def backward(ctx: Any, *errors: Tensor) -> Any:
+        if not ctx.run.differentiating:
+            raise ArgumentError(
+                "the derivative past a block is an estimate, for the steps of an optimizer alone; here the closure, or "
+                "something that has kept what a block put out, takes a derivative through it. For such losses take "
+                "jetplane.gradients.ActivityPerturbation()"
+            )
         (e,) = errors
-        past = None if ctx.dtype is None else e.to(ctx.dtype)
+        past = [e.to(dtype) for dtype in ctx.dtypes]
         if ctx.tell is None:
-            return e, past, None, None
+            return e, None, None, None, *past
         ctx.tell(e)
-        return None, past, e.new_zeros(()), None
+        return None, None, ctx.zero, None, *past
 
 
 def _above(x: Tensor) -> bool:
@@ -235,30 +284,15 @@ def _above(x: Tensor) -> bool:
 
 @contextlib.contextmanager
 def _hooked(model: nn.Module, run: _Joined) -> Iterator[None]:
-    """Tell a pass of the calls of its blocks."""
-    modules = dict(model.named_modules())
+    """Tell a pass of the calls of its blocks; hooks of the user's are given what is joined."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     with run.calls, contextlib.ExitStack() as stack:
         for name in run.blocks:
             enter = functools.partial(run.enter, name)
             stack.callback(modules[name].register_forward_pre_hook(enter, with_kwargs=True).remove)
             leave = functools.partial(run.leave, name)
-            stack.callback(modules[name].register_forward_hook(leave, always_call=True).remove)
+            stack.callback(modules[name].register_forward_hook(leave, always_call=True, prepend=True).remove)
         yield
-
-
-@dataclass
-class _Call:
-    """A call of a block that has not ended.
-
-    Attributes:
-        begun: with what it began, by places of its arguments; None where no other block is below it.
-        ends: to be closed with it.
-        stream: what follows the stream in it, where norms or sublayers apart need that.
-    """
-
-    begun: dict[int, Tensor | None]
-    ends: contextlib.ExitStack
-    stream: _Stream | None
 
 
 class _Joined:
@@ -270,71 +304,141 @@ class _Joined:
 
     Attributes:
         calls: what is to be closed where the pass ends, of calls that have not.
+        differentiating: whether the estimate is being made; what else takes a derivative is refused.
     """
 
     def __init__(self, blocks: Mapping[str, Sequence[Pair]], apart: bool) -> None:
         self.blocks = blocks
         self.calls = contextlib.ExitStack()
+        self.differentiating = False
         self._apart = apart
-        self._open: list[_Call] = []
+        self._threads: dict[int, list[_Call]] = {}
+        self._thread = threading.get_ident()
+
+    @property
+    def _open(self) -> list[_Call]:
+        """Calls in this thread that have not ended."""
+        return self._threads.setdefault(threading.get_ident(), [])
+
+    def derivative(
+        self, of: Sequence[Tensor], inputs: Sequence[Tensor], errors: Sequence[Tensor] | None = None, keep: bool = False
+    ) -> Sequence[Tensor | None]:
+        """By reverse mode, past blocks; the graph stays if it is to be kept."""
+        if not any(y.requires_grad for y in of):
+            return [None] * len(inputs)
+        outer, self.differentiating = self.differentiating, True
+        try:
+            found = torch.autograd.grad(of, inputs, errors, retain_graph=keep, allow_unused=True)
+            return [g.to_dense() if g is not None and g.layout is not torch.strided else g for g in found]
+        finally:
+            self.differentiating = outer
 
     def enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """A block is called; returns its arguments."""
+        """A block is called; returns its arguments, None for those that it has."""
+        if threading.get_ident() != self._thread and not (self.differentiating and graph_task() >= 0):
+            return None  # another thread, which is none of the backward pass, uses the model meanwhile
         with DisableTorchFunction():
-            flat, spec = tree_flatten((args, kwargs))
-            ends = self.calls.enter_context(contextlib.ExitStack())
-            call = _Call({}, ends, None)
+            given = tree_leaves((args, kwargs))
+            call = _Call()
+            self.calls.enter_context(call.within)
             self._open.append(call)
+            starts = call.starts
+            begun: dict[Tensor, dict[int, Tensor | None]] = {}
             for i, _, _ in self.blocks[name]:
-                if not (i < len(flat) and is_state(flat[i])):
+                if not (i < len(given) and is_state(given[i])) or is_transformed(given[i]):
                     raise _changed(name)
-                call.begun[i] = flat[i] if _above(flat[i]) else None
-                flat[i] = self._start(flat[i], call.begun[i] is None)
-            self._within(ends)
+                x = given[i]
+                first = not _above(x)
+                call.begun[i] = None if first else x
+                if id(x) not in starts:
+                    starts[id(x)] = self._start(x, first), first
+                    call.back[id(starts[id(x)][0])] = x
+                begun.setdefault(starts[id(x)][0], {})[i] = call.begun[i] if self._goes_past() else None
+            self._within(call.within)
             norms = {n for _, _, found in self.blocks[name] for n in found}
             if norms or self._apart:
-                begun = {flat[i]: x for i, x in call.begun.items()}
-                call.stream = ends.enter_context(_Stream(begun, norms, self._apart, self._goes_past()))
-            return tree_unflatten(flat, spec)
+                as_is = [start for start, first in starts.values() if first] if self._apart else None
+                call.stream = call.within.enter_context(_Stream(self, begun, norms, as_is))
+            args, kwargs = _put((args, kwargs), {key: start for key, (start, _) in starts.items()})
+            call.given = [x for x in (*args, *kwargs.values()) if not isinstance(x, Tensor)]
+            return args, kwargs
 
     def leave(self, name: str, module: nn.Module, args: Any, out: Any) -> Any:
-        """Its call ends; returns what it puts out."""
-        call = self._open.pop()
-        call.ends.close()
-        if out is None:  # an error ends it, or a checkpoint that has all that it needs
+        """Its call ends; returns what it puts out, None for what it has."""
+        if not self._open:
             return None
+        call = self._open.pop()
+        call.within.close()
         with DisableTorchFunction():
-            flat, spec = tree_flatten(out)
-            joined: dict[int, Tensor | None] = {}
-            for i, j, norms in self.blocks[name]:
-                if not (j < len(flat) and is_state(flat[j])):
+            try:
+                # None after an error, or in a checkpoint that has all that it needs
+                return None if out is None else self._left(name, call, out)
+            finally:
+                for x in call.given:
+                    _put(x, call.back)  # lists and dictionaries hold again what they held
+
+    def _left(self, name: str, call: _Call, out: Any) -> Any:
+        """What a block puts out, joined with what it began with."""
+        flat = tree_leaves(out)
+        joined: dict[int, dict[int, Tensor]] = {}  # by places, as one tensor may be put out twice
+        for i, j, norms in self.blocks[name]:
+            if not (j < len(flat) and is_state(flat[j])):
+                raise _changed(name)
+            x = call.begun[i]
+            if norms and call.stream is not None:
+                past = call.stream.past(flat[j])
+                if i not in past:
                     raise _changed(name)
-                x = call.begun[i]
-                if x is not None and norms and call.stream is not None:
-                    x = call.stream.past(flat[j], name)
-                if x is not None and x.shape != flat[j].shape:
-                    raise _changed(name)
-                joined[j] = x
-            return tree_unflatten(self._end(flat, joined), spec)
+                x = past[i]
+            if x is not None and x.shape != flat[j].shape:
+                raise _changed(name)
+            joined.setdefault(id(flat[j]), {}).update({} if x is None else {id(x): x})
+        ends = {id(y): y for y in flat if _is_differentiable(y)}
+        return _put(out, self._end(ends, {key: [*xs.values()] for key, xs in joined.items()}))
 
     def _start(self, x: Tensor, first: bool) -> Tensor:
         """With what a block begins, given whether no other block is below it."""
         return x if first else x.detach()
 
-    def _within(self, ends: contextlib.ExitStack) -> None:
+    def _within(self, call: contextlib.ExitStack) -> None:
         """Enter what holds until the call ends."""
 
     def _goes_past(self) -> bool:
         """Whether the error of the call that has begun goes past it."""
         return True
 
-    def _end(self, flat: list[Any], joined: Mapping[int, Tensor | None]) -> list[Any]:
-        """What leaves a block, with what each of its sums began with; None in the first block."""
-        return [_Join.apply(y, joined[j], None, None) if j in joined else y for j, y in enumerate(flat)]
+    def _end(self, ends: Mapping[int, Tensor], joined: Mapping[int, list[Tensor]]) -> dict[int, Tensor]:
+        """What takes the place of tensors that a block puts out.
+
+        Args:
+            ends: the tensors by their identity.
+            joined: what its sums began with, beside the first block.
+        """
+        return {key: _Join.apply(ends[key], self, None, None, *begun) for key, begun in joined.items()}
+
+
+def _put(tree: Any, new: Mapping[int, Tensor]) -> Any:
+    """A tree with other tensors by the identity of its own; lists, dictionaries and what has none stay the same."""
+    if tree is None or isinstance(tree, (Tensor, int, float, str)):
+        return new.get(id(tree), tree)
+    key = id(tree)  # what torch's function keeps in a cycle must not hold tensors
+    parts, spec = tree_flatten(tree, is_leaf=lambda part: id(part) != key)
+    put = [part if part is tree else _put(part, new) for part in parts]
+    if all(a is b for a, b in zip(parts, put, strict=True)):
+        return tree
+    other = tree_unflatten(put, spec)
+    if not isinstance(tree, (list, dict)):
+        return other
+    for key, value in enumerate(other) if isinstance(tree, list) else other.items():
+        tree[key] = value
+    return tree
 
 
 def _changed(name: str) -> ArgumentError:
-    return ArgumentError(f"block {name} is called, or puts out, in another way than in the first step")
+    return ArgumentError(
+        f"block {name} is called, or puts out, in another way than in the first step. Where that is meant, make a new "
+        "optimizer for the model as it is now"
+    )
 
 
 @final
@@ -364,26 +468,24 @@ class _Errors(_Joined, TorchFunctionMode):
                         "block what it puts out alone; here they read more. Take ResidualStream(recompute=False)"
                     )
                 for y in tree_leaves(result) if self._open else ():
-                    if _is_real(y) and not any(y is t for t in given):
+                    if _is_differentiable(y) and not any(y is t for t in given):
                         self._inside.add(y)
         return result
 
     def _start(self, x: Tensor, first: bool) -> Tensor:
         return x.detach()
 
-    def _within(self, ends: contextlib.ExitStack) -> None:
-        ends.enter_context(torch.no_grad())
+    def _within(self, call: contextlib.ExitStack) -> None:
+        call.enter_context(torch.no_grad())
 
-    def _end(self, flat: list[Any], joined: Mapping[int, Tensor | None]) -> list[Any]:
+    def _end(self, ends: Mapping[int, Tensor], joined: Mapping[int, list[Tensor]]) -> dict[int, Tensor]:
         if self._open:
-            return flat
-        found = []
-        for j, y in enumerate(flat):
-            if _is_real(y):
-                self.errors.append(None)
-                tell = functools.partial(self.errors.__setitem__, len(self.errors) - 1)
-                y = _Join.apply(y.detach(), joined.get(j), self.token, tell)
-            found.append(y)
+            return {}
+        found = {}
+        for key, y in ends.items():
+            self.errors.append(None)
+            tell = functools.partial(self.errors.__setitem__, len(self.errors) - 1)
+            found[key] = _Join.apply(y.detach(), self, self.token, tell, *joined.get(key, ()))
         return found
 
 
@@ -400,6 +502,9 @@ class _Finished(_Joined):
 
     Attributes:
         total: gradients.
+
+    Raises:
+        RandomClosureError: the closure calls blocks, or puts out a loss, in another way than in the first pass.
     """
 
     def __init__(
@@ -411,75 +516,97 @@ class _Finished(_Joined):
         self._params = params
         self._errors = iter(errors)
 
-    def _within(self, ends: contextlib.ExitStack) -> None:
-        ends.enter_context(saved_tensors_hooks(pack, unpack))  # a checkpoint around the block would run it again
+    def _within(self, call: contextlib.ExitStack) -> None:
+        call.enter_context(saved_tensors_hooks(pack, unpack))  # a checkpoint around the block would run it again
 
     def _goes_past(self) -> bool:
-        return len(self._open) > 1
+        return len(self._open) > 1 or self.differentiating
 
-    def _end(self, flat: list[Any], joined: Mapping[int, Tensor | None]) -> list[Any]:
-        if self._open:
-            return super()._end(flat, joined)
-        ends = [(y, next(self._errors, None)) for y in flat if _is_real(y)]
-        known = [(y, e) for y, e in ends if e is not None and y.requires_grad]
+    def _end(self, ends: Mapping[int, Tensor], joined: Mapping[int, list[Tensor]]) -> dict[int, Tensor]:
+        if self._open or self.differentiating:
+            return super()._end(ends, joined)
+        known = []
+        for y in ends.values():
+            e = next(self._errors, y)
+            if e is y or (e is not None and e.shape != y.shape):
+                raise _random("calls other blocks")
+            if e is not None and y.requires_grad:
+                known.append((y, e))
         if known:
             outputs, errors = zip(*known, strict=True)
-            own = torch.autograd.grad(outputs, self._params, errors, retain_graph=True, allow_unused=True)
+            own = self.derivative(outputs, self._params, errors, keep=True)
             self.total = [g if h is None else h if g is None else g + h for g, h in zip(self.total, own, strict=True)]
-        return [_Join.apply(y.detach().requires_grad_(), None, None, None) if _is_real(y) else y for y in flat]
+        return {key: _Join.apply(y.detach().requires_grad_(), self, None, None) for key, y in ends.items()}
+
+    def close(self, before: Tensor, after: Tensor) -> None:
+        """Hold the second pass against the first one, given their losses."""
+        if any(True for _ in self._errors):
+            raise _random("calls other blocks")
+        a, b = before.item(), after.item()
+        if abs(a - b) > tolerance((a, b), [after.dtype, *(p.dtype for p in self._params)]):
+            raise _random(f"gives a loss of {b:.9g} after {a:.9g}")
 
 
-def _is_real(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
+def _random(what: str) -> RandomClosureError:
+    return RandomClosureError(f"with recompute the closure runs twice, and {what} the second time. {ADVICE}")
+
+
+def _is_differentiable(x: Any) -> bool:
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
 @final
 class _Stream(TorchFunctionMode):
     """Functions in a block, followed along its stream: what it begins with, and sums with that and norms of these.
 
-    For each tensor of the stream there is one that its error goes to past the block: with what the block begins, or
-    the last norm of the stream, in a graph of norms and sums with constants.
+    For each tensor of the stream there is, for each input that it began with, one that its error goes to past the
+    block: what came from outside, or the last norm of the stream, in a graph of norms and sums with constants.
 
     Where sublayers are apart there is another, that they read: no derivative goes from a sublayer to the stream. A sum
     with what does not depend on the stream, as with an embedding of positions, is read with the derivative of the
     latter, a norm with that of its own parameters.
 
     Args:
-        begun: with what the block begins, and what that was outside of it; None where it is read as it is.
+        run: the pass.
+        begun: with what the block begins, and by its places what that was outside; None if no error goes past it.
         norms: the places of the norms of the stream among all calls of norms.
-        apart: whether sublayers are apart.
-        goes_past: whether errors go past the block.
+        as_is: where sublayers are apart, what of that is read as it is; None if they are not.
+
+    Raises:
+        ArgumentError: there is a checkpoint within the block, and sublayers are apart.
     """
 
     def __init__(
-        self, begun: Mapping[Tensor, Tensor | None], norms: Collection[int], apart: bool, goes_past: bool
+        self, run: _Joined, begun: Mapping[Tensor, Mapping[int, Tensor | None]], norms: Collection[int],
+        as_is: Collection[Tensor] | None,
     ) -> None:  # fmt: skip
         super().__init__()
-        past = {x: outside if goes_past else None for x, outside in begun.items()}
-        self._past: Any = WeakTensorKeyDictionary(past)
-        self._read: Any = WeakTensorKeyDictionary(
-            {x: x if outside is None else x.detach() for x, outside in begun.items()} if apart else {}
-        )
+        self._run, self._norms, self._apart, self._met = run, norms, as_is is not None, 0
+        self._around = innermost_hooks(False)
+        self._past: Any = WeakTensorKeyDictionary(dict(begun))
+        read = {x: x if any(x is y for y in as_is) else x.detach() for x in begun} if as_is is not None else {}
+        self._read: Any = WeakTensorKeyDictionary(read)
         self._derived = WeakTensors()
-        self._norms, self._apart, self._met = norms, apart, 0
 
-    def past(self, y: Tensor, name: str) -> Tensor | None:
-        """What the error of the block's output goes to past the block."""
-        if y not in self._past:
-            raise _changed(name)
-        return self._past[y]
+    def past(self, y: Tensor) -> Mapping[int, Tensor | None]:
+        """What the error of a tensor goes to past the block, by places; empty of what is not of the stream."""
+        return self._past.get(y) or {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in HARMLESS:
             return func(*args, **kwargs)
+        if self._apart:
+            self._check_checkpoint()
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         stream = [t for t in given if t in self._past]
-        reads = self._reads((args, kwargs))
-        if stream and getattr(func, "__name__", "") in ADDING:
+        reads = tree_map(lambda t: self._read[t] if isinstance(t, Tensor) and t in self._read else t, (args, kwargs))
+        name = getattr(func, "__name__", "")
+        if stream and (name in ADDING or (name in SUBTRACTING and given[0] is stream[0])):
             whole = len(stream) > 1 or any(t in self._derived for t in given)
-            read = torch.add(*reads[0], **reads[1]) if self._apart and not whole else None
-            past = self._past[stream[0]]
+            one = torch.add if name in ADDING else torch.sub
+            read = one(*reads[0], **reads[1]) if self._apart and not whole else None
+            past = {i: x for t in reversed(stream) for i, x in self._past[t].items()}  # the first operand's, if of both
             result = func(*args, **kwargs)  # may write to what is read
             self._past[result] = past
             if self._apart:
@@ -490,26 +617,42 @@ class _Stream(TorchFunctionMode):
             if self._met - 1 in self._norms and normed(args, kwargs)[0] in self._past:
                 return self._normed(func, args, kwargs, reads)
         result = func(*reads[0], **reads[1])
+        for x in stream if self._apart else ():
+            if result is self._read[x]:  # as of contiguous(), or dropout that is off
+                return x
         if stream or any(t in self._derived for t in given):
             for y in tree_leaves(result):
                 if isinstance(y, Tensor):
                     self._derived.add(y)
         return result
 
-    def _reads(self, given: Any) -> Any:
-        """Arguments as sublayers read them."""
-        return tree_map(lambda t: self._read[t] if isinstance(t, Tensor) and t in self._read else t, given)
-
     def _normed(self, func: Any, args: Any, kwargs: Any, reads: Any) -> Tensor:
         """A norm of the stream."""
         result, (x, rest) = func(*args, **kwargs), normed(args, kwargs)
         with DisableTorchFunction():
-            past = self._past[x]
-            if past is not None:
+            past = dict(self._past[x])
+            outside = {id(t): t for t in past.values() if t is not None}
+            if outside:
                 others = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, rest)
-                with torch.enable_grad():
-                    past = func(_Join.apply(x.detach(), past, None, None), *others[0], **others[1])
+                # A checkpoint within the block does not see what this keeps: where it runs again, this does not.
+                with torch.enable_grad(), saved_tensors_hooks(_same, _same):
+                    joined = _Join.apply(x.detach(), self._run, None, None, *outside.values())
+                    norm = func(joined, *others[0], **others[1])
+                past = {i: None if t is None else norm for i, t in past.items()}
             self._past[result] = past
             if self._apart:
                 self._read[result] = func(*reads[0], **reads[1])
         return result
+
+    def _check_checkpoint(self) -> None:
+        hooks = innermost_hooks(False)
+        if hooks is not None and hooks != self._around and hooks[0].__module__ == "torch.utils.checkpoint":
+            raise ArgumentError(
+                "a checkpoint within a block would run its functions again, where exact='sublayer' cannot tell "
+                "sublayers apart: put it around the block, or take it away (recompute=True keeps what one block "
+                "needs), or take exact='block'"
+            )
+
+
+def _same(x: Any) -> Any:
+    return x

@@ -25,21 +25,26 @@ does, is left out: they are found.
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
+from torch.jit import ScriptModule
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._torch import DisableTorchFunction, no_dispatch, tree_leaves
+from .._torch import DisableTorchFunction, disabled_torch_dispatch, no_dispatch, transform_around, tree_leaves
 from ..errors import ArgumentError
 from .tape import writes
 
 Pair = tuple[int, int, tuple[int, ...]]  # places of an input and an output, and of the calls of norms on the way
 ADDING = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+SUBTRACTING = {"sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__"}
 NORMS = {"layer_norm", "rms_norm"}
 
 
@@ -55,27 +60,38 @@ def find_blocks(
 
     Returns:
         For each block the places, among the leaves of its arguments and of its result, of what it began with and of
-        the sum; and, among the calls of `NORMS` within the block, those of the norms of sums on the way.
+        the sum, or of the former as it came; and, among the calls of `NORMS` within the block, those of the norms of
+        sums on the way.
 
     Raises:
         ArgumentError: a module of ``names`` is not in the model, is not called, or is no block.
     """
-    modules = {n: m for n, m in model.named_modules() if any(True for _ in m.parameters())}
+    every = model.named_modules(remove_duplicate=False)
+    modules = {n: m for n, m in every if any(True for _ in m.parameters()) and not isinstance(m, ScriptModule)}
     if names is not None:
         unknown = [name for name in names if name not in modules]
         if unknown:
-            raise ArgumentError(f"blocks names modules that the model does not have, with parameters: {unknown}")
+            some = [name for name in modules if name][:4]
+            raise ArgumentError(
+                f"blocks names modules that the model does not have, with parameters: {unknown}. Names are those of "
+                f"model.named_modules(): {', '.join(some)}, …"
+            )
         modules = {name: modules[name] for name in names}
+    first = {module: name for name, module in reversed(modules.items())}  # of a module that has several names
     trace = _Trace(names is not None)
     with contextlib.ExitStack() as stack:
-        for name, module in modules.items():
+        for module in model.modules():  # what hooks for the way back would make of tensors is no function
+            for hooks in (module._backward_hooks, module._backward_pre_hooks):
+                stack.callback(hooks.update, dict(hooks))
+                hooks.clear()
+        for module, name in reversed(first.items()):
             stack.callback(module.register_forward_pre_hook(trace.enter, with_kwargs=True).remove)
-            leave = module.register_forward_hook(lambda m, args, out, name=name: trace.leave(name, out))
-            stack.callback(leave.remove)
+            leave = functools.partial(trace.leave, name)
+            stack.callback(module.register_forward_hook(leave, prepend=True).remove)
         stack.enter_context(trace)
         closure()
     found = {f.name: list(f.pairs) for f in trace.found if f.name not in trace.irregular}
-    others = [name for name in names or () if name not in found]
+    others = [name for name in names or () if first[modules[name]] not in found]
     if others:
         raise ArgumentError(
             f"modules {others} of blocks are not called, or do not put out one of their inputs with something added: "
@@ -143,6 +159,7 @@ class _Trace(TorchFunctionMode):
         super().__init__()
         self.irregular: set[str] = set()
         self._named = named
+        self._thread = threading.get_ident()  # others may use the model meanwhile
         self._pairs: dict[str, tuple[Pair, ...]] = {}
         self._whole = _Call({}, frozenset(), False, 0)
         self._calls = [self._whole]
@@ -161,7 +178,7 @@ class _Trace(TorchFunctionMode):
         before = None
         if writes(func, kwargs) and args and isinstance(args[0], Tensor):
             with DisableTorchFunction(), no_dispatch():
-                before = args[0].detach().clone()
+                before = args[0].detach().clone() if _is_plain(args[0]) else args[0]
                 self._known[before] = self._of(args[0])
         result = func(*args, **kwargs)
         with DisableTorchFunction(), no_dispatch():
@@ -178,21 +195,33 @@ class _Trace(TorchFunctionMode):
             return
         sums: dict[int, tuple[Step, ...]] = {}
         operands = [*args[:2], *(kwargs[n] for n in ("input", "other") if n in kwargs)]
-        if getattr(func, "__name__", "") in ADDING and isinstance(result, Tensor) and len(operands) == 2:
-            scaled = kwargs.get("alpha", 1) != 1 or len(args) > 2
-            for one, other in ((operands[0], operands[1]), (operands[1], operands[0])):
-                if isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == result.shape:
+        name = getattr(func, "__name__", "")
+        if name in ADDING | SUBTRACTING and isinstance(result, Tensor) and len(operands) == 2:
+            factor = kwargs.get("alpha", 1) * (-1 if name in SUBTRACTING else 1)
+            if before is not None:
+                operands = [before if x is args[0] else x for x in operands]
+            first, second = operands
+            for one, other, by in ((first, second, factor), (second, first, 1))[: 1 if factor != 1 else 2]:
+                if _is_plain(one) and _is_plain(result) and one.shape == result.shape and self._of(one).sums:
+                    part = self._part(other, by)
                     for token, parts in self._of(one).sums.items():
-                        if not (scaled and one is operands[1]):
-                            part = other if before is None or other is not args[0] else before
-                            sums.setdefault(token, (*parts, part))
-        if is_norm(func) and isinstance(result, Tensor):
+                        sums.setdefault(token, (*parts, part))
+        if is_norm(func) and _is_plain(result):
             x, rest = normed(args, kwargs)
             step = _Norm(self._norms, lambda t: func(t, *rest[0], **rest[1]))
             sums = {token: (*steps, step) for token, steps in self._of(x).sums.items()}
         made = [y for y in tree_leaves(result) if isinstance(y, Tensor) and not any(y is t for t in given)]
         for y in (*made, *args[: before is not None]):
             self._known[y] = _Known(depends, sums)
+
+    def _part(self, x: Any, factor: float) -> Tensor:
+        """What a sum adds, a tensor or a number."""
+        x = x if isinstance(x, Tensor) else torch.tensor(x, device="cpu")
+        if factor == 1:
+            return x
+        part = x.detach() * factor
+        self._known[part] = _Known(self._of(x).depends)
+        return part
 
     def _of(self, x: Tensor) -> _Known:
         return self._known.get(x) or _Known()
@@ -206,30 +235,42 @@ class _Trace(TorchFunctionMode):
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module is called."""
+        if threading.get_ident() != self._thread:
+            return
         with DisableTorchFunction(), no_dispatch():
-            inputs = [(i, x) for i, x in enumerate(tree_leaves((args, kwargs))) if is_state(x)]
+            distinct: dict[int, tuple[int, Tensor]] = {}
+            for i, x in enumerate(tree_leaves((args, kwargs))):
+                if is_state(x):
+                    distinct.setdefault(id(x), (i, x))
+            inputs = [*distinct.values()]
             taken = frozenset().union(*(self._of(x).sums for _, x in inputs))
             after = any(self._of(x).depends & self._given for _, x in inputs)
             copies = {self._token(x): (i, x.detach().clone()) for i, x in inputs}
             self._calls.append(_Call(copies, taken, after, self._norms))
 
-    def leave(self, name: str, out: Any) -> None:
+    def leave(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
         """A call ends: note whether the module is a block."""
+        if threading.get_ident() != self._thread:
+            return
         with DisableTorchFunction(), no_dispatch():
             call, outer = self._calls.pop(), self._calls[-1]
-            pairs, parts, last = [], 0, []
+            pairs, parts, last, passed = [], set(), [], []
             for j, y in enumerate(tree_leaves(out)):
                 known = self._of(y) if is_state(y) else _Known()
-                for token in call.inputs.keys() & known.sums.keys():
+                for token in sorted(call.inputs.keys() & known.sums.keys()):
                     i, x = call.inputs[token]
                     steps = known.sums[token]
                     added = [step for step in steps if isinstance(step, Tensor)]
+                    norms = tuple(step.place - call.norms for step in steps if isinstance(step, _Norm))
+                    passed += [] if steps else [(i, j, norms)]
                     depends = any(token in self._of(part).depends for part in added)
-                    if not (depends or (self._named and added)) or not _adds_up(x, steps, y):
+                    if not (depends or (self._named and added)) or is_transformed(y) or not _adds_up(x, steps, y):
                         continue
-                    pairs.append((i, j, tuple(step.place - call.norms for step in steps if isinstance(step, _Norm))))
+                    pairs.append((i, j, norms))
                     last.append(y)
-                    parts += len(added)
+                    parts |= {id(part) for part in added}  # the same of a sum that is put out twice
+            begun = {i for i, _, _ in pairs}
+            pairs += [pair for pair in passed if pair[0] in begun]  # what is put out as it came, beside the sum
             if self._pairs.setdefault(name, tuple(pairs)) != tuple(pairs):
                 self.irregular.add(name)
             if not pairs:
@@ -237,7 +278,7 @@ class _Trace(TorchFunctionMode):
                 return
             ends = frozenset().union(*(self._of(y).sums for y in last))
             along = [f for f in call.found if f.taken & call.inputs.keys() and f.given & ends]
-            whole = along and sum(f.parts for f in along) == parts
+            whole = along and sum(f.parts for f in along) == len(parts)
             outermost = call.found and not along and not call.after
             if not self._named and (whole or outermost):
                 outer.found += call.found
@@ -245,12 +286,24 @@ class _Trace(TorchFunctionMode):
             given = frozenset(self._token(y) for y in last)
             self._given |= given
             inside = [f for f in call.found if f not in along]
-            outer.found += [*inside, Found(name, tuple(pairs), call.taken, given, parts)]
+            outer.found += [*inside, Found(name, tuple(pairs), call.taken, given, len(parts))]
 
 
 def is_state(x: Any) -> bool:
     """Whether something may be what blocks add to."""
-    return isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0
+    return _is_plain(x) and x.is_floating_point() and x.dim() > 0
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether something is a tensor with memory of its own; nested ones and those of other libraries may have none."""
+    if not isinstance(x, Tensor) or x.is_nested:
+        return False
+    return type(x).__torch_dispatch__ is disabled_torch_dispatch  # type: ignore[attr-defined]
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether a tensor is one of a transform of torch.func, or carries a derivative of torch's forward mode."""
+    return transform_around() is not None or unpack_dual(x).tangent is not None
 
 
 def is_norm(func: Any) -> bool:
@@ -266,7 +319,9 @@ def normed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple
 
 
 def _adds_up(x: Tensor, steps: Sequence[Step], y: Tensor) -> bool:
-    total = x
+    total, rtol = x, max(1e-3, 4 * torch.finfo(y.dtype).eps)
     for step in steps:
         total = step.function(total) if isinstance(step, _Norm) else total + step
-    return total.shape == y.shape and bool(torch.isclose(total, y, rtol=1e-3, atol=1e-5, equal_nan=True).all())
+    return total.shape == y.shape and bool(
+        torch.isclose(total.to(y.dtype), y, rtol=rtol, atol=1e-5, equal_nan=True).all()
+    )
