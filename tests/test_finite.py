@@ -503,3 +503,19 @@ def test_nested_coefficients_that_are_zero_at_the_point_alone(f):
     found = jp.jet(slope, w, torch.ones(1, 3).double())[1][0]
     torch.testing.assert_close(found, torch.autograd.functional.jacobian(expected, w).diagonal())
     assert found.all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("settings", [{}, {"label_smoothing": 0.1}, {"weight": torch.tensor([1.0, 2.0, 3.0])}])
+@pytest.mark.parametrize("soft", [False, True])
+def test_cross_entropies_of_no_examples_are_those_of_torch(reduction, settings, soft):
+    """NaN for a mean, which was zero, and zero for a sum."""
+    w, x = torch.randn(3, 4), torch.zeros(0, 4)
+    goal = torch.zeros(0, 3) if soft else torch.zeros(0, dtype=torch.long)
+
+    def loss(w):
+        return F.cross_entropy(x @ w.T, goal, reduction=reduction, **settings)
+
+    value, slope = jp.jvp(loss, (w,), (torch.ones_like(w),))
+    torch.testing.assert_close(value, loss(w), equal_nan=True)
+    assert slope.shape == value.shape and (reduction == "mean" or not slope.any())

@@ -405,3 +405,26 @@ def test_another_estimator_begins_anew(of, to):
     second.load_state_dict(first.state_dict())
     steps(net, second, 30, 6)
     assert second.state["jetplane"]["step"] == 36 and loss_of(net) < 0.85
+
+
+@pytest.mark.parametrize("gradient", [None, LocalHeads(), jp.gradients.ForwardGradients()])
+def test_an_empty_batch_changes_nothing(gradient):
+    """As the last one of a loader may be, where rows are left out."""
+    net = network()
+    opt = jp.optim.PlaneSearch(
+        net.parameters(), None if gradient == jp.gradients.ForwardGradients() else net, gradient=gradient
+    )
+    steps(net, opt, 2)
+    before = held(net, opt)
+    with pytest.raises(jp.errors.NonFiniteError):
+        opt.step(lambda: F.cross_entropy(net(X[:0]), Y[:0]))
+    assert same(held(net, opt), before)
+    steps(net, opt, 1)
+
+
+def test_what_is_empty_may_be_joined_with_what_moves():
+    """As a cache that holds nothing yet is with the first keys."""
+    net = network()
+    opt = jp.optim.PlaneSearch(net.parameters(), net)
+    losses = [opt.step(lambda: F.cross_entropy(torch.cat([torch.tensor([]), net(X)], 1), Y)).item() for _ in range(3)]
+    assert losses[-1] < losses[0]

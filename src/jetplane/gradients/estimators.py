@@ -38,7 +38,8 @@ class Batch:
         params: the tensors that may move.
         model: holds the layers, or None.
         directions: of the plane, by the places of ``params`` among themselves; None between planes, see
-            `Estimator.alone`.
+            `Estimator.alone`, and where an estimator measures elsewhere (`jetplane.sources.Source.weights`): they are
+            those at the parameters.
         plane: its loss, slope and curvature, of the whole batch; None between planes.
         drawn: which of its directions v have ``E[v v^T] = I``.
         used: the places of the parameters that the loss uses.
