@@ -294,8 +294,8 @@ def test_layers_of_torchs_encoder_are_found_and_its_stack_is_left_out(norm_first
     layer = nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True, norm_first=norm_first)
     encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
     model = nn.Sequential(nn.Linear(4, 8), encoder, nn.Linear(8, 2))
-    x, norms = torch.randn(2, 5, 4), () if norm_first else (0, 1)
-    assert found_in(model, lambda: model(x)) == {f"1.layers.{i}": [(0, 0, norms)] for i in range(3)}
+    x, maps = torch.randn(2, 5, 4), () if norm_first else (0, 2)  # the ReLU in between is a sublayer's
+    assert found_in(model, lambda: model(x)) == {f"1.layers.{i}": [(0, 0, maps)] for i in range(3)}
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
@@ -490,7 +490,7 @@ def _scaled(x, f):
 
 
 def _activated(x, f):
-    return F.relu(x + f)
+    return F.silu(x + f)
 
 
 def _weighed(x, f):
@@ -917,6 +917,57 @@ def test_an_error_goes_past_norms_to_all_that_a_sum_is_made_of(recompute):
 
     same(found, exact(model, lambda: loss_of(Hand())), [n for n in whole if n != "near"])
     assert bool(found["near"].any())
+
+
+class Basic(nn.Module):
+    """A block of a ResNet; the shape changes where channels do."""
+
+    def __init__(self, before, after, inplace):
+        super().__init__()
+        self.conv1, self.conv2 = (
+            nn.Conv2d(before, after, 3, 2 if after > before else 1, 1),
+            nn.Conv2d(after, after, 3, 1, 1),
+        )
+        self.norm1, self.norm2 = nn.BatchNorm2d(after), nn.BatchNorm2d(after)
+        self.relu = nn.ReLU(inplace)
+        self.skip = nn.Conv2d(before, after, 1, 2) if after > before else None
+
+    def added(self, x):
+        return self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+
+    def forward(self, x):
+        y = self.added(x)
+        y += x if self.skip is None else self.skip(x)
+        return self.relu(y)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"recompute": True}, {"exact": "sublayer"}])
+def test_blocks_of_a_resnet(inplace, settings):
+    torch.manual_seed(0)
+    blocks = [Basic(3, 3, inplace), Basic(3, 3, inplace), Basic(3, 5, inplace), Basic(5, 5, inplace)]
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), *blocks, nn.Flatten(), nn.Linear(20, 2)).double()
+    x, y = torch.randn(6, 1, 6, 6, dtype=torch.double), torch.randint(2, (6,))
+    closure = lambda: F.cross_entropy(model(x), y)  # noqa: E731
+    found = found_in(model, closure)
+    assert list(found) == ["1", "2", "4"] and all(len(maps) == 1 for ((_, _, maps),) in found.values())
+
+    def hand():
+        h = model[1](model[0](x))
+        for block in model[2:5]:
+            if block.skip is not None:
+                h = block(h)
+                continue
+            read = h.detach()
+            added = block.added(read)
+            out, past = torch.relu(added + read), torch.relu(h + added.detach())
+            h = out + past - past.detach()
+        return F.cross_entropy(model[6](model[5](h)), y)
+
+    before = copy.deepcopy(model.state_dict())
+    expected = exact(model, hand)
+    model.load_state_dict(before)
+    same(estimated(model, closure, **settings), expected)
 
 
 @pytest.mark.parametrize("within", [False, True])

@@ -1,12 +1,13 @@
 """The error of the loss, carried down a residual stream: no derivative crosses a block.
 
-The blocks of a transformer add to a stream that the read-out reads in the end; post-norm ones normalize the sum,
+The blocks of a residual network add to a stream that the read-out reads in the end,
 
     x_i = N_i(x_{i-1} + f_i(x_{i-1})),    i = 1, ..., L,    loss = l(x_L)
 
-with N_i the identity in pre-norm ones. The derivative of the loss at its end, e_L, is exact: it comes from the loss,
-the read-out and the last norm. Below, f_i counts as a constant in the derivative of x_i with respect to x_{i-1}, which
-is that of the norm then, and one without a norm, so that the same error reaches the output of every block,
+with N_i the identity in pre-norm transformers, a norm in post-norm ones, a ReLU in ResNets. The derivative of the loss
+at its end, e_L, is exact: it comes from the loss, the read-out and the last norm. Below, f_i counts as a constant in
+the derivative of x_i with respect to x_{i-1}, which is that of N_i then, so that without N_i the same error reaches the
+output of every block,
 
     e_{i-1} = (d N_i)^T e_i,    estimate_i = (d f_i / d theta_i)^T (d N_i)^T e_i
 
@@ -49,7 +50,7 @@ from ..evaluation.side_effects import without_side_effects
 from ..rules.grad_mode import autograd
 from .allocation import signature
 from .estimators import Batch, Estimate, Estimator, State, model_of
-from .residual_blocks import ADDING, SUBTRACTING, Pair, find_blocks, is_norm, is_state, is_transformed, normed
+from .residual_blocks import ADDING, SUBTRACTING, Pair, find_blocks, is_map, is_state, is_transformed, mapped
 from .tape import pack, unpack
 
 Part = Literal["block", "sublayer"]
@@ -61,17 +62,18 @@ _OTHERWISE = "take jetplane.gradients.LocalHeads() or jetplane.gradients.Activit
 class ResidualStream(Estimator):
     """The error at the end of a residual stream, for all blocks that add to it: see `jetplane.gradients.residual`.
 
-    Blocks are modules that put out one of their inputs with something added that depends on it, and maybe the sum's
-    norm (``layer_norm``, ``rms_norm``): a layer of `torch.nn.TransformerEncoder`, of BERT, GPT-2 or Llama, a residual
-    module of your own. They are found in the first step, by what the closure computes. What is not within a block has
-    the exact derivative, as by reverse mode; so has what a block reads beside the stream (the memory of a decoder).
-    Parameters that the loss does not depend on stay, which a warning says.
+    Blocks are modules that put out one of their inputs with something added that depends on it, and maybe
+    ``layer_norm``, ``rms_norm`` or ``relu`` of the sum: a layer of `torch.nn.TransformerEncoder`, of BERT, GPT-2 or
+    Llama, a block of a ResNet that does not change the shape, a residual module of your own. They are found in the
+    first step, by what the closure computes. What is not within a block has the exact derivative, as by reverse mode;
+    so has what a block reads beside the stream (the memory of a decoder). Parameters that the loss does not depend on
+    stay, which a warning says.
 
     Attributes:
         exact: within what the derivative is exact: "block", or "sublayer" for each part that a block adds.
         recompute: find the errors in an extra pass, so that what one block needs is kept at a time (in the first step
-            what all blocks add, too; of norms of the stream, their inputs); by default the extra pass is saved, and
-            what all blocks need is kept until the loss is computed, as in reverse mode.
+            what all blocks add, too; norms and ReLUs of the stream keep a tensor each); by default the extra pass is
+            saved, and what all blocks need is kept until the loss is computed, as in reverse mode.
         blocks: names of the blocks in the model (`torch.nn.Module.named_modules`); None for those that are found.
 
     Raises:
@@ -143,7 +145,7 @@ class ResidualStream(Estimator):
                 f"transformer do, in each of its calls and outside of torch.func. Put what is added in a module "
                 f"together with the sum, or {_OTHERWISE}"
             )
-        state = {"blocks": {name: [[i, j, list(norms)] for i, j, norms in pairs] for name, pairs in found.items()}}
+        state = {"blocks": {name: [[i, j, list(maps)] for i, j, maps in pairs] for name, pairs in found.items()}}
         left = self._left(batch, state)
         apart = left if self.exact == "block" else replace(self, exact="block")._left(batch, state)
         if len(apart) < len(left):
@@ -184,7 +186,7 @@ class ResidualStream(Estimator):
 
     def _run(self, batch: Batch, state: State) -> tuple[Sequence[Tensor | None], Tensor]:
         """The estimate, None for what is not reached, and the loss."""
-        blocks = {name: [(i, j, tuple(norms)) for i, j, norms in pairs] for name, pairs in state["blocks"].items()}
+        blocks = {name: [(i, j, tuple(maps)) for i, j, maps in pairs] for name, pairs in state["blocks"].items()}
         model, params, apart = model_of(batch), list(batch.params), self.exact == "sublayer"
         with eager(), autograd():
             if not self.recompute:
@@ -229,7 +231,7 @@ class _Call:
         given: its arguments, but for tensors, with the constants that stand in place of what it began with.
         starts: these constants, and whether no block is below, by the identity of the latter.
         back: the latter by the identity of the constants.
-        stream: what follows the stream, where norms of it or sublayers apart need that.
+        stream: what follows the stream, where maps of it or sublayers apart need that.
     """
 
     begun: dict[int, Tensor | None] = field(default_factory=dict)
@@ -355,10 +357,10 @@ class _Joined:
                     call.back[id(starts[id(x)][0])] = x
                 begun.setdefault(starts[id(x)][0], {})[i] = call.begun[i] if self._goes_past() else None
             self._within(call.within)
-            norms = {n for _, _, found in self.blocks[name] for n in found}
-            if norms or self._apart:
+            maps = {n for _, _, found in self.blocks[name] for n in found}
+            if maps or self._apart:
                 as_is = [start for start, first in starts.values() if first] if self._apart else None
-                call.stream = call.within.enter_context(_Stream(self, begun, norms, as_is))
+                call.stream = call.within.enter_context(_Stream(self, begun, maps, as_is))
             args, kwargs = _put((args, kwargs), {key: start for key, (start, _) in starts.items()})
             call.given = [x for x in (*args, *kwargs.values()) if not isinstance(x, Tensor)]
             return args, kwargs
@@ -381,11 +383,11 @@ class _Joined:
         """What a block puts out, joined with what it began with."""
         flat = tree_leaves(out)
         joined: dict[int, dict[int, Tensor]] = {}  # by places, as one tensor may be put out twice
-        for i, j, norms in self.blocks[name]:
+        for i, j, maps in self.blocks[name]:
             if not (j < len(flat) and is_state(flat[j])):
                 raise _changed(name)
             x = call.begun[i]
-            if norms and call.stream is not None:
+            if maps and call.stream is not None:
                 past = call.stream.past(flat[j])
                 if i not in past:
                     raise _changed(name)
@@ -557,19 +559,19 @@ def _is_differentiable(x: Any) -> bool:
 
 @final
 class _Stream(TorchFunctionMode):
-    """Functions in a block, followed along its stream: what it begins with, and sums with that and norms of these.
+    """Functions in a block, followed along its stream: what it begins with, sums with that, and maps of these.
 
     For each tensor of the stream there is, for each input that it began with, one that its error goes to past the
-    block: what came from outside, or the last norm of the stream, in a graph of norms and sums with constants.
+    block: what came from outside, or the last map of the stream, in a graph of maps and sums with constants.
 
     Where sublayers are apart there is another, that they read: no derivative goes from a sublayer to the stream. A sum
     with what does not depend on the stream, as with an embedding of positions, is read with the derivative of the
-    latter, a norm with that of its own parameters.
+    latter, a map with that of its own parameters.
 
     Args:
         run: the pass.
         begun: with what the block begins, and by its places what that was outside; None if no error goes past it.
-        norms: the places of the norms of the stream among all calls of norms.
+        maps: the places of the maps of the stream among all calls of `residual_blocks.MAPS`.
         as_is: where sublayers are apart, what of that is read as it is; None if they are not.
 
     Raises:
@@ -577,11 +579,11 @@ class _Stream(TorchFunctionMode):
     """
 
     def __init__(
-        self, run: _Joined, begun: Mapping[Tensor, Mapping[int, Tensor | None]], norms: Collection[int],
+        self, run: _Joined, begun: Mapping[Tensor, Mapping[int, Tensor | None]], maps: Collection[int],
         as_is: Collection[Tensor] | None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self._run, self._norms, self._apart, self._met = run, norms, as_is is not None, 0
+        self._run, self._maps, self._apart, self._met = run, maps, as_is is not None, 0
         self._around = innermost_hooks(False)
         self._past: Any = WeakTensorKeyDictionary(dict(begun))
         read = {x: x if any(x is y for y in as_is) else x.detach() for x in begun} if as_is is not None else {}
@@ -612,10 +614,10 @@ class _Stream(TorchFunctionMode):
             if self._apart:
                 self._read[result] = result.detach() if read is None else read
             return result
-        if is_norm(func):
+        if is_map(func):
             self._met += 1
-            if self._met - 1 in self._norms and normed(args, kwargs)[0] in self._past:
-                return self._normed(func, args, kwargs, reads)
+            if self._met - 1 in self._maps and mapped(func, args, kwargs)[0] in self._past:
+                return self._mapped(func, args, kwargs, reads)
         result = func(*reads[0], **reads[1])
         for x in stream if self._apart else ():
             if result is self._read[x]:  # as of contiguous(), or dropout that is off
@@ -626,22 +628,21 @@ class _Stream(TorchFunctionMode):
                     self._derived.add(y)
         return result
 
-    def _normed(self, func: Any, args: Any, kwargs: Any, reads: Any) -> Tensor:
-        """A norm of the stream."""
-        result, (x, rest) = func(*args, **kwargs), normed(args, kwargs)
+    def _mapped(self, func: Any, args: Any, kwargs: Any, reads: Any) -> Tensor:
+        """A map of the stream."""
+        result, (x, function) = func(*args, **kwargs), mapped(func, args, kwargs, constant=True)
         with DisableTorchFunction():
             past = dict(self._past[x])
             outside = {id(t): t for t in past.values() if t is not None}
             if outside:
-                others = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, rest)
                 # A checkpoint within the block does not see what this keeps: where it runs again, this does not.
                 with torch.enable_grad(), saved_tensors_hooks(_same, _same):
-                    joined = _Join.apply(x.detach(), self._run, None, None, *outside.values())
-                    norm = func(joined, *others[0], **others[1])
-                past = {i: None if t is None else norm for i, t in past.items()}
+                    y = function(_Join.apply(x.detach(), self._run, None, None, *outside.values()))
+                past = {i: None if t is None else y for i, t in past.items()}
             self._past[result] = past
             if self._apart:
-                self._read[result] = func(*reads[0], **reads[1])
+                read, function = mapped(func, *reads)
+                self._read[result] = function(read)
         return result
 
     def _check_checkpoint(self) -> None:

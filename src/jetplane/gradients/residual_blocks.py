@@ -4,11 +4,11 @@ A block is a module that puts out one of its inputs with something added that de
 
     y = x + f_1(x) + f_2(x + f_1(x)) + ...
 
-or that, with norms of the sums on the way, as in a post-norm transformer: ``h = norm(x + f_1(x))``,
-``y = norm(h + f_2(h))``. A pass follows, function by function, which tensors are such sums and what each tensor depends
-on. What was met on the way is then computed again and held against the block's output, so that what functions do not
-show (a write through a view) is no block. A module that only runs blocks one after another on its input, as a stack
-does, is left out: they are found.
+or that, with norms or ReLUs of the sums on the way, as in a post-norm transformer, ``h = norm(x + f_1(x))``,
+``y = norm(h + f_2(h))``, or a ResNet, ``y = relu(x + f(x))``. A pass follows, function by function, which tensors are
+such sums and what each tensor depends on. What was met on the way is then computed again and held against the block's
+output, so that what functions do not show (a write through a view) is no block. A module that only runs blocks one
+after another on its input, as a stack does, is left out: they are found.
 
 >>> import torch
 >>> class Residual(torch.nn.Module):
@@ -38,14 +38,14 @@ from torch.jit import ScriptModule
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._torch import DisableTorchFunction, disabled_torch_dispatch, no_dispatch, transform_around, tree_leaves
+from .._torch import DisableTorchFunction, disabled_torch_dispatch, no_dispatch, transform_around, tree_leaves, tree_map
 from ..errors import ArgumentError
 from .tape import writes
 
-Pair = tuple[int, int, tuple[int, ...]]  # places of an input and an output, and of the calls of norms on the way
+Pair = tuple[int, int, tuple[int, ...]]  # places of an input and an output, and of the calls of `MAPS` on the way
 ADDING = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 SUBTRACTING = {"sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__"}
-NORMS = {"layer_norm", "rms_norm"}
+MAPS = {"layer_norm", "rms_norm", "relu", "relu_"}  # of one tensor, into another of its shape
 
 
 def find_blocks(
@@ -60,8 +60,8 @@ def find_blocks(
 
     Returns:
         For each block the places, among the leaves of its arguments and of its result, of what it began with and of
-        the sum, or of the former as it came; and, among the calls of `NORMS` within the block, those of the norms of
-        sums on the way.
+        the sum, or of the former as it came; and, among the calls of `MAPS` within the block, the places of those
+        on the way.
 
     Raises:
         ArgumentError: a module of ``names`` is not in the model, is not called, or is no block.
@@ -95,7 +95,8 @@ def find_blocks(
     if others:
         raise ArgumentError(
             f"modules {others} of blocks are not called, or do not put out one of their inputs with something added: "
-            "no function besides sums, and layer_norm and rms_norm of sums, may lie between that input and the output"
+            "no function besides sums, and layer_norm, rms_norm and relu of sums, may lie between that input and the "
+            "output"
         )
     return found
 
@@ -110,14 +111,14 @@ class Found(NamedTuple):
     parts: int
 
 
-class _Norm(NamedTuple):
-    """A norm of a sum: its place among all calls of norms, and its function."""
+class _Map(NamedTuple):
+    """One of `MAPS` of a sum: its place among all calls of them, and its function."""
 
     place: int
     function: Callable[[Tensor], Tensor]
 
 
-Step = Tensor | _Norm  # on the way from a tensor: what is added, or a norm
+Step = Tensor | _Map  # on the way from a tensor: what is added, or a map
 
 
 @dataclass(eq=False)
@@ -137,13 +138,13 @@ class _Known:
 class _Call:
     """A call of a module that has not ended: the copies of its inputs by tokens, their places, and blocks inside.
 
-    ``norms`` is how many calls of norms were before it.
+    ``maps`` is how many calls of `MAPS` were before it.
     """
 
     inputs: dict[int, tuple[int, Tensor]]
     taken: frozenset[int]
     after: bool
-    norms: int
+    maps: int
     found: list[Found] = field(default_factory=list)
 
 
@@ -164,7 +165,7 @@ class _Trace(TorchFunctionMode):
         self._whole = _Call({}, frozenset(), False, 0)
         self._calls = [self._whole]
         self._tokens = 0
-        self._norms = 0
+        self._maps = 0
         self._given: set[int] = set()  # tokens of what blocks gave
         self._known: Any = WeakTensorKeyDictionary()
 
@@ -183,7 +184,7 @@ class _Trace(TorchFunctionMode):
         result = func(*args, **kwargs)
         with DisableTorchFunction(), no_dispatch():
             self._follow(func, args, kwargs, result, before)
-        self._norms += is_norm(func)
+        self._maps += is_map(func)
         return result
 
     def _follow(self, func: Any, args: Any, kwargs: Any, result: Any, before: Tensor | None) -> None:
@@ -206,9 +207,9 @@ class _Trace(TorchFunctionMode):
                     part = self._part(other, by)
                     for token, parts in self._of(one).sums.items():
                         sums.setdefault(token, (*parts, part))
-        if is_norm(func) and _is_plain(result):
-            x, rest = normed(args, kwargs)
-            step = _Norm(self._norms, lambda t: func(t, *rest[0], **rest[1]))
+        if is_map(func) and _is_plain(result):
+            x, function = mapped(func, args, kwargs)
+            step = _Map(self._maps, function)
             sums = {token: (*steps, step) for token, steps in self._of(x).sums.items()}
         made = [y for y in tree_leaves(result) if isinstance(y, Tensor) and not any(y is t for t in given)]
         for y in (*made, *args[: before is not None]):
@@ -246,7 +247,7 @@ class _Trace(TorchFunctionMode):
             taken = frozenset().union(*(self._of(x).sums for _, x in inputs))
             after = any(self._of(x).depends & self._given for _, x in inputs)
             copies = {self._token(x): (i, x.detach().clone()) for i, x in inputs}
-            self._calls.append(_Call(copies, taken, after, self._norms))
+            self._calls.append(_Call(copies, taken, after, self._maps))
 
     def leave(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
         """A call ends: note whether the module is a block."""
@@ -261,12 +262,12 @@ class _Trace(TorchFunctionMode):
                     i, x = call.inputs[token]
                     steps = known.sums[token]
                     added = [step for step in steps if isinstance(step, Tensor)]
-                    norms = tuple(step.place - call.norms for step in steps if isinstance(step, _Norm))
-                    passed += [] if steps else [(i, j, norms)]
+                    maps = tuple(step.place - call.maps for step in steps if isinstance(step, _Map))
+                    passed += [] if steps else [(i, j, maps)]
                     depends = any(token in self._of(part).depends for part in added)
                     if not (depends or (self._named and added)) or is_transformed(y) or not _adds_up(x, steps, y):
                         continue
-                    pairs.append((i, j, norms))
+                    pairs.append((i, j, maps))
                     last.append(y)
                     parts |= {id(part) for part in added}  # the same of a sum that is put out twice
             begun = {i for i, _, _ in pairs}
@@ -306,22 +307,35 @@ def is_transformed(x: Tensor) -> bool:
     return transform_around() is not None or unpack_dual(x).tangent is not None
 
 
-def is_norm(func: Any) -> bool:
-    """Whether a function is one of `NORMS`."""
-    return getattr(func, "__name__", "") in NORMS
+def is_map(func: Any) -> bool:
+    """Whether a function is one of `MAPS`."""
+    return getattr(func, "__name__", "") in MAPS
 
 
-def normed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What a norm is called on, and its other arguments."""
-    if args:
-        return args[0], (args[1:], kwargs)
-    return kwargs["input"], ((), {name: value for name, value in kwargs.items() if name != "input"})
+def mapped(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], constant: bool = False
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:  # fmt: skip
+    """What one of `MAPS` is called on, and its function, which writes to nothing.
+
+    Args:
+        func: the function.
+        args: its arguments.
+        kwargs: the others.
+        constant: whether its parameters are constants in this function.
+    """
+    x, args = (args[0], args[1:]) if args else (kwargs["input"], ())
+    if func.__name__ in ("relu", "relu_"):
+        return x, torch.relu
+    kwargs = {name: value for name, value in kwargs.items() if name != "input"}
+    if constant:
+        args, kwargs = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, (args, kwargs))
+    return x, lambda t: func(t, *args, **kwargs)
 
 
 def _adds_up(x: Tensor, steps: Sequence[Step], y: Tensor) -> bool:
     total, rtol = x, max(1e-3, 4 * torch.finfo(y.dtype).eps)
     for step in steps:
-        total = step.function(total) if isinstance(step, _Norm) else total + step
+        total = step.function(total) if isinstance(step, _Map) else total + step
     return total.shape == y.shape and bool(
         torch.isclose(total.to(y.dtype), y, rtol=rtol, atol=1e-5, equal_nan=True).all()
     )
