@@ -84,7 +84,7 @@ SETTINGS = {
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "a direction at a time"])  # the same, later
 def test_trains_without_a_rate(name):
     net = network()
-    losses = train(net, SETTINGS[name](net), 120)
+    losses = train(net, SETTINGS[name](net), 48)
     assert sum(losses[-8:]) / 8 < 0.75 * sum(losses[:4]) / 4
 
 
