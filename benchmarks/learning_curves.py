@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
+
+import numpy as np
 
 from jetplane.experiments.report import COLOURS, STYLES, plt
 
@@ -215,8 +217,18 @@ def held_out(curves: list[LearningCurve]) -> str:
     return "held-out loss" if same else "held-out error"
 
 
+def _mean(lines: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[Sequence[float], Sequence[float]]:
+    """The mean of curves over the time that they have in common, with as many points as the first one."""
+    if len(lines) == 1:
+        return lines[0]
+    begin, end = max(seconds[0] for seconds, _ in lines), min(seconds[-1] for seconds, _ in lines)
+    times = np.geomspace(begin, end, len(lines[0][0]))
+    values = [np.interp(np.log(times), np.log(seconds), values) for seconds, values in lines]
+    return times.tolist(), np.mean(values, 0).tolist()
+
+
 def draw(results: Results, path: Path, title: str) -> None:
-    """Plot the measure over seconds, a panel for each task."""
+    """Plot the measure over seconds, a panel for each task: of each method the mean of its seeds, and these thin."""
     results = {name: curves for name, curves in results.items() if curves}
     figure, panels = plt.subplots(
         1, len(results), figsize=(1 + 4.4 * len(results), 4.2), squeeze=False, layout="constrained"
@@ -225,14 +237,19 @@ def draw(results: Results, path: Path, title: str) -> None:
     methods = list(dict.fromkeys(c.method for curves in results.values() for c in curves))
     for panel, (name, curves) in zip(panels[0], results.items(), strict=True):
         error = curves[0].measure == "accuracy"
-        for c in curves:
-            n = methods.index(c.method)
-            panel.plot(
-                [r["seconds"] for r in c.rows[1:]],
-                [1 - r["measure"] if error else r["measure"] for r in c.rows[1:]],
-                color=COLOURS[n % len(COLOURS)], linestyle=STYLES[(2 * (n // len(COLOURS)) + n) % len(STYLES)],
-                linewidth=2.6 if c.method == PLANE else 1.4, label=c.method,
-            )  # fmt: skip
+        for method, own in by_method(curves).items():
+            n = methods.index(method)
+            colour, style = COLOURS[n % len(COLOURS)], STYLES[(2 * (n // len(COLOURS)) + n) % len(STYLES)]
+            lines = [
+                ([r["seconds"] for r in c.rows[1:]], [1 - r["measure"] if error else r["measure"] for r in c.rows[1:]])
+                for c in own
+                if len(c.rows) > 1
+            ]
+            for seconds, values in lines if len(lines) > 1 else ():
+                panel.plot(seconds, values, color=colour, linewidth=0.6, alpha=0.35)
+            if lines:
+                width = 2.6 if method == PLANE else 1.6
+                panel.plot(*_mean(lines), color=colour, linestyle=style, linewidth=width, label=method)
         panel.set(xscale="log", yscale="log", title=name, xlabel="seconds")
         panel.set_ylabel("test error" if error else held_out(curves))
         panel.grid(True, which="major", color="#dddddd", linewidth=0.7)
@@ -240,6 +257,7 @@ def draw(results: Results, path: Path, title: str) -> None:
     named = {
         label: line for panel in panels[0] for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }  # one entry a method, for all panels and seeds
+    methods = [m for m in methods if m in named]
     figure.legend([named[m] for m in methods], methods, frameon=False, fontsize=9, loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=150)
     plt.close(figure)
