@@ -3,9 +3,9 @@ r"""Training without a backward pass: every method by one protocol, and the page
     python -m benchmarks.forward_only --data-dir FOLDER
 
 trains on MNIST and on the help texts of Python, measures peak memory and how close each method's estimate comes to the
-gradient, and writes docs/results/forward_only.json, .md and .png. All methods have the same initial weights, batches
-and seeds, and processor time on one thread as their budget. Runs that the file has are not made again (``--again``), so
-a part can be made at a time:
+gradient, and writes docs/results/forward_only.json, .md and two figures. All methods have the same initial weights,
+batches and seeds, and processor time on one thread as their budget. Runs that the file has are not made again
+(``--again``), so a part can be made at a time:
 
     python -m benchmarks.forward_only --data-dir FOLDER --tasks mlp --methods "plane-search, local heads"
     python -m benchmarks.forward_only --page        # from what the file has
@@ -268,6 +268,10 @@ def page(held: dict[str, Any], results: Results) -> str:
         "",
         "![Held-out error and loss over seconds](forward_only.png)",
         "",
+        "Over forward-equivalents (seconds over those of a plain forward pass), and at the end over peak memory:",
+        "",
+        "![The same over forward-equivalents, and over peak memory](forward_only_costs.png)",
+        "",
         "## Who is ahead",
         "",
     ]
@@ -302,7 +306,7 @@ def page(held: dict[str, Any], results: Results) -> str:
 
 
 def main() -> None:
-    """Run what is missing, and write the three files."""
+    """Run what is missing, and write the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--tasks", nargs="+", choices=list(PROTOCOL), default=list(PROTOCOL))
@@ -336,6 +340,7 @@ def main() -> None:
         )
         args.out.with_suffix(".md").write_text(page(held, sorted_results))
         draw(sorted_results, args.out.with_suffix(".png"), "processor time of one thread")
+        draw(sorted_results, args.out.with_name(f"{args.out.name}_costs.png"), "forward passes and memory", costs=True)
 
     if args.page:
         write()

@@ -16,6 +16,7 @@ from jetplane.experiments.report import COLOURS, STYLES, plt
 from .rivals import PLANE
 
 Rows = list[dict[str, float]]
+MARKERS = "osD^"
 
 
 @dataclass
@@ -227,33 +228,50 @@ def _mean(lines: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[Seq
     return times.tolist(), np.mean(values, 0).tolist()
 
 
-def draw(results: Results, path: Path, title: str) -> None:
-    """Plot the measure over seconds, a panel for each task: of each method the mean of its seeds, and these thin."""
+def draw(results: Results, path: Path, title: str, costs: bool = False) -> None:
+    """Plot the measure over seconds, a panel for each task: of each method the mean of its seeds, and these thin.
+
+    Args:
+        results: curves by task.
+        path: of the figure.
+        title: of the figure.
+        costs: plot it over forward-equivalents instead, and what it is at the end over peak memory.
+    """
     results = {name: curves for name, curves in results.items() if curves}
+    rows = 2 if costs else 1
     figure, panels = plt.subplots(
-        1, len(results), figsize=(1 + 4.4 * len(results), 4.2), squeeze=False, layout="constrained"
+        rows, len(results), figsize=(1 + 4.4 * len(results), 0.8 + 3.4 * rows), squeeze=False, layout="constrained"
     )
     figure.suptitle(title, fontsize=12)
     methods = list(dict.fromkeys(c.method for curves in results.values() for c in curves))
-    for panel, (name, curves) in zip(panels[0], results.items(), strict=True):
-        error = curves[0].measure == "accuracy"
+    for column, (name, curves) in zip(panels.T, results.items(), strict=True):
         for method, own in by_method(curves).items():
             n = methods.index(method)
             colour, style = COLOURS[n % len(COLOURS)], STYLES[(2 * (n // len(COLOURS)) + n) % len(STYLES)]
-            lines = [
-                ([r["seconds"] for r in c.rows[1:]], [1 - r["measure"] if error else r["measure"] for r in c.rows[1:]])
-                for c in own
-                if len(c.rows) > 1
-            ]
-            for seconds, values in lines if len(lines) > 1 else ():
-                panel.plot(seconds, values, color=colour, linewidth=0.6, alpha=0.35)
+            over, plotted = ("forwards" if costs else "seconds"), [c for c in own if len(c.rows) > 1]
+            lines = [([r[over] for r in c.rows[1:]], [_worse(c, r) for r in c.rows[1:]]) for c in plotted]
+            for x, y in lines if len(lines) > 1 else ():
+                column[0].plot(x, y, color=colour, linewidth=0.6, alpha=0.35)
+            marker = MARKERS[n // len(COLOURS) % len(MARKERS)] if costs else None
             if lines:
                 width = 2.6 if method == PLANE else 1.6
-                panel.plot(*_mean(lines), color=colour, linestyle=style, linewidth=width, label=method)
-        panel.set(xscale="log", yscale="log", title=name, xlabel="seconds")
-        panel.set_ylabel("test error" if error else held_out(curves))
-        panel.grid(True, which="major", color="#dddddd", linewidth=0.7)
-        panel.spines[["top", "right"]].set_visible(False)
+                column[0].plot(
+                    *_mean(lines), color=colour, linestyle=style, linewidth=width, marker=marker, markevery=[-1],
+                    label=method,
+                )  # fmt: skip
+            memory = next((c.memory for c in own if c.memory), None)
+            if costs and plotted and memory:
+                end = fmean(_worse(c, c.rows[-1]) for c in plotted)
+                column[1].plot(memory / 2**20, end, color=colour, marker=marker)
+        label = "test error" if curves[0].measure == "accuracy" else held_out(curves)
+        column[0].set(title=name, xlabel="forward-equivalents" if costs else "seconds", ylabel=label)
+        if costs:
+            column[1].set(xlabel="peak memory above weights and data, MiB", ylabel=f"{label} at the end")
+        for panel in column:
+            panel.set(yscale="log")
+            panel.grid(True, which="major", color="#dddddd", linewidth=0.7)
+            panel.spines[["top", "right"]].set_visible(False)
+        column[0].set(xscale="log")
     named = {
         label: line for panel in panels[0] for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }  # one entry a method, for all panels and seeds
@@ -261,3 +279,8 @@ def draw(results: Results, path: Path, title: str) -> None:
     figure.legend([named[m] for m in methods], methods, frameon=False, fontsize=9, loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _worse(curve: LearningCurve, row: dict[str, float]) -> float:
+    """A row's measure so that less is better."""
+    return 1 - row["measure"] if curve.measure == "accuracy" else row["measure"]
