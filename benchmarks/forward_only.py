@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,10 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from jetplane.experiments.environment import describe
+from jetplane.experiments.finetune.comparison import RUNGS
 from jetplane.gradients import ActivityPerturbation, Batch, Estimator, LocalHeads, ResidualStream
 from jetplane.optim import PlaneSearch
 
-from .convergence import curves_of, methods
+from .convergence import LEAST, curves_of, forward_seconds, methods, run, train_loss_of
 from .learning_curves import LearningCurve, Results, by_method, draw, load, merged, shown, table
 from .local_rivals import ActivationGuided, AlignedFeedback, MonoForward
 from .measuring import ROOT, machine
@@ -53,8 +56,11 @@ from .tasks import TASKS, Task
 OUT = ROOT / "docs" / "results" / "forward_only"
 THREADS = 1
 COSINE_STEPS = 200  # of training, after which estimates are held against the gradient
+TUNED = ", tuned"  # behind the name of a method whose rate is the best of `TRIALS`
+TRIALS, SPAN = 25, 30.0  # rates, from the stated one over this factor to that times it, evenly spaced on a log scale
 OURS = {STREAM, BLOCKWISE, HEADS, PLANE}
-BACKPROP = {ADAM, FAST_ADAM, CHECKPOINTED, label("sgd")}
+BACKPROP = {ADAM, FAST_ADAM, CHECKPOINTED, label("sgd"), f"{ADAM}{TUNED}", f"{CHECKPOINTED}{TUNED}"}
+LOCAL = {MONO, FAST_MONO, f"{MONO}{TUNED}"}
 BASE = label("fgd")  # where the gap to backprop begins, if it has runs
 
 
@@ -74,10 +80,18 @@ class Protocol:
 MAIN = (0, 1, 2, 3, 4)
 IMAGES = (HEADS, MONO, FAST_MONO, ADAM, FAST_ADAM, CHECKPOINTED, GRAPE, PLANE, label("fgd"), AGZO)
 TEXT = (STREAM, BLOCKWISE, HEADS, PLANE, ADAM, FAST_ADAM, CHECKPOINTED, AGZO)
+RATED = {MONO, ADAM, CHECKPOINTED, GRAPE, label("fgd"), AGZO}
+
+
+def with_tuned(names: Sequence[str]) -> list[str]:
+    """Methods, each that has a rate followed by itself with a tuned one."""
+    return [name for m in names for name in ((m, f"{m}{TUNED}") if m in RATED else (m,))]
+
+
 PROTOCOL = {
-    "mlp": Protocol(60.0, dict.fromkeys(IMAGES, MAIN)),
-    "cnn": Protocol(30.0, dict.fromkeys(IMAGES, MAIN)),
-    "characters": Protocol(30.0, dict.fromkeys(TEXT, MAIN)),
+    "mlp": Protocol(60.0, dict.fromkeys(with_tuned(IMAGES), MAIN)),
+    "cnn": Protocol(30.0, dict.fromkeys(with_tuned(IMAGES), MAIN)),
+    "characters": Protocol(30.0, dict.fromkeys(with_tuned(TEXT), MAIN)),
 }
 
 # --- runs ---------------------------------------------------------------------------------------------------
@@ -89,6 +103,51 @@ def settings(task: str, seed: int, data_dir: Path | None) -> argparse.Namespace:
         batch=None, clock=time.process_time, rates={}, sweep=False, sweep_seconds=0.0, seeds=[seed],
         seconds=PROTOCOL[task].seconds, steps=[], memory=seed == MAIN[0], threads=THREADS, data_dir=data_dir,
     )  # fmt: skip
+
+
+def tuned(stated: float, seconds: float, outcome: Callable[[float, float], float]) -> tuple[float, dict[str, float]]:
+    """The best of `TRIALS` rates, and the loss of each.
+
+    All rates get a part of a run's seconds, and the best of them, by `RUNGS`, a larger part.
+
+    Args:
+        stated: the rate in the middle.
+        seconds: of a run.
+        outcome: the loss after training at a rate for so many seconds.
+    """
+    rates, found = [stated * SPAN ** (2 * i / (TRIALS - 1) - 1) for i in range(TRIALS)], {}
+    for share, part in RUNGS:
+        last = {rate: outcome(rate, seconds / part) for rate in rates[: math.ceil(TRIALS / share)]}
+        rates, found = sorted(last, key=last.__getitem__), found | last
+    return rates[0], {f"{rate:.2g}": loss for rate, loss in sorted(found.items())}
+
+
+def tuned_curves(
+    results: Results, task: Task, name: str, method: str, seeds: Sequence[int], data_dir: Path | None
+) -> Iterator[LearningCurve]:
+    """Runs of a method at the best of `TRIALS` rates, which are tried with the first seed unless the file has it."""
+    base, seconds = method.removesuffix(TUNED), PROTOCOL[name].seconds
+    how, earlier = methods()[base], [c for c in results.get(name, []) if c.method == method]
+    if earlier:
+        rate, tried = earlier[0].rate, earlier[0].sweep
+    else:
+        forward = forward_seconds(task, task.batch, time.process_time)
+
+        def outcome(rate: float, seconds: float) -> float:
+            trial = LearningCurve(method, MAIN[0], rate, task.measure, budget=seconds)
+            return train_loss_of(
+                run(task, trial, how, task.batch, time.process_time, forward, scored=False, least=LEAST)
+            )
+
+        rate, tried = tuned(how.rate(name), seconds, outcome)
+        print(f"{name}, {method}: rate {rate:.2g} of {tried}", file=sys.stderr)
+    memory = next((c.memory for c in results.get(name, []) if c.method == base and c.memory), None)
+    for seed in seeds:
+        given = settings(name, seed, data_dir)
+        given.rates, given.memory = {method: rate}, False
+        for c in curves_of(task, name, method, how, given):
+            c.sweep, c.sweep_seconds, c.memory = tried, seconds / RUNGS[0][1], memory
+            yield c
 
 
 def missing(results: Results, task: str, method: str, seeds: Sequence[int]) -> list[int]:
@@ -216,7 +275,7 @@ def gap_closed(curves: list[LearningCurve]) -> tuple[str, dict[str, float]]:
         Where the way begins, at `BASE` or, where that has no run, at the untrained model; and the parts by methods.
     """
     ends = {method: fmean(c.rows[-1]["measure"] for c in own) for method, own in by_method(curves).items()}
-    best = [ends[m] for m in (ADAM, FAST_ADAM) if m in ends]
+    best = [ends[m] for m in (ADAM, FAST_ADAM, f"{ADAM}{TUNED}") if m in ends]
     if not best:
         return BASE, {}
     goal = (max if curves[0].measure == "accuracy" else min)(best)
@@ -239,9 +298,9 @@ def ahead(name: str, curves: list[LearningCurve]) -> str:
         found = []
         for word, chosen in (
             ("with a backward pass", [m for m in at if m in BACKPROP]),
-            ("local heads with Adam", [m for m in at if m in (MONO, FAST_MONO)]),
+            ("local heads with Adam", [m for m in at if m in LOCAL]),
             ("ours", [m for m in at if m in OURS]),
-            ("other forward-only methods", [m for m in at if m not in BACKPROP | OURS | {MONO, FAST_MONO}]),
+            ("other forward-only methods", [m for m in at if m not in BACKPROP | OURS | LOCAL]),
         ):
             if chosen:
                 m = pick(chosen, key=at.__getitem__)
@@ -263,7 +322,8 @@ def page(held: dict[str, Any], results: Results) -> str:
         "`PlaneSearch(params, model)`, `plane-search, local heads` the same with `gradient=jp.gradients.LocalHeads()`, "
         "`plane-search, residual stream` with `gradient=jp.gradients.ResidualStream()`, `one block at a time` with "
         "`recompute=True`. Rivals have the rate that their row states; Adam and local heads with Adam also have that "
-        "of our fast weights, 3e-3. A spread is the range of as many seeds as the row says. *Forwards a step* is a "
+        f"of our fast weights, 3e-3. *Tuned* is the best of {TRIALS} rates by the training loss of short runs, and has "
+        "the memory of the stated one. A spread is the range of as many seeds as the row says. *Forwards a step* is a "
         "step's time over that of a plain forward pass; memory is the peak above weights and data.",
         "",
         "![Held-out error and loss over seconds](forward_only.png)",
@@ -339,8 +399,9 @@ def main() -> None:
             json.dumps(content, indent=None, separators=(",", ":")).replace('{"method"', '\n{"method"') + "\n"
         )
         args.out.with_suffix(".md").write_text(page(held, sorted_results))
-        draw(sorted_results, args.out.with_suffix(".png"), "processor time of one thread")
-        draw(sorted_results, args.out.with_name(f"{args.out.name}_costs.png"), "forward passes and memory", costs=True)
+        drawn = {name: [c for c in curves if not c.method.endswith(TUNED)] for name, curves in sorted_results.items()}
+        draw(drawn, args.out.with_suffix(".png"), "processor time of one thread")
+        draw(drawn, args.out.with_name(f"{args.out.name}_costs.png"), "forward passes and memory", costs=True)
 
     if args.page:
         write()
@@ -356,8 +417,14 @@ def main() -> None:
                 continue
             wanted = args.seeds or seeds
             wanted = wanted if args.again else missing(results, name, method, wanted)
-            for seed in wanted:
-                done = curves_of(task, name, method, methods()[method], settings(name, seed, args.data_dir))
+            if not wanted:
+                continue
+            if method.endswith(TUNED):
+                made = ([c] for c in tuned_curves(results, task, name, method, wanted, args.data_dir))
+            else:
+                how = methods()[method]
+                made = (curves_of(task, name, method, how, settings(name, s, args.data_dir)) for s in wanted)
+            for done in made:
                 results = merged(results, {name: done})
                 write()
         known = held.setdefault("cosines", {}).setdefault(name, {})

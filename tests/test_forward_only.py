@@ -1,5 +1,7 @@
 """What the comparison of forward-only methods makes of runs."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -60,6 +62,48 @@ def test_what_is_still_to_be_run_is_said(monkeypatch):
     monkeypatch.setattr(forward_only, "PROTOCOL", {"mlp": forward_only.Protocol(1.0, {HEADS: (0, 1), MONO: (0,)})})
     assert forward_only.left({"mlp": CURVES}) == f"mlp: {HEADS} (seeds 1)"
     assert forward_only.left({"mlp": [*CURVES, curve(HEADS, (0, 0, 0, 0), seed=1)]}) == ""
+
+
+def test_the_tuned_rate_is_the_best_of_those_that_get_more_seconds():
+    asked = []
+
+    def outcome(rate, seconds):
+        asked.append((rate, seconds))
+        return abs(rate - 0.5) if seconds > 4 else abs(rate - 0.3)  # short runs prefer a smaller one
+
+    rate, tried = forward_only.tuned(0.1, 64.0, outcome)
+    short, long = ([r for r, seconds in asked if seconds == s] for s in (4.0, 16.0))
+    assert (
+        len(short) == forward_only.TRIALS and min(short) == pytest.approx(0.1 / 30) and max(short) == pytest.approx(3)
+    )
+    assert sorted(long) == sorted(sorted(short, key=lambda r: abs(r - 0.3))[:7]) and len(tried) == len(short)
+    assert rate == min(long, key=lambda r: abs(r - 0.5))
+
+
+def test_a_tuned_method_keeps_its_rate_for_later_seeds(monkeypatch):
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+    task = Task(
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)),
+        lambda model, b: F.cross_entropy(model(b[0]), b[1]), lambda size, generator: itertools.repeat((x, y)), 64,
+        lambda model: (0.0, (model(x).argmax(1) == y).double().mean().item()), "accuracy",
+    )  # fmt: skip
+    method = f"{ADAM}{forward_only.TUNED}"
+    monkeypatch.setattr(forward_only, "PROTOCOL", {"mlp": forward_only.Protocol(0.1, {method: (0, 1)})})
+    known = curve(ADAM, (0, 0, 0, 0))
+    known.memory = 7
+    (first,) = forward_only.tuned_curves({"mlp": [known]}, task, "mlp", method, [0], None)
+    assert first.method == method and first.memory == 7 and len(first.sweep) == forward_only.TRIALS
+    assert 1e-3 / 30.1 < first.rate < 0.03 * 1.01 and f"{first.rate:.2g}" in first.sweep
+    monkeypatch.setattr(forward_only, "tuned", None)  # not asked again
+    (second,) = forward_only.tuned_curves({"mlp": [known, first]}, task, "mlp", method, [1], None)
+    assert second.rate == first.rate and second.seed == 1 and second.sweep == first.sweep
+
+
+def test_every_rival_with_a_rate_is_in_the_protocol_twice():
+    for protocol in forward_only.PROTOCOL.values():
+        for method in protocol.methods.keys() & forward_only.RATED:
+            assert f"{method}{forward_only.TUNED}" in protocol.methods
 
 
 def test_the_page_has_tables_cosines_and_the_gap():
