@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import random
 import threading
 import warnings
 import weakref
@@ -853,17 +854,21 @@ def test_functions_that_return_the_stream_as_it_is():
 both = pytest.mark.parametrize("recompute", [False, True])
 
 
-@both
-def test_an_error_goes_to_all_that_a_sum_is_made_of(recompute):
-    """As to the stream and to positions, or a skip, of the same shape that a block adds to it before it reads it."""
+def placed(kind):
+    """A kind of block that adds positions, or a skip, of the stream's shape to it before it reads it."""
 
-    class Placed(Block):
+    class Placed(kind):
         def forward(self, x, place):
             return super().forward(x + place)
 
+    return Placed
+
+
+@both
+def test_an_error_goes_to_all_that_a_sum_is_made_of(recompute):
     class Places(Language):
         def __init__(self):
-            super().__init__(Placed)
+            super().__init__(placed(Block))
             self.near = nn.Parameter(torch.zeros(3, 4, WIDTH))
 
         def forward(self, ids, cut=lambda x: x):
@@ -882,13 +887,9 @@ def test_an_error_goes_to_all_that_a_sum_is_made_of(recompute):
 
 @both
 def test_an_error_goes_past_norms_to_all_that_a_sum_is_made_of(recompute):
-    class Placed(PostNorm):
-        def forward(self, x, place):
-            return super().forward(x + place)
-
     class Places(Language):
         def __init__(self):
-            super().__init__(Placed, 2)
+            super().__init__(placed(PostNorm), 2)
             self.near, self.first = nn.Parameter(torch.zeros(3, 4, WIDTH)), Block()
 
         def forward(self, ids):
@@ -939,6 +940,54 @@ class Basic(nn.Module):
         y = self.added(x)
         y += x if self.skip is None else self.skip(x)
         return self.relu(y)
+
+
+class Mixed(nn.Module):
+    """Sums with or without a norm or a ReLU behind each, in different orders of operands."""
+
+    def __init__(self, draw):
+        super().__init__()
+        maps = {"none": nn.Identity, "relu": nn.ReLU, "in place": lambda: nn.ReLU(inplace=True)}
+        maps |= {"layer": lambda: nn.LayerNorm(WIDTH), "rms": lambda: nn.RMSNorm(WIDTH, eps=1e-3)}
+        kinds, self.order = draw.choices(list(maps), k=draw.randint(1, 3)), draw.choice(["x + f", "f + x", "f += x"])
+        self.added = nn.ModuleList(nn.Sequential(*sublayer().inner, nn.Linear(WIDTH, WIDTH)) for _ in kinds)
+        self.maps = nn.ModuleList(maps[kind]() for kind in kinds)
+
+    def forward(self, x):
+        for added, after in zip(self.added, self.maps, strict=True):
+            f = added(x)
+            if self.order == "f += x":
+                f += x
+            x = after(f if self.order == "f += x" else x + f if self.order == "x + f" else f + x)
+        return x
+
+    def apart(self, x):
+        """The block of a constant, with the derivative of its maps for what goes past it."""
+        y, past = self(x.detach()), x
+        for added, after in zip(self.added, self.maps, strict=True):
+            after = nn.ReLU() if isinstance(after, nn.ReLU) else copy.deepcopy(after)
+            past = after(past + added(past.detach()).detach())
+        return y + past - past.detach()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_blocks_of_any_sums_and_maps_agree_with_autograd(seed):
+    draw = random.Random(seed)
+    blocks = [Mixed(draw) for _ in range(draw.randint(2, 4))]
+    model = doubled(lambda: nn.Sequential(nn.Linear(3, WIDTH), *blocks, nn.Linear(WIDTH, 2)), seed)
+    x, y = torch.randn(5, 4, 3, dtype=torch.double), torch.randint(2, (20,))
+
+    def hand():
+        h = blocks[0](model[0](x))
+        for block in blocks[1:]:
+            h = block.apart(h)
+        return F.cross_entropy(model[-1](h).flatten(0, 1), y)
+
+    closure = lambda: F.cross_entropy(model(x).flatten(0, 1), y)  # noqa: E731
+    assert list(found_in(model, closure)) == [str(i + 1) for i in range(len(blocks))]
+    expected = exact(model, hand)
+    for recompute in (False, True):
+        same(estimated(model, closure, recompute=recompute), expected)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
